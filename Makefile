@@ -1,0 +1,93 @@
+# make segment   segment a photo:  make segment IMAGE=photo.jpg LABELS="cat, sofa, window"
+# make test      run the test-suite:  make test PYTEST_ARGS="-m 'not slow' -x"
+# make lint      ruff (lint and format) and mypy
+# make clean     remove the virtual environment and what the tools left behind
+#
+# Each target sets up what it needs in .venv, once; PYTHON=python3.12 picks the interpreter.
+
+PYTHON ?= python3
+VENV ?= .venv
+
+IMAGE ?= examples/images/blue-sweater.jpg
+LABELS ?= sweater, skirt, bag, stockings, boots, hair
+OUTPUT ?= segmented.png
+PYTEST_ARGS ?=
+
+# Where torch comes from on Linux without an NVIDIA GPU: PyTorch's own index of CPU builds, as the default build
+# brings gigabytes of CUDA. Where it can't be reached within 10 seconds, or with TORCH_INDEX= (empty), pip's own
+# sources decide.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check --no-input
+INSTALL := $(PIP) install -qq --constraint constraints.txt
+DEPENDS := pyproject.toml constraints.txt
+
+.DEFAULT_GOAL := help
+# Every step installs into one environment: never two at a time, whatever -j says.
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+.PHONY: help segment test lint clean
+
+help:
+	@sed -n 's/^# \{0,1\}//p;/^$$/q' Makefile
+
+segment: export PGSEG_IMAGE := $(IMAGE)
+segment: export PGSEG_LABELS := $(LABELS)
+segment: export PGSEG_OUTPUT := $(OUTPUT)
+segment: $(VENV)/.core
+	@$(VENV)/bin/pgseg segment "$$PGSEG_IMAGE" --labels "$$PGSEG_LABELS" --output "$$PGSEG_OUTPUT"
+
+test: $(VENV)/.test
+	$(PY) -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.dev
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+clean:
+	rm -rf "$(VENV)" build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find src tests examples -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/.created:
+	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.exit(sys.version_info < (3, 11) and f"Python 3.11 or newer is needed, $(PYTHON) is {v}: pass another one with PYTHON=")'
+	@echo "Creating $(VENV)"
+	@$(PYTHON) -m venv "$(VENV)"
+	@touch $@
+
+# torch comes first and by itself, so that what follows finds it in place.
+$(VENV)/.torch: $(VENV)/.created constraints.txt
+	@torch=$$(sed -n 's/^\(torch==[^ ]*\).*/\1/p' constraints.txt); \
+	if [ "$$(uname -s)" != Linux ] || nvidia-smi >/dev/null 2>&1; then \
+		index=; \
+	else \
+		index="$(TORCH_INDEX)"; \
+	fi; \
+	if [ -n "$$index" ] && ! timeout 10 $(PY) -c 'import sys, urllib.request; urllib.request.urlopen(sys.argv[1], timeout=8)' "$$index/torch/" 2>/dev/null; then \
+		echo "$$index does not answer: taking torch from pip's own sources"; \
+		index=; \
+	fi; \
+	if [ -n "$$index" ]; then \
+		echo "Installing $$torch from $$index"; \
+		$(INSTALL) --no-deps --index-url "$$index" "$$torch"; \
+	else \
+		echo "Installing $$torch"; \
+		$(INSTALL) "$$torch"; \
+	fi
+	@touch $@
+
+$(VENV)/.core: $(VENV)/.torch $(DEPENDS)
+	@echo "Installing pgseg_hf"
+	@$(INSTALL) --editable .
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.core $(DEPENDS)
+	@echo "Installing what the tests need"
+	@$(INSTALL) --editable '.[test]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.test $(DEPENDS)
+	@echo "Installing ruff and mypy"
+	@$(INSTALL) --editable '.[dev]'
+	@touch $@

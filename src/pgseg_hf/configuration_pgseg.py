@@ -1,0 +1,298 @@
+"""Configuration of the PGSeg models."""
+
+import math
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import CLIPTextConfig, PreTrainedConfig
+
+NPR_VARIANTS = ("none", "released", "corrected")
+CONTRASTIVE_POOLINGS = ("mean", "groups")
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def _require_range(name: str, value: float, low: float, high: float) -> None:
+    _require(low <= value <= high, f"{name} is {value}, expected a number from {low} to {high}.")
+
+
+@strict
+class PGSegTextConfig(CLIPTextConfig):
+    r"""
+    Configuration of the text tower: a CLIP text transformer, pooled at the end-of-text token. The fields are those
+    of [`~transformers.CLIPTextConfig`]; the defaults are PGSeg's and GroupViT's.
+
+    Args:
+        vocab_size (`int`, defaults to 49408): number of byte-pair tokens.
+        hidden_size (`int`, defaults to 256): width of the transformer.
+        intermediate_size (`int`, defaults to 1024): width of the hidden layer of its MLPs.
+        projection_dim (`int`, *optional*): not used here, see [`PGSegConfig`]; kept because CLIP's configuration has it.
+        num_hidden_layers (`int`, defaults to 12): number of transformer blocks.
+        num_attention_heads (`int`, defaults to 4): number of heads; divides `hidden_size`.
+        max_position_embeddings (`int`, defaults to 77): context length in tokens.
+        hidden_act (`str`, defaults to `"quick_gelu"`): activation of the MLPs.
+        layer_norm_eps (`float`, defaults to 1e-5): epsilon of the layer normalisations.
+        attention_dropout (`float`, defaults to 0.0): dropout of the attention weights.
+        initializer_range (`float`, defaults to 0.02): standard deviation of the initial embeddings.
+        initializer_factor (`float`, defaults to 1.0): factor on all initial standard deviations.
+        pad_token_id (`int`, *optional*, defaults to 49407): CLIP pads with the end-of-text token.
+        bos_token_id (`int`, *optional*, defaults to 49406): start-of-text token.
+        eos_token_id (`int`, *optional*, defaults to 49407): end-of-text token, at whose first place the text is pooled.
+    """
+
+    model_type = "pgseg_text_model"
+    base_config_key = "text_config"
+
+    hidden_size: int = 256
+    intermediate_size: int = 1024
+    projection_dim: int | None = None
+    num_attention_heads: int = 4
+    pad_token_id: int | None = 49407
+    bos_token_id: int | None = 49406
+    eos_token_id: int | list[int] | None = 49407
+
+    def validate_architecture(self):
+        """Checks fields against each other (called by `@strict`)."""
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads"):
+            _require(
+                getattr(self, name) > 0, f"text_config.{name} is {getattr(self, name)}, expected at least 1."
+            )
+        _require(
+            self.hidden_size % self.num_attention_heads == 0,
+            f"text_config.hidden_size is {self.hidden_size}, which is no multiple of num_attention_heads = "
+            f"{self.num_attention_heads}.",
+        )
+        _require(
+            self.max_position_embeddings >= 2,
+            f"text_config.max_position_embeddings is {self.max_position_embeddings}, expected at least 2.",
+        )
+        _require_range("text_config.attention_dropout", self.attention_dropout or 0.0, 0.0, 1.0)
+
+
+@strict
+class PGSegVisionConfig(PreTrainedConfig):
+    r"""
+    Configuration of the image tower: a GroupViT with non-learnable prototypes (NPR). All lists have one entry for
+    each stage; a stage with no group tokens (the last one) does not group.
+
+    Args:
+        hidden_size (`int`, defaults to 384): width C of all stages.
+        intermediate_size (`int`, defaults to 1536): width of the hidden layer of the blocks' MLPs.
+        depths (`list[int]`, defaults to `(6, 3, 3)`): number of transformer blocks of each stage.
+        num_group_tokens (`list[int]`, defaults to `(64, 8, 0)`): number of learned group tokens of each stage.
+        num_output_groups (`list[int]`, defaults to `(64, 8, 0)`):
+            number K of groups that each stage's grouping block makes; not read for a stage without group tokens. A
+            last entry for a stage that does not group may be left out.
+        num_hidden_layers (`int`, *optional*): the sum of `depths`; filled in, and checked where it is given.
+        num_attention_heads (`int`, defaults to 6): number of heads; divides `hidden_size`.
+        image_size (`int`, defaults to 224):
+            side in pixels of the square for which position embeddings are stored; other sizes interpolate them.
+        patch_size (`int`, defaults to 16): side of a patch in pixels; divides `image_size`.
+        num_channels (`int`, defaults to 3): colour channels.
+        hidden_act (`str`, defaults to `"gelu"`): activation of the MLPs.
+        layer_norm_eps (`float`, defaults to 1e-5): epsilon of the layer normalisations.
+        dropout (`float`, defaults to 0.0): dropout after the patch embedding.
+        attention_dropout (`float`, defaults to 0.0): dropout of the attention weights.
+        drop_path_rate (`float`, defaults to 0.1): stochastic depth of the last block, rising linearly from 0.
+        initializer_range (`float`, defaults to 0.02): standard deviation of the initial weights.
+        initializer_factor (`float`, defaults to 1.0): factor on initial standard deviations.
+        assign_eps (`float`, defaults to 1.0): added to a group's number of tokens when its tokens are averaged.
+        assign_mlp_ratio (`list[float]`, defaults to `(0.5, 4)`):
+            hidden widths, as multiples of `hidden_size`, of the grouping block's token-mixing and channel MLPs.
+        npr_variant (`str`, defaults to `"corrected"`):
+            `"none"` (a GroupViT), `"released"` (the numbers of the released PGSeg code, for its checkpoints) or
+            `"corrected"` (the method as the paper describes it).
+        num_prototype_iterations (`int`, defaults to 10): steps of the prototype estimation.
+        prototype_momentum (`float`, defaults to 0.9): share of the old prototypes in their moving average.
+        prototype_projection_dim (`int`, defaults to 4096): hidden width of the projection of prototypes to tokens.
+    """
+
+    model_type = "pgseg_vision_model"
+    base_config_key = "vision_config"
+
+    hidden_size: int = 384
+    intermediate_size: int = 1536
+    depths: list[int] | tuple[int, ...] = (6, 3, 3)
+    num_group_tokens: list[int] | tuple[int, ...] = (64, 8, 0)
+    num_output_groups: list[int] | tuple[int, ...] = (64, 8, 0)
+    num_hidden_layers: int | None = None
+    num_attention_heads: int = 6
+    image_size: int = 224
+    patch_size: int = 16
+    num_channels: int = 3
+    hidden_act: str = "gelu"
+    layer_norm_eps: float = 1e-5
+    dropout: float | int = 0.0
+    attention_dropout: float | int = 0.0
+    drop_path_rate: float | int = 0.1
+    initializer_range: float = 0.02
+    initializer_factor: float = 1.0
+    assign_eps: float | int = 1.0
+    assign_mlp_ratio: list[float | int] | tuple[float | int, ...] = (0.5, 4)
+    npr_variant: str = "corrected"
+    num_prototype_iterations: int = 10
+    prototype_momentum: float = 0.9
+    prototype_projection_dim: int = 4096
+
+    def __post_init__(self, **kwargs):
+        if self.num_hidden_layers is None:
+            self.num_hidden_layers = sum(self.depths)
+        super().__post_init__(**kwargs)
+
+    def validate_architecture(self):
+        """Checks fields against each other (called by `@strict`)."""
+        for name in ("hidden_size", "intermediate_size", "num_attention_heads", "patch_size", "num_channels"):
+            _require(
+                getattr(self, name) > 0,
+                f"vision_config.{name} is {getattr(self, name)}, expected at least 1.",
+            )
+        _require(
+            self.hidden_size % self.num_attention_heads == 0,
+            f"vision_config.hidden_size is {self.hidden_size}, which is no multiple of num_attention_heads = "
+            f"{self.num_attention_heads}.",
+        )
+        _require(
+            self.image_size > 0 and self.image_size % self.patch_size == 0,
+            f"vision_config.image_size is {self.image_size}, expected a multiple of patch_size = {self.patch_size}.",
+        )
+        stages = len(self.depths)
+        _require(stages > 0, "vision_config.depths is empty, expected one depth for each stage.")
+        _require(
+            len(self.num_group_tokens) == stages,
+            f"vision_config.num_group_tokens has {len(self.num_group_tokens)} entries, depths has {stages}.",
+        )
+        grouping_stages = sum(tokens > 0 for tokens in self.num_group_tokens)
+        _require(
+            all(tokens > 0 for tokens in self.num_group_tokens[:grouping_stages]) and grouping_stages > 0,
+            f"vision_config.num_group_tokens is {list(self.num_group_tokens)}, expected at least one grouping stage, "
+            "and none after a stage without group tokens.",
+        )
+        _require(
+            len(self.num_output_groups) in (stages, grouping_stages),
+            f"vision_config.num_output_groups has {len(self.num_output_groups)} entries, depths has {stages}.",
+        )
+        _require(
+            all(groups > 0 for groups in self.num_output_groups[:grouping_stages]),
+            f"vision_config.num_output_groups is {list(self.num_output_groups)}, expected at least 1 for each stage "
+            "with group tokens.",
+        )
+        _require(
+            min(self.depths) >= 0 and self.num_hidden_layers == sum(self.depths),
+            f"vision_config.num_hidden_layers is {self.num_hidden_layers}, but depths = {list(self.depths)} add up to "
+            f"{sum(self.depths)}.",
+        )
+        _require(
+            len(self.assign_mlp_ratio) == 2 and min(self.assign_mlp_ratio) > 0,
+            f"vision_config.assign_mlp_ratio is {list(self.assign_mlp_ratio)}, expected two positive numbers.",
+        )
+        _require(
+            self.npr_variant in NPR_VARIANTS,
+            f"vision_config.npr_variant is {self.npr_variant!r}, expected one of {', '.join(NPR_VARIANTS)}.",
+        )
+        for name in ("num_prototype_iterations", "prototype_projection_dim"):
+            _require(
+                getattr(self, name) > 0,
+                f"vision_config.{name} is {getattr(self, name)}, expected at least 1.",
+            )
+        for name in ("dropout", "attention_dropout", "drop_path_rate", "prototype_momentum"):
+            _require_range(f"vision_config.{name}", getattr(self, name), 0.0, 1.0)
+
+
+@strict
+class PGSegConfig(PreTrainedConfig):
+    r"""
+    Configuration of [`PGSegModel`]: both towers, the joint space and the weights of the losses. `npr_variant` may be
+    given here too; it is stored in `vision_config`, and reading or setting it here reads or sets it there.
+
+    Args:
+        text_config (`dict` or [`PGSegTextConfig`], *optional*): the text tower.
+        vision_config (`dict` or [`PGSegVisionConfig`], *optional*): the image tower.
+        projection_dim (`int`, defaults to 256): dimension D of the joint space.
+        projection_intermediate_dim (`int`, defaults to 4096): hidden width of both projection heads.
+        logit_scale_init_value (`float`, defaults to ln(1/0.07)): initial logarithm of the contrastive logit scale.
+        prototype_logit_scale_init_value (`float`, defaults to ln(1/0.1)): the same for the prototype losses.
+        max_logit_scale (`float`, defaults to 100.0): upper bound of both scales.
+        image_prototype_weight (`float`, defaults to 0.1): weight of the image prototype losses, I-NPR.
+        text_prototype_weight (`float`, defaults to 0.01): weight of the text prototype loss, T-NPR.
+        num_text_prototypes (`int`, *optional*):
+            number of text prototypes; by default 8 for the released variant, where the code fixes it, else as many as
+            the last grouping stage has output groups.
+        multi_label_weight (`float`, defaults to 1.0): weight of the multi-label loss, where label texts are given.
+        rejection_threshold (`float`, defaults to 0.1):
+            pairs whose min-max-normalised similarity is not above it are left out of the prototype losses.
+        assignment_weight (`float`, defaults to 0.0):
+            weight of a term of ours: the cross-entropy between the prototypes' responsibilities for each token and
+            the soft assignment of tokens to the matched groups.
+        contrastive_pooling (`str`, defaults to `"mean"`):
+            what an image is compared with texts by: `"mean"`, the projected mean of its segment tokens (the paper's),
+            or `"groups"`, the log-mean-exp over its groups of their scaled cosines (ours, a multiple-instance loss).
+        initializer_range (`float`, defaults to 0.02): standard deviation of the initial weights.
+        initializer_factor (`float`, defaults to 1.0): factor on initial standard deviations.
+    """
+
+    model_type = "pgseg"
+    sub_configs_defaults = {"text_config": PGSegTextConfig, "vision_config": PGSegVisionConfig}  # noqa: RUF012
+
+    text_config: dict | PreTrainedConfig | None = None
+    vision_config: dict | PreTrainedConfig | None = None
+    projection_dim: int = 256
+    projection_intermediate_dim: int = 4096
+    logit_scale_init_value: float = math.log(1 / 0.07)
+    prototype_logit_scale_init_value: float = math.log(1 / 0.1)
+    max_logit_scale: float | int = 100.0
+    image_prototype_weight: float | int = 0.1
+    text_prototype_weight: float | int = 0.01
+    num_text_prototypes: int | None = None
+    multi_label_weight: float | int = 1.0
+    rejection_threshold: float | int = 0.1
+    assignment_weight: float | int = 0.0
+    contrastive_pooling: str = "mean"
+    initializer_range: float = 0.02
+    initializer_factor: float = 1.0
+
+    def __post_init__(self, **kwargs):
+        npr_variant = kwargs.pop("npr_variant", None)
+        super().__post_init__(**kwargs)
+        if npr_variant is not None:
+            self.npr_variant = npr_variant
+
+    @property
+    def npr_variant(self) -> str:
+        """`"none"`, `"released"` or `"corrected"`, as stored in `vision_config`."""
+        return self.vision_config.npr_variant
+
+    @npr_variant.setter
+    def npr_variant(self, value: str) -> None:
+        if value not in NPR_VARIANTS:
+            raise ValueError(f"npr_variant is {value!r}, expected one of {', '.join(NPR_VARIANTS)}.")
+        self.vision_config.npr_variant = value
+
+    def validate_architecture(self):
+        """Checks fields against each other (called by `@strict`)."""
+        for name in ("projection_dim", "projection_intermediate_dim", "max_logit_scale"):
+            _require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}, expected a positive number.")
+        for name in (
+            "image_prototype_weight",
+            "text_prototype_weight",
+            "multi_label_weight",
+            "assignment_weight",
+        ):
+            value: Any = getattr(self, name)
+            _require(
+                math.isfinite(value) and value >= 0, f"{name} is {value}, expected a number of at least 0."
+            )
+        _require(
+            self.num_text_prototypes is None or self.num_text_prototypes > 0,
+            f"num_text_prototypes is {self.num_text_prototypes}, expected at least 1 or None.",
+        )
+        _require_range("rejection_threshold", self.rejection_threshold, 0.0, 1.0)
+        _require(
+            self.contrastive_pooling in CONTRASTIVE_POOLINGS,
+            f"contrastive_pooling is {self.contrastive_pooling!r}, expected one of {', '.join(CONTRASTIVE_POOLINGS)}.",
+        )
+
+
+__all__ = ["PGSegConfig", "PGSegTextConfig", "PGSegVisionConfig"]

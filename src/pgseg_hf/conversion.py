@@ -1,0 +1,381 @@
+"""Conversion of released PGSeg checkpoints to Transformers folders, without executing anything in them."""
+
+import json
+import os
+import pickle
+import re
+import types
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.utils import logging
+
+from .configuration_pgseg import PGSegConfig, PGSegTextConfig, PGSegVisionConfig
+from .modeling_pgseg import PGSegModel
+
+logger = logging.get_logger(__name__)
+
+HEAD_WIDTH = 64
+
+# Released names, in the order in which the rules are tried; `{stage}` and `{block}` are numbers.
+_RENAMES: tuple[tuple[str, str], ...] = (
+    (r"logit_scale", r"logit_scale"),
+    (r"img_encoder\.logit_scale", r"prototype_logit_scale"),
+    (
+        r"img_encoder\.patch_embed\.proj\.(weight|bias)",
+        r"vision_model.embeddings.patch_embeddings.projection.\1",
+    ),
+    (r"img_encoder\.patch_embed\.norm\.(weight|bias)", r"vision_model.embeddings.layernorm.\1"),
+    (r"img_encoder\.pos_embed", r"vision_model.embeddings.position_embeddings"),
+    (r"img_encoder\.norm\.(weight|bias)", r"vision_model.layernorm.\1"),
+    (r"img_encoder\.layers\.(\d+)\.group_token", r"vision_model.encoder.stages.\1.group_token"),
+    (
+        r"img_encoder\.layers\.(\d+)\.group_projector\.(.+)",
+        r"vision_model.encoder.stages.\1.group_projector.\2",
+    ),
+    (
+        r"img_encoder\.layers\.(\d+)\.downsample\.pre_assign_attn\.attn\.proj\.(weight|bias)",
+        r"vision_model.encoder.stages.\1.downsample.pre_assign_attn.attn.out_proj.\2",
+    ),
+    (r"img_encoder\.layers\.(\d+)\.downsample\.(.+)", r"vision_model.encoder.stages.\1.downsample.\2"),
+    (r"img_encoder\.layers\.(\d+)\.downsample_spatial\.mu", r"vision_model.encoder.stages.\1.npr.prototypes"),
+    (
+        r"img_encoder\.layers\.(\d+)\.downsample_spatial\.mapping_x\.(.+)",
+        r"vision_model.encoder.stages.\1.npr.projection.\2",
+    ),
+    (
+        r"img_encoder\.layers\.(\d+)\.blocks\.(\d+)\.attn\.proj\.(weight|bias)",
+        r"vision_model.encoder.stages.\1.layers.\2.self_attn.out_proj.\3",
+    ),
+    (
+        r"img_encoder\.layers\.(\d+)\.blocks\.(\d+)\.attn\.(qkv\.(?:weight|bias))",
+        r"vision_model.encoder.stages.\1.layers.\2.self_attn.\3",
+    ),
+    (
+        r"img_encoder\.layers\.(\d+)\.blocks\.(\d+)\.norm(\d)\.(weight|bias)",
+        r"vision_model.encoder.stages.\1.layers.\2.layer_norm\3.\4",
+    ),
+    (
+        r"img_encoder\.layers\.(\d+)\.blocks\.(\d+)\.mlp\.(fc\d\.(?:weight|bias))",
+        r"vision_model.encoder.stages.\1.layers.\2.mlp.\3",
+    ),
+    (r"img_projector\.(.+)", r"visual_projection.\1"),
+    (r"text_projector\.(.+)", r"text_projection.\1"),
+    (r"text_encoder\.Atten\.mu", r"released_text_prototypes"),
+    (r"text_encoder\.token_embedding\.weight", r"text_model.embeddings.token_embedding.weight"),
+    (r"text_encoder\.positional_embedding", r"text_model.embeddings.position_embedding.weight"),
+    (r"text_encoder\.ln_final\.(weight|bias)", r"text_model.final_layer_norm.\1"),
+    (
+        r"text_encoder\.transformer\.resblocks\.(\d+)\.attn\.in_proj_(weight|bias)",
+        r"text_model.encoder.layers.\1.self_attn.qkv.\2",
+    ),
+    (
+        r"text_encoder\.transformer\.resblocks\.(\d+)\.attn\.out_proj\.(weight|bias)",
+        r"text_model.encoder.layers.\1.self_attn.out_proj.\2",
+    ),
+    (
+        r"text_encoder\.transformer\.resblocks\.(\d+)\.ln_(\d)\.(weight|bias)",
+        r"text_model.encoder.layers.\1.layer_norm\2.\3",
+    ),
+    (
+        r"text_encoder\.transformer\.resblocks\.(\d+)\.mlp\.c_fc\.(weight|bias)",
+        r"text_model.encoder.layers.\1.mlp.fc1.\2",
+    ),
+    (
+        r"text_encoder\.transformer\.resblocks\.(\d+)\.mlp\.c_proj\.(weight|bias)",
+        r"text_model.encoder.layers.\1.mlp.fc2.\2",
+    ),
+)
+_PROJECTION_RENAMES = (("linear_hidden.0.", "0."), ("linear_hidden.1.", "1."), ("linear_out.", "3."))
+# Trained and saved by the released code, read by nothing.
+_DROPPED = re.compile(r"img_encoder\.mapping_text\..+")
+
+
+def rename_key(released_name: str) -> str | None:
+    """The name of a released tensor in [`PGSegModel`], None for one that is dropped.
+
+    A fused `qkv` keeps that word in its name; [`convert_state_dict`] splits it.
+
+    Raises:
+        KeyError: no such tensor in a released PGSeg.
+    """
+    if _DROPPED.fullmatch(released_name):
+        return None
+    for pattern, replacement in _RENAMES:
+        if re.fullmatch(pattern, released_name):
+            name = re.sub(pattern, replacement, released_name)
+            if "_projection." in name or ".npr.projection." in name:
+                for old, new in _PROJECTION_RENAMES:
+                    name = name.replace(old, new)
+            return name
+    raise KeyError(released_name)
+
+
+def convert_state_dict(released: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """Renames and reshapes released tensors.
+
+    Returns:
+        tensors by their names in [`PGSegModel`], and the released names that are unknown.
+    """
+    converted: dict[str, Tensor] = {}
+    unknown: list[str] = []
+    for released_name, tensor in released.items():
+        try:
+            name = rename_key(released_name)
+        except KeyError:
+            unknown.append(released_name)
+            continue
+        if name is None:
+            continue
+        if ".qkv." in name:
+            if tensor.shape[0] % 3:
+                raise ValueError(
+                    f"{released_name} has {tensor.shape[0]} rows, expected queries, keys and values."
+                )
+            for part, chunk in zip("qkv", tensor.chunk(3), strict=True):
+                converted[name.replace("qkv", f"{part}_proj")] = chunk.clone()
+        elif tensor.ndim == 3 and name.endswith(".weight") and "projection" in name:
+            converted[name] = tensor.squeeze(-1)
+        else:
+            converted[name] = tensor
+    return converted, unknown
+
+
+def infer_config(converted: Mapping[str, Tensor], overrides: Mapping[str, Any] | None = None) -> PGSegConfig:
+    """The configuration that the shapes of converted tensors tell; numbers of heads default to 64 channels a head.
+
+    Args:
+        converted: from [`convert_state_dict`].
+        overrides: fields of [`PGSegConfig`], those of the towers nested in `text_config` and `vision_config`.
+
+    Raises:
+        ValueError: a tensor that shows the architecture is missing, or an override is no field.
+    """
+
+    def shape(name: str) -> torch.Size:
+        if name not in converted:
+            raise ValueError(f"the checkpoint has no tensor for {name}; is it a released PGSeg checkpoint?")
+        return converted[name].shape
+
+    def count(pattern: str) -> int:
+        numbers = {int(found.group(1)) for name in converted if (found := re.match(pattern, name))}
+        return max(numbers) + 1 if numbers else 0
+
+    stage = "vision_model.encoder.stages."
+    width, channels, patch, _ = shape("vision_model.embeddings.patch_embeddings.projection.weight")
+    grid = round(shape("vision_model.embeddings.position_embeddings")[1] ** 0.5)
+    num_stages = count(r"vision_model\.encoder\.stages\.(\d+)\.")
+    grouping = [index for index in range(num_stages) if f"{stage}{index}.group_token" in converted]
+    ungrouped = [0] * (num_stages - len(grouping))
+    text_layers = count(r"text_model\.encoder\.layers\.(\d+)\.")
+    vocab_size, text_width = shape("text_model.embeddings.token_embedding.weight")
+    vision: dict[str, Any] = {
+        "hidden_size": width,
+        "intermediate_size": shape(f"{stage}0.layers.0.mlp.fc1.weight")[0],
+        "depths": [
+            count(rf"vision_model\.encoder\.stages\.{index}\.layers\.(\d+)\.") for index in range(num_stages)
+        ],
+        "num_group_tokens": [shape(f"{stage}{index}.group_token")[1] for index in grouping] + ungrouped,
+        "num_output_groups": [
+            shape(f"{stage}{index}.downsample.mlp_inter.fc2.weight")[0] for index in grouping
+        ]
+        + ungrouped,
+        "num_attention_heads": max(width // HEAD_WIDTH, 1),
+        "image_size": grid * patch,
+        "patch_size": patch,
+        "num_channels": channels,
+        "assign_mlp_ratio": [
+            shape(f"{stage}0.downsample.mlp_inter.fc1.weight")[0] / width,
+            shape(f"{stage}0.downsample.mlp_channels.fc1.weight")[0] / width,
+        ],
+        "prototype_projection_dim": shape(f"{stage}0.npr.projection.0.weight")[0],
+        "drop_path_rate": 0.0,
+        "npr_variant": "released",
+    }
+    text: dict[str, Any] = {
+        "vocab_size": vocab_size,
+        "hidden_size": text_width,
+        "intermediate_size": shape("text_model.encoder.layers.0.mlp.fc1.weight")[0],
+        "num_hidden_layers": text_layers,
+        "num_attention_heads": max(text_width // HEAD_WIDTH, 1),
+        "max_position_embeddings": shape("text_model.embeddings.position_embedding.weight")[0],
+        "eos_token_id": vocab_size - 1,
+        "bos_token_id": vocab_size - 2,
+        "pad_token_id": vocab_size - 1,
+    }
+    hidden, _ = shape("visual_projection.0.weight")
+    top: dict[str, Any] = {
+        "projection_dim": shape("visual_projection.3.weight")[0],
+        "projection_intermediate_dim": hidden,
+        "num_text_prototypes": shape("released_text_prototypes")[1],
+    }
+    overrides = dict(overrides or {})
+    text.update(_checked_fields(overrides.pop("text_config", {}), text, "text_config"))
+    vision.update(_checked_fields(overrides.pop("vision_config", {}), vision, "vision_config"))
+    top.update(_checked_fields(overrides, top, ""))
+    return PGSegConfig(text_config=text, vision_config=vision, **top)
+
+
+def _checked_fields(overrides: Any, known: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    if not isinstance(overrides, Mapping):
+        raise ValueError(f"override {name} is {overrides!r}, expected an object of configuration fields.")
+    config_class = {"text_config": PGSegTextConfig, "vision_config": PGSegVisionConfig}.get(name, PGSegConfig)
+    allowed = {known_field.name for known_field in fields(config_class)} | set(known) | {"npr_variant"}
+    for key in overrides:
+        if key not in allowed:
+            raise ValueError(
+                f"override {name + '.' if name else ''}{key} is no field of {config_class.__name__}."
+            )
+    return overrides
+
+
+class _Inert:
+    """Stands for any object of a pickle that is not a tensor: takes whatever the pickle does to it, does nothing."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> "_Inert":
+        return super().__new__(cls)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __call__(self, *args: Any, **kwargs: Any) -> "_Inert":
+        return self
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        pass
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    def append(self, value: Any) -> None:
+        pass
+
+    def extend(self, values: Any) -> None:
+        pass
+
+    def add(self, value: Any) -> None:
+        pass
+
+
+_TENSOR_REBUILDERS = ("_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_parameter")
+
+
+class _TensorUnpickler(pickle.Unpickler):
+    """Builds tensors and plain containers; every other class or function of the file becomes [`_Inert`]."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("collections", "OrderedDict"):
+            return OrderedDict
+        if module == "torch._utils" and name in _TENSOR_REBUILDERS:
+            return getattr(torch._utils, name)
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        if (module, name) == ("torch", "Size"):
+            return torch.Size
+        return _Inert
+
+
+def _safe_load(file: Any, **kwargs: Any) -> Any:
+    return _TensorUnpickler(file, **kwargs).load()
+
+
+# What torch.load needs of a pickle module.
+_SAFE_PICKLE = types.SimpleNamespace(
+    Unpickler=_TensorUnpickler, load=_safe_load, __name__="pgseg_hf.conversion"
+)
+
+
+def read_released_checkpoint(path: str | os.PathLike) -> dict[str, Tensor]:
+    """The tensors under `model` of a released `.pth` file, with nothing in the file executed.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not a torch checkpoint, or one without a state dict of a PGSeg.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is no file; expected a released PGSeg checkpoint (.pth).")
+    try:
+        content = torch.load(path, map_location="cpu", pickle_module=_SAFE_PICKLE, weights_only=False)
+    except Exception as error:  # torch and pickle raise all kinds of errors on foreign files
+        raise ValueError(f"{path} cannot be read as a PyTorch checkpoint: {error}") from error
+    if isinstance(content, Mapping) and isinstance(content.get("model"), Mapping):
+        content = content["model"]
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{path} holds a {type(content).__name__}, expected a dict with the entry 'model'.")
+    tensors = {
+        name.removeprefix("module."): value for name, value in content.items() if isinstance(value, Tensor)
+    }
+    if not any("downsample_spatial.mu" in name for name in tensors):
+        first = ", ".join(list(tensors)[:3]) or "no tensors"
+        raise ValueError(
+            f"{path} is no PGSeg checkpoint: it has no prototypes (downsample_spatial.mu); it holds {first}."
+        )
+    return tensors
+
+
+@dataclass
+class ConversionReport:
+    """What a conversion did: names of tensors that are unknown, that are missing, and that were dropped on purpose."""
+
+    unknown: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    dropped: list[str] = field(default_factory=list)
+
+
+def convert_released(
+    checkpoint: str | os.PathLike | Mapping[str, Tensor], overrides: Mapping[str, Any] | None = None
+) -> tuple[PGSegModel, ConversionReport]:
+    """Makes a [`PGSegModel`] of the released variant, in evaluation mode, from a released checkpoint.
+
+    Args:
+        checkpoint: a `.pth` file, or a bare state dict with released names.
+        overrides: fields of [`PGSegConfig`] that the shapes do not tell, for instance
+            `{"vision_config": {"num_attention_heads": 6}}`. Stochastic depth is 0 unless given.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: no PGSeg checkpoint, tensors missing or of wrong shape, or an override that is no field.
+    """
+    released = checkpoint if isinstance(checkpoint, Mapping) else read_released_checkpoint(checkpoint)
+    converted, unknown = convert_state_dict(released)
+    config = infer_config(converted, overrides)
+    model = PGSegModel(config)
+    if any(tensor.dtype == torch.float64 for tensor in converted.values()):
+        model = model.double()
+    expected = model.state_dict()
+    report = ConversionReport(
+        unknown=unknown,
+        missing=sorted(set(expected) - set(converted)),
+        dropped=[name for name in released if _DROPPED.fullmatch(name)],
+    )
+    if report.missing:
+        raise ValueError(f"tensors missing from the checkpoint: {', '.join(report.missing)}.")
+    for name, tensor in converted.items():
+        if name in expected and tensor.shape != expected[name].shape:
+            raise ValueError(f"{name} has shape {list(tensor.shape)}, expected {list(expected[name].shape)}.")
+    surplus = sorted(set(converted) - set(expected))
+    report.unknown.extend(surplus)
+    model.load_state_dict({name: tensor for name, tensor in converted.items() if name in expected})
+    return model.eval(), report
+
+
+def read_overrides(path: str | os.PathLike) -> dict[str, Any]:
+    """Reads a JSON file of configuration overrides."""
+    try:
+        overrides = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(overrides, dict):
+        raise ValueError(
+            f"{path} holds a {type(overrides).__name__}, expected an object of configuration fields."
+        )
+    return overrides

@@ -1,0 +1,262 @@
+"""Reading images safely, whatever their mode, and the size that the model sees them at."""
+
+import base64
+import binascii
+import os
+from io import BytesIO
+from pathlib import Path
+from typing import Any, BinaryIO
+from urllib.request import urlopen
+
+import numpy as np
+from PIL import ExifTags, Image, ImageOps
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+# Formats that Pillow decodes by itself. Others are left out on purpose: EPS starts a Ghostscript process, and
+# the decoders without a signature (TGA, raw dumps) take any bytes for an image.
+IMAGE_FORMATS: dict[str, tuple[str, ...]] = {
+    "JPEG": (".jpg", ".jpeg", ".jfif"),
+    "PNG": (".png", ".apng"),
+    "WEBP": (".webp",),
+    "GIF": (".gif",),
+    "BMP": (".bmp",),
+    "TIFF": (".tif", ".tiff"),
+    "PPM": (".ppm", ".pgm", ".pbm", ".pnm"),
+    "JPEG2000": (".jp2", ".j2k"),
+    "AVIF": (".avif",),
+}
+
+IMAGE_EXTENSIONS: tuple[str, ...] = tuple(name for names in IMAGE_FORMATS.values() for name in names)
+"""File name endings, in lower case, of the formats that `load_image` reads."""
+
+MAX_IMAGE_PIXELS = 500_000_000
+"""Largest image that is read or made, in pixels; decoded to RGB it takes about 2 GB."""
+
+_SIGNATURE_BYTES = 16
+_URL_TIMEOUT_SECONDS = 30
+
+ImageSource = str | os.PathLike | bytes | bytearray | memoryview | BinaryIO | Image.Image
+
+
+def load_image(source: ImageSource, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
+    """Read one image and make it RGB as `to_rgb` does.
+
+    Args:
+        source: a path, an `http(s)://` address, a `data:image/...;base64,` string, a binary file object (read
+            from its start), the bytes of an image file, or a PIL image.
+        max_pixels: images with more pixels are refused before they are decoded. Pillow's own limit and
+            warning for large images do not apply, and its global state is not touched.
+
+    Returns:
+        An upright PIL image of mode RGB, 8 bits a channel. Of an animated or multi-page file it is the first
+        frame, with a logged warning.
+
+    Raises:
+        ValueError: naming the source, where it is missing, empty, corrupt, truncated, too large or not an
+            image.
+    """
+    if isinstance(source, Image.Image):
+        return to_rgb(source)
+    data, name = _read_bytes(source)
+    if not data:
+        raise ValueError(f"{name} is empty (0 bytes): an image file was expected")
+
+    with BytesIO(data) as stream:
+        image = _open_image(stream, data[:_SIGNATURE_BYTES], name)
+        width, height = image.size
+        if width * height > max_pixels:
+            raise ValueError(
+                f"{name} has {width} x {height} = {width * height:,} pixels, more than the {max_pixels:,} "
+                "that are read: make it smaller first"
+            )
+        return to_rgb(image, name)
+
+
+def to_rgb(image: Image.Image, name: str | None = None) -> Image.Image:
+    """Make a PIL image RGB: rotated as its EXIF data says, transparency over white, 16 bits scaled to 8.
+
+    Args:
+        image: a PIL image of any mode but floating point; an animated one is taken at its current frame.
+        name: what error messages call the image, by default its file name.
+
+    Returns:
+        A PIL image of mode RGB; the same object where there is nothing to change.
+
+    Raises:
+        ValueError: where the pixels cannot be decoded, or where their values have no fixed range (float
+            images).
+    """
+    if not isinstance(image, Image.Image):
+        raise ValueError(f"a PIL image was expected, got {type(image).__name__}")
+    name = name or _image_name(image)
+    try:
+        image.load()
+        # MPO is a photo that carries a second view or a gain map, not an animation.
+        is_animated = image.format != "MPO" and getattr(image, "is_animated", False)
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{name} is corrupt or truncated, its pixels cannot be decoded: {error}") from error
+    if 0 in image.size:
+        raise ValueError(f"{name} has no pixels: its size is {image.size[0]} x {image.size[1]}")
+    if is_animated:
+        logger.warning(
+            f"{name} is animated or has several pages: only one frame (number {image.tell()}) is used"
+        )
+        # A plain image without frames: nobody will warn again, or seek in a file that was closed.
+        image = image.copy()
+
+    image = _apply_exif_rotation(image, name)
+    if image.mode == "F":
+        raise ValueError(_describe_float_image(image, name))
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        image = _sixteen_to_eight_bit(image, name)
+
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+    if image.mode == "RGB":
+        return image
+    try:
+        return image.convert("RGB")
+    except ValueError as error:
+        raise ValueError(f"{name} has the mode {image.mode}, which cannot be made RGB: {error}") from error
+
+
+def resized_size(
+    height: int, width: int, shortest_edge: int = 448, longest_edge: int | None = 2048
+) -> tuple[int, int]:
+    """The size for a short side of `shortest_edge` at the same aspect ratio.
+
+    Where the long side would pass `longest_edge`, it gets that length instead.
+
+    Args:
+        height, width: pixels of the image as it is.
+        shortest_edge, longest_edge: pixels wanted. The defaults are those of the released evaluation.
+
+    Returns:
+        (height, width) in pixels, rounded half up, each at least 1.
+
+    Raises:
+        ValueError: where a length is below 1, or the result has more than `MAX_IMAGE_PIXELS` pixels.
+    """
+    for label, value in (
+        ("height", height),
+        ("width", width),
+        ("shortest_edge", shortest_edge),
+        ("longest_edge", longest_edge),
+    ):
+        if value is not None and value < 1:
+            raise ValueError(f"{label} must be at least 1 pixel, got {value}")
+    factor = shortest_edge / min(height, width)
+    if longest_edge is not None:
+        factor = min(factor, longest_edge / max(height, width))
+    new_height, new_width = (max(1, int(side * factor + 0.5)) for side in (height, width))
+    if new_height * new_width > MAX_IMAGE_PIXELS:
+        raise ValueError(
+            f"an image of {height} x {width} (height x width) would become {new_height} x {new_width}, "
+            f"more than {MAX_IMAGE_PIXELS:,} pixels: give a longest_edge in size"
+        )
+    return new_height, new_width
+
+
+def _read_bytes(source: Any) -> tuple[bytes, str]:
+    """The bytes behind a source, and its name for error messages."""
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return bytes(source), f"the image given as {len(source)} bytes"
+    if hasattr(source, "read"):
+        name = repr(getattr(source, "name", None) or source)
+        if source.seekable():
+            source.seek(0)
+        data = source.read()
+        if not isinstance(data, bytes):
+            raise ValueError(f"{name} gives text, not bytes: open image files in binary mode ('rb')")
+        return data, name
+    if isinstance(source, str) and source.startswith("data:image/"):
+        name = repr(source[:40] + "...")
+        try:
+            return base64.b64decode(source.partition(",")[2], validate=True), name
+        except binascii.Error as error:
+            raise ValueError(f"{name} is not valid base64: {error}") from error
+    if isinstance(source, str) and source.startswith(("http://", "https://")):
+        try:
+            with urlopen(source, timeout=_URL_TIMEOUT_SECONDS) as response:
+                return response.read(), repr(source)
+        except OSError as error:
+            raise ValueError(f"{source!r} cannot be fetched: {error}") from error
+    if isinstance(source, (str, os.PathLike)):
+        path = Path(source)
+        try:
+            return path.read_bytes(), repr(str(path))
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise ValueError(f"{str(path)!r} cannot be read as an image file: {reason}") from error
+    raise ValueError(
+        "an image must be a path, an http(s) address, a binary file object, bytes or a PIL image, "
+        f"got {type(source).__name__}: {source!r}"
+    )
+
+
+def _open_image(stream: BinaryIO, signature: bytes, name: str) -> Image.Image:
+    """Let the first of Pillow's decoders that takes the bytes read the header.
+
+    The decoders are asked one by one because `PIL.Image.open` refuses more than 179 megapixels and warns
+    above 89, by a limit that is global to the process.
+    """
+    Image.init()
+    reason = f"its first bytes are {signature!r}"
+    for image_format in IMAGE_FORMATS:
+        if image_format not in Image.OPEN:
+            continue
+        factory, accept = Image.OPEN[image_format]
+        try:
+            if accept is None or accept(signature) is True:
+                stream.seek(0)
+                return factory(stream, "")
+        except MemoryError:
+            raise
+        except Exception as error:  # given broken files, decoders raise nearly anything
+            reason = f"{type(error).__name__}: {error}"
+    expected = ", ".join(IMAGE_FORMATS)
+    raise ValueError(f"{name} is not an image, or is corrupt ({reason}); expected one of {expected}")
+
+
+def _image_name(image: Image.Image) -> str:
+    filename = getattr(image, "filename", "")
+    return repr(str(filename)) if filename else f"the {image.mode} image of {image.size[0]} x {image.size[1]}"
+
+
+def _apply_exif_rotation(image: Image.Image, name: str) -> Image.Image:
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+        return ImageOps.exif_transpose(image) if orientation in range(2, 9) else image
+    except Exception as error:  # damaged metadata must not make a readable photo unreadable
+        logger.warning(f"{name} has unreadable EXIF data, its orientation is ignored: {error}")
+        return image
+
+
+def _describe_float_image(image: Image.Image, name: str) -> str:
+    values = np.asarray(image)
+    if not np.isfinite(values).all():
+        return f"{name} has NaN or infinite pixel values"
+    return (
+        f"{name} has floating-point pixels (from {values.min():g} to {values.max():g}), whose range is not "
+        "defined: scale them to 8 bits first"
+    )
+
+
+def _sixteen_to_eight_bit(image: Image.Image, name: str) -> Image.Image:
+    """Scale [0, 65535] to [0, 255], rounded; one transparent grey value becomes an alpha channel."""
+    values = np.asarray(image)
+    if image.mode == "I" and (values.min() < 0 or values.max() > 65535):
+        raise ValueError(
+            f"{name} has integer pixels from {values.min()} to {values.max()}: "
+            "16-bit values (0 to 65535) were expected"
+        )
+    grey = Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8))
+    transparent_value = image.info.get("transparency")
+    if isinstance(transparent_value, int):
+        grey.putalpha(Image.fromarray(np.where(values == transparent_value, 0, 255).astype(np.uint8)))
+    return grey

@@ -1,0 +1,1162 @@
+"""PGSeg models: GroupViT's two towers with non-learnable prototypes (NPR).
+
+Shapes: B batch, L image tokens of a stage's input, K groups of a stage, C width, N texts, T text tokens, D joint width.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    CLIPTextModel,
+    GroupViTConfig,
+    GroupViTModel,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import ModelOutput, logging
+from transformers.utils.generic import can_return_tuple
+
+from .configuration_pgseg import PGSegConfig, PGSegTextConfig, PGSegVisionConfig
+from .losses import (
+    gather_features,
+    info_nce,
+    multi_label_loss,
+    multi_positive_loss,
+    pad_to_longest,
+    sum_over_processes,
+    world_size,
+)
+from .prototypes import (
+    PrototypeEstimate,
+    assignment_loss,
+    estimate_prototypes,
+    prototype_loss,
+    tokens_to_weights,
+    updated_prototypes,
+)
+
+logger = logging.get_logger(__name__)
+
+# Released `TextTransformer.Atten`: both numbers are fixed in the code.
+RELEASED_TEXT_PROTOTYPES = 8
+RELEASED_TEXT_MOMENTUM = 0.9
+
+
+@dataclass
+class PGSegVisionOutput(ModelOutput):
+    """Output of [`PGSegVisionModel`] and, with embeddings in the joint space, of [`PGSegModel.get_image_features`].
+
+    Args:
+        last_hidden_state: [B, K, C], the segment tokens after the last stage and LayerNorm.
+        pooler_output: [B, C], their mean; from `get_image_features` its projection [B, D], not normalised.
+        segment_embeds: [B, K, D], projected segment tokens, not normalised; only from `get_image_features`.
+        grouping: [B, K, h, w], soft assignment of patches to the last stage's groups, on the true patch grid.
+        image_sizes: int64 [B, 2], height and width of the input in pixels.
+        hidden_states: the input of each stage and the output of the last, where asked for.
+        attentions: soft assignment [B, K, L] of each grouping stage, where asked for.
+        npr: what the prototype losses need, one [`StagePrototypes`] as a tuple for each grouping stage, where asked for.
+    """
+
+    last_hidden_state: Tensor | None = None
+    pooler_output: Tensor | None = None
+    segment_embeds: Tensor | None = None
+    grouping: Tensor | None = None
+    image_sizes: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    npr: tuple[tuple[Tensor, ...], ...] | None = None
+
+
+@dataclass
+class PGSegOutput(ModelOutput):
+    """Output of [`PGSegModel`].
+
+    Args:
+        loss: weighted sum of the parts, with `return_loss`.
+        contrastive_loss: mean of the two directions of InfoNCE over the global batch.
+        multi_label_loss: the same with soft targets over each image's label texts, where these are given.
+        image_prototype_loss: I-NPR, the sum over grouping stages, before its weight.
+        image_prototype_losses: the stages' parts of it, [number of grouping stages].
+        text_prototype_loss: T-NPR, before its weight.
+        assignment_loss: sum over grouping stages, before its weight; where the weight is not 0.
+        logits_per_image: [B, N], scaled similarity of images and texts.
+        logits_per_text: [N, B].
+        segment_logits: [B, K, N], scaled cosine of segment tokens and texts.
+        image_embeds: [B, D], normalised.
+        text_embeds: [N, D], normalised.
+        segment_embeds: [B, K, D], normalised.
+        grouping: [B, K, h, w], soft assignment of patches to groups.
+        image_sizes: int64 [B, 2], height and width of the input in pixels.
+        text_model_output: output of the text tower, `pooler_output` projected.
+        vision_model_output: [`PGSegVisionOutput`].
+    """
+
+    loss: Tensor | None = None
+    contrastive_loss: Tensor | None = None
+    multi_label_loss: Tensor | None = None
+    image_prototype_loss: Tensor | None = None
+    image_prototype_losses: Tensor | None = None
+    text_prototype_loss: Tensor | None = None
+    assignment_loss: Tensor | None = None
+    logits_per_image: Tensor | None = None
+    logits_per_text: Tensor | None = None
+    segment_logits: Tensor | None = None
+    image_embeds: Tensor | None = None
+    text_embeds: Tensor | None = None
+    segment_embeds: Tensor | None = None
+    grouping: Tensor | None = None
+    image_sizes: Tensor | None = None
+    text_model_output: BaseModelOutputWithPooling | None = None
+    vision_model_output: PGSegVisionOutput | None = None
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        return tuple(value.to_tuple() if isinstance(value, ModelOutput) else value for value in self.values())
+
+
+def estimation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Precision of prototype estimation and losses: float32, or float64 for float64 inputs."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _full_precision(device_type: str) -> torch.autocast:
+    return torch.autocast(device_type, enabled=False)
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    """Plain attention of [B, heads, length, width] tensors, the softmax in float32 or better; output [B, length, heads, width]."""
+    scores = query @ key.transpose(-1, -2) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = scores.softmax(dim=-1, dtype=estimation_dtype(scores.dtype)).to(query.dtype)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+class PGSegAttention(nn.Module):
+    """Multi-head attention of queries [B, Q, C] over keys and values from another sequence [B, L, C]."""
+
+    def __init__(self, config: PGSegVisionConfig):
+        super().__init__()
+        self.config = config
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.scaling = self.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        self.is_causal = False
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.view(*x.shape[:-1], -1, self.head_dim).transpose(1, 2)
+
+    def forward(self, queries: Tensor, context: Tensor) -> Tensor:
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        out, _ = attend(
+            self,
+            self._heads(self.q_proj(queries)),
+            self._heads(self.k_proj(context)),
+            self._heads(self.v_proj(context)),
+            None,
+            scaling=self.scaling,
+            dropout=self.attention_dropout if self.training else 0.0,
+        )
+        return self.out_proj(out.reshape(queries.shape))
+
+
+class PGSegMLP(nn.Module):
+    """Two linear layers over the last dimension."""
+
+    def __init__(self, config: PGSegVisionConfig, in_features: int, hidden_features: int, out_features: int):
+        super().__init__()
+        self.activation_fn = ACT2FN[config.hidden_act]
+        self.fc1 = nn.Linear(in_features, hidden_features)
+        self.fc2 = nn.Linear(hidden_features, out_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.activation_fn(self.fc1(x)))
+
+
+class PGSegMixerMLP(PGSegMLP):
+    """Two linear layers over the tokens: [B, tokens in, C] to [B, tokens out, C]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.transpose(1, 2)).transpose(1, 2)
+
+
+class PGSegDropPath(nn.Module):
+    """Stochastic depth: in training, leaves the branch out for whole samples and scales the others up."""
+
+    def __init__(self, rate: float):
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.rate == 0.0 or not self.training:
+            return x
+        keep = torch.rand(x.shape[0], *[1] * (x.ndim - 1), device=x.device, dtype=torch.float32) >= self.rate
+        return x * (keep.to(x.dtype) / (1 - self.rate))
+
+
+class PGSegLayer(GradientCheckpointingLayer):
+    """Pre-norm transformer block."""
+
+    def __init__(self, config: PGSegVisionConfig, drop_path_rate: float):
+        super().__init__()
+        self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.self_attn = PGSegAttention(config)
+        self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = PGSegMLP(config, config.hidden_size, config.intermediate_size, config.hidden_size)
+        self.drop_path = PGSegDropPath(drop_path_rate)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        normed = self.layer_norm1(hidden_states)
+        hidden_states = hidden_states + self.drop_path(self.self_attn(normed, normed))
+        return hidden_states + self.drop_path(self.mlp(self.layer_norm2(hidden_states)))
+
+
+class PGSegCrossAttentionLayer(nn.Module):
+    """Lets projected group tokens read the image tokens; no norm before the attention, one at the end."""
+
+    def __init__(self, config: PGSegVisionConfig):
+        super().__init__()
+        self.attn = PGSegAttention(config)
+        self.norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = PGSegMLP(config, config.hidden_size, config.intermediate_size, config.hidden_size)
+        self.norm_post = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, queries: Tensor, context: Tensor) -> Tensor:
+        queries = queries + self.attn(queries, context)
+        queries = queries + self.mlp(self.norm2(queries))
+        return self.norm_post(queries)
+
+
+class PGSegAssignAttention(nn.Module):
+    """Assigns each image token to one group and averages the tokens of each group."""
+
+    def __init__(self, config: PGSegVisionConfig):
+        super().__init__()
+        self.scaling = config.hidden_size**-0.5
+        self.assign_eps = config.assign_eps
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def sample_noise(self, logits: Tensor) -> Tensor:
+        """Standard Gumbel noise of the shape of the logits."""
+        zero, one = (torch.full((), value, device=logits.device, dtype=logits.dtype) for value in (0.0, 1.0))
+        return torch.distributions.Gumbel(zero, one).sample(logits.shape)
+
+    def forward(self, centers_BKC: Tensor, tokens_BLC: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the groups' averaged tokens [B, K, C] and the logits of the soft assignment [B, K, L]."""
+        logits_BKL = self.q_proj(centers_BKC) @ self.k_proj(tokens_BLC).transpose(1, 2) * self.scaling
+        noisy_BKL = logits_BKL + self.sample_noise(logits_BKL) if self.training else logits_BKL
+        soft_BKL = noisy_BKL.softmax(dim=1)
+        hard_BKL = torch.zeros_like(soft_BKL).scatter_(1, soft_BKL.argmax(dim=1, keepdim=True), 1.0)
+        assignment_BKL = hard_BKL + (soft_BKL - soft_BKL.detach())
+        weights_BKL = assignment_BKL / (assignment_BKL.sum(dim=-1, keepdim=True) + self.assign_eps)
+        return self.proj(weights_BKL @ self.v_proj(tokens_BLC)), logits_BKL
+
+
+class PGSegGroupingBlock(nn.Module):
+    """Pools L image tokens into K segment tokens, led by the group tokens."""
+
+    def __init__(self, config: PGSegVisionConfig, num_group_tokens: int, num_output_groups: int):
+        super().__init__()
+        width, eps = config.hidden_size, config.layer_norm_eps
+        tokens_width, channels_width = (int(ratio * width) for ratio in config.assign_mlp_ratio)
+        self.norm_tokens = nn.LayerNorm(width, eps=eps)
+        self.mlp_inter = PGSegMixerMLP(config, num_group_tokens, tokens_width, num_output_groups)
+        self.norm_post_tokens = nn.LayerNorm(width, eps=eps)
+        self.norm_x = nn.LayerNorm(width, eps=eps)
+        self.pre_assign_attn = PGSegCrossAttentionLayer(config)
+        self.assign = PGSegAssignAttention(config)
+        self.norm_new_x = nn.LayerNorm(width, eps=eps)
+        self.mlp_channels = PGSegMLP(config, width, channels_width, width)
+
+    def forward(self, tokens_BLC: Tensor, group_tokens_BGC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns segment tokens [B, K, C], group centres [B, K, C] and assignment logits [B, K, L]."""
+        centers_BKC = self.norm_post_tokens(self.mlp_inter(self.norm_tokens(group_tokens_BGC)))
+        tokens_BLC = self.norm_x(tokens_BLC)
+        centers_BKC = self.pre_assign_attn(centers_BKC, tokens_BLC)
+        pooled_BKC, logits_BKL = self.assign(centers_BKC, tokens_BLC)
+        segments_BKC = pooled_BKC + centers_BKC
+        segments_BKC = segments_BKC + self.mlp_channels(self.norm_new_x(segments_BKC))
+        return segments_BKC, centers_BKC, logits_BKL
+
+
+class PGSegProjection(nn.Sequential):
+    """Linear, BatchNorm, ReLU, Linear over the last dimension of a tensor of any shape."""
+
+    def __init__(self, in_features: int, hidden_features: int, out_features: int):
+        super().__init__(
+            nn.Linear(in_features, hidden_features),
+            nn.BatchNorm1d(hidden_features),
+            nn.ReLU(),
+            nn.Linear(hidden_features, out_features),
+        )
+
+    def forward(self, x: Tensor, use_running_stats: bool = False) -> Tensor:
+        """With `use_running_stats`, training too normalises by the running statistics and leaves them as they are."""
+        shape = x.shape[:-1]
+        hidden = self[0](x.reshape(-1, x.shape[-1]))
+        if use_running_stats and self.training:
+            norm = self[1]
+            # Copies, as the next forward changes the statistics in place before this one's backward.
+            scale = norm.weight * torch.rsqrt(norm.running_var.clone() + norm.eps)
+            hidden = (hidden - norm.running_mean.clone()) * scale + norm.bias
+        else:
+            hidden = self[1](hidden)
+        return self[3](self[2](hidden)).reshape(*shape, -1)
+
+    def convolve(self, tokens_BLC: Tensor) -> Tensor:
+        """The same on tokens, as the convolutions of width 1 of the released code, whose rounding this reproduces."""
+        hidden = nn.functional.conv1d(tokens_BLC.transpose(1, 2), self[0].weight[..., None], self[0].bias)
+        hidden = self[2](self[1](hidden))
+        return nn.functional.conv1d(hidden, self[3].weight[..., None], self[3].bias).transpose(1, 2)
+
+
+class PGSegStagePrototypes(nn.Module):
+    """A stage's prototypes: the moving seeds of the estimation and the projection of prototypes to tokens."""
+
+    def __init__(self, config: PGSegVisionConfig, num_prototypes: int):
+        super().__init__()
+        self.released = config.npr_variant == "released"
+        self.num_iterations = config.num_prototype_iterations
+        self.momentum = config.prototype_momentum
+        self.register_buffer(
+            "prototypes", torch.zeros(1, num_prototypes, config.hidden_size, dtype=torch.float32)
+        )
+        self.projection = PGSegProjection(
+            config.hidden_size, config.prototype_projection_dim, config.hidden_size
+        )
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> nn.Module:
+        return _apply_keeping_precision(self, "prototypes", super()._apply, fn, recurse)
+
+    def estimate(self, tokens_BLC: Tensor) -> PrototypeEstimate:
+        """Estimates prototypes from a stage's input and, in training with gradient, moves the seeds to their mean."""
+        with _full_precision(tokens_BLC.device.type):
+            tokens_BLC = tokens_BLC.detach().to(estimation_dtype(tokens_BLC.dtype))
+            estimate = estimate_prototypes(tokens_BLC, self.prototypes, self.num_iterations)
+        if self.training and torch.is_grad_enabled() and not self.released:
+            _move_prototypes(self.prototypes, estimate.prototypes, self.momentum)
+        return estimate
+
+    def reconstruct(self, estimate: PrototypeEstimate, dtype: torch.dtype) -> Tensor:
+        """The prototypes' part of each token, R [B, L, C]."""
+        if self.released:
+            weights_BLP = tokens_to_weights(estimate.responsibilities)
+            with _full_precision(weights_BLP.device.type):
+                mixed_BLC = weights_BLP @ estimate.prototypes
+            return self.projection.convolve(mixed_BLC.to(dtype))
+        return estimate.responsibilities.to(dtype) @ self.projection(estimate.prototypes.to(dtype))
+
+
+@torch.no_grad()
+def _move_prototypes(
+    buffer_1PC: Tensor, estimates_BPC: Tensor, momentum: float, mask_BP: Tensor | None = None
+) -> None:
+    """Moves the seeds towards the mean of all processes' estimates; a prototype that no sample has stays."""
+    if mask_BP is None:
+        mask_BP = torch.ones(estimates_BPC.shape[:2], dtype=torch.bool, device=estimates_BPC.device)
+    sums_PC = sum_over_processes((estimates_BPC * mask_BP[..., None]).sum(0))
+    counts_P1 = sum_over_processes(mask_BP.sum(0).to(sums_PC.dtype))[:, None]
+    moved_PC = updated_prototypes(buffer_1PC[0], sums_PC / counts_P1.clamp(min=1), momentum)
+    buffer_1PC.copy_(torch.where(counts_P1 > 0, moved_PC, buffer_1PC[0])[None])
+
+
+def _apply_keeping_precision(
+    module: nn.Module, name: str, apply: Callable, fn: Callable, recurse: bool
+) -> nn.Module:
+    """`nn.Module._apply` that keeps the buffer `name` in float32 or better."""
+    before = module._buffers[name]
+    result = apply(fn, recurse)
+    after = module._buffers[name]
+    if before is not None and after is not None and after.dtype in (torch.float16, torch.bfloat16):
+        module._buffers[name] = before.to(device=after.device)
+    return result
+
+
+class PGSegStage(nn.Module):
+    """Transformer blocks over image and group tokens, then a grouping block; the last stage only has blocks."""
+
+    def __init__(self, config: PGSegVisionConfig, index: int, drop_path_rates: list[float]):
+        super().__init__()
+        self.num_group_tokens = config.num_group_tokens[index]
+        self.layers = nn.ModuleList([PGSegLayer(config, rate) for rate in drop_path_rates])
+        self.group_token: nn.Parameter | None = None
+        self.group_projector: nn.Sequential | None = None
+        self.downsample: PGSegGroupingBlock | None = None
+        self.npr: PGSegStagePrototypes | None = None
+        if self.num_group_tokens == 0:
+            return
+        self.group_token = nn.Parameter(torch.zeros(1, self.num_group_tokens, config.hidden_size))
+        self.downsample = PGSegGroupingBlock(config, self.num_group_tokens, config.num_output_groups[index])
+        if index > 0:
+            self.group_projector = nn.Sequential(
+                nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps),
+                PGSegMixerMLP(
+                    config, config.num_group_tokens[index - 1], config.hidden_size // 2, self.num_group_tokens
+                ),
+            )
+        if config.npr_variant != "none":
+            self.npr = PGSegStagePrototypes(config, config.num_output_groups[index])
+
+    def forward(
+        self, tokens_BLC: Tensor, previous_group_tokens: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, tuple[Tensor, ...] | None]:
+        """Returns the tokens of the next stage [B, K, C] (or [B, L, C]), the group tokens after the blocks, the
+        assignment logits [B, K, L], and what the prototype losses need: centres, prototypes, responsibilities, logits.
+        """
+        estimate = self.npr.estimate(tokens_BLC) if self.npr is not None else None
+        length = tokens_BLC.shape[1]
+        if self.group_token is not None:
+            group_tokens = self.group_token.expand(tokens_BLC.shape[0], -1, -1)
+            if self.group_projector is not None:
+                group_tokens = group_tokens + self.group_projector(previous_group_tokens)
+            tokens_BLC = torch.cat([tokens_BLC, group_tokens.to(tokens_BLC.dtype)], dim=1)
+        for layer in self.layers:
+            tokens_BLC = layer(tokens_BLC)
+        if self.downsample is None:
+            return tokens_BLC, None, None, None
+        tokens_BLC, group_tokens = tokens_BLC[:, :length], tokens_BLC[:, length:]
+        if self.npr is not None and estimate is not None:
+            tokens_BLC = tokens_BLC + self.npr.reconstruct(estimate, tokens_BLC.dtype)
+        segments, centers, logits = self.downsample(tokens_BLC, group_tokens)
+        losses_need = (
+            None if estimate is None else (centers, estimate.prototypes, estimate.responsibilities, logits)
+        )
+        return segments, group_tokens, logits, losses_need
+
+
+class PGSegPatchEmbeddings(nn.Module):
+    """Pixels [B, 3, H, W] to patches [B, C, H // p, W // p]; a remainder that does not fill a patch is cut off."""
+
+    def __init__(self, config: PGSegVisionConfig):
+        super().__init__()
+        self.projection = nn.Conv2d(
+            config.num_channels, config.hidden_size, kernel_size=config.patch_size, stride=config.patch_size
+        )
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        return self.projection(pixel_values.to(self.projection.weight.dtype))
+
+
+class PGSegVisionEmbeddings(nn.Module):
+    """Patch tokens with position embeddings, interpolated where the grid is not the configured one."""
+
+    def __init__(self, config: PGSegVisionConfig):
+        super().__init__()
+        self.grid = config.image_size // config.patch_size
+        self.patch_embeddings = PGSegPatchEmbeddings(config)
+        self.position_embeddings = nn.Parameter(torch.zeros(1, self.grid**2, config.hidden_size))
+        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def interpolated_positions(self, height: int, width: int) -> Tensor:
+        """Position embeddings of a grid of `height` x `width` patches, [1, height * width, C]; bicubic."""
+        if not torch.compiler.is_exporting() and height == self.grid and width == self.grid:
+            return self.position_embeddings
+        weight = self.position_embeddings
+        with _full_precision(weight.device.type):
+            square = (
+                weight.to(estimation_dtype(weight.dtype))
+                .unflatten(1, (self.grid, self.grid))
+                .permute(0, 3, 1, 2)
+            )
+            resized = nn.functional.interpolate(
+                square, size=(height, width), mode="bicubic", align_corners=False
+            )
+        return resized.flatten(2).transpose(1, 2).to(weight.dtype)
+
+    def forward(self, pixel_values: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """Returns tokens [B, h * w, C] and the patch grid (h, w)."""
+        patches = self.patch_embeddings(pixel_values)
+        height, width = patches.shape[-2:]
+        tokens = self.layernorm(patches.flatten(2).transpose(1, 2))
+        return self.dropout(tokens + self.interpolated_positions(height, width)), (height, width)
+
+
+class PGSegVisionEncoder(nn.Module):
+    """The stages."""
+
+    def __init__(self, config: PGSegVisionConfig):
+        super().__init__()
+        depth = sum(config.depths)
+        rates = [config.drop_path_rate * block / max(depth - 1, 1) for block in range(depth)]
+        starts = [sum(config.depths[:stage]) for stage in range(len(config.depths))]
+        self.stages = nn.ModuleList(
+            PGSegStage(config, stage, rates[start : start + config.depths[stage]])
+            for stage, start in enumerate(starts)
+        )
+        self.gradient_checkpointing = False
+
+
+class PGSegPreTrainedModel(PreTrainedModel):
+    """Weight initialisation, and what transformers needs to know of PGSeg models."""
+
+    config: PGSegConfig
+    base_model_prefix = "pgseg"
+    input_modalities = ("image", "text")
+    _no_split_modules = [
+        "PGSegVisionEmbeddings",
+        "PGSegLayer",
+        "PGSegStage",
+        "CLIPTextEmbeddings",
+        "CLIPEncoderLayer",
+    ]  # noqa: RUF012
+    _keep_in_fp32_modules_strict = ["npr.prototypes", "text_prototypes", "released_text_prototypes"]  # noqa: RUF012
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = False
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        std = self.config.initializer_range * self.config.initializer_factor
+        if isinstance(module, PGSegVisionEmbeddings):
+            init.trunc_normal_(module.position_embeddings, std=std)
+        elif isinstance(module, PGSegStage) and module.group_token is not None:
+            if module.group_projector is None:
+                init.trunc_normal_(module.group_token, std=std)
+            else:
+                init.zeros_(module.group_token)
+        elif isinstance(module, (PGSegMLP, PGSegAttention, PGSegAssignAttention)):
+            for child in module.children():
+                if isinstance(child, nn.Linear):
+                    init.trunc_normal_(child.weight, std=std)
+        elif isinstance(module, PGSegProjection):
+            for linear in (module[0], module[3]):
+                bound = linear.in_features**-0.5
+                init.uniform_(linear.weight, -bound, bound)
+                init.uniform_(linear.bias, -bound, bound)
+        elif isinstance(module, PGSegStagePrototypes):
+            _init_unit_rows(module.prototypes)
+
+
+def _init_unit_rows(buffer: Tensor, dim: int = -1) -> None:
+    init.copy_(buffer, nn.functional.normalize(torch.randn_like(buffer), dim=dim))
+
+
+def _refuse_bad_pixels(pixel_values: Tensor | None, patch_size: int, channels: int) -> None:
+    if pixel_values is None:
+        raise ValueError("pixel_values is None, expected a tensor [batch, channels, height, width].")
+    if pixel_values.ndim != 4 or pixel_values.shape[1] != channels:
+        raise ValueError(
+            f"pixel_values has shape {list(pixel_values.shape)}, expected [batch, {channels}, height, width]."
+        )
+    height, width = pixel_values.shape[-2:]
+    if height < patch_size or width < patch_size:
+        raise ValueError(
+            f"pixel_values is {height} x {width} pixels, smaller than a patch of {patch_size} x {patch_size}; resize it."
+        )
+    if pixel_values.device.type != "meta" and not torch.isfinite(pixel_values).all():
+        raise ValueError("pixel_values holds NaN or infinite values; expected normalised finite pixels.")
+
+
+class PGSegVisionModel(PGSegPreTrainedModel):
+    """The image tower: a photo to segment tokens and the grouping of its patches."""
+
+    config: PGSegVisionConfig
+    base_model_prefix = "vision_model"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    _keys_to_ignore_on_load_unexpected = [
+        r"^text_",
+        r"^visual_projection",
+        r"logit_scale$",
+        r"text_prototypes$",
+    ]  # noqa: RUF012
+
+    def __init__(self, config: PGSegVisionConfig):
+        super().__init__(config)
+        self.embeddings = PGSegVisionEmbeddings(config)
+        self.encoder = PGSegVisionEncoder(config)
+        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embeddings.patch_embeddings
+
+    def get_correct_attn_implementation(
+        self, requested_attention: str | None, is_init_check: bool = False
+    ) -> str:
+        """The released variant attends eagerly unless asked otherwise: its BatchNorm over nearly equal rows amplifies
+        the rounding of other kernels to some 2e-5 of a gradient's largest entry."""
+        if requested_attention is None and self.config.npr_variant == "released":
+            requested_attention = "eager"
+        return super().get_correct_attn_implementation(requested_attention, is_init_check)
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_npr: bool = False,
+        **kwargs: Any,
+    ) -> PGSegVisionOutput:
+        """Encodes images of any size of at least one patch.
+
+        Args:
+            pixel_values: [B, 3, H, W], normalised.
+            output_attentions: return each stage's soft assignment.
+            output_hidden_states: return the stages' inputs and the last output.
+            output_npr: return what the prototype losses need.
+
+        Raises:
+            ValueError: wrong shape, images smaller than a patch, NaN or infinite pixels.
+        """
+        if not torch.compiler.is_compiling():
+            _refuse_bad_pixels(pixel_values, self.config.patch_size, self.config.num_channels)
+        output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
+        output_hidden_states = (
+            self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        )
+        tokens, (height, width) = self.embeddings(pixel_values)
+        hidden_states, assignments, npr = [tokens], [], []
+        group_tokens = None
+        patch_groups = None
+        for stage in self.encoder.stages:
+            tokens, group_tokens, logits, losses_need = stage(tokens, group_tokens)
+            hidden_states.append(tokens)
+            if losses_need is not None:
+                npr.append(losses_need)
+            if logits is not None:
+                assignment_BKL = logits.softmax(dim=1)
+                assignments.append(assignment_BKL)
+                patch_groups = assignment_BKL if patch_groups is None else assignment_BKL @ patch_groups
+        tokens = self.layernorm(tokens)
+        return PGSegVisionOutput(
+            last_hidden_state=tokens,
+            pooler_output=tokens.mean(dim=1),
+            grouping=patch_groups.unflatten(2, (height, width)),
+            image_sizes=_image_sizes(pixel_values),
+            hidden_states=tuple(hidden_states) if output_hidden_states else None,
+            attentions=tuple(assignments) if output_attentions else None,
+            npr=tuple(npr) if output_npr else None,
+        )
+
+
+def _image_sizes(pixel_values: Tensor) -> Tensor:
+    batch, _, height, width = pixel_values.shape
+    return torch.stack(
+        [torch.full((batch,), side, device=pixel_values.device) for side in (height, width)], dim=1
+    )
+
+
+class PGSegTextModel(CLIPTextModel):
+    """The text tower: transformers' CLIP text transformer with PGSeg's configuration."""
+
+    config: PGSegTextConfig
+    base_model_prefix = "text_model"
+    _keys_to_ignore_on_load_unexpected = [
+        r"^vision_model",
+        r"projection",
+        r"logit_scale$",
+        r"text_prototypes$",
+    ]  # noqa: RUF012
+
+
+class PGSegModel(PGSegPreTrainedModel):
+    """Both towers in one joint space, with the losses of the method."""
+
+    main_input_name = "pixel_values"
+
+    def __init__(self, config: PGSegConfig):
+        super().__init__(config)
+        text_config, vision_config = config.text_config, config.vision_config
+        self.text_model = PGSegTextModel._from_config(text_config)
+        self.vision_model = PGSegVisionModel._from_config(vision_config)
+        hidden, joint = config.projection_intermediate_dim, config.projection_dim
+        self.visual_projection = PGSegProjection(vision_config.hidden_size, hidden, joint)
+        self.text_projection = PGSegProjection(text_config.hidden_size, hidden, joint)
+        self.logit_scale = nn.Parameter(torch.tensor(config.logit_scale_init_value))
+        self.prototype_logit_scale: nn.Parameter | None = None
+        if config.npr_variant != "none":
+            self.prototype_logit_scale = nn.Parameter(torch.tensor(config.prototype_logit_scale_init_value))
+        if config.npr_variant != "none":
+            count, width = self._text_prototypes_shape()
+            self.register_buffer(self._text_prototype_name, torch.zeros(1, count, width, dtype=torch.float32))
+        self.post_init()
+
+    def _text_prototypes_shape(self) -> tuple[int, int]:
+        vision = self.config.vision_config
+        num_groups = vision.num_output_groups[sum(tokens > 0 for tokens in vision.num_group_tokens) - 1]
+        if self.config.npr_variant == "released":
+            return self.config.num_text_prototypes or RELEASED_TEXT_PROTOTYPES, 1
+        return self.config.num_text_prototypes or num_groups, self.config.projection_dim
+
+    @property
+    def _text_prototype_name(self) -> str | None:
+        return {"released": "released_text_prototypes", "corrected": "text_prototypes"}.get(
+            self.config.npr_variant
+        )
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> nn.Module:
+        if self._text_prototype_name not in self._buffers:
+            return super()._apply(fn, recurse)
+        return _apply_keeping_precision(self, self._text_prototype_name, super()._apply, fn, recurse)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, PGSegModel):
+            init.constant_(module.logit_scale, self.config.logit_scale_init_value)
+            if module.prototype_logit_scale is not None:
+                init.constant_(module.prototype_logit_scale, self.config.prototype_logit_scale_init_value)
+            if module._text_prototype_name == "released_text_prototypes":
+                _init_unit_rows(module.released_text_prototypes, dim=1)
+            elif module._text_prototype_name == "text_prototypes":
+                _init_unit_rows(module.text_prototypes)
+
+    @can_return_tuple
+    def get_text_features(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPooling:
+        """Encodes texts.
+
+        Args:
+            input_ids: [N, T], or [N, P, T] for P prompts of each of N labels, whose embeddings are averaged.
+            attention_mask: of the same shape.
+
+        Returns:
+            the text tower's output, `pooler_output` [N, D] projected and not normalised.
+        """
+        outputs, _ = self._encode_text(input_ids, attention_mask, position_ids, **kwargs)
+        embeds = self.text_projection(outputs.pooler_output)
+        outputs.pooler_output = (
+            embeds.unflatten(0, input_ids.shape[:2]).mean(1) if input_ids.ndim == 3 else embeds
+        )
+        return outputs
+
+    def _encode_text(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[BaseModelOutputWithPooling, PrototypeEstimate | None]:
+        """The text tower on [..., T] tokens. In the released variant every call, in evaluation too, estimates text
+        prototypes [N, 8, 1] from the scalars of the pooled text, normalised over the prototypes, and moves their
+        buffer."""
+        if attention_mask is not None:
+            attention_mask = attention_mask.flatten(0, -2)
+        outputs = self.text_model(
+            input_ids=input_ids.flatten(0, -2),
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            return_dict=True,
+            **kwargs,
+        )
+        if self.config.npr_variant != "released" or torch.compiler.is_exporting():
+            return outputs, None
+        buffer = self.released_text_prototypes
+        with _full_precision(buffer.device.type):
+            scalars = outputs.pooler_output.detach().to(estimation_dtype(outputs.pooler_output.dtype))[
+                ..., None
+            ]
+            iterations = self.config.vision_config.num_prototype_iterations
+            estimate = estimate_prototypes(scalars, buffer, iterations, norm_dim=1)
+            mean = estimate.prototypes.mean(0)
+            buffer.copy_(updated_prototypes(buffer[0], mean, RELEASED_TEXT_MOMENTUM, renormalize=False)[None])
+        return outputs, estimate
+
+    @can_return_tuple
+    def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> PGSegVisionOutput:
+        """Encodes images [B, 3, H, W]; `pooler_output` [B, D] and `segment_embeds` [B, K, D] are in the joint space,
+        not normalised. All that segmentation needs of an image."""
+        outputs = self.vision_model(pixel_values, return_dict=True, **kwargs)
+        by_groups = self.config.contrastive_pooling == "groups"
+        outputs.pooler_output = self.visual_projection(outputs.pooler_output, use_running_stats=by_groups)
+        outputs.segment_embeds = self.visual_projection(
+            outputs.last_hidden_state, use_running_stats=not by_groups
+        )
+        return outputs
+
+    def get_logits(self, image_features: PGSegVisionOutput, text_embeds: Tensor) -> tuple[Tensor, Tensor]:
+        """Scaled similarities with texts: of images [B, N] and of segment tokens [B, K, N], in float32 or better.
+
+        Args:
+            image_features: from [`~PGSegModel.get_image_features`].
+            text_embeds: [N, D], normalised or not.
+        """
+        with _full_precision(text_embeds.device.type):
+            text = _normalized(text_embeds)
+            images = _normalized(image_features.pooler_output)
+            segments = _normalized(image_features.segment_embeds)
+            return self._image_logits(images, segments, text), self._scale(self.logit_scale) * (
+                segments @ text.T
+            )
+
+    def _scale(self, log_scale: Tensor) -> Tensor:
+        scale = log_scale.to(estimation_dtype(log_scale.dtype)).exp()
+        return scale.clamp(max=float(self.config.max_logit_scale))
+
+    def _image_logits(self, images_BD: Tensor, segments_BKD: Tensor, text_ND: Tensor) -> Tensor:
+        """Scaled similarity [B, N] of normalised images and texts, by the configured pooling."""
+        scale = self._scale(self.logit_scale)
+        if self.config.contrastive_pooling == "mean":
+            return scale * (images_BD @ text_ND.T)
+        logits_BKN = scale * (segments_BKD @ text_ND.T)
+        return logits_BKN.logsumexp(dim=1) - math.log(logits_BKN.shape[1])
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        label_input_ids: Tensor | None = None,
+        label_attention_mask: Tensor | None = None,
+        text_targets: Tensor | None = None,
+        return_loss: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs: Any,
+    ) -> PGSegOutput:
+        """Compares images with texts and, with `return_loss`, computes the losses of the method.
+
+        Args:
+            input_ids: [N, T] texts, or [N, P, T] labels with P prompts each. For the losses text i belongs to image i.
+            pixel_values: [B, 3, H, W], normalised.
+            attention_mask: of the shape of `input_ids`.
+            label_input_ids: [B, M, T], prompts of each image's nouns or tags, for the multi-label loss.
+            label_attention_mask: [B, M, T]; a label whose mask is all 0 is absent.
+            text_targets: bool [B, N], which texts belong to which image, where they are shared between images: the
+                contrastive loss then has several positives. In training on several processes all of them need the
+                same texts.
+            return_loss: compute the losses.
+            output_attentions: return each stage's soft assignment (in `vision_model_output`).
+            output_hidden_states: return the towers' hidden states.
+
+        Raises:
+            ValueError: pixels or texts of wrong shape, NaN pixels, or losses asked for without one text an image.
+        """
+        if input_ids is None:
+            raise ValueError("input_ids is None, expected token ids [texts, length].")
+        vision = self.get_image_features(
+            pixel_values=pixel_values,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            output_npr=bool(return_loss),
+            return_dict=True,
+        )
+        text = self._encode_all_texts(
+            input_ids,
+            attention_mask,
+            label_input_ids if return_loss else None,
+            label_attention_mask,
+            position_ids=position_ids,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+        )
+        logits_per_image, segment_logits = self.get_logits(vision, text.output.pooler_output)
+        output = PGSegOutput(
+            logits_per_image=logits_per_image,
+            logits_per_text=logits_per_image.T,
+            segment_logits=segment_logits,
+            image_embeds=_normalized(vision.pooler_output),
+            text_embeds=_normalized(text.output.pooler_output),
+            segment_embeds=_normalized(vision.segment_embeds),
+            grouping=vision.grouping,
+            image_sizes=vision.image_sizes,
+            text_model_output=text.output,
+            vision_model_output=vision,
+        )
+        if return_loss:
+            self._add_losses(output, text, input_ids, text_targets)
+        return output
+
+    def _encode_all_texts(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        label_input_ids: Tensor | None,
+        label_attention_mask: Tensor | None,
+        **kwargs: Any,
+    ) -> "_EncodedTexts":
+        """Captions and label texts in one pass of the text tower, so that BatchNorm sees them together."""
+        if label_input_ids is None:
+            output, estimate = self._encode_text(input_ids, attention_mask, **kwargs)
+            pooled, embeds = output.pooler_output, self.text_projection(output.pooler_output)
+            if input_ids.ndim == 3:
+                embeds = embeds.unflatten(0, input_ids.shape[:2]).mean(1)
+            output.pooler_output = embeds
+            return _EncodedTexts(output, pooled, estimate)
+        if label_input_ids.ndim != 3 or label_input_ids.shape[-1] != input_ids.shape[-1]:
+            raise ValueError(
+                f"label_input_ids has shape {list(label_input_ids.shape)}, expected [images, labels, "
+                f"{input_ids.shape[-1]}], padded to the length of input_ids."
+            )
+        if label_attention_mask is None:
+            label_attention_mask = torch.ones_like(label_input_ids)
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        mask_BM = label_attention_mask.any(-1)
+        captions = len(input_ids)
+        output, estimate = self._encode_text(
+            torch.cat([input_ids, label_input_ids[mask_BM]]),
+            torch.cat([attention_mask, label_attention_mask[mask_BM].to(attention_mask.dtype)]),
+            **kwargs,
+        )
+        pooled, embeds = output.pooler_output, self.text_projection(output.pooler_output)
+        label_pooled_BMC = pooled.new_zeros(*mask_BM.shape, pooled.shape[-1])
+        label_pooled_BMC[mask_BM] = pooled[captions:]
+        label_embeds_BMD = embeds.new_zeros(*mask_BM.shape, embeds.shape[-1])
+        label_embeds_BMD[mask_BM] = embeds[captions:]
+        output.pooler_output = embeds[:captions]
+        output.last_hidden_state = output.last_hidden_state[:captions]
+        return _EncodedTexts(output, pooled[:captions], estimate, label_embeds_BMD, label_pooled_BMC, mask_BM)
+
+    def _add_losses(
+        self, output: PGSegOutput, text: "_EncodedTexts", input_ids: Tensor, text_targets: Tensor | None
+    ) -> None:
+        """Fills in the losses of `output`."""
+        config, vision = self.config, output.vision_model_output
+        npr, vision.npr = vision.npr, None
+        own_texts = None
+        if config.npr_variant == "corrected":
+            own_texts = self._own_texts(text, input_ids, text_targets)
+        with _full_precision(output.logits_per_image.device.type):
+            output.contrastive_loss = self._contrastive_loss(output, text_targets)
+            loss = output.contrastive_loss
+            if text.label_mask is not None:
+                output.multi_label_loss = self._multi_label_loss(output, text)
+                loss = loss + config.multi_label_weight * output.multi_label_loss
+            if npr:
+                self._add_prototype_losses(output, npr)
+                output.text_prototype_loss = self._text_prototype_loss(output, npr, text, own_texts)
+                loss = loss + config.image_prototype_weight * output.image_prototype_loss
+                loss = loss + config.text_prototype_weight * output.text_prototype_loss
+                if output.assignment_loss is not None:
+                    loss = loss + config.assignment_weight * output.assignment_loss
+            output.loss = loss
+
+    def _contrastive_loss(self, output: PGSegOutput, text_targets: Tensor | None) -> Tensor:
+        if text_targets is not None:
+            return multi_positive_loss(output.logits_per_image, output.logits_per_text, text_targets.bool())
+        if world_size() == 1:
+            return info_nce(output.logits_per_image, output.logits_per_text)
+        images, segments = gather_features(output.image_embeds), gather_features(output.segment_embeds)
+        texts = gather_features(output.text_embeds)
+        return info_nce(
+            self._image_logits(output.image_embeds, output.segment_embeds, texts),
+            self._image_logits(images, segments, output.text_embeds).T,
+        )
+
+    def _multi_label_loss(self, output: PGSegOutput, text: "_EncodedTexts") -> Tensor:
+        mask_BM = pad_to_longest(text.label_mask)
+        labels = pad_to_longest(_normalized(text.label_embeds))
+        images, segments = gather_features(output.image_embeds), gather_features(output.segment_embeds)
+        return multi_label_loss(
+            self._image_logits(
+                output.image_embeds, output.segment_embeds, gather_features(labels).flatten(0, 1)
+            ),
+            self._image_logits(images, segments, labels.flatten(0, 1)).T,
+            mask_BM,
+        )
+
+    def _add_prototype_losses(self, output: PGSegOutput, npr: tuple[tuple[Tensor, ...], ...]) -> None:
+        """I-NPR of each grouping stage and, where it has a weight, the assignment term."""
+        scale = self._scale(self.prototype_logit_scale)
+        losses, assignments = [], []
+        for centers, prototypes, responsibilities, logits in npr:
+            loss, matching = prototype_loss(
+                centers.to(prototypes.dtype),
+                prototypes,
+                scale,
+                threshold=self.config.rejection_threshold,
+                variant=self.config.npr_variant,
+            )
+            losses.append(loss)
+            if self.config.assignment_weight:
+                log_assignment = logits.to(prototypes.dtype).log_softmax(dim=1)
+                assignments.append(assignment_loss(log_assignment, responsibilities, matching))
+        output.image_prototype_losses = torch.stack(losses)
+        output.image_prototype_loss = output.image_prototype_losses.sum()
+        if assignments:
+            output.assignment_loss = torch.stack(assignments).sum()
+
+    def _text_prototype_loss(
+        self,
+        output: PGSegOutput,
+        npr: tuple[tuple[Tensor, ...], ...],
+        text: "_EncodedTexts",
+        own_texts: tuple[Tensor, Tensor] | None,
+    ) -> Tensor:
+        """T-NPR between the last grouping stage and the prototypes of the texts."""
+        scale, threshold = self._scale(self.prototype_logit_scale), self.config.rejection_threshold
+        if own_texts is None:
+            centers = npr[-1][0]
+            prototypes = text.released_estimate.prototypes[: len(centers)]
+            if centers.shape[:2] != prototypes.shape[:2]:
+                raise ValueError(
+                    f"the released text prototypes need one text an image and as many of them as the last "
+                    f"grouping stage has output groups; got images x groups {list(centers.shape[:2])} and texts x prototypes "
+                    f"{list(prototypes.shape[:2])}."
+                )
+            scalars = centers.to(prototypes.dtype).mean(-1, keepdim=True)
+            return prototype_loss(scalars, prototypes, scale, threshold, "released")[0]
+        tokens_BTD, mask_BT = own_texts
+        seeds = self.text_prototypes
+        mask_BP = torch.arange(seeds.shape[1], device=seeds.device) < mask_BT.sum(1, keepdim=True)
+        prototypes = estimate_prototypes(
+            tokens_BTD,
+            seeds,
+            self.config.vision_config.num_prototype_iterations,
+            token_mask_BL=mask_BT,
+            prototype_mask_BP=mask_BP,
+        ).prototypes
+        if self.training and torch.is_grad_enabled():
+            _move_prototypes(seeds, prototypes, self.config.vision_config.prototype_momentum, mask_BP)
+        return prototype_loss(
+            output.segment_embeds, prototypes, scale, threshold, "corrected", prototype_mask_BP=mask_BP
+        )[0]
+
+    @torch.no_grad()
+    def _own_texts(
+        self, text: "_EncodedTexts", input_ids: Tensor, text_targets: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """What each image's text prototypes are estimated from, in the joint space by the text head's running
+        statistics: the texts of its labels where it has several, else the words of its caption.
+
+        Returns:
+            embeddings [B, T, D] in float32 or better, and which of them exist, bool [B, T].
+        """
+        if text_targets is not None:
+            mask_BT = text_targets.bool()
+            embeds_ND = self._joint_space(text.pooled)
+            return embeds_ND.expand(len(mask_BT), -1, -1) * mask_BT[..., None], mask_BT
+        words_mask = _word_mask(input_ids, self.config.text_config)
+        words = self._joint_space(text.output.last_hidden_state[words_mask])
+        if text.label_mask is None:
+            return _scatter_rows(words, words_mask), words_mask
+        labels = self._joint_space(text.label_pooled)
+        by_labels = text.label_mask.sum(1, keepdim=True) > 1
+        mask_BT = torch.cat([text.label_mask & by_labels, words_mask & ~by_labels], dim=1)
+        return torch.cat([labels, _scatter_rows(words, words_mask)], dim=1) * mask_BT[..., None], mask_BT
+
+    def _joint_space(self, pooled: Tensor) -> Tensor:
+        embeds = self.text_projection(pooled, use_running_stats=True)
+        return embeds.to(estimation_dtype(embeds.dtype))
+
+    @classmethod
+    def from_groupvit(cls, name_or_path: str, npr_variant: str = "corrected", **kwargs: Any) -> "PGSegModel":
+        """Warm start from a transformers GroupViT checkpoint; only NPR's tensors are new, and named in the log.
+
+        Args:
+            name_or_path: Hub name or folder of a `GroupViTModel`.
+            npr_variant: of the new model.
+            kwargs: further fields of [`PGSegConfig`], for instance `image_prototype_weight`.
+
+        Raises:
+            ValueError: the checkpoint is no GroupViT.
+        """
+        source_config = AutoConfig.from_pretrained(name_or_path)
+        if source_config.model_type != "groupvit":
+            raise ValueError(
+                f"{name_or_path} is a {source_config.model_type!r} checkpoint, expected 'groupvit'."
+            )
+        source = GroupViTModel.from_pretrained(name_or_path)
+        model = cls(config_from_groupvit(source_config, npr_variant, **kwargs))
+        report = model.load_state_dict(source.state_dict(), strict=False)
+        if report.unexpected_keys:
+            raise ValueError(
+                f"tensors of {name_or_path} that PGSeg does not have: {', '.join(report.unexpected_keys)}."
+            )
+        logger.warning(
+            f"Warm start from {name_or_path}; newly initialised: {', '.join(report.missing_keys) or 'nothing'}."
+        )
+        return model.eval()
+
+
+@dataclass
+class _EncodedTexts:
+    """Texts as the losses need them: `output` with the projected captions, the text tower's pooled vectors before the
+    projection, and the same of the label texts, padded to [B, M, ...]."""
+
+    output: BaseModelOutputWithPooling
+    pooled: Tensor
+    released_estimate: PrototypeEstimate | None = None
+    label_embeds: Tensor | None = None
+    label_pooled: Tensor | None = None
+    label_mask: Tensor | None = None
+
+
+def _normalized(embeds: Tensor) -> Tensor:
+    return nn.functional.normalize(embeds.to(estimation_dtype(embeds.dtype)), dim=-1)
+
+
+def _word_mask(input_ids: Tensor, config: PGSegTextConfig) -> Tensor:
+    """True for the tokens of words: after the start token and before the first end token, [N, T]."""
+    before_end = (input_ids == config.eos_token_id).cumsum(1) == 0
+    return before_end & (input_ids != config.bos_token_id)
+
+
+def _scatter_rows(rows: Tensor, mask: Tensor) -> Tensor:
+    """Rows [number of True, D] back at their places, [*mask.shape, D], zeros elsewhere."""
+    placed = rows.new_zeros(*mask.shape, rows.shape[-1])
+    placed[mask] = rows
+    return placed
+
+
+def config_from_groupvit(
+    config: GroupViTConfig, npr_variant: str = "corrected", **kwargs: Any
+) -> PGSegConfig:
+    """The PGSeg configuration of a transformers GroupViT's architecture."""
+    text_fields = {field.name for field in fields(PGSegTextConfig)} & set(config.text_config.to_dict())
+    vision_fields = {field.name for field in fields(PGSegVisionConfig)} & set(config.vision_config.to_dict())
+    not_architecture = {field.name for field in fields(PreTrainedConfig)}
+    text, vision = (
+        {name: getattr(part, name) for name in names - not_architecture}
+        for part, names in ((config.text_config, text_fields), (config.vision_config, vision_fields))
+    )
+    shared = {
+        name: getattr(config, name)
+        for name in ("projection_dim", "projection_intermediate_dim", "logit_scale_init_value")
+    }
+    return PGSegConfig(
+        text_config=text, vision_config={**vision, "npr_variant": npr_variant}, **{**shared, **kwargs}
+    )
+
+
+__all__ = [
+    "PGSegModel",
+    "PGSegOutput",
+    "PGSegPreTrainedModel",
+    "PGSegTextModel",
+    "PGSegVisionModel",
+    "PGSegVisionOutput",
+]

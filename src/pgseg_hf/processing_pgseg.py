@@ -1,0 +1,247 @@
+"""Images, captions, class labels and tags to the inputs of PGSeg, and class names to embeddings."""
+
+from collections.abc import Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from transformers.image_processing_utils import BatchFeature
+from transformers.image_utils import ImageInput
+from transformers.processing_utils import ProcessorMixin
+
+from .prompts import SEGMENTATION_TEMPLATES, build_prompts, validate_templates
+
+_MAX_CACHED_LABELS = 20_000
+_WeightSignature = tuple[tuple[Any, ...], ...]
+# For each model the state of its text weights and, for each label's token ids, the embedding made with them.
+# Not an attribute of the processor, which is copied, pickled and saved.
+_class_embeddings: WeakKeyDictionary[torch.nn.Module, tuple[_WeightSignature, dict[bytes, torch.Tensor]]]
+_class_embeddings = WeakKeyDictionary()
+
+
+class PGSegProcessor(ProcessorMixin):
+    """One processor for PGSeg's two inputs: an image processor and a CLIP tokenizer.
+
+    Args:
+        image_processor: a `PGSegImageProcessor` or `PGSegImageProcessorPil`.
+        tokenizer: a `CLIPTokenizer`; text is padded to its `model_max_length` and truncated with the end
+            token kept.
+        templates: prompt templates for class labels, each with one `{}`, saved with the processor. By default
+            the released segmentation prompt.
+
+    Raises:
+        ValueError: for templates without exactly one `{}`.
+    """
+
+    text_kwargs = {"padding": "max_length", "truncation": True}
+
+    def __init__(
+        self, image_processor=None, tokenizer=None, templates: Sequence[str] = SEGMENTATION_TEMPLATES
+    ):
+        super().__init__(image_processor, tokenizer)
+        self.templates = validate_templates(templates)
+
+    def __call__(
+        self,
+        images: ImageInput | None = None,
+        text: str | list[str] | None = None,
+        labels: Sequence[str] | None = None,
+        tags: Sequence[Sequence[str]] | None = None,
+        **kwargs: Any,
+    ) -> BatchFeature:
+        """Prepare images with captions or class labels.
+
+        Args:
+            images: one image or a list, see the image processor.
+            text: one caption or a list, used as they are.
+            labels: N class labels, put into the templates; not together with `text`.
+            tags: for each image its own words (training with the multi-label loss), each put into the first
+                template; an image may have none.
+            kwargs: `templates=[...]` for this call's labels and tags instead of the processor's own, and the
+                arguments of the tokenizer and the image processor (`return_tensors`, `size`, `max_length`,
+                ...).
+
+        Returns:
+            A `BatchFeature` with what the inputs given need:
+            - `pixel_values` [B, 3, H, W] for images;
+            - `input_ids` and `attention_mask` [B, L] for text, [N, L] for labels with one template, [N, T, L]
+              with T of them (the model averages their embeddings);
+            - `label_input_ids` and `label_attention_mask` [B, M, L] for tags, M the largest number of tags of
+              an image; rows beyond an image's own tags are padding with an attention mask of zeros.
+
+        Raises:
+            ValueError: without any input, for text and labels together, empty text, bad labels, tags or
+                templates (see `validate_labels`), and tags that are not one list for each image or text.
+        """
+        templates = kwargs.pop("templates", None)
+        self._check_inputs(images, text, labels, tags, templates)
+        templates = self.templates if templates is None else validate_templates(templates)
+        merged_kwargs = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
+        text_kwargs = merged_kwargs["text_kwargs"]
+        return_tensors = text_kwargs.pop("return_tensors", None)
+
+        data: dict[str, Any] = {}
+        if images is not None or text is not None:
+            data.update(super().__call__(images=images, text=text, **kwargs))
+        if labels is not None:
+            data.update(self._encode_labels(labels, templates, text_kwargs))
+        if tags is not None:
+            if images is not None and len(data["pixel_values"]) != len(tags):
+                raise ValueError(f"tags are for {len(tags)} images, got {len(data['pixel_values'])} images")
+            data.update(self._encode_tags(tags, templates[0], text_kwargs))
+        return BatchFeature(data, tensor_type=return_tensors)
+
+    @staticmethod
+    def _check_inputs(images: Any, text: Any, labels: Any, tags: Any, templates: Any) -> None:
+        """Refuse combinations of inputs that make no sense."""
+        if images is None and text is None and labels is None and tags is None:
+            raise ValueError("nothing to process: give images, text, labels or tags")
+        if text is not None and labels is not None:
+            raise ValueError(
+                "give text (captions, used as they are) or labels (put into templates), not both"
+            )
+        if templates is not None and labels is None and tags is None:
+            raise ValueError("templates are for labels and tags, and neither was given")
+        if text is not None and not isinstance(text, str) and len(text) == 0:
+            raise ValueError("text is an empty list: give at least one caption")
+        if tags is not None:
+            if isinstance(tags, str) or not isinstance(tags, (list, tuple)) or len(tags) == 0:
+                raise ValueError(f"tags must be a list with one list of strings for each image, got {tags!r}")
+            texts = [text] if isinstance(text, str) else text
+            if texts is not None and len(texts) != len(tags):
+                raise ValueError(f"tags are for {len(tags)} images, got {len(texts)} texts")
+
+    def _encode_labels(
+        self, labels: Sequence[str], templates: Sequence[str], text_kwargs: dict
+    ) -> dict[str, list]:
+        """Token ids and the like, [N][L] or [N][T][L] with several templates."""
+        prompts = build_prompts(labels, templates)
+        encoded = self.tokenizer([prompt for of_label in prompts for prompt in of_label], **text_kwargs)
+        count = len(templates)
+        if count == 1:
+            return dict(encoded)
+        return {
+            key: [rows[i : i + count] for i in range(0, len(rows), count)] for key, rows in encoded.items()
+        }
+
+    def _encode_tags(
+        self, tags: Sequence[Sequence[str]], template: str, text_kwargs: dict
+    ) -> dict[str, list]:
+        """`label_input_ids` and `label_attention_mask`, [B][M][L]."""
+        prompts = []
+        for index, of_image in enumerate(tags):
+            try:
+                has_none = isinstance(of_image, (list, tuple)) and not of_image
+                prompts.append([] if has_none else build_prompts(of_image, [template]))
+            except ValueError as error:
+                raise ValueError(f"tags of image {index}: {error}") from error
+        flat = [prompt for of_image in prompts for (prompt,) in of_image]
+
+        text_kwargs = {**text_kwargs, "padding": text_kwargs.get("padding") or "longest"}
+        encoded = self.tokenizer(flat or [""], return_attention_mask=True, **text_kwargs)
+        length = len(encoded["input_ids"][0])
+        most = max(1, *(len(of_image) for of_image in prompts))
+        batch: dict[str, list] = {}
+        for name, filler in (("input_ids", self.tokenizer.pad_token_id), ("attention_mask", 0)):
+            rows = iter(encoded[name])
+            batch[f"label_{name}"] = [
+                [next(rows) for _ in of_image] + [[filler] * length] * (most - len(of_image))
+                for of_image in prompts
+            ]
+        return batch
+
+    def get_class_embeddings(
+        self,
+        model: torch.nn.Module,
+        labels: Sequence[str],
+        templates: Sequence[str] | None = None,
+        batch_size: int = 256,
+    ) -> torch.Tensor:
+        """Embed class labels: the mean over templates of the text features, then L2-normalised.
+
+        This is the released recipe: the features are averaged as they leave the text head, not normalised one
+        by one. An embedding is computed once for a model and a label in its templates, until the text weights
+        change. (Only prompts that are new pass the text tower, which in the released variant moves its buffer
+        of text prototypes each time.)
+
+        Args:
+            model: a `PGSegModel` (anything with its `get_text_features`, `text_model` and `text_projection`),
+                in evaluation mode.
+            labels: N class labels.
+            templates: instead of the processor's own.
+            batch_size: prompts in one forward pass of the text tower.
+
+        Returns:
+            [N, D] unit rows, without gradient, on the model's device and in its features' dtype.
+
+        Raises:
+            ValueError: for bad labels or templates, a batch size below 1, or a model in training mode, whose
+                BatchNorm would learn from the prompts.
+        """
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        if model.training:
+            raise ValueError("class embeddings need the model in evaluation mode: call model.eval() first")
+        templates = self.templates if templates is None else validate_templates(templates)
+        prompts = build_prompts(labels, templates)
+        tokens = self.tokenizer(
+            [prompt for of_label in prompts for prompt in of_label], return_tensors="pt", **self.text_kwargs
+        )
+        ids = tokens["input_ids"].view(len(prompts), len(templates), -1)
+        mask = tokens["attention_mask"].view_as(ids)
+
+        signature = _text_weight_signature(model)
+        known_signature, known = _class_embeddings.get(model, (None, {}))
+        if signature is None or signature != known_signature:
+            known = {}
+        keys = [ids[n].numpy().tobytes() + mask[n].numpy().tobytes() for n in range(len(prompts))]
+        new = [n for n, key in enumerate(keys) if key not in known]
+        fresh: dict[bytes, torch.Tensor] = {}
+        if new:
+            embeddings = _embed_prompts(model, ids[new], mask[new], batch_size)
+            fresh = {keys[n]: embedding for n, embedding in zip(new, embeddings)}
+        result = torch.stack([fresh[key] if key in fresh else known[key] for key in keys])
+        if signature is not None:
+            merged = {**known, **fresh} if len(known) + len(fresh) <= _MAX_CACHED_LABELS else fresh
+            _class_embeddings[model] = (signature, merged)
+        return result
+
+
+def _embed_prompts(
+    model: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor, batch_size: int
+) -> torch.Tensor:
+    """Token ids and mask [N, T, L] to unit class embeddings [N, D]."""
+    device = next(model.text_model.parameters()).device
+    labels, templates, _ = ids.shape
+    features = []
+    # Ordinary tensors even under a caller's inference_mode: they outlive it in the cache.
+    with torch.inference_mode(False), torch.no_grad():
+        for some_ids, some_mask in zip(
+            ids.flatten(0, 1).split(batch_size), mask.flatten(0, 1).split(batch_size)
+        ):
+            output = model.get_text_features(
+                input_ids=some_ids.to(device), attention_mask=some_mask.to(device)
+            )
+            features.append(output.pooler_output)
+        joined = torch.cat(features)
+        wide = joined.float() if joined.dtype in (torch.float16, torch.bfloat16) else joined
+        mean = wide.view(labels, templates, -1).mean(dim=1)
+        return torch.nn.functional.normalize(mean, dim=-1).to(joined.dtype)
+
+
+def _text_weight_signature(model: torch.nn.Module) -> _WeightSignature | None:
+    """Something that changes whenever a weight or buffer of the text tower or its head is replaced or written
+    to.
+
+    None where that cannot be told: inference tensors count no versions, and weights on the meta device
+    (offloaded) have no address.
+    """
+    tensors = []
+    for module in (model.text_model, model.text_projection):
+        tensors += [*module.parameters(), *module.buffers()]
+    if any(tensor.is_inference() or tensor.is_meta for tensor in tensors):
+        return None
+    return tuple((tensor.data_ptr(), tensor._version, tensor.dtype, str(tensor.device)) for tensor in tensors)
+
+
+__all__ = ["PGSegProcessor"]

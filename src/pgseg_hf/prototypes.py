@@ -1,0 +1,254 @@
+"""Non-learnable prototypes (NPR): estimation, matching, rejection and loss as pure functions that know no model.
+
+Shapes: B batch, L tokens, K groups, P prototypes, C width.
+"""
+
+from typing import NamedTuple
+
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor, nn
+
+EPS = 1e-6
+# A logit that takes no part in a softmax, finite so that gradients stay finite where a whole row is left out.
+NEVER = -1e9
+
+
+class PrototypeEstimate(NamedTuple):
+    """Result of [`estimate_prototypes`].
+
+    prototypes: [B, P, C], after the last update.
+    responsibilities: [B, L, P], the last step's soft assignment of tokens to prototypes; rows sum to 1.
+    """
+
+    prototypes: Tensor
+    responsibilities: Tensor
+
+
+class Matching(NamedTuple):
+    """One-to-one pairs of groups and prototypes.
+
+    groups: int64 [B, M], rows of the similarity; M = min(K, P).
+    prototypes: int64 [B, M], the columns they are matched to.
+    valid: bool [B, M], False where an image has fewer pairs than M (the indices there are 0).
+    """
+
+    groups: Tensor
+    prototypes: Tensor
+    valid: Tensor
+
+
+def tokens_to_weights(responsibilities_BLP: Tensor) -> Tensor:
+    """Responsibilities normalised over the tokens, so that each prototype's weights sum to (almost) 1: [B, L, P]."""
+    return responsibilities_BLP / (EPS + responsibilities_BLP.sum(dim=1, keepdim=True))
+
+
+@torch.no_grad()
+def estimate_prototypes(
+    tokens_BLC: Tensor,
+    seeds_PC: Tensor,
+    num_iterations: int = 10,
+    norm_dim: int = -1,
+    token_mask_BL: Tensor | None = None,
+    prototype_mask_BP: Tensor | None = None,
+) -> PrototypeEstimate:
+    """Estimates each sample's prototypes from its tokens by EM-like steps, without gradient.
+
+    Args:
+        tokens_BLC: tokens, float32 or float64.
+        seeds_PC: [P, C] or [1, P, C], where the steps start.
+        num_iterations: number of steps, at least 1.
+        norm_dim: dimension over which prototypes are scaled to unit length: -1, the channels; the released text
+            prototypes use 1, the prototypes.
+        token_mask_BL: bool, True for tokens that count; all by default.
+        prototype_mask_BP: bool, True for prototypes that are used; the others come out as 0.
+
+    Source: PGSeg section 3.2; method of the released `downsample_spatial`.
+    """
+    if num_iterations < 1:
+        raise ValueError(f"num_iterations is {num_iterations}, expected at least 1.")
+    if not torch.compiler.is_compiling() and tokens_BLC.shape[-1] != seeds_PC.shape[-1]:
+        raise ValueError(f"tokens have {tokens_BLC.shape[-1]} channels, the seeds {seeds_PC.shape[-1]}.")
+    prototypes_BPC = seeds_PC.to(tokens_BLC.dtype).expand(tokens_BLC.shape[0], -1, -1)
+    for _ in range(num_iterations):
+        logits_BLP = tokens_BLC @ prototypes_BPC.transpose(1, 2)
+        if prototype_mask_BP is not None:
+            logits_BLP = logits_BLP.masked_fill(~prototype_mask_BP[:, None, :], NEVER)
+        responsibilities_BLP = logits_BLP.softmax(dim=-1)
+        counted_BLP = responsibilities_BLP
+        if prototype_mask_BP is not None:
+            counted_BLP = counted_BLP * prototype_mask_BP[:, None, :]
+        if token_mask_BL is not None:
+            counted_BLP = counted_BLP * token_mask_BL[:, :, None]
+        prototypes_BPC = tokens_to_weights(counted_BLP).transpose(1, 2) @ tokens_BLC
+        prototypes_BPC = prototypes_BPC / (EPS + prototypes_BPC.norm(dim=norm_dim, keepdim=True))
+    return PrototypeEstimate(prototypes_BPC, responsibilities_BLP)
+
+
+@torch.compiler.disable
+@torch.no_grad()
+def match_prototypes(
+    similarity_BKP: Tensor, maximize: bool = True, prototype_mask_BP: Tensor | None = None
+) -> Matching:
+    """Hungarian matching of groups (rows) with prototypes (columns), for each sample on its own.
+
+    Args:
+        similarity_BKP: finite similarities.
+        maximize: False gives the *worst* matching, which the released code trains with.
+        prototype_mask_BP: bool, True for prototypes that exist; the others stay unmatched.
+
+    Raises:
+        ValueError: a similarity is NaN or infinite.
+    """
+    device = similarity_BKP.device
+    similarity = (
+        similarity_BKP.detach().float().cpu()
+        if similarity_BKP.dtype != torch.float64
+        else similarity_BKP.detach().cpu()
+    )
+    if not torch.isfinite(similarity).all():
+        raise ValueError(
+            "similarities of groups and prototypes hold NaN or infinity; the features have diverged."
+        )
+    batch, num_groups, num_prototypes = similarity.shape
+    num_pairs = min(num_groups, num_prototypes)
+    groups = torch.zeros(batch, num_pairs, dtype=torch.long)
+    prototypes = torch.zeros(batch, num_pairs, dtype=torch.long)
+    valid = torch.zeros(batch, num_pairs, dtype=torch.bool)
+    mask = None if prototype_mask_BP is None else prototype_mask_BP.cpu()
+    for index, matrix in enumerate(similarity):
+        columns = torch.arange(num_prototypes) if mask is None else mask[index].nonzero()[:, 0]
+        rows, chosen = linear_sum_assignment(matrix[:, columns].numpy(), maximize=maximize)
+        groups[index, : len(rows)] = torch.from_numpy(rows)
+        prototypes[index, : len(rows)] = columns[torch.from_numpy(chosen)]
+        valid[index, : len(rows)] = True
+    return Matching(groups.to(device), prototypes.to(device), valid.to(device))
+
+
+def _min_max(values: Tensor, dim: int, mask: Tensor | None = None) -> Tensor:
+    low_source = values if mask is None else values.masked_fill(~mask, float("inf"))
+    high_source = values if mask is None else values.masked_fill(~mask, float("-inf"))
+    low, high = low_source.amin(dim, keepdim=True), high_source.amax(dim, keepdim=True)
+    return (values - low) / (high - low + EPS)
+
+
+def kept_pairs(
+    similarity_BKP: Tensor,
+    matching: Matching,
+    threshold: float,
+    prototype_mask_BP: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Hard rejection: which terms of the prototype loss stay, bool [B, M] for the row and the column direction.
+
+    A term stays where the matched similarity, min-max-normalised among the prototypes of its group (row direction)
+    or the groups of its prototype (column direction), is above `threshold`.
+    """
+    mask = None if prototype_mask_BP is None else prototype_mask_BP[:, None, :]
+    in_rows = _pair_values(_min_max(similarity_BKP, 2, mask), matching)
+    in_columns = _pair_values(_min_max(similarity_BKP, 1), matching)
+    return (in_rows > threshold) & matching.valid, (in_columns > threshold) & matching.valid
+
+
+def kept_pairs_released(
+    similarity_BKK: Tensor, matching: Matching, threshold: float
+) -> tuple[Tensor, Tensor]:
+    """The released code's rejection, which reads the first row and column of the matched similarities rather than
+    their diagonal. As [`kept_pairs`], for as many prototypes as groups."""
+    first_row = _min_max(similarity_BKK[:, 0, :].gather(1, matching.prototypes), 1)
+    first_column = _min_max(
+        similarity_BKK.gather(2, matching.prototypes[:, None, :1].expand(-1, similarity_BKK.shape[1], 1))[
+            ..., 0
+        ],
+        1,
+    )
+    return first_row > threshold, first_column > threshold
+
+
+def _pair_values(matrix_BKP: Tensor, matching: Matching) -> Tensor:
+    """Entries of the matched pairs, [B, M]."""
+    flat = matching.groups * matrix_BKP.shape[2] + matching.prototypes
+    return matrix_BKP.flatten(1).gather(1, flat)
+
+
+def masked_mean(values: Tensor, keep: Tensor, empty: float = 0.0) -> Tensor:
+    """Mean of the kept values; `empty` where none is kept."""
+    total = torch.where(keep, values, torch.zeros_like(values)).sum()
+    count = keep.sum()
+    return torch.where(count > 0, total / count.clamp(min=1), torch.full_like(total, empty))
+
+
+def prototype_loss(
+    centers_BKC: Tensor,
+    prototypes_BPC: Tensor,
+    logit_scale: Tensor,
+    threshold: float = 0.1,
+    variant: str = "corrected",
+    prototype_mask_BP: Tensor | None = None,
+    matching: Matching | None = None,
+) -> tuple[Tensor, Matching]:
+    """Contrastive loss between group centres and the prototypes that they are matched to.
+
+    Args:
+        centers_BKC: group centres; gradient flows into them.
+        prototypes_BPC: prototypes, constants.
+        logit_scale: scalar factor on the cosines; gradient flows into it.
+        threshold: of the hard rejection.
+        variant: `"corrected"` (matching of largest cosine, rejection by the matched pair, 0 where no term is kept) or
+            `"released"` (smallest cosine, rejection by first row and column, NaN where no term is kept).
+        prototype_mask_BP: bool, True for prototypes that exist.
+        matching: a matching to use instead of the Hungarian one.
+
+    Returns:
+        the loss, a scalar: mean of the kept terms of the row direction plus mean of those of the column direction,
+        and the matching.
+
+    Source: PGSeg section 3.3; released `downsample_spatial` and `match` losses.
+    """
+    released = variant == "released"
+    centers_BKC = nn.functional.normalize(centers_BKC, dim=-1)
+    prototypes_BPC = nn.functional.normalize(prototypes_BPC.detach(), dim=-1)
+    similarity_BKP = centers_BKC @ prototypes_BPC.transpose(1, 2)
+    if matching is None:
+        matching = match_prototypes(
+            similarity_BKP, maximize=not released, prototype_mask_BP=prototype_mask_BP
+        )
+    logits_BKP = logit_scale * similarity_BKP
+    if prototype_mask_BP is not None:
+        row_logits_BKP = logits_BKP.masked_fill(~prototype_mask_BP[:, None, :], NEVER)
+    else:
+        row_logits_BKP = logits_BKP
+    matched = _pair_values(logits_BKP, matching)
+    row_terms = row_logits_BKP.logsumexp(2).gather(1, matching.groups) - matched
+    column_terms = logits_BKP.logsumexp(1).gather(1, matching.prototypes) - matched
+    detached = similarity_BKP.detach()
+    if released:
+        row_kept, column_kept = kept_pairs_released(detached, matching, threshold)
+    else:
+        row_kept, column_kept = kept_pairs(detached, matching, threshold, prototype_mask_BP)
+    empty = float("nan") if released else 0.0
+    return masked_mean(row_terms, row_kept, empty) + masked_mean(column_terms, column_kept, empty), matching
+
+
+def assignment_loss(log_assignment_BKL: Tensor, responsibilities_BLP: Tensor, matching: Matching) -> Tensor:
+    """Cross-entropy between the prototypes' responsibilities for each token and its soft assignment to groups, the
+    prototypes reordered to the groups they are matched to. Ours; as many prototypes as groups.
+
+    Args:
+        log_assignment_BKL: logarithm of the soft assignment, which sums to 1 over the groups.
+        responsibilities_BLP: constants, rows sum to 1.
+        matching: of groups and prototypes.
+    """
+    targets_BPL = responsibilities_BLP.detach().transpose(1, 2)
+    length = targets_BPL.shape[2]
+    matched_targets = targets_BPL.gather(1, matching.prototypes[..., None].expand(-1, -1, length))
+    matched_logs = log_assignment_BKL.gather(1, matching.groups[..., None].expand(-1, -1, length))
+    return -(matched_targets * matched_logs).sum(1).mean()
+
+
+@torch.no_grad()
+def updated_prototypes(
+    prototypes_PC: Tensor, batch_mean_PC: Tensor, momentum: float = 0.9, renormalize: bool = True
+) -> Tensor:
+    """Moving average of the prototypes, [P, C]; rows scaled to unit length if `renormalize`."""
+    updated = momentum * prototypes_PC + (1 - momentum) * batch_mean_PC.to(prototypes_PC.dtype)
+    return nn.functional.normalize(updated, dim=-1) if renormalize else updated

@@ -1,0 +1,329 @@
+"""Colours, overlays, legends and mask files."""
+
+import io
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from pgseg_hf import visualization
+from pgseg_hf.visualization import find_contours, group_map, indexed_png, overlay, palette, side_by_side
+
+
+GREY = (120, 120, 120)
+
+
+def picture(width: int, height: int, colour: tuple[int, int, int] = GREY) -> Image.Image:
+    return Image.new("RGB", (width, height), colour)
+
+
+def halves(width: int = 40, height: int = 60) -> np.ndarray:
+    """A map whose upper half is 0 and lower half 1."""
+    label_map = np.zeros((height, width), dtype=np.int64)
+    label_map[height // 2 :] = 1
+    return label_map
+
+
+def shown_colours(image: Image.Image) -> set[tuple[int, ...]]:
+    return {colour for _, colour in image.getcolors(image.width * image.height)}
+
+
+class TestPalette:
+    def test_a_thousand_colours_are_distinct_bytes(self):
+        colours = palette(1000)
+        assert colours.dtype == np.uint8 and colours.shape == (1000, 3)
+        assert len(np.unique(colours, axis=0)) == 1000
+
+    @given(st.integers(0, 1500), st.integers(0, 1500))
+    def test_a_longer_palette_starts_with_the_shorter(self, one, other):
+        short, long = sorted((one, other))
+        np.testing.assert_array_equal(palette(long)[:short], palette(short))
+
+    def test_the_sequence_does_not_change(self):
+        # Pictures of different releases show a label in the same colour.
+        assert palette(1)[0].tolist() == [230, 159, 0]
+        assert palette(12)[8:].tolist() == GENERATED
+
+    @pytest.mark.parametrize("matrix", ["normal", "_PROTANOPIA", "_DEUTERANOPIA"])
+    def test_the_first_eight_stay_apart_for_each_kind_of_eyes(self, matrix):
+        linear = visualization._linear(palette(8))
+        if matrix != "normal":
+            linear = np.clip(linear @ np.array(getattr(visualization, matrix)).T, 0, 1)
+        lab = visualization._oklab(linear)
+        distance = np.linalg.norm(lab[:, None] - lab[None], axis=-1)[~np.eye(8, dtype=bool)]
+        assert distance.min() > 0.07  # about 3.5 times the just noticeable difference of 0.02
+
+    def test_oklab_of_white_is_its_unit_lightness(self):
+        white = visualization._oklab(visualization._linear(np.array([[255, 255, 255]], dtype=np.uint8)))
+        np.testing.assert_allclose(white, [[1, 0, 0]], atol=1e-4)
+
+    def test_beyond_the_distinct_colours_they_repeat(self):
+        colours = palette(5000)
+        np.testing.assert_array_equal(colours[1024:2048], colours[:1024])
+
+    def test_a_negative_count_is_refused(self):
+        with pytest.raises(ValueError, match="-1"):
+            palette(-1)
+
+
+class TestOverlay:
+    def test_full_alpha_shows_the_labels_own_colours(self):
+        drawn = overlay(picture(40, 60), halves(), ["a", "b"], alpha=1, legend=False, contours=False)
+        np.testing.assert_array_equal(np.asarray(drawn), palette(2)[halves()])
+
+    def test_zero_alpha_shows_the_picture(self):
+        photo = Image.effect_noise((40, 60), 80).convert("RGB")
+        drawn = overlay(photo, halves(), ["a", "b"], alpha=0, legend=False, contours=False)
+        np.testing.assert_array_equal(np.asarray(drawn), np.asarray(photo))
+
+    def test_the_background_is_left_as_it_is(self):
+        photo = Image.effect_noise((40, 60), 80).convert("RGB")
+        drawn = np.asarray(
+            overlay(photo, halves(), ["a"], background=True, alpha=1, legend=False, contours=False)
+        )
+        np.testing.assert_array_equal(drawn[:30], np.asarray(photo)[:30])
+        assert (drawn[30:] == palette(1)[0]).all()
+
+    def test_a_label_keeps_its_colour_with_and_without_a_background(self):
+        options = {"alpha": 1, "legend": False, "contours": False}
+        without = overlay(picture(4, 4), np.full((4, 4), 2), ["a", "b", "c"], **options)
+        with_background = overlay(
+            picture(4, 4), np.full((4, 4), 3), ["a", "b", "c"], background=True, **options
+        )
+        assert shown_colours(without) == shown_colours(with_background) == {tuple(palette(3)[2].tolist())}
+
+    def test_the_legend_lists_only_what_is_there_the_largest_first(self, drawn_text):
+        label_map = np.zeros((100, 100), dtype=np.uint8)
+        label_map[:70] = 3
+        overlay(picture(100, 100), label_map, ["tree", "cat", "dog", "sky"])
+        assert drawn_text == ["sky", "70.0 %", "tree", "30.0 %"]
+
+    def test_swatches_have_the_pure_colours(self):
+        drawn = overlay(picture(40, 60), halves(), ["a", "b"], alpha=0.3)
+        panel = shown_colours(drawn.crop((40, 0, *drawn.size)))
+        assert {tuple(colour) for colour in palette(2).tolist()} <= panel
+
+    def test_a_share_that_rounds_to_nothing_is_said_to_be_small(self, drawn_text):
+        label_map = np.zeros((100, 100), dtype=int)
+        label_map[0, 0] = 1
+        overlay(picture(100, 100), label_map, ["a", "b"])
+        assert drawn_text[-2:] == ["b", "<0.1 %"]
+
+    def test_nothing_but_background(self, drawn_text):
+        overlay(picture(30, 30), np.zeros((30, 30), dtype=int), ["a"], background=True)
+        assert drawn_text == ["nothing found"]
+
+    def test_many_labels_end_in_a_sum(self, drawn_text):
+        label_map = np.arange(1000).reshape(50, 20) % 1000
+        drawn = overlay(picture(20, 50), label_map, [f"label {i}" for i in range(1000)])
+        texts = drawn_text[::2]
+        shown = len(texts) - 1
+        assert texts[-1] == f"{1000 - shown} more"
+        assert drawn_text[-1] == f"{(1000 - shown) / 10:.1f} %"
+        assert drawn.height < 400
+
+    def test_the_legend_stands_beside_a_tall_and_under_a_wide_picture(self):
+        tall = overlay(picture(100, 300), np.zeros((300, 100), dtype=int), ["a"])
+        wide = overlay(picture(300, 100), np.zeros((100, 300), dtype=int), ["a"])
+        assert tall.width > 100 and tall.height == 300
+        assert wide.width == 300 and wide.height > 100
+
+    @pytest.mark.parametrize("size", [(1, 1), (1, 5000), (5000, 1), (3, 2)])
+    @pytest.mark.parametrize("background", [False, True])
+    def test_any_size(self, size, background):
+        label_map = np.zeros(size[::-1], dtype=np.int32)
+        drawn = overlay(picture(*size), label_map, ["a", "b"], background=background)
+        assert drawn.mode == "RGB" and drawn.width >= size[0] and drawn.height >= size[1]
+
+    @pytest.mark.parametrize(
+        ("label", "expected"),
+        [
+            ("Käse\nund\tBröt\x00chen", "Kase und Brot chen"),
+            ("  wide   gaps ", "wide gaps"),
+            ("smørrebrød", "smorrebrod"),
+            ("cat 🐱", "cat"),
+            ("猫", "label 1"),
+            ("", "label 1"),
+            ("\ud800lone", "lone"),
+            ("½ \u202eabc", "1⁄2 abc"),
+        ],
+    )
+    def test_labels_are_drawn_in_letters_that_the_font_has(self, label, expected, drawn_text):
+        overlay(picture(30, 30), np.zeros((30, 30), dtype=int), [label])
+        assert drawn_text[0] == expected
+
+    def test_a_long_label_is_shortened(self, drawn_text):
+        drawn = overlay(picture(30, 30), np.zeros((30, 30), dtype=int), ["word " * 100_000])
+        assert drawn_text[0].startswith("word word") and drawn_text[0].endswith("…")
+        assert drawn.width < 400
+
+    @settings(deadline=None, max_examples=40)
+    @given(st.lists(st.text(), min_size=1, max_size=6), st.integers(1, 40), st.integers(1, 40), st.booleans())
+    def test_any_labels(self, labels, width, height, background):
+        label_map = np.arange(width * height).reshape(height, width) % (len(labels) + background)
+        drawn = overlay(picture(width, height), label_map, labels, background=background)
+        assert drawn.width >= width and drawn.height >= height
+
+    def test_a_tensor_is_taken(self):
+        tensor = torch.from_numpy(halves())
+        assert overlay(picture(40, 60), tensor, ["a", "b"]).tobytes() == (
+            overlay(picture(40, 60), halves(), ["a", "b"]).tobytes()
+        )
+
+    @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGBA", "CMYK", "YCbCr", "I;16", "F"])
+    def test_any_mode(self, mode):
+        source = Image.fromarray(np.full((6, 5), 40_000, dtype=np.uint16)) if mode == "I;16" else Image.new(mode, (5, 6))
+        assert overlay(source, np.zeros((6, 5), dtype=int), ["a"], legend=False).size == (5, 6)
+
+    def test_transparent_places_show_white(self):
+        clear = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
+        drawn = overlay(clear, np.zeros((4, 4), dtype=int), ["a"], background=True, legend=False)
+        assert shown_colours(drawn) == {(255, 255, 255)}
+
+    def test_the_picture_given_is_not_changed(self):
+        photo = picture(40, 60)
+        overlay(photo, halves(), ["a", "b"])
+        assert shown_colours(photo) == {GREY}
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"label_map": np.zeros((40, 60), dtype=int)}, "60 x 40.*40 x 60"),
+            ({"label_map": np.full((60, 40), 2)}, "value 2"),
+            ({"label_map": np.full((60, 40), -1)}, "-1"),
+            ({"label_map": np.zeros((60, 40))}, "float64"),
+            ({"label_map": np.zeros((1, 60, 40), dtype=int)}, r"\(1, 60, 40\)"),
+            ({"label_map": np.zeros((0, 40), dtype=int)}, r"\(0, 40\)"),
+            ({"labels": []}, "none"),
+            ({"labels": "cat"}, "'cat'"),
+            ({"labels": ["cat", 7]}, "7"),
+            ({"alpha": 1.5}, "1.5"),
+            ({"alpha": math.nan}, "nan"),
+            ({"image": np.zeros((60, 40, 3))}, "ndarray"),
+        ],
+    )
+    def test_what_does_not_fit_is_refused(self, change, message):
+        arguments = {"image": picture(40, 60), "label_map": halves(), "labels": ["a", "b"]} | change
+        with pytest.raises(ValueError, match=message):
+            overlay(**arguments)
+
+    def test_a_value_beyond_the_background_and_its_labels_is_refused(self):
+        overlay(picture(2, 2), np.full((2, 2), 2), ["a", "b"], background=True)
+        with pytest.raises(ValueError, match="value 3"):
+            overlay(picture(2, 2), np.full((2, 2), 3), ["a", "b"], background=True)
+
+
+class TestGroupMap:
+    def test_a_coarse_grid_is_stretched_over_the_picture(self):
+        drawn = group_map(picture(90, 60), [[0, 1, 2], [2, 1, 0]], alpha=1, legend=False)
+        pixels = np.asarray(drawn)
+        colours = palette(3)
+        for (y, x), group in {(10, 10): 0, (10, 45): 1, (10, 80): 2, (50, 10): 2, (50, 80): 0}.items():
+            assert (pixels[y, x] == colours[group]).all()
+
+    def test_groups_are_counted_from_one(self, drawn_text):
+        group_map(picture(30, 30), [[7]], num_groups=8)
+        assert drawn_text == ["group 8", "100.0 %"]
+
+    def test_an_index_beyond_the_groups_is_refused(self):
+        with pytest.raises(ValueError, match="value 8"):
+            group_map(picture(30, 30), [[8]], num_groups=8)
+
+
+class TestContours:
+    def test_a_border_is_one_line(self):
+        lines = find_contours(halves(4, 6))
+        assert lines.all(axis=1).tolist() == [False, False, True, False, False, False]
+        assert lines.sum() == 4
+
+    @pytest.mark.parametrize("width", [1, 2, 3, 5])
+    def test_the_width_is_kept(self, width):
+        lines = find_contours(halves(4, 30), width)
+        assert lines.all(axis=1).sum() == width == lines.sum() // 4
+
+    def test_an_even_map_has_none(self):
+        assert not find_contours(np.ones((5, 5), dtype=int), 3).any()
+
+    def test_no_line_is_refused(self):
+        with pytest.raises(ValueError, match="got 0"):
+            find_contours(halves(), 0)
+
+
+class TestSideBySide:
+    def test_pictures_keep_their_pixels_and_order(self):
+        red, blue = picture(10, 20, (255, 0, 0)), picture(30, 10, (0, 0, 255))
+        row = side_by_side([red, blue])
+        assert row.height == 20
+        assert row.getpixel((0, 0)) == (255, 0, 0) and row.getpixel((row.width - 1, 0)) == (0, 0, 255)
+        assert row.getpixel((row.width - 1, 19)) == (255, 255, 255)
+
+    def test_titles_stand_above(self, drawn_text):
+        row = side_by_side([picture(100, 50), picture(100, 50)], ["photo", "猫"])
+        assert drawn_text == ["photo", "image 2"]
+        assert row.height > 50 and row.getpixel((0, row.height - 1)) == GREY
+
+    def test_a_title_too_many_is_refused(self):
+        with pytest.raises(ValueError, match="1 images, got 2"):
+            side_by_side([picture(5, 5)], ["a", "b"])
+
+    def test_no_images_are_refused(self):
+        with pytest.raises(ValueError, match="got none"):
+            side_by_side([])
+
+
+class TestIndexedPng:
+    @pytest.mark.parametrize(
+        ("values", "num_labels", "mode"),
+        [
+            ([[0, 1], [2, 255]], None, "P"),
+            ([[0, 1]], 256, "P"),
+            ([[0, 1]], 257, "I;16"),
+            ([[0, 65_535]], None, "I;16"),
+        ],
+    )
+    def test_values_survive_a_png_file(self, values, num_labels, mode):
+        buffer = io.BytesIO()
+        indexed_png(values, num_labels).save(buffer, format="PNG")
+        read = Image.open(buffer)
+        assert read.mode == mode
+        np.testing.assert_array_equal(np.asarray(read), values)
+
+    def test_colours_are_those_of_the_overlay(self):
+        mask = indexed_png(halves())
+        np.testing.assert_array_equal(np.asarray(mask.convert("RGB")), palette(2)[halves()])
+
+    def test_the_background_is_black(self):
+        mask = np.asarray(indexed_png(halves(), num_labels=1, background=True).convert("RGB"))
+        assert (mask[0] == 0).all() and (mask[-1] == palette(1)[0]).all()
+
+    def test_256_labels_and_a_background_take_16_bits(self):
+        assert indexed_png([[0]], num_labels=256, background=True).mode == "I;16"
+
+    @pytest.mark.parametrize(("values", "num_labels"), [([[65_536]], None), ([[3]], 3), ([[-1]], None)])
+    def test_values_that_do_not_fit_are_refused(self, values, num_labels):
+        with pytest.raises(ValueError, match=r"65,535|value 3|-1"):
+            indexed_png(values, num_labels)
+
+
+# The first four generated colours.
+GENERATED: list[list[int]] = []
+
+
+@pytest.fixture
+def drawn_text(monkeypatch):
+    """The texts drawn by a test, in order."""
+    from PIL import ImageDraw
+
+    texts: list[str] = []
+    original = ImageDraw.ImageDraw.text
+
+    def spy(self, xy, text, *args, **kwargs):
+        texts.append(text)
+        return original(self, xy, text, *args, **kwargs)
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", spy)
+    return texts
