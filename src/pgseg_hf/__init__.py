@@ -1,8 +1,11 @@
 """PGSeg for Hugging Face Transformers: segmenting anything one can name, learned from image-text pairs alone."""
 
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor
 
+from .checkpoint import DEFAULT_CHECKPOINT, load_segmenter
 from .configuration_pgseg import PGSegConfig, PGSegTextConfig, PGSegVisionConfig
+from .image_processing_pgseg import PGSegImageProcessor
+from .image_processing_pil_pgseg import PGSegImageProcessorPil
 from .modeling_pgseg import (
     PGSegModel,
     PGSegOutput,
@@ -11,6 +14,10 @@ from .modeling_pgseg import (
     PGSegVisionModel,
     PGSegVisionOutput,
 )
+from .pipeline import OpenVocabularySegmentationPipeline, register_pipeline
+from .processing_pgseg import PGSegProcessor
+from .segmentation import Segmentation, SegmentationOptions, Segmenter
+from .tokenization import default_tokenizer
 
 __version__ = "0.1.0"
 
@@ -20,3 +27,37 @@ AutoConfig.register("pgseg_vision_model", PGSegVisionConfig)
 AutoModel.register(PGSegConfig, PGSegModel)
 AutoModel.register(PGSegTextConfig, PGSegTextModel)
 AutoModel.register(PGSegVisionConfig, PGSegVisionModel)
+AutoImageProcessor.register(
+    PGSegConfig, image_processor_classes={"pil": PGSegImageProcessorPil, "torchvision": PGSegImageProcessor}
+)
+AutoProcessor.register(PGSegConfig, PGSegProcessor)
+register_pipeline()
+
+# save_pretrained copies the code beside the weights, for trust_remote_code=True where this package is not installed.
+PGSegConfig.register_for_auto_class()
+PGSegModel.register_for_auto_class("AutoModel")
+PGSegProcessor.register_for_auto_class("AutoProcessor")
+for _image_processor in (PGSegImageProcessor, PGSegImageProcessorPil):
+    _image_processor.register_for_auto_class("AutoImageProcessor")
+
+__all__ = [
+    "DEFAULT_CHECKPOINT",
+    "OpenVocabularySegmentationPipeline",
+    "PGSegConfig",
+    "PGSegImageProcessor",
+    "PGSegImageProcessorPil",
+    "PGSegModel",
+    "PGSegOutput",
+    "PGSegPreTrainedModel",
+    "PGSegProcessor",
+    "PGSegTextConfig",
+    "PGSegTextModel",
+    "PGSegVisionConfig",
+    "PGSegVisionModel",
+    "PGSegVisionOutput",
+    "Segmentation",
+    "SegmentationOptions",
+    "Segmenter",
+    "default_tokenizer",
+    "load_segmenter",
+]

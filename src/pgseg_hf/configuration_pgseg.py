@@ -29,7 +29,7 @@ class PGSegTextConfig(CLIPTextConfig):
         vocab_size (`int`, defaults to 49408): number of byte-pair tokens.
         hidden_size (`int`, defaults to 256): width of the transformer.
         intermediate_size (`int`, defaults to 1024): width of the hidden layer of its MLPs.
-        projection_dim (`int`, *optional*): not used here, see [`PGSegConfig`]; kept because CLIP's configuration has it.
+        projection_dim (`int`, *optional*): not used, see [`PGSegConfig`]; a field of CLIP's configuration.
         num_hidden_layers (`int`, defaults to 12): number of transformer blocks.
         num_attention_heads (`int`, defaults to 4): number of heads; divides `hidden_size`.
         max_position_embeddings (`int`, defaults to 77): context length in tokens.
@@ -234,10 +234,10 @@ class PGSegConfig(PreTrainedConfig):
     """
 
     model_type = "pgseg"
-    sub_configs_defaults = {"text_config": PGSegTextConfig, "vision_config": PGSegVisionConfig}  # noqa: RUF012
+    sub_configs_defaults = {"text_config": PGSegTextConfig, "vision_config": PGSegVisionConfig}
 
-    text_config: dict | PreTrainedConfig | None = None
-    vision_config: dict | PreTrainedConfig | None = None
+    text_config: Any = None
+    vision_config: Any = None
     projection_dim: int = 256
     projection_intermediate_dim: int = 4096
     logit_scale_init_value: float = math.log(1 / 0.07)

@@ -16,7 +16,12 @@ from torch import Tensor
 from transformers.utils import logging
 
 from .configuration_pgseg import PGSegConfig, PGSegTextConfig, PGSegVisionConfig
+from .files import folder_written_whole
+from .image_processing_pil_pgseg import PGSegImageProcessorPil
+from .model_cards import RELEASED_LICENSE, generate_model_card
 from .modeling_pgseg import PGSegModel
+from .processing_pgseg import PGSegProcessor
+from .tokenization import default_tokenizer
 
 logger = logging.get_logger(__name__)
 
@@ -379,3 +384,28 @@ def read_overrides(path: str | os.PathLike) -> dict[str, Any]:
             f"{path} holds a {type(overrides).__name__}, expected an object of configuration fields."
         )
     return overrides
+
+
+def write_converted(model: PGSegModel, output: str | os.PathLike) -> None:
+    """Writes model, processor and tokenizer to a new folder, whole or not at all.
+
+    Raises:
+        ValueError: the folder exists and is not empty, or cannot be written to.
+    """
+    context = model.config.text_config.max_position_embeddings
+    tokenizer = default_tokenizer(context_length=context)
+    if len(tokenizer) != model.config.text_config.vocab_size:
+        logger.warning(
+            f"the model has {model.config.text_config.vocab_size} tokens, CLIP's tokenizer {len(tokenizer)}; the "
+            "tokenizer in the folder does not fit the model."
+        )
+    processor = PGSegProcessor(PGSegImageProcessorPil(), tokenizer)
+    with folder_written_whole(output) as folder:
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        card = generate_model_card(
+            model.config,
+            training="Converted from a released PGSeg checkpoint; see the paper and its repository for data and figures.",
+            license_text=f"{RELEASED_LICENSE}.",
+        )
+        card.save(folder / "README.md")

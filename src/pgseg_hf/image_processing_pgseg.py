@@ -15,28 +15,31 @@ logger = logging.get_logger(__name__)
 if is_torchvision_available():
 
     class PGSegImageProcessor(PGSegImageInputs, TorchvisionBackend):
-        """PGSeg's image processor: as `PGSegImageProcessorPil`, batched and on any device through
-        torchvision.
+        """PGSeg's image processor: as `PGSegImageProcessorPil`, but batched and on any device.
 
         Tensors stay on their device, or go to the `device` given in the call. The result is within 1/255 of
         the PIL processor's on average.
         """
 
         def resize(
-            self, image: torch.Tensor, size: SizeDict, resample: Any = None, **kwargs: Any
+            self,
+            image: torch.Tensor,
+            size: SizeDict,
+            resample: Any = None,
+            antialias: bool = True,
+            **kwargs: Any,
         ) -> torch.Tensor:
-            """Resize an image or a stack [..., C, H, W] to `size`, with antialiasing."""
+            """Resize an image or a stack [..., C, H, W] to `size`."""
             height, width = self._target_size(image, size)
-            return super().resize(image, SizeDict(height=height, width=width), resample=resample, **kwargs)
+            return super().resize(image, SizeDict(height=height, width=width), resample, antialias, **kwargs)
 
 else:
 
     class PGSegImageProcessor(PGSegImageProcessorPil):  # type: ignore[no-redef]
-        """`PGSegImageProcessorPil` under the name that checkpoints are saved with: torchvision is not
-        installed."""
+        """`PGSegImageProcessorPil` under the name that checkpoints are saved with."""
 
         def __init__(self, **kwargs: Any) -> None:
-            # transformers falls back to its PIL processors in the same way.
+            # transformers falls back to its own PIL processors in the same way.
             logger.warning_once(
                 "torchvision is not installed: PGSegImageProcessor works through Pillow instead."
             )

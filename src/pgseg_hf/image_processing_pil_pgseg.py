@@ -11,6 +11,7 @@ from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import (
     IMAGENET_DEFAULT_MEAN,
     IMAGENET_DEFAULT_STD,
+    ChannelDimension,
     PILImageResampling,
     SizeDict,
     is_torch_tensor,
@@ -43,8 +44,7 @@ class PGSegImageInputs:
     do_convert_rgb = True
 
     def fetch_images(self, image_url_or_urls: Any) -> Any:
-        """Read paths, addresses and bytes with `load_image`; leave images that are already in memory as they
-        are.
+        """Read paths, addresses and bytes with `load_image`; images in memory stay as they are.
 
         Lists may be nested. A 2-D array is a greyscale image.
         """
@@ -66,7 +66,14 @@ class PGSegImageInputs:
             raise ValueError("no images: give at least one")
         return images
 
-    def process_image(self, image: Any, do_convert_rgb: bool | None = None, **kwargs: Any) -> Any:
+    def process_image(
+        self,
+        image: Any,
+        do_convert_rgb: bool | None = None,
+        input_data_format: Any = None,
+        device: Any = None,
+        **kwargs: Any,
+    ) -> Any:
         """Bring one PIL image, array or tensor to channels first, RGB where `do_convert_rgb` is set.
 
         Raises:
@@ -75,13 +82,27 @@ class PGSegImageInputs:
         """
         if not isinstance(image, Image.Image):
             image = _checked_pixels(image, will_be_rescaled=bool(kwargs.get("do_rescale")))
+            if (
+                input_data_format is None
+                and image.ndim == 3
+                and image.shape[0] == 1
+                and image.shape[2] in (3, 4)
+            ):
+                # A thin colour image; transformers would take it for a grey one of width 3 or 4.
+                input_data_format = ChannelDimension.LAST
         elif do_convert_rgb:
             image, do_convert_rgb = to_rgb(image), False
-        return super().process_image(image, do_convert_rgb=do_convert_rgb, **kwargs)  # type: ignore[misc]
+        return super().process_image(  # type: ignore[misc]
+            image,
+            do_convert_rgb=do_convert_rgb,
+            input_data_format=input_data_format,
+            device=device,
+            **kwargs,
+        )
 
     def _target_size(self, image: Any, size: SizeDict) -> tuple[int, int]:
         """(height, width) to resize an image or stack (channels first) to."""
-        if size.height and size.width:
+        if size.height and size.width and min(size.height, size.width) >= 1:
             return size.height, size.width
         if size.shortest_edge:
             height, width = image.shape[-2:]
@@ -100,7 +121,7 @@ class PGSegImageInputs:
             if len(set(sizes)) > 1:
                 raise ValueError(
                     "images of different sizes cannot make one batch, after resizing (height, width) are "
-                    f"{sizes}: give size={{'height': ..., 'width': ...}}, or process and segment them one by one"
+                    f"{sizes}: give size={{'height': ..., 'width': ...}}, or segment them one by one"
                 )
         return BatchFeature(data=dict(features), tensor_type=return_tensors)
 
@@ -110,23 +131,33 @@ class PGSegImageProcessorPil(PGSegImageInputs, PilBackend):
 
     Takes PIL images, arrays, tensors, paths, addresses or bytes, one or a list. PIL images and files are
     rotated as their EXIF data says, transparency is laid over white, 16-bit values are scaled (`to_rgb`).
-    Arrays and tensors hold 0 to 255, whatever their type.
+    Arrays and tensors hold 0 to 255, whatever their type, channels first or last.
 
     Calls raise `ValueError` for unreadable images, for NaN or infinite pixels, and for images of different
     resized sizes where `return_tensors` asks for one batch.
     """
 
-    def process_image(self, image: Any, do_convert_rgb: bool | None = None, **kwargs: Any) -> np.ndarray:
+    def process_image(self, image: Any, *args: Any, **kwargs: Any) -> np.ndarray:
+        """As for any backend; tensors of any device and type become arrays."""
         if is_torch_tensor(image):
             image = image.detach().cpu()
             image = (image.float() if image.dtype == torch.bfloat16 else image).numpy()
-        return super().process_image(image, do_convert_rgb=do_convert_rgb, **kwargs)
+        return super().process_image(image, *args, **kwargs)
 
-    def resize(self, image: np.ndarray, size: SizeDict, resample: Any = None, **kwargs: Any) -> np.ndarray:
+    def resize(
+        self,
+        image: np.ndarray,
+        size: SizeDict,
+        resample: Any = None,
+        reducing_gap: int | None = None,
+        **kwargs: Any,
+    ) -> np.ndarray:
         """Resize one image [C, H, W] to `size`; floating-point images stay floating point."""
         height, width = self._target_size(image, size)
         if image.dtype == np.uint8:
-            return super().resize(image, SizeDict(height=height, width=width), resample=resample, **kwargs)
+            return super().resize(
+                image, SizeDict(height=height, width=width), resample, reducing_gap, **kwargs
+            )
         # transformers would round floats to 8 bits or refuse them; Pillow resizes single float channels.
         resample = PILImageResampling.BILINEAR if resample is None else resample
         channels = [Image.fromarray(np.ascontiguousarray(channel, dtype=np.float32)) for channel in image]

@@ -115,6 +115,8 @@ def to_rgb(image: Image.Image, name: str | None = None) -> Image.Image:
         image = _sixteen_to_eight_bit(image, name)
 
     if image.has_transparency_data:
+        if image.mode == "La":  # Pillow has no direct way from premultiplied grey to RGBA
+            image = image.convert("LA")
         rgba = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
     if image.mode == "RGB":

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from huggingface_hub import HfApi
 from transformers import (
     AutoConfig,
     CLIPTextModel,
@@ -36,6 +37,7 @@ from .losses import (
     sum_over_processes,
     world_size,
 )
+from .model_cards import generate_model_card
 from .prototypes import (
     PrototypeEstimate,
     assignment_loss,
@@ -527,8 +529,8 @@ class PGSegPreTrainedModel(PreTrainedModel):
         "PGSegStage",
         "CLIPTextEmbeddings",
         "CLIPEncoderLayer",
-    ]  # noqa: RUF012
-    _keep_in_fp32_modules_strict = ["npr.prototypes", "text_prototypes", "released_text_prototypes"]  # noqa: RUF012
+    ]
+    _keep_in_fp32_modules_strict = ["npr.prototypes", "text_prototypes", "released_text_prototypes"]
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = False
     _supports_sdpa = True
@@ -592,7 +594,7 @@ class PGSegVisionModel(PGSegPreTrainedModel):
         r"^visual_projection",
         r"logit_scale$",
         r"text_prototypes$",
-    ]  # noqa: RUF012
+    ]
 
     def __init__(self, config: PGSegVisionConfig):
         super().__init__(config)
@@ -681,7 +683,7 @@ class PGSegTextModel(CLIPTextModel):
         r"projection",
         r"logit_scale$",
         r"text_prototypes$",
-    ]  # noqa: RUF012
+    ]
 
 
 class PGSegModel(PGSegPreTrainedModel):
@@ -1071,6 +1073,15 @@ class PGSegModel(PGSegPreTrainedModel):
     def _joint_space(self, pooled: Tensor) -> Tensor:
         embeds = self.text_projection(pooled, use_running_stats=True)
         return embeds.to(estimation_dtype(embeds.dtype))
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
+        """As for every transformers model; a repository without a model card gets a generated one first."""
+        token, private = kwargs.get("token"), kwargs.get("private")
+        api = HfApi(token=token)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if not kwargs.get("create_pr") and not api.file_exists(repo_id, "README.md"):
+            generate_model_card(self.config, repo_id).push_to_hub(repo_id, token=token)
+        return super().push_to_hub(repo_id, **kwargs)
 
     @classmethod
     def from_groupvit(cls, name_or_path: str, npr_variant: str = "corrected", **kwargs: Any) -> "PGSegModel":

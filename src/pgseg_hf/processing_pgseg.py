@@ -1,15 +1,18 @@
 """Images, captions, class labels and tags to the inputs of PGSeg, and class names to embeddings."""
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+from transformers import PreTrainedModel
 from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import ImageInput
-from transformers.processing_utils import ProcessorMixin
+from transformers.processing_utils import ProcessorMixin, TextKwargs
 
 from .prompts import SEGMENTATION_TEMPLATES, build_prompts, validate_templates
+from .scoring import TOP_K, WindowScores, best_labels, group_map, group_scores, merge_windows
 
 _MAX_CACHED_LABELS = 20_000
 _WeightSignature = tuple[tuple[Any, ...], ...]
@@ -28,18 +31,28 @@ class PGSegProcessor(ProcessorMixin):
             token kept.
         templates: prompt templates for class labels, each with one `{}`, saved with the processor. By default
             the released segmentation prompt.
+        window_size: side in pixels of the sliding window on a resized image, by default the released
+            evaluation's; None for the whole image at once.
+        window_stride: pixels from one window to the next.
 
     Raises:
         ValueError: for templates without exactly one `{}`.
     """
 
-    text_kwargs = {"padding": "max_length", "truncation": True}
+    text_kwargs: TextKwargs = {"padding": "max_length", "truncation": True}
 
     def __init__(
-        self, image_processor=None, tokenizer=None, templates: Sequence[str] = SEGMENTATION_TEMPLATES
-    ):
+        self,
+        image_processor: Any = None,
+        tokenizer: Any = None,
+        templates: Sequence[str] = SEGMENTATION_TEMPLATES,
+        window_size: int | None = 448,
+        window_stride: int = 224,
+    ) -> None:
         super().__init__(image_processor, tokenizer)
         self.templates = validate_templates(templates)
+        self.window_size = window_size
+        self.window_stride = window_stride
 
     def __call__(
         self,
@@ -150,9 +163,20 @@ class PGSegProcessor(ProcessorMixin):
             ]
         return batch
 
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any
+    ) -> Any:
+        """As `ProcessorMixin.save_pretrained`."""
+        # A tokenizer saves the truncation and padding of its last call, which loading would take for defaults.
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        if backend is not None:
+            backend.no_truncation()
+            backend.no_padding()
+        return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
     def get_class_embeddings(
         self,
-        model: torch.nn.Module,
+        model: PreTrainedModel,
         labels: Sequence[str],
         templates: Sequence[str] | None = None,
         batch_size: int = 256,
@@ -206,10 +230,77 @@ class PGSegProcessor(ProcessorMixin):
             _class_embeddings[model] = (signature, merged)
         return result
 
+    def post_process_semantic_segmentation(
+        self,
+        outputs: Any,
+        target_sizes: Sequence[tuple[int, int]] | torch.Tensor | None = None,
+        background_threshold: float | None = None,
+        top_k: int = TOP_K,
+    ) -> list[torch.Tensor]:
+        """Label maps of whole images, by the released inference recipe.
 
-def _embed_prompts(
-    model: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor, batch_size: int
-) -> torch.Tensor:
+        Args:
+            outputs: of `PGSegModel` on B images and N labels.
+            target_sizes: (height, width) for each image, usually of the original; the input's by default.
+            background_threshold: where no label scores this much there is background; None for no background.
+            top_k: number of labels that one image may show.
+
+        Returns:
+            B tensors int64 [H, W]. Without a background, values index the labels; with one, 0 is background and
+            label i has value i + 1.
+
+        Raises:
+            ValueError: target sizes for another number of images, or a threshold outside 0 to 1.
+        """
+        return [
+            labels for labels, _, _ in self._label_maps(outputs, target_sizes, background_threshold, top_k)
+        ]
+
+    def get_label_scores(
+        self,
+        outputs: Any,
+        background_threshold: float | None = None,
+        top_k: int = TOP_K,
+    ) -> torch.Tensor:
+        """How sure the masks are: for each image and value of its label map the mean score of the pixels that have it.
+
+        Args:
+            outputs, background_threshold, top_k: as for `post_process_semantic_segmentation`.
+
+        Returns:
+            [B, N], or [B, 1 + N] with the background first; 0 for labels without pixels.
+        """
+        rows = []
+        for labels, scores, count in self._label_maps(outputs, None, background_threshold, top_k):
+            totals = scores.new_zeros(count).scatter_add_(0, labels.flatten(), scores.flatten())
+            rows.append(totals / labels.flatten().bincount(minlength=count).clamp(min=1))
+        return torch.stack(rows)
+
+    @staticmethod
+    def _label_maps(
+        outputs: Any, target_sizes: Any, background_threshold: float | None, top_k: int
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
+        """Label map [H, W], its scores [H, W] and the number of values, for each image."""
+        batch = len(outputs.grouping)
+        if target_sizes is not None and len(target_sizes) != batch:
+            raise ValueError(f"target_sizes are for {len(target_sizes)} images, the outputs for {batch}")
+        for index in range(batch):
+            size = tuple(int(side) for side in outputs.image_sizes[index])
+            window = WindowScores(
+                group_map(outputs.grouping[index], size),
+                group_scores(
+                    outputs.segment_logits[index],
+                    outputs.logits_per_image[index],
+                    background_threshold,
+                    top_k,
+                ),
+            )
+            scores, channels, count = merge_windows([window], size)
+            target = None if target_sizes is None else tuple(int(side) for side in target_sizes[index])
+            yield *best_labels(scores, channels, target), count
+
+
+def _embed_prompts(model: Any, ids: torch.Tensor, mask: torch.Tensor, batch_size: int) -> torch.Tensor:
     """Token ids and mask [N, T, L] to unit class embeddings [N, D]."""
     device = next(model.text_model.parameters()).device
     labels, templates, _ = ids.shape
@@ -229,7 +320,7 @@ def _embed_prompts(
         return torch.nn.functional.normalize(mean, dim=-1).to(joined.dtype)
 
 
-def _text_weight_signature(model: torch.nn.Module) -> _WeightSignature | None:
+def _text_weight_signature(model: Any) -> _WeightSignature | None:
     """Something that changes whenever a weight or buffer of the text tower or its head is replaced or written
     to.
 

@@ -3,6 +3,7 @@
 import gzip
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTokenizer
@@ -45,6 +46,5 @@ def default_tokenizer(context_length: int = DEFAULT_CONTEXT_LENGTH) -> CLIPToken
     """
     if context_length < 3:
         raise ValueError(f"context_length must be at least 3 (start, one token, end), got {context_length}")
-    return CLIPTokenizer(
-        vocab=build_vocabulary(), merges=list(load_merges()), model_max_length=context_length
-    )
+    merges: Any = list(load_merges())
+    return CLIPTokenizer(vocab=build_vocabulary(), merges=merges, model_max_length=context_length)

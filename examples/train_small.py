@@ -1,0 +1,404 @@
+"""Train a small PGSeg from photos with image-level tags, on one CPU core, in about half an hour.
+
+    python examples/train_small.py --data ccp/train --output checkpoint
+
+`--data` is a folder in the `imagefolder` form of `datasets`: `metadata.jsonl` with `file_name` and `tags` in each
+line. No mask is read. The result is a folder for `PGSegModel.from_pretrained`, written once training has ended;
+`examples/evaluate_small.py` measures it. The shipped checkpoint `pgseg-small-ccp` was made by this script.
+"""
+
+import argparse
+import json
+import math
+import random
+import shutil
+import tempfile
+import time
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+from pgseg_hf.configuration_pgseg import PGSegConfig
+from pgseg_hf.image_processing_pil_pgseg import PGSegImageProcessorPil
+from pgseg_hf.modeling_pgseg import PGSegModel, PGSegOutput
+from pgseg_hf.processing_pgseg import PGSegProcessor
+from pgseg_hf.prompts import SEGMENTATION_TEMPLATES
+from pgseg_hf.tokenization import default_tokenizer
+
+# Words that taggers of Clothing Co-Parsing use for the same things. A tag in no group is a group of its own.
+GROUPS = {
+    "hair": ["hair"],
+    "skin": ["skin"],
+    "dress": ["dress", "romper"],
+    "coat": ["coat", "jacket", "blazer", "cape", "vest", "suit"],
+    "shirt": ["shirt", "blouse", "top", "t-shirt", "bodysuit", "bra"],
+    "sweater": ["sweater", "sweatshirt", "jumper", "hoodie", "cardigan"],
+    "pants": ["pants", "jeans", "leggings"],
+    "skirt": ["skirt"],
+    "shorts": ["shorts"],
+    "stockings": ["stockings", "tights", "socks"],
+    "shoes": [
+        *("shoes", "heels", "pumps", "sandals", "flats"),
+        *("wedges", "loafers", "sneakers", "clogs", "boots"),
+    ],
+    "bag": ["bag", "purse", "wallet"],
+    "scarf": ["scarf"],
+    "hat": ["hat"],
+    "belt": ["belt"],
+    "sunglasses": ["sunglasses", "glasses"],
+    "accessories": [
+        *("accessories", "bracelet", "necklace", "earrings"),
+        *("ring", "watch", "gloves", "tie"),
+    ],
+}
+BACKGROUND = "background"
+OBJECTIVES = ("contrastive", "sigmoid", "pixels")
+
+
+@dataclass
+class Recipe:
+    """Settings of a training run; each field is a command-line option.
+
+    Sizes are in pixels, `minutes` is the wall time of the training loop; the learning rate falls to 0 over it.
+    """
+
+    data: str
+    output: str
+    minutes: float = 30.0
+    seed: int = 0
+    objective: str = "pixels"
+    height: int = 144
+    width: int = 96
+    patch_size: int = 8
+    cache_scale: float = 1.6
+    crop_scale: float = 0.4
+    batch_size: int = 64
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.05
+    warmup: float = 0.05
+    clip: float = 1.0
+    hidden_size: int = 128
+    depth: int = 4
+    group_tokens: int = 32
+    groups: int = 8
+    npr_variant: str = "corrected"
+    assignment_weight: float = 0.2
+    pooling: str = "groups"
+    sharpness: float = 4.0
+    average_decay: float = 0.995
+    validation_photos: int = 100
+    skip_tags: str = ""
+    threads: int = 1
+
+
+@dataclass
+class TaggedPhotos:
+    """Photos [P, 3, H, W] as uint8 and which tag groups each shows, bool [P, G]."""
+
+    pixels: Tensor
+    targets: Tensor
+
+
+@dataclass
+class Vocabulary:
+    """The tag groups and their words: `group_of_word` [N] is the group's index for each word."""
+
+    groups: list[str]
+    words: list[str]
+    group_of_word: Tensor
+    input_ids: Tensor
+    attention_mask: Tensor
+
+
+def group_of(tag: str) -> str:
+    return next((name for name, words in GROUPS.items() if tag in words), tag)
+
+
+def read_metadata(folder: Path) -> list[dict]:
+    path = folder / "metadata.jsonl"
+    if not path.is_file():
+        raise SystemExit(f"{path} does not exist: --data must be a folder with metadata.jsonl")
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def build_vocabulary(rows: list[dict], skip_tags: list[str], with_background: bool) -> Vocabulary:
+    tags = sorted({tag for row in rows for tag in row["tags"]} - set(skip_tags))
+    groups = sorted({group_of(tag) for tag in tags} - set(skip_tags))
+    words = sorted(tag for tag in tags if group_of(tag) in groups)
+    if with_background:
+        groups.append(BACKGROUND)
+        words.append(BACKGROUND)
+    prompts = [SEGMENTATION_TEMPLATES[0].format(word) for word in words]
+    tokens = default_tokenizer()(prompts, padding=True, return_tensors="pt")
+    group_of_word = torch.tensor([groups.index(group_of(word)) for word in words])
+    return Vocabulary(groups, words, group_of_word, tokens["input_ids"], tokens["attention_mask"])
+
+
+def load_photos(folder: Path, rows: list[dict], vocabulary: Vocabulary, recipe: Recipe) -> TaggedPhotos:
+    """Decodes all photos once, at `cache_scale` times the size of the training crops."""
+    height, width = (round(side * recipe.cache_scale) for side in (recipe.height, recipe.width))
+    pixels = torch.empty(len(rows), 3, height, width, dtype=torch.uint8)
+    targets = torch.zeros(len(rows), len(vocabulary.groups), dtype=torch.bool)
+    for index, row in enumerate(rows):
+        with Image.open(folder / row["file_name"]) as photo:
+            resized = photo.convert("RGB").resize((width, height), Image.Resampling.BILINEAR)
+        pixels[index] = torch.from_numpy(np.array(resized)).permute(2, 0, 1)
+        for group in {group_of(tag) for tag in row["tags"]} & set(vocabulary.groups):
+            targets[index, vocabulary.groups.index(group)] = True
+    if BACKGROUND in vocabulary.groups:
+        targets[:, vocabulary.groups.index(BACKGROUND)] = True
+    return TaggedPhotos(pixels, targets)
+
+
+def normalized(pixels: Tensor) -> Tensor:
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
+    return (pixels.float() / 255 - mean) / std
+
+
+def random_crops(pixels: Tensor, recipe: Recipe) -> Tensor:
+    """Random crops, flips, brightness and contrast of uint8 photos [B, 3, H, W]; returns normalised [B, 3, h, w]."""
+    batch = len(pixels)
+    area = torch.empty(batch).uniform_(recipe.crop_scale, 1)
+    aspect = torch.empty(batch).uniform_(-0.2, 0.2).exp()
+    sides_B2 = torch.stack([area.sqrt() * aspect, area.sqrt() / aspect], 1).clamp(max=1)
+    shift_B2 = (torch.rand(batch, 2) * 2 - 1) * (1 - sides_B2)
+    flip = (torch.rand(batch) < 0.5).float() * 2 - 1
+    theta = torch.zeros(batch, 2, 3)
+    theta[:, 0, 0], theta[:, 1, 1], theta[:, :, 2] = sides_B2[:, 0] * flip, sides_B2[:, 1], shift_B2
+    grid = nn.functional.affine_grid(theta, [batch, 3, recipe.height, recipe.width], align_corners=False)
+    crops = nn.functional.grid_sample(pixels.float(), grid, align_corners=False)
+    gain, offset = (torch.empty(batch, 1, 1, 1).uniform_(-0.2, 0.2) for _ in range(2))
+    return normalized((crops * (1 + gain) + 255 * offset).clamp(0, 255))
+
+
+def build_model(recipe: Recipe) -> PGSegModel:
+    """A new small model; its text tower is 128 wide so that the whole vocabulary fits into 13 MB."""
+    stage_depths = (recipe.depth, 2, 1)
+    model = PGSegModel(
+        PGSegConfig(
+            text_config={
+                **{"hidden_size": 128, "intermediate_size": 512},
+                **{"num_hidden_layers": 2, "num_attention_heads": 4},
+            },
+            vision_config={
+                "hidden_size": recipe.hidden_size,
+                "intermediate_size": 4 * recipe.hidden_size,
+                "num_attention_heads": recipe.hidden_size // 64,
+                "depths": stage_depths,
+                "num_group_tokens": (recipe.group_tokens, recipe.groups, 0),
+                "num_output_groups": (recipe.group_tokens, recipe.groups, 0),
+                "image_size": math.isqrt(recipe.height * recipe.width) // recipe.patch_size * recipe.patch_size,
+                "patch_size": recipe.patch_size,
+                "prototype_projection_dim": 256,
+                "npr_variant": recipe.npr_variant,
+            },
+            projection_dim=128,
+            projection_intermediate_dim=256,
+            assignment_weight=recipe.assignment_weight,
+            contrastive_pooling=recipe.pooling,
+        )
+    )
+    model.set_attn_implementation("eager")  # in bfloat16 on a CPU, faster than the fused kernels
+    return model
+
+
+def pixel_tag_loss(outputs: PGSegOutput, columns: Tensor, targets: Tensor, sharpness: float) -> Tensor:
+    """Binary cross-entropy of tags predicted from the label map itself, so that names are learned where pixels are.
+
+    Each group of patches shares its label among all tags (softmax); a patch mixes its groups' labels by its soft
+    assignment; a tag is as present as the generalised mean of its map is high.
+
+    Args:
+        columns: index [G] of the word that stands for each tag group.
+        targets: bool [B, G].
+        sharpness: exponent of the generalised mean; 1 is the mean over patches, infinity the maximum.
+    """
+    labels_BKG = outputs.segment_logits[..., columns].float().softmax(-1)
+    patches_BKL = outputs.grouping.flatten(2).float()
+    map_BLG = patches_BKL.transpose(1, 2) @ labels_BKG
+    present_BG = (map_BLG + 1e-6).pow(sharpness).mean(1).pow(1 / sharpness).clamp(1e-4, 1 - 1e-4)
+    return balanced_cross_entropy(present_BG.log(), (-present_BG).log1p(), targets)
+
+
+def balanced_cross_entropy(log_yes: Tensor, log_no: Tensor, targets: Tensor) -> Tensor:
+    """Binary cross-entropy in which the photos with and those without a tag weigh the same, for each tag."""
+    yes, no = targets.float(), (~targets).float()
+    yes_terms = (yes * log_yes).sum(0) / yes.sum(0).clamp(min=1)
+    no_terms = (no * log_no).sum(0) / no.sum(0).clamp(min=1)
+    return -(yes_terms + no_terms).mean()
+
+
+def tag_loss(
+    outputs: PGSegOutput, vocabulary: Vocabulary, targets: Tensor, bias: Tensor, recipe: Recipe
+) -> Tensor:
+    """What stands for the naming part of the loss: `targets` bool [B, G]."""
+    if recipe.objective == "contrastive":
+        return outputs.contrastive_loss
+    if recipe.objective == "sigmoid":
+        logits = outputs.logits_per_image + bias
+        return balanced_cross_entropy(
+            nn.functional.logsigmoid(logits),
+            nn.functional.logsigmoid(-logits),
+            targets[:, vocabulary.group_of_word],
+        )
+    columns = torch.tensor(
+        [
+            random.choice((vocabulary.group_of_word == group).nonzero()[:, 0].tolist())
+            for group in range(len(vocabulary.groups))
+        ]
+    )
+    return pixel_tag_loss(outputs, columns, targets, recipe.sharpness)
+
+
+def build_optimizer(model: PGSegModel, bias: Tensor, recipe: Recipe) -> torch.optim.AdamW:
+    """AdamW without weight decay on 1-D parameters and on the embeddings, most of whose words are never seen."""
+    decayed, others = [], [bias]
+    for name, parameter in model.named_parameters():
+        plain = parameter.ndim < 2 or "embedding" in name
+        (others if plain else decayed).append(parameter)
+    groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, 0.98))
+
+
+@torch.no_grad()
+def move_average(average: PGSegModel, model: PGSegModel, decay: float) -> None:
+    """Moving average of the weights; buffers are copied."""
+    for slow, fast in zip(average.parameters(), model.parameters(), strict=True):
+        slow.lerp_(fast, 1 - decay)
+    for slow, fast in zip(average.buffers(), model.buffers(), strict=True):
+        slow.copy_(fast)
+
+
+@torch.no_grad()
+def tag_precision(model: PGSegModel, photos: TaggedPhotos, vocabulary: Vocabulary, recipe: Recipe) -> float:
+    """Mean over tag groups of the average precision of ranking photos by the largest score of a patch."""
+    model.eval()
+    scores = []
+    for pixels in photos.pixels.split(50):
+        resized = nn.functional.interpolate(
+            normalized(pixels), (recipe.height, recipe.width), mode="bilinear", antialias=True
+        )
+        outputs = model(vocabulary.input_ids, resized, attention_mask=vocabulary.attention_mask)
+        columns = torch.tensor([vocabulary.words.index(group) for group in vocabulary.groups])
+        labels_BKG = outputs.segment_logits[..., columns].softmax(-1)
+        scores.append((outputs.grouping.flatten(2).transpose(1, 2) @ labels_BKG).amax(1))
+    ranked, precisions = torch.cat(scores), []
+    for group in range(len(vocabulary.groups)):
+        relevant = photos.targets[ranked[:, group].argsort(descending=True), group].float()
+        if 0 < relevant.sum() < len(relevant):
+            precision_at = relevant.cumsum(0) / torch.arange(1, len(relevant) + 1)
+            precisions.append(float((precision_at * relevant).sum() / relevant.sum()))
+    return sum(precisions) / len(precisions)
+
+
+def train(
+    photos: TaggedPhotos, validation: TaggedPhotos, vocabulary: Vocabulary, recipe: Recipe
+) -> tuple[PGSegModel, int]:
+    """Trains for `recipe.minutes`; returns the averaged model and the number of steps."""
+    model, average = build_model(recipe), build_model(recipe)
+    average.load_state_dict(model.state_dict())
+    bias = nn.Parameter(torch.zeros(()))
+    optimizer = build_optimizer(model, bias, recipe)
+    started, step, last_report = time.monotonic(), 0, 0.0
+    while (share := (time.monotonic() - started) / (60 * recipe.minutes)) < 1:
+        warm = min(1.0, share / recipe.warmup)
+        for group in optimizer.param_groups:
+            group["lr"] = recipe.learning_rate * warm * (1 + math.cos(math.pi * share)) / 2
+        chosen = torch.randint(len(photos.pixels), (recipe.batch_size,))
+        targets = photos.targets[chosen]
+        model.train()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            outputs = model(
+                vocabulary.input_ids,
+                random_crops(photos.pixels[chosen], recipe),
+                attention_mask=vocabulary.attention_mask,
+                text_targets=targets[:, vocabulary.group_of_word],
+                return_loss=True,
+            )
+        naming = tag_loss(outputs, vocabulary, targets, bias, recipe)
+        loss = outputs.loss - outputs.contrastive_loss + naming
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+        optimizer.step()
+        step += 1
+        move_average(average, model, min(recipe.average_decay, step / (step + 10)))
+        if time.monotonic() - last_report > 20:
+            last_report = time.monotonic()
+            report_progress(outputs, naming, step, started, recipe)
+        if step % 200 == 0:
+            print(f"step {step}: tag precision {tag_precision(average, validation, vocabulary, recipe):.3f}", flush=True)
+    return average.eval(), step
+
+
+def report_progress(outputs: PGSegOutput, naming: Tensor, step: int, started: float, recipe: Recipe) -> None:
+    seconds = time.monotonic() - started
+    parts = {
+        "naming": naming,
+        "image prototypes": outputs.image_prototype_loss,
+        "text prototypes": outputs.text_prototype_loss,
+        "assignment": outputs.assignment_loss,
+    }
+    losses = ", ".join(f"{name} {value.item():.3f}" for name, value in parts.items() if value is not None)
+    print(
+        f"step {step}: {losses}; {step * recipe.batch_size / seconds:.0f} images/s, "
+        f"{recipe.minutes - seconds / 60:.1f} minutes left",
+        flush=True,
+    )
+
+
+def save_checkpoint(model: PGSegModel, recipe: Recipe) -> None:
+    """Writes model (float16) and processor to the output folder, which appears whole or not at all."""
+    output = Path(recipe.output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
+    model.to(torch.float16).save_pretrained(temporary)
+    size = {"shortest_edge": min(recipe.height, recipe.width), "longest_edge": 2048}
+    PGSegProcessor(PGSegImageProcessorPil(size=size), default_tokenizer()).save_pretrained(temporary)
+    temporary.chmod(0o755)
+    if output.exists():
+        shutil.rmtree(output)
+    temporary.rename(output)
+
+
+def parse_arguments() -> Recipe:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for field in fields(Recipe):
+        required = field.name in ("data", "output")
+        default = {} if required else {"default": field.default}
+        parser.add_argument(f"--{field.name.replace('_', '-')}", type=field.type, required=required, **default)
+    return Recipe(**vars(parser.parse_args()))
+
+
+def main() -> None:
+    recipe = parse_arguments()
+    started = time.monotonic()
+    torch.set_num_threads(recipe.threads)
+    torch.manual_seed(recipe.seed)
+    random.seed(recipe.seed)
+    folder = Path(recipe.data)
+    rows = read_metadata(folder)
+    random.Random(0).shuffle(rows)
+    skip_tags = recipe.skip_tags.split(",")
+    vocabulary = build_vocabulary(rows, skip_tags, with_background=recipe.objective == "pixels")
+    photos = load_photos(folder, rows, vocabulary, recipe)
+    held_out = recipe.validation_photos
+    validation = TaggedPhotos(photos.pixels[:held_out], photos.targets[:held_out])
+    training = TaggedPhotos(photos.pixels[held_out:], photos.targets[held_out:])
+    print(f"{len(training.pixels)} photos, {held_out} held out; words: {', '.join(vocabulary.words)}", flush=True)
+    model, steps = train(training, validation, vocabulary, recipe)
+    precision = tag_precision(model, validation, vocabulary, recipe)
+    save_checkpoint(model, recipe)
+    print(
+        f"Trained {steps} steps of {recipe.batch_size} photos in {(time.monotonic() - started) / 60:.1f} minutes; "
+        f"tag precision on the held-out photos {precision:.3f}; checkpoint in {recipe.output}"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,168 @@
+"""The inference recipe: from groups of patches and their affinity with texts to a label for every pixel.
+
+A *window* is what went through the image encoder at once: a whole image or a crop. Inside a window every pixel takes
+the class scores of its group, so a window is kept as a map of group indices and one row of scores for each group, and
+no tensor of pixels x classes is ever made.
+
+Shapes: K groups, N labels, H x W pixels of a window or an image, h x w patches.
+Source: released `segmentation/evaluation/group_vit_seg.py`, the same in GroupViT and PGSeg.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+TOP_K = 5
+# Entries of a chunk of [classes, H, W] floats, 128 MB.
+_CHUNK_ENTRIES = 2**25
+
+
+@dataclass
+class WindowScores:
+    """One window's scores.
+
+    Args:
+        groups: uint8 [H, W] (int32 above 256 groups), the group of each pixel.
+        scores: [K, N], or [K, N + 1] with the background as channel 0.
+        top: row of the window's first pixel in the image.
+        left: column of it.
+    """
+
+    groups: Tensor
+    scores: Tensor
+    top: int = 0
+    left: int = 0
+
+    def dense(self) -> Tensor:
+        """The scores of each pixel, [N, H, W] or [N + 1, H, W]; for small maps only."""
+        return self.scores.T[:, self.groups.long()]
+
+
+def group_scores(
+    segment_logits_KN: Tensor,
+    image_logits_N: Tensor,
+    background_threshold: float | None = None,
+    top_k: int = TOP_K,
+) -> Tensor:
+    """Class scores of each group of one window, [K, N], or [K, 1 + N] with a background channel in front.
+
+    Args:
+        segment_logits_KN: scaled cosines of segment tokens and labels.
+        image_logits_N: those of the image; only the `top_k` labels with the largest get scores above 0.
+        background_threshold: a group whose best score is below it (or below the window's best score, if that is
+            lower) has 1 in the background channel; its class scores stay.
+        top_k: number of labels that one window may show.
+    """
+    if background_threshold is not None and not 0 <= background_threshold <= 1:
+        raise ValueError(
+            f"background_threshold is {background_threshold}, expected None or a number from 0 to 1."
+        )
+    if top_k < 1:
+        raise ValueError(f"top_k is {top_k}, expected at least 1.")
+    kept = image_logits_N.topk(min(top_k, image_logits_N.shape[-1])).indices
+    masked_KN = torch.full_like(segment_logits_KN, float("-inf"))
+    masked_KN[:, kept] = segment_logits_KN[:, kept]
+    scores_KN = masked_KN.softmax(dim=-1) * segment_logits_KN.softmax(dim=-1)
+    if background_threshold is None:
+        return scores_KN
+    best_K = scores_KN.amax(dim=-1)
+    is_background_K = best_K < best_K.amax().clamp(max=background_threshold)
+    return torch.cat([is_background_K.to(scores_KN.dtype)[:, None], scores_KN], dim=-1)
+
+
+def group_map(grouping_Khw: Tensor, size: tuple[int, int]) -> Tensor:
+    """The group of each pixel: the soft grouping stretched bilinearly over the window, then the largest, [H, W]."""
+    wide = grouping_Khw if grouping_Khw.dtype == torch.float64 else grouping_Khw.float()
+    stretched_KHW = nn.functional.interpolate(wide[None], size=size, mode="bilinear", align_corners=False)[0]
+    return stretched_KHW.argmax(dim=0).to(torch.uint8 if wide.shape[0] <= 256 else torch.int32)
+
+
+def window_starts(length: int, window: int, stride: int) -> list[int]:
+    """Where windows of `window` pixels begin along a side of `length` pixels; the last one is moved back to fit."""
+    if window < 1 or stride < 1:
+        raise ValueError(f"window is {window} and stride {stride}, expected both at least 1 pixel.")
+    if stride > window:
+        raise ValueError(
+            f"stride is {stride}, expected at most the window's {window} pixels, or pixels are left out."
+        )
+    count = max(length - window + stride - 1, 0) // stride + 1
+    return [max(min(index * stride + window, length) - window, 0) for index in range(count)]
+
+
+def merge_windows(windows: Sequence[WindowScores], size: tuple[int, int]) -> tuple[Tensor, list[int], int]:
+    """Averages the windows of one image.
+
+    Args:
+        windows: which cover the image.
+        size: of the image, (H, W).
+
+    Returns:
+        scores [C, H, W] of the channels that are not 0 everywhere, the numbers of these channels in rising order, and
+        how many channels there are in all.
+    """
+    num_channels = windows[0].scores.shape[1]
+    used = torch.stack([(window.scores != 0).any(dim=0) for window in windows]).any(dim=0)
+    channels = used.nonzero()[:, 0]
+    total = windows[0].scores.new_zeros(len(channels), *size)
+    count = windows[0].scores.new_zeros(1, *size)
+    for window in windows:
+        height, width = window.groups.shape
+        rows, columns = slice(window.top, window.top + height), slice(window.left, window.left + width)
+        per_channel = window.scores[:, channels].T
+        for row in range(rows.start, rows.stop, 64):
+            part = slice(row, min(row + 64, rows.stop))
+            groups = window.groups[part.start - rows.start : part.stop - rows.start].long()
+            total[:, part, columns] += per_channel[:, groups]
+        count[:, rows, columns] += 1
+    return total.div_(count), channels.tolist(), num_channels
+
+
+def best_labels(
+    scores_CHW: Tensor, channels: Sequence[int], target_size: tuple[int, int] | None = None
+) -> tuple[Tensor, Tensor]:
+    """The channel with the largest score at each pixel, after a bilinear stretch to `target_size`.
+
+    Works on a few channels at a time, so that memory grows with pixels and not with pixels x classes.
+
+    Args:
+        scores_CHW: from [`merge_windows`]; channels that are not among them score 0.
+        channels: their numbers.
+        target_size: (H, W) of the result; that of the scores by default.
+
+    Returns:
+        int64 [H, W], and the scores there, [H, W].
+    """
+    size = tuple(target_size) if target_size is not None else tuple(scores_CHW.shape[-2:])
+    best = scores_CHW.new_zeros(size)
+    labels = torch.zeros(size, dtype=torch.int64, device=scores_CHW.device)
+    step = max(1, _CHUNK_ENTRIES // (size[0] * size[1]))
+    for start in range(0, len(channels), step):
+        chunk = stretch(scores_CHW[start : start + step], size)
+        value, index = chunk.max(dim=0)
+        numbers = torch.tensor(channels[start : start + step], device=labels.device)
+        better = value > best
+        labels[better] = numbers[index[better]]
+        best[better] = value[better]
+    return labels, best
+
+
+def stretch(scores_CHW: Tensor, size: tuple[int, ...]) -> Tensor:
+    """Bilinear resize of [C, H, W] maps."""
+    if tuple(scores_CHW.shape[-2:]) == tuple(size):
+        return scores_CHW
+    return nn.functional.interpolate(scores_CHW[None], size=size, mode="bilinear", align_corners=False)[0]
+
+
+def dense_probabilities(
+    windows: Sequence[WindowScores], size: tuple[int, int], target_size: tuple[int, int] | None = None
+) -> Tensor:
+    """Probabilities of all channels at each pixel, [N, H, W] or [N + 1, H, W]: the windows' mean, stretched, softmax.
+
+    Needs memory for pixels x classes; label maps come from [`best_labels`].
+    """
+    scores, channels, num_channels = merge_windows(windows, size)
+    dense = scores.new_zeros(num_channels, *size)
+    dense[channels] = scores
+    return stretch(dense, target_size or size).softmax(dim=0)

@@ -1,0 +1,228 @@
+"""The one way from photos and words to masks, used by the pipeline, the command line and everything else."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .images import load_image
+from .modeling_pgseg import PGSegModel
+from .processing_pgseg import PGSegProcessor
+from .prompts import validate_labels
+from .scoring import TOP_K, WindowScores, best_labels, group_map, group_scores, merge_windows, window_starts
+
+
+@dataclass(frozen=True)
+class SegmentationOptions:
+    """How images are segmented.
+
+    Args:
+        window_size: side in pixels of the sliding window, on the resized image; None for the whole image at once;
+            `"auto"` for what the processor was saved with.
+        window_stride: pixels from one window to the next; `"auto"` as above.
+        background_threshold: where no label scores this much there is background; None for no background.
+        templates: prompt templates for the labels; the processor's by default.
+        batch_size: images that are prepared together, and windows in one pass of the image encoder.
+        top_k: number of labels that one window may show.
+    """
+
+    window_size: int | Literal["auto"] | None = "auto"
+    window_stride: int | Literal["auto"] = "auto"
+    background_threshold: float | None = None
+    templates: tuple[str, ...] | None = None
+    batch_size: int = 8
+    top_k: int = TOP_K
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size is {self.batch_size}, expected at least 1.")
+        if self.background_threshold is not None and not 0 <= self.background_threshold <= 1:
+            raise ValueError(
+                f"background_threshold is {self.background_threshold}, expected None or a number from 0 to 1."
+            )
+
+
+@dataclass
+class Segment:
+    """One label's part of a segmentation.
+
+    Args:
+        label: as it was given, or "background".
+        value: its value in the label map.
+        area: share of the image's pixels, 0 to 1.
+        score: mean score of these pixels, 0 to 1; None where there are none.
+    """
+
+    label: str
+    value: int
+    area: float
+    score: float | None
+
+
+@dataclass
+class Segmentation:
+    """The labels of an image's pixels.
+
+    Args:
+        label_map: int64 [H, W] of the original image's size. Without a background, values index `labels`; with one,
+            0 is background and label i has value i + 1.
+        scores: float [H, W], the score of each pixel's label.
+        labels: N label names.
+        background: whether value 0 is background.
+    """
+
+    label_map: np.ndarray = field(repr=False)
+    scores: np.ndarray = field(repr=False)
+    labels: list[str]
+    background: bool = False
+
+    def segments(self, include_absent: bool = False) -> list[Segment]:
+        """The labels that are present, largest area first; with `include_absent` all, in their order."""
+        names = ["background", *self.labels] if self.background else self.labels
+        counts = np.bincount(self.label_map.ravel(), minlength=len(names))
+        totals = np.bincount(self.label_map.ravel(), weights=self.scores.ravel(), minlength=len(names))
+        order = range(len(names)) if include_absent else np.argsort(-counts, kind="stable")
+        return [
+            Segment(
+                label=names[value],
+                value=int(value),
+                area=float(counts[value] / self.label_map.size),
+                score=float(totals[value] / counts[value]) if counts[value] else None,
+            )
+            for value in order
+            if counts[value] or include_absent
+        ]
+
+    def mask(self, segment: Segment) -> np.ndarray:
+        """Where a segment is, bool [H, W]."""
+        return self.label_map == segment.value
+
+
+@dataclass
+class _Image:
+    """An image on its way: its original size, its resized pixels [1, 3, h, w], and its windows' scores."""
+
+    size: tuple[int, int]
+    pixel_values: Tensor
+    windows: list[WindowScores] = field(default_factory=list)
+
+    @property
+    def resized(self) -> tuple[int, int]:
+        return self.pixel_values.shape[2], self.pixel_values.shape[3]
+
+
+class Segmenter:
+    """Segments images with a model and its processor.
+
+    Args:
+        model: in evaluation mode, on any device and in any dtype.
+        processor: of that model.
+        options: defaults of the calls.
+    """
+
+    def __init__(
+        self, model: PGSegModel, processor: PGSegProcessor, options: SegmentationOptions | None = None
+    ):
+        self.model = model.eval()
+        self.processor = processor
+        self.options = options or SegmentationOptions()
+
+    @classmethod
+    def from_pretrained(
+        cls, name_or_path: str, options: SegmentationOptions | None = None, **kwargs: Any
+    ) -> "Segmenter":
+        """Loads model and processor from the Hub or a folder; `kwargs` go to the model (`dtype`, `device_map`, ...)."""
+        model = PGSegModel.from_pretrained(name_or_path, **kwargs)
+        return cls(model, PGSegProcessor.from_pretrained(name_or_path), options)
+
+    def __call__(
+        self, images: Any, labels: Sequence[str], options: SegmentationOptions | None = None
+    ) -> Segmentation | list[Segmentation]:
+        """Segments one image, or a list of them.
+
+        Args:
+            images: path, bytes, file object, PIL image or array [H, W, 3], or a list or tuple of these.
+            labels: names of what may be in the images.
+            options: instead of the segmenter's.
+
+        Raises:
+            ValueError: labels, options or an image that make no sense.
+        """
+        if isinstance(images, (list, tuple)):
+            return list(self.stream(images, labels, options))
+        return next(self.stream([images], labels, options))
+
+    def stream(
+        self, images: Iterable[Any], labels: Sequence[str], options: SegmentationOptions | None = None
+    ) -> Iterator[Segmentation]:
+        """Segments images one after the other, in their order, reading no more of them than a batch ahead."""
+        options = options or self.options
+        labels = validate_labels(labels)
+        class_embeds = self.processor.get_class_embeddings(self.model, labels, options.templates)
+        iterator = iter(images)
+        while batch := list(islice(iterator, options.batch_size)):
+            prepared = [self._prepare(image) for image in batch]
+            self._encode(prepared, class_embeds, options)
+            for image in prepared:
+                scores, channels, _ = merge_windows(image.windows, image.resized)
+                label_map, best = best_labels(scores, channels, image.size)
+                yield Segmentation(
+                    label_map.cpu().numpy(),
+                    best.cpu().numpy(),
+                    labels,
+                    background=options.background_threshold is not None,
+                )
+
+    def _prepare(self, image: Any) -> _Image:
+        image = load_image(image)
+        pixel_values = self.processor.image_processor(image, return_tensors="pt")["pixel_values"]
+        return _Image((image.height, image.width), self._at_least_a_patch(pixel_values))
+
+    def _at_least_a_patch(self, pixel_values: Tensor) -> Tensor:
+        """Widens images that are thinner than a patch by repeating their border pixels."""
+        patch = self.model.config.vision_config.patch_size
+        missing = [max(patch - side, 0) for side in pixel_values.shape[-2:]]
+        if not any(missing):
+            return pixel_values
+        return torch.nn.functional.interpolate(
+            pixel_values, size=[max(patch, side) for side in pixel_values.shape[-2:]], mode="nearest"
+        )
+
+    def _windows(self, image: _Image, options: SegmentationOptions) -> Iterator[tuple[int, int, Tensor]]:
+        """Top, left and pixels [1, 3, h, w] of each window."""
+        size = self.processor.window_size if options.window_size == "auto" else options.window_size
+        stride = self.processor.window_stride if options.window_stride == "auto" else options.window_stride
+        height, width = image.resized
+        if size is None:
+            yield 0, 0, image.pixel_values
+            return
+        for top in window_starts(height, size, stride):
+            for left in window_starts(width, size, stride):
+                yield top, left, image.pixel_values[:, :, top : top + size, left : left + size]
+
+    @torch.inference_mode()
+    def _encode(self, images: list[_Image], class_embeds: Tensor, options: SegmentationOptions) -> None:
+        """Fills in the images' windows, encoding those of one shape together."""
+        by_shape: dict[tuple[int, ...], list[tuple[_Image, int, int, Tensor]]] = {}
+        for image in images:
+            for top, left, pixels in self._windows(image, options):
+                by_shape.setdefault(tuple(pixels.shape), []).append((image, top, left, pixels))
+        for same_shape in by_shape.values():
+            for start in range(0, len(same_shape), options.batch_size):
+                batch = same_shape[start : start + options.batch_size]
+                pixel_values = torch.cat([pixels for *_, pixels in batch]).to(self.model.device)
+                features = self.model.get_image_features(pixel_values)
+                image_logits, segment_logits = self.model.get_logits(features, class_embeds)
+                for index, (image, top, left, pixels) in enumerate(batch):
+                    groups = group_map(features.grouping[index], (pixels.shape[2], pixels.shape[3]))
+                    scores = group_scores(
+                        segment_logits[index],
+                        image_logits[index],
+                        options.background_threshold,
+                        options.top_k,
+                    )
+                    image.windows.append(WindowScores(groups, scores, top, left))

@@ -1,0 +1,350 @@
+"""The processor: captions, labels and tags to token ids, labels to embeddings, saving and loading."""
+
+import copy
+import gc
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoProcessor
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from pgseg_hf import processing_pgseg
+from pgseg_hf.configuration_pgseg import PGSegConfig
+from pgseg_hf.image_processing_pil_pgseg import PGSegImageProcessorPil
+from pgseg_hf.processing_pgseg import PGSegProcessor
+from pgseg_hf.prompts import IMAGENET_TEMPLATES
+from pgseg_hf.tokenization import default_tokenizer
+
+START, END = 49406, 49407
+CONTEXT = 16
+
+
+@pytest.fixture(scope="module")
+def processor():
+    image_processor = PGSegImageProcessorPil(size={"height": 8, "width": 12})
+    return PGSegProcessor(image_processor, default_tokenizer(CONTEXT))
+
+
+@pytest.fixture(scope="module")
+def images():
+    return [Image.new("RGB", (20, 10), "red"), Image.new("RGB", (10, 20), "blue")]
+
+
+def words(processor, ids, mask) -> str:
+    return processor.tokenizer.decode(ids[: int(sum(mask))], skip_special_tokens=True)
+
+
+class TextModel(torch.nn.Module):
+    """What `get_class_embeddings` needs of a model: text features that depend on all tokens and weights."""
+
+    def __init__(self, dtype=torch.float32):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.text_model = torch.nn.Embedding(49_408, 6)
+        self.text_projection = torch.nn.Sequential(torch.nn.Linear(6, 4), torch.nn.BatchNorm1d(4))
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+        self.to(dtype).eval()
+        self.prompt_counts: list[int] = []
+
+    def get_text_features(self, input_ids, attention_mask):
+        self.prompt_counts.append(len(input_ids))
+        mask = attention_mask[..., None].to(self.text_projection[0].weight.dtype)
+        pooled = (self.text_model(input_ids) * mask).sum(1)
+        return BaseModelOutputWithPooling(pooler_output=self.text_projection(pooled))
+
+
+def test_images_and_captions(processor, images):
+    inputs = processor(images=images, text=["a cat", "two dogs on grass"], return_tensors="pt")
+    assert set(inputs) == set(processor.model_input_names) == {"pixel_values", "input_ids", "attention_mask"}
+    assert inputs["pixel_values"].shape == (2, 3, 8, 12)
+    assert inputs["input_ids"].shape == inputs["attention_mask"].shape == (2, CONTEXT)
+    assert inputs["input_ids"][0].tolist() == [START, 320, 2368, END] + [END] * (CONTEXT - 4)
+    assert inputs["attention_mask"].sum(1).tolist() == [4, 6]
+    expected = processor.image_processor(images, return_tensors="pt")["pixel_values"]
+    assert torch.equal(inputs["pixel_values"], expected)
+
+
+def test_each_input_alone(processor, images):
+    assert list(processor(images=images[0], return_tensors="pt")) == ["pixel_values"]
+    assert set(processor(text="a cat", return_tensors="pt")) == {"input_ids", "attention_mask"}
+    assert set(processor(labels=["cat"], return_tensors="pt")) == {"input_ids", "attention_mask"}
+    assert set(processor(tags=[["cat"]], return_tensors="pt")) == {"label_input_ids", "label_attention_mask"}
+
+
+def test_long_text_keeps_its_end_token(processor):
+    inputs = processor(text=["word " * 50, "word"], return_tensors="pt")
+    assert inputs["input_ids"][0, -1] == END
+    assert inputs["attention_mask"].sum(1).tolist() == [CONTEXT, 3]
+    inputs = processor(labels=["very " * 50 + "long"], return_tensors="pt")
+    assert inputs["input_ids"][0, -1] == END
+    assert inputs["input_ids"].shape == (1, CONTEXT)
+
+
+def test_labels_with_one_template(processor):
+    inputs = processor(labels=[" cat", "dog"], return_tensors="pt")
+    assert inputs["input_ids"].shape == inputs["attention_mask"].shape == (2, CONTEXT)
+    assert inputs["input_ids"].dtype == torch.int64
+    as_text = processor(text=["a photo of a cat.", "a photo of a dog."], return_tensors="pt")
+    assert torch.equal(inputs["input_ids"], as_text["input_ids"])
+    assert torch.equal(inputs["attention_mask"], as_text["attention_mask"])
+
+
+@pytest.mark.parametrize("how", ["call", "constructor"])
+@pytest.mark.parametrize("return_tensors", ["pt", "np", None])
+def test_labels_with_several_templates(processor, how, return_tensors):
+    templates = ["a {}", "the {} itself"]
+    if how == "constructor":
+        processor = PGSegProcessor(processor.image_processor, processor.tokenizer, templates=templates)
+        inputs = processor(labels=["cat", "dog", "sky"], return_tensors=return_tensors)
+    else:
+        inputs = processor(labels=["cat", "dog", "sky"], templates=templates, return_tensors=return_tensors)
+    ids, mask = np.asarray(inputs["input_ids"]), np.asarray(inputs["attention_mask"])
+    assert ids.shape == mask.shape == (3, 2, CONTEXT)
+    texts = [[words(processor, ids[n, t], mask[n, t]) for t in range(2)] for n in range(3)]
+    assert texts == [["a cat", "the cat itself"], ["a dog", "the dog itself"], ["a sky", "the sky itself"]]
+
+
+def test_tags_are_padded_to_the_image_with_most(processor, images):
+    tags = [["cat"], [], ["sofa", "old lamp"]]
+    inputs = processor(images=[images[0]] * 3, text=["x", "y", "z"], tags=tags, return_tensors="pt")
+    ids, mask = inputs["label_input_ids"], inputs["label_attention_mask"]
+    assert ids.shape == mask.shape == (3, 2, CONTEXT)
+    assert (mask.sum(-1) > 0).tolist() == [[True, False], [False, False], [True, True]]
+    assert (ids[mask.sum(-1) == 0] == processor.tokenizer.pad_token_id).all()
+    assert words(processor, ids[0, 0], mask[0, 0]) == "a photo of a cat ."
+    assert words(processor, ids[2, 1], mask[2, 1]) == "a photo of a old lamp ."
+    assert inputs["input_ids"].shape == (3, CONTEXT)
+
+    without_any = processor(tags=[[], []], return_tensors="pt")
+    assert without_any["label_input_ids"].shape == (2, 1, CONTEXT)
+    assert without_any["label_input_ids"].dtype == torch.int64
+    assert without_any["label_attention_mask"].sum() == 0
+
+
+def test_padding_and_size_can_be_chosen_in_the_call(processor, images):
+    inputs = processor(
+        images=images, labels=["cat", "traffic light"], padding="longest", size={"height": 4, "width": 4},
+        return_tensors="pt",
+    )  # fmt: skip
+    assert inputs["input_ids"].shape == (2, 9)
+    assert inputs["pixel_values"].shape == (2, 3, 4, 4)
+    tags = processor(tags=[["cat"], ["a", "b"]], padding=False, return_tensors="pt")["label_input_ids"]
+    assert tags.shape == (2, 2, 8)
+    nested = processor(labels=["cat"], text_kwargs={"max_length": 5}, return_tensors="pt")["input_ids"]
+    assert nested.tolist() == [[START, 320, 1125, 539, END]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "nothing to process"),
+        ({"text": "a cat", "labels": ["cat"]}, "not both"),
+        ({"text": []}, "empty list"),
+        ({"text": [1]}, "string"),
+        ({"text": "a cat", "templates": ["{}"]}, "templates are for labels"),
+        ({"labels": "cat, dog"}, r"\['cat', 'dog'\]"),
+        ({"labels": []}, "no labels"),
+        ({"labels": ["cat", "Cat"]}, "repeats"),
+        ({"labels": ["cat"], "templates": ["a cat"]}, "exactly once"),
+        ({"tags": "cat"}, "'cat'"),
+        ({"tags": []}, "tags must be"),
+        ({"tags": ["cat"]}, "image 0.*list of strings"),
+        ({"tags": [["cat"], ["dog", ""]]}, "image 1.*empty"),
+        ({"tags": [["cat"]], "text": ["a", "b"]}, "1 images, got 2 texts"),
+        ({"tags": [["cat"], ["dog"]], "images": Image.new("RGB", (9, 9))}, "2 images, got 1 images"),
+    ],
+    ids=str,
+)
+def test_bad_calls_are_named(processor, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        processor(return_tensors="pt", **arguments)
+
+
+def test_bad_templates_in_the_constructor(processor):
+    with pytest.raises(ValueError, match="exactly once"):
+        PGSegProcessor(processor.image_processor, processor.tokenizer, templates=["a photo"])
+
+
+@pytest.mark.parametrize("templates", [None, IMAGENET_TEMPLATES])
+def test_save_and_load_round_trip(processor, images, templates, tmp_path):
+    if templates is not None:
+        processor = PGSegProcessor(processor.image_processor, processor.tokenizer, templates=templates)
+    processor.save_pretrained(tmp_path)
+    PGSegConfig().save_pretrained(tmp_path)
+    expected = processor(images=images, labels=["cat", "dog"], return_tensors="pt")
+    for loaded in (PGSegProcessor.from_pretrained(tmp_path), AutoProcessor.from_pretrained(tmp_path)):
+        assert type(loaded) is PGSegProcessor
+        assert loaded.templates == processor.templates
+        assert loaded.to_dict()["image_processor"] == processor.to_dict()["image_processor"]
+        inputs = loaded(images=images, labels=["cat", "dog"], return_tensors="pt")
+        assert all(torch.equal(inputs[key], expected[key]) for key in expected)
+    overridden = PGSegProcessor.from_pretrained(tmp_path, templates=["{}"])
+    assert overridden.templates == ["{}"]
+
+
+def test_arguments_of_the_last_call_are_not_saved(processor, tmp_path):
+    processor(labels=["cat"], max_length=5)
+    processor.save_pretrained(tmp_path)
+    loaded = PGSegProcessor.from_pretrained(tmp_path)
+    assert loaded(labels=["cat"], return_tensors="pt")["input_ids"].shape == (1, CONTEXT)
+
+
+def reference_embedding(processor, model, prompts):
+    tokens = processor(text=prompts, return_tensors="pt")
+    with torch.no_grad():
+        features = model.get_text_features(tokens["input_ids"], tokens["attention_mask"]).pooler_output
+    mean = features.mean(0)
+    return mean / mean.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("batch_size", [1, 3, 256])
+def test_class_embeddings_are_the_normalised_mean_of_unnormalised_features(processor, dtype, batch_size):
+    model = TextModel(dtype)
+    labels, templates = ["cat", "dog", "old lamp"], ["a {}", "the {}.", "{} in snow"]
+    embeddings = processor.get_class_embeddings(model, labels, templates, batch_size=batch_size)
+    assert max(model.prompt_counts) <= batch_size
+    assert embeddings.dtype == dtype
+    assert embeddings.shape == (3, 4)
+    assert not embeddings.requires_grad
+    for label, embedding in zip(labels, embeddings):
+        prompts = [template.replace("{}", label) for template in templates]
+        expected = reference_embedding(processor, model, prompts)
+        torch.testing.assert_close(embedding, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_half_precision_embeddings_keep_their_dtype(processor):
+    embeddings = processor.get_class_embeddings(TextModel(torch.bfloat16), ["cat", "dog"])
+    assert embeddings.dtype == torch.bfloat16
+    assert embeddings.float().norm(dim=-1) == pytest.approx(1, abs=1e-2)
+
+
+def test_known_labels_are_not_embedded_again(processor):
+    model = TextModel()
+    first = processor.get_class_embeddings(model, ["cat", "dog"])
+    again = processor.get_class_embeddings(model, ["dog", "cat"])
+    assert model.prompt_counts == [2]
+    assert torch.equal(again, first.flip(0))
+    processor.get_class_embeddings(model, ["dog", "sky", "cat"])
+    assert model.prompt_counts == [2, 1]
+    processor.get_class_embeddings(model, ["dog"], templates=["{}"])
+    assert model.prompt_counts == [2, 1, 1]
+
+    again.zero_()
+    assert torch.equal(processor.get_class_embeddings(model, ["cat", "dog"]), first)
+    other = TextModel()
+    processor.get_class_embeddings(other, ["cat"])
+    assert other.prompt_counts == [1]
+
+
+def change_in_place(model):
+    with torch.no_grad():
+        model.text_model.weight[320] += 1
+
+
+def change_by_optimizer(model):
+    optimizer = torch.optim.AdamW(model.text_projection.parameters(), lr=0.5)
+    for parameter in model.text_projection.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+
+
+def change_by_state_dict(model):
+    model.load_state_dict({key: value * 2 + 1 for key, value in model.state_dict().items()})
+
+
+def change_parameter(model):
+    model.text_projection[0].weight = torch.nn.Parameter(torch.ones(4, 6))
+
+
+def change_statistics(model):
+    model.text_projection[1].running_mean.add_(3)
+
+
+def change_dtype(model):
+    model.double()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        change_in_place,
+        change_by_optimizer,
+        change_by_state_dict,
+        change_parameter,
+        change_statistics,
+        change_dtype,
+    ],
+)
+def test_changed_weights_make_new_embeddings(processor, change):
+    model = TextModel()
+    before = processor.get_class_embeddings(model, ["cat", "dog"])
+    change(model)
+    after = processor.get_class_embeddings(model, ["cat", "dog"])
+    assert model.prompt_counts == [2, 2]
+    expected = reference_embedding(processor, model, ["a photo of a cat."])
+    torch.testing.assert_close(after[0], expected)
+    assert before.dtype != after.dtype or not torch.equal(before, after)
+
+
+def test_inference_mode(processor):
+    model = TextModel()
+    with torch.inference_mode():
+        inside = processor.get_class_embeddings(model, ["cat"])
+    outside = processor.get_class_embeddings(model, ["cat"])
+    assert model.prompt_counts == [1]
+    assert torch.equal(outside, inside)
+    (outside * torch.ones(4, requires_grad=True)).sum().backward()  # cached outside of inference mode
+
+    with torch.inference_mode():
+        unversioned = TextModel()
+    for _ in range(2):
+        processor.get_class_embeddings(unversioned, ["cat"])
+    assert unversioned.prompt_counts == [1, 1], "weights that count no versions must not be trusted"
+
+
+def test_models_are_not_kept_alive(processor):
+    gc.collect()
+    before = len(processing_pgseg._class_embeddings)
+    model = TextModel()
+    processor.get_class_embeddings(model, ["cat"])
+    assert len(processing_pgseg._class_embeddings) == before + 1
+    del model
+    gc.collect()
+    assert len(processing_pgseg._class_embeddings) == before
+
+
+def test_cache_is_bounded(processor, monkeypatch):
+    monkeypatch.setattr(processing_pgseg, "_MAX_CACHED_LABELS", 3)
+    model = TextModel()
+    expected = processor.get_class_embeddings(TextModel(), ["a", "b", "c", "d"])
+    processor.get_class_embeddings(model, ["a", "b"])
+    assert torch.equal(processor.get_class_embeddings(model, ["a", "b", "c", "d"]), expected)
+    _, known = processing_pgseg._class_embeddings[model]
+    assert len(known) <= 3
+
+
+def test_embedding_refuses_training_mode_and_bad_arguments(processor):
+    model = TextModel()
+    with pytest.raises(ValueError, match="batch_size"):
+        processor.get_class_embeddings(model, ["cat"], batch_size=0)
+    with pytest.raises(ValueError, match="repeats"):
+        processor.get_class_embeddings(model, ["cat", "cat"])
+    with pytest.raises(ValueError, match="exactly once"):
+        processor.get_class_embeddings(model, ["cat"], templates=["cat"])
+    with pytest.raises(ValueError, match=r"model\.eval"):
+        processor.get_class_embeddings(model.train(), ["cat"])
+    assert model.prompt_counts == []
+
+
+def test_processor_can_be_copied_and_pickled_after_use(processor, images):
+    processor.get_class_embeddings(TextModel(), ["cat"])
+    expected = processor(images=images, labels=["cat"], return_tensors="pt")
+    for other in (copy.deepcopy(processor), pickle.loads(pickle.dumps(processor))):
+        inputs = other(images=images, labels=["cat"], return_tensors="pt")
+        assert all(torch.equal(inputs[key], expected[key]) for key in expected)

@@ -1,0 +1,478 @@
+"""Non-learnable prototypes as pure functions: estimation, matching, rejection, losses, moving average."""
+
+from itertools import permutations
+
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from torch.nn.functional import normalize
+
+from pgseg_hf.prototypes import (
+    Matching,
+    assignment_loss,
+    estimate_prototypes,
+    kept_pairs,
+    kept_pairs_released,
+    masked_mean,
+    match_prototypes,
+    prototype_loss,
+    tokens_to_weights,
+    updated_prototypes,
+)
+
+SEEDS = st.integers(0, 2**31 - 1)
+# Few iterations amplify rounding less; exactness is compared in float64.
+ITERATIONS = 4
+SCALE = torch.tensor(10.0, dtype=torch.float64)
+
+
+def draw(seed, *shapes, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    tensors = [torch.randn(shape, generator=generator, dtype=dtype) for shape in shapes]
+    return tensors[0] if len(tensors) == 1 else tensors
+
+
+def permutation(seed, count):
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+
+
+def pairs(matching, index=0):
+    valid = matching.valid[index]
+    return list(
+        zip(matching.groups[index][valid].tolist(), matching.prototypes[index][valid].tolist(), strict=True)
+    )
+
+
+# Estimation
+
+
+@given(SEEDS, st.integers(1, 3), st.integers(1, 30), st.integers(1, 8), st.integers(2, 12), st.integers(1, 10))
+def test_responsibilities_sum_to_one_and_prototypes_are_unit_vectors(seed, batch, length, count, width, steps):
+    tokens, seeds = draw(seed, (batch, length, width), (1, count, width))
+    prototypes, responsibilities = estimate_prototypes(tokens, normalize(seeds, dim=-1), steps)
+    assert responsibilities.shape == (batch, length, count)
+    torch.testing.assert_close(responsibilities.sum(-1), torch.ones(batch, length, dtype=torch.float64))
+    assert (responsibilities >= 0).all()
+    norms = prototypes.norm(dim=-1)
+    # Short of 1 by the 1e-6 that is added before the division, more where the mean of the tokens is small.
+    assert (norms <= 1).all()
+    assume(length >= 2 * count)
+    torch.testing.assert_close(norms, torch.ones_like(norms), atol=1e-2, rtol=0)
+
+
+def test_one_step_by_hand():
+    tokens = torch.tensor([[[3.0, 0.0], [0.0, 2.0], [1.0, 1.0]]], dtype=torch.float64)
+    seeds = torch.eye(2, dtype=torch.float64)
+    prototypes, responsibilities = estimate_prototypes(tokens, seeds, 1)
+    expected = torch.zeros(2, 2, dtype=torch.float64)
+    for p in range(2):
+        weights = [torch.exp(token @ seeds[p]) / sum(torch.exp(token @ seed) for seed in seeds) for token in tokens[0]]
+        mean = sum(w * token for w, token in zip(weights, tokens[0], strict=True)) / (1e-6 + sum(weights))
+        expected[p] = mean / (1e-6 + (mean**2).sum().sqrt())
+        torch.testing.assert_close(responsibilities[0, :, p], torch.stack(weights))
+    torch.testing.assert_close(prototypes[0], expected, rtol=1e-12, atol=0)
+
+
+def test_weights_sum_to_one_over_tokens():
+    responsibilities = draw(0, (2, 20, 5)).softmax(-1)
+    weights = tokens_to_weights(responsibilities)
+    torch.testing.assert_close(weights.sum(1), torch.ones(2, 5, dtype=torch.float64), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        weights, responsibilities / (responsibilities.sum(1, keepdim=True) + 1e-6), rtol=1e-12, atol=0
+    )
+
+
+@given(SEEDS, st.integers(1, 20), st.integers(1, 7))
+def test_permuting_the_seeds_permutes_the_prototypes(seed, length, count):
+    tokens, seeds = draw(seed, (2, length, 6), (1, count, 6))
+    order = permutation(seed, count)
+    straight = estimate_prototypes(tokens, seeds, ITERATIONS)
+    permuted = estimate_prototypes(tokens, seeds[:, order], ITERATIONS)
+    torch.testing.assert_close(permuted.prototypes, straight.prototypes[:, order], rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(permuted.responsibilities, straight.responsibilities[..., order], rtol=1e-6, atol=1e-8)
+
+
+@given(SEEDS, st.integers(1, 20), st.integers(1, 7))
+def test_the_order_of_tokens_does_not_matter(seed, length, count):
+    tokens, seeds = draw(seed, (2, length, 6), (1, count, 6))
+    order = permutation(seed, length)
+    straight = estimate_prototypes(tokens, seeds, ITERATIONS)
+    permuted = estimate_prototypes(tokens[:, order], seeds, ITERATIONS)
+    torch.testing.assert_close(permuted.prototypes, straight.prototypes, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(permuted.responsibilities, straight.responsibilities[:, order], rtol=1e-6, atol=1e-8)
+
+
+@given(SEEDS, st.integers(1, 10), st.integers(0, 10), st.integers(1, 5), st.integers(0, 5))
+def test_masked_tokens_and_prototypes_have_no_influence(seed, real, padding, count, absent):
+    tokens, seeds, noise = draw(seed, (1, real, 6), (1, count, 6), (1, padding, 6))
+    more_seeds = draw(seed + 1, (1, absent, 6))
+    token_mask = torch.arange(real + padding)[None] < real
+    prototype_mask = torch.arange(count + absent)[None] < count
+    plain = estimate_prototypes(tokens, seeds, ITERATIONS)
+    masked = estimate_prototypes(
+        torch.cat([tokens, 100 * noise], 1),
+        torch.cat([seeds, more_seeds], 1),
+        ITERATIONS,
+        token_mask_BL=token_mask,
+        prototype_mask_BP=prototype_mask,
+    )
+    torch.testing.assert_close(masked.prototypes[:, :count], plain.prototypes, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(masked.responsibilities[:, :real, :count], plain.responsibilities, rtol=1e-6, atol=1e-8)
+    assert (masked.prototypes[:, count:] == 0).all()
+    assert (masked.responsibilities[..., count:] == 0).all()
+
+
+def test_samples_with_no_tokens_or_no_prototypes_stay_finite():
+    tokens, seeds = draw(0, (3, 4, 6), (1, 2, 6))
+    token_mask = torch.tensor([[True] * 4, [False] * 4, [True] * 4])
+    prototype_mask = torch.tensor([[True] * 2, [False] * 2, [False] * 2])
+    prototypes, responsibilities = estimate_prototypes(
+        tokens, seeds, ITERATIONS, token_mask_BL=token_mask, prototype_mask_BP=prototype_mask
+    )
+    assert prototypes.isfinite().all()
+    assert responsibilities.isfinite().all()
+    assert (prototypes[1:] == 0).all()
+
+
+def test_released_text_prototypes_are_normalised_over_the_prototypes():
+    scalars, seeds = draw(0, (3, 64, 1), (1, 8, 1))
+    prototypes = estimate_prototypes(scalars, seeds, 10, norm_dim=1).prototypes
+    torch.testing.assert_close(prototypes.norm(dim=1), torch.ones(3, 1, dtype=torch.float64), atol=1e-3, rtol=0)
+
+
+def test_estimation_has_no_gradient():
+    tokens, seeds = draw(0, (2, 9, 6), (1, 3, 6))
+    estimate = estimate_prototypes(tokens.requires_grad_(), seeds.requires_grad_(), 3)
+    assert not estimate.prototypes.requires_grad
+    assert not estimate.responsibilities.requires_grad
+
+
+def test_well_separated_clusters_are_found():
+    # The directions of four clusters come out as prototypes when the seeds are near them.
+    centers = 8 * torch.eye(4, dtype=torch.float64)
+    tokens = (centers.repeat_interleave(25, 0) + 0.1 * draw(0, (100, 4)))[None]
+    seeds = normalize(torch.eye(4, dtype=torch.float64) + 0.1 * draw(1, (4, 4)), dim=-1)
+    prototypes, responsibilities = estimate_prototypes(tokens, seeds)
+    torch.testing.assert_close(prototypes[0], torch.eye(4, dtype=torch.float64), atol=0.02, rtol=0)
+    assert torch.equal(responsibilities[0].argmax(-1), torch.arange(4).repeat_interleave(25))
+
+
+@pytest.mark.parametrize("steps", [0, -1])
+def test_estimation_refuses_no_steps(steps):
+    with pytest.raises(ValueError, match=f"num_iterations is {steps}"):
+        estimate_prototypes(torch.zeros(1, 2, 3), torch.zeros(1, 2, 3), steps)
+
+
+def test_estimation_refuses_seeds_of_other_width():
+    with pytest.raises(ValueError, match="3 channels, the seeds 4"):
+        estimate_prototypes(torch.zeros(1, 2, 3), torch.zeros(1, 2, 4))
+
+
+# Matching
+
+
+@given(SEEDS, st.integers(1, 5), st.integers(1, 5), st.booleans())
+def test_matching_is_the_best_of_all(seed, groups, prototypes, maximize):
+    similarity = draw(seed, (2, groups, prototypes))
+    matching = match_prototypes(similarity, maximize=maximize)
+    assert matching.valid.all()
+    assert matching.groups.shape == (2, min(groups, prototypes))
+    few, many = min(groups, prototypes), max(groups, prototypes)
+    for index in range(2):
+        table = similarity[index] if groups <= prototypes else similarity[index].T
+        totals = [
+            sum(table[row, column] for row, column in enumerate(chosen))
+            for chosen in permutations(range(many), few)
+        ]
+        best = max(totals) if maximize else min(totals)
+        ours = pairs(matching, index)
+        assert len({row for row, _ in ours}) == len({column for _, column in ours}) == few
+        # Matched in float64 where the similarity is; in float32 otherwise.
+        assert abs(sum(similarity[index][pair] for pair in ours) - best) < 1e-12
+
+
+@given(SEEDS, st.integers(2, 6))
+def test_permuting_the_prototypes_permutes_the_matching(seed, count):
+    similarity, order = draw(seed, (1, count, count)), permutation(seed, count)
+    straight = dict(pairs(match_prototypes(similarity)))
+    permuted = dict(pairs(match_prototypes(similarity[:, :, order])))
+    assert {group: order[prototype].item() for group, prototype in permuted.items()} == straight
+
+
+@given(SEEDS, st.lists(st.booleans(), min_size=1, max_size=5), st.integers(1, 5))
+def test_absent_prototypes_stay_unmatched(seed, present, groups):
+    similarity = draw(seed, (1, groups, len(present)))
+    mask = torch.tensor([present])
+    matching = match_prototypes(similarity, prototype_mask_BP=mask)
+    columns = mask[0].nonzero()[:, 0]
+    assert matching.valid.sum() == min(groups, len(columns))
+    alone = match_prototypes(similarity[:, :, columns])
+    assert pairs(matching) == [(group, columns[prototype].item()) for group, prototype in pairs(alone)]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_matching_refuses_similarities_that_are_not_finite(value):
+    similarity = torch.zeros(1, 3, 3)
+    similarity[0, 1, 2] = value
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        match_prototypes(similarity)
+
+
+def test_matching_takes_half_precision():
+    similarity = torch.tensor([[[0.1, 0.9], [0.8, 0.3]]])
+    for dtype in (torch.float16, torch.bfloat16):
+        assert pairs(match_prototypes(similarity.to(dtype))) == [(0, 1), (1, 0)]
+
+
+# Rejection, by hand
+
+SIMILARITY = torch.tensor([[[0.9, 0.5, 0.1], [0.2, 0.12, 0.8], [0.3, 0.7, 0.6]]])
+
+
+def test_rejection_by_the_matched_pair():
+    # Best matching: (0, 0), (1, 2), (2, 1), and every one is its row's and its column's largest.
+    matching = match_prototypes(SIMILARITY)
+    assert pairs(matching) == [(0, 0), (1, 2), (2, 1)]
+    rows, columns = kept_pairs(SIMILARITY, matching, 0.1)
+    assert rows.tolist() == [[True] * 3]
+    assert columns.tolist() == [[True] * 3]
+    # Pairs (0, 2), (1, 1), (2, 0).
+    # Rows, (value - min) / (max - min): (.1-.1)/.8 = 0; (.12-.12)/.68 = 0; (.3-.3)/.4 = 0.
+    # Columns: column 2 (.1-.1)/.7 = 0; column 1 (.12-.12)/.58 = 0; column 0 (.3-.2)/.7 = .143.
+    worst = match_prototypes(SIMILARITY, maximize=False)
+    assert pairs(worst) == [(0, 2), (1, 1), (2, 0)]
+    rows, columns = kept_pairs(SIMILARITY, worst, 0.1)
+    assert rows.tolist() == [[False] * 3]
+    assert columns.tolist() == [[False, False, True]]
+    assert kept_pairs(SIMILARITY, worst, 0.15)[1].tolist() == [[False] * 3]
+
+
+def test_rejection_of_the_released_code_reads_first_row_and_column():
+    matching = match_prototypes(SIMILARITY, maximize=False)
+    # Columns in the order of the matching: 2, 1, 0. First row .1 .5 .9: 0, .5, 1 after min-max.
+    # First column is column 2, .1 .8 .6: 0, 1, .714.
+    rows, columns = kept_pairs_released(SIMILARITY, matching, 0.1)
+    assert rows.tolist() == [[False, True, True]]
+    assert columns.tolist() == [[False, True, True]]
+    rows, columns = kept_pairs_released(SIMILARITY, matching, 0.72)
+    assert rows.tolist() == [[False, False, True]]
+    assert columns.tolist() == [[False, True, False]]
+
+
+def test_rejection_keeps_what_is_strictly_above_the_threshold():
+    similarity = torch.tensor([[[0.0, 1.0], [1.0, 0.0]]], dtype=torch.float64)
+    matching = match_prototypes(similarity, maximize=False)
+    assert kept_pairs(similarity, matching, 0.0)[0].tolist() == [[False, False]]
+    assert kept_pairs(similarity, matching, -1e-9)[0].tolist() == [[True, True]]
+
+
+def test_rejection_ignores_absent_prototypes():
+    # With the third prototype, the matched 0.5 of row 0 would be 0.83 of the way from -2 to 1.
+    similarity = torch.tensor([[[0.5, 1.0, -2.0], [0.1, 0.9, -2.0]]])
+    mask = torch.tensor([[True, True, False]])
+    matching = Matching(torch.tensor([[0, 1]]), torch.tensor([[0, 1]]), torch.ones(1, 2, dtype=torch.bool))
+    assert kept_pairs(similarity, matching, 0.1, mask)[0].tolist() == [[False, True]]
+    assert kept_pairs(similarity, matching, 0.1)[0].tolist() == [[True, True]]
+
+
+# Prototype loss
+
+
+def loss_by_hand(similarity, chosen, scale, rows_kept, columns_kept):
+    """The loss of one image in plain loops; `chosen[i]` is group i's prototype."""
+    logits = scale * similarity
+    rows = [logits[i].exp().sum().log() - logits[i, j] for i, j in enumerate(chosen)]
+    columns = [logits[:, j].exp().sum().log() - logits[i, j] for i, j in enumerate(chosen)]
+    kept = [[term for term, keep in zip(terms, keeps, strict=True) if keep] for terms, keeps in
+            ((rows, rows_kept), (columns, columns_kept))]
+    return sum(sum(terms) / len(terms) for terms in kept)
+
+
+def centers_and_prototypes_of(similarity):
+    """Vectors with exactly these cosines: prototypes are unit vectors, centres fill up in their own dimensions."""
+    groups, count = similarity.shape
+    prototypes = torch.eye(count, count + groups, dtype=torch.float64)
+    fill = (1 - (similarity**2).sum(1)).sqrt()
+    centers = torch.cat([similarity, torch.diag(fill)], 1)
+    return 3 * centers[None], 0.5 * prototypes[None]
+
+
+@pytest.mark.parametrize("variant", ["released", "corrected"])
+def test_prototype_loss_by_hand(variant):
+    similarity = SIMILARITY[0].double() / 2
+    centers, prototypes = centers_and_prototypes_of(similarity)
+    scale = torch.tensor(7.0, dtype=torch.float64)
+    loss, _ = prototype_loss(centers, prototypes, scale, 0.1, variant)
+    if variant == "released":
+        expected = loss_by_hand(similarity, [2, 1, 0], scale, [False, True, True], [False, True, True])
+    else:
+        expected = loss_by_hand(similarity, [0, 2, 1], scale, [True] * 3, [True] * 3)
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+
+
+def test_terms_are_averaged_over_the_whole_batch():
+    # Not image by image: the mean of the kept terms of a batch weighs images by how many terms they keep.
+    centers, prototypes = draw(3, (6, 4, 8), (6, 4, 8))
+    prototypes = normalize(prototypes, dim=-1)
+    similarity = normalize(centers, dim=-1) @ prototypes.transpose(1, 2)
+    matching = match_prototypes(similarity, maximize=False)
+    rows, columns = kept_pairs_released(similarity, matching, 0.1)
+    assert len(set(rows.sum(1).tolist())) > 1
+    terms = {"rows": 0.0, "columns": 0.0}
+    for index in range(6):
+        logits = SCALE * similarity[index]
+        for i, j in pairs(matching, index):
+            terms["rows"] += rows[index, i] * (logits[i].logsumexp(0) - logits[i, j])
+            terms["columns"] += columns[index, i] * (logits[:, j].logsumexp(0) - logits[i, j])
+    expected = terms["rows"] / rows.sum() + terms["columns"] / columns.sum()
+    torch.testing.assert_close(prototype_loss(centers, prototypes, SCALE, 0.1, "released")[0], expected)
+
+
+@given(SEEDS, st.integers(2, 5), st.floats(1, 50))
+def test_the_perfect_matching_has_the_lowest_loss(seed, count, scale):
+    # Centres that are the prototypes in another order.
+    prototypes = normalize(draw(seed, (1, count, 16)), dim=-1)
+    order = permutation(seed, count)
+    centers = prototypes[:, order]
+    scale = torch.tensor(scale, dtype=torch.float64)
+    lowest, matching = prototype_loss(centers, prototypes, scale)
+    assert matching.prototypes[0].tolist() == order.tolist()
+    for chosen in permutations(range(count)):
+        other = Matching(matching.groups, torch.tensor([chosen]), matching.valid)
+        # Without rejection, which would drop the worst terms of a bad matching.
+        loss, _ = prototype_loss(centers, prototypes, scale, threshold=-1.0, matching=other)
+        assert lowest <= loss + 1e-9
+
+
+@given(SEEDS)
+def test_the_size_of_vectors_does_not_matter(seed):
+    centers, prototypes = draw(seed, (2, 4, 8), (2, 4, 8))
+    loss, _ = prototype_loss(centers, prototypes, SCALE)
+    torch.testing.assert_close(prototype_loss(7 * centers, 0.2 * prototypes, SCALE)[0], loss)
+
+
+def test_absent_prototypes_have_no_influence_on_the_loss():
+    centers, prototypes, noise = draw(0, (1, 4, 8), (1, 3, 8), (1, 2, 8))
+    mask = torch.tensor([[True, True, True, False, False]])
+    centers.requires_grad_()
+    loss, matching = prototype_loss(centers, prototypes, SCALE)
+    masked, masked_matching = prototype_loss(
+        centers, torch.cat([prototypes, noise], 1), SCALE, prototype_mask_BP=mask
+    )
+    torch.testing.assert_close(masked, loss)
+    assert pairs(masked_matching) == pairs(matching)
+    gradients = [torch.autograd.grad(value, centers)[0] for value in (loss, masked)]
+    torch.testing.assert_close(*gradients)
+
+
+def test_released_loss_is_nan_where_no_term_is_kept_and_corrected_is_zero():
+    centers = torch.ones(2, 3, 4, dtype=torch.float64, requires_grad=True)
+    prototypes = torch.ones(2, 3, 4, dtype=torch.float64)
+    scale = torch.tensor(10.0, dtype=torch.float64, requires_grad=True)
+    assert prototype_loss(centers, prototypes, scale, variant="released")[0].isnan()
+    loss, _ = prototype_loss(centers, prototypes, scale)
+    assert loss == 0
+    loss.backward()
+    assert (centers.grad == 0).all()
+    assert scale.grad == 0
+
+
+def test_corrected_loss_of_images_without_prototypes():
+    # Image 0 has none, image 1 one, image 2 all: as images 1 and 2 alone, and finite gradients everywhere.
+    centers, prototypes = draw(0, (3, 3, 8), (3, 3, 8))
+    centers.requires_grad_()
+    mask = torch.tensor([[False] * 3, [False, True, False], [True] * 3])
+    prototypes = prototypes * mask[..., None]
+    loss, matching = prototype_loss(centers, prototypes, SCALE, prototype_mask_BP=mask)
+    assert matching.valid.sum(1).tolist() == [0, 1, 3]
+    loss.backward()
+    assert centers.grad.isfinite().all()
+    assert (centers.grad[0] == 0).all()
+    alone, _ = prototype_loss(centers[1:], prototypes[1:], SCALE, prototype_mask_BP=mask[1:])
+    torch.testing.assert_close(loss, alone)
+    nothing, _ = prototype_loss(centers[:1], prototypes[:1], SCALE, prototype_mask_BP=mask[:1])
+    assert nothing == 0
+
+
+@pytest.mark.parametrize("variant", ["released", "corrected"])
+def test_gradient_of_the_loss(variant):
+    centers, prototypes = draw(5, (2, 4, 6), (2, 4, 6))
+    scale = SCALE.clone().requires_grad_()
+    prototypes.requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda c, s: prototype_loss(c, prototypes, s, 0.1, variant)[0], (centers.requires_grad_(), scale)
+    )
+    prototype_loss(centers, prototypes, scale, 0.1, variant)[0].backward()
+    assert prototypes.grad is None
+    assert centers.grad.abs().max() > 0
+
+
+def test_masked_mean():
+    values = torch.tensor([1.0, float("nan"), 4.0], requires_grad=True)
+    mean = masked_mean(values, torch.tensor([True, False, True]))
+    assert mean == 2.5
+    mean.backward()
+    assert values.grad.tolist() == [0.5, 0.0, 0.5]
+    assert masked_mean(values, torch.zeros(3, dtype=torch.bool)) == 0
+    assert masked_mean(values, torch.zeros(3, dtype=torch.bool), empty=float("nan")).isnan()
+
+
+# Assignment term
+
+
+@given(SEEDS, st.integers(1, 12), st.integers(1, 6))
+def test_assignment_loss_is_lowest_where_groups_are_their_prototypes(seed, length, count):
+    logits, other, similarity = draw(seed, (2, length, count), (2, length, count), (2, count, count))
+    responsibilities = logits.softmax(-1)
+    matching = match_prototypes(similarity)
+    # The assignment that copies each group's matched prototype.
+    order = matching.prototypes[:, None, :].expand(-1, length, -1)
+    copied = responsibilities.gather(2, order).transpose(1, 2)
+    lowest = assignment_loss(copied.log(), responsibilities, matching)
+    entropy = -(responsibilities * responsibilities.log()).sum(-1).mean()
+    torch.testing.assert_close(lowest, entropy)
+    different = assignment_loss(other.log_softmax(-1).transpose(1, 2), responsibilities, matching)
+    assert different >= lowest - 1e-9
+
+
+def test_assignment_loss_by_hand():
+    responsibilities = torch.tensor([[[0.75, 0.25], [0.5, 0.5]]], dtype=torch.float64, requires_grad=True)
+    log_assignment = torch.tensor([[[0.5, 0.2], [0.5, 0.8]]], dtype=torch.float64).log().requires_grad_()
+    matching = Matching(torch.tensor([[0, 1]]), torch.tensor([[1, 0]]), torch.ones(1, 2, dtype=torch.bool))
+    loss = assignment_loss(log_assignment, responsibilities, matching)
+    half, fifth, most = (torch.tensor(value, dtype=torch.float64).log() for value in (0.5, 0.2, 0.8))
+    torch.testing.assert_close(loss, -(0.25 * half + 0.75 * half + 0.5 * fifth + 0.5 * most) / 2)
+    loss.backward()
+    assert responsibilities.grad is None
+    torch.testing.assert_close(
+        log_assignment.grad, -torch.tensor([[[0.25, 0.5], [0.75, 0.5]]], dtype=torch.float64) / 2
+    )
+
+
+# Moving average
+
+
+def test_momentum_by_hand():
+    old = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
+    mean = torch.tensor([[0.0, 1.0], [0.0, 1.0]])
+    plain = updated_prototypes(old, mean, renormalize=False)
+    torch.testing.assert_close(plain, torch.tensor([[0.9, 0.1], [0.0, 1.9]]))
+    unit = updated_prototypes(old, mean)
+    torch.testing.assert_close(unit, plain / plain.norm(dim=1, keepdim=True))
+
+
+@given(SEEDS, st.floats(0, 1))
+def test_momentum_moves_between_old_and_new(seed, momentum):
+    old, mean = normalize(draw(seed, (2, 5, 8)), dim=-1)
+    moved = updated_prototypes(old, mean, momentum, renormalize=False)
+    torch.testing.assert_close(moved, momentum * old + (1 - momentum) * mean)
+    torch.testing.assert_close(updated_prototypes(old, mean, 1.0), old)
+    torch.testing.assert_close(updated_prototypes(old, mean, 0.0), mean)
+
+
+def test_momentum_keeps_the_precision_of_the_buffer_and_has_no_gradient():
+    old = torch.ones(2, 3)
+    moved = updated_prototypes(old, torch.ones(2, 3, dtype=torch.float64, requires_grad=True))
+    assert moved.dtype == torch.float32
+    assert not moved.requires_grad

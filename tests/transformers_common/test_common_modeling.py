@@ -1,0 +1,272 @@
+"""transformers' common model tests on our models and configurations, in the sizes that its GroupViT is tested with."""
+
+import tempfile
+import unittest
+
+import torch
+from testers import ConfigTester, ModelTesterMixin, floats_tensor, ids_tensor, random_attention_mask
+from torch import nn
+from transformers.testing_utils import torch_device
+
+from pgseg_hf import (
+    PGSegConfig,
+    PGSegModel,
+    PGSegTextConfig,
+    PGSegTextModel,
+    PGSegVisionConfig,
+    PGSegVisionModel,
+)
+
+
+class VisionModelTester:
+    """Tiny vision models and inputs; the names are those that the mixins read."""
+
+    is_training = True
+    batch_size = 12
+    num_channels = 3
+    patch_size = 2
+    hidden_size = 32
+    depths = (2, 1, 1)
+    num_attention_heads = 4
+    num_group_tokens = (64, 8, 0)
+    num_output_groups = (64, 8, 8)
+
+    def __init__(self, npr_variant: str = "corrected", image_size: int = 30, input_size: tuple[int, int] | None = None):
+        self.npr_variant = npr_variant
+        self.image_size = image_size
+        self.input_size = input_size or (image_size, image_size)
+        self.expected_num_hidden_layers = len(self.depths) + 1
+        self.seq_length = self.input_size[0] // self.patch_size * (self.input_size[1] // self.patch_size)
+
+    def get_config(self) -> PGSegVisionConfig:
+        return PGSegVisionConfig(
+            image_size=self.image_size,
+            patch_size=self.patch_size,
+            hidden_size=self.hidden_size,
+            depths=self.depths,
+            num_group_tokens=self.num_group_tokens,
+            num_output_groups=self.num_output_groups,
+            num_attention_heads=self.num_attention_heads,
+            intermediate_size=37,
+            prototype_projection_dim=48,
+            dropout=0.1,
+            attention_dropout=0.1,
+            npr_variant=self.npr_variant,
+        )
+
+    def prepare_config_and_inputs_for_common(self) -> tuple[PGSegVisionConfig, dict]:
+        pixel_values = floats_tensor([self.batch_size, self.num_channels, *self.input_size])
+        return self.get_config(), {"pixel_values": pixel_values}
+
+
+class TextModelTester:
+    """Tiny text models and inputs."""
+
+    is_training = True
+    batch_size = 12
+    seq_length = 7
+    vocab_size = 99
+    hidden_size = 32
+    num_hidden_layers = 2
+    num_attention_heads = 4
+
+    def get_config(self) -> PGSegTextConfig:
+        return PGSegTextConfig(
+            vocab_size=self.vocab_size,
+            hidden_size=self.hidden_size,
+            num_hidden_layers=self.num_hidden_layers,
+            num_attention_heads=self.num_attention_heads,
+            intermediate_size=37,
+            attention_dropout=0.1,
+            max_position_embeddings=512,
+        )
+
+    def prepare_config_and_inputs_for_common(self) -> tuple[PGSegTextConfig, dict]:
+        input_ids = ids_tensor([self.batch_size, self.seq_length], self.vocab_size)
+        attention_mask = random_attention_mask([self.batch_size, self.seq_length]).cummin(dim=1).values
+        attention_mask[:, 0] = 1
+        return self.get_config(), {"input_ids": input_ids, "attention_mask": attention_mask}
+
+
+class JointModelTester:
+    """Both towers together, with the losses."""
+
+    is_training = True
+
+    def __init__(self, contrastive_pooling: str = "mean", **vision: object):
+        self.contrastive_pooling = contrastive_pooling
+        self.vision_model_tester = VisionModelTester(**vision)
+        self.text_model_tester = TextModelTester()
+        self.batch_size = self.text_model_tester.batch_size
+
+    def get_config(self) -> PGSegConfig:
+        return PGSegConfig(
+            text_config=self.text_model_tester.get_config().to_dict(),
+            vision_config=self.vision_model_tester.get_config().to_dict(),
+            projection_dim=64,
+            projection_intermediate_dim=48,
+            contrastive_pooling=self.contrastive_pooling,
+        )
+
+    def prepare_config_and_inputs_for_common(self) -> tuple[PGSegConfig, dict]:
+        _, text = self.text_model_tester.prepare_config_and_inputs_for_common()
+        _, vision = self.vision_model_tester.prepare_config_and_inputs_for_common()
+        return self.get_config(), {**text, **vision, "return_loss": True}
+
+
+class PGSegVisionModelTest(ModelTesterMixin, unittest.TestCase):
+    all_model_classes = (PGSegVisionModel,)
+    test_resize_embeddings = False
+    test_can_init_all_missing_weights_before_2023 = True
+
+    def setUp(self):
+        self.model_tester = VisionModelTester()
+        self.config_tester = ConfigTester(
+            self, config_class=PGSegVisionConfig, has_text_modality=False, hidden_size=48
+        )
+
+    def test_config(self):
+        self.config_tester.run_common_tests()
+
+    def test_model(self):
+        config, inputs = self.model_tester.prepare_config_and_inputs_for_common()
+        outputs = PGSegVisionModel(config).eval()(**inputs)
+        batch, groups, width = self.model_tester.batch_size, self.model_tester.num_output_groups[-1], config.hidden_size
+        self.assertEqual(outputs.last_hidden_state.shape, (batch, groups, width))
+        self.assertEqual(outputs.pooler_output.shape, (batch, width))
+
+    @unittest.skip("an image tower has no inputs_embeds")
+    def test_inputs_embeds(self):
+        pass
+
+    @unittest.skip("the image tower by itself has no loss")
+    def test_training(self):
+        pass
+
+    @unittest.skip("the image tower by itself has no loss")
+    def test_training_gradient_checkpointing(self):
+        pass
+
+    @unittest.skip("the image tower by itself has no loss")
+    def test_training_gradient_checkpointing_use_reentrant_false(self):
+        pass
+
+    @unittest.skip("the image tower by itself has no loss")
+    def test_training_gradient_checkpointing_use_reentrant_true(self):
+        pass
+
+    def test_model_get_set_embeddings(self):
+        """The mixin's expects token embeddings; here they are a convolution."""
+        model = PGSegVisionModel(self.model_tester.get_config())
+        self.assertIsInstance(model.get_input_embeddings(), nn.Module)
+        self.assertIsNone(model.get_output_embeddings())
+
+    def test_attention_outputs(self):
+        """The mixin's expects one square attention a layer; here, as in GroupViT, there is one assignment a stage."""
+        config, inputs = self.model_tester.prepare_config_and_inputs_for_common()
+        stages = sum(tokens > 0 for tokens in config.num_group_tokens)
+        by_argument = PGSegVisionModel(config).to(torch_device).eval()(**inputs, output_attentions=True)
+        config.output_attentions = True
+        model = PGSegVisionModel(config).to(torch_device).eval()
+        by_config = model(**inputs)
+        with_states = model(**inputs, output_attentions=True, output_hidden_states=True)
+        self.assertEqual(len(with_states), len(by_config) + 1)
+        groups = config.num_output_groups
+        for outputs in (by_argument, by_config, with_states):
+            self.assertEqual(len(outputs.attentions), stages)
+            for stage, assignment in enumerate(outputs.attentions):
+                length = groups[stage - 1] if stage else self.model_tester.seq_length
+                self.assertEqual(assignment.shape, (self.model_tester.batch_size, groups[stage], length))
+
+    def test_retain_grad_hidden_states_attentions(self):
+        """The mixin's asks the attentions for a gradient too; the soft assignment is a report, not on the way."""
+        config, inputs = self.model_tester.prepare_config_and_inputs_for_common()
+        outputs = PGSegVisionModel(config).to(torch_device)(**inputs, output_attentions=True, output_hidden_states=True)
+        outputs.hidden_states[0].retain_grad()
+        outputs.attentions[0].retain_grad()
+        outputs[0].flatten()[0].backward()
+        self.assertIsNotNone(outputs.hidden_states[0].grad)
+        self.assertIsNone(outputs.attentions[0].grad)
+
+
+class PGSegTextModelTest(ModelTesterMixin, unittest.TestCase):
+    all_model_classes = (PGSegTextModel,)
+    test_can_init_all_missing_weights_before_2023 = True
+
+    def setUp(self):
+        self.model_tester = TextModelTester()
+        self.config_tester = ConfigTester(self, config_class=PGSegTextConfig, hidden_size=32)
+
+    def test_config(self):
+        self.config_tester.run_common_tests()
+
+    @unittest.skip("CLIP's text tower takes no inputs_embeds")
+    def test_inputs_embeds(self):
+        pass
+
+    @unittest.skip("the text tower by itself has no loss")
+    def test_training(self):
+        pass
+
+    @unittest.skip("the text tower by itself has no loss")
+    def test_training_gradient_checkpointing(self):
+        pass
+
+    @unittest.skip("the text tower by itself has no loss")
+    def test_training_gradient_checkpointing_use_reentrant_false(self):
+        pass
+
+    @unittest.skip("the text tower by itself has no loss")
+    def test_training_gradient_checkpointing_use_reentrant_true(self):
+        pass
+
+
+class PGSegModelTest(ModelTesterMixin, unittest.TestCase):
+    all_model_classes = (PGSegModel,)
+    _is_composite = True
+    test_resize_embeddings = False
+    # The towers' own tests look at them; the joint output holds them inside the towers' outputs.
+    test_attention_outputs = None
+    test_can_init_all_missing_weights_before_2023 = True
+
+    def setUp(self):
+        self.model_tester = JointModelTester()
+        self.config_tester = ConfigTester(
+            self,
+            config_class=PGSegConfig,
+            has_text_modality=False,
+            common_properties=["projection_dim", "projection_intermediate_dim", "logit_scale_init_value"],
+        )
+
+    def test_config(self):
+        self.config_tester.run_common_tests()
+
+    def test_model(self):
+        config, inputs = self.model_tester.prepare_config_and_inputs_for_common()
+        outputs = PGSegModel(config).eval()(**inputs)
+        images, texts = len(inputs["pixel_values"]), len(inputs["input_ids"])
+        self.assertEqual(outputs.logits_per_image.shape, (images, texts))
+        self.assertEqual(outputs.logits_per_text.shape, (texts, images))
+
+    def test_load_vision_text_config(self):
+        config = self.model_tester.get_config()
+        with tempfile.TemporaryDirectory() as folder:
+            config.save_pretrained(folder)
+            self.assertEqual(PGSegVisionConfig.from_pretrained(folder).to_dict(), config.vision_config.to_dict())
+            self.assertEqual(PGSegTextConfig.from_pretrained(folder).to_dict(), config.text_config.to_dict())
+
+    @unittest.skip("tested for each tower")
+    def test_hidden_states_output(self):
+        pass
+
+    @unittest.skip("tested for each tower")
+    def test_inputs_embeds(self):
+        pass
+
+    @unittest.skip("tested for each tower")
+    def test_retain_grad_hidden_states_attentions(self):
+        pass
+
+    @unittest.skip("two towers have no one embedding")
+    def test_model_get_set_embeddings(self):
+        pass

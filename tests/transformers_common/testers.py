@@ -1,0 +1,101 @@
+"""Access to transformers' own common testers, which are part of its sdist but not of its wheel.
+
+`TRANSFORMERS_TESTS` names the root of the unpacked sdist of the installed version (the folder that holds `tests/`):
+
+    pip download --no-deps --no-binary :all: --no-build-isolation transformers==<version>
+
+Where it is not set, everything that imports this module skips itself.
+"""
+
+import importlib
+import os
+import sys
+import types
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import transformers
+
+ROOT = os.environ.get("TRANSFORMERS_TESTS")
+if not ROOT:
+    pytest.skip("TRANSFORMERS_TESTS does not name an unpacked sdist of transformers", allow_module_level=True)
+
+
+def _require_same_version(root: Path) -> None:
+    if not (root / "tests" / "test_modeling_common.py").is_file():
+        raise ValueError(f"TRANSFORMERS_TESTS is {str(root)!r}, expected a folder with tests/test_modeling_common.py")
+    version = next(
+        line.removeprefix("Version: ").strip()
+        for line in (root / "PKG-INFO").read_text(encoding="utf-8").splitlines()
+        if line.startswith("Version: ")
+    )
+    if version != transformers.__version__:
+        raise ValueError(
+            f"TRANSFORMERS_TESTS holds transformers {version}, but {transformers.__version__} is installed"
+        )
+
+
+def _stub(name: str, **attributes: object) -> None:
+    """Stands in for a helper of the testers that lies in a sub-folder, which the sdist leaves out."""
+    try:
+        importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if not (error.name or "").startswith(("tests.", "fetch_hub_objects")) and error.name != name:
+            raise
+        module = types.ModuleType(name)
+        module.__dict__.update(attributes)
+        sys.modules[name] = module
+
+
+_require_same_version(Path(ROOT))
+sys.path.insert(0, ROOT)
+# Export is tested by tests of our own, and no model here generates text.
+_stub("tests.exporters", __path__=[])
+_stub("tests.exporters.test_export", ExportTesterMixin=type("ExportTesterMixin", (), {}))
+_stub("tests.generation", __path__=[])
+_stub("tests.generation.test_utils", GenerationTesterMixin=type("GenerationTesterMixin", (), {}))
+# Fields that every configuration takes, with values that are not their defaults.
+_stub("tests.utils", __path__=[])
+_stub(
+    "tests.utils.test_configuration_utils",
+    config_common_kwargs={
+        "return_dict": False,
+        "output_hidden_states": True,
+        "output_attentions": True,
+        "dtype": "float16",
+        "chunk_size_feed_forward": 5,
+        "architectures": ["PGSegModel"],
+        "id2label": {0: "label"},
+        "label2id": {"label": "0"},
+        "problem_type": "regression",
+        "bos_token_id": 6,
+        "pad_token_id": 7,
+        "eos_token_id": 8,
+    },
+)
+# Maps addresses to files fetched in advance.
+_stub("fetch_hub_objects_for_ci", url_to_local_path=lambda url: url)
+
+# The configuration tester imports transformers by the path of a file that the sdist leaves out.
+with mock.patch("transformers.utils.direct_transformers_import", lambda *args, **kwargs: transformers):
+    from tests.test_configuration_common import ConfigTester
+from tests.test_image_processing_common import ImageProcessingTester, ImageProcessingTestMixin  # noqa: E402
+from tests.test_modeling_common import (  # noqa: E402
+    ModelTesterMixin,
+    floats_tensor,
+    ids_tensor,
+    random_attention_mask,
+)
+from tests.test_processing_common import ProcessorTesterMixin  # noqa: E402
+
+__all__ = [
+    "ConfigTester",
+    "ImageProcessingTestMixin",
+    "ImageProcessingTester",
+    "ModelTesterMixin",
+    "ProcessorTesterMixin",
+    "floats_tensor",
+    "ids_tensor",
+    "random_attention_mask",
+]
