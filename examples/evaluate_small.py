@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from train_small import BACKGROUND, GROUPS, group_of, read_metadata
+from train_small import BACKGROUND, GROUPS, group_of, read_metadata, shuffled
 
 from pgseg_hf.images import load_image
 from pgseg_hf.modeling_pgseg import PGSegModel
@@ -195,8 +195,6 @@ def main() -> None:
     if "mask_file_name" in rows[0]:
         report_masks(segmenter, arguments.data, arguments.train, options, arguments.seed)
     else:
-        from train_small import shuffled
-
         report_tags(segmenter, arguments.data, shuffled(rows)[: arguments.photos], options)
 
 

@@ -56,6 +56,8 @@ GROUPS = {
         *("ring", "watch", "gloves", "tie"),
     ],
 }
+# What photos with a tag (of Caltech-101) also show, though nobody tagged it.
+IMPLIED = {"face": ["hair", "skin"]}
 BACKGROUND = "background"
 OBJECTIVES = ("contrastive", "sigmoid", "pixels")
 
@@ -93,15 +95,18 @@ class Recipe:
     average_decay: float = 0.995
     validation_photos: int = 100
     skip_tags: str = ""
+    extra: str = ""
+    extra_share: float = 0.0
     threads: int = 1
 
 
 @dataclass
 class TaggedPhotos:
-    """Photos [P, 3, H, W] as uint8 and which tag groups each shows, bool [P, G]."""
+    """Photos [P, 3, H, W] as uint8, which tag groups each shows, bool [P, G], and (height, width) to train at."""
 
     pixels: Tensor
     targets: Tensor
+    size: tuple[int, int]
 
 
 @dataclass
@@ -119,11 +124,20 @@ def group_of(tag: str) -> str:
     return next((name for name, words in GROUPS.items() if tag in words), tag)
 
 
+def with_implied(tags: list[str]) -> list[str]:
+    return tags + [implied for tag in tags for implied in IMPLIED.get(tag, [])]
+
+
 def read_metadata(folder: Path) -> list[dict]:
     path = folder / "metadata.jsonl"
     if not path.is_file():
         raise SystemExit(f"{path} does not exist: --data must be a folder with metadata.jsonl")
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def shuffled(rows: list[dict]) -> list[dict]:
+    """In a fixed random order, whatever the seed of the run, so that the held-out photos are always the same."""
+    return random.Random(0).sample(rows, len(rows))
 
 
 def build_vocabulary(rows: list[dict], skip_tags: list[str], with_background: bool) -> Vocabulary:
@@ -139,20 +153,22 @@ def build_vocabulary(rows: list[dict], skip_tags: list[str], with_background: bo
     return Vocabulary(groups, words, group_of_word, tokens["input_ids"], tokens["attention_mask"])
 
 
-def load_photos(folder: Path, rows: list[dict], vocabulary: Vocabulary, recipe: Recipe) -> TaggedPhotos:
+def load_photos(
+    folder: Path, rows: list[dict], vocabulary: Vocabulary, size: tuple[int, int], cache_scale: float
+) -> TaggedPhotos:
     """Decodes all photos once, at `cache_scale` times the size of the training crops."""
-    height, width = (round(side * recipe.cache_scale) for side in (recipe.height, recipe.width))
+    height, width = (round(side * cache_scale) for side in size)
     pixels = torch.empty(len(rows), 3, height, width, dtype=torch.uint8)
     targets = torch.zeros(len(rows), len(vocabulary.groups), dtype=torch.bool)
     for index, row in enumerate(rows):
         with Image.open(folder / row["file_name"]) as photo:
             resized = photo.convert("RGB").resize((width, height), Image.Resampling.BILINEAR)
         pixels[index] = torch.from_numpy(np.array(resized)).permute(2, 0, 1)
-        for group in {group_of(tag) for tag in row["tags"]} & set(vocabulary.groups):
+        for group in {group_of(tag) for tag in with_implied(row["tags"])} & set(vocabulary.groups):
             targets[index, vocabulary.groups.index(group)] = True
     if BACKGROUND in vocabulary.groups:
         targets[:, vocabulary.groups.index(BACKGROUND)] = True
-    return TaggedPhotos(pixels, targets)
+    return TaggedPhotos(pixels, targets, size)
 
 
 def normalized(pixels: Tensor) -> Tensor:
@@ -160,17 +176,21 @@ def normalized(pixels: Tensor) -> Tensor:
     return (pixels.float() / 255 - mean) / std
 
 
-def random_crops(pixels: Tensor, recipe: Recipe) -> Tensor:
-    """Random crops, flips, brightness and contrast of uint8 photos [B, 3, H, W]; returns normalised [B, 3, h, w]."""
+def random_crops(pixels: Tensor, size: tuple[int, int], smallest: float) -> Tensor:
+    """Random crops (of `smallest` to all of the area), flips, brightness and contrast of uint8 photos [B, 3, H, W].
+
+    Returns:
+        normalised pixels [B, 3, h, w], (h, w) being `size`.
+    """
     batch = len(pixels)
-    area = torch.empty(batch).uniform_(recipe.crop_scale, 1)
+    area = torch.empty(batch).uniform_(smallest, 1)
     aspect = torch.empty(batch).uniform_(-0.2, 0.2).exp()
     sides_B2 = torch.stack([area.sqrt() * aspect, area.sqrt() / aspect], 1).clamp(max=1)
     shift_B2 = (torch.rand(batch, 2) * 2 - 1) * (1 - sides_B2)
     flip = (torch.rand(batch) < 0.5).float() * 2 - 1
     theta = torch.zeros(batch, 2, 3)
     theta[:, 0, 0], theta[:, 1, 1], theta[:, :, 2] = sides_B2[:, 0] * flip, sides_B2[:, 1], shift_B2
-    grid = nn.functional.affine_grid(theta, [batch, 3, recipe.height, recipe.width], align_corners=False)
+    grid = nn.functional.affine_grid(theta, [batch, 3, *size], align_corners=False)
     crops = nn.functional.grid_sample(pixels.float(), grid, align_corners=False)
     gain, offset = (torch.empty(batch, 1, 1, 1).uniform_(-0.2, 0.2) for _ in range(2))
     return normalized((crops * (1 + gain) + 255 * offset).clamp(0, 255))
@@ -275,13 +295,13 @@ def move_average(average: PGSegModel, model: PGSegModel, decay: float) -> None:
 
 
 @torch.no_grad()
-def tag_precision(model: PGSegModel, photos: TaggedPhotos, vocabulary: Vocabulary, recipe: Recipe) -> float:
+def tag_precision(model: PGSegModel, photos: TaggedPhotos, vocabulary: Vocabulary) -> float:
     """Mean over tag groups of the average precision of ranking photos by the largest score of a patch."""
     model.eval()
     scores = []
     for pixels in photos.pixels.split(50):
         resized = nn.functional.interpolate(
-            normalized(pixels), (recipe.height, recipe.width), mode="bilinear", antialias=True
+            normalized(pixels), photos.size, mode="bilinear", antialias=True
         )
         outputs = model(vocabulary.input_ids, resized, attention_mask=vocabulary.attention_mask)
         columns = torch.tensor([vocabulary.words.index(group) for group in vocabulary.groups])
@@ -297,7 +317,7 @@ def tag_precision(model: PGSegModel, photos: TaggedPhotos, vocabulary: Vocabular
 
 
 def train(
-    photos: TaggedPhotos, validation: TaggedPhotos, vocabulary: Vocabulary, recipe: Recipe
+    sources: list[TaggedPhotos], validation: TaggedPhotos, vocabulary: Vocabulary, recipe: Recipe
 ) -> tuple[PGSegModel, int]:
     """Trains for `recipe.minutes`; returns the averaged model and the number of steps."""
     model, average = build_model(recipe), build_model(recipe)
@@ -309,13 +329,14 @@ def train(
         warm = min(1.0, share / recipe.warmup)
         for group in optimizer.param_groups:
             group["lr"] = recipe.learning_rate * warm * (1 + math.cos(math.pi * share)) / 2
+        photos = sources[-1] if random.random() < recipe.extra_share else sources[0]
         chosen = torch.randint(len(photos.pixels), (recipe.batch_size,))
         targets = photos.targets[chosen]
         model.train()
         with torch.autocast("cpu", dtype=torch.bfloat16):
             outputs = model(
                 vocabulary.input_ids,
-                random_crops(photos.pixels[chosen], recipe),
+                random_crops(photos.pixels[chosen], photos.size, recipe.crop_scale),
                 attention_mask=vocabulary.attention_mask,
                 text_targets=targets[:, vocabulary.group_of_word],
                 return_loss=True,
@@ -332,7 +353,7 @@ def train(
             last_report = time.monotonic()
             report_progress(outputs, naming, step, started, recipe)
         if step % 200 == 0:
-            print(f"step {step}: tag precision {tag_precision(average, validation, vocabulary, recipe):.3f}", flush=True)
+            print(f"step {step}: tag precision {tag_precision(average, validation, vocabulary):.3f}", flush=True)
     return average.eval(), step
 
 
@@ -382,17 +403,24 @@ def main() -> None:
     torch.manual_seed(recipe.seed)
     random.seed(recipe.seed)
     folder = Path(recipe.data)
-    rows = read_metadata(folder)
-    random.Random(0).shuffle(rows)
+    rows = shuffled(read_metadata(folder))
+    extra = Path(recipe.extra)
+    extra_rows = read_metadata(extra) if recipe.extra else []
     skip_tags = recipe.skip_tags.split(",")
-    vocabulary = build_vocabulary(rows, skip_tags, with_background=recipe.objective == "pixels")
-    photos = load_photos(folder, rows, vocabulary, recipe)
-    held_out = recipe.validation_photos
-    validation = TaggedPhotos(photos.pixels[:held_out], photos.targets[:held_out])
-    training = TaggedPhotos(photos.pixels[held_out:], photos.targets[held_out:])
-    print(f"{len(training.pixels)} photos, {held_out} held out; words: {', '.join(vocabulary.words)}", flush=True)
-    model, steps = train(training, validation, vocabulary, recipe)
-    precision = tag_precision(model, validation, vocabulary, recipe)
+    vocabulary = build_vocabulary(rows + extra_rows, skip_tags, with_background=recipe.objective == "pixels")
+    size, held_out = (recipe.height, recipe.width), recipe.validation_photos
+    validation = load_photos(folder, rows[:held_out], vocabulary, size, recipe.cache_scale)
+    sources = [load_photos(folder, rows[held_out:], vocabulary, size, recipe.cache_scale)]
+    if extra_rows:
+        side = math.isqrt(recipe.height * recipe.width)
+        sources.append(load_photos(extra, extra_rows, vocabulary, (side, side), 1.1))
+    print(
+        f"{' + '.join(str(len(photos.pixels)) for photos in sources)} photos, {held_out} held out; "
+        f"words: {', '.join(vocabulary.words)}",
+        flush=True,
+    )
+    model, steps = train(sources, validation, vocabulary, recipe)
+    precision = tag_precision(model, validation, vocabulary)
     save_checkpoint(model, recipe)
     print(
         f"Trained {steps} steps of {recipe.batch_size} photos in {(time.monotonic() - started) / 60:.1f} minutes; "

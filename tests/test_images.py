@@ -194,7 +194,7 @@ def test_cmyk_jpeg():
 
 @pytest.mark.parametrize("image_format", ["PNG", "TIFF"])
 def test_sixteen_bit_grey_is_scaled_and_not_clipped(image_format):
-    values = np.array([[0, 128, 257, 20000, 32768, 65535]], dtype=np.uint16)
+    values = np.array([[0, 128, 129, 200, 257, 20000, 32768, 65535]], dtype=np.uint16)
     image = load_image(encoded(Image.fromarray(values), image_format))
     expected = np.rint(values / 65535 * 255)
     np.testing.assert_array_equal(np.asarray(image), np.repeat(expected[..., None], 3, axis=2))

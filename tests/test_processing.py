@@ -299,7 +299,7 @@ def test_inference_mode(processor):
     outside = processor.get_class_embeddings(model, ["cat"])
     assert model.prompt_counts == [1]
     assert torch.equal(outside, inside)
-    (outside * torch.ones(4, requires_grad=True)).sum().backward()  # cached outside of inference mode
+    (outside * torch.ones(4, requires_grad=True)).sum().backward()  # usable outside of inference mode
 
     with torch.inference_mode():
         unversioned = TextModel()

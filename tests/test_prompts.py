@@ -77,7 +77,8 @@ def test_prompts_are_labels_by_templates():
     ]
 
 
-def test_braces_in_labels_are_plain_characters():
+def test_other_braces_are_plain_characters():
+    assert build_prompts(["cat"], ["a {} {here} {0}"]) == [["a cat {here} {0}"]]
     assert build_prompts(["{}", "{0}", "a{b}c", "}{"], ["<{}>"]) == [
         ["<{}>"],
         ["<{0}>"],

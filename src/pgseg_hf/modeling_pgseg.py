@@ -88,7 +88,7 @@ class PGSegOutput(ModelOutput):
         contrastive_loss: mean of the two directions of InfoNCE over the global batch.
         multi_label_loss: the same with soft targets over each image's label texts, where these are given.
         image_prototype_loss: I-NPR, the sum over grouping stages, before its weight.
-        image_prototype_losses: the stages' parts of it, [number of grouping stages].
+        image_prototype_losses: the stages' parts of it, a scalar for each grouping stage.
         text_prototype_loss: T-NPR, before its weight.
         assignment_loss: sum over grouping stages, before its weight; where the weight is not 0.
         logits_per_image: [B, N], scaled similarity of images and texts.
@@ -107,7 +107,7 @@ class PGSegOutput(ModelOutput):
     contrastive_loss: Tensor | None = None
     multi_label_loss: Tensor | None = None
     image_prototype_loss: Tensor | None = None
-    image_prototype_losses: Tensor | None = None
+    image_prototype_losses: tuple[Tensor, ...] | None = None
     text_prototype_loss: Tensor | None = None
     assignment_loss: Tensor | None = None
     logits_per_image: Tensor | None = None
@@ -340,6 +340,15 @@ class PGSegProjection(nn.Sequential):
         return nn.functional.conv1d(hidden, self[3].weight[..., None], self[3].bias).transpose(1, 2)
 
 
+@torch.no_grad()
+def _init_prototypes(buffer: Tensor, dim: int = -1) -> None:
+    """Fills a buffer of prototypes with random unit vectors along `dim`, the same at every call: transformers expects
+    buffers not to depend on the seed or on the order of initialisation."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(buffer.shape, generator=generator, dtype=torch.float32, device="cpu")
+    init.copy_(buffer, nn.functional.normalize(values, dim=dim))
+
+
 class PGSegStagePrototypes(nn.Module):
     """A stage's prototypes: the moving seeds of the estimation and the projection of prototypes to tokens."""
 
@@ -349,8 +358,9 @@ class PGSegStagePrototypes(nn.Module):
         self.num_iterations = config.num_prototype_iterations
         self.momentum = config.prototype_momentum
         self.register_buffer(
-            "prototypes", torch.zeros(1, num_prototypes, config.hidden_size, dtype=torch.float32)
+            "prototypes", torch.empty(1, num_prototypes, config.hidden_size, dtype=torch.float32)
         )
+        _init_prototypes(self.prototypes)
         self.projection = PGSegProjection(
             config.hidden_size, config.prototype_projection_dim, config.hidden_size
         )
@@ -530,7 +540,6 @@ class PGSegPreTrainedModel(PreTrainedModel):
         "CLIPTextEmbeddings",
         "CLIPEncoderLayer",
     ]
-    _keep_in_fp32_modules_strict = ["npr.prototypes", "text_prototypes", "released_text_prototypes"]
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = False
     _supports_sdpa = True
@@ -559,11 +568,7 @@ class PGSegPreTrainedModel(PreTrainedModel):
                 init.uniform_(linear.weight, -bound, bound)
                 init.uniform_(linear.bias, -bound, bound)
         elif isinstance(module, PGSegStagePrototypes):
-            _init_unit_rows(module.prototypes)
-
-
-def _init_unit_rows(buffer: Tensor, dim: int = -1) -> None:
-    init.copy_(buffer, nn.functional.normalize(torch.randn_like(buffer), dim=dim))
+            _init_prototypes(module.prototypes)
 
 
 def _refuse_bad_pixels(pixel_values: Tensor | None, patch_size: int, channels: int) -> None:
@@ -598,6 +603,8 @@ class PGSegVisionModel(PGSegPreTrainedModel):
 
     def __init__(self, config: PGSegVisionConfig):
         super().__init__(config)
+        if config.npr_variant != "none":
+            self._keep_in_fp32_modules_strict = ["npr.prototypes"]
         self.embeddings = PGSegVisionEmbeddings(config)
         self.encoder = PGSegVisionEncoder(config)
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -689,8 +696,6 @@ class PGSegTextModel(CLIPTextModel):
 class PGSegModel(PGSegPreTrainedModel):
     """Both towers in one joint space, with the losses of the method."""
 
-    main_input_name = "pixel_values"
-
     def __init__(self, config: PGSegConfig):
         super().__init__(config)
         text_config, vision_config = config.text_config, config.vision_config
@@ -703,9 +708,10 @@ class PGSegModel(PGSegPreTrainedModel):
         self.prototype_logit_scale: nn.Parameter | None = None
         if config.npr_variant != "none":
             self.prototype_logit_scale = nn.Parameter(torch.tensor(config.prototype_logit_scale_init_value))
-        if config.npr_variant != "none":
             count, width = self._text_prototypes_shape()
-            self.register_buffer(self._text_prototype_name, torch.zeros(1, count, width, dtype=torch.float32))
+            self.register_buffer(self._text_prototype_name, torch.empty(1, count, width, dtype=torch.float32))
+            self._init_text_prototypes()
+            self._keep_in_fp32_modules_strict = [self._text_prototype_name]
         self.post_init()
 
     def _text_prototypes_shape(self) -> tuple[int, int]:
@@ -721,6 +727,11 @@ class PGSegModel(PGSegPreTrainedModel):
             self.config.npr_variant
         )
 
+    def _init_text_prototypes(self) -> None:
+        # The released scalars are normalised over the prototypes.
+        dim = 1 if self.config.npr_variant == "released" else -1
+        _init_prototypes(self.get_buffer(self._text_prototype_name), dim)
+
     def _apply(self, fn: Callable, recurse: bool = True) -> nn.Module:
         if self._text_prototype_name not in self._buffers:
             return super()._apply(fn, recurse)
@@ -733,10 +744,7 @@ class PGSegModel(PGSegPreTrainedModel):
             init.constant_(module.logit_scale, self.config.logit_scale_init_value)
             if module.prototype_logit_scale is not None:
                 init.constant_(module.prototype_logit_scale, self.config.prototype_logit_scale_init_value)
-            if module._text_prototype_name == "released_text_prototypes":
-                _init_unit_rows(module.released_text_prototypes, dim=1)
-            elif module._text_prototype_name == "text_prototypes":
-                _init_unit_rows(module.text_prototypes)
+                module._init_text_prototypes()
 
     @can_return_tuple
     def get_text_features(
@@ -1006,8 +1014,8 @@ class PGSegModel(PGSegPreTrainedModel):
             if self.config.assignment_weight:
                 log_assignment = logits.to(prototypes.dtype).log_softmax(dim=1)
                 assignments.append(assignment_loss(log_assignment, responsibilities, matching))
-        output.image_prototype_losses = torch.stack(losses)
-        output.image_prototype_loss = output.image_prototype_losses.sum()
+        output.image_prototype_losses = tuple(losses)
+        output.image_prototype_loss = torch.stack(losses).sum()
         if assignments:
             output.assignment_loss = torch.stack(assignments).sum()
 

@@ -305,8 +305,7 @@ def _embed_prompts(model: Any, ids: torch.Tensor, mask: torch.Tensor, batch_size
     device = next(model.text_model.parameters()).device
     labels, templates, _ = ids.shape
     features = []
-    # Ordinary tensors even under a caller's inference_mode: they outlive it in the cache.
-    with torch.inference_mode(False), torch.no_grad():
+    with torch.no_grad():
         for some_ids, some_mask in zip(
             ids.flatten(0, 1).split(batch_size), mask.flatten(0, 1).split(batch_size)
         ):

@@ -35,6 +35,7 @@ class VisionModelTester:
         self.npr_variant = npr_variant
         self.image_size = image_size
         self.input_size = input_size or (image_size, image_size)
+        self.num_hidden_layers = max(self.depths)
         self.expected_num_hidden_layers = len(self.depths) + 1
         self.seq_length = self.input_size[0] // self.patch_size * (self.input_size[1] // self.patch_size)
 
@@ -165,9 +166,9 @@ class PGSegVisionModelTest(ModelTesterMixin, unittest.TestCase):
         """The mixin's expects one square attention a layer; here, as in GroupViT, there is one assignment a stage."""
         config, inputs = self.model_tester.prepare_config_and_inputs_for_common()
         stages = sum(tokens > 0 for tokens in config.num_group_tokens)
-        by_argument = PGSegVisionModel(config).to(torch_device).eval()(**inputs, output_attentions=True)
-        config.output_attentions = True
-        model = PGSegVisionModel(config).to(torch_device).eval()
+        model = PGSegVisionModel._from_config(config, attn_implementation="eager").to(torch_device).eval()
+        by_argument = model(**inputs, output_attentions=True)
+        model.config.output_attentions = True
         by_config = model(**inputs)
         with_states = model(**inputs, output_attentions=True, output_hidden_states=True)
         self.assertEqual(len(with_states), len(by_config) + 1)
@@ -225,8 +226,8 @@ class PGSegModelTest(ModelTesterMixin, unittest.TestCase):
     all_model_classes = (PGSegModel,)
     _is_composite = True
     test_resize_embeddings = False
-    # The towers' own tests look at them; the joint output holds them inside the towers' outputs.
-    test_attention_outputs = None
+    additional_model_inputs = ["pixel_values"]
+    test_attention_outputs = False  # tested for each tower
     test_can_init_all_missing_weights_before_2023 = True
 
     def setUp(self):
@@ -247,6 +248,13 @@ class PGSegModelTest(ModelTesterMixin, unittest.TestCase):
         images, texts = len(inputs["pixel_values"]), len(inputs["input_ids"])
         self.assertEqual(outputs.logits_per_image.shape, (images, texts))
         self.assertEqual(outputs.logits_per_text.shape, (texts, images))
+
+    def _image_features_get_expected_num_attentions(self, model_tester=None):
+        """The mixin expects one attention a layer; here, as in GroupViT, there is one assignment a grouping stage."""
+        return sum(tokens > 0 for tokens in self.model_tester.vision_model_tester.num_group_tokens)
+
+    def _image_features_get_expected_num_hidden_states(self, model_tester=None):
+        return self.model_tester.vision_model_tester.expected_num_hidden_layers
 
     def test_load_vision_text_config(self):
         config = self.model_tester.get_config()

@@ -1,0 +1,169 @@
+"""Configurations: the paper's defaults, what is refused and how, and the way to JSON and back."""
+
+import json
+import math
+
+import pytest
+from huggingface_hub.errors import StrictDataclassError
+from tiny_models import tiny_config, tiny_model
+
+from pgseg_hf.configuration_pgseg import NPR_VARIANTS, PGSegConfig, PGSegTextConfig, PGSegVisionConfig
+from pgseg_hf.modeling_pgseg import PGSegModel, PGSegVisionModel
+
+
+def test_defaults_are_the_papers():
+    config = PGSegConfig()
+    vision, text = config.vision_config, config.text_config
+    assert (vision.hidden_size, vision.num_attention_heads, vision.intermediate_size) == (384, 6, 1536)
+    assert (list(vision.depths), vision.num_hidden_layers) == ([6, 3, 3], 12)
+    assert (list(vision.num_group_tokens), list(vision.num_output_groups)) == ([64, 8, 0], [64, 8, 0])
+    assert (vision.image_size, vision.patch_size, vision.drop_path_rate) == (224, 16, 0.1)
+    assert (vision.num_prototype_iterations, vision.prototype_momentum) == (10, 0.9)
+    assert vision.prototype_projection_dim == 4096
+    assert (text.hidden_size, text.num_hidden_layers, text.num_attention_heads) == (256, 12, 4)
+    assert (text.vocab_size, text.max_position_embeddings, text.hidden_act) == (49408, 77, "quick_gelu")
+    assert (text.bos_token_id, text.eos_token_id) == (49406, 49407)
+    assert (config.projection_dim, config.projection_intermediate_dim) == (256, 4096)
+    assert config.logit_scale_init_value == pytest.approx(math.log(1 / 0.07))
+    assert config.prototype_logit_scale_init_value == pytest.approx(math.log(1 / 0.1))
+    assert config.max_logit_scale == 100
+    assert (config.image_prototype_weight, config.text_prototype_weight) == (0.1, 0.01)
+    assert config.rejection_threshold == 0.1
+    assert config.npr_variant == vision.npr_variant == "corrected"
+
+
+VISION_ERRORS = [
+    ({"hidden_size": 10, "num_attention_heads": 3}, "hidden_size is 10.*num_attention_heads = 3"),
+    ({"hidden_size": 0}, "hidden_size is 0"),
+    ({"num_channels": 0}, "num_channels is 0"),
+    ({"patch_size": -4}, "patch_size is -4"),
+    ({"image_size": 100}, "image_size is 100, expected a multiple of patch_size = 16"),
+    ({"image_size": 0}, "image_size is 0"),
+    ({"depths": []}, "depths is empty"),
+    ({"depths": [6, -1, 3]}, r"depths = \[6, -1, 3\]"),
+    ({"num_hidden_layers": 11}, "num_hidden_layers is 11.* 12"),
+    ({"num_group_tokens": [64, 8]}, "num_group_tokens has 2 entries, depths has 3"),
+    ({"num_group_tokens": [0, 0, 0]}, r"num_group_tokens is \[0, 0, 0\]"),
+    ({"num_group_tokens": [0, 8, 0]}, r"num_group_tokens is \[0, 8, 0\]"),
+    ({"num_output_groups": [64]}, "num_output_groups has 1 entries"),
+    ({"num_output_groups": [64, 0, 0]}, r"num_output_groups is \[64, 0, 0\]"),
+    ({"assign_mlp_ratio": [0.5]}, r"assign_mlp_ratio is \[0.5\]"),
+    ({"assign_mlp_ratio": [0.5, -4]}, r"assign_mlp_ratio is \[0.5, -4\]"),
+    ({"npr_variant": "paper"}, "npr_variant is 'paper', expected one of none, released, corrected"),
+    ({"num_prototype_iterations": 0}, "num_prototype_iterations is 0"),
+    ({"prototype_projection_dim": -1}, "prototype_projection_dim is -1"),
+    ({"dropout": 1.5}, "dropout is 1.5"),
+    ({"drop_path_rate": -0.1}, "drop_path_rate is -0.1"),
+    ({"attention_dropout": 2.0}, "attention_dropout is 2.0"),
+    ({"prototype_momentum": float("nan")}, "prototype_momentum is nan"),
+]
+TEXT_ERRORS = [
+    ({"hidden_size": 10, "num_attention_heads": 3}, "text_config.hidden_size is 10.*num_attention_heads = 3"),
+    ({"vocab_size": 0}, "vocab_size is 0"),
+    ({"max_position_embeddings": 1}, "max_position_embeddings is 1"),
+    ({"attention_dropout": -1.0}, "attention_dropout is -1.0"),
+]
+JOINT_ERRORS = [
+    ({"projection_dim": 0}, "projection_dim is 0"),
+    ({"projection_intermediate_dim": -1}, "projection_intermediate_dim is -1"),
+    ({"max_logit_scale": 0}, "max_logit_scale is 0"),
+    ({"image_prototype_weight": -0.1}, "image_prototype_weight is -0.1"),
+    ({"text_prototype_weight": float("nan")}, "text_prototype_weight is nan"),
+    ({"multi_label_weight": float("inf")}, "multi_label_weight is inf"),
+    ({"assignment_weight": -1}, "assignment_weight is -1"),
+    ({"num_text_prototypes": 0}, "num_text_prototypes is 0"),
+    ({"rejection_threshold": 1.1}, "rejection_threshold is 1.1"),
+    ({"contrastive_pooling": "max"}, "contrastive_pooling is 'max', expected one of mean, groups"),
+    ({"npr_variant": "paper"}, "npr_variant is 'paper', expected one of none, released, corrected"),
+]
+
+
+@pytest.mark.parametrize(
+    ("config_class", "fields", "message"),
+    [
+        (config_class, fields, message)
+        for config_class, cases in (
+            (PGSegVisionConfig, VISION_ERRORS),
+            (PGSegTextConfig, TEXT_ERRORS),
+            (PGSegConfig, JOINT_ERRORS),
+        )
+        for fields, message in cases
+    ],
+)
+def test_refused_values_are_named(config_class, fields, message):
+    with pytest.raises((ValueError, StrictDataclassError), match=message):
+        config_class(**fields)
+
+
+@pytest.mark.parametrize("name", ["vision_config", "text_config"])
+def test_errors_of_a_tower_reach_the_joint_configuration(name):
+    with pytest.raises(StrictDataclassError, match=rf"{name}.hidden_size is 10"):
+        PGSegConfig(**{name: {"hidden_size": 10, "num_attention_heads": 3}})
+
+
+@pytest.mark.parametrize(
+    ("config_class", "fields"),
+    [(PGSegVisionConfig, {"hidden_size": "wide"}), (PGSegConfig, {"projection_dim": 2.5})],
+)
+def test_values_of_a_wrong_type_are_named(config_class, fields):
+    ((name, value),) = fields.items()
+    with pytest.raises(StrictDataclassError, match=f"'{name}'(.|\n)*{value}"):
+        config_class(**fields)
+
+
+def test_the_last_stages_groups_may_be_left_out():
+    model = PGSegVisionModel(tiny_config(vision_config={"num_output_groups": [6, 4]}).vision_config)
+    assert model.config.num_output_groups == [6, 4]
+
+
+@pytest.mark.parametrize("variant", NPR_VARIANTS)
+def test_npr_variant_at_both_levels(variant):
+    above = PGSegConfig(npr_variant=variant)
+    below = PGSegConfig(vision_config={"npr_variant": variant})
+    given = PGSegConfig(vision_config=PGSegVisionConfig(npr_variant="none"), npr_variant=variant)
+    for config in (above, below, given):
+        assert config.npr_variant == config.vision_config.npr_variant == variant
+    config = PGSegConfig()
+    config.npr_variant = variant
+    assert config.vision_config.npr_variant == variant
+
+
+def test_setting_an_unknown_npr_variant_is_refused():
+    config = PGSegConfig()
+    with pytest.raises(ValueError, match="npr_variant is 'paper'"):
+        config.npr_variant = "paper"
+    assert config.npr_variant == "corrected"
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        PGSegConfig(),
+        tiny_config(npr_variant="released", assignment_weight=0.2, contrastive_pooling="groups"),
+        tiny_config(vision_config={"num_output_groups": [6, 4]}, num_text_prototypes=3),
+    ],
+    ids=["default", "released", "other"],
+)
+def test_round_trip_through_json(config, tmp_path):
+    config.save_pretrained(tmp_path)
+    loaded = PGSegConfig.from_pretrained(tmp_path)
+    assert loaded.to_dict() == config.to_dict()
+    assert loaded.npr_variant == config.npr_variant
+    stored = json.loads((tmp_path / "config.json").read_text())
+    assert stored["model_type"] == "pgseg"
+    # One place for the variant, so that the two cannot disagree.
+    assert "npr_variant" not in stored
+    assert stored["vision_config"]["npr_variant"] == config.npr_variant
+    assert PGSegVisionConfig.from_pretrained(tmp_path).to_dict() == config.vision_config.to_dict()
+    assert PGSegTextConfig.from_pretrained(tmp_path).to_dict() == config.text_config.to_dict()
+
+
+def test_npr_variant_can_be_chosen_on_loading(tmp_path):
+    tiny_model(npr_variant="corrected").save_pretrained(tmp_path)
+    assert PGSegConfig.from_pretrained(tmp_path).npr_variant == "corrected"
+    assert PGSegConfig.from_pretrained(tmp_path, npr_variant="none").npr_variant == "none"
+    model = PGSegModel.from_pretrained(tmp_path, npr_variant="none")
+    assert model.config.npr_variant == "none"
+    assert not any("prototype" in name for name in model.state_dict())
+    with pytest.raises(ValueError, match="npr_variant is 'paper'"):
+        PGSegModel.from_pretrained(tmp_path, npr_variant="paper")

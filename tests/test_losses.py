@@ -1,0 +1,267 @@
+"""Contrastive losses: against loops and by hand, and over two processes against one with both batches."""
+
+import math
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_models import tiny_images, tiny_model, tiny_texts, with_fixed_statistics, without_noise
+
+from pgseg_hf.losses import (
+    gather_features,
+    info_nce,
+    multi_label_loss,
+    multi_positive_loss,
+    pad_to_longest,
+    rank_offset,
+    sum_over_processes,
+    world_size,
+)
+
+SEEDS = st.integers(0, 2**31 - 1)
+
+
+def draw(seed, *shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def cross_entropy(row, positives):
+    """Of one row of logits, the target spread evenly over the positives."""
+    denominator = math.log(sum(math.exp(logit) for logit in row))
+    return sum(denominator - row[positive] for positive in positives) / len(positives)
+
+
+def mean(values):
+    return sum(values) / len(values)
+
+
+# One process
+
+
+def test_info_nce_by_hand():
+    logits = torch.tensor([[2.0, 0.0], [1.0, 3.0]])
+    rows = [math.log(1 + math.exp(-2)), math.log(1 + math.exp(-2))]
+    columns = [math.log(1 + math.exp(-1)), math.log(1 + math.exp(-3))]
+    assert info_nce(logits, logits.T).item() == pytest.approx((mean(rows) + mean(columns)) / 2)
+
+
+@given(SEEDS, st.integers(1, 6))
+def test_info_nce_against_loops(seed, batch):
+    logits = 3 * draw(seed, batch, batch)
+    rows = [cross_entropy(logits[i].tolist(), [i]) for i in range(batch)]
+    columns = [cross_entropy(logits[:, i].tolist(), [i]) for i in range(batch)]
+    assert info_nce(logits, logits.T).item() == pytest.approx((mean(rows) + mean(columns)) / 2)
+
+
+def test_info_nce_needs_a_text_for_each_image():
+    with pytest.raises(ValueError, match=r"\[2, 3\] and per text \[3, 2\]"):
+        info_nce(torch.zeros(2, 3), torch.zeros(3, 2))
+
+
+@given(SEEDS, st.integers(1, 5), st.integers(1, 6), st.floats(0.1, 0.9))
+def test_multi_positive_loss_against_loops(seed, images, texts, density):
+    logits = 3 * draw(seed, images, texts)
+    targets = draw(seed + 1, images, texts).sigmoid() < density
+    sides = []
+    for table, positives in ((logits, targets), (logits.T, targets.T)):
+        rows = [
+            cross_entropy(row.tolist(), chosen.nonzero()[:, 0].tolist())
+            for row, chosen in zip(table, positives, strict=True)
+            if chosen.any()
+        ]
+        sides.append(mean(rows) if rows else 0.0)
+    assert multi_positive_loss(logits, logits.T, targets).item() == pytest.approx(mean(sides))
+
+
+@given(SEEDS, st.integers(1, 5))
+def test_one_positive_a_row_is_info_nce(seed, batch):
+    logits = 3 * draw(seed, batch, batch)
+    loss = multi_positive_loss(logits, logits.T, torch.eye(batch, dtype=torch.bool))
+    torch.testing.assert_close(loss, info_nce(logits, logits.T))
+
+
+def test_no_positives_at_all_give_zero_and_no_gradient():
+    logits = draw(0, 2, 3).requires_grad_()
+    loss = multi_positive_loss(logits, logits.T, torch.zeros(2, 3, dtype=torch.bool))
+    loss.backward()
+    assert loss == 0
+    assert (logits.grad == 0).all()
+
+
+def test_multi_positive_loss_refuses_targets_of_other_shape():
+    with pytest.raises(ValueError, match=r"\[3, 2\], expected images x texts = \[2, 3\]"):
+        multi_positive_loss(torch.zeros(2, 3), torch.zeros(3, 2), torch.zeros(3, 2, dtype=torch.bool))
+
+
+def multi_label_by_loops(logits, mask):
+    """`logits` [B, B * M] of images and all labels; absent labels take no part at all."""
+    batch, count = mask.shape
+    present = [index for index in range(batch * count) if mask.flatten()[index]]
+    rows = []
+    for image in range(batch):
+        own = [place for place, index in enumerate(present) if index // count == image]
+        if own:
+            rows.append(cross_entropy(logits[image, present].tolist(), own))
+    columns = [cross_entropy(logits[:, index].tolist(), [index // count]) for index in present]
+    return (mean(rows) + mean(columns)) / 2 if present else 0.0
+
+
+@given(SEEDS, st.integers(1, 4), st.integers(1, 4), st.floats(0.1, 0.9))
+def test_multi_label_loss_against_loops(seed, batch, count, density):
+    logits = 3 * draw(seed, batch, batch * count)
+    mask = draw(seed + 1, batch, count).sigmoid() < density
+    loss = multi_label_loss(logits, logits.T, mask)
+    assert loss.item() == pytest.approx(multi_label_by_loops(logits, mask))
+
+
+def test_one_label_an_image_is_info_nce():
+    logits = 3 * draw(0, 4, 4)
+    loss = multi_label_loss(logits, logits.T, torch.ones(4, 1, dtype=torch.bool))
+    torch.testing.assert_close(loss, info_nce(logits, logits.T))
+
+
+def test_absent_labels_get_no_gradient():
+    logits = draw(0, 2, 6).requires_grad_()
+    mask = torch.tensor([[True, False, True], [False, False, False]])
+    multi_label_loss(logits, logits.T, mask).backward()
+    assert (logits.grad[:, [1, 3, 4, 5]] == 0).all()
+    assert (logits.grad[:, [0, 2]] != 0).all()
+
+
+def test_without_other_processes_everything_stays_local():
+    values = torch.arange(6.0).reshape(2, 3).requires_grad_()
+    assert world_size() == 1
+    assert rank_offset(5) == 0
+    assert gather_features(values) is values
+    assert pad_to_longest(values) is values
+    summed = sum_over_processes(values)
+    assert torch.equal(summed, values)
+    assert not summed.requires_grad
+
+
+# Two processes, each with half of the batch
+
+BATCH = 3
+LABELS = (4, 2)  # how many labels an image has at most, in each process
+
+
+def features():
+    return {name: draw(seed, 2 * BATCH, 5) for seed, name in enumerate(("images", "texts"))}
+
+
+def labels():
+    """Label embeddings and masks of both processes; image 1 has none, the second process has fewer."""
+    embeds = [draw(10 + rank, BATCH, count, 5) for rank, count in enumerate(LABELS)]
+    masks = [draw(20 + rank, BATCH, count) > -1 for rank, count in enumerate(LABELS)]
+    masks[0][1] = False
+    return embeds, masks
+
+
+def model_and_inputs():
+    # No pair is rejected, as the prototype losses are means over the kept pairs of a process: with as many in both, the
+    # mean over processes is the mean over all.
+    model = tiny_model(assignment_weight=0.2, text_prototype_weight=0.1).double()
+    model.config.rejection_threshold = -1.0
+    inputs = {
+        "input_ids": tiny_texts(2 * BATCH, words=7),
+        "pixel_values": tiny_images(2 * BATCH).double(),
+        "label_input_ids": tiny_texts(2 * BATCH * 2, words=4, seed=1).unflatten(0, (2 * BATCH, 2)),
+    }
+    return with_fixed_statistics(without_noise(model)), inputs
+
+
+def local_losses(parts, label_embeds, label_mask):
+    """The losses of this process as the model computes them, of features that need a gradient."""
+    images, texts = parts["images"], parts["texts"]
+    contrastive = info_nce(images @ gather_features(texts).T, texts @ gather_features(images).T)
+    mask, padded = pad_to_longest(label_mask), pad_to_longest(label_embeds)
+    by_labels = multi_label_loss(
+        images @ gather_features(padded).flatten(0, 1).T, padded.flatten(0, 1) @ gather_features(images).T, mask
+    )
+    return contrastive, by_labels
+
+
+def train_once(model, inputs):
+    output = model(**inputs, return_loss=True)
+    output.loss.backward()
+    return output
+
+
+def one_of_two_processes(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    part = slice(rank * BATCH, (rank + 1) * BATCH)
+    result = {"world_size": world_size(), "offset": rank_offset(BATCH)}
+    result["sum"] = sum_over_processes(torch.tensor([1.0, rank]))
+    result["padded"] = pad_to_longest(torch.ones(BATCH, LABELS[rank])).shape[1]
+
+    parts = {name: value[part].clone().requires_grad_() for name, value in features().items()}
+    embeds, masks = labels()
+    label_embeds = embeds[rank].requires_grad_()
+    contrastive, by_labels = local_losses(parts, label_embeds, masks[rank])
+    result |= {"contrastive": contrastive.item(), "multi_label": by_labels.item()}
+    (contrastive + by_labels).backward()
+    result["gradients"] = {name: value.grad for name, value in parts.items()}
+    result["label_gradients"] = label_embeds.grad
+
+    model, inputs = model_and_inputs()
+    output = train_once(model, {name: value[part] for name, value in inputs.items()})
+    result["loss"] = output.loss.item()
+    result["model_gradients"] = {name: value.grad for name, value in model.named_parameters()}
+    result["buffers"] = dict(model.named_buffers())
+    torch.save(result, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two_processes")
+    mp.spawn(one_of_two_processes, args=(str(folder),), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
+
+
+def test_processes_share_sums_and_lengths(two_processes):
+    assert [result["world_size"] for result in two_processes] == [2, 2]
+    assert [result["offset"] for result in two_processes] == [0, BATCH]
+    assert all(result["sum"].tolist() == [2.0, 1.0] for result in two_processes)
+    assert [result["padded"] for result in two_processes] == [4, 4]
+
+
+def test_losses_and_gradients_of_two_processes_are_those_of_one(two_processes):
+    # Training averages the gradients of the processes, so theirs are twice those of the mean loss.
+    parts = {name: value.requires_grad_() for name, value in features().items()}
+    embeds, masks = labels()
+    embeds[1] = torch.nn.functional.pad(embeds[1], (0, 0, 0, 2))
+    masks[1] = torch.nn.functional.pad(masks[1], (0, 2))
+    label_embeds, label_mask = torch.cat(embeds).requires_grad_(), torch.cat(masks)
+    contrastive, by_labels = local_losses(parts, label_embeds, label_mask)
+    (contrastive + by_labels).backward()
+    assert mean([result["contrastive"] for result in two_processes]) == pytest.approx(contrastive.item())
+    assert mean([result["multi_label"] for result in two_processes]) == pytest.approx(by_labels.item())
+    for name, value in parts.items():
+        both = torch.cat([result["gradients"][name] for result in two_processes]) / 2
+        torch.testing.assert_close(both, value.grad)
+    for rank, result in enumerate(two_processes):
+        own = label_embeds.grad[rank * BATCH : (rank + 1) * BATCH, : LABELS[rank]]
+        torch.testing.assert_close(result["label_gradients"] / 2, own)
+
+
+def test_model_in_two_processes_learns_as_in_one(two_processes):
+    model, inputs = model_and_inputs()
+    before = {name: buffer.clone() for name, buffer in model.named_buffers() if "prototypes" in name}
+    output = train_once(model, inputs)
+    assert output.multi_label_loss > 0
+    assert mean([result["loss"] for result in two_processes]) == pytest.approx(output.loss.item())
+    for name, parameter in model.named_parameters():
+        parts = [result["model_gradients"][name] for result in two_processes]
+        torch.testing.assert_close(mean(parts), parameter.grad, rtol=1e-6, atol=1e-9)
+    buffers = dict(model.named_buffers())
+    assert len(before) == 3
+    for name, old in before.items():
+        first, second = (result["buffers"][name] for result in two_processes)
+        assert torch.equal(first, second), name
+        torch.testing.assert_close(first, buffers[name])
+        assert not torch.equal(first, old), name

@@ -1,0 +1,174 @@
+import io
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from conftest import make_photo
+from pgseg_hf import SegmentationOptions, load_segmenter
+
+LABELS = ["cat", "dog", "grass", "sky", "road", "tree", "car"]
+
+
+def test_whole_image_equals_model_and_post_processing(tiny_segmenter, photo):
+    result = tiny_segmenter(photo, LABELS, SegmentationOptions(window_size=None))
+    processor, model = tiny_segmenter.processor, tiny_segmenter.model
+    with torch.no_grad():
+        outputs = model(**processor(images=photo, labels=LABELS, return_tensors="pt"))
+    (label_map,) = processor.post_process_semantic_segmentation(outputs, [(photo.height, photo.width)])
+    assert label_map.shape == (90, 120)
+    np.testing.assert_array_equal(result.label_map, label_map)
+    assert len(np.unique(label_map)) > 1, "the test needs a model that shows several labels"
+
+
+def test_post_processing_with_background(tiny_segmenter, photo):
+    processor, model = tiny_segmenter.processor, tiny_segmenter.model
+    with torch.no_grad():
+        outputs = model(**processor(images=photo, labels=LABELS, return_tensors="pt"))
+    options = SegmentationOptions(window_size=None, background_threshold=0.2)
+    result = tiny_segmenter(photo, LABELS, options)
+    (label_map,) = processor.post_process_semantic_segmentation(
+        outputs, torch.tensor([[90, 120]]), background_threshold=0.2
+    )
+    np.testing.assert_array_equal(result.label_map, label_map)
+    assert (label_map == 0).any() and (label_map > 0).any()
+    (at_input,) = processor.post_process_semantic_segmentation(outputs)
+    assert tuple(at_input.shape) == tuple(outputs.image_sizes[0].tolist())
+
+
+def test_label_scores_are_means_over_the_labels_pixels(tiny_segmenter, photo):
+    processor, model = tiny_segmenter.processor, tiny_segmenter.model
+    with torch.no_grad():
+        outputs = model(**processor(images=photo, labels=LABELS, return_tensors="pt"))
+    scores = processor.get_label_scores(outputs)
+    size = tuple(outputs.image_sizes[0].tolist())
+    result = tiny_segmenter(photo.resize(size[::-1]), LABELS, SegmentationOptions(window_size=None))
+    assert scores.shape == (1, len(LABELS))
+    present = {segment.label for segment in result.segments()}
+    assert {label for label, score in zip(LABELS, scores[0], strict=True) if score > 0} == present
+    with pytest.raises(ValueError, match="target_sizes are for 2 images"):
+        processor.post_process_semantic_segmentation(outputs, [(1, 1), (2, 2)])
+
+
+@pytest.mark.parametrize("background_threshold", [None, 0.5])
+def test_batch_size_and_company_change_nothing(tiny_segmenter, background_threshold):
+    photos = [make_photo(120, 90, 0), make_photo(90, 120, 1), make_photo(120, 90, 2), make_photo(200, 64, 3)]
+    options = SegmentationOptions(background_threshold=background_threshold, batch_size=1)
+    alone = [tiny_segmenter(photo, LABELS, options) for photo in photos]
+    for batch_size in (2, 3, 16):
+        together = tiny_segmenter(photos, LABELS, replace(options, batch_size=batch_size))
+        for one, other in zip(alone, together, strict=True):
+            assert (one.label_map != other.label_map).mean() < 0.002
+            np.testing.assert_allclose(one.scores, other.scores, atol=1e-4)
+
+
+def test_stream_reads_no_more_than_a_batch_ahead(tiny_segmenter):
+    read = []
+
+    def photos():
+        for index in range(7):
+            read.append(index)
+            yield make_photo(seed=index)
+
+    stream = tiny_segmenter.stream(photos(), LABELS, SegmentationOptions(batch_size=2))
+    next(stream)
+    assert read == [0, 1]
+    assert sum(1 for _ in stream) == 6
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 5000), (5000, 1), (3, 200), (64, 64)])
+def test_odd_sizes(tiny_segmenter, size):
+    result = tiny_segmenter(Image.new("RGB", size, (90, 20, 200)), LABELS)
+    assert result.label_map.shape == size[::-1]
+    assert np.isfinite(result.scores).all()
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "CMYK", "I;16", "1"])
+def test_every_mode_of_picture(tiny_segmenter, mode):
+    picture = Image.new(mode, (40, 30)) if mode == "I;16" else make_photo(40, 30).convert(mode)
+    assert tiny_segmenter(picture, LABELS).label_map.shape == (30, 40)
+
+
+def test_exif_rotation_gives_upright_masks(tiny_segmenter):
+    photo = make_photo(80, 60)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    buffer = io.BytesIO()
+    photo.rotate(90, expand=True).save(buffer, "PNG", exif=exif)
+    upright = tiny_segmenter(photo, LABELS)
+    np.testing.assert_array_equal(tiny_segmenter(buffer.getvalue(), LABELS).label_map, upright.label_map)
+
+
+def test_one_label_and_segments(tiny_segmenter, photo):
+    result = tiny_segmenter(photo, ["cat"])
+    (segment,) = result.segments()
+    assert (segment.label, segment.area) == ("cat", 1.0)
+    assert result.mask(segment).all()
+
+
+def test_segments_cover_the_image_once(tiny_segmenter, photo):
+    result = tiny_segmenter(photo, LABELS, SegmentationOptions(background_threshold=0.2))
+    segments = result.segments()
+    assert sum(result.mask(segment).astype(int) for segment in segments).tolist() == np.ones((90, 120)).tolist()
+    assert [segment.area for segment in segments] == sorted((segment.area for segment in segments), reverse=True)
+    every = result.segments(include_absent=True)
+    assert [segment.label for segment in every] == ["background", *LABELS]
+    for segment in segments:
+        assert segment.score == pytest.approx(result.scores[result.mask(segment)].mean(), abs=1e-6)
+
+
+@pytest.mark.parametrize("labels", [[], ["cat", " "], ["cat", "Cat"], ["cat", 3], "cat, dog", None])
+def test_bad_labels(tiny_segmenter, photo, labels):
+    with pytest.raises(ValueError):
+        tiny_segmenter(photo, labels)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"background_threshold": 2.0}, "background_threshold is 2.0"),
+    ],
+)
+def test_bad_options(fields, message):
+    with pytest.raises(ValueError, match=message):
+        SegmentationOptions(**fields)
+
+
+def test_bad_windows(tiny_segmenter, photo):
+    with pytest.raises(ValueError, match="stride is 40"):
+        tiny_segmenter(photo, LABELS, SegmentationOptions(window_size=32, window_stride=40))
+
+
+def test_not_a_checkpoint(tmp_path):
+    with pytest.raises(ValueError, match="no PGSeg checkpoint"):
+        load_segmenter(str(tmp_path / "absent"))
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(ValueError, match="no PGSeg checkpoint"):
+        load_segmenter(str(tmp_path))
+
+
+def test_bf16_inference(tiny_folder, photo):
+    segmenter = load_segmenter(tiny_folder, dtype=torch.bfloat16)
+    result = segmenter(photo, LABELS)
+    assert np.isfinite(result.scores).all()
+
+
+@pytest.mark.slow
+def test_a_thousand_labels_on_twelve_megapixels_fit_in_four_gigabytes(tiny_folder):
+    import subprocess
+    import sys
+
+    code = f"""
+import resource, numpy as np
+from PIL import Image
+import pgseg_hf
+photo = Image.fromarray(np.random.default_rng(0).integers(0, 255, (300, 400, 3), dtype=np.uint8)).resize((4000, 3000))
+result = pgseg_hf.load_segmenter({tiny_folder!r})(photo, [f"label {{i}}" for i in range(1000)])
+assert result.label_map.shape == (3000, 4000)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(run.stdout.split()[-1]) < 4 * 1024**2

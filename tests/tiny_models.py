@@ -1,0 +1,89 @@
+"""Models of a few thousand weights, and inputs for them."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pgseg_hf.configuration_pgseg import PGSegConfig
+from pgseg_hf.modeling_pgseg import PGSegModel
+
+BOS, EOS = 48, 49
+CONTEXT = 12
+
+
+def tiny_config(text_config: dict | None = None, vision_config: dict | None = None, **kwargs: Any) -> PGSegConfig:
+    """Patches of 4 pixels, 4 x 4 of them at 16 pixels, 6 and then 4 groups, 8 joint dimensions, no stochastic depth."""
+    text = {
+        "vocab_size": EOS + 1,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "max_position_embeddings": CONTEXT,
+        "bos_token_id": BOS,
+        "eos_token_id": EOS,
+        "pad_token_id": EOS,
+    }
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "depths": [1, 1, 1],
+        "num_group_tokens": [6, 4, 0],
+        "num_output_groups": [6, 4, 0],
+        "num_attention_heads": 2,
+        "image_size": 16,
+        "patch_size": 4,
+        "prototype_projection_dim": 24,
+        "drop_path_rate": 0.0,
+    }
+    fields = {"projection_dim": 8, "projection_intermediate_dim": 24}
+    return PGSegConfig(
+        text_config=text | (text_config or {}),
+        vision_config=vision | (vision_config or {}),
+        **(fields | kwargs),
+    )
+
+
+def tiny_model(seed: int = 0, std: float = 0.3, **kwargs: Any) -> PGSegModel:
+    """A model with random weights, in evaluation mode; `std` is large enough that everything has an effect."""
+    torch.manual_seed(seed)
+    model = PGSegModel(tiny_config(**kwargs)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "logit_scale" not in name:
+                offset = 1.0 if "norm" in name and name.endswith("weight") else 0.0
+                parameter.copy_(offset + std * torch.randn_like(parameter))
+    return model
+
+
+def tiny_images(batch: int = 2, height: int = 16, width: int = 16, seed: int = 0) -> Tensor:
+    return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(seed))
+
+
+def tiny_texts(count: int = 2, words: int | list[int] = 5, seed: int = 0) -> Tensor:
+    """Token ids [count, CONTEXT] of texts of so many random words, padded with the end token."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = [words] * count if isinstance(words, int) else words
+    ids = torch.full((count, CONTEXT), EOS)
+    ids[:, 0] = BOS
+    for row, length in enumerate(lengths):
+        ids[row, 1 : 1 + length] = torch.randint(0, BOS, (length,), generator=generator)
+    return ids
+
+
+def without_noise(model: PGSegModel) -> PGSegModel:
+    """No Gumbel noise in training, so that two runs can be compared."""
+    for stage in model.vision_model.encoder.stages:
+        if stage.downsample is not None:
+            stage.downsample.assign.sample_noise = torch.zeros_like
+    return model
+
+
+def with_fixed_statistics(model: PGSegModel) -> PGSegModel:
+    """In training but for BatchNorm, which normalises by its running statistics."""
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm1d):
+            module.eval()
+    return model
