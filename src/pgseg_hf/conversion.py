@@ -1,17 +1,20 @@
 """Conversion of released PGSeg checkpoints to Transformers folders, without executing anything in them."""
 
 import json
+import math
 import os
 import pickle
 import re
 import types
+import warnings
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers.utils import logging
 
@@ -138,9 +141,9 @@ def convert_state_dict(released: Mapping[str, Tensor]) -> tuple[dict[str, Tensor
         if name is None:
             continue
         if ".qkv." in name:
-            if tensor.shape[0] % 3:
+            if tensor.ndim == 0 or tensor.shape[0] % 3:
                 raise ValueError(
-                    f"{released_name} has {tensor.shape[0]} rows, expected queries, keys and values."
+                    f"{released_name} has shape {list(tensor.shape)}, expected as many rows for queries, keys and values."
                 )
             for part, chunk in zip("qkv", tensor.chunk(3), strict=True):
                 converted[name.replace("qkv", f"{part}_proj")] = chunk.clone()
@@ -159,35 +162,39 @@ def infer_config(converted: Mapping[str, Tensor], overrides: Mapping[str, Any] |
         overrides: fields of [`PGSegConfig`], those of the towers nested in `text_config` and `vision_config`.
 
     Raises:
-        ValueError: a tensor that shows the architecture is missing, or an override is no field.
+        ValueError: a tensor that shows the architecture is missing or has another number of dimensions, or an override
+            is no field or makes no sense.
     """
 
-    def shape(name: str) -> torch.Size:
+    def shape(name: str, ndim: int) -> torch.Size:
         if name not in converted:
             raise ValueError(f"the checkpoint has no tensor for {name}; is it a released PGSeg checkpoint?")
-        return converted[name].shape
+        found = converted[name].shape
+        if len(found) != ndim or 0 in found:
+            raise ValueError(f"{name} has shape {list(found)}, expected {ndim} dimensions, none of them 0.")
+        return found
 
     def count(pattern: str) -> int:
         numbers = {int(found.group(1)) for name in converted if (found := re.match(pattern, name))}
         return max(numbers) + 1 if numbers else 0
 
     stage = "vision_model.encoder.stages."
-    width, channels, patch, _ = shape("vision_model.embeddings.patch_embeddings.projection.weight")
-    grid = round(shape("vision_model.embeddings.position_embeddings")[1] ** 0.5)
+    width, channels, patch, _ = shape("vision_model.embeddings.patch_embeddings.projection.weight", 4)
+    grid = round(shape("vision_model.embeddings.position_embeddings", 3)[1] ** 0.5)
     num_stages = count(r"vision_model\.encoder\.stages\.(\d+)\.")
     grouping = [index for index in range(num_stages) if f"{stage}{index}.group_token" in converted]
     ungrouped = [0] * (num_stages - len(grouping))
     text_layers = count(r"text_model\.encoder\.layers\.(\d+)\.")
-    vocab_size, text_width = shape("text_model.embeddings.token_embedding.weight")
+    vocab_size, text_width = shape("text_model.embeddings.token_embedding.weight", 2)
     vision: dict[str, Any] = {
         "hidden_size": width,
-        "intermediate_size": shape(f"{stage}0.layers.0.mlp.fc1.weight")[0],
+        "intermediate_size": shape(f"{stage}0.layers.0.mlp.fc1.weight", 2)[0],
         "depths": [
             count(rf"vision_model\.encoder\.stages\.{index}\.layers\.(\d+)\.") for index in range(num_stages)
         ],
-        "num_group_tokens": [shape(f"{stage}{index}.group_token")[1] for index in grouping] + ungrouped,
+        "num_group_tokens": [shape(f"{stage}{index}.group_token", 3)[1] for index in grouping] + ungrouped,
         "num_output_groups": [
-            shape(f"{stage}{index}.downsample.mlp_inter.fc2.weight")[0] for index in grouping
+            shape(f"{stage}{index}.downsample.mlp_inter.fc2.weight", 2)[0] for index in grouping
         ]
         + ungrouped,
         "num_attention_heads": max(width // HEAD_WIDTH, 1),
@@ -195,35 +202,44 @@ def infer_config(converted: Mapping[str, Tensor], overrides: Mapping[str, Any] |
         "patch_size": patch,
         "num_channels": channels,
         "assign_mlp_ratio": [
-            shape(f"{stage}0.downsample.mlp_inter.fc1.weight")[0] / width,
-            shape(f"{stage}0.downsample.mlp_channels.fc1.weight")[0] / width,
+            _ratio(shape(f"{stage}0.downsample.mlp_inter.fc1.weight", 2)[0], width),
+            _ratio(shape(f"{stage}0.downsample.mlp_channels.fc1.weight", 2)[0], width),
         ],
-        "prototype_projection_dim": shape(f"{stage}0.npr.projection.0.weight")[0],
+        "prototype_projection_dim": shape(f"{stage}0.npr.projection.0.weight", 2)[0],
         "drop_path_rate": 0.0,
         "npr_variant": "released",
     }
     text: dict[str, Any] = {
         "vocab_size": vocab_size,
         "hidden_size": text_width,
-        "intermediate_size": shape("text_model.encoder.layers.0.mlp.fc1.weight")[0],
+        "intermediate_size": shape("text_model.encoder.layers.0.mlp.fc1.weight", 2)[0],
         "num_hidden_layers": text_layers,
         "num_attention_heads": max(text_width // HEAD_WIDTH, 1),
-        "max_position_embeddings": shape("text_model.embeddings.position_embedding.weight")[0],
+        "max_position_embeddings": shape("text_model.embeddings.position_embedding.weight", 2)[0],
         "eos_token_id": vocab_size - 1,
         "bos_token_id": vocab_size - 2,
         "pad_token_id": vocab_size - 1,
     }
-    hidden, _ = shape("visual_projection.0.weight")
+    hidden, _ = shape("visual_projection.0.weight", 2)
     top: dict[str, Any] = {
-        "projection_dim": shape("visual_projection.3.weight")[0],
+        "projection_dim": shape("visual_projection.3.weight", 2)[0],
         "projection_intermediate_dim": hidden,
-        "num_text_prototypes": shape("released_text_prototypes")[1],
+        "num_text_prototypes": shape("released_text_prototypes", 3)[1],
     }
     overrides = dict(overrides or {})
     text.update(_checked_fields(overrides.pop("text_config", {}), text, "text_config"))
     vision.update(_checked_fields(overrides.pop("vision_config", {}), vision, "vision_config"))
     top.update(_checked_fields(overrides, top, ""))
-    return PGSegConfig(text_config=text, vision_config=vision, **top)
+    try:
+        return PGSegConfig(text_config=text, vision_config=vision, **top)
+    except StrictDataclassError as error:
+        raise ValueError(f"the checkpoint's shapes and the overrides make no configuration: {error}") from error
+
+
+def _ratio(hidden: int, width: int) -> float:
+    """The ratio that the model makes `hidden` of, which cuts off the decimals of `ratio * width`."""
+    ratio = hidden / width
+    return ratio if int(ratio * width) == hidden else math.nextafter(ratio, math.inf)
 
 
 def _checked_fields(overrides: Any, known: Mapping[str, Any], name: str) -> Mapping[str, Any]:
@@ -270,6 +286,25 @@ class _Inert:
         pass
 
 
+class _Function:
+    """A function that a pickle may call but, unlike a plain one, not set attributes of."""
+
+    __slots__ = ("_function",)
+
+    def __init__(self, function: Callable):
+        self._function = function
+
+    def __call__(self, *args: Any) -> Any:
+        return self._function(*args)
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+def _inert_class(*args: Any) -> type[_Inert]:
+    return _Inert
+
+
 _TENSOR_REBUILDERS = ("_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_parameter")
 
 
@@ -280,11 +315,13 @@ class _TensorUnpickler(pickle.Unpickler):
         if (module, name) == ("collections", "OrderedDict"):
             return OrderedDict
         if module == "torch._utils" and name in _TENSOR_REBUILDERS:
-            return getattr(torch._utils, name)
+            return _Function(getattr(torch._utils, name))
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
         if (module, name) == ("torch", "Size"):
             return torch.Size
+        if name == "getattr":  # how old pickles name a class inside another
+            return _Function(_inert_class)
         return _Inert
 
 
@@ -309,20 +346,30 @@ def read_released_checkpoint(path: str | os.PathLike) -> dict[str, Tensor]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is no file; expected a released PGSeg checkpoint (.pth).")
     try:
-        content = torch.load(path, map_location="cpu", pickle_module=_SAFE_PICKLE, weights_only=False)
+        with warnings.catch_warnings():
+            # torch.load only warns that it hands such a file to torch.jit.load, which runs code of the file.
+            warnings.filterwarnings("error", message=".*TorchScript archive.*")
+            content = torch.load(path, map_location="cpu", pickle_module=_SAFE_PICKLE, weights_only=False)
     except Exception as error:  # torch and pickle raise all kinds of errors on foreign files
         raise ValueError(f"{path} cannot be read as a PyTorch checkpoint: {error}") from error
-    if isinstance(content, Mapping) and isinstance(content.get("model"), Mapping):
-        content = content["model"]
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} holds a {type(content).__name__}, expected a dict with the entry 'model'.")
+    return _released_tensors(content, str(path))
+
+
+def _released_tensors(content: Mapping[Any, Any], origin: str) -> dict[str, Tensor]:
+    """The tensors of a state dict with released names, bare or under `model`; whatever else it holds is left out."""
+    if isinstance(content.get("model"), Mapping):
+        content = content["model"]
     tensors = {
-        name.removeprefix("module."): value for name, value in content.items() if isinstance(value, Tensor)
+        name.removeprefix("module."): value
+        for name, value in content.items()
+        if isinstance(name, str) and isinstance(value, Tensor)
     }
     if not any("downsample_spatial.mu" in name for name in tensors):
         first = ", ".join(list(tensors)[:3]) or "no tensors"
         raise ValueError(
-            f"{path} is no PGSeg checkpoint: it has no prototypes (downsample_spatial.mu); it holds {first}."
+            f"{origin} is no PGSeg checkpoint: it has no prototypes (downsample_spatial.mu); it holds {first}."
         )
     return tensors
 
@@ -342,15 +389,19 @@ def convert_released(
     """Makes a [`PGSegModel`] of the released variant, in evaluation mode, from a released checkpoint.
 
     Args:
-        checkpoint: a `.pth` file, or a bare state dict with released names.
+        checkpoint: a `.pth` file, or what it holds: a state dict with released names, bare or under `model`.
         overrides: fields of [`PGSegConfig`] that the shapes do not tell, for instance
             `{"vision_config": {"num_attention_heads": 6}}`. Stochastic depth is 0 unless given.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: no PGSeg checkpoint, tensors missing or of wrong shape, or an override that is no field.
+        ValueError: no PGSeg checkpoint, tensors missing or of wrong shape, or an override that is no field
+            or makes no sense.
     """
-    released = checkpoint if isinstance(checkpoint, Mapping) else read_released_checkpoint(checkpoint)
+    if isinstance(checkpoint, Mapping):
+        released = _released_tensors(checkpoint, "the state dict")
+    else:
+        released = read_released_checkpoint(checkpoint)
     converted, unknown = convert_state_dict(released)
     config = infer_config(converted, overrides)
     model = PGSegModel(config)

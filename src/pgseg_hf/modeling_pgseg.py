@@ -52,6 +52,8 @@ logger = logging.get_logger(__name__)
 # Released `TextTransformer.Atten`: both numbers are fixed in the code.
 RELEASED_TEXT_PROTOTYPES = 8
 RELEASED_TEXT_MOMENTUM = 0.9
+# Width of the released `mapping_x`.
+RELEASED_PROJECTION_DIM = 4096
 
 
 @dataclass
@@ -361,8 +363,9 @@ class PGSegStagePrototypes(nn.Module):
             "prototypes", torch.empty(1, num_prototypes, config.hidden_size, dtype=torch.float32)
         )
         _init_prototypes(self.prototypes)
+        default_width = RELEASED_PROJECTION_DIM if self.released else config.intermediate_size
         self.projection = PGSegProjection(
-            config.hidden_size, config.prototype_projection_dim, config.hidden_size
+            config.hidden_size, config.prototype_projection_dim or default_width, config.hidden_size
         )
 
     def _apply(self, fn: Callable, recurse: bool = True) -> nn.Module:
@@ -547,6 +550,11 @@ class PGSegPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
 
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
+        # For code outside its tree transformers leaves out modules without tensors of their own, such as an MLP, in
+        # case `_init_weights` overwrites what was loaded; `transformers.initialization` does not.
+        super()._initialize_weights(module)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -691,6 +699,10 @@ class PGSegTextModel(CLIPTextModel):
         r"logit_scale$",
         r"text_prototypes$",
     ]
+
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
+        # As in `PGSegPreTrainedModel`.
+        super()._initialize_weights(module)
 
 
 class PGSegModel(PGSegPreTrainedModel):

@@ -49,7 +49,6 @@ class VisionModelTester:
             num_output_groups=self.num_output_groups,
             num_attention_heads=self.num_attention_heads,
             intermediate_size=37,
-            prototype_projection_dim=48,
             dropout=0.1,
             attention_dropout=0.1,
             npr_variant=self.npr_variant,
@@ -105,7 +104,6 @@ class JointModelTester:
             text_config=self.text_model_tester.get_config().to_dict(),
             vision_config=self.vision_model_tester.get_config().to_dict(),
             projection_dim=64,
-            projection_intermediate_dim=48,
             contrastive_pooling=self.contrastive_pooling,
         )
 
@@ -120,8 +118,10 @@ class PGSegVisionModelTest(ModelTesterMixin, unittest.TestCase):
     test_resize_embeddings = False
     test_can_init_all_missing_weights_before_2023 = True
 
+    settings = {}
+
     def setUp(self):
-        self.model_tester = VisionModelTester()
+        self.model_tester = VisionModelTester(**self.settings)
         self.config_tester = ConfigTester(
             self, config_class=PGSegVisionConfig, has_text_modality=False, hidden_size=48
         )
@@ -230,8 +230,10 @@ class PGSegModelTest(ModelTesterMixin, unittest.TestCase):
     test_attention_outputs = False  # tested for each tower
     test_can_init_all_missing_weights_before_2023 = True
 
+    settings = {}
+
     def setUp(self):
-        self.model_tester = JointModelTester()
+        self.model_tester = JointModelTester(**self.settings)
         self.config_tester = ConfigTester(
             self,
             config_class=PGSegConfig,
@@ -278,3 +280,23 @@ class PGSegModelTest(ModelTesterMixin, unittest.TestCase):
     @unittest.skip("two towers have no one embedding")
     def test_model_get_set_embeddings(self):
         pass
+
+
+class PGSegVisionModelWithoutPrototypesTest(PGSegVisionModelTest):
+    """A GroupViT, on images of another size than the configured one."""
+
+    settings = {"npr_variant": "none", "input_size": (27, 44)}
+
+
+class ReleasedPGSegVisionModelTest(PGSegVisionModelTest):
+    settings = {"npr_variant": "released", "image_size": 32}
+
+
+class PGSegModelWithoutPrototypesTest(PGSegModelTest):
+    """A GroupViT whose groups are compared with the texts one by one."""
+
+    settings = {"npr_variant": "none", "input_size": (27, 44), "contrastive_pooling": "groups"}
+
+
+class ReleasedPGSegModelTest(PGSegModelTest):
+    settings = {"npr_variant": "released", "image_size": 32}

@@ -1,0 +1,76 @@
+"""The two encoders as graphs for `torch.export` and ONNX, with any batch and image size."""
+
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from .files import folder_written_whole
+from .modeling_pgseg import PGSegModel
+
+
+class ImageEncoder(nn.Module):
+    """Pixels [B, 3, H, W] to image embeddings [B, D] and segment embeddings [B, K, D], both not normalised, and the
+    grouping [B, K, h, w]: all that segmentation needs of an image."""
+
+    def __init__(self, model: PGSegModel):
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        features = self.model.get_image_features(pixel_values)
+        return features.pooler_output, features.segment_embeds, features.grouping
+
+
+class TextEncoder(nn.Module):
+    """Token ids and attention mask [N, T] to text embeddings [N, D], not normalised."""
+
+    def __init__(self, model: PGSegModel):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.model.get_text_features(input_ids, attention_mask).pooler_output
+
+
+def export_image_encoder(model: PGSegModel) -> torch.export.ExportedProgram:
+    """A graph of [`ImageEncoder`] with dynamic batch, height and width.
+
+    Height and width are at least two patches.
+    """
+    vision = model.config.vision_config
+    patch = vision.patch_size
+    example = torch.zeros(2, vision.num_channels, 3 * patch + 1, 5 * patch + 2, dtype=model.dtype, device=model.device)
+    sides = {2: torch.export.Dim("height", min=2 * patch), 3: torch.export.Dim("width", min=2 * patch)}
+    shapes = {"pixel_values": {0: torch.export.Dim("batch", min=1), **sides}}
+    with torch.no_grad():
+        return torch.export.export(ImageEncoder(model.eval()), (example,), dynamic_shapes=shapes)
+
+
+def export_text_encoder(model: PGSegModel) -> torch.export.ExportedProgram:
+    """A graph of [`TextEncoder`] with dynamic number of texts; their length is the whole context."""
+    text = model.config.text_config
+    ids = torch.full((2, text.max_position_embeddings), text.eos_token_id, device=model.device)
+    shapes = dict.fromkeys(("input_ids", "attention_mask"), {0: torch.export.Dim("texts", min=1)})
+    with torch.no_grad():
+        return torch.export.export(TextEncoder(model.eval()), (ids, torch.ones_like(ids)), dynamic_shapes=shapes)
+
+
+def export_onnx(model: PGSegModel, output: str | os.PathLike) -> Path:
+    """Writes `image_encoder.onnx` and `text_encoder.onnx` to a new folder, whole or not at all.
+
+    Needs the extra `export` (onnx, onnxscript).
+
+    Raises:
+        ValueError: the folder exists and is not empty, or cannot be written to.
+    """
+    with folder_written_whole(output) as folder:
+        for name, program, outputs in (
+            ("image_encoder", export_image_encoder(model), ["image_embeds", "segment_embeds", "grouping"]),
+            ("text_encoder", export_text_encoder(model), ["text_embeds"]),
+        ):
+            onnx_program = torch.onnx.export(program, dynamo=True, output_names=outputs, verbose=False)
+            assert onnx_program is not None
+            onnx_program.save(folder / f"{name}.onnx", external_data=False)
+    return Path(output)

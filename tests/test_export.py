@@ -1,0 +1,67 @@
+import numpy as np
+import pytest
+import torch
+
+from conftest import tiny_config
+from pgseg_hf import PGSegModel
+from pgseg_hf.export import export_image_encoder, export_onnx, export_text_encoder
+
+SIZES = [(1, 64, 64), (3, 64, 64), (2, 100, 37), (1, 16, 200)]
+
+
+def make_model(variant: str) -> PGSegModel:
+    torch.manual_seed(0)
+    return PGSegModel(tiny_config(vision_config={"npr_variant": variant})).eval()
+
+
+def texts(count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    ids = torch.randint(0, 49_000, (count, 77))
+    ids[:, 20:] = 49_407
+    return ids, (torch.arange(77) <= 20).long().expand(count, -1).contiguous()
+
+
+@pytest.mark.parametrize("variant", ["none", "released", "corrected"])
+def test_exported_programs_equal_the_model_at_other_sizes(variant):
+    model = make_model(variant)
+    image_program, text_program = export_image_encoder(model).module(), export_text_encoder(model).module()
+    for shape in SIZES:
+        pixels = torch.randn(shape[0], 3, *shape[1:])
+        with torch.no_grad():
+            features = model.get_image_features(pixels)
+            exported = image_program(pixels)
+        expected = (features.pooler_output, features.segment_embeds, features.grouping)
+        torch.testing.assert_close(exported, expected, rtol=1e-5, atol=1e-7)
+    ids, mask = texts(3)
+    with torch.no_grad():
+        torch.testing.assert_close(text_program(ids, mask), model.get_text_features(ids, mask).pooler_output)
+
+
+def test_export_leaves_the_released_text_prototypes_alone():
+    model = make_model("released")
+    before = model.released_text_prototypes.clone()
+    program = export_text_encoder(model).module()
+    with torch.no_grad():
+        program(*texts(2))
+    assert torch.equal(model.released_text_prototypes, before)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["released", "corrected"])
+def test_onnx_files_equal_the_model_in_onnxruntime(variant, tmp_path):
+    pytest.importorskip("onnxscript")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model = make_model(variant)
+    folder = export_onnx(model, tmp_path / "onnx")
+    image, text = (onnxruntime.InferenceSession(folder / f"{name}_encoder.onnx") for name in ("image", "text"))
+    for shape in SIZES:
+        pixels = torch.randn(shape[0], 3, *shape[1:])
+        with torch.no_grad():
+            features = model.get_image_features(pixels)
+        expected = (features.pooler_output, features.segment_embeds, features.grouping)
+        for got, wanted in zip(image.run(None, {"pixel_values": pixels.numpy()}), expected, strict=True):
+            np.testing.assert_allclose(got, wanted.numpy(), atol=1e-5 * float(wanted.abs().max()))
+    ids, mask = texts(3)
+    with torch.no_grad():
+        wanted = model.get_text_features(ids, mask).pooler_output
+    (got,) = text.run(None, {"input_ids": ids.numpy(), "attention_mask": mask.numpy()})
+    np.testing.assert_allclose(got, wanted.numpy(), atol=1e-5 * float(wanted.abs().max()))
