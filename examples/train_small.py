@@ -88,11 +88,12 @@ class Recipe:
     depth: int = 4
     group_tokens: int = 32
     groups: int = 8
+    initializer_range: float = 0.08
     npr_variant: str = "corrected"
     assignment_weight: float = 0.2
     pooling: str = "groups"
     sharpness: float = 4.0
-    average_decay: float = 0.995
+    average_decay: float = 0.99
     validation_photos: int = 100
     skip_tags: str = ""
     extra: str = ""
@@ -204,6 +205,7 @@ def build_model(recipe: Recipe) -> PGSegModel:
             text_config={
                 **{"hidden_size": 128, "intermediate_size": 512},
                 **{"num_hidden_layers": 2, "num_attention_heads": 4},
+                "initializer_range": recipe.initializer_range,
             },
             vision_config={
                 "hidden_size": recipe.hidden_size,
@@ -216,6 +218,7 @@ def build_model(recipe: Recipe) -> PGSegModel:
                 "patch_size": recipe.patch_size,
                 "prototype_projection_dim": 256,
                 "npr_variant": recipe.npr_variant,
+                "initializer_range": recipe.initializer_range,
             },
             projection_dim=128,
             projection_intermediate_dim=256,
@@ -223,6 +226,7 @@ def build_model(recipe: Recipe) -> PGSegModel:
             contrastive_pooling=recipe.pooling,
         )
     )
+    model.text_model.get_input_embeddings().requires_grad_(False)  # a few dozen words of 49,408 are ever seen
     model.set_attn_implementation("eager")  # in bfloat16 on a CPU, faster than the fused kernels
     return model
 
@@ -279,6 +283,8 @@ def build_optimizer(model: PGSegModel, bias: Tensor, recipe: Recipe) -> torch.op
     """AdamW without weight decay on 1-D parameters and on the embeddings, most of whose words are never seen."""
     decayed, others = [], [bias]
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         plain = parameter.ndim < 2 or "embedding" in name
         (others if plain else decayed).append(parameter)
     groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}]
@@ -287,11 +293,12 @@ def build_optimizer(model: PGSegModel, bias: Tensor, recipe: Recipe) -> torch.op
 
 @torch.no_grad()
 def move_average(average: PGSegModel, model: PGSegModel, decay: float) -> None:
-    """Moving average of the weights; buffers are copied."""
+    """Moving average of weights and statistics."""
     for slow, fast in zip(average.parameters(), model.parameters(), strict=True):
-        slow.lerp_(fast, 1 - decay)
+        if fast.requires_grad:
+            slow.lerp_(fast, 1 - decay)
     for slow, fast in zip(average.buffers(), model.buffers(), strict=True):
-        slow.copy_(fast)
+        slow.lerp_(fast, 1 - decay) if slow.is_floating_point() else slow.copy_(fast)
 
 
 @torch.no_grad()

@@ -91,6 +91,16 @@ def test_every_mode_of_picture(tiny_segmenter, mode):
     assert tiny_segmenter(picture, LABELS).label_map.shape == (30, 40)
 
 
+def test_arrays(tiny_segmenter, photo):
+    array = np.asarray(photo)
+    np.testing.assert_array_equal(
+        tiny_segmenter(array, LABELS).label_map, tiny_segmenter(photo, LABELS).label_map
+    )
+    for bad in (array.astype(np.float32), array[..., :2], np.zeros((0, 4, 3), np.uint8), np.full((4, 4, 3), np.nan)):
+        with pytest.raises(ValueError, match="is no image"):
+            tiny_segmenter(bad, LABELS)
+
+
 def test_exif_rotation_gives_upright_masks(tiny_segmenter):
     photo = make_photo(80, 60)
     exif = Image.Exif()

@@ -37,7 +37,7 @@ MAX_IMAGE_PIXELS = 500_000_000
 _SIGNATURE_BYTES = 16
 _URL_TIMEOUT_SECONDS = 30
 
-ImageSource = str | os.PathLike | bytes | bytearray | memoryview | BinaryIO | Image.Image
+ImageSource = str | os.PathLike | bytes | bytearray | memoryview | BinaryIO | Image.Image | np.ndarray
 
 
 def load_image(source: ImageSource, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
@@ -45,7 +45,8 @@ def load_image(source: ImageSource, max_pixels: int = MAX_IMAGE_PIXELS) -> Image
 
     Args:
         source: a path, an `http(s)://` address, a `data:image/...;base64,` string, a binary file object (read
-            from its start), the bytes of an image file, or a PIL image.
+            from its start), the bytes of an image file, a PIL image, or a uint8 array [H, W], [H, W, 3] or
+            [H, W, 4].
         max_pixels: images with more pixels are refused before they are decoded. Pillow's own limit and
             warning for large images do not apply, and its global state is not touched.
 
@@ -57,6 +58,8 @@ def load_image(source: ImageSource, max_pixels: int = MAX_IMAGE_PIXELS) -> Image
         ValueError: naming the source, where it is missing, empty, corrupt, truncated, too large or not an
             image.
     """
+    if isinstance(source, np.ndarray):
+        source = _from_array(source)
     if isinstance(source, Image.Image):
         return to_rgb(source)
     data, name = _read_bytes(source)
@@ -72,6 +75,16 @@ def load_image(source: ImageSource, max_pixels: int = MAX_IMAGE_PIXELS) -> Image
                 "that are read: make it smaller first"
             )
         return to_rgb(image, name)
+
+
+def _from_array(array: np.ndarray) -> Image.Image:
+    is_image = array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))
+    if array.dtype != np.uint8 or not is_image or array.size == 0:
+        raise ValueError(
+            f"an array of shape {array.shape} and type {array.dtype} is no image: expected uint8 [H, W], [H, W, 3] "
+            "or [H, W, 4]"
+        )
+    return Image.fromarray(array)
 
 
 def to_rgb(image: Image.Image, name: str | None = None) -> Image.Image:

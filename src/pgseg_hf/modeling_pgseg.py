@@ -333,7 +333,7 @@ class PGSegProjection(nn.Sequential):
             hidden = (hidden - norm.running_mean.clone()) * scale + norm.bias
         else:
             hidden = self[1](hidden)
-        return self[3](self[2](hidden)).reshape(*shape, -1)
+        return self[3](self[2](hidden)).reshape(*shape, self[3].out_features)
 
     def convolve(self, tokens_BLC: Tensor) -> Tensor:
         """The same on tokens, as the convolutions of width 1 of the released code, whose rounding this reproduces."""

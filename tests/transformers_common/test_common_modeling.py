@@ -31,9 +31,16 @@ class VisionModelTester:
     num_group_tokens = (64, 8, 0)
     num_output_groups = (64, 8, 8)
 
-    def __init__(self, npr_variant: str = "corrected", image_size: int = 30, input_size: tuple[int, int] | None = None):
+    def __init__(
+        self,
+        npr_variant: str = "corrected",
+        image_size: int = 30,
+        input_size: tuple[int, int] | None = None,
+        prototype_projection_dim: int | None = None,
+    ):
         self.npr_variant = npr_variant
         self.image_size = image_size
+        self.prototype_projection_dim = prototype_projection_dim
         self.input_size = input_size or (image_size, image_size)
         self.num_hidden_layers = max(self.depths)
         self.expected_num_hidden_layers = len(self.depths) + 1
@@ -49,6 +56,7 @@ class VisionModelTester:
             num_output_groups=self.num_output_groups,
             num_attention_heads=self.num_attention_heads,
             intermediate_size=37,
+            prototype_projection_dim=self.prototype_projection_dim,
             dropout=0.1,
             attention_dropout=0.1,
             npr_variant=self.npr_variant,
@@ -289,7 +297,11 @@ class PGSegVisionModelWithoutPrototypesTest(PGSegVisionModelTest):
 
 
 class ReleasedPGSegVisionModelTest(PGSegVisionModelTest):
-    settings = {"npr_variant": "released", "image_size": 32}
+    settings = {"npr_variant": "released", "image_size": 32, "prototype_projection_dim": 48}
+
+    @unittest.skip("the released variant attends eagerly unless asked otherwise")
+    def test_sdpa_can_dispatch_non_composite_models(self):
+        pass
 
 
 class PGSegModelWithoutPrototypesTest(PGSegModelTest):
@@ -299,4 +311,20 @@ class PGSegModelWithoutPrototypesTest(PGSegModelTest):
 
 
 class ReleasedPGSegModelTest(PGSegModelTest):
-    settings = {"npr_variant": "released", "image_size": 32}
+    settings = ReleasedPGSegVisionModelTest.settings
+
+    @unittest.skip("the released variant attends eagerly unless asked otherwise")
+    def test_sdpa_can_dispatch_composite_models(self):
+        pass
+
+    @unittest.skip("each forward of the released variant moves its text prototypes and so the loss of the next one")
+    def test_determinism(self):
+        pass
+
+    @unittest.skip("each forward of the released variant moves its text prototypes and so the loss of the next one")
+    def test_model_outputs_equivalence(self):
+        pass
+
+    @unittest.skip("each forward of the released variant moves its text prototypes and so the loss of the next one")
+    def test_save_load(self):
+        pass

@@ -1,0 +1,36 @@
+"""transformers' common image processor tests on our image processors."""
+
+import unittest
+
+from testers import ImageProcessingTester, ImageProcessingTestMixin
+from transformers.utils import is_torchvision_available
+
+from pgseg_hf import PGSegImageProcessor, PGSegImageProcessorPil
+
+
+class ImageProcessorTester(ImageProcessingTester):
+    """Small sizes; the classes are named, as they are in no list of transformers' own."""
+
+    def __init__(self, parent: unittest.TestCase):
+        super().__init__(
+            parent,
+            do_resize=True,
+            size={"shortest_edge": 20},
+            do_center_crop=True,
+            crop_size={"height": 18, "width": 18},
+            do_rescale=True,
+            do_normalize=True,
+            image_mean=[0.5, 0.4, 0.3],
+            image_std=[0.2, 0.3, 0.4],
+            do_convert_rgb=True,
+        )
+
+    def _get_image_processing_classes(self) -> dict[str, type]:
+        classes = {"pil": PGSegImageProcessorPil}
+        if is_torchvision_available():
+            classes["torchvision"] = PGSegImageProcessor
+        return classes
+
+
+class PGSegImageProcessingTest(ImageProcessingTestMixin, unittest.TestCase):
+    image_processor_tester_class = ImageProcessorTester
