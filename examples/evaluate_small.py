@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from train_small import BACKGROUND, GROUPS, group_of, read_metadata, shuffled
+from train_small import GROUPS, group_of, read_metadata, shuffled
 
 from pgseg_hf.images import load_image
 from pgseg_hf.modeling_pgseg import PGSegModel
@@ -24,6 +24,7 @@ from pgseg_hf.scoring import group_map
 from pgseg_hf.segmentation import SegmentationOptions, Segmenter
 
 LABELS = list(GROUPS)
+NAMES = ["background", *LABELS]
 IGNORED = 255
 # A label counts as predicted for a photo where its map covers this share of the pixels.
 PRESENT_SHARE = 0.003
@@ -32,10 +33,8 @@ PRESENT_SHARE = 0.003
 def predicted_maps(
     segmenter: Segmenter, paths: Iterable[Path], options: SegmentationOptions
 ) -> Iterator[np.ndarray]:
-    """Label maps, 0 background, i + 1 for `LABELS[i]`. The word "background" competes unless a threshold is set."""
-    word_too = options.background_threshold is None
-    labels = [BACKGROUND, *LABELS] if word_too else LABELS
-    for segmentation in segmenter.stream(paths, labels, options):
+    """Label maps: 0 is background, i + 1 is `LABELS[i]`."""
+    for segmentation in segmenter.stream(paths, LABELS, options):
         yield segmentation.label_map
 
 
@@ -53,7 +52,7 @@ class Confusion:
     """Counts of (true, predicted) labels over all pixels."""
 
     def __init__(self) -> None:
-        self.size = len(LABELS) + 1
+        self.size = len(NAMES)
         self.counts = np.zeros((self.size, self.size), dtype=np.int64)
 
     def add(self, truth: np.ndarray, prediction: np.ndarray) -> None:
@@ -65,12 +64,11 @@ class Confusion:
         """Intersection over union of each label that is in the masks."""
         hits, truths = self.counts.diagonal(), self.counts.sum(1)
         unions = truths + self.counts.sum(0) - hits
-        names = [BACKGROUND, *LABELS]
-        return {names[i]: hits[i] / unions[i] for i in range(self.size) if truths[i]}
+        return {NAMES[i]: hits[i] / unions[i] for i in range(self.size) if truths[i]}
 
     def summary(self) -> str:
         values = self.ious()
-        without = [value for name, value in values.items() if name != BACKGROUND]
+        without = [value for name, value in values.items() if name != "background"]
         accuracy = self.counts.diagonal().sum() / self.counts.sum()
         return (
             f"mIoU {np.mean(list(values.values())):.4f}   without background {np.mean(without):.4f}   "
@@ -85,7 +83,7 @@ def stretched(label_map: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 def position_prior(maps: Iterable[np.ndarray], side: tuple[int, int] = (192, 128)) -> np.ndarray:
     """The most frequent label at each place over many maps."""
-    votes = np.zeros((len(LABELS) + 1, *side), dtype=np.int32)
+    votes = np.zeros((len(NAMES), *side), dtype=np.int32)
     rows, columns = np.indices(side)
     for label_map in maps:
         np.add.at(votes, (stretched(label_map, side), rows, columns), 1)
@@ -159,7 +157,7 @@ def report_tags(segmenter: Segmenter, folder: Path, rows: list[dict], options: S
     right_pixels = []
     maps = predicted_maps(segmenter, [folder / row["file_name"] for row in rows], options)
     for row, label_map in zip(rows, maps, strict=True):
-        shares = np.bincount(label_map.ravel(), minlength=len(LABELS) + 1)[1:] / label_map.size
+        shares = np.bincount(label_map.ravel(), minlength=len(NAMES))[1:] / label_map.size
         found = {label for label, share in zip(LABELS, shares, strict=True) if share > PRESENT_SHARE}
         tags = {group_of(tag) for tag in row["tags"]}
         found, tagged = found & set(counted), tags & set(counted)
@@ -180,7 +178,7 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--train", type=Path, help="training photos, for the position prior")
-    parser.add_argument("--threshold", type=float, help='background threshold; without it the word "background"')
+    parser.add_argument("--threshold", type=float, default=0.5, help="background threshold")
     parser.add_argument("--short-side", type=int, help="instead of the processor's")
     parser.add_argument("--photos", type=int, help="only the first of them, as shuffled by train_small.py")
     parser.add_argument("--seed", type=int, default=0, help="of the random initialisation")

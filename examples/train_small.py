@@ -59,7 +59,7 @@ GROUPS = {
 # What photos with a tag (of Caltech-101) also show, though nobody tagged it.
 IMPLIED = {"face": ["hair", "skin"]}
 BACKGROUND = "background"
-OBJECTIVES = ("contrastive", "sigmoid", "pixels")
+OBJECTIVES = ("contrastive", "sigmoid", "patches")
 
 
 @dataclass
@@ -73,27 +73,28 @@ class Recipe:
     output: str
     minutes: float = 30.0
     seed: int = 0
-    objective: str = "pixels"
-    height: int = 144
-    width: int = 96
+    objective: str = "patches"
+    height: int = 96
+    width: int = 64
     patch_size: int = 8
     cache_scale: float = 1.6
-    crop_scale: float = 0.4
-    batch_size: int = 64
+    inference_side: int = 96
+    crop_scale: float = 0.7
+    batch_size: int = 32
     learning_rate: float = 1e-3
     weight_decay: float = 0.05
     warmup: float = 0.05
     clip: float = 1.0
     hidden_size: int = 128
-    depth: int = 4
+    depth: int = 2
     group_tokens: int = 32
     groups: int = 8
     initializer_range: float = 0.08
     npr_variant: str = "corrected"
-    assignment_weight: float = 0.2
+    naming_weight: float = 10.0
+    assignment_weight: float = 0.1
     pooling: str = "groups"
-    sharpness: float = 4.0
-    average_decay: float = 0.99
+    average_decay: float = 0.995
     validation_photos: int = 100
     skip_tags: str = ""
     extra: str = ""
@@ -141,13 +142,10 @@ def shuffled(rows: list[dict]) -> list[dict]:
     return random.Random(0).sample(rows, len(rows))
 
 
-def build_vocabulary(rows: list[dict], skip_tags: list[str], with_background: bool) -> Vocabulary:
+def build_vocabulary(rows: list[dict], skip_tags: list[str]) -> Vocabulary:
     tags = sorted({tag for row in rows for tag in row["tags"]} - set(skip_tags))
     groups = sorted({group_of(tag) for tag in tags} - set(skip_tags))
     words = sorted(tag for tag in tags if group_of(tag) in groups)
-    if with_background:
-        groups.append(BACKGROUND)
-        words.append(BACKGROUND)
     prompts = [SEGMENTATION_TEMPLATES[0].format(word) for word in words]
     tokens = default_tokenizer()(prompts, padding=True, return_tensors="pt")
     group_of_word = torch.tensor([groups.index(group_of(word)) for word in words])
@@ -167,8 +165,6 @@ def load_photos(
         pixels[index] = torch.from_numpy(np.array(resized)).permute(2, 0, 1)
         for group in {group_of(tag) for tag in with_implied(row["tags"])} & set(vocabulary.groups):
             targets[index, vocabulary.groups.index(group)] = True
-    if BACKGROUND in vocabulary.groups:
-        targets[:, vocabulary.groups.index(BACKGROUND)] = True
     return TaggedPhotos(pixels, targets, size)
 
 
@@ -199,7 +195,7 @@ def random_crops(pixels: Tensor, size: tuple[int, int], smallest: float) -> Tens
 
 def build_model(recipe: Recipe) -> PGSegModel:
     """A new small model; its text tower is 128 wide so that the whole vocabulary fits into 13 MB."""
-    stage_depths = (recipe.depth, 2, 1)
+    stage_depths = (recipe.depth, 1, 1)
     model = PGSegModel(
         PGSegConfig(
             text_config={
@@ -226,57 +222,44 @@ def build_model(recipe: Recipe) -> PGSegModel:
             contrastive_pooling=recipe.pooling,
         )
     )
+    with torch.no_grad():
+        positions = model.vision_model.embeddings.position_embeddings
+        positions.copy_(waves(model.vision_model.embeddings.grid, positions.shape[-1]))
     model.text_model.get_input_embeddings().requires_grad_(False)  # a few dozen words of 49,408 are ever seen
     model.set_attn_implementation("eager")  # in bfloat16 on a CPU, faster than the fused kernels
     return model
 
 
-def pixel_tag_loss(outputs: PGSegOutput, columns: Tensor, targets: Tensor, sharpness: float) -> Tensor:
-    """Binary cross-entropy of tags predicted from the label map itself, so that names are learned where pixels are.
+def waves(grid: int, width: int) -> Tensor:
+    """Sines and cosines of row and column, [1, grid * grid, width]: with few photos, places are hard to learn."""
+    frequencies = math.pi * 2.0 ** torch.linspace(-1, 2.5, width // 4)
+    angles = torch.linspace(-1, 1, grid)[:, None] * frequencies / 2
+    side = torch.cat([angles.sin(), angles.cos()], dim=1)
+    rows, columns = side[:, None].expand(-1, grid, -1), side[None].expand(grid, -1, -1)
+    return torch.cat([rows, columns], dim=2).reshape(1, grid * grid, width)
 
-    Each group of patches shares its label among all tags (softmax); a patch mixes its groups' labels by its soft
-    assignment; a tag is as present as the generalised mean of its map is high.
 
-    Args:
-        columns: index [G] of the word that stands for each tag group.
-        targets: bool [B, G].
-        sharpness: exponent of the generalised mean; 1 is the mean over patches, infinity the maximum.
-    """
-    labels_BKG = outputs.segment_logits[..., columns].float().softmax(-1)
+def patch_logits(outputs: PGSegOutput) -> Tensor:
+    """Logits of words for images, [B, N], from where the label map takes its names: a patch mixes its groups' logits
+    by its soft assignment, and the image takes the log-mean-exp over its patches. A group without patches, which no
+    map would show, cannot name anything."""
     patches_BKL = outputs.grouping.flatten(2).float()
-    map_BLG = patches_BKL.transpose(1, 2) @ labels_BKG
-    present_BG = (map_BLG + 1e-6).pow(sharpness).mean(1).pow(1 / sharpness).clamp(1e-4, 1 - 1e-4)
-    return balanced_cross_entropy(present_BG.log(), (-present_BG).log1p(), targets)
+    logits_BLN = patches_BKL.transpose(1, 2) @ outputs.segment_logits.float()
+    return logits_BLN.logsumexp(1) - math.log(logits_BLN.shape[1])
 
 
-def balanced_cross_entropy(log_yes: Tensor, log_no: Tensor, targets: Tensor) -> Tensor:
-    """Binary cross-entropy in which the photos with and those without a tag weigh the same, for each tag."""
-    yes, no = targets.float(), (~targets).float()
-    yes_terms = (yes * log_yes).sum(0) / yes.sum(0).clamp(min=1)
-    no_terms = (no * log_no).sum(0) / no.sum(0).clamp(min=1)
-    return -(yes_terms + no_terms).mean()
-
-
-def tag_loss(
-    outputs: PGSegOutput, vocabulary: Vocabulary, targets: Tensor, bias: Tensor, recipe: Recipe
-) -> Tensor:
-    """What stands for the naming part of the loss: `targets` bool [B, G]."""
+def naming_loss(outputs: PGSegOutput, bias_N: Tensor, targets_BN: Tensor, recipe: Recipe) -> Tensor:
+    """The part of the loss that compares photos with words, bool targets."""
     if recipe.objective == "contrastive":
         return outputs.contrastive_loss
-    if recipe.objective == "sigmoid":
-        logits = outputs.logits_per_image + bias
-        return balanced_cross_entropy(
-            nn.functional.logsigmoid(logits),
-            nn.functional.logsigmoid(-logits),
-            targets[:, vocabulary.group_of_word],
-        )
-    columns = torch.tensor(
-        [
-            random.choice((vocabulary.group_of_word == group).nonzero()[:, 0].tolist())
-            for group in range(len(vocabulary.groups))
-        ]
-    )
-    return pixel_tag_loss(outputs, columns, targets, recipe.sharpness)
+    logits_BN = outputs.logits_per_image if recipe.objective == "sigmoid" else patch_logits(outputs)
+    return nn.functional.binary_cross_entropy_with_logits(logits_BN + bias_N, targets_BN.float())
+
+
+def log_odds(targets: Tensor) -> Tensor:
+    """Of each tag group over all photos [P, G]: where the bias of a tag begins."""
+    share = targets.float().mean(0).clamp(0.005, 0.995)
+    return (share / (1 - share)).log()
 
 
 def build_optimizer(model: PGSegModel, bias: Tensor, recipe: Recipe) -> torch.optim.AdamW:
@@ -302,24 +285,32 @@ def move_average(average: PGSegModel, model: PGSegModel, decay: float) -> None:
 
 
 @torch.no_grad()
-def tag_precision(model: PGSegModel, photos: TaggedPhotos, vocabulary: Vocabulary) -> float:
-    """Mean over tag groups of the average precision of ranking photos by the largest score of a patch."""
+def tag_precision(model: PGSegModel, photos: TaggedPhotos, vocabulary: Vocabulary) -> tuple[float, float]:
+    """Mean over tag groups of the average precision of ranking whole photos: by the logits of patches, and of images."""
     model.eval()
-    scores = []
+    by_patches, by_images = [], []
+    columns = torch.tensor([vocabulary.words.index(group) for group in vocabulary.groups])
     for pixels in photos.pixels.split(50):
         resized = nn.functional.interpolate(
             normalized(pixels), photos.size, mode="bilinear", antialias=True
         )
         outputs = model(vocabulary.input_ids, resized, attention_mask=vocabulary.attention_mask)
-        columns = torch.tensor([vocabulary.words.index(group) for group in vocabulary.groups])
-        labels_BKG = outputs.segment_logits[..., columns].softmax(-1)
-        scores.append((outputs.grouping.flatten(2).transpose(1, 2) @ labels_BKG).amax(1))
-    ranked, precisions = torch.cat(scores), []
-    for group in range(len(vocabulary.groups)):
-        relevant = photos.targets[ranked[:, group].argsort(descending=True), group].float()
-        if 0 < relevant.sum() < len(relevant):
-            precision_at = relevant.cumsum(0) / torch.arange(1, len(relevant) + 1)
-            precisions.append(float((precision_at * relevant).sum() / relevant.sum()))
+        by_patches.append(patch_logits(outputs)[:, columns])
+        by_images.append(outputs.logits_per_image[:, columns])
+    return (
+        mean_average_precision(torch.cat(by_patches), photos.targets),
+        mean_average_precision(torch.cat(by_images), photos.targets),
+    )
+
+
+def mean_average_precision(scores: Tensor, targets: Tensor) -> float:
+    """Of each column of scores [P, G] as a ranking of the rows, where some but not all of them are relevant."""
+    precisions = []
+    for column, relevant in zip(scores.T, targets.T, strict=True):
+        ranked = relevant[column.argsort(descending=True)].float()
+        if 0 < ranked.sum() < len(ranked):
+            precision_at = ranked.cumsum(0) / torch.arange(1, len(ranked) + 1)
+            precisions.append(float((precision_at * ranked).sum() / ranked.sum()))
     return sum(precisions) / len(precisions)
 
 
@@ -329,7 +320,7 @@ def train(
     """Trains for `recipe.minutes`; returns the averaged model and the number of steps."""
     model, average = build_model(recipe), build_model(recipe)
     average.load_state_dict(model.state_dict())
-    bias = nn.Parameter(torch.zeros(()))
+    bias = nn.Parameter(log_odds(sources[0].targets))
     optimizer = build_optimizer(model, bias, recipe)
     started, step, last_report = time.monotonic(), 0, 0.0
     while (share := (time.monotonic() - started) / (60 * recipe.minutes)) < 1:
@@ -348,8 +339,8 @@ def train(
                 text_targets=targets[:, vocabulary.group_of_word],
                 return_loss=True,
             )
-        naming = tag_loss(outputs, vocabulary, targets, bias, recipe)
-        loss = outputs.loss - outputs.contrastive_loss + naming
+        naming = naming_loss(outputs, bias[vocabulary.group_of_word], targets[:, vocabulary.group_of_word], recipe)
+        loss = outputs.loss - outputs.contrastive_loss + recipe.naming_weight * naming
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
@@ -359,8 +350,9 @@ def train(
         if time.monotonic() - last_report > 20:
             last_report = time.monotonic()
             report_progress(outputs, naming, step, started, recipe)
-        if step % 200 == 0:
-            print(f"step {step}: tag precision {tag_precision(average, validation, vocabulary):.3f}", flush=True)
+        if step % 250 == 0:
+            by_patches, by_images = tag_precision(average, validation, vocabulary)
+            print(f"step {step}: tag precision {by_patches:.3f} by patches, {by_images:.3f} by images", flush=True)
     return average.eval(), step
 
 
@@ -385,13 +377,27 @@ def save_checkpoint(model: PGSegModel, recipe: Recipe) -> None:
     output = Path(recipe.output)
     output.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
+    size = {"shortest_edge": recipe.inference_side, "longest_edge": 2048}
+    processor = PGSegProcessor(PGSegImageProcessorPil(size=size), default_tokenizer(), window_size=None)
     model.to(torch.float16).save_pretrained(temporary)
-    size = {"shortest_edge": min(recipe.height, recipe.width), "longest_edge": 2048}
-    PGSegProcessor(PGSegImageProcessorPil(size=size), default_tokenizer()).save_pretrained(temporary)
+    processor.save_pretrained(temporary)
+    leave_out_code(temporary)
     temporary.chmod(0o755)
+    (temporary / "model.safetensors").chmod(0o644)
     if output.exists():
         shutil.rmtree(output)
     temporary.rename(output)
+
+
+def leave_out_code(folder: Path) -> None:
+    """Drops the copy of the package's code that `save_pretrained` adds for use without the package."""
+    for module in folder.glob("*.py"):
+        module.unlink()
+    for name in ("config.json", "processor_config.json", "tokenizer_config.json"):
+        settings = json.loads((folder / name).read_text(encoding="utf-8"))
+        for part in (settings, settings.get("image_processor", {})):
+            part.pop("auto_map", None)
+        (folder / name).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def parse_arguments() -> Recipe:
@@ -414,7 +420,7 @@ def main() -> None:
     extra = Path(recipe.extra)
     extra_rows = read_metadata(extra) if recipe.extra else []
     skip_tags = recipe.skip_tags.split(",")
-    vocabulary = build_vocabulary(rows + extra_rows, skip_tags, with_background=recipe.objective == "pixels")
+    vocabulary = build_vocabulary(rows + extra_rows, skip_tags)
     size, held_out = (recipe.height, recipe.width), recipe.validation_photos
     validation = load_photos(folder, rows[:held_out], vocabulary, size, recipe.cache_scale)
     sources = [load_photos(folder, rows[held_out:], vocabulary, size, recipe.cache_scale)]
@@ -427,11 +433,11 @@ def main() -> None:
         flush=True,
     )
     model, steps = train(sources, validation, vocabulary, recipe)
-    precision = tag_precision(model, validation, vocabulary)
+    by_patches, by_images = tag_precision(model, validation, vocabulary)
     save_checkpoint(model, recipe)
     print(
         f"Trained {steps} steps of {recipe.batch_size} photos in {(time.monotonic() - started) / 60:.1f} minutes; "
-        f"tag precision on the held-out photos {precision:.3f}; checkpoint in {recipe.output}"
+        f"tag precision on the held-out photos {by_patches:.3f} by patches, {by_images:.3f} by images; checkpoint in {recipe.output}"
     )
 
 

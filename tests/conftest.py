@@ -1,9 +1,21 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 from PIL import Image
 
-from pgseg_hf import PGSegConfig, PGSegImageProcessorPil, PGSegModel, PGSegProcessor, Segmenter, default_tokenizer
+from pgseg_hf import (
+    PGSegConfig,
+    PGSegImageProcessorPil,
+    PGSegModel,
+    PGSegProcessor,
+    Segmenter,
+    default_tokenizer,
+)
+
+# No deadline: the first call of a torch function takes far longer than the next ones.
+settings.register_profile("pgseg_hf", deadline=None)
+settings.load_profile("pgseg_hf")
 
 
 def pytest_collection_modifyitems(items):

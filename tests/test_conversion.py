@@ -49,7 +49,9 @@ def full_keys():
 
 def test_every_tensor_of_the_full_model_has_its_place():
     recorded = full_keys()
-    released = {name: torch.empty(entry["shape"], device="meta") for name, entry in recorded["state_dict"].items()}
+    released = {
+        name: torch.empty(entry["shape"], device="meta") for name, entry in recorded["state_dict"].items()
+    }
     assert len(released) == 437
     converted, unknown = convert_state_dict(released)
     assert unknown == []
@@ -73,7 +75,9 @@ def test_parameters_of_the_full_model_are_as_many_but_for_those_dropped():
         for name in dropped
         if recorded["state_dict"][name]["kind"] == "param"
     )
-    released = {name: torch.empty(entry["shape"], device="meta") for name, entry in recorded["state_dict"].items()}
+    released = {
+        name: torch.empty(entry["shape"], device="meta") for name, entry in recorded["state_dict"].items()
+    }
     with torch.device("meta"):
         model = PGSegModel(infer_config(convert_state_dict(released)[0]))
     assert recorded["n_parameters"] == 64_677_394
@@ -85,7 +89,11 @@ def test_configuration_of_the_full_model_is_the_default_one():
         name: torch.empty(entry["shape"], device="meta") for name, entry in full_keys()["state_dict"].items()
     }
     config = infer_config(convert_state_dict(released)[0])
-    default = type(config)(npr_variant="released", num_text_prototypes=8, vision_config={"drop_path_rate": 0.0})
+    default = type(config)(
+        npr_variant="released",
+        num_text_prototypes=8,
+        vision_config={"drop_path_rate": 0.0, "prototype_projection_dim": 4096},
+    )
     assert json.loads(config.to_json_string()) == json.loads(default.to_json_string())
 
 
@@ -137,12 +145,11 @@ def ours(name):
     return list(convert_state_dict({name: STATE[name]})[0])
 
 
-@settings(max_examples=40)
-@given(st.lists(st.sampled_from(NEEDED), min_size=1, max_size=2, unique=True))
-def test_missing_tensors_are_named(names):
-    with pytest.raises(ValueError) as error:
-        convert_released({name: value for name, value in STATE.items() if name not in names}, OVERRIDES)
-    assert any(part in str(error.value) for name in names for part in (name, *ours(name)))
+def test_a_missing_tensor_is_named():
+    for name in NEEDED:
+        with pytest.raises(ValueError) as error:
+            convert_released({key: value for key, value in STATE.items() if key != name}, OVERRIDES)
+        assert any(part in str(error.value) for part in ours(name)), name
 
 
 @settings(max_examples=60)
@@ -162,7 +169,11 @@ def test_wrong_shapes_are_named(name, shape):
         ("img_encoder.norm.weight", [7], r"vision_model.layernorm.weight has shape \[7\], expected \[24\]"),
         ("img_encoder.layers.0.blocks.0.attn.qkv.bias", [71], r"blocks.0.attn.qkv.bias has shape \[71\]"),
         ("img_encoder.layers.0.blocks.0.attn.qkv.bias", [], r"blocks.0.attn.qkv.bias has shape \[\]"),
-        ("img_encoder.patch_embed.proj.weight", [24, 3], r"patch_embeddings.projection.weight has shape \[24, 3\]"),
+        (
+            "img_encoder.patch_embed.proj.weight",
+            [24, 3],
+            r"patch_embeddings.projection.weight has shape \[24, 3\]",
+        ),
         ("img_encoder.pos_embed", [1, 60, 24], r"position_embeddings has shape \[1, 60, 24\]"),
         ("text_encoder.token_embedding.weight", [], r"token_embedding.weight has shape \[\]"),
     ],
@@ -211,7 +222,7 @@ def test_overrides_reach_the_configuration(state):
 def test_overrides_file_that_is_no_object(tmp_path, content):
     path = tmp_path / "overrides.json"
     path.write_text(content)
-    with pytest.raises(ValueError, match="overrides.json"):
+    with pytest.raises(ValueError, match=r"overrides\.json"):
         read_overrides(path)
     with pytest.raises(ValueError, match=r"none\.json"):
         read_overrides(tmp_path / "none.json")
@@ -309,7 +320,10 @@ def pickled_content(folder):
     list.extend(steps, [1, 2])
     return {
         "model": OrderedDict(STATE),
-        "optimizer": {"state": {0: {"exp_avg": torch.zeros(2)}}, "groups": [{"lr": 1e-4, "betas": (0.9, 0.999)}]},
+        "optimizer": {
+            "state": {0: {"exp_avg": torch.zeros(2)}},
+            "groups": [{"lr": 1e-4, "betas": (0.9, 0.999)}],
+        },
         "config": Node(model=Node(type="PGSeg"), list=[Node(), Mode.ON, {1, 2}, defaultdict(list, a=[1])]),
         "metrics": {"best": 49.0, Mode.ON: Outer.Inner(), "steps": steps, "settings": settings_node()},
         "amp": torch.amp.GradScaler("cpu").state_dict(),
@@ -350,15 +364,13 @@ def test_parameters_and_data_parallel_names(tmp_path):
     assert_tensors_of(path)
 
 
-class RawPickle:
-    """Hand-written pickles that torch.save would not write."""
-
-    def __init__(self, folder, program):
-        self.path = folder / "raw.pth"
-        with zipfile.ZipFile(self.path, "w") as file:
-            file.writestr("archive/data.pkl", program)
-            file.writestr("archive/version", "3\n")
-            file.writestr("archive/byteorder", "little")
+def file_of(program, path):
+    """A checkpoint file around a hand-written pickle, one that torch.save would not write."""
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("archive/data.pkl", program)
+        file.writestr("archive/version", "3\n")
+        file.writestr("archive/byteorder", "little")
+    return path
 
 
 def test_rebuilding_functions_cannot_be_changed(tmp_path):
@@ -370,7 +382,7 @@ def test_rebuilding_functions_cannot_be_changed(tmp_path):
         b"N}X\x0c\x00\x00\x00__defaults__K\x05\x85s\x86b}X\x05\x00\x00\x00modelK\x01s."
     )
     with pytest.raises(ValueError):
-        read_released_checkpoint(RawPickle(tmp_path, program).path)
+        read_released_checkpoint(file_of(program, tmp_path / "raw.pth"))
     assert (function.__defaults__, dict(function.__dict__)) == before
 
 
@@ -441,5 +453,7 @@ def test_bare_state_dicts_that_are_no_pgseg(content):
 
 
 def test_a_state_dict_may_be_wrapped_as_in_the_file(state):
-    bare, wrapped = (convert_released(content, OVERRIDES)[0] for content in (state, {"model": state, "epoch": 1}))
+    bare, wrapped = (
+        convert_released(content, OVERRIDES)[0] for content in (state, {"model": state, "epoch": 1})
+    )
     assert all(torch.equal(tensor, wrapped.state_dict()[name]) for name, tensor in bare.state_dict().items())

@@ -87,7 +87,7 @@ def recorded_parts(model: PGSegModel) -> dict[str, Tensor]:
 
     def watch(stage, index):
         def after(module, args, output):
-            centers, prototypes, responsibilities, logits = output[3]
+            centers, prototypes, _, logits = output[3]
             parts[f"stage{index}.npr.in_x"] = args[0]
             parts[f"stage{index}.npr.in_group"] = output[1]
             parts[f"stage{index}.attn.ori_center"] = centers
@@ -162,9 +162,7 @@ def test_zero_shot_classification(recordings, precision):
     assert_recorded("class_text_embedding", classes, recorded["class_text_embedding"])
     name = "text_npr_mu_buffer_after_build"
     assert_recorded(name, model.released_text_prototypes, recorded[name])
-    output = recordings.model(dtype)(
-        input_ids=inputs["class_ids"], pixel_values=inputs["image"].to(dtype)
-    )
+    output = recordings.model(dtype)(input_ids=inputs["class_ids"], pixel_values=inputs["image"].to(dtype))
     assert_recorded("text_embeds", output.text_embeds, recorded["class_text_embedding"])
     cosines = output.logits_per_image / model.logit_scale.exp()
     assert_recorded("zero_shot_logits", cosines, recorded["zero_shot_logits"])
@@ -384,6 +382,9 @@ def test_checkpoint_file_gives_the_same_model_as_its_state_dict(recordings, tmp_
     state = recordings.load("state_dict")
     for name, content in {"whole.pth": {"model": state, "epoch": 29}, "bare.pth": state}.items():
         torch.save(content, tmp_path / name)
-        ours, expected = convert_released(tmp_path / name, OVERRIDES)[0].state_dict(), recordings.model().state_dict()
+        ours, expected = (
+            convert_released(tmp_path / name, OVERRIDES)[0].state_dict(),
+            recordings.model().state_dict(),
+        )
         assert list(ours) == list(expected)
         assert all(torch.equal(ours[key], expected[key]) for key in expected)

@@ -179,7 +179,9 @@ def local_losses(parts, label_embeds, label_mask):
     contrastive = info_nce(images @ gather_features(texts).T, texts @ gather_features(images).T)
     mask, padded = pad_to_longest(label_mask), pad_to_longest(label_embeds)
     by_labels = multi_label_loss(
-        images @ gather_features(padded).flatten(0, 1).T, padded.flatten(0, 1) @ gather_features(images).T, mask
+        images @ gather_features(padded).flatten(0, 1).T,
+        padded.flatten(0, 1) @ gather_features(images).T,
+        mask,
     )
     return contrastive, by_labels
 

@@ -37,7 +37,9 @@ def prototype_buffers(model):
 
 
 def moved(model, before):
-    return {name for name, buffer in prototype_buffers(model).items() if not torch.equal(buffer, before[name])}
+    return {
+        name for name, buffer in prototype_buffers(model).items() if not torch.equal(buffer, before[name])
+    }
 
 
 # Any size, any batch
@@ -80,7 +82,9 @@ def test_images_of_a_batch_do_not_see_each_other(models, variant, batch, height,
 @torch.no_grad()
 def test_pixels_beyond_the_last_whole_patch_do_not_count(models):
     images = tiny_images(1, 19, 22).double()
-    whole, cut = (models["corrected"].get_image_features(pixels) for pixels in (images, images[..., :16, :20]))
+    whole, cut = (
+        models["corrected"].get_image_features(pixels) for pixels in (images, images[..., :16, :20])
+    )
     assert torch.equal(whole.grouping, cut.grouping)
     assert whole.image_sizes.tolist() == [[19, 22]]
 
@@ -249,7 +253,8 @@ def test_shared_texts_may_come_in_any_order_and_number(models):
     targets = torch.tensor([[1, 0, 1, 0, 0], [0, 1, 1, 0, 0], [0, 0, 0, 0, 0]])
     losses = [
         models["corrected"](
-            **inputs_of(pixel_values=tiny_images(3).double(), input_ids=ids, text_targets=chosen), return_loss=True
+            **inputs_of(pixel_values=tiny_images(3).double(), input_ids=ids, text_targets=chosen),
+            return_loss=True,
         )
         for ids, chosen in ((texts, targets), (texts[order], targets[:, order]))
     ]
@@ -340,7 +345,9 @@ def test_drop_path_leaves_out_whole_samples_and_keeps_the_mean():
 
 
 def test_drop_path_rises_linearly_over_the_blocks():
-    config = tiny_config(vision_config={"depths": [3, 2, 1], "num_hidden_layers": None, "drop_path_rate": 0.1})
+    config = tiny_config(
+        vision_config={"depths": [3, 2, 1], "num_hidden_layers": None, "drop_path_rate": 0.1}
+    )
     model = PGSegVisionModel(config.vision_config)
     rates = [layer.drop_path.rate for stage in model.encoder.stages for layer in stage.layers]
     assert rates == pytest.approx([0.0, 0.02, 0.04, 0.06, 0.08, 0.1])
@@ -409,9 +416,7 @@ def test_prototypes_move_to_the_mean_of_the_batch_once_a_forward():
     model.vision_model(tiny_images(3))
     old = before["vision_model.encoder.stages.0.npr.prototypes"][0]
     torch.testing.assert_close(stage.npr.prototypes[0], updated_prototypes(old, seen[0].mean(0), 0.9))
-    torch.testing.assert_close(
-        stage.npr.prototypes[0], normalize(0.9 * old + 0.1 * seen[0].mean(0), dim=-1)
-    )
+    torch.testing.assert_close(stage.npr.prototypes[0], normalize(0.9 * old + 0.1 * seen[0].mean(0), dim=-1))
 
 
 def test_text_prototypes_that_no_text_has_stay():
@@ -461,7 +466,9 @@ def test_size_of_the_prototypes_part_at_higher_resolution():
         for layer in (npr.projection[0], npr.projection[1], npr.projection[3]):
             layer.bias.zero_()
         few, many = torch.randn(8, 36, 16), torch.randn(8, 36 * 16, 16)
-        small, large = (npr.reconstruct(npr.estimate(tokens), tokens.dtype).std().item() for tokens in (few, many))
+        small, large = (
+            npr.reconstruct(npr.estimate(tokens), tokens.dtype).std().item() for tokens in (few, many)
+        )
         sizes[variant] = large / small
     assert sizes["corrected"] == pytest.approx(1, abs=0.25)
     assert sizes["released"] < 0.3
@@ -476,6 +483,14 @@ def test_corrected_part_is_the_mapped_prototypes_mixed_by_the_responsibilities(m
         mapped = npr.projection(estimate.prototypes[:, index])
         expected += estimate.responsibilities[:, :, index, None] * mapped[:, None]
     torch.testing.assert_close(npr.reconstruct(estimate, torch.float64), expected)
+
+
+@pytest.mark.parametrize(("variant", "width"), [("released", 4096), ("corrected", 32)])
+def test_default_width_of_the_projection_of_prototypes(variant, width):
+    config = tiny_config(npr_variant=variant, vision_config={"prototype_projection_dim": None})
+    with torch.device("meta"):
+        stages = PGSegVisionModel(config.vision_config).encoder.stages
+    assert [stage.npr.projection[0].out_features for stage in stages[:2]] == [width] * 2
 
 
 def test_projection_by_running_statistics():
@@ -728,7 +743,9 @@ def test_training_in_bfloat16_autocast():
     output.loss.backward()
     optimizer.step()
     assert all(parameter.isfinite().all() for parameter in model.parameters())
-    changed = [name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])]
+    changed = [
+        name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])
+    ]
     assert len(changed) > 0.9 * len(before)
 
 

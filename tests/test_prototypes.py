@@ -47,8 +47,12 @@ def pairs(matching, index=0):
 # Estimation
 
 
-@given(SEEDS, st.integers(1, 3), st.integers(1, 30), st.integers(1, 8), st.integers(2, 12), st.integers(1, 10))
-def test_responsibilities_sum_to_one_and_prototypes_are_unit_vectors(seed, batch, length, count, width, steps):
+@given(
+    SEEDS, st.integers(1, 3), st.integers(1, 30), st.integers(1, 8), st.integers(2, 12), st.integers(1, 10)
+)
+def test_responsibilities_sum_to_one_and_prototypes_are_unit_vectors(
+    seed, batch, length, count, width, steps
+):
     tokens, seeds = draw(seed, (batch, length, width), (1, count, width))
     prototypes, responsibilities = estimate_prototypes(tokens, normalize(seeds, dim=-1), steps)
     assert responsibilities.shape == (batch, length, count)
@@ -67,7 +71,10 @@ def test_one_step_by_hand():
     prototypes, responsibilities = estimate_prototypes(tokens, seeds, 1)
     expected = torch.zeros(2, 2, dtype=torch.float64)
     for p in range(2):
-        weights = [torch.exp(token @ seeds[p]) / sum(torch.exp(token @ seed) for seed in seeds) for token in tokens[0]]
+        weights = [
+            torch.exp(token @ seeds[p]) / sum(torch.exp(token @ seed) for seed in seeds)
+            for token in tokens[0]
+        ]
         mean = sum(w * token for w, token in zip(weights, tokens[0], strict=True)) / (1e-6 + sum(weights))
         expected[p] = mean / (1e-6 + (mean**2).sum().sqrt())
         torch.testing.assert_close(responsibilities[0, :, p], torch.stack(weights))
@@ -90,7 +97,9 @@ def test_permuting_the_seeds_permutes_the_prototypes(seed, length, count):
     straight = estimate_prototypes(tokens, seeds, ITERATIONS)
     permuted = estimate_prototypes(tokens, seeds[:, order], ITERATIONS)
     torch.testing.assert_close(permuted.prototypes, straight.prototypes[:, order], rtol=1e-6, atol=1e-8)
-    torch.testing.assert_close(permuted.responsibilities, straight.responsibilities[..., order], rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(
+        permuted.responsibilities, straight.responsibilities[..., order], rtol=1e-6, atol=1e-8
+    )
 
 
 @given(SEEDS, st.integers(1, 20), st.integers(1, 7))
@@ -100,7 +109,9 @@ def test_the_order_of_tokens_does_not_matter(seed, length, count):
     straight = estimate_prototypes(tokens, seeds, ITERATIONS)
     permuted = estimate_prototypes(tokens[:, order], seeds, ITERATIONS)
     torch.testing.assert_close(permuted.prototypes, straight.prototypes, rtol=1e-6, atol=1e-8)
-    torch.testing.assert_close(permuted.responsibilities, straight.responsibilities[:, order], rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(
+        permuted.responsibilities, straight.responsibilities[:, order], rtol=1e-6, atol=1e-8
+    )
 
 
 @given(SEEDS, st.integers(1, 10), st.integers(0, 10), st.integers(1, 5), st.integers(0, 5))
@@ -118,7 +129,9 @@ def test_masked_tokens_and_prototypes_have_no_influence(seed, real, padding, cou
         prototype_mask_BP=prototype_mask,
     )
     torch.testing.assert_close(masked.prototypes[:, :count], plain.prototypes, rtol=1e-6, atol=1e-8)
-    torch.testing.assert_close(masked.responsibilities[:, :real, :count], plain.responsibilities, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(
+        masked.responsibilities[:, :real, :count], plain.responsibilities, rtol=1e-6, atol=1e-8
+    )
     assert (masked.prototypes[:, count:] == 0).all()
     assert (masked.responsibilities[..., count:] == 0).all()
 
@@ -138,7 +151,9 @@ def test_samples_with_no_tokens_or_no_prototypes_stay_finite():
 def test_released_text_prototypes_are_normalised_over_the_prototypes():
     scalars, seeds = draw(0, (3, 64, 1), (1, 8, 1))
     prototypes = estimate_prototypes(scalars, seeds, 10, norm_dim=1).prototypes
-    torch.testing.assert_close(prototypes.norm(dim=1), torch.ones(3, 1, dtype=torch.float64), atol=1e-3, rtol=0)
+    torch.testing.assert_close(
+        prototypes.norm(dim=1), torch.ones(3, 1, dtype=torch.float64), atol=1e-3, rtol=0
+    )
 
 
 def test_estimation_has_no_gradient():
@@ -276,6 +291,16 @@ def test_rejection_ignores_absent_prototypes():
     assert kept_pairs(similarity, matching, 0.1)[0].tolist() == [[True, True]]
 
 
+@given(SEEDS, st.lists(st.booleans(), min_size=2, max_size=5))
+def test_pairs_that_do_not_exist_are_never_kept(seed, present):
+    similarity = draw(seed, (1, 4, len(present)))
+    mask = torch.tensor([present])
+    matching = match_prototypes(similarity, prototype_mask_BP=mask)
+    rows, columns = kept_pairs(similarity, matching, -1e9, mask)
+    assert torch.equal(rows, matching.valid)
+    assert torch.equal(columns, matching.valid)
+
+
 # Prototype loss
 
 
@@ -284,8 +309,10 @@ def loss_by_hand(similarity, chosen, scale, rows_kept, columns_kept):
     logits = scale * similarity
     rows = [logits[i].exp().sum().log() - logits[i, j] for i, j in enumerate(chosen)]
     columns = [logits[:, j].exp().sum().log() - logits[i, j] for i, j in enumerate(chosen)]
-    kept = [[term for term, keep in zip(terms, keeps, strict=True) if keep] for terms, keeps in
-            ((rows, rows_kept), (columns, columns_kept))]
+    kept = [
+        [term for term, keep in zip(terms, keeps, strict=True) if keep]
+        for terms, keeps in ((rows, rows_kept), (columns, columns_kept))
+    ]
     return sum(sum(terms) / len(terms) for terms in kept)
 
 

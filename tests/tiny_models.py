@@ -12,7 +12,9 @@ BOS, EOS = 48, 49
 CONTEXT = 12
 
 
-def tiny_config(text_config: dict | None = None, vision_config: dict | None = None, **kwargs: Any) -> PGSegConfig:
+def tiny_config(
+    text_config: dict | None = None, vision_config: dict | None = None, **kwargs: Any
+) -> PGSegConfig:
     """Patches of 4 pixels, 4 x 4 of them at 16 pixels, 6 and then 4 groups, 8 joint dimensions, no stochastic depth."""
     text = {
         "vocab_size": EOS + 1,

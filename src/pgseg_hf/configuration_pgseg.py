@@ -108,8 +108,8 @@ class PGSegVisionConfig(PreTrainedConfig):
         num_prototype_iterations (`int`, defaults to 10): steps of the prototype estimation.
         prototype_momentum (`float`, defaults to 0.9): share of the old prototypes in their moving average.
         prototype_projection_dim (`int`, *optional*):
-            hidden width of the projection of prototypes to tokens; by default 4096 for the released variant, where the
-            code fixes it, else `intermediate_size`.
+            hidden width of the projection of prototypes to tokens; by default 8/3 of `intermediate_size`, which at the
+            paper's 1536 is its 4096.
     """
 
     model_type = "pgseg_vision_model"
@@ -142,6 +142,8 @@ class PGSegVisionConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         if self.num_hidden_layers is None:
             self.num_hidden_layers = sum(self.depths)
+        if self.prototype_projection_dim is None:
+            self.prototype_projection_dim = max(self.intermediate_size * 8 // 3, 1)
         super().__post_init__(**kwargs)
 
     def validate_architecture(self):
@@ -194,14 +196,11 @@ class PGSegVisionConfig(PreTrainedConfig):
             self.npr_variant in NPR_VARIANTS,
             f"vision_config.npr_variant is {self.npr_variant!r}, expected one of {', '.join(NPR_VARIANTS)}.",
         )
-        _require(
-            self.num_prototype_iterations > 0,
-            f"vision_config.num_prototype_iterations is {self.num_prototype_iterations}, expected at least 1.",
-        )
-        _require(
-            self.prototype_projection_dim is None or self.prototype_projection_dim > 0,
-            f"vision_config.prototype_projection_dim is {self.prototype_projection_dim}, expected at least 1 or None.",
-        )
+        for name in ("num_prototype_iterations", "prototype_projection_dim"):
+            _require(
+                getattr(self, name) > 0,
+                f"vision_config.{name} is {getattr(self, name)}, expected at least 1.",
+            )
         for name in ("dropout", "attention_dropout", "drop_path_rate", "prototype_momentum"):
             _require_range(f"vision_config.{name}", getattr(self, name), 0.0, 1.0)
 

@@ -143,7 +143,8 @@ def convert_state_dict(released: Mapping[str, Tensor]) -> tuple[dict[str, Tensor
         if ".qkv." in name:
             if tensor.ndim == 0 or tensor.shape[0] % 3:
                 raise ValueError(
-                    f"{released_name} has shape {list(tensor.shape)}, expected as many rows for queries, keys and values."
+                    f"{released_name} has shape {list(tensor.shape)}, expected a multiple of 3 rows (queries, keys, "
+                    "values)."
                 )
             for part, chunk in zip("qkv", tensor.chunk(3), strict=True):
                 converted[name.replace("qkv", f"{part}_proj")] = chunk.clone()
@@ -182,7 +183,15 @@ def infer_config(converted: Mapping[str, Tensor], overrides: Mapping[str, Any] |
     width, channels, patch, _ = shape("vision_model.embeddings.patch_embeddings.projection.weight", 4)
     grid = round(shape("vision_model.embeddings.position_embeddings", 3)[1] ** 0.5)
     num_stages = count(r"vision_model\.encoder\.stages\.(\d+)\.")
-    grouping = [index for index in range(num_stages) if f"{stage}{index}.group_token" in converted]
+    parts_of_grouping = ("group_token", "group_projector.", "downsample.", "npr.")
+    grouping = [
+        index
+        for index in range(num_stages)
+        if any(
+            name.startswith(tuple(f"{stage}{index}.{part}" for part in parts_of_grouping))
+            for name in converted
+        )
+    ]
     ungrouped = [0] * (num_stages - len(grouping))
     text_layers = count(r"text_model\.encoder\.layers\.(\d+)\.")
     vocab_size, text_width = shape("text_model.embeddings.token_embedding.weight", 2)
@@ -233,7 +242,9 @@ def infer_config(converted: Mapping[str, Tensor], overrides: Mapping[str, Any] |
     try:
         return PGSegConfig(text_config=text, vision_config=vision, **top)
     except StrictDataclassError as error:
-        raise ValueError(f"the checkpoint's shapes and the overrides make no configuration: {error}") from error
+        raise ValueError(
+            f"the checkpoint's shapes and the overrides make no configuration: {error}"
+        ) from error
 
 
 def _ratio(hidden: int, width: int) -> float:
@@ -245,7 +256,9 @@ def _ratio(hidden: int, width: int) -> float:
 def _checked_fields(overrides: Any, known: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     if not isinstance(overrides, Mapping):
         raise ValueError(f"override {name} is {overrides!r}, expected an object of configuration fields.")
-    config_class = {"text_config": PGSegTextConfig, "vision_config": PGSegVisionConfig}.get(name, PGSegConfig)
+    config_class: Any = {"text_config": PGSegTextConfig, "vision_config": PGSegVisionConfig}.get(
+        name, PGSegConfig
+    )
     allowed = {known_field.name for known_field in fields(config_class)} | set(known) | {"npr_variant"}
     for key in overrides:
         if key not in allowed:
@@ -456,7 +469,8 @@ def write_converted(model: PGSegModel, output: str | os.PathLike) -> None:
         processor.save_pretrained(folder)
         card = generate_model_card(
             model.config,
-            training="Converted from a released PGSeg checkpoint; see the paper and its repository for data and figures.",
+            training="Converted from a released PGSeg checkpoint; see the paper and its repository for data and "
+            "figures.",
             license_text=f"{RELEASED_LICENSE}.",
         )
         card.save(folder / "README.md")

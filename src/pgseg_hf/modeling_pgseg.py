@@ -52,8 +52,6 @@ logger = logging.get_logger(__name__)
 # Released `TextTransformer.Atten`: both numbers are fixed in the code.
 RELEASED_TEXT_PROTOTYPES = 8
 RELEASED_TEXT_MOMENTUM = 0.9
-# Width of the released `mapping_x`.
-RELEASED_PROJECTION_DIM = 4096
 
 
 @dataclass
@@ -311,15 +309,24 @@ class PGSegGroupingBlock(nn.Module):
         return segments_BKC, centers_BKC, logits_BKL
 
 
+class PGSegProjectionLinear(nn.Linear):
+    """Linear layer that can work as a convolution of width 1 on [B, channels, L]."""
+
+    def forward(self, x: Tensor, as_convolution: bool = False) -> Tensor:
+        if as_convolution:
+            return nn.functional.conv1d(x, self.weight[..., None], self.bias)
+        return super().forward(x)
+
+
 class PGSegProjection(nn.Sequential):
     """Linear, BatchNorm, ReLU, Linear over the last dimension of a tensor of any shape."""
 
     def __init__(self, in_features: int, hidden_features: int, out_features: int):
         super().__init__(
-            nn.Linear(in_features, hidden_features),
+            PGSegProjectionLinear(in_features, hidden_features),
             nn.BatchNorm1d(hidden_features),
             nn.ReLU(),
-            nn.Linear(hidden_features, out_features),
+            PGSegProjectionLinear(hidden_features, out_features),
         )
 
     def forward(self, x: Tensor, use_running_stats: bool = False) -> Tensor:
@@ -337,9 +344,8 @@ class PGSegProjection(nn.Sequential):
 
     def convolve(self, tokens_BLC: Tensor) -> Tensor:
         """The same on tokens, as the convolutions of width 1 of the released code, whose rounding this reproduces."""
-        hidden = nn.functional.conv1d(tokens_BLC.transpose(1, 2), self[0].weight[..., None], self[0].bias)
-        hidden = self[2](self[1](hidden))
-        return nn.functional.conv1d(hidden, self[3].weight[..., None], self[3].bias).transpose(1, 2)
+        hidden = self[2](self[1](self[0](tokens_BLC.transpose(1, 2), as_convolution=True)))
+        return self[3](hidden, as_convolution=True).transpose(1, 2)
 
 
 @torch.no_grad()
@@ -363,9 +369,8 @@ class PGSegStagePrototypes(nn.Module):
             "prototypes", torch.empty(1, num_prototypes, config.hidden_size, dtype=torch.float32)
         )
         _init_prototypes(self.prototypes)
-        default_width = RELEASED_PROJECTION_DIM if self.released else config.intermediate_size
         self.projection = PGSegProjection(
-            config.hidden_size, config.prototype_projection_dim or default_width, config.hidden_size
+            config.hidden_size, config.prototype_projection_dim, config.hidden_size
         )
 
     def _apply(self, fn: Callable, recurse: bool = True) -> nn.Module:
@@ -1113,14 +1118,22 @@ class PGSegModel(PGSegPreTrainedModel):
             kwargs: further fields of [`PGSegConfig`], for instance `image_prototype_weight`.
 
         Raises:
-            ValueError: the checkpoint is no GroupViT.
+            ValueError: there is no such checkpoint, it is no GroupViT, or not a whole one.
         """
-        source_config = AutoConfig.from_pretrained(name_or_path)
-        if source_config.model_type != "groupvit":
-            raise ValueError(
-                f"{name_or_path} is a {source_config.model_type!r} checkpoint, expected 'groupvit'."
+        try:
+            source_config = AutoConfig.from_pretrained(name_or_path)
+            if source_config.model_type != "groupvit":
+                raise ValueError(
+                    f"{name_or_path} is a {source_config.model_type!r} checkpoint, expected 'groupvit'."
+                )
+            source, loaded = GroupViTModel.from_pretrained(
+                name_or_path, output_loading_info=True, ignore_mismatched_sizes=True
             )
-        source = GroupViTModel.from_pretrained(name_or_path)
+        except OSError as error:
+            raise ValueError(f"{name_or_path} cannot be loaded: {error}") from error
+        missing = sorted({*loaded["missing_keys"], *(name for name, *_ in loaded["mismatched_keys"])})
+        if missing:
+            raise ValueError(f"{name_or_path} lacks tensors of its architecture: {', '.join(missing)}.")
         model = cls(config_from_groupvit(source_config, npr_variant, **kwargs))
         report = model.load_state_dict(source.state_dict(), strict=False)
         if report.unexpected_keys:
@@ -1169,6 +1182,8 @@ def config_from_groupvit(
     """The PGSeg configuration of a transformers GroupViT's architecture."""
     text_fields = {field.name for field in fields(PGSegTextConfig)} & set(config.text_config.to_dict())
     vision_fields = {field.name for field in fields(PGSegVisionConfig)} & set(config.vision_config.to_dict())
+    # GroupViT lets the number of layers disagree with the depths, which alone decide.
+    vision_fields -= {"num_hidden_layers"}
     not_architecture = {field.name for field in fields(PreTrainedConfig)}
     text, vision = (
         {name: getattr(part, name) for name in names - not_architecture}

@@ -172,7 +172,10 @@ class PGSegProcessor(ProcessorMixin):
         if backend is not None:
             backend.no_truncation()
             backend.no_padding()
-        return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+        files = super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+        # For the file only: a processor that was loaded does not have it, and the two should be equal.
+        self.__dict__.pop("auto_map", None)
+        return files
 
     def get_class_embeddings(
         self,

@@ -28,7 +28,9 @@ def some_entries(tensor: torch.Tensor, at_most: int) -> torch.Tensor:
 
 def trim(source: Path) -> None:
     for name in ("state_dict", "inputs", "train_nogumbel", "train_gumbel_seed1234"):
-        shutil.copyfile(source / f"released_tiny_{name}.safetensors", HERE / f"released_tiny_{name}.safetensors")
+        shutil.copyfile(
+            source / f"released_tiny_{name}.safetensors", HERE / f"released_tiny_{name}.safetensors"
+        )
     shutil.copyfile(source / "released_full_keys.json", HERE / "released_full_keys.json")
     for name in ("eval", "eval_f64", "slide", "train_nogumbel_f64", "grads_nogumbel"):
         kept = {}
