@@ -33,12 +33,16 @@ def segment(image: Image.Image | None, words: str, threshold: float) -> tuple[An
 def build_app() -> gr.Blocks:
     """The page."""
     with gr.Blocks(title="PGSeg: segment by words") as app:
-        gr.Markdown("# PGSeg\nSegment a picture by words. The model learned from photographs and tags, never from a mask.")
+        gr.Markdown(
+            "# PGSeg\nSegment a picture by words. The model learned from photographs and tags, never from a mask."
+        )
         with gr.Row():
             with gr.Column():
                 image = gr.Image(type="pil", label="Picture")
                 words = gr.Textbox(EXAMPLE_LABELS, label="Words, separated by commas or lines", lines=2)
-                threshold = gr.Slider(0, 1, 0, step=0.01, label="Background below this score (0: no background)")
+                threshold = gr.Slider(
+                    0, 1, 0, step=0.01, label="Background below this score (0: no background)"
+                )
                 button = gr.Button("Segment", variant="primary")
             with gr.Column():
                 masks = gr.AnnotatedImage(label="Masks")

@@ -78,7 +78,9 @@ class Confusion:
 
 def stretched(label_map: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Nearest-neighbour resize to (height, width)."""
-    return np.asarray(Image.fromarray(label_map.astype(np.uint8)).resize(size[::-1], Image.Resampling.NEAREST))
+    return np.asarray(
+        Image.fromarray(label_map.astype(np.uint8)).resize(size[::-1], Image.Resampling.NEAREST)
+    )
 
 
 def position_prior(maps: Iterable[np.ndarray], side: tuple[int, int] = (192, 128)) -> np.ndarray:
@@ -154,10 +156,11 @@ def report_tags(segmenter: Segmenter, folder: Path, rows: list[dict], options: S
     """Agreement of the labels in the maps with the photos' tags; hair and skin, which nearly all have, left out."""
     counted = [label for label in LABELS if label not in ("hair", "skin")]
     hits = predicted = true = 0
-    right_pixels = []
+    right_pixels, background = [], []
     maps = predicted_maps(segmenter, [folder / row["file_name"] for row in rows], options)
     for row, label_map in zip(rows, maps, strict=True):
         shares = np.bincount(label_map.ravel(), minlength=len(NAMES))[1:] / label_map.size
+        background.append(1 - shares.sum())
         found = {label for label, share in zip(LABELS, shares, strict=True) if share > PRESENT_SHARE}
         tags = {group_of(tag) for tag in row["tags"]}
         found, tagged = found & set(counted), tags & set(counted)
@@ -169,12 +172,15 @@ def report_tags(segmenter: Segmenter, folder: Path, rows: list[dict], options: S
     print(
         f"tags in the maps: precision {precision:.3f}, recall {recall:.3f}, "
         f"F1 {2 * precision * recall / max(precision + recall, 1e-9):.3f}; "
-        f"labelled pixels with a tag of the photo {np.mean(right_pixels or [0]):.3f}"
+        f"labelled pixels with a tag of the photo {np.mean(right_pixels or [0]):.3f}; "
+        f"background {np.mean(background):.3f} of the pixels"
     )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", required=True)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--train", type=Path, help="training photos, for the position prior")
@@ -187,7 +193,10 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     segmenter = Segmenter.from_pretrained(arguments.model, dtype=torch.float32)
     if arguments.short_side:
-        segmenter.processor.image_processor.size = {"shortest_edge": arguments.short_side, "longest_edge": 2048}
+        segmenter.processor.image_processor.size = {
+            "shortest_edge": arguments.short_side,
+            "longest_edge": 2048,
+        }
     options = replace(segmenter.options, background_threshold=arguments.threshold)
     rows = read_metadata(arguments.data)
     if "mask_file_name" in rows[0]:

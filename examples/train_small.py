@@ -14,7 +14,7 @@ import random
 import shutil
 import tempfile
 import time
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -56,22 +56,26 @@ GROUPS = {
         *("ring", "watch", "gloves", "tie"),
     ],
 }
-# What photos with a tag (of Caltech-101) also show, though nobody tagged it.
-IMPLIED = {"face": ["hair", "skin"]}
-BACKGROUND = "background"
 OBJECTIVES = ("contrastive", "sigmoid", "patches")
 
 
 @dataclass
 class Recipe:
-    """Settings of a training run; each field is a command-line option.
+    """Settings of a training run; each field is a command-line option. Sizes are in pixels.
 
-    Sizes are in pixels, `minutes` is the wall time of the training loop; the learning rate falls to 0 over it.
+    minutes: wall time of the training loop, over which the learning rate rises (`warmup`, a share) and falls to 0.
+    objective: what compares photos with words: the model's own `contrastive` loss, or a binary cross-entropy for each
+        word, of the model's image logits (`sigmoid`) or of logits pooled from patches (`patches`).
+    height, width: of the photos in training; `cache_scale` times larger in memory, for the crops.
+    inference_side: short side that the saved processor resizes photos to.
+    crop_scale: smallest share of a photo that a training crop shows.
+    average_decay: of the moving average of the weights, which is what is saved.
+    skip_tags: tags to leave out, with commas between them.
     """
 
     data: str
     output: str
-    minutes: float = 30.0
+    minutes: float = 27.0
     seed: int = 0
     objective: str = "patches"
     height: int = 96
@@ -97,8 +101,6 @@ class Recipe:
     average_decay: float = 0.995
     validation_photos: int = 100
     skip_tags: str = ""
-    extra: str = ""
-    extra_share: float = 0.0
     threads: int = 1
 
 
@@ -124,10 +126,6 @@ class Vocabulary:
 
 def group_of(tag: str) -> str:
     return next((name for name, words in GROUPS.items() if tag in words), tag)
-
-
-def with_implied(tags: list[str]) -> list[str]:
-    return tags + [implied for tag in tags for implied in IMPLIED.get(tag, [])]
 
 
 def read_metadata(folder: Path) -> list[dict]:
@@ -163,7 +161,7 @@ def load_photos(
         with Image.open(folder / row["file_name"]) as photo:
             resized = photo.convert("RGB").resize((width, height), Image.Resampling.BILINEAR)
         pixels[index] = torch.from_numpy(np.array(resized)).permute(2, 0, 1)
-        for group in {group_of(tag) for tag in with_implied(row["tags"])} & set(vocabulary.groups):
+        for group in {group_of(tag) for tag in row["tags"]} & set(vocabulary.groups):
             targets[index, vocabulary.groups.index(group)] = True
     return TaggedPhotos(pixels, targets, size)
 
@@ -210,7 +208,9 @@ def build_model(recipe: Recipe) -> PGSegModel:
                 "depths": stage_depths,
                 "num_group_tokens": (recipe.group_tokens, recipe.groups, 0),
                 "num_output_groups": (recipe.group_tokens, recipe.groups, 0),
-                "image_size": math.isqrt(recipe.height * recipe.width) // recipe.patch_size * recipe.patch_size,
+                "image_size": math.isqrt(recipe.height * recipe.width)
+                // recipe.patch_size
+                * recipe.patch_size,
                 "patch_size": recipe.patch_size,
                 "prototype_projection_dim": 256,
                 "npr_variant": recipe.npr_variant,
@@ -262,15 +262,19 @@ def log_odds(targets: Tensor) -> Tensor:
     return (share / (1 - share)).log()
 
 
-def build_optimizer(model: PGSegModel, bias: Tensor, recipe: Recipe) -> torch.optim.AdamW:
+def build_optimizer(model: PGSegModel, bias: nn.Parameter, recipe: Recipe) -> torch.optim.AdamW:
     """AdamW without weight decay on 1-D parameters and on the embeddings, most of whose words are never seen."""
-    decayed, others = [], [bias]
+    decayed: list[nn.Parameter] = []
+    others = [bias]
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         plain = parameter.ndim < 2 or "embedding" in name
         (others if plain else decayed).append(parameter)
-    groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    groups = [
+        {"params": decayed, "weight_decay": recipe.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
     return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, 0.98))
 
 
@@ -286,14 +290,12 @@ def move_average(average: PGSegModel, model: PGSegModel, decay: float) -> None:
 
 @torch.no_grad()
 def tag_precision(model: PGSegModel, photos: TaggedPhotos, vocabulary: Vocabulary) -> tuple[float, float]:
-    """Mean over tag groups of the average precision of ranking whole photos: by the logits of patches, and of images."""
+    """Average precision of ranking whole photos, mean over tag groups: by the logits of patches, and of images."""
     model.eval()
     by_patches, by_images = [], []
     columns = torch.tensor([vocabulary.words.index(group) for group in vocabulary.groups])
     for pixels in photos.pixels.split(50):
-        resized = nn.functional.interpolate(
-            normalized(pixels), photos.size, mode="bilinear", antialias=True
-        )
+        resized = nn.functional.interpolate(normalized(pixels), photos.size, mode="bilinear", antialias=True)
         outputs = model(vocabulary.input_ids, resized, attention_mask=vocabulary.attention_mask)
         by_patches.append(patch_logits(outputs)[:, columns])
         by_images.append(outputs.logits_per_image[:, columns])
@@ -315,19 +317,18 @@ def mean_average_precision(scores: Tensor, targets: Tensor) -> float:
 
 
 def train(
-    sources: list[TaggedPhotos], validation: TaggedPhotos, vocabulary: Vocabulary, recipe: Recipe
+    photos: TaggedPhotos, validation: TaggedPhotos, vocabulary: Vocabulary, recipe: Recipe
 ) -> tuple[PGSegModel, int]:
     """Trains for `recipe.minutes`; returns the averaged model and the number of steps."""
     model, average = build_model(recipe), build_model(recipe)
     average.load_state_dict(model.state_dict())
-    bias = nn.Parameter(log_odds(sources[0].targets))
+    bias = nn.Parameter(log_odds(photos.targets))
     optimizer = build_optimizer(model, bias, recipe)
     started, step, last_report = time.monotonic(), 0, 0.0
     while (share := (time.monotonic() - started) / (60 * recipe.minutes)) < 1:
         warm = min(1.0, share / recipe.warmup)
         for group in optimizer.param_groups:
             group["lr"] = recipe.learning_rate * warm * (1 + math.cos(math.pi * share)) / 2
-        photos = sources[-1] if random.random() < recipe.extra_share else sources[0]
         chosen = torch.randint(len(photos.pixels), (recipe.batch_size,))
         targets = photos.targets[chosen]
         model.train()
@@ -339,7 +340,9 @@ def train(
                 text_targets=targets[:, vocabulary.group_of_word],
                 return_loss=True,
             )
-        naming = naming_loss(outputs, bias[vocabulary.group_of_word], targets[:, vocabulary.group_of_word], recipe)
+        naming = naming_loss(
+            outputs, bias[vocabulary.group_of_word], targets[:, vocabulary.group_of_word], recipe
+        )
         loss = outputs.loss - outputs.contrastive_loss + recipe.naming_weight * naming
         optimizer.zero_grad()
         loss.backward()
@@ -352,7 +355,10 @@ def train(
             report_progress(outputs, naming, step, started, recipe)
         if step % 250 == 0:
             by_patches, by_images = tag_precision(average, validation, vocabulary)
-            print(f"step {step}: tag precision {by_patches:.3f} by patches, {by_images:.3f} by images", flush=True)
+            print(
+                f"step {step}: tag precision {by_patches:.3f} by patches, {by_images:.3f} by images",
+                flush=True,
+            )
     return average.eval(), step
 
 
@@ -401,11 +407,18 @@ def leave_out_code(folder: Path) -> None:
 
 
 def parse_arguments() -> Recipe:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     for field in fields(Recipe):
-        required = field.name in ("data", "output")
-        default = {} if required else {"default": field.default}
-        parser.add_argument(f"--{field.name.replace('_', '-')}", type=field.type, required=required, **default)
+        required = field.default is MISSING
+        parser.add_argument(
+            f"--{field.name.replace('_', '-')}",
+            type=str if required else type(field.default),
+            default=None if required else field.default,
+            required=required,
+            choices=OBJECTIVES if field.name == "objective" else None,
+        )
     return Recipe(**vars(parser.parse_args()))
 
 
@@ -417,27 +430,21 @@ def main() -> None:
     random.seed(recipe.seed)
     folder = Path(recipe.data)
     rows = shuffled(read_metadata(folder))
-    extra = Path(recipe.extra)
-    extra_rows = read_metadata(extra) if recipe.extra else []
-    skip_tags = recipe.skip_tags.split(",")
-    vocabulary = build_vocabulary(rows + extra_rows, skip_tags)
+    vocabulary = build_vocabulary(rows, recipe.skip_tags.split(","))
     size, held_out = (recipe.height, recipe.width), recipe.validation_photos
     validation = load_photos(folder, rows[:held_out], vocabulary, size, recipe.cache_scale)
-    sources = [load_photos(folder, rows[held_out:], vocabulary, size, recipe.cache_scale)]
-    if extra_rows:
-        side = math.isqrt(recipe.height * recipe.width)
-        sources.append(load_photos(extra, extra_rows, vocabulary, (side, side), 1.1))
+    photos = load_photos(folder, rows[held_out:], vocabulary, size, recipe.cache_scale)
     print(
-        f"{' + '.join(str(len(photos.pixels)) for photos in sources)} photos, {held_out} held out; "
-        f"words: {', '.join(vocabulary.words)}",
+        f"{len(rows) - held_out} photos, {held_out} held out; words: {', '.join(vocabulary.words)}",
         flush=True,
     )
-    model, steps = train(sources, validation, vocabulary, recipe)
+    model, steps = train(photos, validation, vocabulary, recipe)
     by_patches, by_images = tag_precision(model, validation, vocabulary)
     save_checkpoint(model, recipe)
     print(
         f"Trained {steps} steps of {recipe.batch_size} photos in {(time.monotonic() - started) / 60:.1f} minutes; "
-        f"tag precision on the held-out photos {by_patches:.3f} by patches, {by_images:.3f} by images; checkpoint in {recipe.output}"
+        f"tag precision on the held-out photos {by_patches:.3f} by patches, {by_images:.3f} by images; "
+        f"checkpoint in {recipe.output}"
     )
 
 

@@ -2,13 +2,15 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
+from tiny_models import make_photo
 
-from conftest import make_photo
 from pgseg_hf.cli import main
 
 
@@ -19,7 +21,16 @@ def run(*arguments: str) -> int:
 def test_segment_a_picture(tiny_folder, photo_file, tmp_path, capsys):
     overlay, mask = tmp_path / "overlay.png", tmp_path / "mask.png"
     code = run(
-        "segment", photo_file, "--labels", "cat, dog,grass", "--model", tiny_folder, "--output", overlay, "--mask", mask
+        "segment",
+        photo_file,
+        "--labels",
+        "cat, dog,grass",
+        "--model",
+        tiny_folder,
+        "--output",
+        overlay,
+        "--mask",
+        mask,
     )
     assert code == 0
     out = capsys.readouterr().out
@@ -38,7 +49,17 @@ def test_segment_a_picture(tiny_folder, photo_file, tmp_path, capsys):
 
 
 def test_segment_as_a_program(tiny_folder, photo_file, tmp_path):
-    command = [sys.executable, "-m", "pgseg_hf", "segment", photo_file, "--labels", "cat,dog", "--model", tiny_folder]
+    command = [
+        sys.executable,
+        "-m",
+        "pgseg_hf",
+        "segment",
+        photo_file,
+        "--labels",
+        "cat,dog",
+        "--model",
+        tiny_folder,
+    ]
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "photo-segmented.png").exists()
@@ -102,21 +123,27 @@ def test_a_folder_is_continued_and_broken_pictures_are_reported(tiny_folder, tmp
 
 
 def test_convert(tmp_path, capsys):
-    from test_conversion import released_tiny  # a released state dict made in the tests
-
-    torch.save({"model": released_tiny(), "epoch": 3}, tmp_path / "released.pth")
+    state = load_file(Path(__file__).parent / "goldens" / "released_tiny_state_dict.safetensors")
+    torch.save({"model": state, "epoch": 3}, tmp_path / "released.pth")
     (tmp_path / "overrides.json").write_text(
         json.dumps({"vision_config": {"num_attention_heads": 3}, "text_config": {"num_attention_heads": 1}})
     )
     output = tmp_path / "converted"
     code = run("convert", tmp_path / "released.pth", output, "--config", tmp_path / "overrides.json")
     assert code == 0
-    assert {"config.json", "model.safetensors", "processor_config.json", "tokenizer.json", "README.md"} <= set(
-        os.listdir(output)
-    )
+    assert {
+        "config.json",
+        "model.safetensors",
+        "processor_config.json",
+        "tokenizer.json",
+        "README.md",
+    } <= set(os.listdir(output))
     assert "parameters" in capsys.readouterr().out
     assert run("convert", tmp_path / "released.pth", output) == 2
     assert "exists already" in capsys.readouterr().err
     (tmp_path / "overrides.json").write_text('{"colour": 1}')
-    assert run("convert", tmp_path / "released.pth", tmp_path / "b", "--config", tmp_path / "overrides.json") == 2
+    assert (
+        run("convert", tmp_path / "released.pth", tmp_path / "b", "--config", tmp_path / "overrides.json")
+        == 2
+    )
     assert "colour" in capsys.readouterr().err and not (tmp_path / "b").exists()

@@ -19,7 +19,7 @@ def test_defaults_are_the_papers():
     assert (list(vision.num_group_tokens), list(vision.num_output_groups)) == ([64, 8, 0], [64, 8, 0])
     assert (vision.image_size, vision.patch_size, vision.drop_path_rate) == (224, 16, 0.1)
     assert (vision.num_prototype_iterations, vision.prototype_momentum) == (10, 0.9)
-    assert vision.prototype_projection_dim is None  # 4096 in the released variant, else intermediate_size
+    assert vision.prototype_projection_dim == 4096
     assert (text.hidden_size, text.num_hidden_layers, text.num_attention_heads) == (256, 12, 4)
     assert (text.vocab_size, text.max_position_embeddings, text.hidden_act) == (49408, 77, "quick_gelu")
     assert (text.bos_token_id, text.eos_token_id) == (49406, 49407)

@@ -1,28 +1,21 @@
 import numpy as np
 import pytest
 import torch
+from tiny_models import CONTEXT, EOS, tiny_model, tiny_texts
 
-from conftest import tiny_config
-from pgseg_hf import PGSegModel
 from pgseg_hf.export import export_image_encoder, export_onnx, export_text_encoder
 
-SIZES = [(1, 64, 64), (3, 64, 64), (2, 100, 37), (1, 16, 200)]
-
-
-def make_model(variant: str) -> PGSegModel:
-    torch.manual_seed(0)
-    return PGSegModel(tiny_config(vision_config={"npr_variant": variant})).eval()
+SIZES = [(1, 16, 16), (3, 16, 16), (2, 50, 19), (1, 8, 100)]
 
 
 def texts(count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    ids = torch.randint(0, 49_000, (count, 77))
-    ids[:, 20:] = 49_407
-    return ids, (torch.arange(77) <= 20).long().expand(count, -1).contiguous()
+    ids = tiny_texts(count, words=[index % (CONTEXT - 2) for index in range(count)])
+    return ids, ((ids == EOS).cumsum(1) <= 1).long()
 
 
 @pytest.mark.parametrize("variant", ["none", "released", "corrected"])
 def test_exported_programs_equal_the_model_at_other_sizes(variant):
-    model = make_model(variant)
+    model = tiny_model(npr_variant=variant)
     image_program, text_program = export_image_encoder(model).module(), export_text_encoder(model).module()
     for shape in SIZES:
         pixels = torch.randn(shape[0], 3, *shape[1:])
@@ -37,7 +30,7 @@ def test_exported_programs_equal_the_model_at_other_sizes(variant):
 
 
 def test_export_leaves_the_released_text_prototypes_alone():
-    model = make_model("released")
+    model = tiny_model(npr_variant="released")
     before = model.released_text_prototypes.clone()
     program = export_text_encoder(model).module()
     with torch.no_grad():
@@ -50,9 +43,11 @@ def test_export_leaves_the_released_text_prototypes_alone():
 def test_onnx_files_equal_the_model_in_onnxruntime(variant, tmp_path):
     pytest.importorskip("onnxscript")
     onnxruntime = pytest.importorskip("onnxruntime")
-    model = make_model(variant)
+    model = tiny_model(npr_variant=variant)
     folder = export_onnx(model, tmp_path / "onnx")
-    image, text = (onnxruntime.InferenceSession(folder / f"{name}_encoder.onnx") for name in ("image", "text"))
+    image, text = (
+        onnxruntime.InferenceSession(folder / f"{name}_encoder.onnx") for name in ("image", "text")
+    )
     for shape in SIZES:
         pixels = torch.randn(shape[0], 3, *shape[1:])
         with torch.no_grad():

@@ -485,12 +485,30 @@ def test_corrected_part_is_the_mapped_prototypes_mixed_by_the_responsibilities(m
     torch.testing.assert_close(npr.reconstruct(estimate, torch.float64), expected)
 
 
-@pytest.mark.parametrize(("variant", "width"), [("released", 4096), ("corrected", 32)])
-def test_default_width_of_the_projection_of_prototypes(variant, width):
-    config = tiny_config(npr_variant=variant, vision_config={"prototype_projection_dim": None})
-    with torch.device("meta"):
-        stages = PGSegVisionModel(config.vision_config).encoder.stages
-    assert [stage.npr.projection[0].out_features for stage in stages[:2]] == [width] * 2
+def test_default_width_of_the_projection_of_prototypes():
+    config = tiny_config(vision_config={"prototype_projection_dim": None, "intermediate_size": 48})
+    stages = PGSegVisionModel(config.vision_config).encoder.stages
+    assert [stage.npr.projection[0].out_features for stage in stages[:2]] == [128] * 2
+
+
+def test_initial_weights_are_the_released_ones():
+    """Those too that modules without tensors of their own set, which transformers leaves out for code like ours."""
+    text = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2}
+    model = PGSegModel(tiny_config(text_config=text, projection_intermediate_dim=256))
+    for linear in (model.visual_projection[0], model.text_projection[3]):
+        bound = linear.in_features**-0.5
+        for tensor in (linear.weight, linear.bias):
+            assert 0.8 * bound < tensor.abs().max() <= bound
+    layer = model.text_model.encoder.layers[0]
+    assert layer.mlp.fc1.weight.std().item() == pytest.approx((2 * 64) ** -0.5, rel=0.05)
+    assert layer.self_attn.q_proj.weight.std().item() == pytest.approx(64**-0.5 * (2 * 2) ** -0.5, rel=0.05)
+
+
+def test_prototypes_start_the_same_whatever_the_seed():
+    first, second = (tiny_model(seed).state_dict() for seed in (0, 1))
+    for name in ("text_prototypes", "vision_model.encoder.stages.0.npr.prototypes"):
+        assert torch.equal(first[name], second[name])
+        torch.testing.assert_close(first[name].norm(dim=-1), torch.ones(first[name].shape[:2]))
 
 
 def test_projection_by_running_statistics():

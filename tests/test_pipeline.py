@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 from PIL import Image
+from tiny_models import make_photo
 from transformers import pipeline
 
-from conftest import make_photo
 from pgseg_hf import SegmentationOptions
 
 LABELS = ["cat", "dog", "grass"]

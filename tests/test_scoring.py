@@ -54,7 +54,9 @@ def test_only_the_top_labels_of_the_image_score():
 
 def test_group_map_has_the_input_size_and_the_nearest_patches_group():
     grouping = torch.zeros(3, 2, 2)
-    grouping[torch.tensor([[0, 1], [2, 0]]), torch.tensor([[0, 0], [1, 1]]), torch.tensor([[0, 1], [0, 1]])] = 1
+    grouping[
+        torch.tensor([[0, 1], [2, 0]]), torch.tensor([[0, 0], [1, 1]]), torch.tensor([[0, 1], [0, 1]])
+    ] = 1
     groups = group_map(grouping, (7, 9))
     assert groups.shape == (7, 9)
     assert [groups[0, 0], groups[0, -1], groups[-1, 0], groups[-1, -1]] == [0, 1, 2, 0]

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_models import make_photo
 
-from conftest import make_photo
 from pgseg_hf import SegmentationOptions, load_segmenter
 
 LABELS = ["cat", "dog", "grass", "sky", "road", "tree", "car"]
@@ -96,7 +96,12 @@ def test_arrays(tiny_segmenter, photo):
     np.testing.assert_array_equal(
         tiny_segmenter(array, LABELS).label_map, tiny_segmenter(photo, LABELS).label_map
     )
-    for bad in (array.astype(np.float32), array[..., :2], np.zeros((0, 4, 3), np.uint8), np.full((4, 4, 3), np.nan)):
+    for bad in (
+        array.astype(np.float32),
+        array[..., :2],
+        np.zeros((0, 4, 3), np.uint8),
+        np.full((4, 4, 3), np.nan),
+    ):
         with pytest.raises(ValueError, match="is no image"):
             tiny_segmenter(bad, LABELS)
 
@@ -121,8 +126,12 @@ def test_one_label_and_segments(tiny_segmenter, photo):
 def test_segments_cover_the_image_once(tiny_segmenter, photo):
     result = tiny_segmenter(photo, LABELS, SegmentationOptions(background_threshold=0.2))
     segments = result.segments()
-    assert sum(result.mask(segment).astype(int) for segment in segments).tolist() == np.ones((90, 120)).tolist()
-    assert [segment.area for segment in segments] == sorted((segment.area for segment in segments), reverse=True)
+    assert (
+        sum(result.mask(segment).astype(int) for segment in segments).tolist() == np.ones((90, 120)).tolist()
+    )
+    assert [segment.area for segment in segments] == sorted(
+        (segment.area for segment in segments), reverse=True
+    )
     every = result.segments(include_absent=True)
     assert [segment.label for segment in every] == ["background", *LABELS]
     for segment in segments:

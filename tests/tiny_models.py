@@ -1,8 +1,10 @@
-"""Models of a few thousand weights, and inputs for them."""
+"""Models of a few thousand weights (but for the embedding of CLIP's tokens), and inputs for them."""
 
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from pgseg_hf.configuration_pgseg import PGSegConfig
@@ -10,6 +12,14 @@ from pgseg_hf.modeling_pgseg import PGSegModel
 
 BOS, EOS = 48, 49
 CONTEXT = 12
+# For `tiny_config(text_config=CLIP_TEXT)`: a text tower that takes the tokens of CLIP's tokenizer.
+CLIP_TEXT = {
+    "vocab_size": 49_408,
+    "max_position_embeddings": 77,
+    "bos_token_id": 49_406,
+    "eos_token_id": 49_407,
+    "pad_token_id": 49_407,
+}
 
 
 def tiny_config(
@@ -57,6 +67,16 @@ def tiny_model(seed: int = 0, std: float = 0.3, **kwargs: Any) -> PGSegModel:
                 offset = 1.0 if "norm" in name and name.endswith("weight") else 0.0
                 parameter.copy_(offset + std * torch.randn_like(parameter))
     return model
+
+
+def make_photo(width: int = 120, height: int = 90, seed: int = 0) -> Image.Image:
+    """Coloured rectangles under noise."""
+    rng = np.random.default_rng(seed)
+    pixels = rng.integers(0, 60, (height, width, 3))
+    for _ in range(6):
+        top, left = rng.integers(0, height), rng.integers(0, width)
+        pixels[top : top + height // 2, left : left + width // 2] += rng.integers(0, 190, 3)
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
 def tiny_images(batch: int = 2, height: int = 16, width: int = 16, seed: int = 0) -> Tensor:

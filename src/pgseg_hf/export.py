@@ -41,7 +41,9 @@ def export_image_encoder(model: PGSegModel) -> torch.export.ExportedProgram:
     """
     vision = model.config.vision_config
     patch = vision.patch_size
-    example = torch.zeros(2, vision.num_channels, 3 * patch + 1, 5 * patch + 2, dtype=model.dtype, device=model.device)
+    example = torch.zeros(
+        2, vision.num_channels, 3 * patch + 1, 5 * patch + 2, dtype=model.dtype, device=model.device
+    )
     sides = {2: torch.export.Dim("height", min=2 * patch), 3: torch.export.Dim("width", min=2 * patch)}
     shapes = {"pixel_values": {0: torch.export.Dim("batch", min=1), **sides}}
     with torch.no_grad():
@@ -54,7 +56,9 @@ def export_text_encoder(model: PGSegModel) -> torch.export.ExportedProgram:
     ids = torch.full((2, text.max_position_embeddings), text.eos_token_id, device=model.device)
     shapes = dict.fromkeys(("input_ids", "attention_mask"), {0: torch.export.Dim("texts", min=1)})
     with torch.no_grad():
-        return torch.export.export(TextEncoder(model.eval()), (ids, torch.ones_like(ids)), dynamic_shapes=shapes)
+        return torch.export.export(
+            TextEncoder(model.eval()), (ids, torch.ones_like(ids)), dynamic_shapes=shapes
+        )
 
 
 def export_onnx(model: PGSegModel, output: str | os.PathLike) -> Path:

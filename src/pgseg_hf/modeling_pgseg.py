@@ -9,8 +9,8 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 from huggingface_hub import HfApi
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     CLIPTextModel,
@@ -359,6 +359,8 @@ def _init_prototypes(buffer: Tensor, dim: int = -1) -> None:
 
 class PGSegStagePrototypes(nn.Module):
     """A stage's prototypes: the moving seeds of the estimation and the projection of prototypes to tokens."""
+
+    prototypes: Tensor
 
     def __init__(self, config: PGSegVisionConfig, num_prototypes: int):
         super().__init__()
@@ -1112,6 +1114,9 @@ class PGSegModel(PGSegPreTrainedModel):
     def from_groupvit(cls, name_or_path: str, npr_variant: str = "corrected", **kwargs: Any) -> "PGSegModel":
         """Warm start from a transformers GroupViT checkpoint; only NPR's tensors are new, and named in the log.
 
+        The image tower attends eagerly, as GroupViT's does, so that without NPR its numbers are the same;
+        `model.set_attn_implementation("sdpa")` changes to the faster kernels.
+
         Args:
             name_or_path: Hub name or folder of a `GroupViTModel`.
             npr_variant: of the new model.
@@ -1135,14 +1140,15 @@ class PGSegModel(PGSegPreTrainedModel):
         if missing:
             raise ValueError(f"{name_or_path} lacks tensors of its architecture: {', '.join(missing)}.")
         model = cls(config_from_groupvit(source_config, npr_variant, **kwargs))
-        report = model.load_state_dict(source.state_dict(), strict=False)
+        model.vision_model.set_attn_implementation("eager")
+        tensors = source.state_dict()
+        report = model.load_state_dict(tensors, strict=False)
         if report.unexpected_keys:
             raise ValueError(
                 f"tensors of {name_or_path} that PGSeg does not have: {', '.join(report.unexpected_keys)}."
             )
-        logger.warning(
-            f"Warm start from {name_or_path}; newly initialised: {', '.join(report.missing_keys) or 'nothing'}."
-        )
+        new = [name for name in model.state_dict() if name not in tensors]
+        logger.warning(f"Warm start from {name_or_path}; newly initialised: {', '.join(new) or 'nothing'}.")
         return model.eval()
 
 

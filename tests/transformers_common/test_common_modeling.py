@@ -3,7 +3,6 @@
 import tempfile
 import unittest
 
-import torch
 from testers import ConfigTester, ModelTesterMixin, floats_tensor, ids_tensor, random_attention_mask
 from torch import nn
 from transformers.testing_utils import torch_device
@@ -36,11 +35,9 @@ class VisionModelTester:
         npr_variant: str = "corrected",
         image_size: int = 30,
         input_size: tuple[int, int] | None = None,
-        prototype_projection_dim: int | None = None,
     ):
         self.npr_variant = npr_variant
         self.image_size = image_size
-        self.prototype_projection_dim = prototype_projection_dim
         self.input_size = input_size or (image_size, image_size)
         self.num_hidden_layers = max(self.depths)
         self.expected_num_hidden_layers = len(self.depths) + 1
@@ -56,7 +53,6 @@ class VisionModelTester:
             num_output_groups=self.num_output_groups,
             num_attention_heads=self.num_attention_heads,
             intermediate_size=37,
-            prototype_projection_dim=self.prototype_projection_dim,
             dropout=0.1,
             attention_dropout=0.1,
             npr_variant=self.npr_variant,
@@ -140,7 +136,11 @@ class PGSegVisionModelTest(ModelTesterMixin, unittest.TestCase):
     def test_model(self):
         config, inputs = self.model_tester.prepare_config_and_inputs_for_common()
         outputs = PGSegVisionModel(config).eval()(**inputs)
-        batch, groups, width = self.model_tester.batch_size, self.model_tester.num_output_groups[-1], config.hidden_size
+        batch, groups, width = (
+            self.model_tester.batch_size,
+            self.model_tester.num_output_groups[-1],
+            config.hidden_size,
+        )
         self.assertEqual(outputs.last_hidden_state.shape, (batch, groups, width))
         self.assertEqual(outputs.pooler_output.shape, (batch, width))
 
@@ -190,7 +190,9 @@ class PGSegVisionModelTest(ModelTesterMixin, unittest.TestCase):
     def test_retain_grad_hidden_states_attentions(self):
         """The mixin's asks the attentions for a gradient too; the soft assignment is a report, not on the way."""
         config, inputs = self.model_tester.prepare_config_and_inputs_for_common()
-        outputs = PGSegVisionModel(config).to(torch_device)(**inputs, output_attentions=True, output_hidden_states=True)
+        outputs = PGSegVisionModel(config).to(torch_device)(
+            **inputs, output_attentions=True, output_hidden_states=True
+        )
         outputs.hidden_states[0].retain_grad()
         outputs.attentions[0].retain_grad()
         outputs[0].flatten()[0].backward()
@@ -270,7 +272,9 @@ class PGSegModelTest(ModelTesterMixin, unittest.TestCase):
         config = self.model_tester.get_config()
         with tempfile.TemporaryDirectory() as folder:
             config.save_pretrained(folder)
-            self.assertEqual(PGSegVisionConfig.from_pretrained(folder).to_dict(), config.vision_config.to_dict())
+            self.assertEqual(
+                PGSegVisionConfig.from_pretrained(folder).to_dict(), config.vision_config.to_dict()
+            )
             self.assertEqual(PGSegTextConfig.from_pretrained(folder).to_dict(), config.text_config.to_dict())
 
     @unittest.skip("tested for each tower")
@@ -297,7 +301,7 @@ class PGSegVisionModelWithoutPrototypesTest(PGSegVisionModelTest):
 
 
 class ReleasedPGSegVisionModelTest(PGSegVisionModelTest):
-    settings = {"npr_variant": "released", "image_size": 32, "prototype_projection_dim": 48}
+    settings = {"npr_variant": "released", "image_size": 32}
 
     @unittest.skip("the released variant attends eagerly unless asked otherwise")
     def test_sdpa_can_dispatch_non_composite_models(self):
@@ -317,14 +321,20 @@ class ReleasedPGSegModelTest(PGSegModelTest):
     def test_sdpa_can_dispatch_composite_models(self):
         pass
 
-    @unittest.skip("each forward of the released variant moves its text prototypes and so the loss of the next one")
+    @unittest.skip(
+        "each forward of the released variant moves its text prototypes and so the loss of the next one"
+    )
     def test_determinism(self):
         pass
 
-    @unittest.skip("each forward of the released variant moves its text prototypes and so the loss of the next one")
+    @unittest.skip(
+        "each forward of the released variant moves its text prototypes and so the loss of the next one"
+    )
     def test_model_outputs_equivalence(self):
         pass
 
-    @unittest.skip("each forward of the released variant moves its text prototypes and so the loss of the next one")
+    @unittest.skip(
+        "each forward of the released variant moves its text prototypes and so the loss of the next one"
+    )
     def test_save_load(self):
         pass

@@ -24,7 +24,9 @@ if not ROOT:
 
 def _require_same_version(root: Path) -> None:
     if not (root / "tests" / "test_modeling_common.py").is_file():
-        raise ValueError(f"TRANSFORMERS_TESTS is {str(root)!r}, expected a folder with tests/test_modeling_common.py")
+        raise ValueError(
+            f"TRANSFORMERS_TESTS is {str(root)!r}, expected a folder with tests/test_modeling_common.py"
+        )
     version = next(
         line.removeprefix("Version: ").strip()
         for line in (root / "PKG-INFO").read_text(encoding="utf-8").splitlines()
@@ -76,7 +78,10 @@ _stub(
 )
 # Maps the addresses of the testers' photographs to files; ours will do.
 _PHOTO = Path(__file__).parents[2] / "examples" / "images" / "blue-sweater.jpg"
-_stub("fetch_hub_objects_for_ci", url_to_local_path=lambda url: str(_PHOTO) if url.endswith((".jpg", ".png")) else url)
+_stub(
+    "fetch_hub_objects_for_ci",
+    url_to_local_path=lambda url: str(_PHOTO) if url.endswith((".jpg", ".png")) else url,
+)
 
 # The configuration tester imports transformers by the path of a file that the sdist leaves out.
 with mock.patch("transformers.utils.direct_transformers_import", lambda *args, **kwargs: transformers):
