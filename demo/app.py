@@ -26,7 +26,7 @@ def segment(image: Image.Image | None, words: str, threshold: float) -> tuple[An
     segments = result.segments()
     masks = [(result.mask(segment), segment.label) for segment in segments if segment.label in labels]
     rows = [[segment.label, f"{segment.area:.1%}", f"{segment.score:.3f}"] for segment in segments]
-    colours = {label: "#%02x%02x%02x" % tuple(colour) for label, colour in zip(labels, palette(len(labels)))}
+    colours = {label: f"#{bytes(rgb).hex()}" for label, rgb in zip(labels, palette(len(labels)), strict=True)}
     return gr.AnnotatedImage(value=(image, masks), color_map=colours), rows
 
 

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from pgseg_hf.conversion import convert_released, convert_state_dict
-from pgseg_hf.modeling_pgseg import PGSegAssignAttention, PGSegModel, PGSegOutput
+from pgseg_hf.layers import PGSegAssignAttention
+from pgseg_hf.modeling_pgseg import PGSegModel, PGSegOutput
 from pgseg_hf.prototypes import estimate_prototypes, match_prototypes, prototype_loss, tokens_to_weights
 from pgseg_hf.scoring import (
     WindowScores,

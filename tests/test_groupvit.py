@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, GroupViTConfig, GroupViTModel, GroupViTVisionModel
 
 from pgseg_hf import PGSegModel, PGSegVisionModel
-from pgseg_hf.modeling_pgseg import config_from_groupvit
+from pgseg_hf.groupvit import config_from_groupvit
 
 TEXT = {
     "vocab_size": 60,

@@ -21,7 +21,8 @@ from torch.nn.functional import normalize
 from transformers import AutoModel, GroupViTConfig, GroupViTModel
 
 from pgseg_hf.configuration_pgseg import NPR_VARIANTS
-from pgseg_hf.modeling_pgseg import PGSegDropPath, PGSegModel, PGSegProjection, PGSegVisionModel
+from pgseg_hf.layers import PGSegDropPath, PGSegProjection
+from pgseg_hf.modeling_pgseg import PGSegModel, PGSegVisionModel
 from pgseg_hf.prototypes import updated_prototypes
 
 VARIANTS = pytest.mark.parametrize("variant", NPR_VARIANTS)

@@ -40,7 +40,7 @@ class PGSegTextConfig(CLIPTextConfig):
         initializer_factor (`float`, defaults to 1.0): factor on all initial standard deviations.
         pad_token_id (`int`, *optional*, defaults to 49407): CLIP pads with the end-of-text token.
         bos_token_id (`int`, *optional*, defaults to 49406): start-of-text token.
-        eos_token_id (`int`, *optional*, defaults to 49407): end-of-text token, at whose first place the text is pooled.
+        eos_token_id (`int`, defaults to 49407): end-of-text token, at whose first place the text is pooled.
     """
 
     model_type = "pgseg_text_model"
@@ -54,7 +54,7 @@ class PGSegTextConfig(CLIPTextConfig):
     bos_token_id: int | None = 49406
     eos_token_id: int | list[int] | None = 49407
 
-    def validate_architecture(self):
+    def validate_architecture(self) -> None:
         """Checks fields against each other (called by `@strict`)."""
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads"):
             _require(
@@ -68,6 +68,10 @@ class PGSegTextConfig(CLIPTextConfig):
         _require(
             self.max_position_embeddings >= 2,
             f"text_config.max_position_embeddings is {self.max_position_embeddings}, expected at least 2.",
+        )
+        _require(
+            isinstance(self.eos_token_id, int),
+            f"text_config.eos_token_id is {self.eos_token_id}, expected the one token at which texts are pooled.",
         )
         _require_range("text_config.attention_dropout", self.attention_dropout or 0.0, 0.0, 1.0)
 
@@ -139,14 +143,14 @@ class PGSegVisionConfig(PreTrainedConfig):
     prototype_momentum: float = 0.9
     prototype_projection_dim: int | None = None
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         if self.num_hidden_layers is None:
             self.num_hidden_layers = sum(self.depths)
         if self.prototype_projection_dim is None:
             self.prototype_projection_dim = max(self.intermediate_size * 8 // 3, 1)
         super().__post_init__(**kwargs)
 
-    def validate_architecture(self):
+    def validate_architecture(self) -> None:
         """Checks fields against each other (called by `@strict`)."""
         for name in ("hidden_size", "intermediate_size", "num_attention_heads", "patch_size", "num_channels"):
             _require(
@@ -257,7 +261,7 @@ class PGSegConfig(PreTrainedConfig):
     initializer_range: float = 0.02
     initializer_factor: float = 1.0
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         npr_variant = kwargs.pop("npr_variant", None)
         super().__post_init__(**kwargs)
         if npr_variant is not None:
@@ -274,7 +278,7 @@ class PGSegConfig(PreTrainedConfig):
             raise ValueError(f"npr_variant is {value!r}, expected one of {', '.join(NPR_VARIANTS)}.")
         self.vision_config.npr_variant = value
 
-    def validate_architecture(self):
+    def validate_architecture(self) -> None:
         """Checks fields against each other (called by `@strict`)."""
         for name in ("projection_dim", "projection_intermediate_dim", "max_logit_scale"):
             _require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}, expected a positive number.")

@@ -54,7 +54,7 @@ def export_text_encoder(model: PGSegModel) -> torch.export.ExportedProgram:
     """A graph of [`TextEncoder`] with dynamic number of texts; their length is the whole context."""
     text = model.config.text_config
     ids = torch.full((2, text.max_position_embeddings), text.eos_token_id, device=model.device)
-    shapes = dict.fromkeys(("input_ids", "attention_mask"), {0: torch.export.Dim("texts", min=1)})
+    shapes = {name: {0: torch.export.Dim("texts", min=1)} for name in ("input_ids", "attention_mask")}
     with torch.no_grad():
         return torch.export.export(
             TextEncoder(model.eval()), (ids, torch.ones_like(ids)), dynamic_shapes=shapes

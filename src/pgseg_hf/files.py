@@ -57,7 +57,11 @@ def write_image(image: Image.Image, path: str | os.PathLike) -> Path:
 def write_json(content: Any, path: str | os.PathLike) -> Path:
     """Writes JSON, whole or not at all."""
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-    return write_atomically(path, lambda file: file.write(text.encode("utf-8")) and None)
+
+    def write(file: BinaryIO) -> None:
+        file.write(text.encode("utf-8"))
+
+    return write_atomically(path, write)
 
 
 @contextmanager

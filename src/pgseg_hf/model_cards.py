@@ -56,8 +56,8 @@ no probabilities. Not for decisions about people, nor where an error does harm.
 ```bibtex
 @inproceedings{{zhang2023uncovering,
   title = {{Uncovering Prototypical Knowledge for Weakly Open-Vocabulary Semantic Segmentation}},
-  author = {{Zhang, Fei and Zhou, Tianfei and Li, Boyang and He, Hao and Ma, Chaofan and Zhang, Tianjiao and Yao, Jiangchao
-            and Zhang, Ya and Wang, Yanfeng}},
+  author = {{Zhang, Fei and Zhou, Tianfei and Li, Boyang and He, Hao and Ma, Chaofan and Zhang, Tianjiao
+            and Yao, Jiangchao and Zhang, Ya and Wang, Yanfeng}},
   booktitle = {{Advances in Neural Information Processing Systems}},
   year = {{2023}}
 }}

@@ -288,7 +288,8 @@ class PGSegProcessor(ProcessorMixin):
         if target_sizes is not None and len(target_sizes) != batch:
             raise ValueError(f"target_sizes are for {len(target_sizes)} images, the outputs for {batch}")
         for index in range(batch):
-            size = tuple(int(side) for side in outputs.image_sizes[index])
+            height, width = (int(side) for side in outputs.image_sizes[index])
+            size = (height, width)
             window = WindowScores(
                 group_map(outputs.grouping[index], size),
                 group_scores(
@@ -299,7 +300,9 @@ class PGSegProcessor(ProcessorMixin):
                 ),
             )
             scores, channels, count = merge_windows([window], size)
-            target = None if target_sizes is None else tuple(int(side) for side in target_sizes[index])
+            target = (
+                None if target_sizes is None else (int(target_sizes[index][0]), int(target_sizes[index][1]))
+            )
             yield *best_labels(scores, channels, target), count
 
 
