@@ -161,10 +161,7 @@ def labels():
 
 
 def model_and_inputs():
-    # No pair is rejected, as the prototype losses are means over the kept pairs of a process: with as many in both, the
-    # mean over processes is the mean over all.
     model = tiny_model(assignment_weight=0.2, text_prototype_weight=0.1).double()
-    model.config.rejection_threshold = -1.0
     inputs = {
         "input_ids": tiny_texts(2 * BATCH, words=7),
         "pixel_values": tiny_images(2 * BATCH).double(),

@@ -9,9 +9,9 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
+from .losses import NEVER, sum_over_processes, world_size
+
 EPS = 1e-6
-# A logit that takes no part in a softmax, finite so that gradients stay finite where a whole row is left out.
-NEVER = -1e9
 
 
 class PrototypeEstimate(NamedTuple):
@@ -177,6 +177,14 @@ def masked_mean(values: Tensor, keep: Tensor, empty: float = 0.0) -> Tensor:
     return torch.where(count > 0, total / count.clamp(min=1), torch.full_like(total, empty))
 
 
+def global_masked_mean(values: Tensor, keep: Tensor) -> Tensor:
+    """The kept values' share in the mean over all processes' kept values, such that the mean of the processes' results
+    is that mean; 0 where no process keeps any."""
+    total = torch.where(keep, values, torch.zeros_like(values)).sum()
+    count = sum_over_processes(keep.sum().to(values.dtype))
+    return total * world_size() / count.clamp(min=1)
+
+
 def prototype_loss(
     centers_BKC: Tensor,
     prototypes_BPC: Tensor,
@@ -200,7 +208,7 @@ def prototype_loss(
 
     Returns:
         the loss, a scalar: mean of the kept terms of the row direction plus mean of those of the column direction,
-        and the matching.
+        and the matching. On several processes the corrected means are over all of them, the released over each.
 
     Source: PGSeg section 3.3; released `downsample_spatial` and `match` losses.
     """
@@ -223,10 +231,10 @@ def prototype_loss(
     detached = similarity_BKP.detach()
     if released:
         row_kept, column_kept = kept_pairs_released(detached, matching, threshold)
-    else:
-        row_kept, column_kept = kept_pairs(detached, matching, threshold, prototype_mask_BP)
-    empty = float("nan") if released else 0.0
-    return masked_mean(row_terms, row_kept, empty) + masked_mean(column_terms, column_kept, empty), matching
+        nan = float("nan")
+        return masked_mean(row_terms, row_kept, nan) + masked_mean(column_terms, column_kept, nan), matching
+    row_kept, column_kept = kept_pairs(detached, matching, threshold, prototype_mask_BP)
+    return global_masked_mean(row_terms, row_kept) + global_masked_mean(column_terms, column_kept), matching
 
 
 def assignment_loss(log_assignment_BKL: Tensor, responsibilities_BLP: Tensor, matching: Matching) -> Tensor:
