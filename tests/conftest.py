@@ -1,10 +1,12 @@
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import settings
 from PIL import Image
 from tiny_models import CLIP_TEXT, make_photo, tiny_model
 
-from pgseg_hf import PGSegImageProcessorPil, PGSegProcessor, Segmenter, default_tokenizer
+from pgseg_hf import PGSegImageProcessorPil, PGSegProcessor, Segmenter, default_tokenizer, load_segmenter
 
 # No deadline: the first call of a torch function takes far longer than the next ones.
 settings.register_profile("pgseg_hf", deadline=None)
@@ -28,6 +30,18 @@ def tiny_segmenter() -> Segmenter:
     image_processor = PGSegImageProcessorPil(size={"shortest_edge": 64, "longest_edge": 256})
     processor = PGSegProcessor(image_processor, default_tokenizer(), window_size=64, window_stride=32)
     return Segmenter(model, processor)
+
+
+@pytest.fixture(scope="session")
+def shipped_segmenter() -> Segmenter:
+    """The checkpoint that ships, for what needs masks of several labels."""
+    return load_segmenter()
+
+
+@pytest.fixture(scope="session")
+def street_photo() -> Image.Image:
+    path = Path(__file__).parent.parent / "examples" / "images" / "green-jacket.jpg"
+    return Image.open(path).convert("RGB").resize((96, 146))
 
 
 @pytest.fixture(scope="session")

@@ -326,7 +326,7 @@ def test_corrected_text_loss_teaches_the_segment_tokens(models):
 
 
 def test_released_text_prototypes_need_as_many_groups():
-    with pytest.raises(ValueError, match=r"images x groups \[3, 4\] and texts x prototypes \[3, 8\]"):
+    with pytest.raises(ValueError, match=r"\[3, 4\] images x groups, \[3, 8\] texts x prototypes"):
         tiny_model(npr_variant="released")(**inputs_of(), return_loss=True)
 
 
