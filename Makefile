@@ -1,5 +1,6 @@
 # make segment   segment a photo:  make segment IMAGE=photo.jpg LABELS="cat, sofa, window"
 # make test      run the test-suite:  make test PYTEST_ARGS="-m 'not slow' -x"
+# make test-transformers   transformers' own common tests on our classes, from the sdist of the installed version
 # make lint      ruff (lint and format) and mypy
 # make clean     remove the virtual environment and what the tools left behind
 #
@@ -27,7 +28,7 @@ DEPENDS := pyproject.toml constraints.txt
 # Every step installs into one environment: never two at a time, whatever -j says.
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help segment test lint clean
+.PHONY: help segment test test-transformers lint clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p;/^$$/q' Makefile
@@ -39,7 +40,10 @@ segment: $(VENV)/.core
 	@$(VENV)/bin/pgseg segment "$$PGSEG_IMAGE" --labels "$$PGSEG_LABELS" --output "$$PGSEG_OUTPUT"
 
 test: $(VENV)/.test
-	$(PY) -m pytest $(PYTEST_ARGS)
+	$(PY) -m pytest -n auto $(PYTEST_ARGS)
+
+test-transformers: $(VENV)/.testers
+	TRANSFORMERS_TESTS="$$(cat $(VENV)/.testers)" $(PY) -m pytest -n auto -q tests/transformers_common $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev
 	$(PY) -m ruff check .
@@ -86,6 +90,15 @@ $(VENV)/.test: $(VENV)/.core $(DEPENDS)
 	@echo "Installing what the tests need"
 	@$(INSTALL) --editable '.[test]'
 	@touch $@
+
+# transformers keeps its testers in the sdist only; the stamp holds where it was unpacked.
+$(VENV)/.testers: $(VENV)/.test
+	@rm -rf "$(VENV)/testers" && mkdir "$(VENV)/testers"
+	@version=$$($(PY) -c 'import transformers; print(transformers.__version__)'); \
+	echo "Fetching the testers of transformers $$version"; \
+	$(PIP) download -qq --no-deps --no-binary :all: --no-build-isolation --dest "$(VENV)/testers" "transformers==$$version" && \
+	tar -xzf "$(VENV)/testers/transformers-$$version.tar.gz" -C "$(VENV)/testers" && \
+	(cd "$(VENV)/testers/transformers-$$version" && pwd) > $@
 
 $(VENV)/.dev: $(VENV)/.test $(DEPENDS)
 	@echo "Installing ruff and mypy"
