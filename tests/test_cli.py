@@ -122,6 +122,56 @@ def test_a_folder_is_continued_and_broken_pictures_are_reported(tiny_folder, tmp
     assert "labels" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "extra", [["--labels", "cat,cat"], ["--labels", "cat", "--window", "8", "--stride", "16"]]
+)
+def test_a_folder_with_bad_options_leaves_nothing_behind(tiny_folder, tmp_path, capsys, extra):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    make_photo().save(photos / "a.png")
+    assert run("segment", photos, "--model", tiny_folder, "--output", tmp_path / "out", *extra) == 2
+    assert "error" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_results_inside_the_folder_are_not_segmented(tiny_folder, tmp_path, capsys):
+    make_photo().save(tmp_path / "a.png")
+    arguments = [
+        "segment",
+        tmp_path,
+        "--labels",
+        "cat,dog",
+        "--model",
+        tiny_folder,
+        "--output",
+        tmp_path / "out",
+    ]
+    assert run(*arguments) == 0 and run(*arguments) == 0
+    assert "0 pictures segmented, 1 done before" in capsys.readouterr().out
+    assert run(*arguments[:-1], tmp_path) == 2
+
+
+def test_a_mask_that_cannot_be_written_leaves_no_overlay(tiny_folder, photo_file, tmp_path, capsys):
+    arguments = [
+        "segment",
+        photo_file,
+        "--labels",
+        "cat",
+        "--model",
+        tiny_folder,
+        "--output",
+        tmp_path / "o.png",
+    ]
+    assert run(*arguments, "--mask", tmp_path / "mask.xyz") == 2
+    assert os.listdir(tmp_path) == ["photo.png"]
+    assert run(*arguments[:-1], photo_file) == 2
+    assert "picture itself" in capsys.readouterr().err
+
+
+def test_no_such_device(tiny_folder, photo_file, capsys):
+    assert run("segment", photo_file, "--labels", "cat", "--model", tiny_folder, "--device", "abacus") == 2
+    assert "abacus" in capsys.readouterr().err
+
+
 def test_convert(tmp_path, capsys):
     state = load_file(Path(__file__).parent / "goldens" / "released_tiny_state_dict.safetensors")
     torch.save({"model": state, "epoch": 3}, tmp_path / "released.pth")

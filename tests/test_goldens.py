@@ -189,8 +189,8 @@ def test_predictions(recordings, precision, size, background):
     window = segment_window(model, inputs[f"image_{size}"].to(dtype), classes, background)
     name = f"{size}.pred.bg{int(background is not None)}.t{background or 0.95}"
     shape = tuple(window.groups.shape)
-    scores, channels, _ = merge_windows([window], shape)
-    labels, best = best_labels(scores, channels)
+    scores, channels, count = merge_windows([window], shape)
+    labels, best = best_labels(scores, channels, count)
     recorded_labels = recorded[f"{name}.labels"] if f"{name}.labels" in recorded else recorded[name].argmax(1)
     assert torch.equal(labels, recorded_labels[0].long())
     assert torch.equal(best, window.dense().amax(0))
@@ -215,7 +215,7 @@ def test_sliding_window(recordings, background):
     rescaled = f"{name}.prob_rescaled_100x90"
     scores, channels, num_channels = merge_windows(windows, size)
     for key, target in ((f"{name}.logits", size), (rescaled, original)):
-        labels, _ = best_labels(scores, channels, target)
+        labels, _ = best_labels(scores, channels, num_channels, target)
         known = recorded[f"{key}.labels"] if f"{key}.labels" in recorded else recorded[key].argmax(1)
         assert torch.equal(labels, known[0].long()), key
     if f"{name}.logits" in recorded:

@@ -784,3 +784,35 @@ def test_a_handful_of_pairs_is_learnt(variant, pooling):
         losses.append(output.contrastive_loss.item())
     assert losses[0] > 1.5
     assert sum(losses[-5:]) / 5 < 0.5
+
+
+def test_a_recomputed_stage_moves_its_prototypes_once():
+    """Activation checkpointing of whole stages, as FSDP may do it."""
+    from torch.utils.checkpoint import checkpoint
+
+    def one_step(wrapped: bool):
+        model = without_noise(tiny_model())
+        with_fixed_statistics(model)
+        if wrapped:
+            for stage in model.vision_model.encoder.stages:
+                plain = stage.forward
+                stage.forward = lambda *inputs, plain=plain: checkpoint(plain, *inputs, use_reentrant=False)
+        model(**inputs_of(), return_loss=True).loss.backward()
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        return gradients, {name: buffer for name, buffer in model.named_buffers() if "prototypes" in name}
+
+    (gradients, buffers), (recomputed, moved) = one_step(False), one_step(True)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(recomputed[name], gradient, msg=name)
+    for name, buffer in buffers.items():
+        assert torch.equal(moved[name], buffer), name
+
+
+def test_single_shared_text_gives_prototypes_of_its_words():
+    model = without_noise(tiny_model()).eval()
+    inputs = inputs_of()
+    by_captions = model(**inputs, return_loss=True).text_prototype_loss
+    identity = torch.eye(len(inputs["input_ids"]), dtype=torch.bool)
+    torch.testing.assert_close(
+        model(**inputs, text_targets=identity, return_loss=True).text_prototype_loss, by_captions
+    )

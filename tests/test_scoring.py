@@ -1,3 +1,5 @@
+from unittest import mock
+
 import numpy as np
 import pytest
 import torch
@@ -102,26 +104,45 @@ def random_windows(seed: int, size=(20, 30), window=12, stride=7, labels=9, back
 def test_label_maps_equal_the_dense_computation(seed, background, target):
     size = (20, 30)
     windows = random_windows(seed, background=background)
-    total, count = 0, torch.zeros(size)
+    total, covered = 0, torch.zeros(size)
     for window in windows:
         padded = torch.zeros(window.scores.shape[1], *size)
         rows, columns = slice(window.top, window.top + 12), slice(window.left, window.left + 12)
         padded[:, rows, columns] = window.dense()
         total = total + padded
-        count[rows, columns] += 1
-    mean = (total / count)[None]
+        covered[rows, columns] += 1
+    mean = (total / covered)[None]
     expected = torch.nn.functional.interpolate(mean, target, mode="bilinear", align_corners=False)[0]
     torch.testing.assert_close(dense_probabilities(windows, size, target), expected.softmax(0))
-    scores, channels, _ = merge_windows(windows, size)
-    labels, best = best_labels(scores, channels, target)
+    scores, channels, count = merge_windows(windows, size)
+    labels, best = best_labels(scores, channels, count, target)
     torch.testing.assert_close(best, expected.amax(0))
-    torch.testing.assert_close(labels, expected.argmax(0))
+    torch.testing.assert_close(labels, expected.softmax(0).argmax(0))
 
 
 def test_chunks_do_not_change_label_maps(monkeypatch):
-    scores, channels, _ = merge_windows(random_windows(3), (20, 30))
-    whole = best_labels(scores, channels, (50, 40))
+    scores, channels, count = merge_windows(random_windows(3), (20, 30))
+    whole = best_labels(scores, channels, count, (50, 40))
     monkeypatch.setattr("pgseg_hf.scoring._CHUNK_ENTRIES", 1)
-    single = best_labels(scores, channels, (50, 40))
+    single = best_labels(scores, channels, count, (50, 40))
     assert torch.equal(whole[0], single[0])
     torch.testing.assert_close(whole[1], single[1])
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 10_000), st.sampled_from([3.0, 12.0, 30.0]))
+def test_scores_that_the_softmax_cannot_tell_apart_go_to_the_first_label(seed, spread):
+    generator = torch.Generator().manual_seed(seed)
+    windows = []
+    for left in (0, 10):
+        groups = torch.randint(0, 4, (12, 12), generator=generator).to(torch.uint8)
+        segments, image = torch.randn(4, 30, generator=generator), torch.randn(30, generator=generator)
+        windows.append(WindowScores(groups, group_scores(segments * spread, image * spread), 0, left))
+    scores, channels, count = merge_windows(windows, (12, 22))
+    labels, _ = best_labels(scores, channels, count, (30, 41))
+    probabilities = dense_probabilities(windows, (12, 22), (30, 41))
+    assert torch.equal(labels, probabilities.argmax(0))
+    with mock.patch("pgseg_hf.scoring._CHUNK_ENTRIES", 5 * 30 * 41):
+        in_chunks, _ = best_labels(scores, channels, count, (30, 41))
+    assert (in_chunks == labels).float().mean() > 0.8
+    torch.testing.assert_close(probabilities.gather(0, in_chunks[None]), probabilities.amax(0, keepdim=True))

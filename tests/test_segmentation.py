@@ -1,10 +1,13 @@
 import io
+import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from tiny_models import make_photo
 
 from pgseg_hf import SegmentationOptions, load_segmenter
@@ -149,6 +152,10 @@ def test_bad_labels(tiny_segmenter, photo, labels):
     [
         ({"batch_size": 0}, "batch_size is 0"),
         ({"background_threshold": 2.0}, "background_threshold is 2.0"),
+        ({"background_threshold": "0.3"}, "background_threshold is '0.3'"),
+        ({"window_size": 0}, "window_size is 0"),
+        ({"window_stride": "big"}, "window_stride is 'big'"),
+        ({"top_k": 0}, "top_k is 0"),
     ],
 )
 def test_bad_options(fields, message):
@@ -162,11 +169,41 @@ def test_bad_windows(tiny_segmenter, photo):
 
 
 def test_not_a_checkpoint(tmp_path):
-    with pytest.raises(ValueError, match="no PGSeg checkpoint"):
+    with pytest.raises(ValueError, match="absent is no folder"):
         load_segmenter(str(tmp_path / "absent"))
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(ValueError, match="no PGSeg checkpoint"):
         load_segmenter(str(tmp_path))
+
+
+def broken_checkpoint(tiny_folder, folder, kind):
+    shutil.copytree(tiny_folder, folder)
+    weights, config = folder / "model.safetensors", folder / "config.json"
+    if kind == "truncated":
+        weights.write_bytes(weights.read_bytes()[:1000])
+    elif kind == "incomplete":
+        save_file(
+            {name: tensor for name, tensor in load_file(weights).items() if "visual_projection" not in name},
+            weights,
+            metadata={"format": "pt"},
+        )
+    elif kind == "no tokenizer":
+        (folder / "tokenizer.json").unlink()
+    elif kind == "other shapes":
+        content = json.loads(config.read_text())
+        content["vision_config"]["hidden_size"] *= 2
+        config.write_text(json.dumps(content))
+    elif kind == "other heads":
+        content = json.loads(config.read_text())
+        content["vision_config"]["num_attention_heads"] = 7
+        config.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("kind", ["truncated", "incomplete", "no tokenizer", "other shapes", "other heads"])
+def test_broken_checkpoints_are_refused(tiny_folder, tmp_path, kind):
+    broken_checkpoint(tiny_folder, tmp_path / "broken", kind)
+    with pytest.raises(ValueError, match="broken"):
+        load_segmenter(str(tmp_path / "broken"))
 
 
 def test_bf16_inference(tiny_folder, photo):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
 from pgseg_hf import visualization
-from pgseg_hf.visualization import find_contours, group_map, indexed_png, overlay, palette, side_by_side
+from pgseg_hf.visualization import draw_groups, find_contours, indexed_png, overlay, palette, side_by_side
 
 GREY = (120, 120, 120)
 
@@ -236,19 +236,19 @@ class TestOverlay:
 
 class TestGroupMap:
     def test_a_coarse_grid_is_stretched_over_the_picture(self):
-        drawn = group_map(picture(90, 60), [[0, 1, 2], [2, 1, 0]], alpha=1, legend=False)
+        drawn = draw_groups(picture(90, 60), [[0, 1, 2], [2, 1, 0]], alpha=1, legend=False)
         pixels = np.asarray(drawn)
         colours = palette(3)
         for (y, x), group in {(10, 10): 0, (10, 45): 1, (10, 80): 2, (50, 10): 2, (50, 80): 0}.items():
             assert (pixels[y, x] == colours[group]).all()
 
     def test_groups_are_counted_from_one(self, drawn_text):
-        group_map(picture(30, 30), [[7]], num_groups=8)
+        draw_groups(picture(30, 30), [[7]], num_groups=8)
         assert drawn_text == ["group 8", "100.0 %"]
 
     def test_an_index_beyond_the_groups_is_refused(self):
         with pytest.raises(ValueError, match="value 8"):
-            group_map(picture(30, 30), [[8]], num_groups=8)
+            draw_groups(picture(30, 30), [[8]], num_groups=8)
 
 
 class TestContours:

@@ -35,7 +35,10 @@ register_pipeline()
 
 # save_pretrained copies the code beside the weights, for trust_remote_code=True where this package is not installed.
 PGSegConfig.register_for_auto_class()
-PGSegModel.register_for_auto_class("AutoModel")
+for _model in (PGSegModel, PGSegVisionModel, PGSegTextModel):
+    _model.register_for_auto_class("AutoModel")
+for _config in (PGSegTextConfig, PGSegVisionConfig):
+    _config.register_for_auto_class()
 PGSegProcessor.register_for_auto_class("AutoProcessor")
 for _image_processor in (PGSegImageProcessor, PGSegImageProcessorPil):
     _image_processor.register_for_auto_class("AutoImageProcessor")

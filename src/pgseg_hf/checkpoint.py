@@ -4,12 +4,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 
 from .modeling_pgseg import PGSegModel
+from .processing_pgseg import PGSegProcessor
 from .segmentation import SegmentationOptions, Segmenter
 
 # A `from_pretrained` name like any other: a folder inside the installed package.
-DEFAULT_CHECKPOINT = str(Path(__file__).parent / "checkpoints" / "pgseg-small-ccp")
+DEFAULT_CHECKPOINT = str(Path(__file__).parent / "checkpoints" / "pgseg-small-street")
+
+# What transformers raises on folders that are no checkpoint, or a broken one.
+_LOADING_ERRORS = (
+    *(OSError, KeyError, TypeError, AttributeError, RuntimeError, ValueError),
+    *(SafetensorError, StrictDataclassError),
+)
 
 
 def load_segmenter(
@@ -24,14 +33,30 @@ def load_segmenter(
     Raises:
         ValueError: there is no such checkpoint, or it is none of PGSeg.
     """
+    if Path(name_or_path).is_absolute() and not Path(name_or_path).is_dir():
+        raise ValueError(
+            f"{name_or_path} is no folder; expected one made by save_pretrained or `pgseg convert`."
+        )
     try:
-        segmenter = Segmenter.from_pretrained(name_or_path, options, dtype=dtype, **kwargs)
-    except (OSError, KeyError, TypeError) as error:
+        device = torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {device!r} cannot be used: {error}") from error
+    try:
+        model, report = PGSegModel.from_pretrained(
+            name_or_path, dtype=dtype, output_loading_info=True, **kwargs
+        )
+        processor = PGSegProcessor.from_pretrained(name_or_path)
+        size = processor.image_processor.size
+    except _LOADING_ERRORS as error:
         raise ValueError(
             f"{name_or_path} is no PGSeg checkpoint: {error} Expected a folder made by save_pretrained or "
             "`pgseg convert`, or a name on the Hub."
         ) from error
-    if not isinstance(segmenter.model, PGSegModel):
-        raise ValueError(f"{name_or_path} holds a {type(segmenter.model).__name__}, expected a PGSegModel.")
-    segmenter.model.to(device)
-    return segmenter
+    if report["missing_keys"]:
+        missing = ", ".join(sorted(report["missing_keys"]))
+        raise ValueError(
+            f"{name_or_path} is no whole PGSeg checkpoint, these tensors are missing: {missing}."
+        )
+    if not processor.tokenizer.get_vocab() or size is None:
+        raise ValueError(f"{name_or_path} has no tokenizer; the files of the processor are missing.")
+    return Segmenter(model.to(device), processor, options)

@@ -97,8 +97,8 @@ def _add_convert(commands: argparse._SubParsersAction) -> None:
 def _segment(args: argparse.Namespace) -> int:
     labels = [label.strip() for label in args.labels.split(",")]
     options = SegmentationOptions(
-        window_size=None if args.whole else (args.window or "auto"),
-        window_stride=args.stride or "auto",
+        window_size=None if args.whole else ("auto" if args.window is None else args.window),
+        window_stride="auto" if args.stride is None else args.stride,
         background_threshold=args.background_threshold,
         templates=tuple(args.template) if args.template else None,
         batch_size=args.batch_size,
@@ -106,15 +106,22 @@ def _segment(args: argparse.Namespace) -> int:
     segmenter = load_segmenter(args.model, options, device=args.device, dtype=DTYPES[args.dtype])
     if args.image.is_dir():
         return _segment_folder(args, segmenter, labels)
+    output = args.output or Path(f"{args.image.stem}-segmented.png")
+    for place in (output, args.mask):
+        if place is not None and place.resolve() == args.image.resolve():
+            raise ValueError(f"{place} is the picture itself; choose another output path.")
     start = time.monotonic()
     image = load_image(args.image)
     result = segmenter(image, labels)
     assert isinstance(result, Segmentation)
-    output = args.output or Path(f"{args.image.stem}-segmented.png")
     write_image(overlay(image, result.label_map, labels, background=result.background), output)
     if args.mask is not None:
         mask = indexed_png(result.label_map, num_labels=len(labels), background=result.background)
-        write_image(mask, args.mask)
+        try:
+            write_image(mask, args.mask)
+        except ValueError:
+            output.unlink()
+            raise
     print(_table(result))
     print(
         f"{args.image.name}: {image.width} x {image.height} pixels in {time.monotonic() - start:.1f} s -> {output}"

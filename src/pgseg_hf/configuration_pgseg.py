@@ -5,6 +5,7 @@ from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import CLIPTextConfig, PreTrainedConfig
+from transformers.activations import ACT2FN
 
 NPR_VARIANTS = ("none", "released", "corrected")
 CONTRASTIVE_POOLINGS = ("mean", "groups")
@@ -13,6 +14,10 @@ CONTRASTIVE_POOLINGS = ("mean", "groups")
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ValueError(message)
+
+
+def _require_known_activation(name: str, value: str) -> None:
+    _require(value in ACT2FN, f"{name} is {value!r}, which is no activation of transformers.")
 
 
 def _require_range(name: str, value: float, low: float, high: float) -> None:
@@ -73,6 +78,13 @@ class PGSegTextConfig(CLIPTextConfig):
             isinstance(self.eos_token_id, int),
             f"text_config.eos_token_id is {self.eos_token_id}, expected the one token at which texts are pooled.",
         )
+        _require(
+            self.num_hidden_layers >= 0,
+            f"text_config.num_hidden_layers is {self.num_hidden_layers}, expected at least 0.",
+        )
+        _require_known_activation("text_config.hidden_act", self.hidden_act)
+        for name in ("layer_norm_eps", "initializer_range"):
+            _require_range(f"text_config.{name}", getattr(self, name), 0.0, math.inf)
         _require_range("text_config.attention_dropout", self.attention_dropout or 0.0, 0.0, 1.0)
 
 
@@ -174,7 +186,9 @@ class PGSegVisionConfig(PreTrainedConfig):
         )
         grouping_stages = sum(tokens > 0 for tokens in self.num_group_tokens)
         _require(
-            all(tokens > 0 for tokens in self.num_group_tokens[:grouping_stages]) and grouping_stages > 0,
+            all(tokens > 0 for tokens in self.num_group_tokens[:grouping_stages])
+            and min(self.num_group_tokens) >= 0
+            and grouping_stages > 0,
             f"vision_config.num_group_tokens is {list(self.num_group_tokens)}, expected at least one grouping stage, "
             "and none after a stage without group tokens.",
         )
@@ -193,8 +207,9 @@ class PGSegVisionConfig(PreTrainedConfig):
             f"{sum(self.depths)}.",
         )
         _require(
-            len(self.assign_mlp_ratio) == 2 and min(self.assign_mlp_ratio) > 0,
-            f"vision_config.assign_mlp_ratio is {list(self.assign_mlp_ratio)}, expected two positive numbers.",
+            len(self.assign_mlp_ratio) == 2 and int(min(self.assign_mlp_ratio) * self.hidden_size) > 0,
+            f"vision_config.assign_mlp_ratio is {list(self.assign_mlp_ratio)}, expected two numbers that make at least "
+            "one channel of hidden_size.",
         )
         _require(
             self.npr_variant in NPR_VARIANTS,
@@ -207,6 +222,10 @@ class PGSegVisionConfig(PreTrainedConfig):
             )
         for name in ("dropout", "attention_dropout", "drop_path_rate", "prototype_momentum"):
             _require_range(f"vision_config.{name}", getattr(self, name), 0.0, 1.0)
+        _require(self.drop_path_rate < 1, "vision_config.drop_path_rate is 1, which drops every branch.")
+        for name in ("layer_norm_eps", "initializer_range", "assign_eps"):
+            _require_range(f"vision_config.{name}", getattr(self, name), 0.0, math.inf)
+        _require_known_activation("vision_config.hidden_act", self.hidden_act)
 
 
 @strict
@@ -296,6 +315,11 @@ class PGSegConfig(PreTrainedConfig):
             self.num_text_prototypes is None or self.num_text_prototypes > 0,
             f"num_text_prototypes is {self.num_text_prototypes}, expected at least 1 or None.",
         )
+        for name in ("logit_scale_init_value", "prototype_logit_scale_init_value"):
+            _require(
+                math.isfinite(getattr(self, name)),
+                f"{name} is {getattr(self, name)}, expected a finite number.",
+            )
         _require_range("rejection_threshold", self.rejection_threshold, 0.0, 1.0)
         _require(
             self.contrastive_pooling in CONTRASTIVE_POOLINGS,

@@ -352,12 +352,11 @@ def read_released_checkpoint(path: str | os.PathLike) -> dict[str, Tensor]:
     """The tensors under `model` of a released `.pth` file, with nothing in the file executed.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: not a torch checkpoint, or one without a state dict of a PGSeg.
+        ValueError: no such file, not a torch checkpoint, or one without a state dict of a PGSeg.
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is no file; expected a released PGSeg checkpoint (.pth).")
+        raise ValueError(f"{path} is no file; expected a released PGSeg checkpoint (.pth).")
     try:
         with warnings.catch_warnings():
             # torch.load only warns that it hands such a file to torch.jit.load, which runs code of the file.
@@ -407,8 +406,7 @@ def convert_released(
             `{"vision_config": {"num_attention_heads": 6}}`. Stochastic depth is 0 unless given.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: no PGSeg checkpoint, tensors missing or of wrong shape, or an override that is no field
+        ValueError: no file, no PGSeg checkpoint, tensors missing or of wrong shape, or an override that is no field
             or makes no sense.
     """
     if isinstance(checkpoint, Mapping):
@@ -417,6 +415,11 @@ def convert_released(
         released = read_released_checkpoint(checkpoint)
     converted, unknown = convert_state_dict(released)
     config = infer_config(converted, overrides)
+    if config.npr_variant != "released":
+        raise ValueError(
+            f"override npr_variant is {config.npr_variant!r}, but converted checkpoints are 'released'; choose another "
+            "variant when loading the result: PGSegModel.from_pretrained(folder, npr_variant=...)."
+        )
     model = PGSegModel(config)
     if any(tensor.dtype == torch.float64 for tensor in converted.values()):
         model = model.double()

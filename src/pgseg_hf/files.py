@@ -71,7 +71,7 @@ def folder_written_whole(path: str | os.PathLike) -> Iterator[Path]:
     Raises:
         ValueError: `path` is a file or a folder that is not empty, or its parent cannot be written to.
     """
-    path = Path(path)
+    path = Path(path).resolve()
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ValueError(f"{path} exists already; choose a new or empty folder.")
     try:
@@ -82,5 +82,8 @@ def folder_written_whole(path: str | os.PathLike) -> Iterator[Path]:
     with temporary as name:
         inner = Path(name) / path.name
         inner.mkdir()
-        yield inner
-        os.replace(inner, path)
+        try:
+            yield inner
+            os.replace(inner, path)
+        except OSError as error:
+            raise ValueError(f"{path} cannot be written: {error}; choose another output folder.") from error

@@ -8,11 +8,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 from transformers.utils import logging
 
 from .files import write_image, write_json
 from .images import IMAGE_EXTENSIONS, load_image
-from .segmentation import Segmentation, SegmentationOptions, Segmenter
+from .segmentation import SegmentationOptions, Segmenter
 from .visualization import indexed_png, overlay
 
 logger = logging.get_logger(__name__)
@@ -39,20 +40,22 @@ class FolderSummary:
     pixels: Counter = field(default_factory=Counter)
 
 
-def find_images(folder: Path) -> list[Path]:
-    """The pictures in a folder and its subfolders, sorted, hidden files left out.
+def find_images(folder: Path, leave_out: Path | None = None) -> list[Path]:
+    """The pictures in a folder and its subfolders, sorted; hidden files and the folder `leave_out` are not searched.
 
     Raises:
         ValueError: no folder, or no pictures in it.
     """
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder.")
+    inside = [leave_out.resolve()] if leave_out is not None else []
     images = sorted(
         path
         for path in folder.rglob("*")
         if path.is_file()
         and path.suffix.lower() in IMAGE_EXTENSIONS
         and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        and not any(path.resolve().is_relative_to(place) for place in inside)
     )
     if not images:
         raise ValueError(
@@ -78,8 +81,12 @@ def segment_folder(
             options.
     """
     folder, output = Path(folder), Path(output)
+    if output.resolve() == folder.resolve():
+        raise ValueError(f"{output} is the folder of the pictures; choose another output folder.")
     options = options or segmenter.options
-    images = find_images(folder)
+    images = find_images(folder, leave_out=output)
+    # Fails on labels and options that make no sense before anything is written.
+    next(segmenter.stream([Image.new("RGB", (64, 64))], labels, options))
     record = {
         "model": str(segmenter.model.config._name_or_path),
         "labels": list(labels),
@@ -92,15 +99,17 @@ def segment_folder(
     start = time.monotonic()
     write_json(record, output / RECORD_NAME)
     with logging.tqdm(total=len(waiting), desc="Segmenting", unit="image") as progress:
-        for path in waiting:
-            try:
-                image = load_image(path)
-                result = segmenter(image, labels, options)
-            except ValueError as error:
-                summary.broken[str(path.relative_to(folder))] = str(error)
-                logger.warning(f"skipped {path.name}: {error}")
-            else:
-                assert isinstance(result, Segmentation)
+        for first in range(0, len(waiting), options.batch_size):
+            batch = {}
+            for path in waiting[first : first + options.batch_size]:
+                try:
+                    batch[path] = load_image(path)
+                except ValueError as error:
+                    summary.broken[str(path.relative_to(folder))] = str(error)
+                    logger.warning(f"skipped {path.name}: {error}")
+                    progress.update()
+            results = segmenter.stream(batch.values(), labels, options)
+            for (path, image), result in zip(batch.items(), results, strict=True):
                 if overlays:
                     picture = overlay(image, result.label_map, labels, background=result.background)
                     write_image(picture, output / "overlays" / names[path])
@@ -109,7 +118,7 @@ def segment_folder(
                 summary.segmented += 1
                 for segment in result.segments():
                     summary.pixels[segment.label] += int(np.count_nonzero(result.mask(segment)))
-            progress.update()
+                progress.update()
     summary.seconds = time.monotonic() - start
     return summary
 
@@ -122,6 +131,8 @@ def _check_record(record: dict, output: Path) -> None:
         known = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} cannot be read: {error}; choose another output folder.") from error
+    if not isinstance(known, dict):
+        raise ValueError(f"{path} is no record of a run; choose another output folder.")
     for key, value in json.loads(json.dumps(record)).items():
         if known.get(key) != value:
             raise ValueError(

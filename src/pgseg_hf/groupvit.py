@@ -11,7 +11,20 @@ from .configuration_pgseg import PGSegConfig, PGSegTextConfig, PGSegVisionConfig
 def config_from_groupvit(
     config: GroupViTConfig, npr_variant: str = "corrected", **kwargs: Any
 ) -> PGSegConfig:
-    """The PGSeg configuration of a transformers GroupViT's architecture."""
+    """The PGSeg configuration of a transformers GroupViT's architecture.
+
+    Args:
+        config: of the GroupViT.
+        npr_variant: of the PGSeg.
+        kwargs: further fields of [`PGSegConfig`]; `text_config` and `vision_config` may hold fields of the towers.
+
+    Raises:
+        ValueError: a keyword that is no field.
+    """
+    unknown = sorted(set(kwargs) - {field.name for field in fields(PGSegConfig)})
+    if unknown:
+        raise ValueError(f"{', '.join(unknown)} is no field of PGSegConfig.")
+    text_overrides, vision_overrides = kwargs.pop("text_config", {}), kwargs.pop("vision_config", {})
     text_fields = {field.name for field in fields(PGSegTextConfig)} & set(config.text_config.to_dict())
     vision_fields = {field.name for field in fields(PGSegVisionConfig)} & set(config.vision_config.to_dict())
     # GroupViT lets the number of layers disagree with the depths, which alone decide.
@@ -26,5 +39,7 @@ def config_from_groupvit(
         for name in ("projection_dim", "projection_intermediate_dim", "logit_scale_init_value")
     }
     return PGSegConfig(
-        text_config=text, vision_config={**vision, "npr_variant": npr_variant}, **{**shared, **kwargs}
+        text_config={**text, **text_overrides},
+        vision_config={**vision, "npr_variant": npr_variant, **vision_overrides},
+        **{**shared, **kwargs},
     )

@@ -34,6 +34,9 @@ IMAGE_EXTENSIONS: tuple[str, ...] = tuple(name for names in IMAGE_FORMATS.values
 MAX_IMAGE_PIXELS = 500_000_000
 """Largest image that is read or made, in pixels; decoded to RGB it takes about 2 GB."""
 
+MIN_SIDE = 32
+"""Smallest side of a resized image in pixels: two patches of the paper's model."""
+
 _SIGNATURE_BYTES = 16
 _URL_TIMEOUT_SECONDS = 30
 
@@ -145,14 +148,15 @@ def resized_size(
 ) -> tuple[int, int]:
     """The size for a short side of `shortest_edge` at the same aspect ratio.
 
-    Where the long side would pass `longest_edge`, it gets that length instead.
+    Where the long side would pass `longest_edge`, it gets that length instead; no side falls below `MIN_SIDE` (or
+    `shortest_edge`), so that the thinnest pictures still have patches.
 
     Args:
         height, width: pixels of the image as it is.
         shortest_edge, longest_edge: pixels wanted. The defaults are those of the released evaluation.
 
     Returns:
-        (height, width) in pixels, rounded half up, each at least 1.
+        (height, width) in pixels, rounded half up.
 
     Raises:
         ValueError: where a length is below 1, or the result has more than `MAX_IMAGE_PIXELS` pixels.
@@ -168,7 +172,8 @@ def resized_size(
     factor = shortest_edge / min(height, width)
     if longest_edge is not None:
         factor = min(factor, longest_edge / max(height, width))
-    new_height, new_width = (max(1, int(side * factor + 0.5)) for side in (height, width))
+    least = min(MIN_SIDE, shortest_edge)
+    new_height, new_width = (max(least, int(side * factor + 0.5)) for side in (height, width))
     if new_height * new_width > MAX_IMAGE_PIXELS:
         raise ValueError(
             f"an image of {height} x {width} (height x width) would become {new_height} x {new_width}, "

@@ -261,7 +261,6 @@ class PGSegStagePrototypes(nn.Module):
         self.released = config.npr_variant == "released"
         self.num_iterations = config.num_prototype_iterations
         self.momentum = config.prototype_momentum
-        self.prototypes: Tensor
         self.register_buffer(
             "prototypes", torch.empty(1, num_prototypes, config.hidden_size, dtype=torch.float32)
         )
@@ -273,14 +272,24 @@ class PGSegStagePrototypes(nn.Module):
     def _apply(self, fn: Callable, recurse: bool = True) -> nn.Module:
         return apply_keeping_precision(self, "prototypes", super()._apply, fn, recurse)
 
-    def estimate(self, tokens_BLC: Tensor) -> PrototypeEstimate:
-        """Estimates prototypes from a stage's input and, in training with gradient, moves the seeds to their mean."""
+    def seeds(self) -> Tensor:
+        """Where a forward starts the estimation, [1, P, C]: a copy where `move` will change the prototypes, so that a
+        recompute of the stage starts from the same."""
+        return self.prototypes.clone() if self._moves() else self.prototypes
+
+    def _moves(self) -> bool:
+        return self.training and torch.is_grad_enabled() and not self.released
+
+    def move(self, estimates_BPC: Tensor) -> None:
+        """In training with gradient, moves the seeds to the mean of the batch's prototypes."""
+        if self._moves():
+            move_prototypes(self.prototypes, estimates_BPC, self.momentum)
+
+    def estimate(self, tokens_BLC: Tensor, seeds_1PC: Tensor) -> PrototypeEstimate:
+        """Estimates prototypes from a stage's input."""
         with full_precision(tokens_BLC.device.type):
             tokens_BLC = tokens_BLC.detach().to(estimation_dtype(tokens_BLC.dtype))
-            estimate = estimate_prototypes(tokens_BLC, self.prototypes, self.num_iterations)
-        if self.training and torch.is_grad_enabled() and not self.released:
-            move_prototypes(self.prototypes, estimate.prototypes, self.momentum)
-        return estimate
+            return estimate_prototypes(tokens_BLC, seeds_1PC, self.num_iterations)
 
     def reconstruct(self, estimate: PrototypeEstimate, dtype: torch.dtype) -> Tensor:
         """The prototypes' part of each token, R [B, L, C]."""
@@ -343,12 +352,12 @@ class PGSegStage(nn.Module):
             self.npr = PGSegStagePrototypes(config, config.num_output_groups[index])
 
     def forward(
-        self, tokens_BLC: Tensor, previous_group_tokens: Tensor | None
+        self, tokens_BLC: Tensor, previous_group_tokens: Tensor | None, seeds: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None, Tensor | None, tuple[Tensor, ...] | None]:
         """Returns the tokens of the next stage [B, K, C] (or [B, L, C]), the group tokens after the blocks, the
         assignment logits [B, K, L], and what the prototype losses need: centres, prototypes, responsibilities, logits.
         """
-        estimate = self.npr.estimate(tokens_BLC) if self.npr is not None else None
+        estimate = self.npr.estimate(tokens_BLC, seeds) if self.npr is not None else None
         length = tokens_BLC.shape[1]
         if self.group_token is not None:
             group_tokens = self.group_token.expand(tokens_BLC.shape[0], -1, -1)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import HfApi
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, CLIPTextModel, GroupViTModel, PreTrainedModel
 from transformers import initialization as init
@@ -262,9 +263,12 @@ class PGSegVisionModel(PGSegPreTrainedModel):
         group_tokens = None
         patch_groups = None
         for stage in self.encoder.stages:
-            tokens, group_tokens, logits, losses_need = stage(tokens, group_tokens)
+            prototypes: Any = stage.npr
+            seeds = prototypes.seeds() if prototypes is not None else None
+            tokens, group_tokens, logits, losses_need = stage(tokens, group_tokens, seeds)
             hidden_states.append(tokens)
             if losses_need is not None:
+                prototypes.move(losses_need[1])
                 npr.append(losses_need)
             if logits is not None:
                 assignment_BKL = logits.softmax(dim=1)
@@ -487,8 +491,15 @@ class PGSegModel(PGSegPreTrainedModel):
         Raises:
             ValueError: pixels or texts of wrong shape, NaN pixels, or losses asked for without one text an image.
         """
-        if input_ids is None:
-            raise ValueError("input_ids is None, expected token ids [texts, length].")
+        if input_ids is None or input_ids.ndim not in (2, 3):
+            shape = None if input_ids is None else list(input_ids.shape)
+            raise ValueError(
+                f"input_ids has shape {shape}, expected token ids [texts, length] or [labels, prompts, length]."
+            )
+        if return_loss and input_ids.ndim == 3:
+            raise ValueError(
+                f"input_ids has shape {list(input_ids.shape)}; the losses need one prompt a text, [texts, length]."
+            )
         vision = self.get_image_features(
             pixel_values=pixel_values,
             output_attentions=output_attentions,
@@ -678,18 +689,20 @@ class PGSegModel(PGSegPreTrainedModel):
         Returns:
             embeddings [B, T, D] in float32 or better, and which of them exist, bool [B, T].
         """
-        if text_targets is not None:
-            mask_BT = text_targets.bool()
-            embeds_ND = self._joint_space(text.pooled)
-            return embeds_ND.expand(len(mask_BT), -1, -1) * mask_BT[..., None], mask_BT
         words_mask = _word_mask(input_ids, self.config.text_config)
-        words = self._joint_space(text.output.last_hidden_state[words_mask])
-        if text.label_mask is None:
-            return _scatter_rows(words, words_mask), words_mask
-        labels = self._joint_space(text.label_pooled)
-        by_labels = text.label_mask.sum(1, keepdim=True) > 1
-        mask_BT = torch.cat([text.label_mask & by_labels, words_mask & ~by_labels], dim=1)
-        return torch.cat([labels, _scatter_rows(words, words_mask)], dim=1) * mask_BT[..., None], mask_BT
+        words = _scatter_rows(self._joint_space(text.output.last_hidden_state[words_mask]), words_mask)
+        if text_targets is not None:
+            label_mask = text_targets.bool()
+            labels = self._joint_space(text.pooled).expand(len(label_mask), -1, -1)
+            only = label_mask.long().argmax(1)
+            words, words_mask = words[only], words_mask[only] & label_mask.any(1, keepdim=True)
+        elif text.label_mask is not None:
+            label_mask, labels = text.label_mask, self._joint_space(text.label_pooled)
+        else:
+            return words, words_mask
+        by_labels = label_mask.sum(1, keepdim=True) > 1
+        mask_BT = torch.cat([label_mask & by_labels, words_mask & ~by_labels], dim=1)
+        return torch.cat([labels, words], dim=1) * mask_BT[..., None], mask_BT
 
     def _joint_space(self, pooled: Tensor) -> Tensor:
         embeds = self.text_projection(pooled, use_running_stats=True)
@@ -728,7 +741,7 @@ class PGSegModel(PGSegPreTrainedModel):
             source, loaded = GroupViTModel.from_pretrained(
                 name_or_path, output_loading_info=True, ignore_mismatched_sizes=True
             )
-        except OSError as error:
+        except (OSError, SafetensorError, RuntimeError) as error:
             raise ValueError(f"{name_or_path} cannot be loaded: {error}") from error
         missing = sorted({*loaded["missing_keys"], *(name for name, *_ in loaded["mismatched_keys"])})
         if missing:

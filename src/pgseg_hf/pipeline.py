@@ -49,12 +49,15 @@ class OpenVocabularySegmentationPipeline(Pipeline):
         Raises:
             ValueError: no labels, or labels, options or images that make no sense.
         """
-        if labels is None:
+        if labels is None and "labels" not in self._forward_params:
             raise ValueError('labels are missing: call it as segment(image, labels=["cat", "dog"]).')
+        if isinstance(images, (list, tuple)) and not images:
+            return []
         window_batch = kwargs.pop("batch_size", None)
         if window_batch is not None:
             kwargs["window_batch_size"] = window_batch
-        return super().__call__(images, labels=labels, **kwargs)
+        given = {} if labels is None else {"labels": labels}
+        return super().__call__(images, **given, **kwargs)
 
     def _sanitize_parameters(
         self, labels: Sequence[str] | None = None, **kwargs: Any

@@ -287,6 +287,10 @@ class PGSegProcessor(ProcessorMixin):
         batch = len(outputs.grouping)
         if target_sizes is not None and len(target_sizes) != batch:
             raise ValueError(f"target_sizes are for {len(target_sizes)} images, the outputs for {batch}")
+        if target_sizes is not None and any(min(int(side) for side in size) < 1 for size in target_sizes):
+            raise ValueError(
+                f"target_sizes are {target_sizes}, expected (height, width) of at least 1 pixel each"
+            )
         for index in range(batch):
             height, width = (int(side) for side in outputs.image_sizes[index])
             size = (height, width)
@@ -303,7 +307,7 @@ class PGSegProcessor(ProcessorMixin):
             target = (
                 None if target_sizes is None else (int(target_sizes[index][0]), int(target_sizes[index][1]))
             )
-            yield *best_labels(scores, channels, target), count
+            yield *best_labels(scores, channels, count, target), count
 
 
 def _embed_prompts(model: Any, ids: torch.Tensor, mask: torch.Tensor, batch_size: int) -> torch.Tensor:

@@ -98,6 +98,8 @@ def merge_windows(windows: Sequence[WindowScores], size: tuple[int, int]) -> tup
         windows: which cover the image.
         size: of the image, (H, W).
 
+    Memory grows with `size` times the number of labels that some window shows, at most `top_k` a window.
+
     Returns:
         scores [C, H, W] of the channels that are not 0 everywhere, the numbers of these channels in rising order, and
         how many channels there are in all.
@@ -120,31 +122,50 @@ def merge_windows(windows: Sequence[WindowScores], size: tuple[int, int]) -> tup
 
 
 def best_labels(
-    scores_CHW: Tensor, channels: Sequence[int], target_size: tuple[int, int] | None = None
+    scores_CHW: Tensor,
+    channels: Sequence[int],
+    num_channels: int,
+    target_size: tuple[int, int] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The channel with the largest score at each pixel, after a bilinear stretch to `target_size`.
+    """The most probable channel of each pixel, after a bilinear stretch to `target_size`.
 
-    Works on a few channels at a time, so that memory grows with pixels and not with pixels x classes.
+    The recipe takes the argmax of a softmax, to which scores are equal that differ by less than its rounding; of these
+    the first channel wins. Large maps are worked on a few channels at a time, so that memory grows with pixels and not
+    with pixels x classes; there the softmax's sum may differ in its last bit.
 
     Args:
         scores_CHW: from [`merge_windows`]; channels that are not among them score 0.
-        channels: their numbers.
+        channels: their numbers, rising.
+        num_channels: how many there are in all.
         target_size: (H, W) of the result; that of the scores by default.
 
     Returns:
-        int64 [H, W], and the scores there, [H, W].
+        int64 [H, W], and the largest scores, [H, W].
     """
-    size = tuple(target_size) if target_size is not None else tuple(scores_CHW.shape[-2:])
-    best = scores_CHW.new_zeros(size)
-    labels = torch.zeros(size, dtype=torch.int64, device=scores_CHW.device)
+    size = (scores_CHW.shape[1], scores_CHW.shape[2]) if target_size is None else target_size
+    if num_channels * size[0] * size[1] <= _CHUNK_ENTRIES:
+        dense = scores_CHW.new_zeros(num_channels, *size)
+        dense[channels] = stretch(scores_CHW, size)
+        return dense.softmax(dim=0).argmax(dim=0), dense.amax(dim=0)
     step = max(1, _CHUNK_ENTRIES // (size[0] * size[1]))
-    for start in range(0, len(channels), step):
+    starts = range(0, len(channels), step)
+    best = scores_CHW.new_zeros(size)
+    for start in starts:
         chunk = stretch(scores_CHW[start : start + step], size)
-        value, index = chunk.max(dim=0)
-        numbers = torch.tensor(channels[start : start + step], device=labels.device)
-        better = value > best
-        labels[better] = numbers[index[better]]
-        best[better] = value[better]
+        torch.maximum(best, chunk.amax(dim=0), out=best)
+    total = (num_channels - len(channels)) * torch.exp(-best)
+    for start in starts:
+        total += torch.exp(stretch(scores_CHW[start : start + step], size) - best).sum(dim=0)
+    # Among the channels that are not listed, which all score 0, only the first can be an argmax.
+    unlisted = next((number for number in range(num_channels) if number not in set(channels)), num_channels)
+    largest = 1 / total
+    labels = torch.where(torch.exp(-best) / total == largest, unlisted, num_channels)
+    for start in starts:
+        chunk = stretch(scores_CHW[start : start + step], size)
+        as_probable = torch.exp(chunk - best) / total == largest
+        first = as_probable.to(torch.uint8).argmax(dim=0)
+        numbers = torch.tensor(channels[start : start + step], device=labels.device)[first]
+        labels = torch.where(as_probable.any(dim=0), torch.minimum(labels, numbers), labels)
     return labels, best
 
 

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from .images import load_image
@@ -38,12 +39,18 @@ class SegmentationOptions:
     top_k: int = TOP_K
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size is {self.batch_size}, expected at least 1.")
-        if self.background_threshold is not None and not 0 <= self.background_threshold <= 1:
-            raise ValueError(
-                f"background_threshold is {self.background_threshold}, expected None or a number from 0 to 1."
-            )
+        for name, special in (
+            ("window_size", ("auto", None)),
+            ("window_stride", ("auto",)),
+            ("batch_size", ()),
+            ("top_k", ()),
+        ):
+            value = getattr(self, name)
+            if value not in special and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name} is {value!r}, expected a whole number of at least 1.")
+        threshold = self.background_threshold
+        if threshold is not None and not (isinstance(threshold, (int, float)) and 0 <= threshold <= 1):
+            raise ValueError(f"background_threshold is {threshold!r}, expected None or a number from 0 to 1.")
 
 
 @dataclass
@@ -103,16 +110,18 @@ class Segmentation:
 
 
 @dataclass
-class _Image:
-    """An image on its way: its original size, its resized pixels [1, 3, h, w], and its windows' scores."""
+class EncodedImage:
+    """What segmentation keeps of an image.
+
+    Args:
+        size: height and width of the original.
+        resized: height and width of what the windows cover.
+        windows: their scores.
+    """
 
     size: tuple[int, int]
-    pixel_values: Tensor
+    resized: tuple[int, int]
     windows: list[WindowScores] = field(default_factory=list)
-
-    @property
-    def resized(self) -> tuple[int, int]:
-        return self.pixel_values.shape[2], self.pixel_values.shape[3]
 
 
 class Segmenter:
@@ -162,62 +171,60 @@ class Segmenter:
         """Segments images one after the other, in their order, reading no more of them than a batch ahead."""
         options = options or self.options
         labels = validate_labels(labels)
+        for image in self.encode(images, labels, options):
+            scores, channels, count = merge_windows(image.windows, image.resized)
+            label_map, best = best_labels(scores, channels, count, image.size)
+            background = options.background_threshold is not None
+            yield Segmentation(label_map.cpu().numpy(), best.cpu().numpy(), labels, background)
+
+    def encode(
+        self, images: Iterable[Any], labels: Sequence[str], options: SegmentationOptions | None = None
+    ) -> Iterator[EncodedImage]:
+        """The first half of [`~Segmenter.stream`]: the groups and scores of each image's windows."""
+        options = options or self.options
         class_embeds = self.processor.get_class_embeddings(self.model, labels, options.templates)
         iterator = iter(images)
         while batch := list(islice(iterator, options.batch_size)):
-            prepared = [self._prepare(image) for image in batch]
-            self._encode(prepared, class_embeds, options)
-            for image in prepared:
-                scores, channels, _ = merge_windows(image.windows, image.resized)
-                label_map, best = best_labels(scores, channels, image.size)
-                yield Segmentation(
-                    label_map.cpu().numpy(),
-                    best.cpu().numpy(),
-                    labels,
-                    background=options.background_threshold is not None,
-                )
+            yield from self._encode_batch([load_image(image) for image in batch], class_embeds, options)
 
-    def _prepare(self, image: Any) -> _Image:
-        image = load_image(image)
-        pixel_values = self.processor.image_processor(image, return_tensors="pt")["pixel_values"]
-        return _Image((image.height, image.width), self._at_least_a_patch(pixel_values))
+    def _pixel_values(self, image: Image.Image) -> Tensor:
+        """Resized and normalised pixels [1, 3, h, w]."""
+        return self.processor.image_processor(image, return_tensors="pt")["pixel_values"]
 
-    def _at_least_a_patch(self, pixel_values: Tensor) -> Tensor:
-        """Widens images that are thinner than a patch by repeating their border pixels."""
-        patch = self.model.config.vision_config.patch_size
-        missing = [max(patch - side, 0) for side in pixel_values.shape[-2:]]
-        if not any(missing):
-            return pixel_values
-        return torch.nn.functional.interpolate(
-            pixel_values, size=[max(patch, side) for side in pixel_values.shape[-2:]], mode="nearest"
-        )
-
-    def _windows(self, image: _Image, options: SegmentationOptions) -> Iterator[tuple[int, int, Tensor]]:
+    def _windows(
+        self, pixel_values: Tensor, options: SegmentationOptions
+    ) -> Iterator[tuple[int, int, Tensor]]:
         """Top, left and pixels [1, 3, h, w] of each window."""
         size = self.processor.window_size if options.window_size == "auto" else options.window_size
         stride = self.processor.window_stride if options.window_stride == "auto" else options.window_stride
-        height, width = image.resized
+        height, width = pixel_values.shape[-2:]
         if size is None:
-            yield 0, 0, image.pixel_values
+            yield 0, 0, pixel_values
             return
         for top in window_starts(height, size, stride):
             for left in window_starts(width, size, stride):
-                yield top, left, image.pixel_values[:, :, top : top + size, left : left + size]
+                yield top, left, pixel_values[:, :, top : top + size, left : left + size]
 
     @torch.inference_mode()
-    def _encode(self, images: list[_Image], class_embeds: Tensor, options: SegmentationOptions) -> None:
-        """Fills in the images' windows, encoding those of one shape together."""
-        by_shape: dict[tuple[int, ...], list[tuple[_Image, int, int, Tensor]]] = {}
+    def _encode_batch(
+        self, images: list[Image.Image], class_embeds: Tensor, options: SegmentationOptions
+    ) -> list[EncodedImage]:
+        """Cuts images into windows and encodes those of one shape together."""
+        encoded: list[EncodedImage] = []
+        by_shape: dict[tuple[int, ...], list[tuple[EncodedImage, int, int, Tensor]]] = {}
         for image in images:
-            for top, left, pixels in self._windows(image, options):
-                by_shape.setdefault(tuple(pixels.shape), []).append((image, top, left, pixels))
+            pixel_values = self._pixel_values(image)
+            height, width = pixel_values.shape[-2:]
+            encoded.append(EncodedImage((image.height, image.width), (height, width)))
+            for top, left, pixels in self._windows(pixel_values, options):
+                by_shape.setdefault(tuple(pixels.shape), []).append((encoded[-1], top, left, pixels))
         for same_shape in by_shape.values():
             for start in range(0, len(same_shape), options.batch_size):
                 batch = same_shape[start : start + options.batch_size]
                 pixel_values = torch.cat([pixels for *_, pixels in batch]).to(self.model.device)
                 features = self.model.get_image_features(pixel_values)
                 image_logits, segment_logits = self.model.get_logits(features, class_embeds)
-                for index, (image, top, left, pixels) in enumerate(batch):
+                for index, (owner, top, left, pixels) in enumerate(batch):
                     groups = group_map(features.grouping[index], (pixels.shape[2], pixels.shape[3]))
                     scores = group_scores(
                         segment_logits[index],
@@ -225,4 +232,5 @@ class Segmenter:
                         options.background_threshold,
                         options.top_k,
                     )
-                    image.windows.append(WindowScores(groups, scores, top, left))
+                    owner.windows.append(WindowScores(groups, scores, top, left))
+        return encoded

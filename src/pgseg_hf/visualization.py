@@ -176,7 +176,7 @@ def overlay(
     return _with_legend(drawn, _legend_entries(names, colours, counts, values.size))
 
 
-def group_map(
+def draw_groups(
     image: Image.Image,
     group_index: Any,
     num_groups: int | None = None,

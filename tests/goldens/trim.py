@@ -1,4 +1,4 @@
-"""Makes this folder's recordings from the full ones: `python trim.py ../../../shared/goldens`.
+"""Makes this folder's recordings from the full ones: `python trim.py FOLDER_OF_FULL_RECORDINGS`.
 
 Keeps the tests' data small: maps that nothing uses are left out, of the gradients and the float64 recordings every n-th
 entry of a tensor's `flatten` is kept, of predictions the label map (`.labels`, the argmax) and some of the scores.
