@@ -438,9 +438,9 @@ def test_truncated_files(tmp_path, share, zipped):
 
 
 def test_missing_file_and_folder(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"none\.pth"):
+    with pytest.raises(ValueError, match=r"none\.pth"):
         convert_released(tmp_path / "none.pth")
-    with pytest.raises(FileNotFoundError, match="is no file"):
+    with pytest.raises(ValueError, match="is no file"):
         convert_released(tmp_path)
 
 

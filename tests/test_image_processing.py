@@ -34,7 +34,7 @@ def oracle(image: Image.Image, size: tuple[int, int] | None = None) -> np.ndarra
     """[3, H, W]: resize with Pillow, to [0, 1], normalise; `size` is (width, height)."""
     if size is None:
         factor = min(448 / min(image.size), 2048 / max(image.size))
-        size = tuple(max(1, int(side * factor + 0.5)) for side in image.size)
+        size = tuple(max(16, int(side * factor + 0.5)) for side in image.size)
     resized = np.asarray(image.resize(size, Image.Resampling.BILINEAR), dtype=np.float64)
     return ((resized / 255 - MEAN) / STD).transpose(2, 0, 1)
 
@@ -69,7 +69,7 @@ def test_any_size_follows_the_rule(width, height, shortest, longest, seed):
     image = photo(width, height, seed=seed)
     size = {"shortest_edge": shortest, "longest_edge": longest}
     factor = min(shortest / min(width, height), longest / max(width, height))
-    new_size = tuple(max(1, int(side * factor + 0.5)) for side in (width, height))
+    new_size = tuple(max(min(16, shortest, longest), int(side * factor + 0.5)) for side in (width, height))
     pixel_values = PGSegImageProcessorPil(size=size)(image, return_tensors="np")["pixel_values"][0]
     assert_close(pixel_values, oracle(image, new_size))
 
@@ -260,7 +260,7 @@ def test_images_of_different_sizes_need_one_size_or_no_batch(processor_class):
 
 def test_thin_image_gives_a_thin_result():
     pixel_values = PGSegImageProcessorPil()(photo(5000, 1), return_tensors="pt")["pixel_values"]
-    assert pixel_values.shape == (1, 3, 1, 2048)
+    assert pixel_values.shape == (1, 3, 16, 2048)
     with pytest.raises(ValueError, match="longest_edge"):
         PGSegImageProcessorPil(size={"shortest_edge": 448})(photo(5000, 1))
 

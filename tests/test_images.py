@@ -368,8 +368,8 @@ def test_to_rgb_keeps_the_size_and_changes_nothing_the_second_time(mode, size, r
         (375, 500, (448, 597)),
         (500, 375, (597, 448)),
         (1, 1, (448, 448)),
-        (1, 5000, (1, 2048)),
-        (5000, 1, (2048, 1)),
+        (1, 5000, (16, 2048)),
+        (5000, 1, (2048, 16)),
         (100, 1000, (205, 2048)),
         (10_000, 10_000, (448, 448)),
     ],
@@ -385,8 +385,10 @@ def test_resized_size_keeps_its_bounds_and_the_aspect_ratio(height, width, short
     assert min(new_height, new_width) <= shortest
     assert min(new_height, new_width) == shortest or max(new_height, new_width) == longest
     factor = min(shortest / min(height, width), longest / max(height, width))
-    assert new_height == max(1, round(height * factor)) or abs(new_height - height * factor) <= 0.5 + 1e-6
-    assert new_width == max(1, round(width * factor)) or abs(new_width - width * factor) <= 0.5 + 1e-6
+    least = min(16, shortest, longest)
+    assert new_height == least or abs(new_height - height * factor) <= 0.5 + 1e-6
+    assert new_width == least or abs(new_width - width * factor) <= 0.5 + 1e-6
+    assert min(new_height, new_width) >= least
 
 
 def test_resized_size_refuses_nonsense():

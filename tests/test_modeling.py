@@ -126,7 +126,7 @@ def test_bad_pixels_are_refused(pixels, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"input_ids": None}, "input_ids is None"),
+        ({"input_ids": None}, "input_ids has shape None"),
         ({"input_ids": tiny_texts(2)}, r"one text for each image.*\[3, 2\]"),
         ({"label_input_ids": tiny_texts(3)}, r"label_input_ids has shape \[3, 12\]"),
         ({"label_input_ids": tiny_texts(3)[:, None, :5]}, r"label_input_ids has shape \[3, 1, 5\]"),
@@ -452,7 +452,7 @@ def test_gradient_reaches_the_projection_of_prototypes_but_not_their_estimation(
     for released in (False, True):
         stage.npr.released = released
         tokens = torch.randn(2, 16, 16, dtype=torch.float64, requires_grad=True)
-        part = stage.npr.reconstruct(stage.npr.estimate(tokens), tokens.dtype)
+        part = stage.npr.reconstruct(stage.npr.estimate(tokens, stage.npr.prototypes), tokens.dtype)
         stage.zero_grad()
         part.square().sum().backward()
         assert tokens.grad is None
@@ -468,7 +468,7 @@ def test_size_of_the_prototypes_part_at_higher_resolution():
             layer.bias.zero_()
         few, many = torch.randn(8, 36, 16), torch.randn(8, 36 * 16, 16)
         small, large = (
-            npr.reconstruct(npr.estimate(tokens), tokens.dtype).std().item() for tokens in (few, many)
+            npr.reconstruct(npr.estimate(tokens, npr.prototypes), tokens.dtype).std().item() for tokens in (few, many)
         )
         sizes[variant] = large / small
     assert sizes["corrected"] == pytest.approx(1, abs=0.25)
@@ -478,7 +478,7 @@ def test_size_of_the_prototypes_part_at_higher_resolution():
 @torch.no_grad()
 def test_corrected_part_is_the_mapped_prototypes_mixed_by_the_responsibilities(models):
     npr = models["corrected"].vision_model.encoder.stages[0].npr
-    estimate = npr.estimate(torch.randn(2, 20, 16, dtype=torch.float64))
+    estimate = npr.estimate(torch.randn(2, 20, 16, dtype=torch.float64), npr.prototypes)
     expected = torch.zeros(2, 20, 16, dtype=torch.float64)
     for index in range(6):
         mapped = npr.projection(estimate.prototypes[:, index])

@@ -34,8 +34,8 @@ IMAGE_EXTENSIONS: tuple[str, ...] = tuple(name for names in IMAGE_FORMATS.values
 MAX_IMAGE_PIXELS = 500_000_000
 """Largest image that is read or made, in pixels; decoded to RGB it takes about 2 GB."""
 
-MIN_SIDE = 32
-"""Smallest side of a resized image in pixels: two patches of the paper's model."""
+MIN_SIDE = 16
+"""Smallest side of a resized image in pixels: a patch of the paper's model."""
 
 _SIGNATURE_BYTES = 16
 _URL_TIMEOUT_SECONDS = 30
@@ -172,7 +172,7 @@ def resized_size(
     factor = shortest_edge / min(height, width)
     if longest_edge is not None:
         factor = min(factor, longest_edge / max(height, width))
-    least = min(MIN_SIDE, shortest_edge)
+    least = min(MIN_SIDE, shortest_edge, longest_edge or shortest_edge)
     new_height, new_width = (max(least, int(side * factor + 0.5)) for side in (height, width))
     if new_height * new_width > MAX_IMAGE_PIXELS:
         raise ValueError(
