@@ -10,7 +10,7 @@ PYTHON ?= python3
 VENV ?= .venv
 
 IMAGE ?= examples/images/blue-sweater.jpg
-LABELS ?= sweater, skirt, bag, stockings, boots, hair
+LABELS ?= building, road, pavement, tree, sky, car, pedestrian
 OUTPUT ?= segmented.png
 PYTEST_ARGS ?=
 

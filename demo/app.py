@@ -10,7 +10,7 @@ from pgseg_hf.prompts import validate_labels
 from pgseg_hf.visualization import palette
 
 SEGMENTER = load_segmenter()
-EXAMPLE_LABELS = "hair, skin, coat, shirt, sweater, pants, skirt, bag, shoes"
+EXAMPLE_LABELS = "building, road, pavement, tree, sky, car, pedestrian"
 
 
 def segment(image: Image.Image | None, words: str, threshold: float) -> tuple[Any, list[list[Any]]]:

@@ -468,7 +468,8 @@ def test_size_of_the_prototypes_part_at_higher_resolution():
             layer.bias.zero_()
         few, many = torch.randn(8, 36, 16), torch.randn(8, 36 * 16, 16)
         small, large = (
-            npr.reconstruct(npr.estimate(tokens, npr.prototypes), tokens.dtype).std().item() for tokens in (few, many)
+            npr.reconstruct(npr.estimate(tokens, npr.prototypes), tokens.dtype).std().item()
+            for tokens in (few, many)
         )
         sizes[variant] = large / small
     assert sizes["corrected"] == pytest.approx(1, abs=0.25)

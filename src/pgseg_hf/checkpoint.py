@@ -57,6 +57,9 @@ def load_segmenter(
         raise ValueError(
             f"{name_or_path} is no whole PGSeg checkpoint, these tensors are missing: {missing}."
         )
-    if not processor.tokenizer.get_vocab() or size is None:
-        raise ValueError(f"{name_or_path} has no tokenizer; the files of the processor are missing.")
+    if size is None or len(processor.tokenizer) < model.config.text_config.vocab_size:
+        raise ValueError(
+            f"{name_or_path} has a tokenizer of {len(processor.tokenizer)} tokens for a model of "
+            f"{model.config.text_config.vocab_size}; files of the processor are missing."
+        )
     return Segmenter(model.to(device), processor, options)
