@@ -31,17 +31,10 @@ CROP_TAG_SHARE = 0.02
 
 @dataclass
 class Recipe:
-    """Settings of a run; each field is a command-line option. Sizes in pixels.
-
-    `start` is a checkpoint of this script to go on from. `objective` is the loss between crops and words: "softmax",
-    the model's own contrastive loss with several positives, or "sigmoid", with a bias for each word, which leaves the
-    words' similarities without a common zero, so that a short run with "softmax" has to follow.
-    """
+    """Settings of a run; each field is a command-line option. Sizes in pixels."""
 
     data: str
     output: str
-    start: str = ""
-    objective: str = "softmax"
     minutes: float = 25.0
     seed: int = 0
     short_side: int = 192
@@ -141,9 +134,7 @@ def random_crops(photos: TaggedPhotos, recipe: Recipe) -> tuple[Tensor, Tensor]:
 
 
 def build_model(recipe: Recipe) -> PGSegModel:
-    """The model to start from, or a new small one; its text tower is 128 wide so that the vocabulary takes 13 MB."""
-    if recipe.start:
-        return prepared_for_training(PGSegModel.from_pretrained(recipe.start, dtype=torch.float32))
+    """A small model; the text tower is 128 wide so that CLIP's whole vocabulary fits into 13 MB."""
     vision = {
         "hidden_size": recipe.hidden_size,
         "intermediate_size": 4 * recipe.hidden_size,
@@ -167,10 +158,7 @@ def build_model(recipe: Recipe) -> PGSegModel:
         assignment_weight=recipe.assignment_weight if recipe.npr_variant != "none" else 0.0,
         contrastive_pooling=recipe.pooling,
     )
-    return prepared_for_training(PGSegModel(config))
-
-
-def prepared_for_training(model: PGSegModel) -> PGSegModel:
+    model = PGSegModel(config)
     model.text_model.get_input_embeddings().requires_grad_(False)  # a dozen words of 49,408 are ever seen
     model.vision_model.set_attn_implementation(
         "eager"
@@ -210,8 +198,7 @@ def train(photos: TaggedPhotos, recipe: Recipe) -> tuple[PGSegModel, int]:
         pixels, tags = random_crops(photos, recipe)
         with torch.autocast("cpu", torch.bfloat16):
             outputs = model(**tokens, pixel_values=pixels, text_targets=tags, return_loss=True)
-        sigmoid = recipe.objective == "sigmoid"
-        naming = tag_loss(outputs.logits_per_image, tags, bias) if sigmoid else outputs.contrastive_loss
+        naming = tag_loss(outputs.logits_per_image, tags, bias)
         loss = outputs.loss - outputs.contrastive_loss + naming
         optimizer.zero_grad()
         loss.backward()
