@@ -354,7 +354,9 @@ class PGSegStage(nn.Module):
     def forward(
         self, tokens_BLC: Tensor, previous_group_tokens: Tensor | None, seeds: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None, Tensor | None, tuple[Tensor, ...] | None]:
-        """Returns the tokens of the next stage [B, K, C] (or [B, L, C]), the group tokens after the blocks, the
+        """`seeds` [1, P, C] start the prototype estimation; needed where the stage has prototypes.
+
+        Returns the tokens of the next stage [B, K, C] (or [B, L, C]), the group tokens after the blocks, the
         assignment logits [B, K, L], and what the prototype losses need: centres, prototypes, responsibilities, logits.
         """
         estimate = self.npr.estimate(tokens_BLC, seeds) if self.npr is not None else None

@@ -140,14 +140,6 @@ class Segmenter:
         self.processor = processor
         self.options = options or SegmentationOptions()
 
-    @classmethod
-    def from_pretrained(
-        cls, name_or_path: str, options: SegmentationOptions | None = None, **kwargs: Any
-    ) -> "Segmenter":
-        """Loads model and processor from the Hub or a folder; `kwargs` go to the model (`dtype`, `device_map`, ...)."""
-        model = PGSegModel.from_pretrained(name_or_path, **kwargs)
-        return cls(model, PGSegProcessor.from_pretrained(name_or_path), options)
-
     def __call__(
         self, images: Any, labels: Sequence[str], options: SegmentationOptions | None = None
     ) -> Segmentation | list[Segmentation]:
