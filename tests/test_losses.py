@@ -17,6 +17,8 @@ from pgseg_hf.losses import (
     multi_positive_loss,
     pad_to_longest,
     rank_offset,
+    share_texts,
+    sigmoid_loss,
     sum_over_processes,
     world_size,
 )
@@ -96,6 +98,38 @@ def test_multi_positive_loss_refuses_targets_of_other_shape():
         multi_positive_loss(torch.zeros(2, 3), torch.zeros(3, 2), torch.zeros(3, 2, dtype=torch.bool))
 
 
+@given(SEEDS, st.integers(1, 5), st.integers(1, 5), st.floats(-1, 1))
+def test_sigmoid_loss_against_loops(seed, images, texts, density):
+    logits, targets = 3 * draw(seed, images, texts), draw(seed + 1, images, texts) > density
+    by_text = []
+    for column, own in zip(logits.T.tolist(), targets.T.tolist()):
+        positives = [math.log1p(math.exp(-logit)) for logit, is_own in zip(column, own) if is_own]
+        negatives = [math.log1p(math.exp(logit)) for logit, is_own in zip(column, own) if not is_own]
+        by_text.append(sum(mean(terms) for terms in (positives, negatives) if terms))
+    assert sigmoid_loss(logits, targets).item() == pytest.approx(mean(by_text))
+
+
+def test_sigmoid_loss_refuses_targets_of_other_shape():
+    with pytest.raises(
+        ValueError, match=r"text targets have shape \[3, 2\], expected images x texts = \[2, 3\]"
+    ):
+        sigmoid_loss(torch.zeros(2, 3), torch.zeros(3, 2, dtype=torch.bool))
+
+
+@given(SEEDS, st.integers(1, 5), st.lists(st.integers(0, 3), min_size=1, max_size=7))
+def test_equal_texts_become_one(seed, images, words):
+    owners = draw(seed, images, len(words)) > 0
+    embeds = torch.nn.functional.one_hot(torch.tensor(words)).double()
+    shared = share_texts(embeds, torch.tensor(words)[:, None], owners)
+    named = [row.argmax().item() for row in shared.embeds]
+    assert sorted(named) == sorted(set(words))
+    for image in range(images):
+        own = {word for word, owned in zip(words, owners[image].tolist()) if owned}
+        assert {word for word, owned in zip(named, shared.image_targets[image].tolist()) if owned} == own
+    assert shared.own.tolist() == list(range(len(named)))
+    assert torch.equal(shared.text_targets, shared.image_targets.T)
+
+
 def multi_label_by_loops(logits, mask):
     """`logits` [B, B * M] of images and all labels; absent labels take no part at all."""
     batch, count = mask.shape
@@ -160,13 +194,35 @@ def labels():
     return embeds, masks
 
 
-def model_and_inputs():
-    model = tiny_model(assignment_weight=0.2, text_prototype_weight=0.1).double()
-    inputs = {
-        "input_ids": tiny_texts(2 * BATCH, words=7),
-        "pixel_values": tiny_images(2 * BATCH).double(),
-        "label_input_ids": tiny_texts(2 * BATCH * 2, words=4, seed=1).unflatten(0, (2 * BATCH, 2)),
-    }
+# Texts of both processes by their number: repeated within and across them.
+CAPTIONS = ((0, 1, 0), (2, 1, 3))
+LABEL_TEXTS = (((4, 5), (5, 6), (4, 7)), ((5, 7), (8, 4), (6, 6)))
+SHARED_TEXTS = ((0, 1, 2, 3), (3, 0))
+SHARED_OWNERS = (((1, 0, 0, 1), (0, 1, 1, 0), (0, 0, 0, 0)), ((1, 0), (1, 1), (0, 1)))
+CASES = (
+    "info_nce",
+    "multi_positive",
+    "sigmoid",
+    "shared info_nce",
+    "shared multi_positive",
+    "shared sigmoid",
+)
+
+
+def model_and_inputs(case, ranks=(0, 1)):
+    """A model for the kind of loss, and the batch of the given processes together."""
+    kind = case.removeprefix("shared ")
+    model = tiny_model(assignment_weight=0.2, text_prototype_weight=0.1, contrastive_loss=kind).double()
+    texts = tiny_texts(9, words=7)
+    images = tiny_images(2 * BATCH).double().unflatten(0, (2, BATCH))
+    inputs = {"pixel_values": torch.cat([images[rank] for rank in ranks])}
+    if case.startswith("shared"):
+        inputs["input_ids"] = torch.cat([texts[list(SHARED_TEXTS[rank])] for rank in ranks])
+        owners = [torch.tensor(SHARED_OWNERS[rank]).bool() for rank in ranks]
+        inputs["text_targets"] = torch.block_diag(*owners).bool()
+    else:
+        inputs["input_ids"] = torch.cat([texts[list(CAPTIONS[rank])] for rank in ranks])
+        inputs["label_input_ids"] = torch.cat([texts[torch.tensor(LABEL_TEXTS[rank])] for rank in ranks])
     return with_fixed_statistics(without_noise(model)), inputs
 
 
@@ -206,11 +262,13 @@ def one_of_two_processes(rank, folder):
     result["gradients"] = {name: value.grad for name, value in parts.items()}
     result["label_gradients"] = label_embeds.grad
 
-    model, inputs = model_and_inputs()
-    output = train_once(model, {name: value[part] for name, value in inputs.items()})
-    result["loss"] = output.loss.item()
-    result["model_gradients"] = {name: value.grad for name, value in model.named_parameters()}
-    result["buffers"] = dict(model.named_buffers())
+    for case in CASES:
+        model, inputs = model_and_inputs(case, [rank])
+        result[case] = {
+            "loss": train_once(model, inputs).loss.item(),
+            "gradients": {name: value.grad for name, value in model.named_parameters()},
+            "buffers": dict(model.named_buffers()),
+        }
     torch.save(result, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -248,19 +306,44 @@ def test_losses_and_gradients_of_two_processes_are_those_of_one(two_processes):
         torch.testing.assert_close(result["label_gradients"] / 2, own)
 
 
-def test_model_in_two_processes_learns_as_in_one(two_processes):
-    model, inputs = model_and_inputs()
+@pytest.mark.parametrize("case", CASES)
+def test_model_in_two_processes_learns_as_in_one(two_processes, case):
+    model, inputs = model_and_inputs(case)
     before = {name: buffer.clone() for name, buffer in model.named_buffers() if "prototypes" in name}
     output = train_once(model, inputs)
-    assert output.multi_label_loss > 0
-    assert mean([result["loss"] for result in two_processes]) == pytest.approx(output.loss.item())
+    if "label_input_ids" in inputs:
+        assert output.multi_label_loss > 0
+    results = [result[case] for result in two_processes]
+    assert mean([result["loss"] for result in results]) == pytest.approx(output.loss.item())
     for name, parameter in model.named_parameters():
-        parts = [result["model_gradients"][name] for result in two_processes]
+        parts = [result["gradients"][name] for result in results]
         torch.testing.assert_close(mean(parts), parameter.grad, rtol=1e-6, atol=1e-9)
     buffers = dict(model.named_buffers())
     assert len(before) == 3
     for name, old in before.items():
-        first, second = (result["buffers"][name] for result in two_processes)
+        first, second = (result["buffers"][name] for result in results)
         assert torch.equal(first, second), name
         torch.testing.assert_close(first, buffers[name])
         assert not torch.equal(first, old), name
+
+
+@pytest.mark.parametrize("kind", ["multi_positive", "sigmoid"])
+def test_captions_that_repeat_are_no_negatives(kind):
+    # The same pairs, with the repeated texts written once and shared.
+    model = model_and_inputs(kind)[0].eval()
+    images, texts = tiny_images(4).double(), tiny_texts(2, words=7)
+    repeated = model(texts[[0, 1, 0, 0]], images, return_loss=True)
+    targets = torch.tensor([[1, 0], [0, 1], [1, 0], [1, 0]]).bool()
+    shared = model(texts, images, text_targets=targets, return_loss=True)
+    torch.testing.assert_close(repeated.contrastive_loss, shared.contrastive_loss)
+    plain = model(texts[[0, 1, 0, 0]], images, return_loss=True).loss
+    model.config.contrastive_loss = "info_nce"
+    assert model(texts[[0, 1, 0, 0]], images, return_loss=True).loss > plain
+
+
+def test_padding_does_not_make_texts_differ():
+    model = model_and_inputs("multi_positive")[0].eval()
+    ids = tiny_texts(2, words=3)
+    longer = model(ids[[0, 1, 0]], tiny_images(3).double(), return_loss=True)
+    shorter = model(ids[[0, 1, 0], :6], tiny_images(3).double(), return_loss=True)
+    torch.testing.assert_close(longer.contrastive_loss, shorter.contrastive_loss)

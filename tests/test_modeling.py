@@ -303,8 +303,8 @@ def test_text_prototypes_are_estimated_from_an_images_own_words(models):
     # Another caption's words, or the special tokens, do not matter to an image's text prototypes.
     model = models["corrected"]
     ids = tiny_texts(2, words=[5, 3])
-    encoded = model._encode_all_texts(ids, None, None, None)
-    tokens, mask = model._own_texts(encoded, ids, None)
+    features = model.encode_part(input_ids=ids)
+    tokens, mask = features.words, features.word_mask
     assert mask.sum(1).tolist() == [5, 3]
     assert mask[:, 0].tolist() == [False, False]
     states = model.text_model(input_ids=ids[1:]).last_hidden_state[0, 1:4]

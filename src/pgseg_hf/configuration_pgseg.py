@@ -9,6 +9,7 @@ from transformers.activations import ACT2FN
 
 NPR_VARIANTS = ("none", "released", "corrected")
 CONTRASTIVE_POOLINGS = ("mean", "groups")
+CONTRASTIVE_LOSSES = ("info_nce", "multi_positive", "sigmoid")
 
 
 def _require(condition: bool, message: str) -> None:
@@ -256,6 +257,13 @@ class PGSegConfig(PreTrainedConfig):
         contrastive_pooling (`str`, defaults to `"mean"`):
             what an image is compared with texts by: `"mean"`, the projected mean of its segment tokens (the paper's),
             or `"groups"`, the log-mean-exp over its groups of their scaled cosines (ours, a multiple-instance loss).
+        contrastive_loss (`str`, defaults to `"info_nce"`):
+            `"info_nce"`: one positive text an image (the paper's), all others are negatives; for captions that differ.
+            `"multi_positive"`: equal texts of the global batch count as one, and all texts equal to one of an image's
+            own are its positives, by a softmax with soft targets; for tags and repeated captions.
+            `"sigmoid"`: the same positives, every pair of image and text judged on its own, with one bias for all;
+            for tags, where an image has any number of them. The multi-label loss is of the same kind.
+        logit_bias_init_value (`float`, defaults to 0.0): initial bias of the sigmoid loss.
         initializer_range (`float`, defaults to 0.02): standard deviation of the initial weights.
         initializer_factor (`float`, defaults to 1.0): factor on initial standard deviations.
     """
@@ -277,6 +285,8 @@ class PGSegConfig(PreTrainedConfig):
     rejection_threshold: float | int = 0.1
     assignment_weight: float | int = 0.0
     contrastive_pooling: str = "mean"
+    contrastive_loss: str = "info_nce"
+    logit_bias_init_value: float = 0.0
     initializer_range: float = 0.02
     initializer_factor: float = 1.0
 
@@ -315,7 +325,7 @@ class PGSegConfig(PreTrainedConfig):
             self.num_text_prototypes is None or self.num_text_prototypes > 0,
             f"num_text_prototypes is {self.num_text_prototypes}, expected at least 1 or None.",
         )
-        for name in ("logit_scale_init_value", "prototype_logit_scale_init_value"):
+        for name in ("logit_scale_init_value", "prototype_logit_scale_init_value", "logit_bias_init_value"):
             _require(
                 math.isfinite(getattr(self, name)),
                 f"{name} is {getattr(self, name)}, expected a finite number.",
@@ -324,6 +334,10 @@ class PGSegConfig(PreTrainedConfig):
         _require(
             self.contrastive_pooling in CONTRASTIVE_POOLINGS,
             f"contrastive_pooling is {self.contrastive_pooling!r}, expected one of {', '.join(CONTRASTIVE_POOLINGS)}.",
+        )
+        _require(
+            self.contrastive_loss in CONTRASTIVE_LOSSES,
+            f"contrastive_loss is {self.contrastive_loss!r}, expected one of {', '.join(CONTRASTIVE_LOSSES)}.",
         )
 
 

@@ -3,6 +3,8 @@
 Shapes: B images of this process, N texts of this process, G processes.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -23,6 +25,20 @@ def gather_features(features: Tensor) -> Tensor:
     from torch.distributed.nn.functional import all_gather
 
     return torch.cat(all_gather(features.contiguous()), dim=0)
+
+
+def gather_rows(rows: Tensor) -> tuple[Tensor, int]:
+    """As [`gather_features`] where each process has its own number of rows; also the place of the first own row."""
+    if world_size() == 1:
+        return rows, 0
+    counts = torch.cat(_gather_constant(torch.tensor([len(rows)], device=rows.device))).tolist()
+    padded = torch.cat([rows, rows.new_zeros(max(counts) - len(rows), *rows.shape[1:])])
+    if rows.is_floating_point():
+        gathered = gather_features(padded).chunk(len(counts))
+    else:
+        gathered = tuple(_gather_constant(padded))
+    parts = [part[:count] for part, count in zip(gathered, counts)]
+    return torch.cat(parts), sum(counts[: dist.get_rank()])
 
 
 def sum_over_processes(values: Tensor) -> Tensor:
@@ -69,22 +85,92 @@ def info_nce(logits_per_image: Tensor, logits_per_text: Tensor) -> Tensor:
     return (image_loss + text_loss) / 2
 
 
-def multi_positive_loss(logits_per_image: Tensor, logits_per_text: Tensor, targets: Tensor) -> Tensor:
+def multi_positive_loss(
+    logits_per_image: Tensor,
+    logits_per_text: Tensor,
+    image_targets: Tensor,
+    text_targets: Tensor | None = None,
+) -> Tensor:
     """InfoNCE with several positives: soft targets spread evenly over the positives of a row.
 
     Args:
-        logits_per_image: [B, N].
-        logits_per_text: [N, B].
-        targets: bool [B, N], which texts belong to which image. A row (or column) with no positive is left out of
-            its direction.
+        logits_per_image: [B, N], this process's images against all texts.
+        logits_per_text: [M, G * B], this process's texts against all images.
+        image_targets: bool [B, N], which texts belong to which image. A row with no positive is left out.
+        text_targets: bool [M, G * B]; by default the transpose of `image_targets`.
     """
-    if targets.shape != logits_per_image.shape:
-        raise ValueError(
-            f"text targets have shape {list(targets.shape)}, expected images x texts = {list(logits_per_image.shape)}."
-        )
+    text_targets = image_targets.T if text_targets is None else text_targets
+    for name, logits, targets in (
+        ("images x texts", logits_per_image, image_targets),
+        ("texts x images", logits_per_text, text_targets),
+    ):
+        if targets.shape != logits.shape:
+            raise ValueError(
+                f"text targets have shape {list(targets.shape)}, expected {name} = {list(logits.shape)}."
+            )
     return (
-        _soft_cross_entropy(logits_per_image, targets) + _soft_cross_entropy(logits_per_text, targets.T)
+        _soft_cross_entropy(logits_per_image, image_targets)
+        + _soft_cross_entropy(logits_per_text, text_targets)
     ) / 2
+
+
+def sigmoid_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Every pair of an image and a text on its own: does the text belong to the image?
+
+    The images with a text and those without it weigh the same, and so do all texts, however frequent they are.
+    SigLIP instead sums over all pairs, with one positive a text.
+
+    Args:
+        logits: [B, N], this process's images against all texts.
+        targets: bool [B, N], which texts belong to which image.
+    """
+    if targets.shape != logits.shape:
+        raise ValueError(
+            f"text targets have shape {list(targets.shape)}, expected images x texts = {list(logits.shape)}."
+        )
+    positives = sum_over_processes(targets.sum(0).to(logits.dtype))
+    negatives = sum_over_processes((~targets).sum(0).to(logits.dtype))
+    weights = torch.where(targets, 1 / positives.clamp(min=1), 1 / negatives.clamp(min=1))
+    terms = nn.functional.softplus(torch.where(targets, -logits, logits))
+    return (weights * terms).sum() * world_size() / max(logits.shape[1], 1)
+
+
+class SharedTexts(NamedTuple):
+    """The different texts of all processes, each once, and whom they belong to.
+
+    embeds: [U, D].
+    image_targets: bool [B, U], which of them belong to this process's images.
+    own: int64 [M], those that this process answers for; over all processes each text once.
+    text_targets: bool [M, G * B], which images of all processes they belong to.
+    """
+
+    embeds: Tensor
+    image_targets: Tensor
+    own: Tensor
+    text_targets: Tensor
+
+
+def share_texts(embeds_ND: Tensor, keys_NT: Tensor, owners_BN: Tensor) -> SharedTexts:
+    """Makes equal texts one, so that an image's positives are all texts equal to one of its own.
+
+    Args:
+        embeds_ND: texts of this process; gradient flows into them.
+        keys_NT: int64, equal rows are equal texts. T is the same on all processes.
+        owners_BN: bool, which texts belong to which of this process's images.
+    """
+    keys, start = gather_rows(keys_NT)
+    embeds, _ = gather_rows(embeds_ND)
+    unique, index = torch.unique(keys, dim=0, return_inverse=True)
+    places = torch.arange(len(keys), device=keys.device)
+    first = torch.full((len(unique),), len(keys), device=keys.device).scatter_reduce(
+        0, index, places, reduce="amin"
+    )
+    image_targets = torch.zeros(len(owners_BN), len(unique), device=keys.device)
+    image_targets.index_add_(1, index[start : start + len(keys_NT)], owners_BN.to(image_targets.dtype))
+    image_targets = image_targets > 0
+    own = ((first >= start) & (first < start + len(keys_NT))).nonzero()[:, 0]
+    text_targets = torch.cat(_gather_constant(image_targets.contiguous()))[:, own].T
+    return SharedTexts(embeds[first], image_targets, own, text_targets)
 
 
 def multi_label_loss(logits_per_image: Tensor, logits_per_label: Tensor, mask_BM: Tensor) -> Tensor:

@@ -3,8 +3,7 @@
 Shapes: B batch, L image tokens of a stage's input, K groups of a stage, C width, N texts, T text tokens, D joint width.
 """
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,24 +32,19 @@ from .layers import (
     estimation_dtype,
     full_precision,
     init_prototypes,
-    move_prototypes,
-)
-from .losses import (
-    gather_features,
-    info_nce,
-    multi_label_loss,
-    multi_positive_loss,
-    pad_to_longest,
-    world_size,
 )
 from .model_cards import generate_model_card
-from .prototypes import (
-    PrototypeEstimate,
-    assignment_loss,
-    estimate_prototypes,
-    prototype_loss,
-    updated_prototypes,
+from .objective import (
+    ImageFeatures,
+    StageFeatures,
+    TextFeatures,
+    TextOwners,
+    clamped_scale,
+    compute_losses,
+    image_logits,
+    normalized,
 )
+from .prototypes import PrototypeEstimate, estimate_prototypes, updated_prototypes
 
 logger = logging.get_logger(__name__)
 
@@ -239,6 +233,7 @@ class PGSegVisionModel(PGSegPreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         output_npr: bool = False,
+        move_prototypes: bool = True,
         **kwargs: Any,
     ) -> PGSegVisionOutput:
         """Encodes images of any size of at least one patch.
@@ -248,6 +243,8 @@ class PGSegVisionModel(PGSegPreTrainedModel):
             output_attentions: return each stage's soft assignment.
             output_hidden_states: return the stages' inputs and the last output.
             output_npr: return what the prototype losses need.
+            move_prototypes: in training with gradient, move the prototypes to the mean of this batch; False where the
+                batch is a part of one, see [`~PGSegVisionModel.move_prototypes`].
 
         Raises:
             ValueError: wrong shape, images smaller than a patch, NaN or infinite pixels.
@@ -268,7 +265,8 @@ class PGSegVisionModel(PGSegPreTrainedModel):
             tokens, group_tokens, logits, losses_need = stage(tokens, group_tokens, seeds)
             hidden_states.append(tokens)
             if losses_need is not None:
-                prototypes.move(losses_need[1])
+                if move_prototypes:
+                    prototypes.move(losses_need[1])
                 npr.append(losses_need)
             if logits is not None:
                 assignment_BKL = logits.softmax(dim=1)
@@ -284,6 +282,12 @@ class PGSegVisionModel(PGSegPreTrainedModel):
             attentions=tuple(assignments) if output_attentions else None,
             npr=tuple(npr) if output_npr else None,
         )
+
+    def move_prototypes(self, prototypes: Sequence[Tensor]) -> None:
+        """Moves each grouping stage's prototypes to the mean of a batch's, [B, P, C]."""
+        stages: Any = [stage.npr for stage in self.encoder.stages if stage.npr is not None]
+        for stage, of_stage in zip(stages, prototypes):
+            stage.move(of_stage)
 
 
 def _image_sizes(pixel_values: Tensor) -> Tensor:
@@ -322,6 +326,9 @@ class PGSegModel(PGSegPreTrainedModel):
         self.visual_projection = PGSegProjection(vision_config.hidden_size, hidden, joint)
         self.text_projection = PGSegProjection(text_config.hidden_size, hidden, joint)
         self.logit_scale = nn.Parameter(torch.tensor(config.logit_scale_init_value))
+        self.logit_bias: nn.Parameter | None = None
+        if config.contrastive_loss == "sigmoid":
+            self.logit_bias = nn.Parameter(torch.tensor(config.logit_bias_init_value))
         self.prototype_logit_scale: nn.Parameter | None = None
         if config.npr_variant != "none":
             self.prototype_logit_scale = nn.Parameter(torch.tensor(config.prototype_logit_scale_init_value))
@@ -359,6 +366,8 @@ class PGSegModel(PGSegPreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, PGSegModel):
             init.constant_(module.logit_scale, self.config.logit_scale_init_value)
+            if module.logit_bias is not None:
+                init.constant_(module.logit_bias, self.config.logit_bias_init_value)
             if module.prototype_logit_scale is not None:
                 init.constant_(module.prototype_logit_scale, self.config.prototype_logit_scale_init_value)
                 module._init_text_prototypes()
@@ -439,24 +448,12 @@ class PGSegModel(PGSegPreTrainedModel):
             text_embeds: [N, D], normalised or not.
         """
         with full_precision(text_embeds.device.type):
-            text = _normalized(text_embeds)
-            images = _normalized(image_features.pooler_output)
-            segments = _normalized(image_features.segment_embeds)
-            return self._image_logits(images, segments, text), self._scale(self.logit_scale) * (
-                segments @ text.T
-            )
-
-    def _scale(self, log_scale: Tensor) -> Tensor:
-        scale = log_scale.to(estimation_dtype(log_scale.dtype)).exp()
-        return scale.clamp(max=float(self.config.max_logit_scale))
-
-    def _image_logits(self, images_BD: Tensor, segments_BKD: Tensor, text_ND: Tensor) -> Tensor:
-        """Scaled similarity [B, N] of normalised images and texts, by the configured pooling."""
-        scale = self._scale(self.logit_scale)
-        if self.config.contrastive_pooling == "mean":
-            return scale * (images_BD @ text_ND.T)
-        logits_BKN = scale * (segments_BKD @ text_ND.T)
-        return logits_BKN.logsumexp(dim=1) - math.log(logits_BKN.shape[1])
+            text = normalized(text_embeds)
+            images = normalized(image_features.pooler_output)
+            segments = normalized(image_features.segment_embeds)
+            scale = clamped_scale(self.logit_scale, self.config)
+            pooled = image_logits(images, segments, text, scale, self.config.contrastive_pooling)
+            return pooled, scale * (segments @ text.T)
 
     @can_return_tuple
     def forward(
@@ -482,8 +479,7 @@ class PGSegModel(PGSegPreTrainedModel):
             label_input_ids: [B, M, T], prompts of each image's nouns or tags, for the multi-label loss.
             label_attention_mask: [B, M, T]; a label whose mask is all 0 is absent.
             text_targets: bool [B, N], which texts belong to which image, where they are shared between images: the
-                contrastive loss then has several positives. In training on several processes all of them need the
-                same texts.
+                contrastive loss then has several positives.
             return_loss: compute the losses.
             output_attentions: return each stage's soft assignment (in `vision_model_output`).
             output_hidden_states: return the towers' hidden states.
@@ -500,55 +496,55 @@ class PGSegModel(PGSegPreTrainedModel):
             raise ValueError(
                 f"input_ids has shape {list(input_ids.shape)}; the losses need one prompt a text, [texts, length]."
             )
+        towers = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
         vision = self.get_image_features(
-            pixel_values=pixel_values,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-            output_npr=bool(return_loss),
-            return_dict=True,
+            pixel_values=pixel_values, output_npr=bool(return_loss), return_dict=True, **towers
         )
-        text = self._encode_all_texts(
-            input_ids,
-            attention_mask,
-            label_input_ids if return_loss else None,
-            label_attention_mask,
-            position_ids=position_ids,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
+        owners = TextOwners(len(input_ids), text_targets=text_targets)
+        all_ids, all_mask = input_ids, attention_mask
+        if return_loss and label_input_ids is not None:
+            all_ids, all_mask, owners.label_mask = self._with_labels(
+                input_ids, attention_mask, label_input_ids, label_attention_mask
+            )
+        # Captions and labels pass the text tower together, so that BatchNorm sees them together.
+        text, text_features = self._encode_texts(
+            all_ids, all_mask, for_losses=bool(return_loss), position_ids=position_ids, **towers
         )
-        logits_per_image, segment_logits = self.get_logits(vision, text.output.pooler_output)
+        text.pooler_output = text.pooler_output[: len(input_ids)]
+        text.last_hidden_state = text.last_hidden_state[: input_ids.shape[:-1].numel()]
+        logits_per_image, segment_logits = self.get_logits(vision, text.pooler_output)
         output = PGSegOutput(
             logits_per_image=logits_per_image,
             logits_per_text=logits_per_image.T,
             segment_logits=segment_logits,
-            image_embeds=_normalized(vision.pooler_output),
-            text_embeds=_normalized(text.output.pooler_output),
-            segment_embeds=_normalized(vision.segment_embeds),
+            image_embeds=normalized(vision.pooler_output),
+            text_embeds=normalized(text.pooler_output),
+            segment_embeds=normalized(vision.segment_embeds),
             grouping=vision.grouping,
             image_sizes=vision.image_sizes,
-            text_model_output=text.output,
+            text_model_output=text,
             vision_model_output=vision,
         )
         if return_loss:
-            self._add_losses(output, text, input_ids, text_targets)
+            losses = compute_losses(self, self._image_features(vision), text_features, owners)
+            vision.npr = None
+            output.loss = losses.total
+            output.contrastive_loss = losses.contrastive
+            output.multi_label_loss = losses.multi_label
+            output.image_prototype_loss = losses.image_prototypes
+            output.image_prototype_losses = losses.image_prototypes_by_stage
+            output.text_prototype_loss = losses.text_prototypes
+            output.assignment_loss = losses.assignment
         return output
 
-    def _encode_all_texts(
-        self,
+    @staticmethod
+    def _with_labels(
         input_ids: Tensor,
         attention_mask: Tensor | None,
-        label_input_ids: Tensor | None,
+        label_input_ids: Tensor,
         label_attention_mask: Tensor | None,
-        **kwargs: Any,
-    ) -> "_EncodedTexts":
-        """Captions and label texts in one pass of the text tower, so that BatchNorm sees them together."""
-        if label_input_ids is None:
-            output, estimate = self._encode_text(input_ids, attention_mask, **kwargs)
-            pooled, embeds = output.pooler_output, self.text_projection(output.pooler_output)
-            if input_ids.ndim == 3:
-                embeds = embeds.unflatten(0, input_ids.shape[:2]).mean(1)
-            output.pooler_output = embeds
-            return _EncodedTexts(output, pooled, estimate)
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Captions and then the labels that there are, [N, T], their attention mask, and which labels there are."""
         if label_input_ids.ndim != 3 or label_input_ids.shape[-1] != input_ids.shape[-1]:
             raise ValueError(
                 f"label_input_ids has shape {list(label_input_ids.shape)}, expected [images, labels, "
@@ -558,155 +554,57 @@ class PGSegModel(PGSegPreTrainedModel):
             label_attention_mask = torch.ones_like(label_input_ids)
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
-        mask_BM = label_attention_mask.any(-1)
-        captions = len(input_ids)
-        output, estimate = self._encode_text(
-            torch.cat([input_ids, label_input_ids[mask_BM]]),
-            torch.cat([attention_mask, label_attention_mask[mask_BM].to(attention_mask.dtype)]),
-            **kwargs,
-        )
-        pooled, embeds = output.pooler_output, self.text_projection(output.pooler_output)
-        label_pooled_BMC = pooled.new_zeros(*mask_BM.shape, pooled.shape[-1])
-        label_pooled_BMC[mask_BM] = pooled[captions:]
-        label_embeds_BMD = embeds.new_zeros(*mask_BM.shape, embeds.shape[-1])
-        label_embeds_BMD[mask_BM] = embeds[captions:]
-        output.pooler_output = embeds[:captions]
-        output.last_hidden_state = output.last_hidden_state[:captions]
-        return _EncodedTexts(output, pooled[:captions], estimate, label_embeds_BMD, label_pooled_BMC, mask_BM)
+        label_mask = label_attention_mask.any(-1)
+        ids = torch.cat([input_ids, label_input_ids[label_mask]])
+        mask = torch.cat([attention_mask, label_attention_mask[label_mask].to(attention_mask.dtype)])
+        return ids, mask, label_mask
 
-    def _add_losses(
-        self, output: PGSegOutput, text: "_EncodedTexts", input_ids: Tensor, text_targets: Tensor | None
-    ) -> None:
-        """Fills in the losses of `output`."""
-        config, vision = self.config, output.vision_model_output
-        npr, vision.npr = vision.npr, None
-        own_texts = None
-        if config.npr_variant == "corrected":
-            own_texts = self._own_texts(text, input_ids, text_targets)
-        with full_precision(output.logits_per_image.device.type):
-            output.contrastive_loss = self._contrastive_loss(output, text_targets)
-            loss = output.contrastive_loss
-            if text.label_mask is not None:
-                output.multi_label_loss = self._multi_label_loss(output, text)
-                loss = loss + config.multi_label_weight * output.multi_label_loss
-            if npr:
-                self._add_prototype_losses(output, npr)
-                output.text_prototype_loss = self._text_prototype_loss(output, npr, text, own_texts)
-                loss = loss + config.image_prototype_weight * output.image_prototype_loss
-                loss = loss + config.text_prototype_weight * output.text_prototype_loss
-                if output.assignment_loss is not None:
-                    loss = loss + config.assignment_weight * output.assignment_loss
-            output.loss = loss
-
-    def _contrastive_loss(self, output: PGSegOutput, text_targets: Tensor | None) -> Tensor:
-        if text_targets is not None:
-            return multi_positive_loss(output.logits_per_image, output.logits_per_text, text_targets.bool())
-        if world_size() == 1:
-            return info_nce(output.logits_per_image, output.logits_per_text)
-        images, segments = gather_features(output.image_embeds), gather_features(output.segment_embeds)
-        texts = gather_features(output.text_embeds)
-        return info_nce(
-            self._image_logits(output.image_embeds, output.segment_embeds, texts),
-            self._image_logits(images, segments, output.text_embeds).T,
-        )
-
-    def _multi_label_loss(self, output: PGSegOutput, text: "_EncodedTexts") -> Tensor:
-        mask_BM = pad_to_longest(text.label_mask)
-        labels = pad_to_longest(_normalized(text.label_embeds))
-        images, segments = gather_features(output.image_embeds), gather_features(output.segment_embeds)
-        return multi_label_loss(
-            self._image_logits(
-                output.image_embeds, output.segment_embeds, gather_features(labels).flatten(0, 1)
-            ),
-            self._image_logits(images, segments, labels.flatten(0, 1)).T,
-            mask_BM,
-        )
-
-    def _add_prototype_losses(self, output: PGSegOutput, npr: tuple[tuple[Tensor, ...], ...]) -> None:
-        """I-NPR of each grouping stage and, where it has a weight, the assignment term."""
-        scale = self._scale(self.prototype_logit_scale)
-        losses, assignments = [], []
-        for centers, prototypes, responsibilities, logits in npr:
-            loss, matching = prototype_loss(
-                centers.to(prototypes.dtype),
-                prototypes,
-                scale,
-                threshold=self.config.rejection_threshold,
-                variant=self.config.npr_variant,
-            )
-            losses.append(loss)
-            if self.config.assignment_weight:
-                log_assignment = logits.to(prototypes.dtype).log_softmax(dim=1)
-                assignments.append(assignment_loss(log_assignment, responsibilities, matching))
-        output.image_prototype_losses = tuple(losses)
-        output.image_prototype_loss = torch.stack(losses).sum()
-        if assignments:
-            output.assignment_loss = torch.stack(assignments).sum()
-
-    def _text_prototype_loss(
-        self,
-        output: PGSegOutput,
-        npr: tuple[tuple[Tensor, ...], ...],
-        text: "_EncodedTexts",
-        own_texts: tuple[Tensor, Tensor] | None,
-    ) -> Tensor:
-        """T-NPR between the last grouping stage and the prototypes of the texts."""
-        scale, threshold = self._scale(self.prototype_logit_scale), self.config.rejection_threshold
-        if own_texts is None:
-            centers = npr[-1][0]
-            prototypes = text.released_estimate.prototypes[: len(centers)]
-            if centers.shape[:2] != prototypes.shape[:2]:
-                shapes = f"{list(centers.shape[:2])} images x groups, {list(prototypes.shape[:2])} texts x prototypes"
-                raise ValueError(
-                    "the released text prototypes need one text an image and as many of them as the last grouping "
-                    f"stage has output groups; got {shapes}."
-                )
-            scalars = centers.to(prototypes.dtype).mean(-1, keepdim=True)
-            return prototype_loss(scalars, prototypes, scale, threshold, "released")[0]
-        tokens_BTD, mask_BT = own_texts
-        seeds = self.text_prototypes
-        mask_BP = torch.arange(seeds.shape[1], device=seeds.device) < mask_BT.sum(1, keepdim=True)
-        prototypes = estimate_prototypes(
-            tokens_BTD,
-            seeds,
-            self.config.vision_config.num_prototype_iterations,
-            token_mask_BL=mask_BT,
-            prototype_mask_BP=mask_BP,
-        ).prototypes
-        if self.training and torch.is_grad_enabled():
-            move_prototypes(seeds, prototypes, self.config.vision_config.prototype_momentum, mask_BP)
-        return prototype_loss(
-            output.segment_embeds, prototypes, scale, threshold, "corrected", prototype_mask_BP=mask_BP
-        )[0]
-
-    @torch.no_grad()
-    def _own_texts(
-        self, text: "_EncodedTexts", input_ids: Tensor, text_targets: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """What each image's text prototypes are estimated from, in the joint space by the text head's running
-        statistics: the texts of its labels where it has several, else the words of its caption.
-
-        Returns:
-            embeddings [B, T, D] in float32 or better, and which of them exist, bool [B, T].
-        """
-        words_mask = _word_mask(input_ids, self.config.text_config)
-        words = _scatter_rows(self._joint_space(text.output.last_hidden_state[words_mask]), words_mask)
-        if text_targets is not None:
-            label_mask = text_targets.bool()
-            labels = self._joint_space(text.pooled).expand(len(label_mask), -1, -1)
-            only = label_mask.long().argmax(1)
-            words, words_mask = words[only], words_mask[only] & label_mask.any(1, keepdim=True)
-        elif text.label_mask is not None:
-            label_mask, labels = text.label_mask, self._joint_space(text.label_pooled)
-        else:
-            return words, words_mask
-        by_labels = label_mask.sum(1, keepdim=True) > 1
-        mask_BT = torch.cat([label_mask & by_labels, words_mask & ~by_labels], dim=1)
-        return torch.cat([labels, words], dim=1) * mask_BT[..., None], mask_BT
+    def _encode_texts(
+        self, input_ids: Tensor, attention_mask: Tensor | None, for_losses: bool, **kwargs: Any
+    ) -> tuple[BaseModelOutputWithPooling, TextFeatures | None]:
+        """The text tower's output, `pooler_output` [N, D] projected, and what the losses need of it."""
+        output, estimate = self._encode_text(input_ids, attention_mask, **kwargs)
+        pooled, output.pooler_output = output.pooler_output, self.text_projection(output.pooler_output)
+        if input_ids.ndim == 3:
+            output.pooler_output = output.pooler_output.unflatten(0, input_ids.shape[:2]).mean(1)
+        if not for_losses:
+            return output, None
+        word_mask, has_ended = _word_mask(input_ids, self.config.text_config)
+        features = TextFeatures(output.pooler_output, input_ids.masked_fill(has_ended, -1))
+        if estimate is not None:
+            features.released_prototypes = estimate.prototypes
+        if self.config.npr_variant == "corrected":
+            with torch.no_grad():
+                features.joint = self._joint_space(pooled)
+                words = self._joint_space(output.last_hidden_state[word_mask])
+                features.words = words.new_zeros(*word_mask.shape, words.shape[-1])
+                features.words[word_mask] = words
+            features.word_mask = word_mask
+        return output, features
 
     def _joint_space(self, pooled: Tensor) -> Tensor:
         embeds = self.text_projection(pooled, use_running_stats=True)
         return embeds.to(estimation_dtype(embeds.dtype))
+
+    def _image_features(self, vision: PGSegVisionOutput) -> ImageFeatures:
+        tied = bool(self.config.assignment_weight)
+        stages = tuple(StageFeatures(*(npr if tied else npr[:2])) for npr in vision.npr or ())
+        return ImageFeatures(vision.pooler_output, vision.segment_embeds, stages)
+
+    def encode_part(
+        self,
+        pixel_values: Tensor | None = None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> ImageFeatures | TextFeatures:
+        """Features for [`~pgseg_hf.objective.compute_losses`] of some of a batch's images [B, 3, H, W], or of some of
+        its texts [N, T]; image prototypes stay where they are."""
+        if pixel_values is not None:
+            vision = self.get_image_features(
+                pixel_values=pixel_values, output_npr=True, move_prototypes=False, return_dict=True
+            )
+            return self._image_features(vision)
+        return self._encode_texts(input_ids, attention_mask, for_losses=True)[1]
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
         """As for every transformers model; a repository without a model card gets a generated one first."""
@@ -759,35 +657,12 @@ class PGSegModel(PGSegPreTrainedModel):
         return model.eval()
 
 
-@dataclass
-class _EncodedTexts:
-    """Texts as the losses need them: `output` with the projected captions, the text tower's pooled vectors before the
-    projection, and the same of the label texts, padded to [B, M, ...]."""
-
-    output: BaseModelOutputWithPooling
-    pooled: Tensor
-    released_estimate: PrototypeEstimate | None = None
-    label_embeds: Tensor | None = None
-    label_pooled: Tensor | None = None
-    label_mask: Tensor | None = None
-
-
-def _normalized(embeds: Tensor) -> Tensor:
-    return nn.functional.normalize(embeds.to(estimation_dtype(embeds.dtype)), dim=-1)
-
-
-def _word_mask(input_ids: Tensor, config: PGSegTextConfig) -> Tensor:
-    """True for the tokens of words: after the start token and before the first end token, [N, T]."""
+def _word_mask(input_ids: Tensor, config: PGSegTextConfig) -> tuple[Tensor, Tensor]:
+    """True for the tokens of words, after the start token and before the first end token, and True from there on;
+    both [N, T]."""
     is_end = torch.isin(input_ids, input_ids.new_tensor(config.eos_token_id))
-    before_end = is_end.cumsum(1) == 0
-    return before_end & input_ids.ne(config.bos_token_id)
-
-
-def _scatter_rows(rows: Tensor, mask: Tensor) -> Tensor:
-    """Rows [number of True, D] back at their places, [*mask.shape, D], zeros elsewhere."""
-    placed = rows.new_zeros(*mask.shape, rows.shape[-1])
-    placed[mask] = rows
-    return placed
+    has_ended = is_end.cumsum(1) > 0
+    return ~has_ended & input_ids.ne(config.bos_token_id), has_ended
 
 
 __all__ = [

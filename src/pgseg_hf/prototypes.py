@@ -217,8 +217,10 @@ def prototype_loss(
     prototypes_BPC = nn.functional.normalize(prototypes_BPC.detach(), dim=-1)
     similarity_BKP = centers_BKC @ prototypes_BPC.transpose(1, 2)
     if matching is None:
+        # NaN features may be matched in any way: the loss is NaN as well, which is for the training loop to handle.
+        comparable_BKP = similarity_BKP.detach().nan_to_num()
         matching = match_prototypes(
-            similarity_BKP, maximize=not released, prototype_mask_BP=prototype_mask_BP
+            comparable_BKP, maximize=not released, prototype_mask_BP=prototype_mask_BP
         )
     logits_BKP = logit_scale * similarity_BKP
     if prototype_mask_BP is not None:

@@ -1,0 +1,300 @@
+"""The training objective: from the features of a batch of images and texts to the method's losses.
+
+Features are kept apart from the towers that make them, so that a batch may be encoded in parts (gradient caching).
+Shapes: B images of this process, N texts of this process, G processes, K groups, P prototypes, T tokens, C width, D
+joint width.
+"""
+
+import math
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .layers import estimation_dtype, full_precision, move_prototypes
+from .losses import (
+    gather_features,
+    info_nce,
+    multi_label_loss,
+    multi_positive_loss,
+    pad_to_longest,
+    share_texts,
+    sigmoid_loss,
+    world_size,
+)
+from .prototypes import assignment_loss, estimate_prototypes, prototype_loss
+
+
+@dataclass
+class StageFeatures:
+    """What the prototype losses need of a grouping stage.
+
+    centers: [B, K, C]; gradient flows into them.
+    prototypes: [B, P, C], constants.
+    responsibilities: [B, L, P], constants; None where the assignment term has no weight.
+    logits: [B, K, L] of the soft assignment; None likewise.
+    """
+
+    centers: Tensor
+    prototypes: Tensor
+    responsibilities: Tensor | None = None
+    logits: Tensor | None = None
+
+
+@dataclass
+class ImageFeatures:
+    """Images in the joint space, not normalised: `embeds` [B, D], `segment_embeds` [B, K, D], and the stages' parts."""
+
+    embeds: Tensor
+    segment_embeds: Tensor
+    stages: tuple[StageFeatures, ...] = ()
+
+
+@dataclass
+class TextFeatures:
+    """Texts in the joint space.
+
+    embeds: [N, D], not normalised; gradient flows into them.
+    keys: int64 [N, T], equal rows are equal texts.
+    joint: [N, D], the same through the head's running statistics, constants; corrected variant.
+    words: [N, T, D], the tokens of words likewise.
+    word_mask: bool [N, T].
+    released_prototypes: [N, P, 1]; released variant.
+    """
+
+    embeds: Tensor
+    keys: Tensor
+    joint: Tensor | None = None
+    words: Tensor | None = None
+    word_mask: Tensor | None = None
+    released_prototypes: Tensor | None = None
+
+
+@dataclass
+class TextOwners:
+    """Which texts belong to which image.
+
+    num_captions: the first so many texts are captions, the rest the images' label texts, image by image.
+    label_mask: bool [B, M], which labels each image has.
+    text_targets: bool [B, num_captions], where captions are shared; None: caption i belongs to image i.
+    """
+
+    num_captions: int
+    label_mask: Tensor | None = None
+    text_targets: Tensor | None = None
+
+    def caption_owners(self, device: torch.device) -> Tensor:
+        """bool [B, num_captions]."""
+        if self.text_targets is not None:
+            return self.text_targets.bool()
+        return torch.eye(self.num_captions, dtype=torch.bool, device=device)
+
+    def label_owners(self) -> Tensor:
+        """bool [B, number of label texts]."""
+        images, _ = self.label_mask.nonzero(as_tuple=True)
+        return images[None, :] == torch.arange(len(self.label_mask), device=images.device)[:, None]
+
+    def at_labels(self, rows: Tensor) -> Tensor:
+        """Rows of the label texts at their places, [B, M, ...], zeros elsewhere."""
+        placed = rows.new_zeros(*self.label_mask.shape, *rows.shape[1:])
+        placed[self.label_mask] = rows
+        return placed
+
+
+@dataclass
+class Losses:
+    """Parts of the objective before their weights, and `total`, the weighted sum that is minimised."""
+
+    total: Tensor
+    contrastive: Tensor
+    multi_label: Tensor | None = None
+    image_prototypes: Tensor | None = None
+    image_prototypes_by_stage: tuple[Tensor, ...] | None = None
+    text_prototypes: Tensor | None = None
+    assignment: Tensor | None = None
+
+    def parts(self) -> dict[str, Tensor]:
+        """The parts that there are, as scalars without gradient."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value.detach() for name, value in values.items() if isinstance(value, Tensor)}
+
+
+def normalized(embeds: Tensor) -> Tensor:
+    """Unit vectors in float32 or better."""
+    return nn.functional.normalize(embeds.to(estimation_dtype(embeds.dtype)), dim=-1)
+
+
+def clamped_scale(log_scale: Tensor, config: Any) -> Tensor:
+    """The factor on cosines, in float32 or better."""
+    scale = log_scale.to(estimation_dtype(log_scale.dtype)).exp()
+    return scale.clamp(max=float(config.max_logit_scale))
+
+
+def image_logits(
+    images_BD: Tensor, segments_BKD: Tensor, text_ND: Tensor, scale: Tensor, pooling: str
+) -> Tensor:
+    """Scaled similarity [B, N] of normalised images and texts, by the configured pooling."""
+    if pooling == "mean":
+        return scale * (images_BD @ text_ND.T)
+    logits_BKN = scale * (segments_BKD @ text_ND.T)
+    return logits_BKN.logsumexp(dim=1) - math.log(logits_BKN.shape[1])
+
+
+class Objective:
+    """The losses of one global batch.
+
+    Args:
+        model: a `PGSegModel`; its configuration, scales and text prototypes are used, and in training with gradient
+            the text prototypes are moved.
+        images, texts, owners: the features of this process's batch and which texts belong to which image.
+    """
+
+    def __init__(self, model: Any, images: ImageFeatures, texts: TextFeatures, owners: TextOwners):
+        self.model, self.config = model, model.config
+        self.images, self.texts, self.owners = images, texts, owners
+        self.embeds = normalized(images.embeds)
+        self.segments = normalized(images.segment_embeds)
+        self.scale = clamped_scale(model.logit_scale, self.config)
+
+    def __call__(self) -> Losses:
+        config, count = self.config, self.owners.num_captions
+        texts = normalized(self.texts.embeds)
+        contrastive = self._captions_loss(texts[:count])
+        losses = Losses(contrastive, contrastive)
+        if self.owners.label_mask is not None:
+            losses.multi_label = self._labels_loss(texts[count:])
+            losses.total = losses.total + config.multi_label_weight * losses.multi_label
+        if self.images.stages:
+            self._add_prototype_losses(losses)
+            losses.text_prototypes = self._text_prototype_loss()
+            losses.total = losses.total + config.image_prototype_weight * losses.image_prototypes
+            losses.total = losses.total + config.text_prototype_weight * losses.text_prototypes
+            if losses.assignment is not None:
+                losses.total = losses.total + config.assignment_weight * losses.assignment
+        return losses
+
+    def _logits(self, images_BD: Tensor, segments_BKD: Tensor, text_ND: Tensor) -> Tensor:
+        return image_logits(images_BD, segments_BKD, text_ND, self.scale, self.config.contrastive_pooling)
+
+    def _captions_loss(self, texts_ND: Tensor) -> Tensor:
+        if self.config.contrastive_loss != "info_nce" or self.owners.text_targets is not None:
+            owners_BN = self.owners.caption_owners(texts_ND.device)
+            return self._shared_texts_loss(texts_ND, self.texts.keys[: len(texts_ND)], owners_BN)
+        if world_size() == 1:
+            logits = self._logits(self.embeds, self.segments, texts_ND)
+            return info_nce(logits, logits.T)
+        images, segments = gather_features(self.embeds), gather_features(self.segments)
+        return info_nce(
+            self._logits(self.embeds, self.segments, gather_features(texts_ND)),
+            self._logits(images, segments, texts_ND).T,
+        )
+
+    def _labels_loss(self, texts_ND: Tensor) -> Tensor:
+        if self.config.contrastive_loss != "info_nce":
+            keys_NT = self.texts.keys[self.owners.num_captions :]
+            return self._shared_texts_loss(texts_ND, keys_NT, self.owners.label_owners())
+        labels_BMD = pad_to_longest(self.owners.at_labels(texts_ND))
+        images, segments = gather_features(self.embeds), gather_features(self.segments)
+        return multi_label_loss(
+            self._logits(self.embeds, self.segments, gather_features(labels_BMD).flatten(0, 1)),
+            self._logits(images, segments, labels_BMD.flatten(0, 1)).T,
+            pad_to_longest(self.owners.label_mask),
+        )
+
+    def _shared_texts_loss(self, texts_ND: Tensor, keys_NT: Tensor, owners_BN: Tensor) -> Tensor:
+        """Equal texts of the global batch count as one, which may belong to many images."""
+        shared = share_texts(texts_ND, pad_to_longest(keys_NT), owners_BN)
+        logits_BU = self._logits(self.embeds, self.segments, shared.embeds)
+        if self.config.contrastive_loss == "sigmoid":
+            return sigmoid_loss(logits_BU + self.model.logit_bias, shared.image_targets)
+        images, segments = gather_features(self.embeds), gather_features(self.segments)
+        logits_per_text = self._logits(images, segments, shared.embeds[shared.own]).T
+        return multi_positive_loss(logits_BU, logits_per_text, shared.image_targets, shared.text_targets)
+
+    def _prototype_scale(self) -> Tensor:
+        return clamped_scale(self.model.prototype_logit_scale, self.config)
+
+    def _add_prototype_losses(self, losses: Losses) -> None:
+        """I-NPR of each grouping stage and, where it has a weight, the assignment term."""
+        by_stage, assignments = [], []
+        for stage in self.images.stages:
+            loss, matching = prototype_loss(
+                stage.centers.to(stage.prototypes.dtype),
+                stage.prototypes,
+                self._prototype_scale(),
+                threshold=self.config.rejection_threshold,
+                variant=self.config.npr_variant,
+            )
+            by_stage.append(loss)
+            if stage.logits is not None and stage.responsibilities is not None:
+                log_assignment = stage.logits.to(stage.prototypes.dtype).log_softmax(dim=1)
+                assignments.append(assignment_loss(log_assignment, stage.responsibilities, matching))
+        losses.image_prototypes_by_stage = tuple(by_stage)
+        losses.image_prototypes = torch.stack(by_stage).sum()
+        if assignments:
+            losses.assignment = torch.stack(assignments).sum()
+
+    def _text_prototype_loss(self) -> Tensor:
+        """T-NPR between the last grouping stage and the prototypes of the texts."""
+        if self.config.npr_variant == "released":
+            return self._released_text_prototype_loss()
+        tokens_BTD, mask_BT = self._own_texts()
+        seeds, vision = self.model.text_prototypes, self.config.vision_config
+        mask_BP = torch.arange(seeds.shape[1], device=seeds.device) < mask_BT.sum(1, keepdim=True)
+        prototypes = estimate_prototypes(
+            tokens_BTD,
+            seeds,
+            vision.num_prototype_iterations,
+            token_mask_BL=mask_BT,
+            prototype_mask_BP=mask_BP,
+        ).prototypes
+        if self.model.training and torch.is_grad_enabled():
+            move_prototypes(seeds, prototypes, vision.prototype_momentum, mask_BP)
+        threshold = self.config.rejection_threshold
+        return prototype_loss(
+            self.segments,
+            prototypes,
+            self._prototype_scale(),
+            threshold,
+            "corrected",
+            prototype_mask_BP=mask_BP,
+        )[0]
+
+    def _released_text_prototype_loss(self) -> Tensor:
+        centers = self.images.stages[-1].centers
+        prototypes = self.texts.released_prototypes[: len(centers)]
+        if centers.shape[:2] != prototypes.shape[:2]:
+            raise ValueError(
+                "the released text prototypes need one text an image and as many of them as the last grouping stage "
+                f"has output groups; got {list(centers.shape[:2])} images x groups, {list(prototypes.shape[:2])} "
+                "texts x prototypes."
+            )
+        scalars = centers.to(prototypes.dtype).mean(-1, keepdim=True)
+        threshold = self.config.rejection_threshold
+        return prototype_loss(scalars, prototypes, self._prototype_scale(), threshold, "released")[0]
+
+    def _own_texts(self) -> tuple[Tensor, Tensor]:
+        """What each image's text prototypes are estimated from: the texts of its labels where it has several, else the
+        words of its caption. Constants [B, ., D] and which of them exist, bool [B, .]."""
+        owners, texts, count = self.owners, self.texts, self.owners.num_captions
+        words, words_mask = texts.words[:count], texts.word_mask[:count]
+        if owners.text_targets is not None:
+            targets = owners.text_targets.bool()
+            most = max(int(targets.sum(1).max()), 1)
+            own = targets.long().argsort(dim=1, descending=True, stable=True)[:, :most]
+            label_mask, labels = targets.gather(1, own), texts.joint[own]
+            words, words_mask = words[own[:, 0]], words_mask[own[:, 0]] & label_mask[:, :1]
+        elif owners.label_mask is not None:
+            label_mask, labels = owners.label_mask, owners.at_labels(texts.joint[count:])
+        else:
+            return words, words_mask
+        by_labels = label_mask.sum(1, keepdim=True) > 1
+        mask_BT = torch.cat([label_mask & by_labels, words_mask & ~by_labels], dim=1)
+        return torch.cat([labels, words], dim=1) * mask_BT[..., None], mask_BT
+
+
+def compute_losses(model: Any, images: ImageFeatures, texts: TextFeatures, owners: TextOwners) -> Losses:
+    """The losses of one global batch in float32 or better; see [`Objective`]."""
+    with full_precision(images.embeds.device.type):
+        return Objective(model, images, texts, owners)()
