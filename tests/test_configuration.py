@@ -73,6 +73,11 @@ JOINT_ERRORS = [
     ({"assignment_weight": -1}, "assignment_weight is -1"),
     ({"num_text_prototypes": 0}, "num_text_prototypes is 0"),
     ({"rejection_threshold": 1.1}, "rejection_threshold is 1.1"),
+    (
+        {"contrastive_loss": "clip"},
+        "contrastive_loss is 'clip', expected one of info_nce, multi_positive, sigmoid",
+    ),
+    ({"logit_bias_init_value": float("inf")}, "logit_bias_init_value is inf"),
     ({"contrastive_pooling": "max"}, "contrastive_pooling is 'max', expected one of mean, groups"),
     ({"npr_variant": "paper"}, "npr_variant is 'paper', expected one of none, released, corrected"),
 ]

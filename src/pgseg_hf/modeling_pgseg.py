@@ -500,11 +500,10 @@ class PGSegModel(PGSegPreTrainedModel):
         vision = self.get_image_features(
             pixel_values=pixel_values, output_npr=bool(return_loss), return_dict=True, **towers
         )
-        owners = TextOwners(len(input_ids), text_targets=text_targets)
-        all_ids, all_mask = input_ids, attention_mask
-        if return_loss and label_input_ids is not None:
-            all_ids, all_mask, owners.label_mask = self._with_labels(
-                input_ids, attention_mask, label_input_ids, label_attention_mask
+        all_ids, all_mask, owners = input_ids, attention_mask, None
+        if return_loss:
+            all_ids, all_mask, owners = self.gather_texts(
+                input_ids, attention_mask, label_input_ids, label_attention_mask, text_targets
             )
         # Captions and labels pass the text tower together, so that BatchNorm sees them together.
         text, text_features = self._encode_texts(
@@ -538,13 +537,18 @@ class PGSegModel(PGSegPreTrainedModel):
         return output
 
     @staticmethod
-    def _with_labels(
+    def gather_texts(
         input_ids: Tensor,
-        attention_mask: Tensor | None,
-        label_input_ids: Tensor,
-        label_attention_mask: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Captions and then the labels that there are, [N, T], their attention mask, and which labels there are."""
+        attention_mask: Tensor | None = None,
+        label_input_ids: Tensor | None = None,
+        label_attention_mask: Tensor | None = None,
+        text_targets: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None, TextOwners]:
+        """The captions and then the label texts of a batch, [N, T], their attention mask, and whom they belong to;
+        arguments as in `forward`."""
+        owners = TextOwners(len(input_ids), text_targets=text_targets)
+        if label_input_ids is None:
+            return input_ids, attention_mask, owners
         if label_input_ids.ndim != 3 or label_input_ids.shape[-1] != input_ids.shape[-1]:
             raise ValueError(
                 f"label_input_ids has shape {list(label_input_ids.shape)}, expected [images, labels, "
@@ -554,10 +558,10 @@ class PGSegModel(PGSegPreTrainedModel):
             label_attention_mask = torch.ones_like(label_input_ids)
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
-        label_mask = label_attention_mask.any(-1)
-        ids = torch.cat([input_ids, label_input_ids[label_mask]])
-        mask = torch.cat([attention_mask, label_attention_mask[label_mask].to(attention_mask.dtype)])
-        return ids, mask, label_mask
+        owners.label_mask = present = label_attention_mask.any(-1)
+        ids = torch.cat([input_ids, label_input_ids[present]])
+        mask = torch.cat([attention_mask, label_attention_mask[present].to(attention_mask.dtype)])
+        return ids, mask, owners
 
     def _encode_texts(
         self, input_ids: Tensor, attention_mask: Tensor | None, for_losses: bool, **kwargs: Any

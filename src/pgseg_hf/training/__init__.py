@@ -1,0 +1,1 @@
+"""Training on image-text pairs: data, losses' gradients in chunks, schedules, checkpoints. Needs `pgseg-hf[train]`."""

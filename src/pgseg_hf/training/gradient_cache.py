@@ -1,0 +1,196 @@
+"""Gradients of a large contrastive batch in the memory of a small one (gradient caching).
+
+The images and texts of a batch are encoded in chunks without a graph, the losses of the whole batch give the gradient
+of every feature, and each chunk is encoded once more, with its recorded randomness, to carry that gradient to the
+weights. The result is the gradient of the one large batch. What differs is BatchNorm in the heads: it normalises each
+chunk by the chunk's own statistics, as it would each process of a distributed run, and its running statistics move by
+the mean of the chunks' statistics once a batch. Image prototypes move once a batch, to the mean over all of it.
+
+Source: Gao et al., "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup", 2021.
+"""
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, fields, replace
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..losses import world_size
+from ..modeling_pgseg import PGSegModel
+from ..objective import compute_losses
+
+# Buffers that a forward in training changes.
+MOVING_BUFFERS = ("running_mean", "running_var", "released_text_prototypes")
+# Features that the losses have a gradient for; the others are constants.
+DIFFERENTIABLE = frozenset({"embeds", "segment_embeds", "centers", "logits"})
+
+
+def split_evenly(count: int, chunk_size: int) -> list[slice]:
+    """Chunks of about `chunk_size` rows; none of a single row, which BatchNorm cannot normalise, if that can be."""
+    parts = -(-count // chunk_size)
+    if count // max(parts, 1) < 2:
+        parts = max(count // 2, 1)
+    bounds = [count * part // parts for part in range(parts + 1)]
+    return [slice(start, end) for start, end in pairwise(bounds)]
+
+
+@dataclass
+class _Chunk:
+    inputs: dict[str, Any]
+    share: float
+    random_states: list[Tensor]
+
+
+class GradientCache:
+    """Losses and gradients of batches of any size in the memory of `chunk_size` images or texts.
+
+    Args:
+        model: in training mode; not wrapped for distributed training. With several processes call
+            [`average_gradients`] afterwards.
+        chunk_size: images, and texts, that are encoded at a time.
+        autocast: makes the context of mixed precision.
+    """
+
+    def __init__(
+        self,
+        model: PGSegModel,
+        chunk_size: int,
+        autocast: Callable[[], AbstractContextManager] = nullcontext,
+    ):
+        if chunk_size < 2:
+            raise ValueError(f"chunk_size is {chunk_size}, expected at least 2 for BatchNorm.")
+        self.model, self.chunk_size, self.autocast = model, chunk_size, autocast
+
+    def backward(
+        self, inputs: dict[str, Tensor], backward: Callable[[Tensor], None] = torch.Tensor.backward
+    ) -> dict[str, Tensor]:
+        """Adds the gradient of the batch's total loss to the weights.
+
+        Args:
+            inputs: as for `PGSegModel.forward`, of this process.
+            backward: runs the backward pass of a scalar; `accelerator.backward` scales it for float16.
+
+        Returns:
+            the parts of the loss of the whole batch (see `Losses`). Where the total is not finite there is no second
+            pass, and only the scales have a gradient.
+        """
+        model, device = self.model, inputs["pixel_values"].device
+        texts = {name: value for name, value in inputs.items() if name not in ("pixel_values", "return_loss")}
+        ids, mask, owners = model.gather_texts(**texts)
+        image_chunks = self._chunks({"pixel_values": inputs["pixel_values"]})
+        text_chunks = self._chunks({"input_ids": ids, "attention_mask": mask})
+        buffers = {name: value for name, value in model.named_buffers() if name.endswith(MOVING_BUFFERS)}
+        start = {name: value.clone() for name, value in buffers.items()}
+
+        def encode(chunk: _Chunk) -> Any:
+            for name, value in buffers.items():
+                value.copy_(start[name])
+            with self.autocast():
+                return model.encode_part(**chunk.inputs)
+
+        features = []
+        for chunk in image_chunks + text_chunks:
+            chunk.random_states = _random_states(device)
+            with torch.no_grad():
+                features.append(_as_leaves(encode(chunk)))
+        count = len(image_chunks)
+        all_images, all_texts = _concatenated(features[:count]), _concatenated(features[count:])
+        losses = compute_losses(model, all_images, all_texts, owners)
+        backward(losses.total)
+        if losses.total.isfinite():
+            moved = {name: torch.zeros_like(value) for name, value in start.items()}
+            for chunk, leaves in zip(image_chunks + text_chunks, features):
+                _set_random_states(chunk.random_states, device)
+                outputs = list(_differentiable(encode(chunk)))
+                gradients = [leaf.grad for leaf in _differentiable(leaves)]
+                used = [(out, grad) for out, grad in zip(outputs, gradients) if grad is not None]
+                torch.autograd.backward([out for out, _ in used], [grad for _, grad in used])
+                for name, value in buffers.items():
+                    moved[name] += chunk.share * (value - start[name])
+            for name, value in buffers.items():
+                value.copy_(start[name] + moved[name])
+            if model.config.npr_variant == "corrected":
+                model.vision_model.move_prototypes([stage.prototypes for stage in all_images.stages])
+        return losses.parts()
+
+    def _chunks(self, tensors: dict[str, Tensor | None]) -> list[_Chunk]:
+        count = max(len(value) for value in tensors.values() if value is not None)
+        chunks = []
+        for rows in split_evenly(count, self.chunk_size):
+            inputs = {name: None if value is None else value[rows] for name, value in tensors.items()}
+            chunks.append(_Chunk(inputs, (rows.stop - rows.start) / count, []))
+        return chunks
+
+
+def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """The mean of all processes' gradients; a weight without one counts as 0."""
+    if world_size() == 1:
+        return
+    pending = []
+    for parameter in parameters:
+        if parameter.requires_grad:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            parameter.grad /= world_size()
+            pending.append(dist.all_reduce(parameter.grad, async_op=True))
+    for work in pending:
+        work.wait()
+
+
+def _random_states(device: torch.device) -> list[Tensor]:
+    states = [torch.get_rng_state()]
+    if device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(device))
+    return states
+
+
+def _set_random_states(states: list[Tensor], device: torch.device) -> None:
+    torch.set_rng_state(states[0])
+    if len(states) > 1:
+        torch.cuda.set_rng_state(states[1], device)
+
+
+def _map_tensors(function: Callable[[str, Tensor], Tensor], features: Any) -> Any:
+    """The same dataclass of features with `function(name, tensor)` in place of each tensor."""
+    changed: dict[str, Any] = {}
+    for field in fields(features):
+        value = getattr(features, field.name)
+        if isinstance(value, Tensor):
+            changed[field.name] = function(field.name, value)
+        elif isinstance(value, tuple):
+            changed[field.name] = tuple(_map_tensors(function, part) for part in value)
+    return replace(features, **changed)
+
+
+def _as_leaves(features: Any) -> Any:
+    def leaf(name: str, value: Tensor) -> Tensor:
+        return value.detach().requires_grad_(name in DIFFERENTIABLE)
+
+    return _map_tensors(leaf, features)
+
+
+def _differentiable(features: Any) -> Iterable[Tensor]:
+    for field in fields(features):
+        value = getattr(features, field.name)
+        if isinstance(value, tuple):
+            for part in value:
+                yield from _differentiable(part)
+        elif field.name in DIFFERENTIABLE and value is not None:
+            yield value
+
+
+def _concatenated(parts: list[Any]) -> Any:
+    """One dataclass of features from those of all chunks."""
+    first: Any = parts[0]
+    if isinstance(first, Tensor):
+        return torch.cat(parts)
+    if isinstance(first, tuple):
+        return tuple(_concatenated(list(of_stage)) for of_stage in zip(*parts))
+    if first is None:
+        return None
+    names = [field.name for field in fields(first)]
+    return replace(first, **{name: _concatenated([getattr(part, name) for part in parts]) for name in names})

@@ -1,0 +1,32 @@
+"""What every source of training data yields."""
+
+from dataclasses import dataclass, field
+
+from ..images import ImageSource
+
+
+@dataclass
+class Record:
+    """One picture with its texts, not decoded yet.
+
+    Args:
+        image: path, address, bytes or PIL image, whatever `load_image` takes.
+        captions: sentences, used as they are; may be empty.
+        tags: words or phrases without a template; may be empty.
+        mask: label map of the picture's size, or None; only ever used to tell which tags a crop has.
+        name: what messages call the record.
+    """
+
+    image: ImageSource
+    captions: list[str] = field(default_factory=list)
+    tags: list[str] = field(default_factory=list)
+    mask: ImageSource | None = None
+    name: str = ""
+
+
+class UnusableRecord(ValueError):
+    """A record that cannot be trained on; `reason` is the short name that it is counted under."""
+
+    def __init__(self, reason: str, message: str):
+        super().__init__(message)
+        self.reason = reason
