@@ -264,6 +264,9 @@ class PGSegConfig(PreTrainedConfig):
             `"sigmoid"`: the same positives, every pair of image and text judged on its own, with one bias for all;
             for tags, where an image has any number of them. The multi-label loss is of the same kind.
         logit_bias_init_value (`float`, defaults to 0.0): initial bias of the sigmoid loss.
+        guard_text_prototypes (`bool`, defaults to `False`):
+            for training the released variant: leave its text prototype loss out of the total where it is not finite,
+            and cut its gradient to the group centres, which is 0 but for rounding, amplified to any size.
         initializer_range (`float`, defaults to 0.02): standard deviation of the initial weights.
         initializer_factor (`float`, defaults to 1.0): factor on initial standard deviations.
     """
@@ -287,6 +290,7 @@ class PGSegConfig(PreTrainedConfig):
     contrastive_pooling: str = "mean"
     contrastive_loss: str = "info_nce"
     logit_bias_init_value: float = 0.0
+    guard_text_prototypes: bool = False
     initializer_range: float = 0.02
     initializer_factor: float = 1.0
 

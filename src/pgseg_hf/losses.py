@@ -3,7 +3,7 @@
 Shapes: B images of this process, N texts of this process, G processes.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -20,11 +20,20 @@ def world_size() -> int:
 
 def gather_features(features: Tensor) -> Tensor:
     """Features of all processes, [G * N, ...], in the order of ranks, with gradient to every process's part."""
-    if world_size() == 1:
-        return features
-    from torch.distributed.nn.functional import all_gather
+    return features if world_size() == 1 else _GatherWithGradient.apply(features)
 
-    return torch.cat(all_gather(features.contiguous()), dim=0)
+
+class _GatherWithGradient(torch.autograd.Function):
+    """Concatenation over processes; backward, each process's part gets the sum of all processes' gradients for it."""
+
+    @staticmethod
+    def forward(ctx: Any, features: Tensor) -> Tensor:
+        return torch.cat(_gather_constant(features))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        summed = sum_over_processes(gradients[0])
+        return summed.chunk(world_size())[dist.get_rank()]
 
 
 def gather_rows(rows: Tensor) -> tuple[Tensor, int]:

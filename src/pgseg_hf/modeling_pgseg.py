@@ -530,9 +530,9 @@ class PGSegModel(PGSegPreTrainedModel):
             output.loss = losses.total
             output.contrastive_loss = losses.contrastive
             output.multi_label_loss = losses.multi_label
-            output.image_prototype_loss = losses.image_prototypes
-            output.image_prototype_losses = losses.image_prototypes_by_stage
-            output.text_prototype_loss = losses.text_prototypes
+            output.image_prototype_loss = losses.image_prototype
+            output.image_prototype_losses = losses.image_prototype_by_stage
+            output.text_prototype_loss = losses.text_prototype
             output.assignment_loss = losses.assignment
         return output
 

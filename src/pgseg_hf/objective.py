@@ -109,9 +109,9 @@ class Losses:
     total: Tensor
     contrastive: Tensor
     multi_label: Tensor | None = None
-    image_prototypes: Tensor | None = None
-    image_prototypes_by_stage: tuple[Tensor, ...] | None = None
-    text_prototypes: Tensor | None = None
+    image_prototype: Tensor | None = None
+    image_prototype_by_stage: tuple[Tensor, ...] | None = None
+    text_prototype: Tensor | None = None
     assignment: Tensor | None = None
 
     def parts(self) -> dict[str, Tensor]:
@@ -167,9 +167,12 @@ class Objective:
             losses.total = losses.total + config.multi_label_weight * losses.multi_label
         if self.images.stages:
             self._add_prototype_losses(losses)
-            losses.text_prototypes = self._text_prototype_loss()
-            losses.total = losses.total + config.image_prototype_weight * losses.image_prototypes
-            losses.total = losses.total + config.text_prototype_weight * losses.text_prototypes
+            losses.text_prototype = self._text_prototype_loss()
+            losses.total = losses.total + config.image_prototype_weight * losses.image_prototype
+            text_prototype = losses.text_prototype
+            if config.guard_text_prototypes:
+                text_prototype = torch.where(text_prototype.isfinite(), text_prototype, 0.0)
+            losses.total = losses.total + config.text_prototype_weight * text_prototype
             if losses.assignment is not None:
                 losses.total = losses.total + config.assignment_weight * losses.assignment
         return losses
@@ -230,8 +233,8 @@ class Objective:
             if stage.logits is not None and stage.responsibilities is not None:
                 log_assignment = stage.logits.to(stage.prototypes.dtype).log_softmax(dim=1)
                 assignments.append(assignment_loss(log_assignment, stage.responsibilities, matching))
-        losses.image_prototypes_by_stage = tuple(by_stage)
-        losses.image_prototypes = torch.stack(by_stage).sum()
+        losses.image_prototype_by_stage = tuple(by_stage)
+        losses.image_prototype = torch.stack(by_stage).sum()
         if assignments:
             losses.assignment = torch.stack(assignments).sum()
 
@@ -271,6 +274,8 @@ class Objective:
                 "texts x prototypes."
             )
         scalars = centers.to(prototypes.dtype).mean(-1, keepdim=True)
+        if self.config.guard_text_prototypes:
+            scalars = scalars.detach()
         threshold = self.config.rejection_threshold
         return prototype_loss(scalars, prototypes, self._prototype_scale(), threshold, "released")[0]
 
