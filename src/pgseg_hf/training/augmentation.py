@@ -1,0 +1,242 @@
+"""Random crops and colours of training pictures, on Pillow and NumPy alone."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageFilter
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+Box = tuple[float, float, float, float]
+"""Left, top, right, bottom in pixels."""
+
+INTERPOLATIONS = {resampling.name.lower(): resampling for resampling in Image.Resampling}
+
+CROP_TRIES = 10
+# Random erasing as it is commonly set: share of the picture, and width over height.
+ERASED_SCALE = (0.02, 0.33)
+ERASED_RATIO = (0.3, 3.3)
+# Radius of the blur in pixels of a 224-pixel picture (SimCLR).
+BLUR_RADIUS = (0.1, 2.0)
+GREY_WEIGHTS = np.array([0.299, 0.587, 0.114], dtype=np.float32)
+
+
+@dataclass
+class AugmentationOptions:
+    """How training pictures are varied. The defaults are the paper's: random crops of 224 pixels, mirrored or not.
+
+    Args:
+        image_size: side of the result in pixels.
+        min_scale, max_scale: share of the photo that a crop covers, see `random_resized_box`.
+        min_ratio, max_ratio: width over height of a crop.
+        crop_sides: if given, crops are square instead, with a side drawn uniformly between these two lengths in
+            pixels of the photo scaled to `short_side`.
+        short_side: short side in pixels that `crop_sides` are meant for. Segmentation should see photos at this size.
+        horizontal_flip: probability of mirroring.
+        color_jitter: how far the factors of brightness, contrast and saturation lie from 1 at most.
+        grayscale, blur, erasing: probabilities of taking away all colour, of a Gaussian blur, and of a rectangle
+            being overwritten with the mean colour.
+        interpolation: Pillow's name of a resampling filter.
+        image_mean, image_std: of the pixels between 0 and 1, by channel.
+
+    Raises:
+        ValueError: naming the field that makes no sense.
+    """
+
+    image_size: int = 224
+    min_scale: float = 0.08
+    max_scale: float = 1.0
+    min_ratio: float = 3 / 4
+    max_ratio: float = 4 / 3
+    crop_sides: tuple[float, float] | None = None
+    short_side: int = 192
+    horizontal_flip: float = 0.5
+    color_jitter: float = 0.0
+    grayscale: float = 0.0
+    blur: float = 0.0
+    erasing: float = 0.0
+    interpolation: str = "bilinear"
+    image_mean: Sequence[float] = tuple(IMAGENET_DEFAULT_MEAN)
+    image_std: Sequence[float] = tuple(IMAGENET_DEFAULT_STD)
+
+    def __post_init__(self) -> None:
+        if self.image_size < 1:
+            raise ValueError(f"image_size is {self.image_size}, expected at least 1 pixel.")
+        if not 0 < self.min_scale <= self.max_scale <= 1:
+            raise ValueError(
+                f"min_scale and max_scale are {self.min_scale} and {self.max_scale}, expected shares of the photo "
+                "with 0 < min_scale <= max_scale <= 1."
+            )
+        if not 0 < self.min_ratio <= self.max_ratio:
+            raise ValueError(
+                f"min_ratio and max_ratio are {self.min_ratio} and {self.max_ratio}, expected "
+                "0 < min_ratio <= max_ratio (width over height)."
+            )
+        if self.crop_sides is not None:
+            self._check_crop_sides(self.crop_sides)
+        for name in ("horizontal_flip", "color_jitter", "grayscale", "blur", "erasing"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected a number between 0 and 1.")
+        if self.interpolation not in INTERPOLATIONS:
+            raise ValueError(
+                f"interpolation is {self.interpolation!r}, expected one of {', '.join(INTERPOLATIONS)}."
+            )
+        if len(self.image_mean) != 3 or len(self.image_std) != 3 or min(self.image_std) <= 0:
+            raise ValueError(
+                f"image_mean and image_std are {self.image_mean} and {self.image_std}, expected three numbers each, "
+                "those of image_std above 0."
+            )
+
+    def _check_crop_sides(self, sides: Sequence[float]) -> None:
+        if len(sides) != 2 or not 0 < sides[0] <= sides[1] or sides[0] > self.short_side:
+            raise ValueError(
+                f"crop_sides are {sides}, expected a smallest and a largest side in pixels, the smallest not above "
+                f"short_side ({self.short_side})."
+            )
+
+
+@dataclass(frozen=True)
+class Crop:
+    """The part of a photo that is seen: `box` within a photo of `size` (width, height), mirrored if `flip` is set."""
+
+    size: tuple[int, int]
+    box: Box
+    flip: bool
+
+
+class Augmentation:
+    """Random crops as in `AugmentationOptions`.
+
+    The steps can be called one by one where the crop has to be known before the pixels are needed.
+    """
+
+    def __init__(self, options: AugmentationOptions | None = None):
+        self.options = options = options or AugmentationOptions()
+        self._resample = INTERPOLATIONS[options.interpolation]
+        std = np.array(options.image_std, dtype=np.float32)[:, None, None]
+        self._scale = 1 / (255 * std)
+        self._shift = -np.array(options.image_mean, dtype=np.float32)[:, None, None] / std
+
+    def __call__(
+        self, image: Image.Image, rng: np.random.Generator, mask: Image.Image | None = None
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """Varies one picture.
+
+        Args:
+            image: RGB, of any size.
+            rng: where all chance comes from.
+            mask: label map (mode L) of the same size, cropped and mirrored alike with the nearest pixel.
+
+        Returns:
+            pixels float32 [3, S, S], normalised, and the mask uint8 [S, S] or None.
+
+        Raises:
+            ValueError: the mask has another size.
+        """
+        crop = self.draw_crop(image.size, rng)
+        cut_mask = None if mask is None else self.crop_mask(mask, crop)
+        return self.crop_pixels(image, crop, rng), cut_mask
+
+    def draw_crop(self, size: tuple[int, int], rng: np.random.Generator) -> Crop:
+        """A random crop of a photo of `size` (width, height)."""
+        options = self.options
+        box: Box
+        if options.crop_sides is None:
+            scale, ratio = (options.min_scale, options.max_scale), (options.min_ratio, options.max_ratio)
+            box = random_resized_box(size, scale, ratio, rng)
+        else:
+            box = random_square_box(size, options.crop_sides, options.short_side, rng)
+        return Crop(size, box, bool(rng.random() < options.horizontal_flip))
+
+    def crop_pixels(self, image: Image.Image, crop: Crop, rng: np.random.Generator) -> np.ndarray:
+        """The crop of an RGB image with random colours, normalised: float32 [3, S, S]."""
+        options = self.options
+        picture = self._cut(image, crop, self._resample)
+        if options.blur and rng.random() < options.blur:
+            radius = rng.uniform(*BLUR_RADIUS) * options.image_size / 224
+            picture = picture.filter(ImageFilter.GaussianBlur(radius))
+        pixels = np.empty((3, options.image_size, options.image_size), dtype=np.float32)
+        pixels[...] = np.asarray(picture).transpose(2, 0, 1)
+        if options.color_jitter or options.grayscale:
+            self._vary_colors(pixels, rng)
+        pixels *= self._scale
+        pixels += self._shift
+        if options.erasing and rng.random() < options.erasing:
+            left, top, right, bottom = random_resized_box(picture.size, ERASED_SCALE, ERASED_RATIO, rng)
+            pixels[:, top:bottom, left:right] = 0
+        return pixels
+
+    def crop_mask(self, mask: Image.Image, crop: Crop) -> np.ndarray:
+        """The same crop of a label map (mode L): uint8 [S, S]. Erased pixels keep their label."""
+        return np.array(self._cut(mask, crop, Image.Resampling.NEAREST))
+
+    def _cut(self, image: Image.Image, crop: Crop, resample: Image.Resampling) -> Image.Image:
+        if image.size != crop.size:
+            raise ValueError(
+                f"the picture or mask has {image.size[0]} x {image.size[1]} pixels, the crop is one of "
+                f"{crop.size[0]} x {crop.size[1]}: a mask needs the size of its picture."
+            )
+        side = self.options.image_size
+        cut = image.resize((side, side), resample, box=crop.box, reducing_gap=2.0)
+        return cut.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if crop.flip else cut
+
+    def _vary_colors(self, pixels: np.ndarray, rng: np.random.Generator) -> None:
+        """Changes pixels [3, S, S] from 0 to 255 in place: brightness, contrast about the mean grey, saturation."""
+        brightness, contrast, saturation = (1 + self.options.color_jitter * rng.uniform(-1, 1, 3)).tolist()
+        if rng.random() < self.options.grayscale:
+            saturation = 0.0
+        grey = np.tensordot(GREY_WEIGHTS, pixels, axes=1)
+        gain = brightness * contrast
+        offset = brightness * (1 - contrast) * float(grey.mean())
+        pixels *= gain * saturation
+        pixels += gain * (1 - saturation) * grey + offset
+        np.clip(pixels, 0, 255, out=pixels)
+
+
+def random_resized_box(
+    size: tuple[int, int],
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+    rng: np.random.Generator,
+) -> tuple[int, int, int, int]:
+    """A box of random area, shape and place, by the rule of torchvision's `RandomResizedCrop`.
+
+    Its share of the area is uniform in `scale`, the logarithm of its width over height uniform between those of
+    `ratio`, and both sides are rounded to pixels. A box that does not fit is drawn again, ten times at most; then the
+    largest centred box is taken whose shape is within `ratio`. A box that fits lies anywhere with equal probability.
+
+    Args:
+        size: (width, height) of the picture, each at least 1.
+        scale: smallest and largest share of its area.
+        ratio: smallest and largest width over height.
+
+    Returns:
+        whole pixels, with left < right <= width and top < bottom <= height.
+    """
+    full_width, full_height = size
+    for _ in range(CROP_TRIES):
+        area = full_width * full_height * rng.uniform(*scale)
+        shape = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        width, height = round(math.sqrt(area * shape)), round(math.sqrt(area / shape))
+        if 0 < width <= full_width and 0 < height <= full_height:
+            left = int(rng.integers(full_width - width + 1))
+            top = int(rng.integers(full_height - height + 1))
+            return left, top, left + width, top + height
+    width = min(full_width, max(1, round(full_height * ratio[1])))
+    height = min(full_height, max(1, round(full_width / ratio[0])))
+    left, top = (full_width - width) // 2, (full_height - height) // 2
+    return left, top, left + width, top + height
+
+
+def random_square_box(
+    size: tuple[int, int], sides: tuple[float, float], short_side: float, rng: np.random.Generator
+) -> Box:
+    """A square box anywhere in a picture, its side uniform between `sides`, in pixels of the picture scaled so that its
+    short side has `short_side`; at least one pixel of the picture as it is, at most its short side."""
+    width, height = size
+    largest = min(width, height)
+    side = rng.uniform(sides[0], min(sides[1], short_side)) * largest / short_side
+    side = min(max(side, 1.0), largest)
+    left, top = rng.uniform(0, width - side), rng.uniform(0, height - side)
+    return left, top, min(left + side, width), min(top + side, height)

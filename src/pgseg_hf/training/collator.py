@@ -1,0 +1,143 @@
+"""From examples to the arguments of `PGSegModel.forward`."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from .preparation import Example
+
+LAYOUTS = ("paired", "shared")
+PADDINGS = ("max_length", "longest")
+# Tokenizers that know no limit say 10^30.
+_NO_LIMIT = 1_000_000
+
+
+class PGSegCollator:
+    """Stacks pictures and tokenises their texts; for a `DataLoader`, or transformers' `Trainer` with
+    `remove_unused_columns=False`.
+
+    "paired": each picture has its caption, and its labels for the multi-label loss. "shared": the texts of a batch are
+    collected, equal ones once, and each picture's positives are its labels, or its caption where it has none.
+
+    On several processes the paired layout needs `num_labels` where pictures have labels, so that every process makes
+    batches of the same kind.
+
+    Args:
+        tokenizer: of the model's text tower.
+        context_length: longest text in tokens, by default the tokenizer's `model_max_length`; the rest is cut off.
+        layout: "paired" or "shared".
+        padding: "max_length" makes all texts `context_length` long, "longest" as long as the batch's longest.
+        num_labels: in the paired layout the number of labels of every picture, padded or cut; 0 for none. By default
+            the largest number in the batch.
+        texts: in the shared layout the texts of every batch, which the examples' are among: words that no picture of
+            a batch has are then negatives too.
+
+    Raises:
+        ValueError: naming the argument that makes no sense.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        context_length: int | None = None,
+        layout: Literal["paired", "shared"] = "paired",
+        padding: Literal["max_length", "longest"] = "max_length",
+        num_labels: int | None = None,
+        texts: Sequence[str] | None = None,
+    ):
+        if layout not in LAYOUTS:
+            raise ValueError(f"layout is {layout!r}, expected one of {', '.join(LAYOUTS)}.")
+        if padding not in PADDINGS:
+            raise ValueError(f"padding is {padding!r}, expected one of {', '.join(PADDINGS)}.")
+        if context_length is None:
+            context_length = tokenizer.model_max_length
+        if not 3 <= context_length < _NO_LIMIT:
+            raise ValueError(
+                f"context_length is {context_length}, expected the tokens that the text tower takes, at least 3."
+            )
+        if num_labels is not None and (layout != "paired" or num_labels < 0):
+            raise ValueError(f"num_labels is {num_labels}; it is for the paired layout, and 0 or more.")
+        if texts is not None and (layout != "shared" or not texts):
+            raise ValueError("texts are for the shared layout, and at least one.")
+        self.tokenizer = tokenizer
+        self.context_length = context_length
+        self.layout = layout
+        self.padding = padding
+        self.num_labels = num_labels
+        self.texts = texts
+
+    def __call__(self, examples: Sequence[Example | Mapping[str, Any]]) -> dict[str, Any]:
+        """
+        Args:
+            examples: B of them, or mappings with the same keys (`labels` may be missing).
+
+        Returns:
+            `pixel_values` [B, 3, S, S] and `return_loss` True. Paired: `input_ids` and `attention_mask` [B, T], and
+            where there are labels `label_input_ids` and `label_attention_mask` [B, M, T], absent labels with a mask of
+            zeros. Shared: `input_ids` and `attention_mask` [N, T], `text_targets` bool [B, N].
+
+        Raises:
+            ValueError: no examples, or in the shared layout a text that is not among the given ones.
+        """
+        if not examples:
+            raise ValueError("no examples to collate: a batch needs at least one.")
+        rows = [vars(example) if isinstance(example, Example) else example for example in examples]
+        captions = [row["caption"] for row in rows]
+        labels = [list(row.get("labels") or []) for row in rows]
+        pixels = torch.stack([torch.as_tensor(np.asarray(row["pixel_values"])) for row in rows])
+        texts = self._paired(captions, labels) if self.layout == "paired" else self._shared(captions, labels)
+        return {"pixel_values": pixels, **texts, "return_loss": True}
+
+    def _paired(self, captions: list[str], labels: list[list[str]]) -> dict[str, Tensor]:
+        most = max(map(len, labels)) if self.num_labels is None else self.num_labels
+        labels = [of_image[:most] for of_image in labels]
+        # In one call, so that captions and labels are padded to one length.
+        encoded = self._encode([*captions, *(label for of_image in labels for label in of_image)])
+        batch = len(captions)
+        texts = {name: values[:batch] for name, values in encoded.items()}
+        if most:
+            is_label = torch.arange(most) < torch.tensor([len(of_image) for of_image in labels])[:, None]
+            for name, filler in (("input_ids", self.tokenizer.pad_token_id), ("attention_mask", 0)):
+                padded = encoded[name].new_full((*is_label.shape, encoded[name].shape[1]), filler)
+                padded[is_label] = encoded[name][batch:]
+                texts[f"label_{name}"] = padded
+        return texts
+
+    def _shared(self, captions: list[str], labels: list[list[str]]) -> dict[str, Tensor]:
+        of_images = [of_image or [caption] for caption, of_image in zip(captions, labels)]
+        wanted = [text for of_image in of_images for text in of_image]
+        texts = list(dict.fromkeys([*(self.texts or []), *wanted]))
+        encoded = self._encode(texts)
+        # Texts that the tokenizer does not tell apart are one.
+        columns: dict[tuple[int, ...], int] = {}
+        column_of: dict[str, int] = {}
+        first: list[int] = []
+        for index, (text, tokens) in enumerate(zip(texts, encoded["input_ids"].tolist())):
+            if tuple(tokens) not in columns:
+                if self.texts is not None and index >= len(self.texts):
+                    raise ValueError(f"{text!r} is not among the {len(self.texts)} texts of the collator.")
+                columns[tuple(tokens)] = len(first)
+                first.append(index)
+            column_of[text] = columns[tuple(tokens)]
+        targets = torch.zeros(len(captions), len(first), dtype=torch.bool)
+        for row, of_image in enumerate(of_images):
+            targets[row, [column_of[text] for text in of_image]] = True
+        return {**{name: values[first] for name, values in encoded.items()}, "text_targets": targets}
+
+    def _encode(self, texts: list[str]) -> dict[str, Tensor]:
+        """Token ids and attention mask [N, T], equal texts tokenised once."""
+        unique = {text: index for index, text in enumerate(dict.fromkeys(texts))}
+        encoded = self.tokenizer(
+            list(unique),
+            padding=self.padding,
+            truncation=True,
+            max_length=self.context_length,
+            return_attention_mask=True,
+            return_tensors="pt",
+        )
+        rows = torch.tensor([unique[text] for text in texts])
+        return {name: encoded[name][rows] for name in ("input_ids", "attention_mask")}

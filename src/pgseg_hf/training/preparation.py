@@ -1,0 +1,145 @@
+"""From a record to what a model is trained on: decoded, cropped, with its texts chosen."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from io import BytesIO
+from typing import cast
+
+import numpy as np
+from PIL import Image
+
+from ..images import ImageSource, load_image
+from .augmentation import Augmentation, AugmentationOptions, Crop
+from .records import Record, UnusableRecord
+from .texts import TextOptions, choose_texts, load_noun_model
+
+MASK_FORMATS = ("PNG", "TIFF", "BMP", "GIF")  # without loss, and decoded by Pillow itself
+IGNORED = 255
+CROP_TRIES = 5
+
+
+@dataclass
+class Example:
+    """One picture as the collator takes it.
+
+    Args:
+        pixel_values: float32 [3, S, S], normalised.
+        caption: the picture's text.
+        labels: prompts of its tags and nouns; may be none.
+    """
+
+    pixel_values: np.ndarray
+    caption: str
+    labels: list[str]
+
+
+class Preparation:
+    """Makes an `Example` of a `Record`, with all chance from the generator that comes with it.
+
+    Args:
+        augmentation: how the picture is cropped and varied.
+        texts: how its texts are chosen.
+        mask_labels: names of the values of masks, "" for a value without one (a background); 255 has none. If given, a
+            record with a mask has instead of its own tags the labels that a crop shows. No other use is made of masks.
+        crop_tag_share: a crop shows the labels that cover more than this share of it.
+
+    Raises:
+        ValueError: options that make no sense, or a noun model that cannot be loaded.
+    """
+
+    def __init__(
+        self,
+        augmentation: AugmentationOptions | None = None,
+        texts: TextOptions | None = None,
+        mask_labels: Sequence[str] | None = None,
+        crop_tag_share: float = 0.02,
+    ):
+        if mask_labels is not None and len(mask_labels) > IGNORED:
+            raise ValueError(f"mask_labels has {len(mask_labels)} names, expected {IGNORED} at most.")
+        if not 0 <= crop_tag_share < 1:
+            raise ValueError(f"crop_tag_share is {crop_tag_share}, expected a share of a crop below 1.")
+        self.augmentation = Augmentation(augmentation)
+        self.texts = texts or TextOptions()
+        self.mask_labels = None if mask_labels is None else [label.strip() for label in mask_labels]
+        self.crop_tag_share = crop_tag_share
+        if self.texts.noun_model and self.texts.num_nouns:
+            load_noun_model(self.texts.noun_model)
+
+    def __call__(self, record: Record, rng: np.random.Generator) -> Example:
+        """One random view of a record.
+
+        Raises:
+            UnusableRecord: for "broken image", "broken mask" or "no text"; the last too where several crops showed no
+                label and there is no caption.
+        """
+        name = record.name or "a record"
+        try:
+            image = load_image(record.image)
+        except ValueError as error:
+            raise UnusableRecord("broken image", f"{name}: {error}") from error
+        crop = self.augmentation.draw_crop(image.size, rng)
+        if record.mask is not None and self.mask_labels is not None:
+            try:
+                crop, tags = self._crop_with_tags(load_mask(record.mask), crop, rng)
+            except ValueError as error:
+                raise UnusableRecord("broken mask", f"{name}: {error}") from error
+            record = replace(record, tags=tags)
+        texts = choose_texts(record, self.texts, rng)
+        return Example(self.augmentation.crop_pixels(image, crop, rng), texts.caption, texts.labels)
+
+    def _crop_with_tags(
+        self, mask: Image.Image, crop: Crop, rng: np.random.Generator
+    ) -> tuple[Crop, list[str]]:
+        """This crop and its tags; where it has none, another one."""
+        for tries_left in reversed(range(CROP_TRIES)):
+            tags = self._tags(self.augmentation.crop_mask(mask, crop))
+            if tags or not tries_left:
+                break
+            crop = self.augmentation.draw_crop(crop.size, rng)
+        return crop, tags
+
+    def _tags(self, labels_SS: np.ndarray) -> list[str]:
+        """The names of the labels that cover enough of a crop."""
+        names = cast(list[str], self.mask_labels)
+        counts = np.bincount(labels_SS.ravel(), minlength=IGNORED + 1)[:IGNORED]
+        if counts[len(names) :].any():
+            value = len(names) + int(counts[len(names) :].argmax())
+            raise ValueError(
+                f"its mask has the value {value}, and mask_labels names {len(names)} values; {IGNORED} is for pixels "
+                "without a label."
+            )
+        shown = counts[: len(names)] > self.crop_tag_share * labels_SS.size
+        return [name for name, is_shown in zip(names, shown) if is_shown and name]
+
+
+def load_mask(source: ImageSource) -> Image.Image:
+    """Reads a label map.
+
+    Args:
+        source: path, binary file, bytes, PIL image (greyscale or indexed colours) or integer array [H, W].
+
+    Returns:
+        A PIL image of mode L whose values are the labels.
+
+    Raises:
+        ValueError: it cannot be read, has colours instead of labels, or labels outside 0 to 255.
+    """
+    try:
+        if isinstance(source, (bytes, bytearray, memoryview)):
+            source = BytesIO(source)
+        if not isinstance(source, (Image.Image, np.ndarray)):
+            source = Image.open(source, formats=MASK_FORMATS)
+        values = np.asarray(source)
+    except MemoryError:
+        raise
+    except Exception as error:  # given broken files, decoders raise nearly anything
+        raise ValueError(f"its mask cannot be read as one of {', '.join(MASK_FORMATS)}: {error}") from error
+    if values.ndim != 2 or values.dtype.kind not in "bui" or values.size == 0:
+        raise ValueError(
+            f"its mask has the shape {values.shape} and type {values.dtype}, expected one whole number a pixel, [H, W]."
+        )
+    if values.min() < 0 or values.max() > IGNORED:
+        raise ValueError(
+            f"its mask has values from {values.min()} to {values.max()}, expected 0 to {IGNORED}."
+        )
+    return Image.fromarray(values.astype(np.uint8))

@@ -1,0 +1,251 @@
+"""Synthetic scenes with captions, tags and exact masks, for dry runs and tests without data."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from .records import Record
+from .texts import join_words
+
+COLORS: dict[str, tuple[int, int, int]] = {
+    "red": (205, 35, 35),
+    "orange": (240, 135, 25),
+    "yellow": (240, 215, 50),
+    "green": (40, 150, 60),
+    "blue": (40, 80, 210),
+    "purple": (130, 50, 160),
+    "pink": (240, 130, 180),
+    "brown": (110, 65, 35),
+    "white": (240, 240, 240),
+    "black": (25, 25, 25),
+}
+
+
+@dataclass(frozen=True)
+class Ground:
+    """Looks of a background: colour, strength of its noise in grey levels, and width and height of a grain as shares of
+    the picture's side (0 for one pixel)."""
+
+    color: tuple[int, int, int]
+    contrast: float
+    grain: tuple[float, float]
+
+
+GROUNDS: dict[str, Ground] = {
+    "grass": Ground((85, 135, 55), 45, (0, 0.1)),
+    "sand": Ground((215, 190, 135), 25, (0, 0)),
+    "water": Ground((50, 105, 140), 40, (0.3, 0.04)),
+    "sky": Ground((150, 195, 235), 35, (0.5, 0.25)),
+    "snow": Ground((228, 232, 240), 12, (0.15, 0.15)),
+    "asphalt": Ground((95, 95, 100), 35, (0, 0)),
+    "wood": Ground((160, 110, 65), 35, (0.6, 0.03)),
+    "leaves": Ground((60, 85, 35), 70, (0.08, 0.08)),
+}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """An outline around the origin, corners [P, 2] within the unit circle, and the outline of a hole or None."""
+
+    outline: np.ndarray
+    hole: np.ndarray | None = None
+
+
+def _around(radii: list[float], turn: float = 0.0) -> np.ndarray:
+    """Corners [P, 2] at equal angles, the radii repeated in turn; the first one at the top, turned by `turn` steps."""
+    angles = 2 * math.pi * (np.arange(len(radii)) + turn) / len(radii)
+    return np.stack([np.sin(angles), -np.cos(angles)], axis=1) * np.array(radii)[:, None]
+
+
+def _cross(arm: float) -> np.ndarray:
+    """A plus sign with arms 2 * `arm` wide."""
+    quarter = np.array([[-arm, -1.0], [arm, -1.0], [arm, -arm]])
+    turns = [
+        np.array([[math.cos(a), math.sin(a)], [-math.sin(a), math.cos(a)]])
+        for a in np.arange(4) * math.pi / 2
+    ]
+    return np.concatenate([quarter @ turn for turn in turns]) / math.hypot(1, arm)
+
+
+def _heart() -> np.ndarray:
+    angles = np.linspace(0, 2 * math.pi, 40, endpoint=False)
+    height = sum(weight * np.cos((k + 1) * angles) for k, weight in enumerate((13.0, -5.0, -2.0, -1.0)))
+    return np.stack([16 * np.sin(angles) ** 3, -height], axis=1) / 17
+
+
+SHAPES: dict[str, Shape] = {
+    "circle": Shape(_around([1.0] * 40)),
+    "square": Shape(_around([1.0] * 4, turn=0.5)),
+    "triangle": Shape(_around([1.0] * 3)),
+    "star": Shape(_around([1.0, 0.42] * 5)),
+    "ring": Shape(_around([1.0] * 40), hole=_around([0.55] * 40)),
+    "cross": Shape(_cross(0.3)),
+    "heart": Shape(_heart()),
+}
+
+TEMPLATES = ("{}", "a picture of {}", "there is {}", "a photo of {}.", "you can see {}")
+# An object stays where it leaves at least this share of every earlier one to be seen.
+LEAST_VISIBLE = 0.5
+PLACEMENTS = 10
+# Radii as shares of the picture's side, and which of them captions call small and large.
+RADII = (0.09, 0.28)
+SMALL, LARGE = 0.14, 0.22
+
+
+@dataclass
+class SceneOptions:
+    """Which scenes are made.
+
+    Args:
+        size: side of the pictures in pixels.
+        length: number of scenes.
+        seed: another one gives other scenes.
+        max_objects: each scene has 1 to so many.
+        num_captions: captions of a scene.
+        colored_labels: labels are "red circle" instead of "circle".
+
+    Raises:
+        ValueError: naming the field that makes no sense.
+    """
+
+    size: int = 64
+    length: int = 1000
+    seed: int = 0
+    max_objects: int = 3
+    num_captions: int = 3
+    colored_labels: bool = False
+
+    def __post_init__(self) -> None:
+        least = {"size": 16, "length": 1, "seed": 0, "max_objects": 1, "num_captions": 0}
+        for name, value in least.items():
+            if getattr(self, name) < value:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected at least {value}.")
+
+
+@dataclass(frozen=True)
+class SceneObject:
+    """A shape of one colour; `radius` as a share of the picture's side."""
+
+    color: str
+    shape: str
+    radius: float
+
+
+class SceneSource:
+    """Scenes of coloured shapes on a textured ground, made when asked for and always the same for a seed and index.
+
+    `source[i]` is a `Record`: an RGB picture, captions that each name some of what is to be seen, as tags the labels of
+    everything visible, and an exact mask (mode L) with the indices of `labels`.
+    """
+
+    name = "synthetic"
+
+    def __init__(self, options: SceneOptions | None = None):
+        self.options = options or SceneOptions()
+        objects = [self._label(SceneObject(color, shape, 0.0)) for shape in SHAPES for color in COLORS]
+        self.labels: list[str] = list(dict.fromkeys([*GROUNDS, *objects]))
+        self._values = {label: value for value, label in enumerate(self.labels)}
+
+    def __len__(self) -> int:
+        return self.options.length
+
+    def __getitem__(self, index: int) -> Record:
+        if not 0 <= index < len(self):
+            raise IndexError(f"scene {index} of {len(self)}")
+        rng = np.random.default_rng((self.options.seed, index))
+        size = self.options.size
+        ground = list(GROUNDS)[rng.integers(len(GROUNDS))]
+        pixels_HWC = _texture(GROUNDS[ground], size, rng)
+        owners_HW = np.full((size, size), -1)
+        objects: list[SceneObject] = []
+        for _ in range(rng.integers(1, self.options.max_objects + 1)):
+            candidate = self._draw_object(rng)
+            region_HW = _place(candidate, owners_HW, len(objects), rng)
+            if region_HW is None:
+                continue
+            owners_HW[region_HW] = len(objects)
+            objects.append(candidate)
+            color = np.array(COLORS[candidate.color]) + rng.uniform(-15, 15, 3)
+            pixels_HWC[region_HW] = color + rng.normal(0, 6, (int(region_HW.sum()), 1))
+        pixels_HWC *= _light(size, rng)[:, :, None]
+        values = np.array(
+            [self._values[name] for name in (*map(self._label, objects), ground)], dtype=np.uint8
+        )
+        mask_HW = values[owners_HW]  # owner -1 is the ground, which comes last
+        return Record(
+            image=Image.fromarray(pixels_HWC.clip(0, 255).astype(np.uint8)),
+            captions=[_caption(objects, ground, rng) for _ in range(self.options.num_captions)],
+            tags=[self.labels[value] for value in np.unique(mask_HW)],
+            mask=Image.fromarray(mask_HW),
+            name=f"scene {index}",
+        )
+
+    def _label(self, thing: SceneObject) -> str:
+        return f"{thing.color} {thing.shape}" if self.options.colored_labels else thing.shape
+
+    def _draw_object(self, rng: np.random.Generator) -> SceneObject:
+        color, shape = list(COLORS)[rng.integers(len(COLORS))], list(SHAPES)[rng.integers(len(SHAPES))]
+        return SceneObject(color, shape, float(rng.uniform(*RADII)))
+
+
+def _place(
+    thing: SceneObject, owners_HW: np.ndarray, number: int, rng: np.random.Generator
+) -> np.ndarray | None:
+    """Where an object is painted, bool [H, W]: a random place and angle that hide none of the earlier objects too much;
+    None if no such place was found."""
+    before = np.bincount(owners_HW.ravel() + 1, minlength=number + 1)[1:]
+    for _ in range(PLACEMENTS):
+        region_HW = _outline_region(thing, len(owners_HW), rng)
+        hidden = np.bincount(owners_HW[region_HW] + 1, minlength=number + 1)[1:]
+        if (before - hidden >= LEAST_VISIBLE * before).all():
+            return region_HW
+    return None
+
+
+def _outline_region(thing: SceneObject, size: int, rng: np.random.Generator) -> np.ndarray:
+    angle = rng.uniform(-0.4, 0.4)  # radians: a square must not become a diamond, nor a cross an x
+    turn = np.array([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]])
+    center = rng.uniform(thing.radius, 1 - thing.radius, 2) * (size - 1)
+    canvas = Image.new("L", (size, size))
+    draw = ImageDraw.Draw(canvas)
+    shape = SHAPES[thing.shape]
+    for corners, value in ((shape.outline, 255), (shape.hole, 0)):
+        if corners is not None:
+            draw.polygon((center + corners @ turn * thing.radius * size).ravel().tolist(), fill=value)
+    return np.asarray(canvas) > 0
+
+
+def _texture(ground: Ground, size: int, rng: np.random.Generator) -> np.ndarray:
+    """A ground of random tint, float [size, size, 3]: coarse noise smoothed to grains, and fine noise."""
+    grid = [max(1, round(1 / grain)) if grain else size for grain in ground.grain]
+    coarse = Image.fromarray(rng.uniform(-1, 1, (grid[1] + 1, grid[0] + 1)).astype(np.float32))
+    noise = np.asarray(coarse.resize((size, size), Image.Resampling.BILINEAR)) * ground.contrast
+    noise = noise + rng.normal(0, 5, (size, size))
+    return np.array(ground.color) + rng.uniform(-15, 15, 3) + noise[:, :, None]
+
+
+def _light(size: int, rng: np.random.Generator) -> np.ndarray:
+    """A factor for each pixel, [size, size]: dark or bright as a whole, and brighter towards a random side."""
+    steps = np.linspace(-1, 1, size)
+    across, down = rng.uniform(-0.12, 0.12, 2)
+    return rng.uniform(0.75, 1.15) + across * steps[None, :] + down * steps[:, None]
+
+
+def _caption(objects: list[SceneObject], ground: str, rng: np.random.Generator) -> str:
+    """Some of the objects in any order, each with or without its colour and size, with or without the ground."""
+    count = rng.integers(1, len(objects) + 1)
+    phrases = [_phrase(objects[index], rng) for index in rng.permutation(len(objects))[:count]]
+    text = join_words(phrases) + (f" on {ground}" if rng.random() < 0.5 else "")
+    return TEMPLATES[rng.integers(len(TEMPLATES))].format(text)
+
+
+def _phrase(thing: SceneObject, rng: np.random.Generator) -> str:
+    words = [thing.shape]
+    if rng.random() < 0.75:
+        words.insert(0, thing.color)
+    if rng.random() < 0.5 and not SMALL <= thing.radius <= LARGE:
+        words.insert(0, "small" if thing.radius < SMALL else "large")
+    article = "an" if words[0][0] in "aeiou" else "a"
+    return " ".join([article, *words])

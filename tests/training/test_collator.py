@@ -1,0 +1,214 @@
+"""Batches for the model: both layouts, by hand and through a tiny model."""
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import CLIP_TEXT, tiny_model
+from transformers import Trainer, TrainingArguments
+
+from pgseg_hf import PGSegImageProcessorPil, PGSegProcessor, default_tokenizer
+from pgseg_hf.training.collator import PGSegCollator
+from pgseg_hf.training.preparation import Example
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return default_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model(text_config=CLIP_TEXT).train()
+
+
+def example(caption, *labels, seed=0):
+    pixels = np.random.default_rng(seed).normal(size=(3, 16, 16)).astype(np.float32)
+    return Example(pixels, caption, list(labels))
+
+
+BATCH = [
+    example("a dog on grass", "a photo of a dog.", "a photo of grass.", seed=1),
+    example("nothing named", seed=2),
+    example("two dogs", "a photo of a dog.", "a photo of a hat.", "a photo of grass.", seed=3),
+]
+
+
+def decode(tokenizer, ids):
+    return [tokenizer.decode(row, skip_special_tokens=True).replace(" .", ".") for row in ids]
+
+
+def test_paired(tokenizer):
+    batch = PGSegCollator(tokenizer)(BATCH)
+    assert set(batch) == {
+        "pixel_values",
+        "input_ids",
+        "attention_mask",
+        "label_input_ids",
+        "label_attention_mask",
+        "return_loss",
+    }
+    assert batch["return_loss"] is True
+    assert batch["pixel_values"].dtype == torch.float32
+    assert np.array_equal(batch["pixel_values"], np.stack([one.pixel_values for one in BATCH]))
+    assert batch["input_ids"].shape == (3, 77) and batch["label_input_ids"].shape == (3, 3, 77)
+    assert decode(tokenizer, batch["input_ids"]) == [one.caption for one in BATCH]
+    present = batch["label_attention_mask"].any(-1)
+    assert present.tolist() == [[True, True, False], [False] * 3, [True] * 3]
+    for row, (ids, is_there) in enumerate(zip(batch["label_input_ids"], present)):
+        assert decode(tokenizer, ids[is_there]) == BATCH[row].labels
+    assert (batch["label_input_ids"][~present] == tokenizer.pad_token_id).all()
+
+
+def test_paired_is_what_the_processor_makes(tokenizer):
+    words = [["dog", "grass"], [], ["hat"]]
+    captions = ["a caption of eight tokens.", "a", "a b"]
+    prompts = [[f"a photo of a {word}." for word in of_image] for of_image in words]
+    examples = [example(caption, *labels) for caption, labels in zip(captions, prompts)]
+    batch = PGSegCollator(tokenizer)(examples)
+    processor = PGSegProcessor(PGSegImageProcessorPil(), tokenizer)
+    expected = processor(text=captions, tags=words, return_tensors="pt")
+    assert set(expected) == set(batch) - {"pixel_values", "return_loss"}
+    assert all(torch.equal(batch[name], expected[name]) for name in expected)
+
+
+def test_without_labels_there_is_no_multi_label_loss(tokenizer):
+    captions = [example("a dog"), example("a cat")]
+    assert "label_input_ids" not in PGSegCollator(tokenizer)(captions)
+    assert "label_input_ids" not in PGSegCollator(tokenizer, num_labels=0)(BATCH)
+
+
+@pytest.mark.parametrize("examples", [BATCH, [example("a dog"), example("a cat")]])
+def test_a_fixed_number_of_labels(tokenizer, examples):
+    batch = PGSegCollator(tokenizer, num_labels=2)(examples)
+    assert batch["label_input_ids"].shape == (len(examples), 2, 77)
+    counts = batch["label_attention_mask"].any(-1).sum(1)
+    assert counts.tolist() == [min(2, len(one.labels)) for one in examples]
+
+
+def test_padding_and_truncation(tokenizer):
+    long = example("dog " * 200, "a hat")
+    longest = PGSegCollator(tokenizer, padding="longest")([example("a dog", "a photo of a hat.")])
+    assert longest["input_ids"].shape == (1, 8) and longest["label_input_ids"].shape == (1, 1, 8)
+    batch = PGSegCollator(tokenizer, context_length=16)([long])
+    assert batch["input_ids"].shape == (1, 16) and batch["label_input_ids"].shape == (1, 1, 16)
+    assert batch["input_ids"][0, -1] == tokenizer.eos_token_id and batch["attention_mask"].all()
+
+
+def test_shared(tokenizer):
+    batch = PGSegCollator(tokenizer, layout="shared")(BATCH)
+    assert set(batch) == {"pixel_values", "input_ids", "attention_mask", "text_targets", "return_loss"}
+    assert decode(tokenizer, batch["input_ids"]) == [
+        "a photo of a dog.",
+        "a photo of grass.",
+        "nothing named",
+        "a photo of a hat.",
+    ]
+    assert batch["text_targets"].dtype == torch.bool
+    assert batch["text_targets"].int().tolist() == [[1, 1, 0, 0], [0, 0, 1, 0], [1, 1, 0, 1]]
+
+
+def test_texts_that_the_tokenizer_cannot_tell_apart_are_one(tokenizer):
+    examples = [example("x", "A  Dog", "a hat"), example("x", "a dog"), example("x", "a dog")]
+    batch = PGSegCollator(tokenizer, layout="shared")(examples)
+    assert batch["input_ids"].shape == (2, 77)
+    assert batch["text_targets"].int().tolist() == [[1, 1], [1, 0], [1, 0]]
+
+
+def test_shared_with_the_texts_given(tokenizer):
+    texts = ["a photo of a hat.", "a photo of a dog.", "never seen", "A photo of grass."]
+    collator = PGSegCollator(tokenizer, layout="shared", texts=texts)
+    batch = collator([BATCH[0], BATCH[2]])
+    assert len(batch["input_ids"]) == 4
+    assert batch["text_targets"].int().tolist() == [[0, 1, 0, 1], [1, 1, 0, 1]]
+    with pytest.raises(ValueError, match="'nothing named' is not among the 4 texts"):
+        collator(BATCH)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_labels": 5}, {"layout": "shared"}, {"padding": "longest"}])
+def test_the_model_takes_it_and_learns(tokenizer, model, options):
+    output = model(**PGSegCollator(tokenizer, **options)(BATCH))
+    assert output.loss.isfinite()
+    assert (output.multi_label_loss is None) == (options.get("layout") == "shared")
+    model.zero_grad()
+    output.loss.backward()
+    grads = [parameter.grad for parameter in model.text_projection.parameters()]
+    assert all(grad is not None and grad.isfinite().all() for grad in grads)
+    assert any(grad.abs().sum() > 0 for grad in grads)
+
+
+def test_trainer_uses_it(tokenizer, tmp_path):
+    model = tiny_model(text_config=CLIP_TEXT)
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path),
+        max_steps=2,
+        per_device_train_batch_size=2,
+        remove_unused_columns=False,
+        use_cpu=True,
+        report_to=[],
+        save_strategy="no",
+        logging_steps=1,
+        disable_tqdm=True,
+    )
+    dataset = [vars(one) for one in BATCH * 2]
+    trainer = Trainer(model, arguments, data_collator=PGSegCollator(tokenizer), train_dataset=dataset)
+    assert trainer.train().training_loss > 0
+    assert trainer.state.global_step == 2
+
+
+def test_absent_labels_change_no_loss(tokenizer, model):
+    losses = []
+    for options in ({}, {"num_labels": 6}):
+        torch.manual_seed(0)
+        model.eval()
+        losses.append(model(**PGSegCollator(tokenizer, **options)(BATCH)).loss)
+    assert torch.allclose(*losses)
+    captions = [example("a dog"), example("a cat", seed=4)]
+    with_rows = model(**PGSegCollator(tokenizer, num_labels=3)(captions))
+    without = model(**PGSegCollator(tokenizer)(captions))
+    assert with_rows.multi_label_loss == 0
+    assert torch.allclose(with_rows.loss, without.loss)
+
+
+def test_mappings_are_examples_too(tokenizer):
+    rows = [vars(one) for one in BATCH]
+    rows[1] = {"pixel_values": torch.from_numpy(BATCH[1].pixel_values), "caption": BATCH[1].caption}
+    collator = PGSegCollator(tokenizer)
+    batch, expected = collator(rows), collator(BATCH)
+    assert all(torch.equal(batch[name], expected[name]) for name in set(batch) - {"return_loss"})
+
+
+def test_can_be_sent_to_worker_processes(tokenizer):
+    collator = PGSegCollator(tokenizer, layout="shared")
+    copy = pickle.loads(pickle.dumps(collator))
+    assert torch.equal(collator(BATCH)["input_ids"], copy(BATCH)["input_ids"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"layout": "mixed"}, "layout is 'mixed'"),
+        ({"padding": "short"}, "padding is 'short'"),
+        ({"context_length": 2}, "context_length is 2"),
+        ({"num_labels": -1}, "num_labels is -1"),
+        ({"num_labels": 2, "layout": "shared"}, "num_labels is 2"),
+        ({"texts": ["a"]}, "shared layout"),
+        ({"texts": [], "layout": "shared"}, "at least one"),
+    ],
+)
+def test_options_that_make_no_sense(tokenizer, options, message):
+    with pytest.raises(ValueError, match=message):
+        PGSegCollator(tokenizer, **options)
+
+
+def test_a_tokenizer_without_a_limit_needs_a_context_length():
+    tokenizer = default_tokenizer()
+    tokenizer.model_max_length = int(1e30)
+    with pytest.raises(ValueError, match="context_length is 1000"):
+        PGSegCollator(tokenizer)
+
+
+def test_an_empty_batch(tokenizer):
+    with pytest.raises(ValueError, match="no examples"):
+        PGSegCollator(tokenizer)([])
