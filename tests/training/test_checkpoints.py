@@ -1,0 +1,457 @@
+"""Checkpoints: exact restoration, kills at every moment of saving, keeping the newest, and two processes."""
+
+import itertools
+import json
+import os
+import pickle
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch import nn
+
+from pgseg_hf.training import checkpoints
+from pgseg_hf.training.checkpoints import (
+    find_latest,
+    load_checkpoint,
+    prepare_output_dir,
+    resolve_resume,
+    save_checkpoint,
+)
+from pgseg_hf.training.optimization import ExponentialMovingAverage, build_optimizer, cosine_schedule
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+class Training:
+    """A tiny run whose steps draw from all three random generators and whose model has buffers."""
+
+    def __init__(self, seed=0, averaged=True):
+        for set_seed in (random.seed, np.random.seed, torch.manual_seed):
+            set_seed(seed)
+        self.accelerator = Accelerator(cpu=True, step_scheduler_with_optimizer=False)
+        model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 1))
+        self.average = ExponentialMovingAverage(model, decay=0.8) if averaged else None
+        optimizer = build_optimizer(model, learning_rate=0.1)
+        schedule = cosine_schedule(optimizer, 2, 20)
+        self.model, self.optimizer, self.schedule = self.accelerator.prepare(model, optimizer, schedule)
+
+    def step(self):
+        inputs = torch.randn(4, 3) + random.random() + torch.from_numpy(np.random.rand(4, 3)).float()
+        loss = self.model(inputs).square().mean()
+        self.accelerator.backward(loss)
+        self.optimizer.step()
+        self.schedule.step()
+        self.optimizer.zero_grad()
+        if self.average is not None:
+            self.average.update_parameters(self.accelerator.unwrap_model(self.model))
+        return loss.item(), self.schedule.get_last_lr()
+
+    def save(self, folder, step, **kwargs):
+        position = {"batch": step, "rank": self.accelerator.process_index}
+        return save_checkpoint(self.accelerator, folder, step, position, ema=self.average, **kwargs)
+
+    def load(self, path):
+        return load_checkpoint(self.accelerator, path, self.average)
+
+    def state(self):
+        parts = {"model": self.model.state_dict()}
+        if self.average is not None:
+            parts["average"] = self.average.state_dict()
+        return {
+            f"{part}.{name}": value.clone() for part, state in parts.items() for name, value in state.items()
+        }
+
+
+def assert_same(first, second):
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_resumed_run_goes_on_bit_for_bit(tmp_path):
+    run = Training()
+    for _ in range(3):
+        run.step()
+    path = run.save(tmp_path, 3, extra={"best_mean_iou": 0.25})
+    expected, state = [run.step() for _ in range(4)], run.state()
+    assert path == tmp_path / "checkpoint-00000003"
+
+    resumed = Training(seed=1)
+    resumed.step()
+    progress, position = resumed.load(path)
+    assert progress == {"step": 3, "world_size": 1, "best_mean_iou": 0.25}
+    assert position == {"batch": 3, "rank": 0}
+    assert [resumed.step() for _ in range(4)] == expected
+    assert_same(resumed.state(), state)
+    for group, other in zip(run.optimizer.param_groups, resumed.optimizer.param_groups, strict=True):
+        for parameter, twin in zip(group["params"], other["params"], strict=True):
+            assert_same(run.optimizer.state[parameter], resumed.optimizer.state[twin])
+
+
+def test_resuming_twice_equals_never_stopping(tmp_path):
+    run = Training()
+    expected = [run.step() for _ in range(6)]
+    found = []
+    for part in range(3):
+        run = Training(seed=part)
+        path = prepare_output_dir(run.accelerator, tmp_path, "latest" if part else None)
+        assert (path is None) == (part == 0)
+        if path is not None:
+            run.load(path)
+        found += [run.step(), run.step()]
+        run.save(tmp_path, 2 * part + 2)
+    assert found == expected
+
+
+def test_the_newest_are_kept(tmp_path):
+    run = Training()
+    (tmp_path / "checkpoint-best").mkdir()
+    (tmp_path / "checkpoint-00000000").mkdir()
+    for step in (9, 10, 99_999_999, 100_000_000):
+        run.save(tmp_path, step, keep=2)
+    foreign = ["checkpoint-00000000", "checkpoint-best"]
+    assert names(tmp_path) == sorted([*foreign, "checkpoint-100000000", "checkpoint-99999999"])
+    assert find_latest(tmp_path).name == "checkpoint-100000000"
+    with pytest.raises(ValueError, match="keep is 0"):
+        run.save(tmp_path, 11, keep=0)
+
+
+def test_a_saved_step_stays_as_it_is(tmp_path):
+    run = Training()
+    path = run.save(tmp_path, 1)
+    before = {file.name: file.read_bytes() for file in path.iterdir()}
+    run.step()
+    assert run.save(tmp_path, 1) == path
+    assert {file.name: file.read_bytes() for file in path.iterdir()} == before
+
+
+def test_leftovers_of_a_kill_are_no_part_of_a_checkpoint(tmp_path):
+    run = Training()
+    left = tmp_path / ".partial-checkpoint-00000001"
+    left.mkdir()
+    (left / "custom_checkpoint_0.pkl").write_bytes(b"half")
+    path = run.save(tmp_path, 1)
+    assert names(tmp_path) == [path.name]
+    run.load(path)
+
+
+# What a checkpoint may be resumed by
+
+
+def test_latest_of_nothing_starts_anew(tmp_path, caplog):
+    logging = checkpoints.logging
+    logging.enable_propagation()
+    try:
+        assert resolve_resume(tmp_path / "absent", "latest") is None
+    finally:
+        logging.disable_propagation()
+    assert "absent holds no checkpoint to resume from: training starts anew" in caplog.text
+    assert resolve_resume(tmp_path / "absent", None) is None
+    assert find_latest(tmp_path / "absent") is None
+
+
+def test_checkpoints_are_never_overwritten_by_accident(tmp_path):
+    run = Training()
+    first, last = (run.save(tmp_path / "run", step) for step in (1, 2))
+    with pytest.raises(
+        ValueError, match="holds checkpoints, the last is checkpoint-00000002; pass --resume_from"
+    ):
+        prepare_output_dir(run.accelerator, tmp_path / "run")
+    with pytest.raises(ValueError, match="would mix with"):
+        resolve_resume(tmp_path / "run", str(first))
+    other = run.save(tmp_path / "other", 7)
+    with pytest.raises(ValueError, match="would mix with"):
+        resolve_resume(tmp_path / "run", str(other))
+    for folder in ("run", "other", "run/checkpoint-00000009"):
+        with pytest.raises(ValueError, match="is no checkpoint of training"):
+            resolve_resume(tmp_path / "run", str(tmp_path / folder))
+    assert resolve_resume(tmp_path / "run", "latest") == last
+    assert resolve_resume(tmp_path / "run", str(last)) == last
+    assert resolve_resume(tmp_path / "new", str(other)) == other
+    assert names(tmp_path / "run") == [first.name, last.name]
+
+
+def test_overwriting_deletes_checkpoints_and_nothing_else(tmp_path):
+    run = Training()
+    run.save(tmp_path, 1)
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="exclude each other"):
+        prepare_output_dir(run.accelerator, tmp_path, "latest", overwrite=True)
+    assert prepare_output_dir(run.accelerator, tmp_path, overwrite=True) is None
+    assert names(tmp_path) == ["notes.txt"]
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("model.safetensors", b"half"),
+        ("optimizer.bin", b""),
+        ("scheduler.bin", b"half"),
+        ("random_states_0.pkl", None),
+        ("random_states_0.pkl", b"half"),
+        ("ema.safetensors", None),
+        ("position-0.json", None),
+        ("position-0.json", b"[1]"),
+        ("progress.json", b"{"),
+    ],
+)
+def test_broken_checkpoints_are_refused(tmp_path, name, damage):
+    run = Training()
+    run.step()
+    path = run.save(tmp_path, 1)
+    if damage is None:
+        (path / name).unlink()
+    else:
+        (path / name).write_bytes(damage)
+    with pytest.raises(ValueError, match="checkpoint-00000001"):
+        run.load(path)
+
+
+def test_random_states_that_accelerate_cannot_set_are_noticed(tmp_path):
+    run = Training()
+    path = run.save(tmp_path, 1)
+    states = checkpoints.load_weights_only(path / "random_states_0.pkl")
+    torch.save({**states, "random_state": (0, (), None)}, path / "random_states_0.pkl")
+    run.step()
+    with pytest.raises(ValueError, match=r"random states in random_states_0.pkl could not be restored"):
+        run.load(path)
+
+
+def test_checkpoints_of_other_settings_are_refused(tmp_path):
+    path = Training().save(tmp_path / "averaged", 1)
+    with pytest.raises(ValueError, match="has averaged weights, this run does not average"):
+        Training(averaged=False).load(path)
+    plain = Training(averaged=False).save(tmp_path / "plain", 1)
+    with pytest.raises(ValueError, match="lacks averaged weights, this run needs them"):
+        Training().load(plain)
+    content = json.loads((path / "progress.json").read_text())
+    (path / "progress.json").write_text(json.dumps({**content, "world_size": 8}))
+    with pytest.raises(ValueError, match="written by 8 processes, this run has 1"):
+        Training().load(path)
+
+
+class Payload:
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+@pytest.mark.parametrize(
+    "name", ["optimizer.bin", "scheduler.bin", "random_states_0.pkl", "custom_checkpoint_0.pkl"]
+)
+def test_nothing_in_a_checkpoint_executes(tmp_path, name):
+    run = Training()
+    path = run.save(tmp_path / "run", 1)
+    target = tmp_path / "executed"
+    torch.save(Payload(target), path / name)
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        run.load(path)
+    assert not target.exists()
+    pickle.loads(pickle.dumps(Payload(target)))
+    assert target.exists(), "the payload works where nothing guards"
+
+
+# Kills
+
+
+class Killed(BaseException):
+    pass
+
+
+OPERATIONS = (
+    *((os, name) for name in ("replace", "mkdir", "fsync", "unlink", "rmdir")),
+    *((checkpoints, name) for name in ("write_json", "save_model")),
+    *((torch, name) for name in ("save",)),
+    (Accelerator, "save_state"),
+)
+
+
+def killed_at(monkeypatch, number, after):
+    """Lets operation `number` of saving (before or after it is done) be the last one; returns those that began."""
+    begun = []
+
+    def wrap(owner, name):
+        original = getattr(owner, name)
+
+        def operation(*args, **kwargs):
+            begun.append(name)
+            is_last = len(begun) == number
+            if is_last and not after:
+                raise Killed
+            result = original(*args, **kwargs)
+            if is_last or len(begun) > number:
+                raise Killed
+            return result
+
+        monkeypatch.setattr(owner, name, operation)
+
+    for owner, name in OPERATIONS:
+        wrap(owner, name)
+    return begun
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_a_kill_at_any_operation_leaves_a_usable_checkpoint(tmp_path, after):
+    run = Training()
+    run.step()
+    run.save(tmp_path / "start", 1)
+    saved = {1: run.state()}
+    run.step()
+    saved[2] = run.state()
+    seen = set()
+    for number in itertools.count(1):
+        folder = tmp_path / str(number)
+        shutil.copytree(tmp_path / "start", folder)
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            begun = killed_at(monkeypatch, number, after)
+            try:
+                run.save(folder, 2, keep=1)
+            except Killed:
+                seen.add(begun[number - 1])
+        if len(begun) < number:
+            break
+        latest = find_latest(folder)
+        resumed = Training(seed=5)
+        assert prepare_output_dir(resumed.accelerator, folder, "latest") == latest
+        step = resumed.load(latest)[0]["step"]
+        assert_same(resumed.state(), saved[step])
+        assert all(name.startswith("checkpoint-") for name in names(folder))
+        resumed.save(folder, 3, keep=1)
+        assert names(folder) == ["checkpoint-00000003"]
+    assert seen == {name for _, name in OPERATIONS}
+    assert number > 15
+
+
+def test_everything_is_on_the_disk_before_it_takes_its_name(tmp_path, monkeypatch):
+    run, flushed, at_rename = Training(), [], []
+    flush, replace = checkpoints._flush, os.replace
+
+    def renaming(source, target):
+        if os.path.isdir(source):
+            at_rename.extend(flushed)
+        replace(source, target)
+
+    monkeypatch.setattr(checkpoints, "_flush", lambda path: (flush(path), flushed.append(path.name)))
+    monkeypatch.setattr(os, "replace", renaming)
+    path = run.save(tmp_path, 1)
+    assert sorted(at_rename) == sorted([*names(path), f".partial-{path.name}"])
+    assert flushed[-1] == tmp_path.name
+
+
+SAVE_IN_A_LOOP = """
+    import sys
+    from pathlib import Path
+    sys.path[:0] = {paths!r}
+    from test_checkpoints import Training
+    run = Training()
+    for step in range(1, 100_000):
+        run.step()
+        run.save(Path({folder!r}), step, keep=2)
+"""
+
+
+def test_a_real_kill_leaves_a_usable_checkpoint(tmp_path):
+    here = os.path.dirname(__file__)
+    code = textwrap.dedent(SAVE_IN_A_LOOP).format(
+        paths=[here, os.path.dirname(here)], folder=str(tmp_path / "run")
+    )
+    process = subprocess.Popen([sys.executable, "-c", code])
+    try:
+        deadline = time.monotonic() + 60
+        while (latest := find_latest(tmp_path / "run")) is None or latest.name < "checkpoint-00000005":
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    run = Training(seed=3)
+    path = prepare_output_dir(run.accelerator, tmp_path / "run", "latest")
+    progress, position = run.load(path)
+    assert progress["step"] == position["batch"] >= 5
+    run.save(tmp_path / "run", progress["step"] + 1, keep=1)
+    assert names(tmp_path / "run") == [f"checkpoint-{progress['step'] + 1:08d}"]
+
+
+# Two processes
+
+
+def slowly(name):
+    """Makes a step of saving so slow that a process that does not wait would overtake."""
+    original = getattr(checkpoints, name)
+
+    def slow(*args, **kwargs):
+        time.sleep(0.1)
+        return original(*args, **kwargs)
+
+    setattr(checkpoints, name, slow)
+
+
+def one_of_two_processes(rank, folder):
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
+    os.environ["OMP_NUM_THREADS"] = "1"
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    output = f"{folder}/run"
+    run = Training(seed=rank)
+    assert run.accelerator.num_processes == 2
+    for name in ("_remove_leftovers", "_remove") if rank == 0 else ("write_json",):
+        slowly(name)
+    prepare_output_dir(run.accelerator, output)
+    listings = []
+    for step in (1, 2, 3):
+        run.step()
+        path = run.save(output, step, keep=2)
+        listings.append(sorted(os.listdir(output)))
+        run.accelerator.wait_for_everyone()
+    expected, state = [run.step() for _ in range(3)], run.state()
+
+    resumed = Training(seed=10 + rank)
+    latest = prepare_output_dir(resumed.accelerator, output, "latest")
+    progress, position = resumed.load(latest)
+    found = [resumed.step() for _ in range(3)]
+    result = {"paths": (str(path), str(latest)), "progress": progress, "position": position}
+    result["listings"] = listings
+    result |= {"expected": expected, "found": found, "states": (state, resumed.state())}
+    torch.save(result, f"{folder}/{rank}.pt")
+    resumed.accelerator.wait_for_everyone()
+    assert prepare_output_dir(resumed.accelerator, output, overwrite=True) is None
+    assert os.listdir(output) == []
+    dist.destroy_process_group()
+
+
+def test_two_processes_resume_exactly(tmp_path):
+    mp.spawn(one_of_two_processes, args=(str(tmp_path),), nprocs=2)
+    results = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
+    for rank, result in enumerate(results):
+        assert result["listings"] == [
+            [f"checkpoint-{step:08d}" for step in steps] for steps in ((1,), (1, 2), (2, 3))
+        ]
+        assert result["paths"][0] == result["paths"][1] == str(tmp_path / "run" / "checkpoint-00000003")
+        assert result["progress"] == {"step": 3, "world_size": 2}
+        assert result["position"] == {"batch": 3, "rank": rank}
+        assert result["found"] == result["expected"]
+        assert_same(*result["states"])
+    assert results[0]["expected"] != results[1]["expected"], "each process draws its own numbers"
