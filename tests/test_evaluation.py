@@ -20,10 +20,10 @@ from pgseg_hf.evaluation import (
     ConfusionMatrix,
     MaskFolder,
     evaluate_masks,
-    load_mask,
     oracle_map,
     zero_shot_accuracy,
 )
+from pgseg_hf.images import load_label_map
 from pgseg_hf.prompts import IMAGENET_TEMPLATES
 from pgseg_hf.scoring import WindowScores
 from pgseg_hf.segmentation import EncodedImage
@@ -125,7 +125,7 @@ def test_folders_with_metadata_and_with_equal_names(tmp_path):
         assert (folder.labels, folder.ignore_index, folder.background) == (LABELS["labels"], 255, None)
         for number, (image, mask) in enumerate(folder.pictures):
             assert image == folder.path / "images" / f"{number:03d}.jpg"
-            assert load_mask(mask).tolist() == MASKS[number].tolist()
+            assert load_label_map(mask).tolist() == MASKS[number].tolist()
 
 
 def test_labels_may_be_in_the_folder_above(tmp_path):
@@ -196,35 +196,6 @@ def test_folders_that_make_no_sense(tmp_path):
     (folder / "masks").rename(folder / "annotations")
     with pytest.raises(ValueError, match=r"neither metadata.jsonl nor the folders"):
         MaskFolder(folder)
-
-
-def test_masks_of_every_kind(tmp_path):
-    values = np.array([[0, 1], [2, 255]], np.uint8)
-    indexed = Image.fromarray(values).convert("P")
-    indexed.putdata(values.ravel().tolist())
-    indexed.putpalette([7, 7, 7] * 256)
-    for name, image in {
-        "grey.png": Image.fromarray(values),
-        "indexed.png": indexed,
-        "wide.png": Image.fromarray(values.astype(np.uint16)),
-        "grey.tif": Image.fromarray(values.astype(np.int32)),
-    }.items():
-        image.save(tmp_path / name)
-        mask = load_mask(tmp_path / name)
-        assert mask.tolist() == values.tolist() and mask.dtype == np.int64
-    Image.fromarray(values > 0).save(tmp_path / "bits.png")
-    assert load_mask(tmp_path / "bits.png").tolist() == [[0, 1], [1, 1]]
-
-
-def test_masks_that_are_none(tmp_path):
-    make_photo().save(tmp_path / "colours.png")
-    with pytest.raises(ValueError, match=r"colours.png has the mode RGB"):
-        load_mask(tmp_path / "colours.png")
-    make_photo().convert("L").save(tmp_path / "lossy.jpg")
-    (tmp_path / "half.png").write_bytes((tmp_path / "colours.png").read_bytes()[:500])
-    for name in ("lossy.jpg", "half.png", "absent.png"):
-        with pytest.raises(ValueError, match=f"{name} is no mask that can be read"):
-            load_mask(tmp_path / name)
 
 
 # Scores
@@ -320,7 +291,7 @@ def test_the_segmenters_own_maps_are_what_is_counted(tiny_segmenter, tmp_path, t
             label_map = tiny_segmenter(path, folder.labels, options).label_map
         else:
             label_map = np.array([3, 0, 1, 2])[tiny_segmenter(path, folder.labels[:3], options).label_map]
-        expected.add(load_mask(mask), label_map)
+        expected.add(load_label_map(mask), label_map)
     result = evaluate_masks(tiny_segmenter, folder, options, oracle=True)
     assert result.confusion.counts.tolist() == expected.counts.tolist()
     assert (expected.counts.sum(0) > 0).sum() > 1, "the test needs several labels"
@@ -439,6 +410,6 @@ def test_real_folders(name, size, background):
     assert (len(folder), folder.background) == (size, background)
     matrix = ConfusionMatrix(len(folder.labels), folder.ignore_index)
     for _, mask in folder.spread(5).pictures:
-        truth = load_mask(mask)
+        truth = load_label_map(mask)
         matrix.add(truth, np.minimum(truth, len(folder.labels) - 1))
     assert matrix.mean_iou() == 1

@@ -264,9 +264,10 @@ class PGSegConfig(PreTrainedConfig):
             `"sigmoid"`: the same positives, every pair of image and text judged on its own, with one bias for all;
             for tags, where an image has any number of them. The multi-label loss is of the same kind.
         logit_bias_init_value (`float`, defaults to 0.0): initial bias of the sigmoid loss.
-        guard_text_prototypes (`bool`, defaults to `False`):
-            for training the released variant: leave its text prototype loss out of the total where it is not finite,
-            and cut its gradient to the group centres, which is 0 but for rounding, amplified to any size.
+        guard_prototype_losses (`bool`, defaults to `False`):
+            for training the released variant, whose prototype losses are NaN where no pair is kept: leave those out of
+            the total, and cut the text prototypes' gradient to the group centres, which is 0 but for rounding that is
+            amplified to any size.
         initializer_range (`float`, defaults to 0.02): standard deviation of the initial weights.
         initializer_factor (`float`, defaults to 1.0): factor on initial standard deviations.
     """
@@ -290,7 +291,7 @@ class PGSegConfig(PreTrainedConfig):
     contrastive_pooling: str = "mean"
     contrastive_loss: str = "info_nce"
     logit_bias_init_value: float = 0.0
-    guard_text_prototypes: bool = False
+    guard_prototype_losses: bool = False
     initializer_range: float = 0.02
     initializer_factor: float = 1.0
 

@@ -5,7 +5,7 @@ import json
 import os
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,19 +17,15 @@ from torch import Tensor
 
 from . import losses
 from .folders import find_images
-from .images import ImageSource, load_image
+from .images import ImageSource, load_image, load_label_map
 from .modeling_pgseg import PGSegModel
 from .processing_pgseg import PGSegProcessor
 from .prompts import IMAGENET_TEMPLATES, validate_labels
-from .scoring import WindowScores, best_labels, merge_windows
+from .scoring import WindowScores
 from .segmentation import EncodedImage, SegmentationOptions, Segmenter
 
 IGNORE_INDEX = 255
 """Value of mask pixels that do not count, the field's habit."""
-
-# Formats without loss that hold one number a pixel.
-_MASK_FORMATS = ("PNG", "TIFF", "BMP", "PPM")
-_MASK_MODES = ("1", "L", "P", "I", "I;16")
 
 
 class ConfusionMatrix:
@@ -106,6 +102,7 @@ class MaskFolder:
 
     Args:
         path: the folder.
+        background: the label that means background, instead of what `labels.json` says.
 
     Attributes:
         pictures: paths of picture and mask.
@@ -115,11 +112,15 @@ class MaskFolder:
         ValueError: files that are missing or make no sense.
     """
 
-    def __init__(self, path: str | os.PathLike):
+    def __init__(self, path: str | os.PathLike, background: str | None = None):
         self.path = Path(path)
         if not self.path.is_dir():
             raise ValueError(f"{self.path} is no folder; expected one with pictures and masks.")
         self.labels, self.ignore_index, self.background = _read_labels(self.path)
+        if background is not None:
+            if background not in self.labels:
+                raise ValueError(f"background {background!r} is none of the labels {', '.join(self.labels)}.")
+            self.background = self.labels.index(background)
         metadata = self.path / "metadata.jsonl"
         self.pictures = _pairs_of_metadata(metadata) if metadata.is_file() else _pairs_of_names(self.path)
         missing = [file for pair in self.pictures for file in pair if not file.is_file()]
@@ -205,24 +206,6 @@ def _pairs_of_names(folder: Path) -> list[tuple[Path, Path]]:
     return pairs
 
 
-def load_mask(path: str | os.PathLike) -> np.ndarray:
-    """A picture of label numbers, int64 [H, W]; of an indexed picture the indices.
-
-    Raises:
-        ValueError: no such file, one that is broken or lossy, or several channels.
-    """
-    try:
-        with Image.open(path, formats=_MASK_FORMATS) as image:
-            mode, mask = image.mode, np.asarray(image)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(
-            f"{path} is no mask that can be read, expected a whole {' or '.join(_MASK_FORMATS)} file: {error}"
-        ) from error
-    if mode not in _MASK_MODES:
-        raise ValueError(f"{path} has the mode {mode}, expected one channel of label numbers.")
-    return mask.astype(np.int64)
-
-
 @dataclass
 class MaskScores:
     """What [`evaluate_masks`] counted.
@@ -299,13 +282,13 @@ def evaluate_masks(
     start = time.monotonic()
     encoded = segmenter.encode((image for image, _ in folder.pictures), labels, options)
     for (path, mask), image in zip(folder.pictures, encoded, strict=True):
-        truth = load_mask(mask)
+        truth = load_label_map(mask)
         if truth.shape != image.size:
             raise ValueError(
                 f"{mask} has {truth.shape} pixels (height, width), its picture {path} {image.size}."
             )
         try:
-            scores.confusion.add(truth, values[_label_map(image.windows, image)])
+            scores.confusion.add(truth, values[image.label_map()[0].cpu().numpy()])
         except ValueError as error:
             raise ValueError(f"{mask}: {error}") from error
         if scores.oracle is not None:
@@ -326,12 +309,6 @@ def _segmenter_labels(folder: MaskFolder, options: SegmentationOptions) -> tuple
         )
     order.remove(folder.background)
     return [folder.labels[value] for value in order], np.array([folder.background, *order])
-
-
-def _label_map(windows: Sequence[WindowScores], image: EncodedImage) -> np.ndarray:
-    """As [`Segmenter.stream`] makes it of an image's windows, int64 [H, W]."""
-    scores, channels, count = merge_windows(windows, image.resized)
-    return best_labels(scores, channels, count, image.size)[0].cpu().numpy()
 
 
 def oracle_map(
@@ -356,7 +333,7 @@ def oracle_map(
         )
         for window in image.windows
     ]
-    return _label_map(named, image)
+    return replace(image, windows=named).label_map()[0].cpu().numpy()
 
 
 def _majority(window: WindowScores, truth_HW: Tensor, num_labels: int, ignore_index: int | None) -> Tensor:

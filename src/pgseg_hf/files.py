@@ -56,7 +56,11 @@ def write_image(image: Image.Image, path: str | os.PathLike) -> Path:
 
 def write_json(content: Any, path: str | os.PathLike) -> Path:
     """Writes JSON, whole or not at all."""
-    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    return write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", path)
+
+
+def write_text(text: str, path: str | os.PathLike) -> Path:
+    """Writes text in UTF-8, whole or not at all."""
 
     def write(file: BinaryIO) -> None:
         file.write(text.encode("utf-8"))
@@ -65,14 +69,19 @@ def write_json(content: Any, path: str | os.PathLike) -> Path:
 
 
 @contextmanager
-def folder_written_whole(path: str | os.PathLike) -> Iterator[Path]:
+def folder_written_whole(path: str | os.PathLike, replace: bool = False) -> Iterator[Path]:
     """A temporary folder that takes the name `path` when the block ends without an error.
 
+    Args:
+        path: the folder to make.
+        replace: an older folder of that name gives way at the end.
+
     Raises:
-        ValueError: `path` is a file or a folder that is not empty, or its parent cannot be written to.
+        ValueError: `path` is a file, or a folder that is not empty and not to be replaced, or its parent cannot be
+            written to.
     """
     path = Path(path).resolve()
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    if path.exists() and (not path.is_dir() or (any(path.iterdir()) and not replace)):
         raise ValueError(f"{path} exists already; choose a new or empty folder.")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -84,6 +93,8 @@ def folder_written_whole(path: str | os.PathLike) -> Iterator[Path]:
         inner.mkdir()
         try:
             yield inner
+            if replace and path.exists():
+                os.replace(path, Path(name) / "replaced")
             os.replace(inner, path)
         except OSError as error:
             raise ValueError(f"{path} cannot be written: {error}; choose another output folder.") from error

@@ -37,6 +37,9 @@ MAX_IMAGE_PIXELS = 500_000_000
 MIN_SIDE = 16
 """Smallest side of a resized image in pixels: a patch of the paper's model."""
 
+# Formats of masks: without loss, and decoded by Pillow itself.
+_LABEL_FORMATS = ("PNG", "TIFF", "BMP", "GIF", "PPM")
+
 _SIGNATURE_BYTES = 16
 _URL_TIMEOUT_SECONDS = 30
 
@@ -141,6 +144,39 @@ def to_rgb(image: Image.Image, name: str | None = None) -> Image.Image:
         return image.convert("RGB")
     except ValueError as error:
         raise ValueError(f"{name} has the mode {image.mode}, which cannot be made RGB: {error}") from error
+
+
+def load_label_map(source: ImageSource) -> np.ndarray:
+    """Read a mask whose pixel values are numbers of labels.
+
+    Args:
+        source: a path, a binary file object or its bytes (PNG, TIFF, BMP, GIF or PPM, which lose nothing), a PIL image
+            (of an indexed one the indices count) or an integer array [H, W].
+
+    Returns:
+        int64 [H, W].
+
+    Raises:
+        ValueError: it cannot be read, has several channels, or values that are no whole numbers.
+    """
+    name = "the mask"
+    try:
+        if isinstance(source, (Image.Image, np.ndarray)):
+            values = np.asarray(source)
+        else:
+            data, name = _read_bytes(source)
+            with Image.open(BytesIO(data), formats=_LABEL_FORMATS) as image:
+                values = np.asarray(image)
+    except MemoryError:
+        raise
+    except Exception as error:  # given broken files, decoders raise nearly anything
+        formats = ", ".join(_LABEL_FORMATS)
+        raise ValueError(f"{name} is no mask that can be read, expected one of {formats}: {error}") from error
+    if values.ndim != 2 or values.dtype.kind not in "bui" or values.size == 0:
+        raise ValueError(
+            f"{name} has the shape {values.shape} and type {values.dtype}, expected one whole number a pixel, [H, W]"
+        )
+    return values.astype(np.int64)
 
 
 def resized_size(

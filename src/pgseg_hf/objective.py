@@ -168,10 +168,9 @@ class Objective:
         if self.images.stages:
             self._add_prototype_losses(losses)
             losses.text_prototype = self._text_prototype_loss()
-            losses.total = losses.total + config.image_prototype_weight * losses.image_prototype
-            text_prototype = losses.text_prototype
-            if config.guard_text_prototypes:
-                text_prototype = torch.where(text_prototype.isfinite(), text_prototype, 0.0)
+            image_prototype = torch.stack([self._guarded(loss) for loss in losses.image_prototype_by_stage]).sum()
+            losses.total = losses.total + config.image_prototype_weight * image_prototype
+            text_prototype = self._guarded(losses.text_prototype)
             losses.total = losses.total + config.text_prototype_weight * text_prototype
             if losses.assignment is not None:
                 losses.total = losses.total + config.assignment_weight * losses.assignment
@@ -214,6 +213,9 @@ class Objective:
         images, segments = gather_features(self.embeds), gather_features(self.segments)
         logits_per_text = self._logits(images, segments, shared.embeds[shared.own]).T
         return multi_positive_loss(logits_BU, logits_per_text, shared.image_targets, shared.text_targets)
+
+    def _guarded(self, loss: Tensor) -> Tensor:
+        return torch.where(loss.isfinite(), loss, 0.0) if self.config.guard_prototype_losses else loss
 
     def _prototype_scale(self) -> Tensor:
         return clamped_scale(self.model.prototype_logit_scale, self.config)
@@ -274,7 +276,7 @@ class Objective:
                 "texts x prototypes."
             )
         scalars = centers.to(prototypes.dtype).mean(-1, keepdim=True)
-        if self.config.guard_text_prototypes:
+        if self.config.guard_prototype_losses:
             scalars = scalars.detach()
         threshold = self.config.rejection_threshold
         return prototype_loss(scalars, prototypes, self._prototype_scale(), threshold, "released")[0]

@@ -123,6 +123,11 @@ class EncodedImage:
     resized: tuple[int, int]
     windows: list[WindowScores] = field(default_factory=list)
 
+    def label_map(self) -> tuple[Tensor, Tensor]:
+        """The best label of each pixel of the original, int64 [H, W], and its score [H, W]."""
+        scores, channels, count = merge_windows(self.windows, self.resized)
+        return best_labels(scores, channels, count, self.size)
+
 
 class Segmenter:
     """Segments images with a model and its processor.
@@ -164,8 +169,7 @@ class Segmenter:
         options = options or self.options
         labels = validate_labels(labels)
         for image in self.encode(images, labels, options):
-            scores, channels, count = merge_windows(image.windows, image.resized)
-            label_map, best = best_labels(scores, channels, count, image.size)
+            label_map, best = image.label_map()
             background = options.background_threshold is not None
             yield Segmentation(label_map.cpu().numpy(), best.cpu().numpy(), labels, background)
 

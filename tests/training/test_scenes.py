@@ -10,8 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pgseg_hf.images import load_image
-from pgseg_hf.training.preparation import load_mask
+from pgseg_hf.images import load_image, load_label_map
 from pgseg_hf.training.scenes import COLORS, GROUNDS, SHAPES, SceneOptions, SceneSource
 
 SCENES = SceneSource(SceneOptions(length=200))
@@ -46,7 +45,7 @@ def test_records_are_whole(index, size, most, colored):
     source = SceneSource(SceneOptions(size=size, max_objects=most, colored_labels=colored, length=200))
     record = source[index]
     assert load_image(record.image) is record.image and record.image.size == (size, size)
-    mask = np.asarray(load_mask(record.mask))
+    mask = load_label_map(record.mask)
     assert mask.shape == (size, size)
     assert {source.labels[value] for value in np.unique(mask)} == set(record.tags)
     assert len(set(record.tags)) == len(record.tags) <= 1 + most

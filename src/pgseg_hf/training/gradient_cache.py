@@ -4,7 +4,7 @@ The images and texts of a batch are encoded in chunks without a graph, the losse
 of every feature, and each chunk is encoded once more, with its recorded randomness, to carry that gradient to the
 weights. The result is the gradient of the one large batch. What differs is BatchNorm in the heads: it normalises each
 chunk by the chunk's own statistics, as it would each process of a distributed run, and its running statistics move by
-the mean of the chunks' statistics once a batch. Image prototypes move once a batch, to the mean over all of it.
+the mean of all processes' chunks once a batch. Image prototypes move once a batch, to the mean over all of it.
 
 Source: Gao et al., "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup", 2021.
 """
@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..losses import world_size
+from ..losses import sum_over_processes, world_size
 from ..modeling_pgseg import PGSegModel
 from ..objective import compute_losses
 
@@ -112,7 +112,7 @@ class GradientCache:
                 for name, value in buffers.items():
                     moved[name] += chunk.share * (value - start[name])
             for name, value in buffers.items():
-                value.copy_(start[name] + moved[name])
+                value.copy_(start[name] + sum_over_processes(moved[name]) / world_size())
             if model.config.npr_variant == "corrected":
                 model.vision_model.move_prototypes([stage.prototypes for stage in all_images.stages])
         return losses.parts()

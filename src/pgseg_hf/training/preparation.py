@@ -2,18 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from io import BytesIO
 from typing import cast
 
 import numpy as np
 from PIL import Image
 
-from ..images import ImageSource, load_image
+from ..images import ImageSource, load_image, load_label_map
 from .augmentation import Augmentation, AugmentationOptions, Crop
 from .records import Record, UnusableRecord
 from .texts import TextOptions, choose_texts, load_noun_model
 
-MASK_FORMATS = ("PNG", "TIFF", "BMP", "GIF")  # without loss, and decoded by Pillow itself
 IGNORED = 255
 CROP_TRIES = 5
 
@@ -80,7 +78,7 @@ class Preparation:
         crop = self.augmentation.draw_crop(image.size, rng)
         if record.mask is not None and self.mask_labels is not None:
             try:
-                crop, tags = self._crop_with_tags(load_mask(record.mask), crop, rng)
+                crop, tags = self._crop_with_tags(_load_mask(record.mask), crop, rng)
             except ValueError as error:
                 raise UnusableRecord("broken mask", f"{name}: {error}") from error
             record = replace(record, tags=tags)
@@ -112,32 +110,9 @@ class Preparation:
         return [name for name, is_shown in zip(names, shown) if is_shown and name]
 
 
-def load_mask(source: ImageSource) -> Image.Image:
-    """Reads a label map.
-
-    Args:
-        source: path, binary file, bytes, PIL image (greyscale or indexed colours) or integer array [H, W].
-
-    Returns:
-        A PIL image of mode L whose values are the labels.
-
-    Raises:
-        ValueError: it cannot be read, has colours instead of labels, or labels outside 0 to 255.
-    """
-    try:
-        if isinstance(source, (bytes, bytearray, memoryview)):
-            source = BytesIO(source)
-        if not isinstance(source, (Image.Image, np.ndarray)):
-            source = Image.open(source, formats=MASK_FORMATS)
-        values = np.asarray(source)
-    except MemoryError:
-        raise
-    except Exception as error:  # given broken files, decoders raise nearly anything
-        raise ValueError(f"its mask cannot be read as one of {', '.join(MASK_FORMATS)}: {error}") from error
-    if values.ndim != 2 or values.dtype.kind not in "bui" or values.size == 0:
-        raise ValueError(
-            f"its mask has the shape {values.shape} and type {values.dtype}, expected one whole number a pixel, [H, W]."
-        )
+def _load_mask(source: ImageSource) -> Image.Image:
+    """A label map as a PIL image of mode L."""
+    values = load_label_map(source)
     if values.min() < 0 or values.max() > IGNORED:
         raise ValueError(
             f"its mask has values from {values.min()} to {values.max()}, expected 0 to {IGNORED}."

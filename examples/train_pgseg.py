@@ -1,0 +1,349 @@
+"""Train PGSeg on images and their texts, on one CPU or many GPUs.
+
+    accelerate launch examples/train_pgseg.py examples/configs/own_folder.yaml --data photos --output_dir run
+
+The first argument may be a YAML file; options override it, `--help` lists them all. A stopped run goes on with the same
+command and `--resume_from_checkpoint latest`. The output folder ends as one for `from_pretrained`, with checkpoints,
+`log.jsonl`, pictures of the grouping and `all_results.json`.
+"""
+
+import math
+import os
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, gather_object, send_to_device, set_seed
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from pgseg_hf import PGSegModel
+from pgseg_hf.training.arguments import Arguments, parse_arguments
+from pgseg_hf.training.building import (
+    build_model,
+    build_processor,
+    build_stream,
+    full_weights,
+    sync_batchnorm,
+    without_scalars,
+)
+from pgseg_hf.training.checkpoints import load_checkpoint, prepare_output_dir, save_checkpoint
+from pgseg_hf.training.evaluating import Evaluator, best_metric
+from pgseg_hf.training.finishing import model_card, publish, save_weights, upload
+from pgseg_hf.training.gradient_cache import GradientCache, average_gradients
+from pgseg_hf.training.optimization import ExponentialMovingAverage, build_optimizer, cosine_schedule
+from pgseg_hf.training.reporting import Clock, Meter, RunLog
+
+
+class Run:
+    """A training run: everything that it consists of, and its steps."""
+
+    def __init__(self, arguments: Arguments):
+        self.arguments = arguments
+        chosen, data, run = arguments
+        self.options = run
+        self.output_dir = Path(run.output_dir)
+        if run.threads:
+            torch.set_num_threads(run.threads)
+        self.accelerator = accelerator = Accelerator(
+            cpu=run.cpu,
+            mixed_precision=run.mixed_precision,
+            log_with=None if run.report_to == "none" else run.report_to.split(","),
+            project_dir=run.output_dir,
+            step_scheduler_with_optimizer=False,
+        )
+        self.refuse_what_cannot_be()
+        self.resume = prepare_output_dir(
+            accelerator, run.output_dir, run.resume_from_checkpoint, run.overwrite_output_dir
+        )
+        set_seed(run.seed)
+        model = build_model(chosen).to(accelerator.device)
+        if self.is_sharded:
+            model = without_scalars(model)
+        self.config = model.config
+        self.processor = build_processor(chosen, data, model.config)
+        self.stream = build_stream(
+            data, run, model, self.processor, accelerator.process_index, accelerator.num_processes
+        )
+        self.evaluator = Evaluator(run, self.processor, accelerator)
+        if run.sync_batchnorm:
+            model = sync_batchnorm(model)
+        self.total_steps = run.max_steps or max(1, math.ceil(run.num_epochs * self.stream.batches_per_epoch))
+        self.ema = ExponentialMovingAverage(model, run.ema_decay) if run.ema_decay else None
+        optimizer = build_optimizer(model, run.learning_rate, run.weight_decay, run.betas)
+        schedule = cosine_schedule(
+            optimizer,
+            warmup_steps=int(run.warmup_ratio * self.total_steps),
+            total_steps=self.total_steps,
+            start=run.learning_rate / 100 if run.warmup_learning_rate is None else run.warmup_learning_rate,
+            floor=run.learning_rate / 10 if run.min_learning_rate is None else run.min_learning_rate,
+        )
+        self.model, self.optimizer, self.schedule = accelerator.prepare(model, optimizer, schedule)
+        self.plain_model = accelerator.unwrap_model(self.model)
+        self.cache: GradientCache | None = None
+        if run.chunk_size:
+            self.cache = GradientCache(self.plain_model, run.chunk_size, accelerator.autocast)
+        # The processes started alike; from here on each has noise of its own.
+        set_seed(run.seed + accelerator.process_index)
+        self.meter, self.clock = Meter(accelerator), Clock()
+        self.step = self.bad_steps = self.bad_in_a_row = 0
+        self.best: tuple[str, float] | None = None
+        self.best_step = 0
+        self.seconds_before = 0.0
+        self.started = time.monotonic()
+
+    def refuse_what_cannot_be(self) -> None:
+        accelerator, options = self.accelerator, self.options
+        launched = int(os.environ.get("WORLD_SIZE", "1"))
+        if launched != accelerator.num_processes:
+            raise ValueError(
+                f"{launched} processes were launched, but each sees itself alone; on CPUs pass --cpu true."
+            )
+        if self.is_sharded and (options.chunk_size or options.ema_decay):
+            raise ValueError(
+                "chunk_size and ema_decay do not work with FSDP; leave them out or train with DDP."
+            )
+
+    @property
+    def is_sharded(self) -> bool:
+        return self.accelerator.distributed_type == DistributedType.FSDP
+
+    def load(self) -> None:
+        """Brings everything to where the checkpoint left it."""
+        if self.resume is None:
+            return
+        progress, position = load_checkpoint(self.accelerator, self.resume, self.ema)
+        self.stream.load_state_dict(position)
+        self.step, self.bad_steps = progress["step"], progress["bad_steps"]
+        self.bad_in_a_row, self.best_step = progress["bad_in_a_row"], progress["best_step"]
+        self.best = tuple(progress["best"]) if progress["best"] else None
+        self.seconds_before = progress["seconds"]
+        self.meter.bad.update(progress["bad_parts"])
+        self.accelerator.print(f"Going on from {self.resume}, step {self.step}.")
+
+    def save(self) -> None:
+        """Writes a checkpoint."""
+        extra = {
+            "bad_steps": self.bad_steps,
+            "bad_in_a_row": self.bad_in_a_row,
+            "bad_parts": dict(self.meter.bad),
+            "best": self.best,
+            "best_step": self.best_step,
+            "seconds": self.seconds,
+        }
+        save_checkpoint(
+            self.accelerator,
+            self.output_dir,
+            self.step,
+            self.stream.state_dict(),
+            extra,
+            self.options.keep_checkpoints,
+            self.ema,
+        )
+
+    @property
+    def seconds(self) -> float:
+        return self.seconds_before + time.monotonic() - self.started
+
+    def train(self) -> dict[str, Any]:
+        """Trains to the last step; returns the results."""
+        options, accelerator = self.options, self.accelerator
+        self.load()
+        settings = {name: value for part in self.arguments for name, value in asdict(part).items()}
+        log = RunLog(
+            accelerator, self.output_dir, self.total_steps, self.step, settings, options.project_name
+        )
+        batches = iter(self.stream)
+        self.announce()
+        self.clock.skip()
+        while self.step < self.total_steps:
+            batch = send_to_device(next(batches), accelerator.device)
+            self.clock.waited()
+            parts, norm = self.train_step(batch)
+            self.step += 1
+            self.meter.add(parts | {"grad_norm": norm, "negatives": self.negatives(batch)})
+            self.clock.computed(options.batch_size * accelerator.num_processes)
+            log.bar.update()
+            if self.step % options.log_steps == 0 or self.step == self.total_steps:
+                self.log_line(log)
+            if self.is_due(options.eval_steps) and self.evaluator and self.step < self.total_steps:
+                self.evaluate(log, options.eval_limit)
+            if self.is_due(options.checkpoint_steps) or (
+                options.checkpoint_steps and self.step == self.total_steps
+            ):
+                self.save()
+            self.clock.skip()
+        figures = self.evaluate(log, None) if self.evaluator else {}
+        results = self.finish(figures)
+        log.close()
+        return results
+
+    def is_due(self, every: int | None) -> bool:
+        return bool(every) and self.step % every == 0
+
+    def train_step(self, batch: dict[str, Any]) -> tuple[dict[str, Tensor], Tensor]:
+        """One optimizer step; returns the parts of the loss and the norm of the gradient."""
+        accelerator = self.accelerator
+        if self.cache is not None:
+            with accelerator.no_sync(self.model) if accelerator.num_processes > 1 else nullcontext():
+                parts = self.cache.backward(batch, accelerator.backward)
+            average_gradients(self.plain_model.parameters())
+        else:
+            outputs = self.model(**batch)
+            accelerator.backward(outputs.loss)
+            names = ("contrastive", "multi_label", "image_prototype", "text_prototype", "assignment")
+            values = {name: getattr(outputs, f"{name}_loss") for name in names}
+            parts = {name: value for name, value in values.items() if value is not None}
+            parts["total"] = outputs.loss
+        norm = accelerator.clip_grad_norm_(self.model.parameters(), self.options.max_grad_norm)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        is_bad = not bool(torch.isfinite(norm))
+        if not is_bad or accelerator.scaler is not None:
+            self.optimizer.step()  # a gradient scaler leaves a bad step out by itself, and learns from it
+        self.optimizer.zero_grad()
+        self.schedule.step()
+        self.count_bad(is_bad)
+        if self.ema is not None and not is_bad:
+            self.ema.update_parameters(self.plain_model)
+        return parts, norm
+
+    def count_bad(self, is_bad: bool) -> None:
+        """Steps whose gradient is not finite change nothing; too many in a row end the run."""
+        self.bad_steps += is_bad
+        self.bad_in_a_row = self.bad_in_a_row + 1 if is_bad else 0
+        if self.bad_in_a_row >= self.options.max_bad_steps:
+            raise ValueError(
+                f"{self.bad_in_a_row} steps in a row, until step {self.step}, had no finite gradient; go on from the "
+                "last checkpoint with a lower learning_rate, a smaller max_grad_norm or bf16 instead of fp16."
+            )
+
+    def negatives(self, batch: dict[str, Any]) -> Tensor:
+        """Texts that an image is told apart from: of the whole batch, or where equal texts are shared, of this
+        process's part."""
+        targets = batch.get("text_targets")
+        if targets is None:
+            count = self.options.batch_size * self.accelerator.num_processes - 1
+            return torch.tensor(float(count), device=self.accelerator.device)
+        return (~targets).sum(1).float().mean()
+
+    def announce(self) -> None:
+        options, processes = self.options, self.accelerator.num_processes
+        batch = options.batch_size * processes
+        weights = sum(parameter.numel() for parameter in self.plain_model.parameters())
+        chunks = f", encoded {options.chunk_size} at a time" if options.chunk_size else ""
+        self.accelerator.print(
+            f"{weights:,} weights, {self.config.npr_variant} prototypes, loss {self.config.contrastive_loss}. "
+            f"{self.total_steps} steps of {batch} images ({options.batch_size} x {processes} processes{chunks}), "
+            f"each image contrasted with the texts of all {batch}."
+        )
+
+    def log_line(self, log: RunLog) -> None:
+        means = self.meter.means()
+        rate = self.schedule.get_last_lr()[0]
+        line = means | {"learning_rate": rate, "epoch": self.stream.epoch, "bad_steps": float(self.bad_steps)}
+        line["images_per_second"] = self.clock.images_per_second
+        parts = {name: value for name, value in means.items() if name != "grad_norm"}
+        log.line(self.step, line, {**parts, "lr": rate, "images/s": self.clock.images_per_second})
+
+    @contextmanager
+    def model_to_keep(self) -> Iterator[PGSegModel]:
+        """The whole model, with the averaged weights where there are any."""
+        if self.is_sharded:
+            model = PGSegModel(self.config).to(self.accelerator.device)
+            model.load_state_dict(full_weights(self.plain_model))
+            yield model
+        elif self.ema is not None:
+            with self.ema.applied_to(self.plain_model):
+                yield self.plain_model
+        else:
+            yield self.plain_model
+
+    def evaluate(self, log: RunLog, limit: int | None) -> dict[str, float]:
+        """Measures and draws the model, and keeps its weights if they are the best so far."""
+        with self.model_to_keep() as model:
+            figures = self.evaluator(model, limit)
+            metric = best_metric(figures)
+            if metric and (self.best is None or metric[1] >= self.best[1]):
+                self.best, self.best_step = metric, self.step
+                self.save_folder(model, "best")
+            pictures = {}
+            if self.accelerator.is_main_process:
+                pictures = self.evaluator.draw(model, self.output_dir / "pictures", self.step)
+        log.pictures(self.step, pictures)
+        log.line(self.step, {f"eval_{name}": value for name, value in figures.items()})
+        shown = ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
+        self.accelerator.print(f"\nstep {self.step}: {shown}")
+        return figures
+
+    def save_folder(self, model: PGSegModel, name: str) -> Path:
+        """Writes a `from_pretrained` folder."""
+        folder = self.output_dir / name
+        if self.accelerator.is_main_process:
+            save_weights(model, self.processor, folder)
+        self.accelerator.wait_for_everyone()
+        return folder
+
+    def finish(self, figures: dict[str, float]) -> dict[str, Any]:
+        """Writes the result: the last weights."""
+        with self.model_to_keep() as model:
+            folder = self.save_folder(model, ".last")
+        clock, options = self.clock, self.options
+        results = {
+            "steps": self.step,
+            "weights_of_step": self.step,
+            "epoch": self.stream.epoch,
+            "global_batch_size": options.batch_size * self.accelerator.num_processes,
+            "num_processes": self.accelerator.num_processes,
+            "mixed_precision": self.accelerator.mixed_precision,
+            "device": str(self.accelerator.device),
+            "train_runtime": self.seconds,
+            "train_images_per_second": clock.images_per_second,
+            "model_images_per_second": clock.model_images_per_second,
+            "loader_images_per_second": self.stream.images_per_second * self.accelerator.num_processes,
+            "bad_steps": self.bad_steps,
+            "bad_parts": dict(self.meter.bad),
+            "records": dict(sum(gather_object([self.stream.counts]), Counter())),
+            **{f"eval_{name}": value for name, value in figures.items()},
+        }
+        if self.best is not None:
+            results |= {"best_step": self.best_step, f"best_{self.best[0]}": self.best[1]}
+        if self.accelerator.is_main_process:
+            repo_id = options.hub_model_id or self.output_dir.name
+            card = model_card(
+                self.plain_model, self.arguments, results, repo_id if options.push_to_hub else None
+            )
+            publish(folder, self.output_dir, card, results)
+            self.tell(results)
+            if options.push_to_hub:
+                print(f"Uploaded to {upload(self.output_dir, repo_id)}.")
+        self.accelerator.wait_for_everyone()
+        return results
+
+    def tell(self, results: dict[str, Any]) -> None:
+        loader, model = results["loader_images_per_second"], results["model_images_per_second"]
+        verdict = (
+            "the loader keeps up" if loader >= model else "the loader is the bottleneck: more num_workers"
+        )
+        counts = results["records"]
+        left_out = {reason: count for reason, count in counts.items() if reason != "read"}
+        reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items()) or "none"
+        print(
+            f"{self.step} steps in {self.seconds / 60:.1f} minutes, {results['train_images_per_second']:.1f} images/s; "
+            f"loader {loader:.1f} images/s, model {model:.1f} images/s: {verdict}.\n"
+            f"Records read: {counts.get('read', 0)}, left out: {reasons}. Steps left out: {self.bad_steps}.\n"
+            f"The result is in {self.output_dir}."
+        )
+
+
+def main() -> None:
+    Run(parse_arguments()).train()
+
+
+if __name__ == "__main__":
+    main()

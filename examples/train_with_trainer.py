@@ -1,0 +1,57 @@
+"""Train PGSeg with transformers' own `Trainer`, from a folder of pictures with captions or tags.
+
+    python examples/train_with_trainer.py photos checkpoint
+
+For global contrast over processes, gradient caching, streaming data and exact resumption in it see `train_pgseg.py`.
+"""
+
+import sys
+
+from transformers import Trainer, TrainingArguments
+
+from pgseg_hf import DEFAULT_CHECKPOINT, PGSegModel, PGSegProcessor
+from pgseg_hf.training.augmentation import AugmentationOptions
+from pgseg_hf.training.collator import PGSegCollator
+from pgseg_hf.training.map_dataset import RecordDataset
+from pgseg_hf.training.preparation import Preparation
+from pgseg_hf.training.sources import SourceSpec, open_source
+
+
+def train(
+    data: str, output: str, steps: int = 100, batch_size: int = 32, start: str = DEFAULT_CHECKPOINT
+) -> Trainer:
+    """Fine-tunes the checkpoint `start` on the folder `data`, and writes a `from_pretrained` folder."""
+    model = PGSegModel.from_pretrained(start, dtype="float32", contrastive_loss="multi_positive")
+    processor = PGSegProcessor.from_pretrained(start)
+    augmentation = AugmentationOptions(image_size=model.config.vision_config.image_size)
+    dataset = RecordDataset(open_source(SourceSpec(path=data)), Preparation(augmentation))
+    trainer = Trainer(
+        model=model,
+        args=TrainingArguments(
+            output_dir=output,
+            max_steps=steps,
+            per_device_train_batch_size=batch_size,
+            learning_rate=5e-5,
+            warmup_steps=max(1, steps // 10),
+            lr_scheduler_type="cosine",
+            weight_decay=0.05,
+            max_grad_norm=5.0,
+            logging_steps=10,
+            save_strategy="no",
+            report_to="none",
+            remove_unused_columns=False,  # the examples are no arguments of forward; the collator makes them so
+            dataloader_drop_last=True,  # BatchNorm needs more than one picture
+        ),
+        train_dataset=dataset,
+        data_collator=PGSegCollator(processor.tokenizer, layout="shared"),
+        processing_class=processor,
+    )
+    trainer.train()
+    trainer.save_model()
+    return trainer
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit(__doc__)
+    train(*sys.argv[1:])

@@ -1,0 +1,266 @@
+"""Arguments of a training run, from the command line, from a YAML file, or from both."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser
+
+from .sources import SourceSpec
+
+
+@dataclass
+class ModelArguments:
+    """What is trained. Without a checkpoint the model starts from random weights."""
+
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "PGSeg checkpoint to go on from: a folder or a name on the Hub."}
+    )
+    groupvit_name_or_path: str | None = field(
+        default=None, metadata={"help": "GroupViT checkpoint of transformers for a warm start."}
+    )
+    model_config: str | None = field(
+        default=None,
+        metadata={"help": "Fields of PGSegConfig: a mapping in YAML, or the path of a JSON or YAML file."},
+    )
+    npr_variant: str | None = field(default=None, metadata={"help": "none, released or corrected."})
+    contrastive_loss: str | None = field(
+        default=None,
+        metadata={
+            "help": "info_nce: captions that differ. multi_positive: tags and captions that repeat, equal texts are "
+            "positives. sigmoid: tags, every pair on its own."
+        },
+    )
+    contrastive_pooling: str | None = field(default=None, metadata={"help": "mean or groups."})
+    assignment_weight: float | None = field(default=None, metadata={"help": "Weight of the assignment term."})
+    freeze_token_embeddings: bool = field(
+        default=False,
+        metadata={"help": "Keep the token embeddings; for a vocabulary that the data hardly use."},
+    )
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "eager, sdpa, flash_attention_2, ..."}
+    )
+    gradient_checkpointing: bool = field(
+        default=False, metadata={"help": "Trade time for memory in the towers."}
+    )
+    torch_compile: bool = field(default=False, metadata={"help": "Compile both towers."})
+    torch_compile_backend: str = field(default="inductor", metadata={"help": "Backend of torch.compile."})
+
+
+@dataclass
+class DataArguments:
+    """What it is trained on, and how pictures and texts are varied."""
+
+    data: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Folders with metadata, data sets of the Hub, patterns of tar shards, or 'synthetic'."
+        },
+    )
+    sources: list[str] | None = field(
+        default=None,
+        metadata={"help": "In YAML: a list of mappings with the fields of SourceSpec, instead of data."},
+    )
+    image_column: str | None = field(
+        default=None, metadata={"help": "Column of the pictures, for all of data."}
+    )
+    caption_column: str | None = field(default=None, metadata={"help": "Column of the captions."})
+    tags_column: str | None = field(default=None, metadata={"help": "Column of the tags."})
+    streaming: bool = field(default=False, metadata={"help": "Stream data sets of the Hub."})
+    crop_tags: bool = field(
+        default=False,
+        metadata={
+            "help": "Where records have masks, a crop's tags are the labels it shows; no other use of masks."
+        },
+    )
+    mask_labels: str | None = field(
+        default=None,
+        metadata={"help": "labels.json that names the masks' values; by default found beside the data."},
+    )
+    image_size: int | None = field(
+        default=None, metadata={"help": "Side of the crops in pixels; the model's own."}
+    )
+    min_scale: float = field(default=0.08, metadata={"help": "Smallest share of a photo that a crop covers."})
+    max_scale: float = field(default=1.0, metadata={"help": "Largest share of a photo that a crop covers."})
+    crop_sides: list[float] | None = field(
+        default=None,
+        metadata={"help": "Smallest and largest side of square crops, in pixels of a photo at short_side."},
+    )
+    short_side: int | None = field(
+        default=None,
+        metadata={"help": "Short side of photos in segmentation, and what crop_sides are meant for."},
+    )
+    horizontal_flip: float = field(default=0.5, metadata={"help": "Probability of mirroring."})
+    color_jitter: float = field(default=0.0, metadata={"help": "Strength of changes of colour, 0 to 1."})
+    grayscale: float = field(default=0.0, metadata={"help": "Probability of taking away all colour."})
+    blur: float = field(default=0.0, metadata={"help": "Probability of a blur."})
+    erasing: float = field(default=0.0, metadata={"help": "Probability of erasing a rectangle."})
+    max_labels: int = field(
+        default=8, metadata={"help": "Label texts of a picture: tags, and nouns of captions."}
+    )
+    num_nouns: int = field(default=0, metadata={"help": "Random nouns of a caption that become label texts."})
+    noun_model: str | None = field(default=None, metadata={"help": "spaCy pipeline that finds nouns."})
+    num_workers: int = field(
+        default=2, metadata={"help": "Processes that load data, for each training process."}
+    )
+    shuffle_block: int = field(
+        default=1000, metadata={"help": "Records of a stream that are shuffled together."}
+    )
+
+    def source_specs(self) -> list[SourceSpec]:
+        """The sources, from `data` or `sources`.
+
+        Raises:
+            ValueError: neither or both are given, or a source is no mapping of known fields.
+        """
+        if bool(self.data) == bool(self.sources):
+            raise ValueError("give either data (paths) or sources (in YAML), and not both.")
+        if self.data:
+            columns = {
+                name: getattr(self, name) for name in ("image_column", "caption_column", "tags_column")
+            }
+            return [SourceSpec(path=path, streaming=self.streaming, **columns) for path in self.data]
+        known = {item.name for item in fields(SourceSpec)}
+        specs: list[SourceSpec] = []
+        for entry in self.sources or []:
+            if not isinstance(entry, dict) or "path" not in entry or not set(entry) <= known:
+                raise ValueError(
+                    f"source {entry!r} is no mapping with a path and fields of {', '.join(sorted(known))}."
+                )
+            specs.append(SourceSpec(**entry))
+        return specs
+
+
+@dataclass
+class RunArguments:
+    """How it is trained, measured and saved."""
+
+    output_dir: str | None = field(
+        default=None, metadata={"help": "Folder of checkpoints, log and result. Needed."}
+    )
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Delete an earlier run's checkpoints."}
+    )
+    resume_from_checkpoint: str | None = field(
+        default=None, metadata={"help": "latest, or a checkpoint's folder."}
+    )
+    seed: int = field(default=0, metadata={"help": "Seed of weights, data order and augmentation."})
+    batch_size: int = field(default=64, metadata={"help": "Pictures of each process in a batch."})
+    chunk_size: int | None = field(
+        default=None,
+        metadata={"help": "Gradient caching: pictures in memory at a time; the batch may have any size."},
+    )
+    max_steps: int | None = field(default=None, metadata={"help": "Optimizer steps; or give num_epochs."})
+    num_epochs: float | None = field(default=None, metadata={"help": "Passes over data of known length."})
+    learning_rate: float = field(default=1e-4, metadata={"help": "Peak of the learning rate."})
+    warmup_learning_rate: float | None = field(
+        default=None, metadata={"help": "Its start; 1/100 of the peak."}
+    )
+    min_learning_rate: float | None = field(default=None, metadata={"help": "Its end; 1/10 of the peak."})
+    warmup_ratio: float = field(default=1 / 3, metadata={"help": "Share of the steps until the peak."})
+    weight_decay: float = field(default=0.05, metadata={"help": "Of weights with two dimensions or more."})
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    max_grad_norm: float = field(default=5.0, metadata={"help": "Gradients are scaled down to this norm."})
+    mixed_precision: str | None = field(
+        default=None, metadata={"help": "no, fp16 or bf16; Accelerate's setting."}
+    )
+    cpu: bool = field(default=False, metadata={"help": "Train on the CPU where there is an accelerator."})
+    threads: int | None = field(default=None, metadata={"help": "Threads of torch on the CPU."})
+    sync_batchnorm: bool = field(
+        default=True, metadata={"help": "Statistics over all processes; on CUDA only."}
+    )
+    ema_decay: float | None = field(
+        default=None, metadata={"help": "Average the weights, for instance 0.999."}
+    )
+    max_bad_steps: int = field(
+        default=50,
+        metadata={"help": "Steps in a row without finite loss and gradient after which training stops."},
+    )
+    log_steps: int = field(default=10, metadata={"help": "Steps between lines of the log."})
+    report_to: str = field(
+        default="none", metadata={"help": "Trackers: none, all, tensorboard, wandb, or a list."}
+    )
+    project_name: str = field(default="pgseg", metadata={"help": "Project of the trackers."})
+    checkpoint_steps: int | None = field(
+        default=None, metadata={"help": "Steps between checkpoints; also at the end."}
+    )
+    keep_checkpoints: int | None = field(default=2, metadata={"help": "Checkpoints that are kept."})
+    eval_steps: int | None = field(
+        default=None, metadata={"help": "Steps between evaluations; also at the end."}
+    )
+    eval_masks: str | None = field(
+        default=None, metadata={"help": "Folder of pictures with masks, for mIoU."}
+    )
+    eval_tags: str | None = field(
+        default=None, metadata={"help": "Folder with one tag a picture, for accuracy."}
+    )
+    eval_limit: int | None = field(
+        default=None, metadata={"help": "Pictures of each evaluation before the last one."}
+    )
+    eval_background: str | None = field(
+        default=None,
+        metadata={"help": "Label of the masks that means background, if labels.json does not say."},
+    )
+    eval_background_threshold: float | None = field(
+        default=None, metadata={"help": "Background is where no other label scores this much."}
+    )
+    num_pictures: int = field(
+        default=4, metadata={"help": "Pictures whose grouping is drawn at each evaluation."}
+    )
+    push_to_hub: bool = field(default=False, metadata={"help": "Upload the result."})
+    hub_model_id: str | None = field(
+        default=None, metadata={"help": "Name on the Hub; by default output_dir's."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.output_dir is None:
+            raise ValueError("output_dir is missing; give --output_dir or a line in the YAML file.")
+        if (self.max_steps is None) == (self.num_epochs is None):
+            raise ValueError(
+                f"max_steps is {self.max_steps} and num_epochs is {self.num_epochs}; give one of them."
+            )
+        for name in ("batch_size", "max_steps", "num_epochs", "log_steps", "checkpoint_steps", "eval_steps"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"{name} is {value}, expected a positive number.")
+        if not 0 <= self.warmup_ratio < 1:
+            raise ValueError(f"warmup_ratio is {self.warmup_ratio}, expected a share from 0 to below 1.")
+
+    @property
+    def betas(self) -> tuple[float, float]:
+        return self.adam_beta1, self.adam_beta2
+
+
+Arguments = tuple[ModelArguments, DataArguments, RunArguments]
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
+    """Reads `[FILE.yaml] [--option value ...]`; options override the file.
+
+    Raises:
+        ValueError: the file cannot be read or has keys that are no option.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser: Any = HfArgumentParser((ModelArguments, DataArguments, RunArguments))
+    if arguments and arguments[0].endswith((".yaml", ".yml")):
+        parser.set_defaults(**_read_yaml(Path(arguments.pop(0)), parser))
+    return parser.parse_args_into_dataclasses(args=arguments)
+
+
+def _read_yaml(path: Path, parser: HfArgumentParser) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} cannot be read as YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds {type(values).__name__}, expected a mapping of options.")
+    known = {action.dest for action in parser._actions}
+    unknown = sorted(set(map(str, values)) - known)
+    if unknown:
+        raise ValueError(f"{path} has unknown options: {', '.join(unknown)}; see --help for those there are.")
+    # As text the parser gives a value its option's type; YAML takes 1e-4 for text, and 1 for no float.
+    return {name: str(value) if isinstance(value, int | float) else value for name, value in values.items()}

@@ -1,0 +1,204 @@
+"""From arguments to a model, its processor and its stream of batches."""
+
+import json
+from collections.abc import Callable, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import yaml
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from ..configuration_pgseg import PGSegConfig
+from ..image_processing_pil_pgseg import PGSegImageProcessorPil
+from ..losses import world_size
+from ..modeling_pgseg import PGSegModel
+from ..processing_pgseg import PGSegProcessor
+from ..tokenization import default_tokenizer
+from .arguments import DataArguments, ModelArguments, RunArguments
+from .augmentation import AugmentationOptions
+from .collator import PGSegCollator
+from .preparation import Preparation
+from .records import Record, UnusableRecord
+from .sources import MapSource, Source, SourceSpec, open_source
+from .streams import StreamOptions, TrainingStream
+from .texts import TextOptions
+
+# Weights of no dimension.
+SCALARS = ("logit_scale", "logit_bias", "prototype_logit_scale")
+PEEKED_RECORDS = 8
+OVERRIDES = ("npr_variant", "contrastive_loss", "contrastive_pooling", "assignment_weight")
+
+
+def build_model(arguments: ModelArguments) -> PGSegModel:
+    """The model to train, in float32: a checkpoint, a warm start from GroupViT, or new.
+
+    Raises:
+        ValueError: several of these at once, or a configuration that makes no sense.
+    """
+    given = {name: getattr(arguments, name) for name in OVERRIDES if getattr(arguments, name) is not None}
+    fields = _read_config(arguments.model_config) | given
+    if arguments.model_name_or_path and arguments.groupvit_name_or_path:
+        raise ValueError("model_name_or_path and groupvit_name_or_path exclude each other; give one.")
+    if arguments.model_name_or_path:
+        model = PGSegModel.from_pretrained(arguments.model_name_or_path, dtype="float32", **fields)
+    elif arguments.groupvit_name_or_path:
+        model = PGSegModel.from_groupvit(arguments.groupvit_name_or_path, **fields)
+    else:
+        model = PGSegModel(PGSegConfig(**fields))
+    if model.config.npr_variant == "released":
+        model.config.guard_prototype_losses = True
+    if arguments.attn_implementation:
+        model.set_attn_implementation(arguments.attn_implementation)
+    if arguments.freeze_token_embeddings:
+        model.text_model.get_input_embeddings().requires_grad_(False)
+    if arguments.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if arguments.torch_compile:
+        for tower in (model.vision_model, model.text_model):
+            tower.compile(backend=arguments.torch_compile_backend)
+    return model.train()
+
+
+def _read_config(value: Any) -> dict[str, Any]:
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        try:
+            value = yaml.safe_load(Path(value).read_text(encoding="utf-8"))  # JSON is YAML too
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise ValueError(f"model_config {value!r} cannot be read: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"model_config is {value!r}, expected a mapping of fields of PGSegConfig.")
+    return dict(value)
+
+
+def build_processor(arguments: ModelArguments, data: DataArguments, config: PGSegConfig) -> PGSegProcessor:
+    """The checkpoint's processor, or a new one that sees photos as the crops of training show them: by default at a
+    short side of twice the image size in windows as large, as the released evaluation does."""
+    if arguments.model_name_or_path and data.short_side is None:
+        return PGSegProcessor.from_pretrained(arguments.model_name_or_path)
+    side = data.image_size or config.vision_config.image_size
+    window = 2 * side if data.short_side is None else side
+    short_side = data.short_side or window
+    size = {"shortest_edge": short_side, "longest_edge": max(2048, short_side)}
+    tokenizer = default_tokenizer(config.text_config.max_position_embeddings)
+    if len(tokenizer) > config.text_config.vocab_size:
+        raise ValueError(
+            f"text_config.vocab_size is {config.text_config.vocab_size}, the tokenizer has {len(tokenizer)} tokens."
+        )
+    return PGSegProcessor(
+        PGSegImageProcessorPil(size=size), tokenizer, window_size=window, window_stride=max(window // 2, 1)
+    )
+
+
+def build_stream(
+    data: DataArguments,
+    run: RunArguments,
+    model: PGSegModel,
+    processor: PGSegProcessor,
+    rank: int = 0,
+    world_size: int = 1,
+) -> TrainingStream:
+    """Batches of this process, without end.
+
+    Raises:
+        ValueError: no source, one that is empty or cannot be read, or options that make no sense.
+    """
+    specs = data.source_specs()
+    sources: list[Source] = [open_source(spec) for spec in specs]
+    config = model.config
+    images = processor.image_processor
+    augmentation = AugmentationOptions(
+        image_size=data.image_size or config.vision_config.image_size,
+        min_scale=data.min_scale,
+        max_scale=data.max_scale,
+        crop_sides=(data.crop_sides[0], data.crop_sides[-1]) if data.crop_sides else None,
+        short_side=images.size["shortest_edge"],
+        horizontal_flip=data.horizontal_flip,
+        color_jitter=data.color_jitter,
+        grayscale=data.grayscale,
+        blur=data.blur,
+        erasing=data.erasing,
+        image_mean=tuple(images.image_mean),
+        image_std=tuple(images.image_std),
+    )
+    texts = TextOptions(max_tags=data.max_labels, num_nouns=data.num_nouns, noun_model=data.noun_model)
+    mask_labels = _mask_labels(data, specs) if data.crop_tags else None
+    # Tags alone are shared between pictures; the released text prototypes need a text for each.
+    shared = config.contrastive_loss != "info_nce" and config.npr_variant != "released"
+    shared = shared and not any(map(has_captions, sources))
+    collator = PGSegCollator(
+        processor.tokenizer,
+        config.text_config.max_position_embeddings,
+        layout="shared" if shared else "paired",
+        padding="longest" if shared else "max_length",
+        num_labels=None if shared else data.max_labels,
+    )
+    options = StreamOptions(
+        batch_size=run.batch_size,
+        seed=run.seed,
+        num_workers=data.num_workers,
+        shuffle_block=data.shuffle_block,
+        pin_memory=model.device.type == "cuda",
+    )
+    weights = [spec.weight for spec in specs]
+    prepare = Preparation(augmentation, texts, mask_labels)
+    return TrainingStream(sources, weights, prepare, collator, options, rank, world_size)
+
+
+def _mask_labels(data: DataArguments, specs: Sequence[SourceSpec]) -> list[str]:
+    places = [Path(spec.path) for spec in specs]
+    candidates = [folder / "labels.json" for path in places for folder in (path, path.absolute().parent)]
+    path = Path(data.mask_labels) if data.mask_labels else next(filter(Path.is_file, candidates), None)
+    try:
+        if path is None:
+            raise FileNotFoundError(f"no labels.json in {', '.join(map(str, places))} or the folder above")
+        content = json.loads(path.read_text(encoding="utf-8"))
+        labels = [str(label) for label in content["labels"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"crop_tags needs a labels.json with the list labels: {error}; give mask_labels."
+        ) from error
+    background = content.get("background")
+    return ["" if value == background else label for value, label in enumerate(labels)]
+
+
+def has_captions(source: Source) -> bool:
+    """Whether one of the first records has a caption."""
+    if isinstance(source, MapSource):
+        for index in range(min(len(source), PEEKED_RECORDS)):
+            try:
+                if source[index].captions:
+                    return True
+            except UnusableRecord:
+                continue
+        return False
+    first = islice(source.read_shard(0), PEEKED_RECORDS)
+    return any(isinstance(record, Record) and bool(record.captions) for record in first)
+
+
+def sync_batchnorm(model: nn.Module) -> nn.Module:
+    """BatchNorm over all processes, on CUDA; elsewhere the model as it is, as torch has it for CUDA only."""
+    convert: Callable = nn.SyncBatchNorm.convert_sync_batchnorm
+    on_cuda = next(model.parameters()).is_cuda
+    return convert(model) if on_cuda and world_size() > 1 else model
+
+
+def without_scalars(model: PGSegModel) -> PGSegModel:
+    """For FSDP, which cannot divide scalars: weights of no dimension become weights of one; see [`full_weights`]."""
+    for name, parameter in list(model.named_parameters(recurse=False)):
+        if parameter.ndim == 0:
+            setattr(model, name, nn.Parameter(parameter.detach().reshape(1), parameter.requires_grad))
+    return model
+
+
+def full_weights(model: PGSegModel) -> dict[str, Tensor]:
+    """The state dict in whole tensors of the shapes of `from_pretrained`, whatever [`without_scalars`] and FSDP did to
+    them; every process has to call it."""
+    state = {}
+    for name, value in model.state_dict().items():
+        value = value.full_tensor() if isinstance(value, DTensor) else value
+        state[name] = value.reshape(()) if name in SCALARS else value
+    return state

@@ -1,0 +1,132 @@
+"""Measuring and drawing a model while it trains."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+
+from ..evaluation import MaskFolder, evaluate_masks, zero_shot_accuracy
+from ..files import write_image
+from ..images import load_image
+from ..losses import sum_over_processes
+from ..modeling_pgseg import PGSegModel
+from ..processing_pgseg import PGSegProcessor
+from ..segmentation import SegmentationOptions, Segmenter
+from ..visualization import draw_groups, overlay, side_by_side
+from .arguments import RunArguments
+from .sources import MapSource, SourceSpec, open_source
+
+BEST_METRICS = ("mean_iou", "top1")
+"""What decides which checkpoint is the best, the first of them that is measured."""
+
+
+@contextmanager
+def evaluation_mode(model: PGSegModel) -> Iterator[PGSegModel]:
+    """In the block the model is in evaluation mode. After it, torch's random state and the buffers are what they
+    were: the released text prototypes move in evaluation too."""
+    was_training, state = model.training, torch.get_rng_state()
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    model.eval()
+    try:
+        yield model
+    finally:
+        model.train(was_training)
+        torch.set_rng_state(state)
+        for name, buffer in model.named_buffers():
+            buffer.copy_(buffers[name])
+
+
+class Evaluator:
+    """Measures a model on what the arguments name: mIoU (and the oracle's) on pictures with masks, zero-shot accuracy
+    on pictures with one tag each; every process on its part of the masks.
+
+    Raises:
+        ValueError: folders that cannot be read.
+    """
+
+    def __init__(self, run: RunArguments, processor: PGSegProcessor, accelerator: Accelerator):
+        self.run, self.processor, self.accelerator = run, processor, accelerator
+        self.masks = MaskFolder(run.eval_masks, run.eval_background) if run.eval_masks else None
+        self.options = SegmentationOptions(background_threshold=run.eval_background_threshold)
+        self.tagged: list[tuple[Any, str]] = []
+        self.tags: list[str] = []
+        if run.eval_tags:
+            self.tagged = list(_one_tag_each(run.eval_tags))
+            self.tags = sorted({tag for _, tag in self.tagged})
+
+    def __bool__(self) -> bool:
+        return self.masks is not None or bool(self.tagged)
+
+    def __call__(self, model: PGSegModel, limit: int | None = None) -> dict[str, float]:
+        """Figures of the unwrapped model; every process has to call it.
+
+        Args:
+            limit: at most so many pictures of each kind.
+        """
+        figures: dict[str, float] = {}
+        device = self.accelerator.device
+        with evaluation_mode(model):
+            if self.masks is not None:
+                folder = self.masks.spread(limit) if limit else self.masks
+                part = folder.part(self.accelerator.process_index, self.accelerator.num_processes)
+                scores = evaluate_masks(Segmenter(model, self.processor), part, self.options, oracle=True)
+                found = scores.sum_over_processes(device).to_dict()
+                names = ("mean_iou", "pixel_accuracy", "oracle_mean_iou", "oracle_pixel_accuracy")
+                figures |= {name: found[name] for name in names}
+            if self.tagged:
+                chosen = self.tagged[:: max(1, len(self.tagged) // limit)][:limit] if limit else self.tagged
+                part_of_tagged = chosen[self.accelerator.process_index :: self.accelerator.num_processes]
+                found = zero_shot_accuracy(model, self.processor, part_of_tagged, self.tags)
+                hits = [
+                    found[name] * found["pictures"] if found["pictures"] else 0.0 for name in ("top1", "top5")
+                ]
+                total = sum_over_processes(torch.tensor(hits, device=device)) / len(chosen)
+                figures |= {"top1": float(total[0]), "top5": float(total[1])}
+        return figures
+
+    def draw(self, model: PGSegModel, folder: Path, step: int) -> dict[str, np.ndarray]:
+        """Writes pictures of the grouping and of the masks into `folder`; returns them as arrays [H, W, 3]."""
+        if self.masks is None or not self.run.num_pictures:
+            return {}
+        chosen, labels = self.masks.spread(self.run.num_pictures), self.masks.labels
+        whole = SegmentationOptions(window_size=None)
+        drawn = {}
+        with evaluation_mode(model):
+            segmenter = Segmenter(model, self.processor)
+            for path, _ in chosen.pictures:
+                image = load_image(path)
+                (encoded,) = segmenter.encode([image], labels, whole)
+                groups = encoded.windows[0].groups.cpu().numpy()
+                picture = side_by_side(
+                    [
+                        image,
+                        draw_groups(image, groups, len(encoded.windows[0].scores), legend=False),
+                        overlay(image, next(segmenter.stream([image], labels, whole)).label_map, labels),
+                    ],
+                    ["photo", "groups", "labels"],
+                )
+                write_image(picture, folder / f"step-{step:08d}-{path.stem}.jpg")
+                drawn[path.stem] = np.asarray(picture.convert("RGB"))
+        return drawn
+
+
+def _one_tag_each(path: str) -> Iterator[tuple[Any, str]]:
+    source = open_source(SourceSpec(path=path))
+    if not isinstance(source, MapSource):
+        raise ValueError(f"eval_tags is {path}, expected a folder with metadata.")
+    for index in range(len(source)):
+        record = source[index]
+        if len(record.tags) != 1:
+            raise ValueError(
+                f"{record.name} has the tags {record.tags}, expected one for the zero-shot accuracy."
+            )
+        yield record.image, record.tags[0]
+
+
+def best_metric(figures: dict[str, float]) -> tuple[str, float] | None:
+    """The figure by which checkpoints are compared, larger is better."""
+    return next(((name, figures[name]) for name in BEST_METRICS if name in figures), None)

@@ -1,0 +1,79 @@
+"""What a run leaves behind: a `from_pretrained` folder with a filled model card, and its figures."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi
+
+from ..files import folder_written_whole, write_json, write_text
+from ..model_cards import generate_model_card
+from ..modeling_pgseg import PGSegModel
+from ..processing_pgseg import PGSegProcessor
+from .arguments import Arguments
+
+RESULTS_NAME = "all_results.json"
+_UPLOADED_NOT = ["checkpoint-*", ".*", "best/*", "pictures/*", "runs/*", "wandb/*"]
+
+
+def save_weights(model: PGSegModel, processor: PGSegProcessor, folder: Path) -> None:
+    """Writes a `from_pretrained` folder in place of an older one of that name."""
+    with folder_written_whole(folder, replace=True) as temporary:
+        model.save_pretrained(temporary)
+        processor.save_pretrained(temporary)
+
+
+def publish(weights: Path, output_dir: Path, card: str, results: Mapping[str, Any]) -> None:
+    """Moves the files of a `from_pretrained` folder up into `output_dir`, the configuration last, and adds the model
+    card and `all_results.json`."""
+    files = sorted(weights.iterdir(), key=lambda path: path.name == "config.json")
+    for path in files:
+        os.replace(path, output_dir / path.name)
+    weights.rmdir()
+    write_text(card, output_dir / "README.md")
+    write_json(dict(results), output_dir / RESULTS_NAME)
+
+
+def model_card(
+    model: PGSegModel, arguments: Arguments, results: Mapping[str, Any], repo_id: str | None
+) -> str:
+    """The card of a trained model: data, recipe and figures of this run."""
+    chosen, data, run = arguments
+    start = chosen.model_name_or_path or chosen.groupvit_name_or_path
+    rows = {
+        "data": ", ".join(
+            f"`{_public_name(spec.path)}` (weight {spec.weight:g})" for spec in data.source_specs()
+        ),
+        "start": f"`{_public_name(start)}`" if start else "random weights",
+        "loss": f"`{model.config.contrastive_loss}`, pooling `{model.config.contrastive_pooling}`",
+        "batch": f"{results['global_batch_size']}",
+        "steps": f"{results['steps']} ({results['epoch']:.1f} epochs), weights of step {results['weights_of_step']}",
+        "learning rate": f"{run.learning_rate:g}, cosine, {run.warmup_ratio:.0%} warm-up",
+        "precision": results["mixed_precision"],
+        "seed": f"{run.seed}",
+        "time": f"{results['train_runtime'] / 60:.1f} minutes on {results['num_processes']} x {results['device']}",
+    }
+    lines = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]
+    figures = {
+        name.removeprefix("eval_"): value for name, value in results.items() if name.startswith("eval_")
+    }
+    if figures:
+        where = ", ".join(f"`{_public_name(path)}`" for path in (run.eval_masks, run.eval_tags) if path)
+        lines += ["", f"On {where}, with the settings of the processor:", "", "| figure | |", "|---|---|"]
+        lines += [f"| {name} | {value:.4f} |" for name, value in figures.items()]
+    card = generate_model_card(model.config, repo_id or "path/to/this/folder", training="\n".join(lines))
+    return str(card)
+
+
+def upload(output_dir: Path, repo_id: str) -> str:
+    """Uploads the result, without checkpoints and pictures; returns its address."""
+    api = HfApi()
+    repo_id = api.create_repo(repo_id, exist_ok=True).repo_id
+    commit = api.upload_folder(repo_id=repo_id, folder_path=output_dir, ignore_patterns=_UPLOADED_NOT)
+    return str(commit.repo_url) if hasattr(commit, "repo_url") else repo_id
+
+
+def _public_name(path: str) -> str:
+    """Not where it lies on this machine: the last two parts of a path."""
+    return "/".join(Path(path).parts[-2:]) if os.path.isabs(path) or os.path.exists(path) else path

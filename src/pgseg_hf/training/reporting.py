@@ -1,0 +1,157 @@
+"""What a run tells while it goes on: progress bar, `log.jsonl`, trackers, and the figures at its end."""
+
+import json
+import math
+import os
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from transformers.utils import logging
+
+from ..files import write_text
+
+LOG_NAME = "log.jsonl"
+
+
+class Meter:
+    """Sums over steps that stay on the device, so that nothing waits for it until a line is written."""
+
+    def __init__(self, accelerator: Accelerator):
+        self._accelerator = accelerator
+        self._sums: dict[str, Tensor] = {}
+        self.bad: Counter[str] = Counter()
+        """How often each part was NaN or infinite, over all processes."""
+
+    def add(self, parts: dict[str, Tensor]) -> None:
+        """Adds a step's scalars; those that are not finite are counted instead."""
+        for name, value in parts.items():
+            value = value.detach().double() if value.device.type != "mps" else value.detach().float()
+            finite = value.isfinite()
+            row = torch.stack(
+                [torch.where(finite, value, 0.0), finite.to(value.dtype), (~finite).to(value.dtype)]
+            )
+            self._sums[name] = self._sums.get(name, 0) + row
+
+    def means(self) -> dict[str, float]:
+        """Means over the steps since the last call and over all processes, which all have to call it; None is no
+        number: a part that never was finite is NaN."""
+        if not self._sums:
+            return {}
+        names = list(self._sums)
+        rows = self._accelerator.reduce(torch.stack([self._sums[name] for name in names]), "sum").tolist()
+        self._sums = {}
+        self.bad.update({name: int(bad) for name, (_, _, bad) in zip(names, rows) if bad})
+        return {
+            name: total / count if count else float("nan") for name, (total, count, _) in zip(names, rows)
+        }
+
+
+class RunLog:
+    """Lines of figures, on the main process.
+
+    Args:
+        accelerator: with its trackers not yet started.
+        output_dir: where `log.jsonl` lies; lines of steps after `start_step` are from a run that was stopped, and go.
+        total_steps, start_step: of the run.
+        settings: what the trackers record of it.
+        project_name: of the trackers.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        output_dir: str | os.PathLike,
+        total_steps: int,
+        start_step: int,
+        settings: dict[str, Any],
+        project_name: str = "pgseg",
+    ):
+        self.accelerator = accelerator
+        self.path = Path(output_dir) / LOG_NAME
+        is_main = accelerator.is_main_process
+        if is_main:
+            kept = [line for line in read_log(self.path) if line["step"] <= start_step] if start_step else []
+            text = "".join(json.dumps(line) + "\n" for line in kept)
+            write_text(text, self.path)
+        if accelerator.log_with:
+            flat = {
+                name: value for name, value in settings.items() if isinstance(value, int | float | str | bool)
+            }
+            accelerator.init_trackers(project_name, config=flat)
+        self.bar = logging.tqdm(
+            total=total_steps, initial=start_step, desc="Training", unit="step", disable=not is_main
+        )
+
+    def line(self, step: int, values: dict[str, float], shown: dict[str, float] | None = None) -> None:
+        """Writes a line of figures; `shown` go to the progress bar."""
+        if self.accelerator.is_main_process:
+            with self.path.open("a", encoding="utf-8") as file:
+                known = {name: value if math.isfinite(value) else None for name, value in values.items()}
+                file.write(json.dumps({"step": step, **known}) + "\n")
+        self.accelerator.log(values, step=step)
+        if shown:
+            self.bar.set_postfix({name: f"{value:.4g}" for name, value in shown.items()}, refresh=False)
+
+    def pictures(self, step: int, pictures: dict[str, Any]) -> None:
+        """Gives pictures (arrays [H, W, 3]) to those trackers that take any."""
+        for tracker in self.accelerator.trackers:
+            if hasattr(tracker, "log_images"):
+                tracker.log_images({name: picture[None] for name, picture in pictures.items()}, step=step)
+
+    def close(self) -> None:
+        self.bar.close()
+        self.accelerator.end_training()
+
+
+def read_log(path: str | os.PathLike) -> list[dict[str, Any]]:
+    """The lines of a `log.jsonl`; a last one that a kill cut off is left out."""
+    path = Path(path)
+    if not path.exists():
+        return []
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            break
+    return lines
+
+
+class Clock:
+    """How long a run waited for data and how long it computed."""
+
+    def __init__(self) -> None:
+        self.images = 0
+        self.waiting = self.computing = 0.0
+        self._mark = time.monotonic()
+
+    def waited(self) -> None:
+        self.waiting += self._lap()
+
+    def computed(self, images: int) -> None:
+        self.computing += self._lap()
+        self.images += images
+
+    def skip(self) -> None:
+        """What happened since the last mark, an evaluation or a checkpoint, is neither."""
+        self._lap()
+
+    def _lap(self) -> float:
+        now = time.monotonic()
+        lap, self._mark = now - self._mark, now
+        return lap
+
+    @property
+    def images_per_second(self) -> float:
+        """Of the run: waiting for data and computing."""
+        return self.images / max(self.waiting + self.computing, 1e-9)
+
+    @property
+    def model_images_per_second(self) -> float:
+        """Of the model alone, without waiting for data."""
+        return self.images / max(self.computing, 1e-9)

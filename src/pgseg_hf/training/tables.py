@@ -1,0 +1,262 @@
+"""Tables of records: local folders with a metadata file, and whatever `datasets` loads or streams."""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import datasets
+import fsspec
+import pyarrow
+import pyarrow.csv
+import pyarrow.json
+import pyarrow.parquet
+
+from ..images import ImageSource
+from .columns import Columns, captions_of, tags_of
+from .records import Record, UnusableRecord
+from .shards import until_broken
+
+METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+SAVED_DATASET_FILES = ("dataset_dict.json", "state.json")
+
+# A record must fit into one block, and may hold many captions.
+_BLOCK_BYTES = 1 << 26
+# Only these addresses are read here, those that `datasets` makes for the files of a repository that it streams; a
+# data set must not choose any other protocol of fsspec.
+_HUB_ADDRESS = re.compile(r"(?:zip://[^:]*::)?hf://")
+_ROWS_AT_A_TIME = 16
+
+
+@dataclass(frozen=True)
+class RowReader:
+    """Makes records of a table's rows.
+
+    Args:
+        columns: as the table has them.
+        folder: where file names are looked up; None where the values are what `load_image` takes.
+        tag_names: names of tags that are numbers, for columns of class labels.
+    """
+
+    columns: Columns
+    folder: Path | None = None
+    tag_names: Sequence[str] = ()
+
+    def record(self, row: dict[str, Any], name: str) -> Record:
+        """One row's record.
+
+        Raises:
+            UnusableRecord: "no picture", or "bad path" for a file name that leads out of the folder.
+        """
+        columns = self.columns
+        image = self._picture(row[cast(str, columns.image)], name)
+        if image is None:
+            raise UnusableRecord("no picture", f"{name}: its {columns.image} is empty.")
+        return Record(
+            image=image,
+            captions=captions_of(row[columns.caption]) if columns.caption else [],
+            tags=self._tags(row[columns.tags]) if columns.tags else [],
+            mask=self._picture(row[columns.mask], name) if columns.mask else None,
+            name=name,
+        )
+
+    def _tags(self, value: Any) -> list[str]:
+        if self.tag_names:
+            values = value if isinstance(value, list) else [value]
+            value = [self.tag_names[item] for item in values if item is not None and item >= 0]
+        return tags_of(value)
+
+    def _picture(self, value: Any, name: str) -> ImageSource | None:
+        """What `load_image` takes; None for an empty cell."""
+        if isinstance(value, dict):  # how `datasets` holds a picture that is not decoded
+            value = value.get("bytes") or value.get("path")
+        if isinstance(value, str) and self.folder is not None:
+            return self._inside_folder(value, name) if value else None
+        if isinstance(value, str) and _HUB_ADDRESS.match(value):
+            return _fetched(value, name)
+        return None if value in ("", b"") else value
+
+    def _inside_folder(self, value: str, name: str) -> Path:
+        path = Path(value.replace("\\", "/"))
+        if path.is_absolute() or path.drive or ".." in path.parts:
+            raise UnusableRecord("bad path", f"{name}: {value!r} leads out of the folder {self.folder}.")
+        return Path(str(self.folder), path)
+
+
+def _fetched(address: str, name: str) -> bytes:
+    try:
+        with fsspec.open(address, "rb") as file:
+            return file.read()
+    except Exception as error:  # every file system has errors of its own
+        raise UnusableRecord("broken image", f"{name}: {address} cannot be read: {error}") from error
+
+
+class TableSource:
+    """A table with random access.
+
+    Args:
+        dataset: a map-style `datasets.Dataset`.
+        columns: as the user named them.
+        name: what messages call the source.
+        folder: where file names are looked up; None where the values are what `load_image` takes.
+
+    Raises:
+        ValueError: missing columns.
+    """
+
+    def __init__(self, dataset: datasets.Dataset, columns: Columns, name: str, folder: Path | None = None):
+        self.name = name
+        found = columns.among(dataset.column_names, name)
+        for column in (found.image, found.mask):
+            if column and isinstance(dataset.features[column], datasets.Image):
+                dataset = dataset.cast_column(column, datasets.Image(decode=False))
+        self._reader = RowReader(found, folder, _class_names(dataset.features, found.tags))
+        self._dataset = dataset.with_format(None).select_columns(_names(found))
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, index: int) -> Record:
+        """The record of a row.
+
+        Raises:
+            UnusableRecord: as [`RowReader.record`].
+        """
+        return self._reader.record(self._dataset[int(index)], f"{self.name}[{index}]")
+
+
+class StreamedTable:
+    """A data set that is only read in order, each of its shards by itself.
+
+    Args:
+        dataset: a streaming `datasets.IterableDataset`.
+        columns: as the user named them.
+        name: what messages call the source.
+
+    Raises:
+        ValueError: no rows, or missing columns.
+    """
+
+    def __init__(self, dataset: datasets.IterableDataset, columns: Columns, name: str):
+        self.name = name
+        features = dataset.features
+        names = dataset.column_names or next(iter(dataset.take(1)), None)
+        if names is None:
+            raise ValueError(f"{name} has no rows.")
+        found = columns.among(list(names), name)
+        if features is not None:
+            dataset = dataset.decode(False)
+        self._reader = RowReader(found, tag_names=_class_names(features, found.tags))
+        self._dataset = dataset.with_format(None).select_columns(_names(found))
+
+    @property
+    def num_shards(self) -> int:
+        return self._dataset.num_shards
+
+    def read_shard(self, index: int, start: int = 0) -> Iterator[Record | UnusableRecord]:
+        """The rows of a shard from number `start` on; what cannot be read is told, and is never fatal."""
+        place = f"{self.name}, shard {index}"
+        return until_broken(self._items(index, start, place), place, start)
+
+    def _items(self, index: int, start: int, place: str) -> Iterator[Record | UnusableRecord]:
+        shard = self._dataset.shard(num_shards=self.num_shards, index=index)
+        number = start
+        # In a DataLoader's worker, `for row in shard` would leave out the shards of other workers; `iter` does not.
+        for batch in (shard.skip(start) if start else shard).iter(_ROWS_AT_A_TIME):
+            for values in zip(*batch.values(), strict=True):
+                yield self._item(dict(zip(batch, values)), f"{place}[{number}]")
+                number += 1
+
+    def _item(self, row: dict[str, Any], name: str) -> Record | UnusableRecord:
+        try:
+            return self._reader.record(row, name)
+        except UnusableRecord as error:
+            return error
+
+
+def open_folder(path: str, columns: Columns) -> TableSource:
+    """A folder with `metadata.jsonl`, `metadata.csv` or `metadata.parquet`; file names are relative to the folder. The
+    metadata are held in memory, and nothing is written anywhere.
+
+    Raises:
+        ValueError: no such folder or metadata file, metadata that cannot be read, or missing columns.
+    """
+    folder = Path(path).expanduser()
+    file = next((folder / name for name in METADATA_FILES if (folder / name).is_file()), None)
+    if file is None:
+        state = "has no metadata file" if folder.is_dir() else "is no folder"
+        raise ValueError(f"{path} {state}; expected a folder with {', '.join(METADATA_FILES)}.")
+    try:
+        table = _read_metadata(file)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{file} cannot be read: {error}") from error
+    if not table.num_rows:
+        raise ValueError(f"{file} has no records.")
+    # With a fingerprint of its own, `datasets` need not hash the whole table.
+    dataset = datasets.Dataset(table.replace_schema_metadata(None), fingerprint="metadata")
+    return TableSource(dataset, columns, path, folder)
+
+
+def _read_metadata(file: Path) -> pyarrow.Table:
+    if file.suffix == ".parquet":
+        return pyarrow.parquet.read_table(file)
+    if file.stat().st_size == 0:
+        raise OSError("it is empty")
+    if file.suffix == ".jsonl":
+        return pyarrow.json.read_json(file, pyarrow.json.ReadOptions(block_size=_BLOCK_BYTES))
+    # Everything stays text: a file name such as 0001 is no number.
+    reading = pyarrow.csv.ReadOptions(block_size=_BLOCK_BYTES)
+    parsing = pyarrow.csv.ParseOptions(newlines_in_values=True)
+    names = pyarrow.csv.open_csv(file, reading, parsing).schema.names
+    conversion = pyarrow.csv.ConvertOptions(column_types=dict.fromkeys(names, pyarrow.string()))
+    return pyarrow.csv.read_csv(file, reading, parsing, conversion)
+
+
+def open_hub(
+    path: str, columns: Columns, name: str | None = None, split: str = "train", streaming: bool = False
+) -> TableSource | StreamedTable:
+    """A data set of the Hub, a local folder in the Hub's layout, or a folder written by `save_to_disk`.
+
+    Without streaming, `datasets` keeps a copy in its cache (`HF_DATASETS_CACHE`), but not of a saved data set.
+
+    Args:
+        path, name, split, streaming: as `datasets.load_dataset` takes them.
+        columns: as the user named them.
+
+    Raises:
+        ValueError: it cannot be loaded, has no such split, or columns are missing.
+    """
+    folder = Path(path).expanduser()
+    is_saved = any((folder / file).is_file() for file in SAVED_DATASET_FILES)
+    try:
+        if is_saved:
+            dataset = datasets.load_from_disk(str(folder))
+        else:
+            known = str(folder) if folder.exists() else path
+            dataset = datasets.load_dataset(known, name, split=split, streaming=streaming)
+    except (
+        Exception
+    ) as error:  # of the Hub, the network, file formats; all of it is about what the user asked for
+        raise ValueError(f"{path} cannot be loaded as a data set: {error}") from error
+    if isinstance(dataset, (dict, datasets.DatasetDict)):
+        if split not in dataset:
+            raise ValueError(f"{path} has no split {split!r}; its splits are {', '.join(dataset)}.")
+        dataset = dataset[split]
+    if isinstance(dataset, datasets.IterableDataset):
+        return StreamedTable(dataset, columns, path)
+    return TableSource(dataset, columns, path)
+
+
+def _names(columns: Columns) -> list[str]:
+    names = (columns.image, columns.caption, columns.tags, columns.mask)
+    return list(dict.fromkeys(name for name in names if name is not None))
+
+
+def _class_names(features: Any, column: str | None) -> Sequence[str]:
+    """Names of a column of class labels, or of lists of them; none for other columns."""
+    if features is None or column is None:
+        return ()
+    feature = features[column]
+    names = getattr(feature, "names", None) or getattr(getattr(feature, "feature", None), "names", None)
+    return names or ()

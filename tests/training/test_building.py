@@ -1,0 +1,95 @@
+"""Models for training, and their weights however they are divided."""
+
+import copy
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from tiny_models import tiny_config, tiny_images, tiny_model, tiny_texts, with_fixed_statistics, without_noise
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from transformers.models.clip.modeling_clip import CLIPEncoderLayer
+
+from pgseg_hf.layers import PGSegStage
+from pgseg_hf.training.arguments import DataArguments, ModelArguments
+from pgseg_hf.training.building import build_model, build_processor, full_weights, without_scalars
+
+
+def test_models_from_nothing_from_fields_and_from_a_checkpoint(tmp_path, tiny_folder):
+    fields = tiny_config().to_dict()
+    torch.manual_seed(0)
+    model = build_model(
+        ModelArguments(model_config=fields, npr_variant="released", contrastive_pooling="groups")
+    )
+    assert model.training
+    assert model.config.vision_config.hidden_size == 16
+    assert (model.config.npr_variant, model.config.contrastive_pooling) == ("released", "groups")
+    assert model.config.guard_prototype_losses
+    (tmp_path / "fields.yaml").write_text("projection_dim: 24\nvision_config: {depths: [1, 1, 1]}\n")
+    arguments = ModelArguments(model_config=str(tmp_path / "fields.yaml"), freeze_token_embeddings=True)
+    model = build_model(arguments)
+    assert (model.config.projection_dim, list(model.config.vision_config.depths)) == (24, [1, 1, 1])
+    assert not model.text_model.get_input_embeddings().weight.requires_grad
+    model = build_model(ModelArguments(model_name_or_path=tiny_folder, contrastive_loss="sigmoid"))
+    assert model.config.contrastive_loss == "sigmoid"
+    assert model.logit_bias.item() == 0
+    with pytest.raises(ValueError, match="exclude each other"):
+        build_model(ModelArguments(model_name_or_path=tiny_folder, groupvit_name_or_path="x"))
+    with pytest.raises(ValueError, match=r"model_config .*absent.json.* cannot be read"):
+        build_model(ModelArguments(model_config="absent.json"))
+
+
+def test_processors_see_photos_as_training_does(tiny_folder):
+    config = tiny_config()
+    config.text_config.vocab_size = 49_408
+    processor = build_processor(ModelArguments(), DataArguments(), config)
+    assert (processor.image_processor.size["shortest_edge"], processor.window_size) == (32, 32)
+    assert processor.tokenizer.model_max_length == 12
+    processor = build_processor(ModelArguments(), DataArguments(short_side=64), config)
+    assert (processor.image_processor.size["shortest_edge"], processor.window_size) == (64, 16)
+    processor = build_processor(ModelArguments(model_name_or_path=tiny_folder), DataArguments(), config)
+    assert processor.window_size == 64
+    with pytest.raises(ValueError, match="vocab_size is 50, the tokenizer has 49408 tokens"):
+        build_processor(ModelArguments(), DataArguments(), tiny_config())
+
+
+def one_of_two_processes(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    model = with_fixed_statistics(without_noise(tiny_model(contrastive_loss="sigmoid")))
+    plain = copy.deepcopy(model)
+    mesh = init_device_mesh("cpu", (2,))
+    model = without_scalars(model)
+    for module in model.modules():
+        if isinstance(module, PGSegStage | CLIPEncoderLayer):
+            fully_shard(module, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    part = slice(4 * rank, 4 * rank + 4)
+    inputs = {"input_ids": tiny_texts(8)[part], "pixel_values": tiny_images(8)[part], "return_loss": True}
+    for each in (model, plain):
+        optimizer = torch.optim.SGD(each.parameters(), lr=0.1)
+        each(**inputs).loss.backward()
+        if each is plain:
+            for parameter in plain.parameters():
+                if parameter.grad is None:
+                    continue
+                dist.all_reduce(parameter.grad)
+                parameter.grad /= 2
+        optimizer.step()
+    torch.save(
+        (full_weights(model), plain.state_dict(), tiny_model(contrastive_loss="sigmoid").state_dict()),
+        f"{folder}/{rank}.pt",
+    )
+    dist.destroy_process_group()
+
+
+def test_divided_weights_learn_as_whole_ones(tmp_path):
+    mp.spawn(one_of_two_processes, args=(str(tmp_path),), nprocs=2)
+    for rank in (0, 1):
+        sharded, plain, before = torch.load(tmp_path / f"{rank}.pt")
+        assert sharded.keys() == plain.keys()
+        for name, value in plain.items():
+            assert sharded[name].shape == value.shape, name
+            torch.testing.assert_close(sharded[name], value, msg=name)
+        assert not torch.equal(plain["logit_scale"], before["logit_scale"])

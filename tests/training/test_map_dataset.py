@@ -1,0 +1,79 @@
+"""Records as a torch dataset, and transformers' Trainer on it."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import make_photo
+
+from pgseg_hf import load_segmenter
+from pgseg_hf.training.map_dataset import RecordDataset
+from pgseg_hf.training.records import Record, UnusableRecord
+
+
+class Records:
+    name = "some records"
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        return Record(image="", tags=[str(index)])
+
+
+def tag_and_number(record, rng):
+    if record.tags in (["1"], ["3"]):
+        raise UnusableRecord("broken image", f"record {record.tags[0]} is broken")
+    return record.tags[0], rng.integers(1_000_000)
+
+
+def test_items_are_random_views_of_their_records():
+    dataset = RecordDataset(Records(), tag_and_number)
+    torch.manual_seed(0)
+    first = [dataset[0] for _ in range(3)]
+    torch.manual_seed(0)
+    assert [dataset[0] for _ in range(3)] == first
+    assert {tag for tag, _ in first} == {"0"}
+    assert len({number for _, number in first}) == 3
+    with pytest.raises(IndexError):
+        dataset[4]
+
+
+def test_another_record_stands_in_for_a_broken_one():
+    dataset = RecordDataset(Records(), tag_and_number)
+    assert {dataset[1][0] for _ in range(20)} == {"0", "2"}
+
+    def fail(record, rng):
+        raise UnusableRecord("no text", "nothing to read")
+
+    with pytest.raises(
+        ValueError, match="100 records of some records in a row cannot be used: nothing to read"
+    ):
+        RecordDataset(Records(), fail)[0]
+
+
+def test_the_trainer_example(tmp_path):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    rows = []
+    for index in range(12):
+        make_photo(64, 48, seed=index).save(photos / f"{index}.jpg")
+        rows.append({"file_name": f"{index}.jpg", "tags": ["road", "tree", "car"][: 1 + index % 3]})
+    (photos / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path = Path(__file__).parents[2] / "examples" / "train_with_trainer.py"
+    spec = importlib.util.spec_from_file_location("train_with_trainer", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    trainer = module.train(str(photos), str(tmp_path / "out"), steps=10, batch_size=6)
+    logged = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    assert len(logged) == 1
+    assert 0 < logged[0] < 20
+    before, after = load_segmenter().model, load_segmenter(str(tmp_path / "out")).model
+    assert after.config.contrastive_loss == "multi_positive"
+    assert not torch.equal(before.logit_scale, after.logit_scale)
+    assert not torch.equal(
+        before.vision_model.encoder.stages[0].npr.prototypes,
+        after.vision_model.encoder.stages[0].npr.prototypes,
+    )
