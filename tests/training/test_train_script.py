@@ -1,10 +1,10 @@
 """The training script, as users run it: to the end, killed and continued, on two processes."""
 
+import contextlib
 import importlib.util
 import json
 import math
 import os
-import signal
 import subprocess
 import sys
 import tarfile
@@ -12,13 +12,17 @@ import time
 from io import BytesIO
 from pathlib import Path
 
+import numpy as np
+import psutil
 import pytest
 import torch
 import yaml
 from accelerate.state import AcceleratorState, PartialState
+from PIL import Image
 from tiny_models import make_photo
 
 from pgseg_hf import load_segmenter
+from pgseg_hf.evaluation import MaskFolder, evaluate_masks
 from pgseg_hf.training.arguments import parse_arguments
 from pgseg_hf.training.reporting import read_log
 
@@ -164,23 +168,133 @@ def test_a_chunk_of_the_whole_batch_trains_as_without(tmp_path, photo_folder):
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
-def start(settings, *options):
-    command = [sys.executable, str(SCRIPT), settings, "--resume_from_checkpoint", "latest", *options]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True
+@pytest.fixture(scope="module")
+def mask_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("masks")
+    for name in ("images", "masks"):
+        (folder / name).mkdir()
+    for index in range(5):
+        make_photo(48, 40, seed=50 + index).save(folder / "images" / f"{index}.png")
+        mask = np.zeros((40, 48), np.uint8)
+        mask[:, 10 * index :] = 1 + index % 4
+        Image.fromarray(mask).save(folder / "masks" / f"{index}.png")
+    (folder / "labels.json").write_text(json.dumps({"labels": TAGS}))
+    return folder
+
+
+def test_evaluation_keeps_the_best_weights_and_draws(tmp_path, photo_folder, mask_folder, capsys):
+    output = tmp_path / "run"
+    tagged = tmp_path / "tagged"
+    tagged.mkdir()
+    for index in range(4):
+        make_photo(40, 40, seed=index).save(tagged / f"{index}.png")
+    rows = [{"file_name": f"{index}.png", "tags": [TAGS[index % 2]]} for index in range(4)]
+    (tagged / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    results = run_here(
+        tmp_path,
+        data=[str(photo_folder)],
+        output_dir=str(output),
+        max_steps=6,
+        eval_steps=2,
+        eval_limit=3,
+        eval_masks=str(mask_folder),
+        eval_tags=str(tagged),
+        num_pictures=2,
     )
+    lines = read_log(output / "log.jsonl")
+    measured = {line["step"]: line for line in lines if "eval_mean_iou" in line}
+    assert list(measured) == [2, 4, 6]
+    best = max(line["eval_mean_iou"] for line in measured.values())
+    assert results["best_mean_iou"] == best == measured[results["best_step"]]["eval_mean_iou"]
+    assert results["eval_top1"] in (0, 0.25, 0.5, 0.75, 1)
+    assert load_segmenter(str(output / "best")).model.config.vision_config.hidden_size == 16
+    again = evaluate_masks(load_segmenter(str(output)), MaskFolder(mask_folder)).to_dict()
+    assert again["mean_iou"] == pytest.approx(results["eval_mean_iou"])
+    assert len(list((output / "pictures").glob("step-*.jpg"))) == 6
+    assert "the loader" in capsys.readouterr().out
+    # Measuring changes nothing in the run.
+    run_here(tmp_path, data=[str(photo_folder)], output_dir=str(tmp_path / "blind"), max_steps=6)
+    blind = [line["total"] for line in read_log(tmp_path / "blind" / "log.jsonl")]
+    assert [line["total"] for line in lines if "total" in line] == blind
 
 
-def kill_at(settings, log, step):
+def test_trackers(tmp_path, photo_folder, mask_folder):
+    pytest.importorskip("tensorboard")
+    settings = {"eval_masks": str(mask_folder), "num_pictures": 1, "report_to": "tensorboard"}
+    run_here(tmp_path, data=[str(photo_folder)], output_dir=str(tmp_path / "run"), max_steps=2, **settings)
+    events = list((tmp_path / "run" / "pgseg").glob("**/events.out.*"))
+    content = b"".join(path.read_bytes() for path in events)
+    assert all(name in content for name in (b"contrastive", b"learning_rate", b"eval_mean_iou", b"PNG"))
+
+
+def test_a_diverged_run_ends_with_a_message(tmp_path, photo_folder, monkeypatch):
+    script = load_script()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    settings = {"data": [str(photo_folder)], "output_dir": str(tmp_path / "run"), "max_steps": 50}
+    path = write_settings(tmp_path / "settings.yaml", max_bad_steps=3, **settings)
+    run = script.Run(parse_arguments([path]))
+    before = {name: value.clone() for name, value in run.plain_model.named_parameters()}
+    run.plain_model.logit_scale.register_hook(lambda gradient: gradient * float("nan"))
+    with pytest.raises(ValueError, match="3 steps in a row, until step 2, had no finite gradient"):
+        run.train()
+    assert all(torch.equal(value, before[name]) for name, value in run.plain_model.named_parameters())
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_an_output_folder_is_not_mixed_with_another_run(tmp_path, photo_folder):
+    settings = {
+        "data": [str(photo_folder)],
+        "output_dir": str(tmp_path / "run"),
+        "max_steps": 2,
+        "checkpoint_steps": 1,
+    }
+    run_here(tmp_path, **settings)
+    assert sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*")) == [
+        "checkpoint-00000001",
+        "checkpoint-00000002",
+    ]
+    with pytest.raises(ValueError, match="--resume_from_checkpoint latest"):
+        run_here(tmp_path, **settings)
+    assert run_here(tmp_path, "--overwrite_output_dir", **settings)["steps"] == 2
+
+
+@pytest.mark.slow
+def test_compiled_towers_and_recomputed_stages_train_as_plain_ones(tmp_path, photo_folder):
+    losses = {}
+    for name, settings in {
+        "plain": {},
+        "compiled": {"torch_compile": True, "torch_compile_backend": "aot_eager"},
+        "recomputed": {"gradient_checkpointing": True},
+    }.items():
+        folder = tmp_path / name
+        run_here(tmp_path, data=[str(photo_folder)], output_dir=str(folder), max_steps=3, **settings)
+        losses[name] = [line["total"] for line in read_log(folder / "log.jsonl")]
+    assert losses["compiled"] == pytest.approx(losses["plain"], rel=1e-4)
+    assert losses["recomputed"] == pytest.approx(losses["plain"], rel=1e-4)
+
+
+def start(settings, processes=1):
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
+    command = [*launcher, str(SCRIPT), settings, "--resume_from_checkpoint", "latest"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+
+def kill_at(settings, log, step, processes=1):
     """Starts a run and kills it, workers and all, once its log has the step."""
-    process = start(settings)
+    process = start(settings, processes)
     deadline = time.monotonic() + 120
     while not any(line["step"] >= step for line in read_log(log)):
         assert process.poll() is None, process.stderr.read().decode()
         assert time.monotonic() < deadline, "the run takes too long"
         time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
+    family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+    for member in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.kill()
+    psutil.wait_procs(family)
     process.wait()
     process.stderr.close()
 
@@ -204,13 +318,47 @@ def test_a_killed_run_goes_on_bit_for_bit_and_once_more(tmp_path, photo_folder, 
     _, messages = last.communicate(timeout=120)
     assert last.returncode == 0, messages.decode()
 
-    def curve(folder):
-        varying = ("images_per_second",)
-        lines = read_log(folder / "log.jsonl")
-        return [{name: value for name, value in line.items() if name not in varying} for line in lines]
-
     assert curve(killed) == curve(whole)
-    ours, theirs = (load_segmenter(str(folder)).model.state_dict() for folder in (killed, whole))
+    assert_same_result(killed, whole)
+
+
+def curve(folder):
+    lines = read_log(folder / "log.jsonl")
+    return [{name: value for name, value in line.items() if name != "images_per_second"} for line in lines]
+
+
+def assert_same_result(folder, other):
+    ours, theirs = (load_segmenter(str(each)).model.state_dict() for each in (folder, other))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    records = [json.loads((folder / "all_results.json").read_text())["records"] for folder in (killed, whole)]
+    records = [json.loads((each / "all_results.json").read_text())["records"] for each in (folder, other)]
     assert records[0] == records[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chunk_size", [None, 2])
+def test_two_processes_contrast_all_pictures_and_go_on_after_a_kill(
+    tmp_path, photo_folder, shards, chunk_size
+):
+    settings = {
+        "sources": sources_of("mixed", photo_folder, shards),
+        "max_steps": 14,
+        "checkpoint_steps": 4,
+        "chunk_size": chunk_size,
+    }
+    folders = [tmp_path / name for name in ("whole", "killed")]
+    paths = [
+        write_settings(tmp_path / f"{folder.name}.yaml", **settings, output_dir=str(folder))
+        for folder in folders
+    ]
+    kill_at(paths[1], folders[1] / "log.jsonl", 6, processes=2)
+    for path in paths:
+        process = start(path, processes=2)
+        _, messages = process.communicate(timeout=120)
+        assert process.returncode == 0, messages.decode()
+    whole = curve(folders[0])
+    assert all(line["negatives"] == 7 for line in whole)
+    assert curve(folders[1]) == whole
+    assert_same_result(*folders)
+    results = json.loads((folders[0] / "all_results.json").read_text())
+    assert (results["num_processes"], results["global_batch_size"]) == (2, 8)
+    assert results["records"]["read"] >= 14 * 8

@@ -100,8 +100,9 @@ class RunLog:
     def pictures(self, step: int, pictures: dict[str, Any]) -> None:
         """Gives pictures (arrays [H, W, 3]) to those trackers that take any."""
         for tracker in self.accelerator.trackers:
-            if hasattr(tracker, "log_images"):
-                tracker.log_images({name: picture[None] for name, picture in pictures.items()}, step=step)
+            if pictures and hasattr(tracker, "log_images"):
+                layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                tracker.log_images({name: picture[None] for name, picture in pictures.items()}, step=step, **layout)
 
     def close(self) -> None:
         self.bar.close()

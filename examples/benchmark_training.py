@@ -1,0 +1,108 @@
+"""Measure training on this machine: does the loader keep up with the model, and what does gradient caching save?
+
+    python examples/benchmark_training.py speed examples/configs/small_cpu.yaml --data photos
+    python examples/benchmark_training.py memory
+
+`speed` takes the options of `train_pgseg.py`; it times the loader alone and the model alone, in turn. `memory`
+compares the peak memory and time of a training step of the full-size model at a plain batch of 32 and at larger ones in
+chunks of 32, each in a process of its own.
+"""
+
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from statistics import median
+
+import torch
+
+from pgseg_hf import PGSegConfig, PGSegModel, default_tokenizer
+from pgseg_hf.training.arguments import parse_arguments
+from pgseg_hf.training.gradient_cache import GradientCache
+
+ROUNDS = 5
+BATCHES = 4
+CHUNK = 32
+
+
+def speed(options: list[str]) -> None:
+    from train_pgseg import Run
+
+    with tempfile.TemporaryDirectory() as folder:
+        run = Run(parse_arguments([*options, "--output_dir", folder, "--max_steps", "100000"]))
+        size, loader, model = run.options.batch_size, [], []
+        batches = iter(run.stream)
+        for _ in range(ROUNDS + 1):
+            start = time.perf_counter()
+            # With workers, what they made while the model was timed comes first: twice as many batches as that.
+            loaded = [next(batches) for _ in range(BATCHES * (1 + 2 * (run.arguments[1].num_workers > 0)))]
+            loader.append(len(loaded) * size / (time.perf_counter() - start))
+            start = time.perf_counter()
+            for batch in loaded[:BATCHES]:
+                run.train_step(batch)
+            model.append(BATCHES * size / (time.perf_counter() - start))
+    print(
+        f"| {ROUNDS} rounds of {BATCHES} batches of {size} | images/s, median | smallest | largest |\n|---|---|---|---|"
+    )
+    for name, rates in (("loader alone", loader[1:]), ("model alone", model[1:])):
+        print(f"| {name} | {median(rates):.0f} | {min(rates):.0f} | {max(rates):.0f} |")
+    print(f"\nloader / model: {median(loader[1:]) / median(model[1:]):.2f}")
+
+
+def memory() -> None:
+    rows = []
+    for batch in (CHUNK, 256, 1024):
+        command = [sys.executable, __file__, "one-step", str(batch)]
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        rows.append(json.loads(done.stdout.splitlines()[-1]))
+    print(
+        "| batch | chunks | negatives | peak memory | of the plain 32 | images/s |\n|---|---|---|---|---|---|"
+    )
+    for row in rows:
+        chunks = f"{row['batch'] // CHUNK} of {CHUNK}" if row["batch"] > CHUNK else "none"
+        ratio = row["peak_MiB"] / rows[0]["peak_MiB"]
+        print(
+            f"| {row['batch']} | {chunks} | {row['batch'] - 1} | {row['peak_MiB']:.0f} MiB | {ratio:.2f} | "
+            f"{row['images_per_second']:.1f} |"
+        )
+
+
+def one_step(batch: int) -> None:
+    """A training step of the full-size model, the second of two; prints its figures as JSON."""
+    torch.manual_seed(0)
+    model = PGSegModel(PGSegConfig()).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    texts = default_tokenizer()(
+        [f"a photo of thing number {index}" for index in range(batch)],
+        padding="max_length",
+        return_tensors="pt",
+    )
+    inputs = {**texts, "pixel_values": torch.randn(batch, 3, 224, 224)}
+    for _ in range(2 if batch <= 256 else 1):
+        start = time.perf_counter()
+        if batch > CHUNK:
+            GradientCache(model, CHUNK).backward(inputs)
+        else:
+            model(**inputs, return_loss=True).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        seconds = time.perf_counter() - start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(json.dumps({"batch": batch, "peak_MiB": peak, "images_per_second": batch / seconds}))
+
+
+def main() -> None:
+    commands = {
+        "speed": speed,
+        "memory": lambda _: memory(),
+        "one-step": lambda options: one_step(int(options[0])),
+    }
+    if len(sys.argv) < 2 or sys.argv[1] not in commands:
+        sys.exit(__doc__)
+    commands[sys.argv[1]](sys.argv[2:])
+
+
+if __name__ == "__main__":
+    main()

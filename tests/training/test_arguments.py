@@ -1,0 +1,102 @@
+"""Arguments from the command line and from YAML, and the files that ship."""
+
+from pathlib import Path
+
+import pytest
+from accelerate.commands.config.config_args import load_config_from_file
+
+from pgseg_hf import PGSegConfig
+from pgseg_hf.training.arguments import parse_arguments
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def written(tmp_path, text):
+    path = tmp_path / "settings.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+def test_options_override_the_file(tmp_path):
+    path = written(
+        tmp_path,
+        "output_dir: run\nmax_steps: 100\nlearning_rate: 1e-3\nweight_decay: 0\ncrop_sides: [24, 96]\n"
+        "gradient_checkpointing: true\nmodel_config: {projection_dim: 32}\n"
+        "sources:\n- {path: synthetic, weight: 2}\n- path: photos\n  tags_column: words\n",
+    )
+    model, data, run = parse_arguments([path, "--max_steps", "7", "--torch_compile"])
+    assert (run.max_steps, run.learning_rate, run.weight_decay) == (7, 1e-3, 0.0)
+    assert (model.gradient_checkpointing, model.torch_compile) == (True, True)
+    assert model.model_config == {"projection_dim": 32}
+    assert data.crop_sides == [24, 96]
+    assert [(spec.path, spec.weight, spec.tags_column) for spec in data.source_specs()] == [
+        ("synthetic", 2, None),
+        ("photos", 1.0, "words"),
+    ]
+
+
+def test_without_a_file():
+    options = ["--output_dir", "run", "--num_epochs", "1.5", "--data", "a", "b", "--caption_column", "text"]
+    _, data, run = parse_arguments(options)
+    assert run.num_epochs == 1.5
+    assert [(spec.path, spec.caption_column) for spec in data.source_specs()] == [
+        ("a", "text"),
+        ("b", "text"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("max_steps: 3\n", "output_dir is missing"),
+        ("output_dir: run\n", "give one of them"),
+        ("output_dir: run\nmax_steps: 3\nnum_epochs: 1\n", "max_steps is 3 and num_epochs is 1"),
+        ("output_dir: run\nmax_steps: -3\n", "max_steps is -3, expected a positive number"),
+        ("output_dir: run\nmax_steps: 3\nwarmup_ratio: 1\n", "warmup_ratio is 1"),
+        ("output_dir: run\nmax_step: 3\n", "unknown options: max_step"),
+        ("- 1\n", "holds list, expected a mapping"),
+        ("a: [\n", "cannot be read as YAML"),
+    ],
+)
+def test_files_that_make_no_sense(tmp_path, text, message):
+    with pytest.raises(ValueError, match=message):
+        parse_arguments([written(tmp_path, text)])
+
+
+def test_values_of_a_wrong_type_end_with_a_message(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        parse_arguments([written(tmp_path, "output_dir: run\nmax_steps: many\n")])
+    assert "invalid int value: 'many'" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"absent\.yaml cannot be read"):
+        parse_arguments(["absent.yaml"])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "give either data"),
+        ("data: [a]\nsources: [{path: b}]\n", "give either data"),
+        ("sources: [photos]\n", "source 'photos' is no mapping"),
+        ("sources: [{weight: 1}]\n", "is no mapping with a path"),
+        ("sources: [{path: a, width: 1}]\n", "and fields of caption_column"),
+    ],
+)
+def test_sources_that_make_no_sense(tmp_path, text, message):
+    _, data, _ = parse_arguments([written(tmp_path, "output_dir: run\nmax_steps: 3\n" + text)])
+    with pytest.raises(ValueError, match=message):
+        data.source_specs()
+
+
+@pytest.mark.parametrize("path", sorted((EXAMPLES / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_settings(path):
+    model, data, run = parse_arguments([str(path), "--data", "photos", "--output_dir", "run"])
+    assert run.output_dir == "run"
+    assert data.source_specs()
+    PGSegConfig(**(model.model_config or {}))
+
+
+@pytest.mark.parametrize("path", sorted((EXAMPLES / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_accelerate_settings(path):
+    settings = load_config_from_file(str(path))
+    assert settings.num_processes >= 1
+    assert settings.mixed_precision in ("no", "bf16")
