@@ -16,9 +16,9 @@ def read_in_blocks(
 ) -> Iterator[tuple[Record | UnusableRecord, State]]:
     """The records of one of several readers, which together read every record of a source once an epoch; never ends.
 
-    Each epoch deals the shards anew. With fewer shards than readers, several read the same shard and keep every so
-    manieth record. Records are shuffled in blocks: so many are read, not decoded, and handed out in random order. So a
-    state is four numbers, and going on means reading one block again.
+    Each epoch deals the shards anew. With fewer shards than readers, n of them read the same shard and keep every n-th
+    record. Records are shuffled in blocks: so many are read, not decoded, and handed out in random order. So a state is
+    four numbers, and going on means reading one block again.
 
     Args:
         source: what is read.

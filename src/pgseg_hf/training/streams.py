@@ -260,7 +260,7 @@ class TrainingStream:
 
 
 class _Batches(IterableDataset):
-    """The batches from number `first` on; each worker makes every so manieth."""
+    """The batches from number `first` on; each of n workers makes every n-th."""
 
     def __init__(self, recipe: _Recipe, first: int, states: list[list[State | None] | None]):
         self._recipe, self._first, self._states = recipe, first, states
@@ -271,12 +271,12 @@ class _Batches(IterableDataset):
         # The loader asks its workers in turn from 0 on. Which part of the shards a worker reads goes by its batches.
         first = self._first + place
         worker = first % workers
-        kitchen = _Kitchen(self._recipe, worker, workers, self._states[worker])
+        maker = _BatchMaker(self._recipe, worker, workers, self._states[worker])
         for number in itertools.count(first, workers):
             start = time.monotonic()
             try:
-                batch = kitchen.batch(number)
-                yield batch, kitchen.progress(time.monotonic() - start)
+                batch = maker.batch(number)
+                yield batch, maker.progress(time.monotonic() - start)
             except ValueError as error:
                 if info is None:
                     raise
@@ -286,7 +286,7 @@ class _Batches(IterableDataset):
                 return
 
 
-class _Kitchen:
+class _BatchMaker:
     """Makes the batches of one worker."""
 
     def __init__(self, recipe: _Recipe, worker: int, workers: int, states: list[State | None] | None):
@@ -321,7 +321,7 @@ class _Kitchen:
 
     def progress(self, seconds: float) -> _Progress:
         """Where the readers stand, what happened since the last call and how long the batch took."""
-        progress = _Progress(self._worker, list(self._states), self._counts, self._messages)
+        progress = _Progress(self._worker, list(self._states), self._counts, self._messages, seconds)
         self._counts, self._messages = Counter(), {}
         return progress
 

@@ -235,9 +235,7 @@ def open_hub(
         else:
             known = str(folder) if folder.exists() else path
             dataset = datasets.load_dataset(known, name, split=split, streaming=streaming)
-    except (
-        Exception
-    ) as error:  # of the Hub, the network, file formats; all of it is about what the user asked for
+    except Exception as error:  # the Hub, the network and file formats have errors of their own
         raise ValueError(f"{path} cannot be loaded as a data set: {error}") from error
     if isinstance(dataset, (dict, datasets.DatasetDict)):
         if split not in dataset:

@@ -1,0 +1,451 @@
+"""Sources: what they read, what they refuse, and that broken data are told and never fatal."""
+
+import pickle
+import re
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import datasets
+import fsspec
+import pyarrow
+import pyarrow.parquet
+import pytest
+from data_files import (
+    number_of,
+    numbered,
+    numbered_folder,
+    numbered_shards,
+    numbered_tables,
+    open_path,
+    picture,
+    records_of,
+    write_folder,
+)
+from fsspec.implementations.memory import MemoryFileSystem
+
+from pgseg_hf.images import load_image
+from pgseg_hf.training import tables
+from pgseg_hf.training.columns import captions_of, tags_of
+from pgseg_hf.training.records import Record, UnusableRecord
+from pgseg_hf.training.sources import SourceSpec, check_source
+from pgseg_hf.training.tables import open_hub
+
+SHARED = Path(__file__).parents[3] / "shared" / "data"
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """The cache of `datasets`, within the test's folder."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    return tmp_path / "cache"
+
+
+# Texts
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("a cat", ["a cat"]),
+        ("  a\n cat ", ["a cat"]),
+        (["a cat", "", None, 3, "a dog"], ["a cat", "a dog"]),
+        ("", []),
+        (None, []),
+        (float("nan"), []),
+    ],
+)
+def test_captions_are_a_string_or_a_list(value, expected):
+    assert captions_of(value) == expected
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("cat, dog;sky|red car,", ["cat", "dog", "sky", "red car"]),
+        (["cat", "dog, wet", "cat"], ["cat", "dog, wet"]),
+        (None, []),
+    ],
+)
+def test_tags_are_a_list_or_a_string_with_separators(value, expected):
+    assert tags_of(value) == expected
+
+
+# Descriptions
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"path": ""}, "no path"),
+        ({"path": "a", "kind": "zip"}, "kind is 'zip', expected one of auto, folder"),
+        ({"path": "a", "weight": 0}, "weight of a is 0, expected a positive"),
+        ({"path": "a", "weight": float("nan")}, "weight of a is nan"),
+    ],
+)
+def test_descriptions_that_make_no_sense(fields, message):
+    with pytest.raises(ValueError, match=message):
+        SourceSpec(**fields)
+
+
+@pytest.mark.parametrize("path", ["/no/such/folder", "./nothing", "some/thing/else"])
+def test_a_path_that_does_not_exist_is_not_looked_up_on_the_hub(path):
+    with pytest.raises(
+        ValueError, match=f"{path} does not exist; expected a folder, a data set of the Hub or"
+    ):
+        open_path(path)
+
+
+# Folders
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+def test_folders_with_metadata_of_any_kind(tmp_path, kind):
+    tags = "sky, road; car" if kind == "csv" else ["sky", "road", "car"]
+    rows = [
+        {"file_name": "a/0001", "caption": "one\ntwo", "tags": tags, "mask_file_name": "m/1.png"},
+        {"file_name": "b.png", "caption": "", "tags": tags, "mask_file_name": None},
+    ]
+    source = open_path(write_folder(tmp_path, rows, kind))
+    first, second = source[0], source[1]
+    assert len(source) == 2
+    assert first.captions == ["one two"]
+    assert first.tags == second.tags == ["sky", "road", "car"]
+    assert second.captions == []
+    assert first.mask == tmp_path / "m/1.png"
+    assert second.mask is None
+    assert [number_of(first), number_of(second)] == [0, 1]
+    assert first.name == f"{tmp_path}[0]"
+
+
+def test_digits_in_csv_stay_text(tmp_path):
+    rows = [{"file_name": "0001", "caption": "2020-01-01", "tags": "7"}]
+    record = open_path(write_folder(tmp_path, rows, "csv"))[0]
+    assert record.image == tmp_path / "0001"
+    assert (record.captions, record.tags) == (["2020-01-01"], ["7"])
+
+
+def test_columns_by_name(tmp_path):
+    rows = [{"where": "0.png", "caption": "wrong", "words": "right", "kinds": "cat", "labels": "m.png"}]
+    (tmp_path / "0.png").write_bytes(picture(7))
+    source = open_path(
+        write_folder(tmp_path, rows),
+        image_column="where",
+        caption_column="words",
+        tags_column="kinds",
+        mask_column="labels",
+    )
+    record = source[0]
+    assert number_of(record) == 7
+    assert (record.captions, record.tags, record.mask) == (["right"], ["cat"], tmp_path / "m.png")
+
+
+@pytest.mark.parametrize(
+    ("row", "fields", "message"),
+    [
+        (
+            {"file_name": "a", "text": "b"},
+            {"caption_column": "alt"},
+            "no column 'alt'; its columns are file_name, text",
+        ),
+        (
+            {"file_name": "a", "alt": "b"},
+            {},
+            "no captions and no tags .* its columns are file_name, alt: .*tags_column",
+        ),
+        ({"photo": "a", "text": "b"}, {}, "no column of pictures .* columns are photo, text: .*image_column"),
+    ],
+)
+def test_missing_columns_are_refused_with_those_there_are(tmp_path, row, fields, message):
+    with pytest.raises(ValueError, match=message):
+        open_path(write_folder(tmp_path, [row]), **fields)
+
+
+def test_a_mask_alone_is_enough_where_it_is_asked_for(tmp_path):
+    rows = [{"file_name": "0.png", "mask": "0.png"}]
+    with pytest.raises(ValueError, match="no captions and no tags"):
+        open_path(write_folder(tmp_path, rows))
+    assert open_path(tmp_path, mask_column="mask")[0].mask == tmp_path / "0.png"
+
+
+@pytest.mark.parametrize(
+    "name", ["../secret.png", "/etc/passwd", "a/../../secret.png", "a\\..\\..\\secret.png"]
+)
+def test_file_names_must_stay_in_the_folder(tmp_path, name):
+    (tmp_path / "secret.png").write_bytes(picture(0))
+    rows = [{"file_name": name, "caption": "x"}, {"file_name": "0.png", "caption": "x"}]
+    source = open_path(write_folder(tmp_path / "data", rows))
+    with pytest.raises(UnusableRecord, match=re.escape(f"{name!r} leads out of the folder")) as caught:
+        source[0]
+    assert caught.value.reason == "bad path"
+    assert number_of(source[1]) == 1
+
+
+def test_masks_must_stay_in_the_folder_too(tmp_path):
+    rows = [{"file_name": "0.png", "caption": "x", "mask": name} for name in ("0.png", "../m.png")]
+    source = open_path(write_folder(tmp_path / "data", rows))
+    with pytest.raises(UnusableRecord, match="leads out of the folder"):
+        source[1]
+
+
+def test_a_row_without_picture_is_left_out(tmp_path):
+    rows = [{"file_name": name, "caption": "x"} for name in ("0.png", None, "")]
+    source = open_path(write_folder(tmp_path, rows))
+    for index in (1, 2):
+        with pytest.raises(UnusableRecord, match="its file_name is empty"):
+            source[index]
+
+
+@pytest.mark.parametrize(
+    ("kind", "content", "message"),
+    [
+        ("jsonl", "", "cannot be read: it is empty"),
+        ("jsonl", '{"file_name": "a"', "cannot be read: JSON parse error"),
+        ("csv", "file_name,caption\n", "has no records"),
+        ("csv", "file_name,caption\na,b,c\n", "cannot be read: CSV parse error"),
+        ("parquet", "PAR1", "cannot be read"),
+    ],
+)
+def test_broken_metadata(tmp_path, kind, content, message):
+    (tmp_path / f"metadata.{kind}").write_text(content)
+    with pytest.raises(ValueError, match=rf"metadata\.{kind} {message}"):
+        open_path(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+def test_a_long_line_of_metadata(tmp_path, kind):
+    source = open_path(write_folder(tmp_path, [{"file_name": "0.png", "caption": "word\n" * 500_000}], kind))
+    assert source[0].captions == [" ".join(["word"] * 500_000)]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+def test_metadata_are_read_in_blocks(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(tables, "_BLOCK_BYTES", 300)
+    rows = [{"file_name": f"{n}.png", "caption": 'one, "two",\n' * n} for n in range(9)]
+    source = open_path(write_folder(tmp_path, [{"file_name": "0.png", "caption": "x"}, *rows], kind))
+    assert [source[n + 1].captions for n in range(9)] == [
+        [],
+        *([" ".join(['one, "two",'] * n)] for n in range(1, 9)),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [("{}", "has no metadata file; expected a folder with metadata.jsonl"), ("{}/x", "is no folder")],
+)
+def test_no_metadata(tmp_path, path, message):
+    with pytest.raises(ValueError, match=message):
+        open_path(path.format(tmp_path), kind="folder")
+
+
+def test_the_check_names_what_it_saw(tmp_path):
+    rows = [{"file_name": f"{n}.png", "caption": "x" if n % 2 else ""} for n in range(6)]
+    path = write_folder(tmp_path, rows)
+    for n in range(6):
+        (tmp_path / f"{n}.png").write_bytes(b"no picture")
+    message = (
+        r"none of 6 records can be used \(3 x no text, 3 x broken image\). The first: .*\[0\] has no caption"
+    )
+    with pytest.raises(ValueError, match=message):
+        open_path(path)
+    (tmp_path / "5.png").write_bytes(picture(5))
+    assert len(open_path(path)) == 6
+
+
+def test_the_check_looks_all_over_a_table():
+    class Half:
+        name = "half"
+        seen = []
+
+        def __len__(self):
+            return 1000
+
+        def __getitem__(self, index):
+            self.seen.append(index)
+            return Record(picture(0) if index >= 500 else b"", ["x"])
+
+    check_source(Half(), 10)
+    assert 500 <= Half.seen[-1] < 700
+    Half.__len__ = lambda self: 0
+    with pytest.raises(ValueError, match="half has no records"):
+        check_source(Half())
+
+
+@pytest.mark.parametrize(
+    ("name", "length", "captions"),
+    [("ccp", 1094, 0), ("camvid", 367, 0), ("caltech101", 8677, 0), ("flickr1k", 1000, 5)],
+)
+def test_real_folders(name, length, captions):
+    folder = SHARED / name / "train"
+    if not folder.is_dir():
+        pytest.skip("needs ../shared")
+    source = open_path(folder)
+    assert len(source) == length
+    record = source[length - 1]
+    assert len(record.captions) == captions
+    assert bool(record.tags) != bool(captions)
+    assert (record.mask is not None) == (name == "camvid")
+    assert min(load_image(record.image).size) >= 60
+
+
+# Data sets of the Hub
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_data_sets_in_the_layout_of_the_hub(tmp_path, streaming):
+    path = numbered_tables(tmp_path / "data", [3, 4])
+    source = open_path(path, streaming=streaming)
+    assert hasattr(source, "read_shard") == streaming
+    assert records_of(source) == numbered(0, 7)
+    copy = pickle.loads(pickle.dumps(source))
+    assert records_of(copy) == numbered(0, 7)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_broken_picture_of_a_data_set_breaks_one_record_only(tmp_path, streaming):
+    features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
+    rows = [
+        {"image": {"bytes": content, "path": None}, "text": "x"} for content in (b"broken", picture(1), b"")
+    ]
+    rows.append({"image": None, "text": "x"})
+    (tmp_path / "data").mkdir()
+    datasets.Dataset.from_list(rows, features=features).to_parquet(tmp_path / "data" / "train.parquet")
+    source = open_path(tmp_path / "data", streaming=streaming)
+    if streaming:
+        items = list(source.read_shard(0))
+    else:
+        items = [source[0], source[1]]
+        for index in (2, 3):
+            with pytest.raises(UnusableRecord, match="its image is empty"):
+                source[index]
+    assert items[0].image == b"broken"
+    assert number_of(items[1]) == 1
+    assert [item.reason for item in items[2:]] == ["no picture"] * (2 * streaming)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_columns_of_paths_and_of_class_labels(tmp_path, streaming):
+    (tmp_path / "0.png").write_bytes(picture(9))
+    names = datasets.ClassLabel(names=["cat", "dog", "sky"])
+    rows = {"image_path": [str(tmp_path / "0.png")] * 2, "label": [2, -1], "labels": [[0, 1], []]}
+    features = datasets.Features(
+        {"image_path": datasets.Value("string"), "label": names, "labels": datasets.List(names)}
+    )
+    (tmp_path / "data").mkdir()
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "data" / "train.parquet")
+    for column, expected in (("label", [["sky"], []]), ("labels", [["cat", "dog"], []])):
+        source = open_path(tmp_path / "data", streaming=streaming, tags_column=column)
+        records = list(source.read_shard(0)) if streaming else [source[0], source[1]]
+        assert [record.tags for record in records] == expected
+        assert number_of(records[0]) == 9
+
+
+def test_saved_data_sets_are_read_in_place(tmp_path, cache):
+    rows = [{"image": str(number), "text": "x"} for number in range(3)]
+    dataset = datasets.Dataset.from_list(rows)
+    dataset.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict(train=dataset, small=dataset.select([1])).save_to_disk(tmp_path / "two")
+    for path, split, length in (("one", "train", 3), ("two", "train", 3), ("two", "small", 1)):
+        assert len(open_hub(str(tmp_path / path), SourceSpec("x").columns, split=split)) == length
+    with pytest.raises(ValueError, match="has no split 'test'; its splits are train, small"):
+        open_path(tmp_path / "two", split="test")
+    assert not cache.exists()
+
+
+def test_data_sets_that_cannot_be_loaded(tmp_path):
+    path = numbered_tables(tmp_path / "data", [1])
+    with pytest.raises(ValueError, match=r"data cannot be loaded as a data set: .*split.*test.*train"):
+        open_path(path, split="test", streaming=True)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"empty cannot be loaded as a data set: .*data files"):
+        open_path(tmp_path / "empty")
+
+
+def test_a_broken_file_of_a_streamed_data_set_is_told(tmp_path):
+    path = numbered_tables(tmp_path, [3, 3, 3])
+    file = tmp_path / "train-001.parquet"
+    file.write_bytes(file.read_bytes()[:100] + bytes(100) + file.read_bytes()[200:])
+    source = open_path(path, streaming=True)
+    assert records_of(source) == [*numbered(0, 3), "broken shard", *numbered(6, 3)]
+
+
+def test_pictures_of_a_streamed_repository_are_fetched(tmp_path, monkeypatch):
+    class FakeHub(MemoryFileSystem):
+        protocol = "hf"
+        store = {}
+
+        @classmethod
+        def _strip_protocol(cls, path):
+            return super()._strip_protocol(path.removeprefix("hf://"))
+
+    monkeypatch.setitem(sys.modules["fsspec.registry"]._registry, "hf", FakeHub)
+    fsspec.filesystem("hf").pipe("/datasets/one/0.png", picture(3))
+    rows = [
+        {"image": {"bytes": None, "path": f"{protocol}://datasets/one/{name}.png"}, "text": "x"}
+        for protocol, name in (("hf", 0), ("hf", 1), ("memory", 0))
+    ]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "train.parquet")
+    items = list(open_path(tmp_path, streaming=True).read_shard(0))
+    assert number_of(items[0]) == 3
+    assert items[1].reason == "broken image"
+    assert items[2].image == "memory://datasets/one/0.png"  # a data set chooses no other file system
+
+
+# All kinds
+
+
+@pytest.mark.parametrize("kind", ["tar", "table"])
+def test_reading_from_a_record_on(tmp_path, kind):
+    if kind == "tar":
+        source = open_path(numbered_shards(tmp_path, [2, 5]))
+    else:
+        source = open_path(numbered_tables(tmp_path, [2, 5]), streaming=True)
+    for start in range(7):
+        items = list(source.read_shard(1, start))
+        assert [number_of(item) for item in items] == list(range(2 + start, 7))
+        assert [item.name for item in items] == [item.name for item in source.read_shard(1)][start:]
+
+
+@pytest.mark.parametrize("kind", ["tar", "table"])
+def test_readers_of_a_shard_do_not_disturb_each_other(tmp_path, kind):
+    if kind == "tar":
+        source = open_path(numbered_shards(tmp_path, [40]))
+    else:
+        source = open_path(numbered_tables(tmp_path, [40]), streaming=True)
+    first, second = source.read_shard(0), source.read_shard(0)
+    got = [number_of(next(first)), number_of(next(second)), number_of(next(second))]
+    del first
+    assert [*got, *map(number_of, second)] == [0, 0, 1, *range(2, 40)]
+
+
+def test_nothing_is_written(tmp_path, monkeypatch):
+    """Folders, shards and streamed tables leave no copy in the cache, in the temporary folder or beside the data."""
+    paths = [
+        (numbered_folder(tmp_path / "folder", 3), {}),
+        (numbered_shards(tmp_path / "tars", [3]), {}),
+        (numbered_tables(tmp_path / "tables", [3]), {"streaming": True}),
+    ]
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    monkeypatch.chdir(temporary)
+
+    def files():  # with something in them: `datasets` leaves an empty lock for a data set
+        return {path for path in tmp_path.rglob("*") if path.is_file() and path.stat().st_size}
+
+    before = files()
+    for path, fields in paths:
+        assert records_of(open_path(path, **fields)) == numbered(0, 3)
+    assert files() == before
+
+
+def test_kinds_are_known_by_the_path(tmp_path):
+    paths = {
+        numbered_folder(tmp_path / "folder", 1): "TableSource",
+        numbered_tables(tmp_path / "tables", [1]): "TableSource",
+        numbered_shards(tmp_path / "tars", [1]): "TarSource",
+        numbered_folder(tmp_path / "x.tar", 1): "TableSource",
+        "synthetic": "SceneSource",
+    }
+    assert Counter(type(open_path(path)).__name__ for path in paths) == Counter(paths.values())

@@ -1,0 +1,471 @@
+"""The stream of batches: exact shares, every record once, exact resumption, and what is counted."""
+
+import gc
+import itertools
+import json
+import pickle
+import random
+import time
+from collections import Counter
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from data_files import numbered_files, numbered_folder, numbered_shards, numbered_tables, tar_bytes
+from fake_sources import WEIGHTS, Shards, Table
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pgseg_hf.images import load_image
+from pgseg_hf.training import streams
+from pgseg_hf.training.records import UnusableRecord
+from pgseg_hf.training.sources import SourceSpec, open_source
+from pgseg_hf.training.streams import StreamOptions, TrainingStream
+
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
+
+SEEDS = st.integers(0, 2**31 - 1)
+
+
+def prepare(record, rng):
+    """The number in a record's caption and a draw."""
+    if record.name == "broken":
+        rng.random()
+        raise UnusableRecord("broken image", f"{record.captions[0]} is broken")
+    return int(record.captions[0].split()[-1]), rng.random()
+
+
+def prepare_picture(record, rng):
+    try:
+        pixel = load_image(record.image).getpixel((0, 0))[0]
+    except ValueError as error:
+        raise UnusableRecord("broken image", str(error)) from error
+    assert record.captions == [f"text {pixel}"]
+    return pixel, rng.random()
+
+
+def slowly(record, rng):
+    time.sleep(0.02)
+    return prepare(record, rng)
+
+
+def collate(examples):
+    numbers, draws = zip(*examples, strict=True)
+    return {"numbers": torch.tensor(numbers), "draws": torch.tensor(draws, dtype=torch.float64)}
+
+
+def stream_of(sources, weights=None, rank=0, world_size=1, prepare=prepare, **options):
+    options = StreamOptions(**{"batch_size": 4, "seed": 5, "shuffle_block": 3, **options})
+    return TrainingStream(sources, weights or [1] * len(sources), prepare, collate, options, rank, world_size)
+
+
+def take(stream, count):
+    """Numbers and draws of the next batches."""
+    batches = itertools.islice(stream, count)
+    return [(batch["numbers"].tolist(), batch["draws"].tolist()) for batch in batches]
+
+
+def numbers(batches):
+    return [number for batch, _ in batches for number in batch]
+
+
+# Which records
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_every_record_of_a_table_comes_once_an_epoch(workers):
+    stream = stream_of([Table(10)], batch_size=3, num_workers=workers)
+    got = numbers(take(stream, 10))
+    # A batch over the end of an epoch is mixed: what is sure is how often a record came by the end of the third.
+    assert Counter(got) == dict.fromkeys(range(10), 3)
+    batches = [frozenset(batch) for batch, _ in take(stream_of([Table(12)], num_workers=workers), 9)]
+    epochs = [batches[start : start + 3] for start in (0, 3, 6)]
+    assert all(frozenset().union(*epoch) == set(range(12)) for epoch in epochs)
+    assert len(set(batches)) > 6
+
+
+def test_another_seed_gives_another_order_and_other_draws():
+    (first, draws), (second, other_draws) = (take(stream_of([Table(50)], seed=seed), 1)[0] for seed in (1, 2))
+    assert first != second
+    assert not set(draws) & set(other_draws)
+
+
+def test_every_place_has_draws_of_its_own():
+    batches = take(stream_of([Table(50)]), 20)
+    assert len({draw for _, draws in batches for draw in draws}) == 80
+
+
+def test_tables_do_not_depend_on_the_number_of_workers():
+    sources = [Table(7), Table(20, first=100, broken=frozenset([3, 4]))]
+    streams_ = [stream_of(sources, [1, 2], num_workers=workers) for workers in (0, 1, 3)]
+    first, *others = (take(stream, 11) for stream in streams_)
+    assert all(other == first for other in others)
+    assert streams_[0].counts == streams_[1].counts == streams_[2].counts
+
+
+@given(WEIGHTS, st.integers(1, 4), st.integers(1, 4))
+@settings(max_examples=20)
+def test_processes_share_the_batches_of_one(weights, world_size, batch_size):
+    sources = [Table(5 + n, first=100 * n, broken=frozenset([n])) for n in range(len(weights))]
+    parts = [
+        take(stream_of(sources, weights, rank, world_size, batch_size=batch_size), 6)
+        for rank in range(world_size)
+    ]
+    whole = take(stream_of(sources, weights, batch_size=world_size * batch_size), 6)
+    for index, batch in enumerate(whole):
+        for kind in (0, 1):
+            columns = zip(*(part[index][kind] for part in parts), strict=True)
+            assert list(itertools.chain(*columns)) == batch[kind]
+
+
+def test_each_process_gets_some_of_each_source():
+    """Sources take turns, and so do processes: without mixing, each process would have one source."""
+    sources = [Table(1000), Table(1000, first=1000)]
+    for rank in (0, 1):
+        got = numbers(take(stream_of(sources, rank=rank, world_size=2), 10))
+        assert 8 < sum(number < 1000 for number in got) < 32
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_processes_and_workers_read_a_stream_together(workers):
+    """Each of them reads as many records; with equal shards they end the epoch together."""
+    sizes = [4] * 8
+    got = []
+    for rank in range(2):
+        stream = stream_of([Shards(sizes)], rank=rank, world_size=2, batch_size=2, num_workers=workers)
+        got += numbers(take(stream, 8))
+    assert sorted(got) == list(range(32))
+
+
+@pytest.mark.parametrize("workers", [0, 3])
+def test_shares_of_tables_and_streams(workers):
+    sources = [Table(5), Shards([6] * 4, first=100), Shards([9] * 3, first=200)]
+    got = numbers(take(stream_of(sources, [5, 3, 2], num_workers=workers, batch_size=10), 6))
+    assert Counter(number // 100 for number in got) == {0: 30, 1: 18, 2: 12}
+
+
+# Going on
+
+
+def check_resumption(make, count=20, seed=0):
+    """Stopped three times at random, with the state through JSON: the same batches, draws and counts."""
+    whole = make()
+    expected = take(whole, count)
+    stops = sorted(random.Random(seed).sample(range(1, count), 2))
+    for first, second in (stops, (1, 2)):  # (1, 2): before each worker has made a batch
+        stream, got = make(), []
+        for stop in (first, second, count):
+            got += take(stream, stop - len(got))
+            state = json.loads(json.dumps(stream.state_dict()))
+            stream = make()
+            stream.load_state_dict(state)
+        assert got == expected
+        assert stream.counts == whole.counts
+        assert stream.state_dict() == whole.state_dict()
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+@pytest.mark.parametrize("kind", ["folder", "tar", "table", "mix"])
+def test_exact_resumption(tmp_path, monkeypatch, kind, workers):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    sources = []
+    if kind in ("folder", "mix"):
+        path = numbered_folder(tmp_path / "folder", 23)
+        (tmp_path / "folder" / "7.png").write_bytes(b"broken")
+        sources.append(open_source(SourceSpec(path)))
+    if kind in ("tar", "mix"):
+        path = numbered_shards(tmp_path / "tars", [7, 5, 9, 6], first=100)
+        content = (tmp_path / "tars" / "002.tar").read_bytes()
+        (tmp_path / "tars" / "002.tar").write_bytes(content[: len(content) // 2])
+        sources.append(open_source(SourceSpec(path)))
+    if kind in ("table", "mix"):
+        path = numbered_tables(tmp_path / "tables", [6, 8], first=200)
+        sources.append(open_source(SourceSpec(path, streaming=True)))
+    weights = [3, 2, 1][: len(sources)]
+    check_resumption(
+        lambda: stream_of(sources, weights, num_workers=workers, prepare=prepare_picture), seed=workers
+    )
+
+
+@given(st.data())
+@settings(max_examples=30)
+def test_exact_resumption_of_any_mix(data):
+    sources = data.draw(
+        st.lists(
+            st.one_of(
+                st.builds(Table, st.integers(2, 20), broken=st.just(frozenset([1]))),
+                st.builds(
+                    Shards,
+                    st.lists(st.integers(4, 9), min_size=1, max_size=4),
+                    broken=st.just(frozenset([1, 2])),
+                ),
+            ),
+            min_size=1,
+            max_size=3,
+        )
+    )
+    block, batch = data.draw(st.integers(1, 40)), data.draw(st.integers(1, 5))
+    rank = data.draw(st.integers(0, 1))
+
+    def make():
+        return stream_of(sources, None, rank, 2, shuffle_block=block, batch_size=batch)
+
+    check_resumption(make, seed=data.draw(SEEDS))
+
+
+def test_iterating_again_goes_on():
+    expected = take(stream_of([Shards([10] * 3)]), 6)
+    stream = stream_of([Shards([10] * 3)])
+    assert take(stream, 2) + take(stream, 1) + take(stream, 3) == expected
+
+
+def test_an_iteration_that_is_given_up_lets_go_of_its_shards():
+    source = Shards([10])
+    stream = stream_of([source, Table(5)])
+    gc.disable()
+    try:
+        for _ in stream:
+            assert source.open == 1
+            break
+        assert source.open == 0
+    finally:
+        gc.enable()
+
+
+def test_tables_go_on_with_other_workers_and_processes():
+    def make(rank=0, world_size=1, workers=0):
+        return stream_of([Table(11)], None, rank, world_size, batch_size=4 // world_size, num_workers=workers)
+
+    expected = take(make(), 8)
+    stream = make(workers=2)
+    assert take(stream, 3) == expected[:3]
+    state = stream.state_dict()
+    for rank in range(2):
+        other = make(rank, 2, workers=3)
+        other.load_state_dict(state)
+        assert [batch for batch, _ in take(other, 5)] == [batch[rank::2] for batch, _ in expected[3:]]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_workers": 3}, "num_workers was 2 and is 3; streaming sources go on only as they were divided"),
+        ({"world_size": 2, "rank": 1, "batch_size": 2}, "world_size was 1 and is 2, rank was 0 and is 1"),
+        ({"shuffle_block": 7}, "shuffle_block was 3 and is 7"),
+        ({"seed": 6}, "seed was 5 and is 6"),
+        ({"batch_size": 5}, "records of all processes was 4 and is 5"),
+        ({"weights": [1, 2]}, r"shares was \[0.5, 0.5\] and is \[0.333"),
+        ({"sources": [Shards([5] * 5), Table(4)]}, r"sizes was \[5, 3\] and is \[5, 4\]"),
+    ],
+)
+def test_other_streams_do_not_go_on(changes, message):
+    arguments = {"sources": [Shards([5] * 5), Table(3)], "num_workers": 2}
+    state = stream_of(**arguments).state_dict()
+    other = stream_of(**{**arguments, **changes})
+    with pytest.raises(ValueError, match=f"cannot go on with the same batches: .*{message}"):
+        other.load_state_dict(state)
+
+
+@pytest.mark.parametrize("state", [{}, {"batch": 1}, None, []])
+def test_what_is_no_state(state):
+    with pytest.raises(ValueError, match="no state of a training stream"):
+        stream_of([Table(3)]).load_state_dict(state)
+
+
+def test_streams_can_be_sent_to_workers_that_are_spawned(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    paths = [
+        numbered_folder(tmp_path / "a", 5),
+        numbered_shards(tmp_path / "b", [5]),
+        numbered_tables(tmp_path / "c", [5]),
+    ]
+    sources = [open_source(SourceSpec(path, streaming=True)) for path in paths]
+    stream = stream_of(sources, prepare=prepare_picture)
+    assert take(pickle.loads(pickle.dumps(stream)), 4) == take(stream, 4)
+
+
+def test_iterating_leaves_the_generators_of_torch_and_numpy_alone():
+    torch.manual_seed(0)
+    np.random.seed(0)
+    before = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
+    for workers in (0, 1):
+        take(stream_of([Table(9), Shards([9] * 2)], num_workers=workers), 3)
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert (np.random.get_state()[1].tolist(), random.getstate()) == before[1:]
+
+
+@pytest.mark.gpu
+def test_batches_in_pinned_memory():
+    for workers in (0, 1):
+        stream = stream_of([Shards([9])], num_workers=workers, pin_memory=True)
+        assert next(iter(stream))["numbers"].is_pinned()
+        assert stream.counts == {"read": 4}
+
+
+# Counting, and what cannot be used
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_unusable_records_are_replaced_and_counted(workers):
+    stream = stream_of([Table(10, broken=frozenset(range(4)))], num_workers=workers)
+    got = numbers(take(stream, 25))
+    assert len(got) == 100
+    assert set(got) == set(range(4, 10))
+    assert stream.counts["read"] - stream.counts["broken image"] == 100
+    assert stream.counts["broken image"] >= 40
+    assert set(stream.counts) == {"read", "broken image"}
+
+
+def test_counts_are_of_batches_that_were_yielded():
+    stream = stream_of([Shards([5] * 4)], num_workers=2)
+    assert stream.counts == {}
+    take(stream, 3)
+    assert stream.counts == {"read": 12}
+
+
+def test_broken_shards_are_counted_and_the_stream_goes_on(tmp_path):
+    path = numbered_shards(tmp_path, [5, 5, 5])
+    for shard, content in (
+        (1, b"no tar"),
+        (2, tar_bytes({**numbered_files(10, 4), "x.json": b"{", "x.png": b""})),
+    ):
+        (tmp_path / f"00{shard}.tar").write_bytes(content)
+    stream = stream_of([open_source(SourceSpec(path))], prepare=prepare_picture, batch_size=9)
+    for epoch in range(1, 4):
+        assert sorted(numbers(take(stream, 1))) == [0, 1, 2, 3, 4, 10, 11, 12, 13]
+        assert stream.counts["read"] >= 9 * epoch
+    take(stream, 1)
+    assert stream.counts["broken shard"] >= 3
+    assert stream.counts["broken text"] >= 3
+    assert stream.counts["read"] == 36 + stream.counts["broken shard"] + stream.counts["broken text"]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (
+            Table(5, broken=frozenset(range(5))),
+            r"table: 30 .* \(30 x broken image\). The first: \d is broken",
+        ),
+        (Shards([5] * 3, broken=frozenset(range(15))), r"\(30 x broken shard\). The first: number \d+"),
+        (
+            Shards([0] * 3),
+            r"shards: 30 records in a row cannot be used \(30 x empty shard\). The first: nothing",
+        ),
+    ],
+)
+def test_nothing_usable_ends_the_run_with_a_readable_message(source, message, workers):
+    stream = stream_of([source], max_failures=30, num_workers=workers)
+    with pytest.raises(ValueError, match=message) as caught:
+        take(stream, 5)
+    assert "Traceback" not in str(caught.value)
+    assert len(str(caught.value)) < 200
+
+
+def test_too_many_workers_end_the_run():
+    with pytest.raises(ValueError, match=r"^shards has nothing for reader 2 of 2"):
+        take(stream_of([Shards([1])], num_workers=2), 2)
+
+
+def test_failures_that_are_not_in_a_row_do_not_end_the_run():
+    stream = stream_of([Table(100, broken=frozenset(range(60)))], max_failures=40)
+    take(stream, 100)
+    assert stream.counts["broken image"] > 400
+
+
+def test_the_first_record_of_each_reason_is_logged(monkeypatch):
+    lines = []
+    monkeypatch.setattr(streams.logger, "warning", lines.append)
+    take(stream_of([Table(10, broken=frozenset(range(5)))]), 20)
+    assert len(lines) == 1
+    assert "is broken (broken image; further ones are only counted)" in lines[0]
+
+
+def test_too_few_shards_are_told(monkeypatch):
+    lines = []
+    monkeypatch.setattr(streams.logger, "warning", lines.append)
+    stream_of([Shards([9] * 4), Table(1)], world_size=2, num_workers=2)
+    assert not lines
+    stream_of([Shards([9] * 3), Table(1)], world_size=2, num_workers=2)
+    assert "shards has 3 shards for 4 readers (processes x workers): several read the same shard" in lines[0]
+
+
+# Epochs
+
+
+def test_epochs_of_tables():
+    stream = stream_of([Table(8), Table(40)], [1, 3], world_size=2)
+    assert stream.epoch == 0
+    take(stream, 8)  # 64 records: two passes over the first, 1.2 over the second
+    assert stream.epoch == pytest.approx(0.25 * 2 + 0.75 * 1.2)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_epochs_of_streams_are_whole_passes_of_the_slowest_reader(workers):
+    stream = stream_of([Shards([8] * 2)], num_workers=workers, batch_size=2)
+    epochs = [stream.epoch for _ in itertools.islice(stream, 24)]
+    assert epochs == [0] * (8 + (workers == 2)) + [1] * 8 + [2] * (8 - (workers == 2))
+
+
+@given(WEIGHTS, st.integers(1, 4))
+def test_an_epoch_ends_after_as_many_batches_as_it_has(weights, batch_size):
+    stream = stream_of([Table(7 + 5 * n) for n in range(len(weights))], weights, batch_size=batch_size)
+    many = round(1000 * stream.batches_per_epoch)
+    stream.load_state_dict({**stream.state_dict(), "batch": many})
+    assert stream.epoch == pytest.approx(1000, abs=1)
+
+
+def test_a_stream_has_no_known_length():
+    stream = stream_of([Table(3), Shards([3])])
+    with pytest.raises(ValueError, match="shards is streamed and has no known length: give max_steps"):
+        _ = stream.batches_per_epoch
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_speed_is_that_of_making_batches(workers):
+    stream = stream_of([Table(9)], num_workers=workers, prepare=slowly)
+    assert stream.images_per_second == 0
+    for _ in itertools.islice(stream, 3):
+        time.sleep(0.1)  # training takes its time too
+    # 50 a second from each worker at most, and fewer on a busy machine.
+    assert 5 < stream.images_per_second <= 50 * max(1, workers)
+
+
+# Options
+
+
+@pytest.mark.parametrize("name", ["batch_size", "seed", "num_workers", "shuffle_block", "max_failures"])
+def test_options_are_checked(name):
+    with pytest.raises(ValueError, match=f"{name} is -1, expected at least"):
+        StreamOptions(**{"batch_size": 1, name: -1})
+
+
+def test_arguments_are_checked():
+    with pytest.raises(ValueError, match="1 sources and 2 weights"):
+        stream_of([Table(1)], [1, 2])
+    with pytest.raises(ValueError, match="rank is 2, expected 0 to 1 for 2 processes"):
+        stream_of([Table(1)], rank=2, world_size=2)
+
+
+# Figures
+
+
+def test_the_loaders_speed_is_the_workers_own():
+    stream = stream_of([Table(100)], prepare=slowly, num_workers=2)
+    assert stream.images_per_second == 0
+    take(stream, 3)
+    # Each of two workers sleeps 0.02 s a record.
+    assert 10 < stream.images_per_second < 100
+
+
+def test_batches_of_an_epoch():
+    assert stream_of([Table(10)]).batches_per_epoch == pytest.approx(2.5)
+    assert stream_of([Table(10)], world_size=2).batches_per_epoch == pytest.approx(1.25)
+    stream = stream_of([Table(10), Table(30)], [1, 1])
+    batches = stream.batches_per_epoch
+    take(stream, round(batches))
+    assert stream.epoch == pytest.approx(round(batches) / batches, rel=0.1)
+    with pytest.raises(ValueError, match="has no known length: give max_steps"):
+        stream_of([Shards([3, 3])]).batches_per_epoch  # noqa: B018
