@@ -447,25 +447,3 @@ def test_arguments_are_checked():
         stream_of([Table(1)], [1, 2])
     with pytest.raises(ValueError, match="rank is 2, expected 0 to 1 for 2 processes"):
         stream_of([Table(1)], rank=2, world_size=2)
-
-
-# Figures
-
-
-def test_the_loaders_speed_is_the_workers_own():
-    stream = stream_of([Table(100)], prepare=slowly, num_workers=2)
-    assert stream.images_per_second == 0
-    take(stream, 3)
-    # Each of two workers sleeps 0.02 s a record.
-    assert 10 < stream.images_per_second < 100
-
-
-def test_batches_of_an_epoch():
-    assert stream_of([Table(10)]).batches_per_epoch == pytest.approx(2.5)
-    assert stream_of([Table(10)], world_size=2).batches_per_epoch == pytest.approx(1.25)
-    stream = stream_of([Table(10), Table(30)], [1, 1])
-    batches = stream.batches_per_epoch
-    take(stream, round(batches))
-    assert stream.epoch == pytest.approx(round(batches) / batches, rel=0.1)
-    with pytest.raises(ValueError, match="has no known length: give max_steps"):
-        stream_of([Shards([3, 3])]).batches_per_epoch  # noqa: B018
