@@ -31,14 +31,17 @@ def speed(options: list[str]) -> None:
     from train_pgseg import Run
 
     with tempfile.TemporaryDirectory() as folder:
-        run = Run(parse_arguments([*options, "--output_dir", folder, "--max_steps", "100000"]))
+        run = Run(parse_arguments([*options, "--output_dir", folder]))
         size, loader, model = run.options.batch_size, [], []
-        batches = iter(run.stream)
+        ready = 2 * run.arguments[1].num_workers  # what workers keep ready
         for _ in range(ROUNDS + 1):
+            batches = iter(run.stream)
+            loaded = [next(batches) for _ in range(BATCHES + ready)]
             start = time.perf_counter()
-            # With workers, what they made while the model was timed comes first: twice as many batches as that.
-            loaded = [next(batches) for _ in range(BATCHES * (1 + 2 * (run.arguments[1].num_workers > 0)))]
-            loader.append(len(loaded) * size / (time.perf_counter() - start))
+            for _ in range(3 * BATCHES):
+                next(batches)
+            loader.append(3 * BATCHES * size / (time.perf_counter() - start))
+            batches.close()
             start = time.perf_counter()
             for batch in loaded[:BATCHES]:
                 run.train_step(batch)

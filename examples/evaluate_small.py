@@ -18,7 +18,7 @@ from pgseg_hf import DEFAULT_CHECKPOINT, PGSegModel, SegmentationOptions, Segmen
 from pgseg_hf.evaluation import ConfusionMatrix, MaskFolder, evaluate_masks
 from pgseg_hf.images import load_image, load_label_map
 from pgseg_hf.training.augmentation import Augmentation, AugmentationOptions
-from pgseg_hf.training.sources import SourceSpec, open_source
+from pgseg_hf.training.sources import MapSource, SourceSpec, open_source
 
 PRIOR_SHAPE = (24, 32)
 PRIOR_CROPS = 12_800
@@ -33,6 +33,8 @@ def position_prior(path: str, labels: list[str], options: AugmentationOptions, s
         open_source(SourceSpec(path=path)),
         Augmentation(options),
     )
+    if not isinstance(source, MapSource):
+        raise ValueError(f"{path} is a stream, expected a folder with metadata.")
     height, width = PRIOR_SHAPE
     sums, counts = np.zeros((len(labels), height, width)), np.full((height, width), 1e-6)
     crops = -(-PRIOR_CROPS // len(source))

@@ -19,11 +19,14 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, gather_object, send_to_device, set_seed
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import DistributedType, broadcast, gather_object, send_to_device, set_seed
+from huggingface_hub import HfApi
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from pgseg_hf import PGSegModel
+from pgseg_hf.losses import sum_over_processes
 from pgseg_hf.training.arguments import Arguments, parse_arguments
 from pgseg_hf.training.building import (
     build_model,
@@ -33,7 +36,12 @@ from pgseg_hf.training.building import (
     sync_batchnorm,
     without_scalars,
 )
-from pgseg_hf.training.checkpoints import load_checkpoint, prepare_output_dir, save_checkpoint
+from pgseg_hf.training.checkpoints import (
+    load_checkpoint,
+    prepare_output_dir,
+    resolve_resume,
+    save_checkpoint,
+)
 from pgseg_hf.training.evaluating import Evaluator, best_metric
 from pgseg_hf.training.finishing import model_card, publish, save_weights, upload
 from pgseg_hf.training.gradient_cache import GradientCache, average_gradients
@@ -59,9 +67,8 @@ class Run:
             step_scheduler_with_optimizer=False,
         )
         self.refuse_what_cannot_be()
-        self.resume = prepare_output_dir(
-            accelerator, run.output_dir, run.resume_from_checkpoint, run.overwrite_output_dir
-        )
+        if not run.overwrite_output_dir:
+            resolve_resume(run.output_dir, run.resume_from_checkpoint)
         set_seed(run.seed)
         model = build_model(chosen).to(accelerator.device)
         if self.is_sharded:
@@ -72,7 +79,14 @@ class Run:
             data, run, model, self.processor, accelerator.process_index, accelerator.num_processes
         )
         self.evaluator = Evaluator(run, self.processor, accelerator)
-        if run.sync_batchnorm:
+        self.repo_id = run.hub_model_id or self.output_dir.resolve().name
+        if run.push_to_hub and accelerator.is_main_process:
+            self.repo_id = HfApi().create_repo(self.repo_id, exist_ok=True).repo_id
+        # All that can be wrong was found by now; only from here on the output folder changes.
+        self.resume = prepare_output_dir(
+            accelerator, run.output_dir, run.resume_from_checkpoint, run.overwrite_output_dir
+        )
+        if run.sync_batchnorm and not run.chunk_size:  # chunks have statistics of their own
             model = sync_batchnorm(model)
         self.total_steps = run.max_steps or max(1, math.ceil(run.num_epochs * self.stream.batches_per_epoch))
         self.ema = ExponentialMovingAverage(model, run.ema_decay) if run.ema_decay else None
@@ -105,6 +119,12 @@ class Run:
             raise ValueError(
                 f"{launched} processes were launched, but each sees itself alone; on CPUs pass --cpu true."
             )
+        if accelerator.mixed_precision == "fp16" and accelerator.scaler is None:
+            raise ValueError("mixed_precision fp16 needs a GPU; take bf16, or no.")
+        wanted = set() if options.report_to == "none" else set(options.report_to.split(",")) - {"all"}
+        missing = sorted(wanted - set(map(str, get_available_trackers())))
+        if missing:
+            raise ValueError(f"report_to names {', '.join(missing)}, which are not installed or not known.")
         if self.is_sharded and (options.chunk_size or options.ema_decay):
             raise ValueError(
                 "chunk_size and ema_decay do not work with FSDP; leave them out or train with DDP."
@@ -119,7 +139,8 @@ class Run:
         if self.resume is None:
             return
         progress, position = load_checkpoint(self.accelerator, self.resume, self.ema)
-        self.stream.load_state_dict(position)
+        self.stream.load_state_dict(position["stream"])
+        self.meter.load_state_dict(position["meter"])
         self.step, self.bad_steps = progress["step"], progress["bad_steps"]
         self.bad_in_a_row, self.best_step = progress["bad_in_a_row"], progress["best_step"]
         self.best = tuple(progress["best"]) if progress["best"] else None
@@ -141,7 +162,7 @@ class Run:
             self.accelerator,
             self.output_dir,
             self.step,
-            self.stream.state_dict(),
+            {"stream": self.stream.state_dict(), "meter": self.meter.state_dict()},
             extra,
             self.options.keep_checkpoints,
             self.ema,
@@ -167,29 +188,27 @@ class Run:
             self.clock.waited()
             parts, norm = self.train_step(batch)
             self.step += 1
-            self.meter.add(parts | {"grad_norm": norm, "negatives": self.negatives(batch)})
+            self.meter.add(parts | {"grad_norm": norm})
             self.clock.computed(options.batch_size * accelerator.num_processes)
             log.bar.update()
             if self.step % options.log_steps == 0 or self.step == self.total_steps:
                 self.log_line(log)
-            if self.is_due(options.eval_steps) and self.evaluator and self.step < self.total_steps:
-                self.evaluate(log, options.eval_limit)
-            if self.is_due(options.checkpoint_steps) or (
-                options.checkpoint_steps and self.step == self.total_steps
-            ):
+            if self.is_due(options.eval_steps or self.total_steps) and self.evaluator:
+                self.evaluate(log)
+            if self.is_due(options.checkpoint_steps):
                 self.save()
             self.clock.skip()
-        figures = self.evaluate(log, None) if self.evaluator else {}
-        results = self.finish(figures)
+        results = self.finish()
         log.close()
         return results
 
     def is_due(self, every: int | None) -> bool:
-        return bool(every) and self.step % every == 0
+        return bool(every) and (self.step % every == 0 or self.step == self.total_steps)
 
     def train_step(self, batch: dict[str, Any]) -> tuple[dict[str, Tensor], Tensor]:
         """One optimizer step; returns the parts of the loss and the norm of the gradient."""
         accelerator = self.accelerator
+        buffers = {name: buffer.clone() for name, buffer in self.plain_model.named_buffers()}
         if self.cache is not None:
             with accelerator.no_sync(self.model) if accelerator.num_processes > 1 else nullcontext():
                 parts = self.cache.backward(batch, accelerator.backward)
@@ -200,14 +219,18 @@ class Run:
             names = ("contrastive", "multi_label", "image_prototype", "text_prototype", "assignment")
             values = {name: getattr(outputs, f"{name}_loss") for name in names}
             parts = {name: value for name, value in values.items() if value is not None}
-            parts["total"] = outputs.loss
+            parts |= {"total": outputs.loss, "negatives": outputs.num_negatives}
         norm = accelerator.clip_grad_norm_(self.model.parameters(), self.options.max_grad_norm)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        is_bad = not bool(torch.isfinite(norm))
+        is_finite = norm.isfinite() & parts["total"].isfinite()
+        is_bad = bool(sum_over_processes((~is_finite).float()) > 0)
         if not is_bad or accelerator.scaler is not None:
             self.optimizer.step()  # a gradient scaler leaves a bad step out by itself, and learns from it
         self.optimizer.zero_grad()
         self.schedule.step()
+        if is_bad:
+            for name, buffer in self.plain_model.named_buffers():
+                buffer.copy_(buffers[name])
         self.count_bad(is_bad)
         if self.ema is not None and not is_bad:
             self.ema.update_parameters(self.plain_model)
@@ -222,15 +245,6 @@ class Run:
                 f"{self.bad_in_a_row} steps in a row, until step {self.step}, had no finite gradient; go on from the "
                 "last checkpoint with a lower learning_rate, a smaller max_grad_norm or bf16 instead of fp16."
             )
-
-    def negatives(self, batch: dict[str, Any]) -> Tensor:
-        """Texts that an image is told apart from: of the whole batch, or where equal texts are shared, of this
-        process's part."""
-        targets = batch.get("text_targets")
-        if targets is None:
-            count = self.options.batch_size * self.accelerator.num_processes - 1
-            return torch.tensor(float(count), device=self.accelerator.device)
-        return (~targets).sum(1).float().mean()
 
     def announce(self) -> None:
         options, processes = self.options, self.accelerator.num_processes
@@ -253,9 +267,13 @@ class Run:
 
     @contextmanager
     def model_to_keep(self) -> Iterator[PGSegModel]:
-        """The whole model, with the averaged weights where there are any."""
+        """The whole model, with the averaged weights where there are any, and the main process's buffers."""
+        for each in (self.plain_model, self.ema):
+            for buffer in each.buffers() if each is not None else ():
+                broadcast(buffer)
         if self.is_sharded:
-            model = PGSegModel(self.config).to(self.accelerator.device)
+            with torch.random.fork_rng(devices=[]):
+                model = PGSegModel(self.config).to(self.accelerator.device)
             model.load_state_dict(full_weights(self.plain_model))
             yield model
         elif self.ema is not None:
@@ -264,10 +282,10 @@ class Run:
         else:
             yield self.plain_model
 
-    def evaluate(self, log: RunLog, limit: int | None) -> dict[str, float]:
+    def evaluate(self, log: RunLog) -> None:
         """Measures and draws the model, and keeps its weights if they are the best so far."""
         with self.model_to_keep() as model:
-            figures = self.evaluator(model, limit)
+            figures = self.evaluator(model, self.options.eval_limit)
             metric = best_metric(figures)
             if metric and (self.best is None or metric[1] >= self.best[1]):
                 self.best, self.best_step = metric, self.step
@@ -279,7 +297,6 @@ class Run:
         log.line(self.step, {f"eval_{name}": value for name, value in figures.items()})
         shown = ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
         self.accelerator.print(f"\nstep {self.step}: {shown}")
-        return figures
 
     def save_folder(self, model: PGSegModel, name: str) -> Path:
         """Writes a `from_pretrained` folder."""
@@ -289,14 +306,14 @@ class Run:
         self.accelerator.wait_for_everyone()
         return folder
 
-    def finish(self, figures: dict[str, float]) -> dict[str, Any]:
-        """Writes the result: the last weights."""
+    def finish(self) -> dict[str, Any]:
+        """Writes the result: the last weights, measured on all pictures."""
         with self.model_to_keep() as model:
+            figures = self.evaluator(model) if self.evaluator else {}
             folder = self.save_folder(model, ".last")
         clock, options = self.clock, self.options
         results = {
             "steps": self.step,
-            "weights_of_step": self.step,
             "epoch": self.stream.epoch,
             "global_batch_size": options.batch_size * self.accelerator.num_processes,
             "num_processes": self.accelerator.num_processes,
@@ -314,14 +331,12 @@ class Run:
         if self.best is not None:
             results |= {"best_step": self.best_step, f"best_{self.best[0]}": self.best[1]}
         if self.accelerator.is_main_process:
-            repo_id = options.hub_model_id or self.output_dir.name
-            card = model_card(
-                self.plain_model, self.arguments, results, repo_id if options.push_to_hub else None
-            )
+            repo_id = self.repo_id if options.push_to_hub else None
+            card = model_card(self.plain_model, self.arguments, results, repo_id)
             publish(folder, self.output_dir, card, results)
             self.tell(results)
             if options.push_to_hub:
-                print(f"Uploaded to {upload(self.output_dir, repo_id)}.")
+                print(f"Uploaded to {upload(self.output_dir, self.repo_id)}.")
         self.accelerator.wait_for_everyone()
         return results
 
@@ -330,6 +345,8 @@ class Run:
         verdict = (
             "the loader keeps up" if loader >= model else "the loader is the bottleneck: more num_workers"
         )
+        if not self.clock.images:
+            verdict = "no steps were left to do"
         counts = results["records"]
         left_out = {reason: count for reason, count in counts.items() if reason != "read"}
         reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items()) or "none"

@@ -25,12 +25,14 @@ def train(
     processor = PGSegProcessor.from_pretrained(start)
     augmentation = AugmentationOptions(image_size=model.config.vision_config.image_size)
     dataset = RecordDataset(open_source(SourceSpec(path=data)), Preparation(augmentation))
+    if len(dataset) < 2:
+        raise ValueError(f"{data} has {len(dataset)} pictures, expected at least 2.")
     trainer = Trainer(
         model=model,
         args=TrainingArguments(
             output_dir=output,
             max_steps=steps,
-            per_device_train_batch_size=batch_size,
+            per_device_train_batch_size=min(batch_size, len(dataset)),
             learning_rate=5e-5,
             warmup_steps=max(1, steps // 10),
             lr_scheduler_type="cosine",

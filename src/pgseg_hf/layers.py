@@ -224,10 +224,11 @@ class PGSegProjection(nn.Sequential):
         )
 
     def forward(self, x: Tensor, use_running_stats: bool = False) -> Tensor:
-        """With `use_running_stats`, training too normalises by the running statistics and leaves them as they are."""
+        """With `use_running_stats`, or for a single row, which has no statistics of its own, training too normalises by
+        the running statistics and leaves them as they are."""
         shape = x.shape[:-1]
         hidden = self[0](x.reshape(-1, x.shape[-1]))
-        if use_running_stats and self.training:
+        if self.training and (use_running_stats or hidden.shape[0] == 1):
             norm: Any = self[1]
             # Copies, as the next forward changes the statistics in place before this one's backward.
             scale = norm.weight * torch.rsqrt(norm.running_var.clone() + norm.eps)

@@ -90,6 +90,7 @@ class PGSegOutput(ModelOutput):
         image_prototype_losses: the stages' parts of it, a scalar for each grouping stage.
         text_prototype_loss: T-NPR, before its weight.
         assignment_loss: sum over grouping stages, before its weight; where the weight is not 0.
+        num_negatives: texts of all processes that an image is told apart from in the contrastive loss, on average.
         logits_per_image: [B, N], scaled similarity of images and texts.
         logits_per_text: [N, B].
         segment_logits: [B, K, N], scaled cosine of segment tokens and texts.
@@ -109,6 +110,7 @@ class PGSegOutput(ModelOutput):
     image_prototype_losses: tuple[Tensor, ...] | None = None
     text_prototype_loss: Tensor | None = None
     assignment_loss: Tensor | None = None
+    num_negatives: Tensor | None = None
     logits_per_image: Tensor | None = None
     logits_per_text: Tensor | None = None
     segment_logits: Tensor | None = None
@@ -534,6 +536,7 @@ class PGSegModel(PGSegPreTrainedModel):
             output.image_prototype_losses = losses.image_prototype_by_stage
             output.text_prototype_loss = losses.text_prototype
             output.assignment_loss = losses.assignment
+            output.num_negatives = losses.negatives
         return output
 
     @staticmethod

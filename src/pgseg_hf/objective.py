@@ -113,6 +113,8 @@ class Losses:
     image_prototype_by_stage: tuple[Tensor, ...] | None = None
     text_prototype: Tensor | None = None
     assignment: Tensor | None = None
+    negatives: Tensor | None = None
+    """How many texts an image is told apart from in the contrastive loss, on average; not part of the total."""
 
     def parts(self) -> dict[str, Tensor]:
         """The parts that there are, as scalars without gradient."""
@@ -156,19 +158,22 @@ class Objective:
         self.embeds = normalized(images.embeds)
         self.segments = normalized(images.segment_embeds)
         self.scale = clamped_scale(model.logit_scale, self.config)
+        self.negatives: Tensor | None = None
 
     def __call__(self) -> Losses:
         config, count = self.config, self.owners.num_captions
         texts = normalized(self.texts.embeds)
         contrastive = self._captions_loss(texts[:count])
-        losses = Losses(contrastive, contrastive)
+        losses = Losses(contrastive, contrastive, negatives=self.negatives)
         if self.owners.label_mask is not None:
             losses.multi_label = self._labels_loss(texts[count:])
             losses.total = losses.total + config.multi_label_weight * losses.multi_label
         if self.images.stages:
             self._add_prototype_losses(losses)
             losses.text_prototype = self._text_prototype_loss()
-            image_prototype = torch.stack([self._guarded(loss) for loss in losses.image_prototype_by_stage]).sum()
+            image_prototype = torch.stack(
+                [self._guarded(loss) for loss in losses.image_prototype_by_stage]
+            ).sum()
             losses.total = losses.total + config.image_prototype_weight * image_prototype
             text_prototype = self._guarded(losses.text_prototype)
             losses.total = losses.total + config.text_prototype_weight * text_prototype
@@ -182,7 +187,10 @@ class Objective:
     def _captions_loss(self, texts_ND: Tensor) -> Tensor:
         if self.config.contrastive_loss != "info_nce" or self.owners.text_targets is not None:
             owners_BN = self.owners.caption_owners(texts_ND.device)
-            return self._shared_texts_loss(texts_ND, self.texts.keys[: len(texts_ND)], owners_BN)
+            loss, targets_BU = self._shared_texts_loss(texts_ND, self.texts.keys[: len(texts_ND)], owners_BN)
+            self.negatives = (~targets_BU).sum(1).to(loss.dtype).mean()
+            return loss
+        self.negatives = self.scale.new_tensor(len(texts_ND) * world_size() - 1)
         if world_size() == 1:
             logits = self._logits(self.embeds, self.segments, texts_ND)
             return info_nce(logits, logits.T)
@@ -195,7 +203,7 @@ class Objective:
     def _labels_loss(self, texts_ND: Tensor) -> Tensor:
         if self.config.contrastive_loss != "info_nce":
             keys_NT = self.texts.keys[self.owners.num_captions :]
-            return self._shared_texts_loss(texts_ND, keys_NT, self.owners.label_owners())
+            return self._shared_texts_loss(texts_ND, keys_NT, self.owners.label_owners())[0]
         labels_BMD = pad_to_longest(self.owners.at_labels(texts_ND))
         images, segments = gather_features(self.embeds), gather_features(self.segments)
         return multi_label_loss(
@@ -204,15 +212,19 @@ class Objective:
             pad_to_longest(self.owners.label_mask),
         )
 
-    def _shared_texts_loss(self, texts_ND: Tensor, keys_NT: Tensor, owners_BN: Tensor) -> Tensor:
-        """Equal texts of the global batch count as one, which may belong to many images."""
+    def _shared_texts_loss(
+        self, texts_ND: Tensor, keys_NT: Tensor, owners_BN: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Equal texts of the global batch count as one, which may belong to many images; also which belong to this
+        process's images, bool [B, U]."""
         shared = share_texts(texts_ND, pad_to_longest(keys_NT), owners_BN)
         logits_BU = self._logits(self.embeds, self.segments, shared.embeds)
         if self.config.contrastive_loss == "sigmoid":
-            return sigmoid_loss(logits_BU + self.model.logit_bias, shared.image_targets)
+            return sigmoid_loss(logits_BU + self.model.logit_bias, shared.image_targets), shared.image_targets
         images, segments = gather_features(self.embeds), gather_features(self.segments)
         logits_per_text = self._logits(images, segments, shared.embeds[shared.own]).T
-        return multi_positive_loss(logits_BU, logits_per_text, shared.image_targets, shared.text_targets)
+        loss = multi_positive_loss(logits_BU, logits_per_text, shared.image_targets, shared.text_targets)
+        return loss, shared.image_targets
 
     def _guarded(self, loss: Tensor) -> Tensor:
         return torch.where(loss.isfinite(), loss, 0.0) if self.config.guard_prototype_losses else loss

@@ -11,6 +11,19 @@ from transformers import HfArgumentParser
 
 from .sources import SourceSpec
 
+POSITIVE = (
+    *(
+        "batch_size",
+        "chunk_size",
+        "max_steps",
+        "num_epochs",
+        "learning_rate",
+        "max_grad_norm",
+        "max_bad_steps",
+    ),
+    *("log_steps", "checkpoint_steps", "keep_checkpoints", "eval_steps", "eval_limit"),
+)
+
 
 @dataclass
 class ModelArguments:
@@ -57,7 +70,7 @@ class DataArguments:
     data: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Folders with metadata, data sets of the Hub, patterns of tar shards, or 'synthetic'."
+            "help": "Folders with metadata, data sets of the Hub, tar shards, or 'synthetic'; in equal shares."
         },
     )
     sources: list[str] | None = field(
@@ -99,7 +112,10 @@ class DataArguments:
     blur: float = field(default=0.0, metadata={"help": "Probability of a blur."})
     erasing: float = field(default=0.0, metadata={"help": "Probability of erasing a rectangle."})
     max_labels: int = field(
-        default=8, metadata={"help": "Label texts of a picture: tags, and nouns of captions."}
+        default=8,
+        metadata={
+            "help": "Label texts of a picture beside its caption. Where no picture has one, all tags count."
+        },
     )
     num_nouns: int = field(default=0, metadata={"help": "Random nouns of a caption that become label texts."})
     noun_model: str | None = field(default=None, metadata={"help": "spaCy pipeline that finds nouns."})
@@ -130,7 +146,11 @@ class DataArguments:
                 raise ValueError(
                     f"source {entry!r} is no mapping with a path and fields of {', '.join(sorted(known))}."
                 )
-            specs.append(SourceSpec(**entry))
+            weight = entry.get("weight", 1.0)
+            try:
+                specs.append(SourceSpec(**(entry | {"weight": float(weight)})))
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"source {entry['path']}: {error}") from error
         return specs
 
 
@@ -223,10 +243,12 @@ class RunArguments:
             raise ValueError(
                 f"max_steps is {self.max_steps} and num_epochs is {self.num_epochs}; give one of them."
             )
-        for name in ("batch_size", "max_steps", "num_epochs", "log_steps", "checkpoint_steps", "eval_steps"):
+        for name in POSITIVE:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"{name} is {value}, expected a positive number.")
+        if self.num_pictures < 0:
+            raise ValueError(f"num_pictures is {self.num_pictures}, expected 0 or more.")
         if not 0 <= self.warmup_ratio < 1:
             raise ValueError(f"warmup_ratio is {self.warmup_ratio}, expected a share from 0 to below 1.")
 
@@ -247,7 +269,10 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser: Any = HfArgumentParser((ModelArguments, DataArguments, RunArguments))
     if arguments and arguments[0].endswith((".yaml", ".yml")):
-        parser.set_defaults(**_read_yaml(Path(arguments.pop(0)), parser))
+        values = _read_yaml(Path(arguments.pop(0)), parser)
+        if "--data" in arguments:
+            values.pop("sources", None)
+        parser.set_defaults(**values)
     return parser.parse_args_into_dataclasses(args=arguments)
 
 
@@ -258,9 +283,20 @@ def _read_yaml(path: Path, parser: HfArgumentParser) -> dict[str, Any]:
         raise ValueError(f"{path} cannot be read as YAML: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds {type(values).__name__}, expected a mapping of options.")
-    known = {action.dest for action in parser._actions}
-    unknown = sorted(set(map(str, values)) - known)
+    known = {action.dest: action for action in parser._actions}
+    unknown = sorted(set(map(str, values)) - set(known))
     if unknown:
         raise ValueError(f"{path} has unknown options: {', '.join(unknown)}; see --help for those there are.")
-    # As text the parser gives a value its option's type; YAML takes 1e-4 for text, and 1 for no float.
-    return {name: str(value) if isinstance(value, int | float) else value for name, value in values.items()}
+    return {name: _for_parser(name, value, known[name]) for name, value in values.items()}
+
+
+def _for_parser(name: str, value: Any, option: Any) -> Any:
+    """A value of YAML as a default of the parser: as text it gets its option's type, as YAML takes 1e-4 for text, 1 for
+    no float and `no` for false."""
+    if name == "mixed_precision" and value is False:
+        return "no"
+    if name == "report_to" and isinstance(value, list):
+        return ",".join(map(str, value))
+    if option.nargs in ("+", "*") and value is not None and not isinstance(value, list):
+        value = [value]
+    return str(value) if isinstance(value, int | float) else value

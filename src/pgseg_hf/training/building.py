@@ -10,7 +10,7 @@ import yaml
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from ..configuration_pgseg import PGSegConfig
+from ..configuration_pgseg import PGSegConfig, PGSegTextConfig, PGSegVisionConfig
 from ..image_processing_pil_pgseg import PGSegImageProcessorPil
 from ..losses import world_size
 from ..modeling_pgseg import PGSegModel
@@ -21,6 +21,7 @@ from .augmentation import AugmentationOptions
 from .collator import PGSegCollator
 from .preparation import Preparation
 from .records import Record, UnusableRecord
+from .scenes import SceneSource
 from .sources import MapSource, Source, SourceSpec, open_source
 from .streams import StreamOptions, TrainingStream
 from .texts import TextOptions
@@ -28,6 +29,7 @@ from .texts import TextOptions
 # Weights of no dimension.
 SCALARS = ("logit_scale", "logit_bias", "prototype_logit_scale")
 PEEKED_RECORDS = 8
+ALL_TAGS = 10_000
 OVERRIDES = ("npr_variant", "contrastive_loss", "contrastive_pooling", "assignment_weight")
 
 
@@ -71,6 +73,15 @@ def _read_config(value: Any) -> dict[str, Any]:
             raise ValueError(f"model_config {value!r} cannot be read: {error}") from error
     if not isinstance(value, dict):
         raise ValueError(f"model_config is {value!r}, expected a mapping of fields of PGSegConfig.")
+    known = {
+        "model_config": PGSegConfig().to_dict() | {"npr_variant": None},
+        "vision_config": PGSegVisionConfig().to_dict(),
+        "text_config": PGSegTextConfig().to_dict(),
+    }
+    for name, fields in (("model_config", value), *((name, value.get(name)) for name in known)):
+        unknown = sorted(set(fields or ()) - set(known[name]))
+        if unknown:
+            raise ValueError(f"{name} has unknown fields: {', '.join(unknown)}.")
     return dict(value)
 
 
@@ -124,17 +135,20 @@ def build_stream(
         image_mean=tuple(images.image_mean),
         image_std=tuple(images.image_std),
     )
-    texts = TextOptions(max_tags=data.max_labels, num_nouns=data.num_nouns, noun_model=data.noun_model)
-    mask_labels = _mask_labels(data, specs) if data.crop_tags else None
+    mask_labels = _mask_labels(data, specs, sources) if data.crop_tags else None
     # Tags alone are shared between pictures; the released text prototypes need a text for each.
     shared = config.contrastive_loss != "info_nce" and config.npr_variant != "released"
-    shared = shared and not any(map(has_captions, sources))
+    shared = shared and not any(has_texts(source, "captions") for source in sources)
+    has_labels = bool(data.num_nouns or mask_labels) or any(has_texts(source, "tags") for source in sources)
+    texts = TextOptions(
+        max_tags=ALL_TAGS if shared else data.max_labels, num_nouns=data.num_nouns, noun_model=data.noun_model
+    )
     collator = PGSegCollator(
         processor.tokenizer,
         config.text_config.max_position_embeddings,
         layout="shared" if shared else "paired",
         padding="longest" if shared else "max_length",
-        num_labels=None if shared else data.max_labels,
+        num_labels=None if shared else data.max_labels * has_labels,
     )
     options = StreamOptions(
         batch_size=run.batch_size,
@@ -148,7 +162,10 @@ def build_stream(
     return TrainingStream(sources, weights, prepare, collator, options, rank, world_size)
 
 
-def _mask_labels(data: DataArguments, specs: Sequence[SourceSpec]) -> list[str]:
+def _mask_labels(data: DataArguments, specs: Sequence[SourceSpec], sources: Sequence[Source]) -> list[str]:
+    known = [source.labels for source in sources if isinstance(source, SceneSource)]
+    if known and len(sources) == 1:
+        return list(known[0])
     places = [Path(spec.path) for spec in specs]
     candidates = [folder / "labels.json" for path in places for folder in (path, path.absolute().parent)]
     path = Path(data.mask_labels) if data.mask_labels else next(filter(Path.is_file, candidates), None)
@@ -165,18 +182,18 @@ def _mask_labels(data: DataArguments, specs: Sequence[SourceSpec]) -> list[str]:
     return ["" if value == background else label for value, label in enumerate(labels)]
 
 
-def has_captions(source: Source) -> bool:
-    """Whether one of the first records has a caption."""
+def has_texts(source: Source, kind: str) -> bool:
+    """Whether one of the first records has "captions" or "tags"."""
     if isinstance(source, MapSource):
         for index in range(min(len(source), PEEKED_RECORDS)):
             try:
-                if source[index].captions:
+                if getattr(source[index], kind):
                     return True
             except UnusableRecord:
                 continue
         return False
     first = islice(source.read_shard(0), PEEKED_RECORDS)
-    return any(isinstance(record, Record) and bool(record.captions) for record in first)
+    return any(isinstance(record, Record) and bool(getattr(record, kind)) for record in first)
 
 
 def sync_batchnorm(model: nn.Module) -> nn.Module:

@@ -34,6 +34,9 @@ logger = logging.get_logger(__name__)
 
 PROGRESS_NAME = "progress.json"
 AVERAGE_NAME = "ema.safetensors"
+# What a run leaves in its folder, with checkpoints or without.
+_RUN_FILES = ("all_results.json", "log.jsonl")
+_RUN_FOLDERS = ("best", "pictures")
 _NAME = re.compile(r"checkpoint-(\d{8,})")
 _PARTIAL, _REMOVED = ".partial-", ".removed-"
 # What torch, safetensors and Accelerate raise on broken files and on states of another model.
@@ -161,8 +164,19 @@ def resolve_resume(output_dir: str | os.PathLike, argument: str | None) -> Path 
                 f"{output_dir} holds checkpoints, the last is {latest.name}; pass --resume_from_checkpoint latest to "
                 "go on, or --overwrite_output_dir to delete them."
             )
+        left = [name for name in _RUN_FILES if (output_dir / name).exists()]
+        if left:
+            raise ValueError(
+                f"{output_dir} holds another run's {left[0]}; choose another output folder, or pass "
+                "--overwrite_output_dir."
+            )
         return None
     if argument == "latest":
+        if latest is None and (output_dir / _RUN_FILES[0]).exists():
+            raise ValueError(
+                f"{output_dir} holds a run that has ended, without checkpoints; choose another output folder, or pass "
+                "--overwrite_output_dir."
+            )
         if latest is None:
             logger.warning(f"{output_dir} holds no checkpoint to resume from: training starts anew.")
         return latest
@@ -205,8 +219,13 @@ def prepare_output_dir(
     if accelerator.is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(output_dir)
-        for checkpoint in _checkpoints(output_dir) if overwrite else []:
-            _remove(checkpoint)
+        if overwrite:
+            for checkpoint in _checkpoints(output_dir):
+                _remove(checkpoint)
+            for name in _RUN_FOLDERS:
+                shutil.rmtree(output_dir / name, ignore_errors=True)
+            for name in _RUN_FILES:
+                (output_dir / name).unlink(missing_ok=True)
     accelerator.wait_for_everyone()
     return path
 

@@ -1,5 +1,7 @@
 """Which columns of a dataset hold the picture and its texts, and what their values mean."""
 
+import ast
+import contextlib
 import re
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
@@ -74,7 +76,11 @@ def captions_of(value: Any) -> list[str]:
 
 
 def tags_of(value: Any) -> list[str]:
-    """Tags out of a list of strings, or of a string split at commas, semicolons and `|`; each one once."""
+    """Tags out of a list of strings, of a string split at commas, semicolons and `|`, or of one that writes a Python or
+    JSON list, as tables of pandas do; each one once."""
+    if isinstance(value, str) and value.startswith("["):
+        with contextlib.suppress(ValueError, SyntaxError):
+            value = ast.literal_eval(value)
     if isinstance(value, str):
         value = re.split(r"[,;|]", value)
     return list(dict.fromkeys(captions_of(value)))

@@ -1,5 +1,6 @@
 """Measuring and drawing a model while it trains."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +12,7 @@ from accelerate import Accelerator
 
 from ..evaluation import MaskFolder, evaluate_masks, zero_shot_accuracy
 from ..files import write_image
-from ..images import load_image
+from ..images import load_image, load_label_map
 from ..losses import sum_over_processes
 from ..modeling_pgseg import PGSegModel
 from ..processing_pgseg import PGSegProcessor
@@ -52,6 +53,14 @@ class Evaluator:
         self.run, self.processor, self.accelerator = run, processor, accelerator
         self.masks = MaskFolder(run.eval_masks, run.eval_background) if run.eval_masks else None
         self.options = SegmentationOptions(background_threshold=run.eval_background_threshold)
+        if self.masks is not None:
+            image, mask = self.masks.pictures[0]
+            load_image(image), load_label_map(mask)
+            if run.eval_background_threshold is not None and self.masks.background is None:
+                raise ValueError(
+                    f"eval_background_threshold is {run.eval_background_threshold}, but {run.eval_masks} has no "
+                    "background: name its label with eval_background."
+                )
         self.tagged: list[tuple[Any, str]] = []
         self.tags: list[str] = []
         if run.eval_tags:
@@ -129,4 +138,5 @@ def _one_tag_each(path: str) -> Iterator[tuple[Any, str]]:
 
 def best_metric(figures: dict[str, float]) -> tuple[str, float] | None:
     """The figure by which checkpoints are compared, larger is better."""
-    return next(((name, figures[name]) for name in BEST_METRICS if name in figures), None)
+    found = ((name, figures[name]) for name in BEST_METRICS if name in figures)
+    return next(((name, value) for name, value in found if math.isfinite(value)), None)

@@ -14,7 +14,6 @@ from ..processing_pgseg import PGSegProcessor
 from .arguments import Arguments
 
 RESULTS_NAME = "all_results.json"
-_UPLOADED_NOT = ["checkpoint-*", ".*", "best/*", "pictures/*", "runs/*", "wandb/*"]
 
 
 def save_weights(model: PGSegModel, processor: PGSegProcessor, folder: Path) -> None:
@@ -48,7 +47,7 @@ def model_card(
         "start": f"`{_public_name(start)}`" if start else "random weights",
         "loss": f"`{model.config.contrastive_loss}`, pooling `{model.config.contrastive_pooling}`",
         "batch": f"{results['global_batch_size']}",
-        "steps": f"{results['steps']} ({results['epoch']:.1f} epochs), weights of step {results['weights_of_step']}",
+        "steps": f"{results['steps']} ({results['epoch']:.1f} epochs)",
         "learning rate": f"{run.learning_rate:g}, cosine, {run.warmup_ratio:.0%} warm-up",
         "precision": results["mixed_precision"],
         "seed": f"{run.seed}",
@@ -70,7 +69,8 @@ def upload(output_dir: Path, repo_id: str) -> str:
     """Uploads the result, without checkpoints and pictures; returns its address."""
     api = HfApi()
     repo_id = api.create_repo(repo_id, exist_ok=True).repo_id
-    commit = api.upload_folder(repo_id=repo_id, folder_path=output_dir, ignore_patterns=_UPLOADED_NOT)
+    files = [path.name for path in output_dir.iterdir() if path.is_file() and not path.name.startswith(".")]
+    commit = api.upload_folder(repo_id=repo_id, folder_path=output_dir, allow_patterns=files)
     return str(commit.repo_url) if hasattr(commit, "repo_url") else repo_id
 
 

@@ -101,7 +101,7 @@ class GradientCache:
         all_images, all_texts = _concatenated(features[:count]), _concatenated(features[count:])
         losses = compute_losses(model, all_images, all_texts, owners)
         backward(losses.total)
-        if losses.total.isfinite():
+        if sum_over_processes((~losses.total.isfinite()).double()) == 0:  # the same on every process
             moved = {name: torch.zeros_like(value) for name, value in start.items()}
             for chunk, leaves in zip(image_chunks + text_chunks, features):
                 _set_random_states(chunk.random_states, device)

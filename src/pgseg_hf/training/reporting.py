@@ -27,6 +27,15 @@ class Meter:
         self.bad: Counter[str] = Counter()
         """How often each part was NaN or infinite, over all processes."""
 
+    def state_dict(self) -> dict[str, list[float]]:
+        """The sums since the last line, of this process, for JSON."""
+        return {name: row.tolist() for name, row in self._sums.items()}
+
+    def load_state_dict(self, state: dict[str, list[float]]) -> None:
+        device = self._accelerator.device
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        self._sums = {name: torch.tensor(row, dtype=dtype, device=device) for name, row in state.items()}
+
     def add(self, parts: dict[str, Tensor]) -> None:
         """Adds a step's scalars; those that are not finite are counted instead."""
         for name, value in parts.items():
@@ -102,7 +111,9 @@ class RunLog:
         for tracker in self.accelerator.trackers:
             if pictures and hasattr(tracker, "log_images"):
                 layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-                tracker.log_images({name: picture[None] for name, picture in pictures.items()}, step=step, **layout)
+                tracker.log_images(
+                    {name: picture[None] for name, picture in pictures.items()}, step=step, **layout
+                )
 
     def close(self) -> None:
         self.bar.close()
