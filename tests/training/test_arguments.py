@@ -35,6 +35,17 @@ def test_options_override_the_file(tmp_path):
     ]
 
 
+def test_yaml_as_people_write_it(tmp_path):
+    text = "output_dir: run\nmax_steps: 3\nmixed_precision: no\nreport_to: [tensorboard, wandb]\ncrop_sides: 16\n"
+    _, data, run = parse_arguments([written(tmp_path, text + "data: photos\n")])
+    assert (run.mixed_precision, run.report_to, data.crop_sides) == ("no", "tensorboard,wandb", [16])
+    assert [spec.path for spec in data.source_specs()] == ["photos"]
+    _, data, _ = parse_arguments([written(tmp_path, text + "sources: {path: a, weight: 1e0}\n")])
+    assert [(spec.path, spec.weight) for spec in data.source_specs()] == [("a", 1.0)]
+    _, data, _ = parse_arguments([written(tmp_path, text + "sources: [{path: a}]\n"), "--data", "b"])
+    assert [spec.path for spec in data.source_specs()] == ["b"]
+
+
 def test_without_a_file():
     options = ["--output_dir", "run", "--num_epochs", "1.5", "--data", "a", "b", "--caption_column", "text"]
     _, data, run = parse_arguments(options)

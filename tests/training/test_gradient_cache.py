@@ -140,6 +140,26 @@ def test_chunks_of_one_are_refused():
         GradientCache(tiny_model(), 1)
 
 
+def one_of_two_has_a_bad_loss(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    model = tiny_model(contrastive_loss="sigmoid").train()
+    inputs = inputs_of("labels", batch=4, dtype=torch.float32)
+    if rank == 1:
+        inputs["pixel_values"][0] = 1e30
+    total = GradientCache(model, 2).backward(inputs)["total"]
+    average_gradients(model.parameters())
+    torch.save((total, model.vision_model.layernorm.weight.grad), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_a_bad_loss_of_one_process_ends_the_step_of_both(tmp_path):
+    mp.spawn(one_of_two_has_a_bad_loss, args=(str(tmp_path),), nprocs=2)
+    (good, first), (bad, second) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert good.isfinite() and not bad.isfinite()
+    assert not first.any() and not second.any()
+
+
 def one_of_two_processes(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)

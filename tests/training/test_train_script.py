@@ -19,11 +19,13 @@ import torch
 import yaml
 from accelerate.state import AcceleratorState, PartialState
 from PIL import Image
+from safetensors.torch import load_file
 from tiny_models import make_photo
 
 from pgseg_hf import load_segmenter
 from pgseg_hf.evaluation import MaskFolder, evaluate_masks
 from pgseg_hf.training.arguments import parse_arguments
+from pgseg_hf.training.building import build_model, build_processor, build_stream
 from pgseg_hf.training.reporting import read_log
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "train_pgseg.py"
@@ -126,10 +128,15 @@ def sources_of(kind, photo_folder, shards):
     return {"folder": [folder], "tars": [tars], "mixed": [folder, tars]}[kind]
 
 
-def test_a_run_ends_with_a_checkpoint_for_from_pretrained(tmp_path, photo_folder, caplog):
+def test_a_run_ends_with_a_checkpoint_for_from_pretrained(tmp_path, photo_folder):
     output = tmp_path / "run"
     results = run_here(
-        tmp_path, sources=[{"path": str(photo_folder)}], output_dir=str(output), max_steps=6, ema_decay=0.9
+        tmp_path,
+        sources=[{"path": str(photo_folder)}],
+        output_dir=str(output),
+        max_steps=6,
+        ema_decay=0.9,
+        checkpoint_steps=6,
     )
     assert results["steps"] == 6
     assert results["records"]["broken image"] >= 1
@@ -143,6 +150,11 @@ def test_a_run_ends_with_a_checkpoint_for_from_pretrained(tmp_path, photo_folder
     assert f"`{photo_folder.parent.name}/{photo_folder.name}` (weight 1)" in card
     assert str(tmp_path) not in card
     assert not [path for path in output.iterdir() if path.name.startswith(".")]
+    ema = load_file(output / "checkpoint-00000006" / "ema.safetensors")
+    saved = load_file(output / "model.safetensors")
+    assert torch.equal(saved["logit_scale"], ema["module.logit_scale"])
+    own = load_file(output / "checkpoint-00000006" / "model.safetensors")
+    assert not torch.equal(saved["logit_scale"], own["logit_scale"])
     with pytest.raises(ValueError, match="unknown options: learning"):
         run_here(tmp_path, learning=1)
 
@@ -241,6 +253,86 @@ def test_a_diverged_run_ends_with_a_message(tmp_path, photo_folder, monkeypatch)
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
+@pytest.mark.parametrize("settings", [{}, {"npr_variant": "none"}, {"chunk_size": 2}, {"ema_decay": 0.9}])
+def test_a_bad_step_changes_nothing_and_training_goes_on(tmp_path, photo_folder, monkeypatch, settings):
+    script = load_script()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    common = {"data": [str(photo_folder)], "output_dir": str(tmp_path / "run"), "max_steps": 5}
+    path = write_settings(tmp_path / "settings.yaml", **common, **settings)
+    run = script.Run(parse_arguments([path]))
+    step, seen = run.train_step, []
+
+    def state():
+        return {name: value.clone() for name, value in run.plain_model.state_dict().items()}
+
+    def once_infinite(batch):
+        before = state()
+        if run.step == 2:
+            batch["pixel_values"] = batch["pixel_values"] * 1e30
+        result = step(batch)
+        seen.append(all(torch.equal(value, before[name]) for name, value in state().items()))
+        return result
+
+    monkeypatch.setattr(run, "train_step", once_infinite)
+    results = run.train()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert seen == [False, False, True, False, False]
+    assert results["bad_steps"] == 1
+    assert results["bad_parts"]["total"] == 1
+    assert all(value.isfinite().all() for value in load_file(tmp_path / "run" / "model.safetensors").values())
+
+
+def test_pictures_of_one_tag_train(tmp_path, photo_folder):
+    rows = [json.loads(line) for line in (photo_folder / "metadata.jsonl").read_text().splitlines()]
+    folder = tmp_path / "one"
+    folder.mkdir()
+    (folder / "images").symlink_to(photo_folder / "images")
+    one = "".join(json.dumps({"file_name": row["file_name"], "tags": ["cat"]}) + "\n" for row in rows)
+    (folder / "metadata.jsonl").write_text(one)
+    results = run_here(
+        tmp_path,
+        data=[str(folder)],
+        output_dir=str(tmp_path / "run"),
+        max_steps=3,
+        contrastive_loss="sigmoid",
+    )
+    assert results["bad_steps"] == 0
+    assert all(line["negatives"] == 0 for line in read_log(tmp_path / "run" / "log.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"mixed_precision": "fp16"}, "mixed_precision fp16 needs a GPU"),
+        ({"report_to": "clearml"}, "report_to names clearml"),
+        ({"eval_masks": "absent"}, "absent"),
+        ({"model_config": {"projection_dimm": 3}}, "model_config has unknown fields: projection_dimm"),
+        ({"model_config": {"vision_config": {"deepth": [1]}}}, "vision_config has unknown fields: deepth"),
+        ({"chunk_size": 0}, "chunk_size is 0, expected a positive number"),
+    ],
+)
+def test_mistakes_are_found_before_anything_is_written(tmp_path, photo_folder, settings, message):
+    output = tmp_path / "run"
+    run_here(tmp_path, data=[str(photo_folder)], output_dir=str(output), max_steps=1)
+    before = {path: path.stat().st_mtime_ns for path in output.rglob("*")}
+    settings = {"data": [str(photo_folder)], "output_dir": str(output), "max_steps": 1} | settings
+    with pytest.raises(ValueError, match=message):
+        run_here(tmp_path, "--overwrite_output_dir", **settings)
+    assert {path: path.stat().st_mtime_ns for path in output.rglob("*")} == before
+
+
+def test_processes_read_different_records(photo_folder, tmp_path):
+    settings = {"data": [str(photo_folder)], "output_dir": str(tmp_path), "max_steps": 1}
+    arguments = parse_arguments([write_settings(tmp_path / "settings.yaml", **settings)])
+    model = build_model(arguments[0])
+    processor = build_processor(arguments[0], arguments[1], model.config)
+    batches = [
+        next(iter(build_stream(arguments[1], arguments[2], model, processor, rank, 2)))["pixel_values"]
+        for rank in (0, 1)
+    ]
+    assert not any(torch.equal(one, other) for one in batches[0] for other in batches[1])
+
+
 def test_an_output_folder_is_not_mixed_with_another_run(tmp_path, photo_folder):
     settings = {
         "data": [str(photo_folder)],
@@ -256,6 +348,12 @@ def test_an_output_folder_is_not_mixed_with_another_run(tmp_path, photo_folder):
     with pytest.raises(ValueError, match="--resume_from_checkpoint latest"):
         run_here(tmp_path, **settings)
     assert run_here(tmp_path, "--overwrite_output_dir", **settings)["steps"] == 2
+    plain = settings | {"output_dir": str(tmp_path / "other"), "checkpoint_steps": None}
+    run_here(tmp_path, **plain)
+    with pytest.raises(ValueError, match=r"holds another run's all_results\.json"):
+        run_here(tmp_path, **plain)
+    with pytest.raises(ValueError, match="holds a run that has ended, without checkpoints"):
+        run_here(tmp_path, "--resume_from_checkpoint", "latest", **plain)
 
 
 @pytest.mark.slow
@@ -306,6 +404,7 @@ def test_a_killed_run_goes_on_bit_for_bit_and_once_more(tmp_path, photo_folder, 
         "sources": sources_of(kind, photo_folder, shards),
         "max_steps": 30,
         "checkpoint_steps": 4,
+        "log_steps": 3,
         "ema_decay": 0.9,
         "num_workers": 2,
     }
