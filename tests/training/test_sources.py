@@ -449,3 +449,16 @@ def test_kinds_are_known_by_the_path(tmp_path):
         "synthetic": "SceneSource",
     }
     assert Counter(type(open_path(path)).__name__ for path in paths) == Counter(paths.values())
+
+
+@pytest.mark.parametrize(
+    ("written", "tags"),
+    [
+        ("['cat', 'tree']", ["cat", "tree"]),
+        ('["cat", "a; b"]', ["cat", "a; b"]),
+        ("cat, tree; sky|cat", ["cat", "tree", "sky"]),
+        ("[cat, tree", ["[cat", "tree"]),
+    ],
+)
+def test_tags_in_one_cell(written, tags):
+    assert tags_of(written) == tags
