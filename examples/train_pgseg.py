@@ -12,7 +12,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -82,10 +82,6 @@ class Run:
         self.repo_id = run.hub_model_id or self.output_dir.resolve().name
         if run.push_to_hub and accelerator.is_main_process:
             self.repo_id = HfApi().create_repo(self.repo_id, exist_ok=True).repo_id
-        # All that can be wrong was found by now; only from here on the output folder changes.
-        self.resume = prepare_output_dir(
-            accelerator, run.output_dir, run.resume_from_checkpoint, run.overwrite_output_dir
-        )
         if run.sync_batchnorm and not run.chunk_size:  # chunks have statistics of their own
             model = sync_batchnorm(model)
         self.total_steps = run.max_steps or max(1, math.ceil(run.num_epochs * self.stream.batches_per_epoch))
@@ -98,6 +94,10 @@ class Run:
             start=run.learning_rate / 100 if run.warmup_learning_rate is None else run.warmup_learning_rate,
             floor=run.learning_rate / 10 if run.min_learning_rate is None else run.min_learning_rate,
         )
+        # All that can be wrong was found by now; only from here on the output folder changes.
+        self.resume = prepare_output_dir(
+            accelerator, run.output_dir, run.resume_from_checkpoint, run.overwrite_output_dir
+        )
         self.model, self.optimizer, self.schedule = accelerator.prepare(model, optimizer, schedule)
         self.plain_model = accelerator.unwrap_model(self.model)
         self.cache: GradientCache | None = None
@@ -109,6 +109,7 @@ class Run:
         self.step = self.bad_steps = self.bad_in_a_row = 0
         self.best: tuple[str, float] | None = None
         self.best_step = 0
+        self.figures: dict[str, float] = {}
         self.seconds_before = 0.0
         self.started = time.monotonic()
 
@@ -210,7 +211,7 @@ class Run:
         accelerator = self.accelerator
         buffers = {name: buffer.clone() for name, buffer in self.plain_model.named_buffers()}
         if self.cache is not None:
-            with accelerator.no_sync(self.model) if accelerator.num_processes > 1 else nullcontext():
+            with accelerator.no_sync(self.model):
                 parts = self.cache.backward(batch, accelerator.backward)
             average_gradients(self.plain_model.parameters())
         else:
@@ -286,6 +287,8 @@ class Run:
         """Measures and draws the model, and keeps its weights if they are the best so far."""
         with self.model_to_keep() as model:
             figures = self.evaluator(model, self.options.eval_limit)
+            if self.options.eval_limit is None and self.step == self.total_steps:
+                self.figures = figures
             metric = best_metric(figures)
             if metric and (self.best is None or metric[1] >= self.best[1]):
                 self.best, self.best_step = metric, self.step
@@ -309,7 +312,8 @@ class Run:
     def finish(self) -> dict[str, Any]:
         """Writes the result: the last weights, measured on all pictures."""
         with self.model_to_keep() as model:
-            figures = self.evaluator(model) if self.evaluator else {}
+            if self.evaluator and not self.figures:
+                self.figures = self.evaluator(model)
             folder = self.save_folder(model, ".last")
         clock, options = self.clock, self.options
         results = {
@@ -326,7 +330,7 @@ class Run:
             "bad_steps": self.bad_steps,
             "bad_parts": dict(self.meter.bad),
             "records": dict(sum(gather_object([self.stream.counts]), Counter())),
-            **{f"eval_{name}": value for name, value in figures.items()},
+            **{f"eval_{name}": value for name, value in self.figures.items()},
         }
         if self.best is not None:
             results |= {"best_step": self.best_step, f"best_{self.best[0]}": self.best[1]}

@@ -264,6 +264,8 @@ def one_of_two_processes(rank, folder):
 
     for case in CASES:
         model, inputs = model_and_inputs(case, [rank])
+        if rank == 1 and case.startswith("shared"):
+            inputs["input_ids"] = inputs["input_ids"][:, :-2]  # padded to another length
         result[case] = {
             "loss": train_once(model, inputs).loss.item(),
             "gradients": {name: value.grad for name, value in model.named_parameters()},

@@ -270,7 +270,7 @@ def evaluate_masks(
             background threshold for a folder without a background.
     """
     options = options or segmenter.options
-    labels, values = _segmenter_labels(folder, options)
+    labels, values = segmentation_labels(folder, options)
     num_labels = len(folder.labels)
     scores = MaskScores(
         labels=folder.labels,
@@ -297,8 +297,12 @@ def evaluate_masks(
     return scores
 
 
-def _segmenter_labels(folder: MaskFolder, options: SegmentationOptions) -> tuple[list[str], np.ndarray]:
-    """The labels to segment, and for each value of the segmentation that of the folder's masks."""
+def segmentation_labels(folder: MaskFolder, options: SegmentationOptions) -> tuple[list[str], np.ndarray]:
+    """The labels to segment, and for each value of the segmentation that of the folder's masks.
+
+    Raises:
+        ValueError: a background threshold for a folder without a background.
+    """
     order = list(range(len(folder.labels)))
     if options.background_threshold is None:
         return folder.labels, np.array(order)

@@ -217,7 +217,8 @@ class Objective:
     ) -> tuple[Tensor, Tensor]:
         """Equal texts of the global batch count as one, which may belong to many images; also which belong to this
         process's images, bool [B, U]."""
-        shared = share_texts(texts_ND, pad_to_longest(keys_NT), owners_BN)
+        keys_NT = pad_to_longest(keys_NT + 1) - 1  # texts of processes that pad to other lengths stay equal
+        shared = share_texts(texts_ND, keys_NT, owners_BN)
         logits_BU = self._logits(self.embeds, self.segments, shared.embeds)
         if self.config.contrastive_loss == "sigmoid":
             return sigmoid_loss(logits_BU + self.model.logit_bias, shared.image_targets), shared.image_targets

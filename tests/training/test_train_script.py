@@ -309,6 +309,7 @@ def test_pictures_of_one_tag_train(tmp_path, photo_folder):
         ({"model_config": {"projection_dimm": 3}}, "model_config has unknown fields: projection_dimm"),
         ({"model_config": {"vision_config": {"deepth": [1]}}}, "vision_config has unknown fields: deepth"),
         ({"chunk_size": 0}, "chunk_size is 0, expected a positive number"),
+        ({"warmup_learning_rate": 1.0}, "learning rates start at 1.0"),
     ],
 )
 def test_mistakes_are_found_before_anything_is_written(tmp_path, photo_folder, settings, message):

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from ..evaluation import MaskFolder, evaluate_masks, zero_shot_accuracy
+from ..evaluation import MaskFolder, evaluate_masks, segmentation_labels, zero_shot_accuracy
 from ..files import write_image
 from ..images import load_image, load_label_map
 from ..losses import sum_over_processes
@@ -55,12 +56,9 @@ class Evaluator:
         self.options = SegmentationOptions(background_threshold=run.eval_background_threshold)
         if self.masks is not None:
             image, mask = self.masks.pictures[0]
-            load_image(image), load_label_map(mask)
-            if run.eval_background_threshold is not None and self.masks.background is None:
-                raise ValueError(
-                    f"eval_background_threshold is {run.eval_background_threshold}, but {run.eval_masks} has no "
-                    "background: name its label with eval_background."
-                )
+            load_image(image)
+            load_label_map(mask)
+            segmentation_labels(self.masks, self.options)
         self.tagged: list[tuple[Any, str]] = []
         self.tags: list[str] = []
         if run.eval_tags:
@@ -101,8 +99,9 @@ class Evaluator:
         """Writes pictures of the grouping and of the masks into `folder`; returns them as arrays [H, W, 3]."""
         if self.masks is None or not self.run.num_pictures:
             return {}
-        chosen, labels = self.masks.spread(self.run.num_pictures), self.masks.labels
-        whole = SegmentationOptions(window_size=None)
+        chosen = self.masks.spread(self.run.num_pictures)
+        whole = replace(self.options, window_size=None)
+        labels, values = segmentation_labels(self.masks, whole)
         drawn = {}
         with evaluation_mode(model):
             segmenter = Segmenter(model, self.processor)
@@ -110,11 +109,12 @@ class Evaluator:
                 image = load_image(path)
                 (encoded,) = segmenter.encode([image], labels, whole)
                 groups = encoded.windows[0].groups.cpu().numpy()
+                label_map = values[encoded.label_map()[0].cpu().numpy()]
                 picture = side_by_side(
                     [
                         image,
                         draw_groups(image, groups, len(encoded.windows[0].scores), legend=False),
-                        overlay(image, next(segmenter.stream([image], labels, whole)).label_map, labels),
+                        overlay(image, label_map, self.masks.labels),
                     ],
                     ["photo", "groups", "labels"],
                 )

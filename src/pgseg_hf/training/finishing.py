@@ -66,12 +66,9 @@ def model_card(
 
 
 def upload(output_dir: Path, repo_id: str) -> str:
-    """Uploads the result, without checkpoints and pictures; returns its address."""
-    api = HfApi()
-    repo_id = api.create_repo(repo_id, exist_ok=True).repo_id
+    """Uploads the result into a repository that exists, without checkpoints and pictures; returns its address."""
     files = [path.name for path in output_dir.iterdir() if path.is_file() and not path.name.startswith(".")]
-    commit = api.upload_folder(repo_id=repo_id, folder_path=output_dir, allow_patterns=files)
-    return str(commit.repo_url) if hasattr(commit, "repo_url") else repo_id
+    return str(HfApi().upload_folder(repo_id=repo_id, folder_path=output_dir, allow_patterns=files).repo_url)
 
 
 def _public_name(path: str) -> str:

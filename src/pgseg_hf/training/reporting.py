@@ -47,8 +47,8 @@ class Meter:
             self._sums[name] = self._sums.get(name, 0) + row
 
     def means(self) -> dict[str, float]:
-        """Means over the steps since the last call and over all processes, which all have to call it; None is no
-        number: a part that never was finite is NaN."""
+        """Means over the steps since the last call and over all processes, which all have to call it; NaN for a part
+        that never was finite."""
         if not self._sums:
             return {}
         names = list(self._sums)
