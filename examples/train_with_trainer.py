@@ -10,11 +10,11 @@ import sys
 from transformers import Trainer, TrainingArguments
 
 from pgseg_hf import DEFAULT_CHECKPOINT, PGSegModel, PGSegProcessor
-from pgseg_hf.training.augmentation import AugmentationOptions
+from pgseg_hf.data.augmentation import AugmentationOptions
+from pgseg_hf.data.sources import SourceSpec, open_source
 from pgseg_hf.training.collator import PGSegCollator
 from pgseg_hf.training.map_dataset import RecordDataset
 from pgseg_hf.training.preparation import Preparation
-from pgseg_hf.training.sources import SourceSpec, open_source
 
 
 def train(

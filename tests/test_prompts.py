@@ -8,6 +8,7 @@ from pgseg_hf.prompts import (
     IMAGENET_TEMPLATES,
     SEGMENTATION_TEMPLATES,
     build_prompts,
+    join_words,
     validate_labels,
     validate_templates,
 )
@@ -99,3 +100,12 @@ def test_any_label_stands_in_its_template(labels, affixes):
         return
     prompts = build_prompts(labels, [before + "{}" + after for before, after in affixes])
     assert prompts == [[before + label + after for before, after in affixes] for label in stripped]
+
+
+def test_join_words():
+    assert [join_words("abcd"[:count]) for count in (1, 2, 3, 4)] == [
+        "a",
+        "a and b",
+        "a, b and c",
+        "a, b, c and d",
+    ]

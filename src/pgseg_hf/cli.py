@@ -1,10 +1,11 @@
-"""The command line: `pgseg segment` and `pgseg convert`."""
+"""The command line: `pgseg segment`, `convert`, `evaluate` and `prepare`."""
 
 import argparse
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers.utils import logging
@@ -12,6 +13,7 @@ from transformers.utils import logging
 from . import DEFAULT_CHECKPOINT, __version__
 from .checkpoint import load_segmenter
 from .conversion import convert_released, read_overrides, write_converted
+from .evaluation.arguments import add_evaluate_arguments, add_prepare_arguments
 from .files import write_image
 from .folders import segment_folder
 from .images import load_image
@@ -27,13 +29,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         the exit code: 0, or 1 where some pictures of a folder were broken, or 2 for an error in what was asked for.
     """
-    args = build_parser().parse_args(arguments)
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    args = build_parser().parse_args([_with_hyphens(argument) for argument in given])
     logging.set_verbosity_warning()
     try:
         return args.run(args)
     except (ValueError, OSError) as error:
         print(f"pgseg {args.command}: error: {error}", file=sys.stderr)
         return 2
+
+
+def _with_hyphens(argument: str) -> str:
+    """Options may be written with underscores too, as scripts of the field have them."""
+    name, equals, value = argument.partition("=")
+    return f"{name.replace('_', '-')}{equals}{value}" if name.startswith("--") else argument
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -43,6 +52,14 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_segment(commands)
     _add_convert(commands)
+    evaluating = commands.add_parser(
+        "evaluate", help="measure a checkpoint on a benchmark, or on your own masks"
+    )
+    evaluating.set_defaults(run=_evaluate)
+    add_evaluate_arguments(evaluating)
+    preparing = commands.add_parser("prepare", help="make masks of a benchmark that its download lacks")
+    preparing.set_defaults(run=_prepare)
+    add_prepare_arguments(preparing)
     return parser
 
 
@@ -171,3 +188,20 @@ def _convert(args: argparse.Namespace) -> int:
         f"{args.checkpoint.name}: {count:,} parameters in {time.monotonic() - start:.1f} s -> {args.output}"
     )
     return 0
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    return _command_module().run_evaluate(args)
+
+
+def _prepare(args: argparse.Namespace) -> int:
+    return _command_module().run_prepare(args)
+
+
+def _command_module() -> Any:
+    """What the optional dependencies are for."""
+    try:
+        from .evaluation import command
+    except ImportError as error:
+        raise ValueError(f"{error.name} is not installed, expected pip install 'pgseg-hf[train]'.") from error
+    return command

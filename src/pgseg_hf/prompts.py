@@ -106,3 +106,8 @@ def build_prompts(
     """
     labels, templates = validate_labels(labels), validate_templates(templates)
     return [[template.replace(PLACEHOLDER, label) for template in templates] for label in labels]
+
+
+def join_words(words: Sequence[str]) -> str:
+    """`hat`, `hat and skirt`, `hat, skirt and boots`."""
+    return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))

@@ -55,20 +55,21 @@ def group_scores(
             lower) has 1 in the background channel; its class scores stay.
         top_k: number of labels that one window may show.
     """
-    if background_threshold is not None and not 0 <= background_threshold <= 1:
-        raise ValueError(
-            f"background_threshold is {background_threshold}, expected None or a number from 0 to 1."
-        )
     if top_k < 1:
         raise ValueError(f"top_k is {top_k}, expected at least 1.")
     kept = image_logits_N.topk(min(top_k, image_logits_N.shape[-1])).indices
     masked_KN = torch.full_like(segment_logits_KN, float("-inf"))
     masked_KN[:, kept] = segment_logits_KN[:, kept]
     scores_KN = masked_KN.softmax(dim=-1) * segment_logits_KN.softmax(dim=-1)
-    if background_threshold is None:
-        return scores_KN
+    return scores_KN if background_threshold is None else add_background(scores_KN, background_threshold)
+
+
+def add_background(scores_KN: Tensor, threshold: float) -> Tensor:
+    """Class scores of a window's groups with the background channel in front, [K, 1 + N], see [`group_scores`]."""
+    if not 0 <= threshold <= 1:
+        raise ValueError(f"background_threshold is {threshold}, expected None or a number from 0 to 1.")
     best_K = scores_KN.amax(dim=-1)
-    is_background_K = best_K < best_K.amax().clamp(max=background_threshold)
+    is_background_K = best_K < best_K.amax().clamp(max=threshold)
     return torch.cat([is_background_K.to(scores_KN.dtype)[:, None], scores_KN], dim=-1)
 
 

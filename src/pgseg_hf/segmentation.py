@@ -1,7 +1,7 @@
 """The one way from photos and words to masks, used by the pipeline, the command line and everything else."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any, Literal
 
@@ -11,10 +11,19 @@ from PIL import Image
 from torch import Tensor
 
 from .images import load_image
-from .modeling_pgseg import PGSegModel
+from .modeling_pgseg import PGSegModel, PGSegVisionOutput
 from .processing_pgseg import PGSegProcessor
 from .prompts import validate_labels
-from .scoring import TOP_K, WindowScores, best_labels, group_map, group_scores, merge_windows, window_starts
+from .scoring import (
+    TOP_K,
+    WindowScores,
+    add_background,
+    best_labels,
+    group_map,
+    group_scores,
+    merge_windows,
+    window_starts,
+)
 
 
 @dataclass(frozen=True)
@@ -29,6 +38,8 @@ class SegmentationOptions:
         templates: prompt templates for the labels; the processor's by default.
         batch_size: images that are prepared together, and windows in one pass of the image encoder.
         top_k: number of labels that one window may show.
+        shortest_edge: pixels that an image's short side is resized to; what the processor was saved with by default.
+        longest_edge: pixels that the long side may have then, with `shortest_edge`; None for any number.
     """
 
     window_size: int | Literal["auto"] | None = "auto"
@@ -37,6 +48,8 @@ class SegmentationOptions:
     templates: tuple[str, ...] | None = None
     batch_size: int = 8
     top_k: int = TOP_K
+    shortest_edge: int | None = None
+    longest_edge: int | None = None
 
     def __post_init__(self) -> None:
         for name, special in (
@@ -44,10 +57,14 @@ class SegmentationOptions:
             ("window_stride", ("auto",)),
             ("batch_size", ()),
             ("top_k", ()),
+            ("shortest_edge", (None,)),
+            ("longest_edge", (None,)),
         ):
             value = getattr(self, name)
             if value not in special and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name} is {value!r}, expected a whole number of at least 1.")
+        if self.longest_edge is not None and self.shortest_edge is None:
+            raise ValueError(f"longest_edge is {self.longest_edge}, but shortest_edge is None; give both.")
         threshold = self.background_threshold
         if threshold is not None and not (isinstance(threshold, (int, float)) and 0 <= threshold <= 1):
             raise ValueError(f"background_threshold is {threshold!r}, expected None or a number from 0 to 1.")
@@ -110,8 +127,44 @@ class Segmentation:
 
 
 @dataclass
+class WindowFeatures:
+    """What the image encoder makes of one window, whatever the labels.
+
+    Args:
+        groups: uint8 [H, W] (int32 above 256 groups), the group of each pixel.
+        grouping: [K, h, w], soft assignment of the patches.
+        segments: [K, D], the groups in the joint space, not normalised.
+        pooled: [D], the window as a whole.
+        top: row of the window's first pixel in the resized image.
+        left: column of it.
+    """
+
+    groups: Tensor = field(repr=False)
+    grouping: Tensor = field(repr=False)
+    segments: Tensor = field(repr=False)
+    pooled: Tensor = field(repr=False)
+    top: int = 0
+    left: int = 0
+
+
+@dataclass
 class EncodedImage:
-    """What segmentation keeps of an image.
+    """What segmentation keeps of an image: other labels and thresholds need no second pass through the encoder.
+
+    Args:
+        size: height and width of the original.
+        resized: height and width of what the windows cover.
+        windows: their features.
+    """
+
+    size: tuple[int, int]
+    resized: tuple[int, int]
+    windows: list[WindowFeatures] = field(default_factory=list)
+
+
+@dataclass
+class ScoredImage:
+    """An image's windows with their groups' scores for some labels.
 
     Args:
         size: height and width of the original.
@@ -122,6 +175,13 @@ class EncodedImage:
     size: tuple[int, int]
     resized: tuple[int, int]
     windows: list[WindowScores] = field(default_factory=list)
+
+    def with_background(self, threshold: float) -> "ScoredImage":
+        """The same with a background channel in front, from scores without one."""
+        windows = [
+            replace(window, scores=add_background(window.scores, threshold)) for window in self.windows
+        ]
+        return replace(self, windows=windows)
 
     def label_map(self) -> tuple[Tensor, Tensor]:
         """The best label of each pixel of the original, int64 [H, W], and its score [H, W]."""
@@ -168,24 +228,57 @@ class Segmenter:
         """Segments images one after the other, in their order, reading no more of them than a batch ahead."""
         options = options or self.options
         labels = validate_labels(labels)
-        for image in self.encode(images, labels, options):
-            label_map, best = image.label_map()
-            background = options.background_threshold is not None
+        class_embeds = self.class_embeddings(labels, options)
+        background = options.background_threshold is not None
+        for image in self.encode(images, options):
+            label_map, best = self.score(image, class_embeds, options).label_map()
             yield Segmentation(label_map.cpu().numpy(), best.cpu().numpy(), labels, background)
 
-    def encode(
-        self, images: Iterable[Any], labels: Sequence[str], options: SegmentationOptions | None = None
-    ) -> Iterator[EncodedImage]:
-        """The first half of [`~Segmenter.stream`]: the groups and scores of each image's windows."""
+    def class_embeddings(self, labels: Sequence[str], options: SegmentationOptions | None = None) -> Tensor:
+        """Labels in the joint space, unit rows [N, D]."""
         options = options or self.options
-        class_embeds = self.processor.get_class_embeddings(self.model, labels, options.templates)
+        return self.processor.get_class_embeddings(self.model, labels, options.templates)
+
+    def encode(
+        self, images: Iterable[Any], options: SegmentationOptions | None = None
+    ) -> Iterator[EncodedImage]:
+        """The image encoder's part of [`~Segmenter.stream`], image by image."""
+        options = options or self.options
         iterator = iter(images)
         while batch := list(islice(iterator, options.batch_size)):
-            yield from self._encode_batch([load_image(image) for image in batch], class_embeds, options)
+            yield from self._encode_batch([load_image(image) for image in batch], options)
 
-    def _pixel_values(self, image: Image.Image) -> Tensor:
+    @torch.inference_mode()
+    def score(
+        self, image: EncodedImage, class_embeds: Tensor, options: SegmentationOptions | None = None
+    ) -> ScoredImage:
+        """How well labels fit the groups of an encoded image.
+
+        Args:
+            image: from [`~Segmenter.encode`].
+            class_embeds: [N, D], from [`~Segmenter.class_embeddings`].
+            options: threshold and `top_k` are used.
+        """
+        options = options or self.options
+        features = PGSegVisionOutput(
+            pooler_output=torch.stack([window.pooled for window in image.windows]),
+            segment_embeds=torch.stack([window.segments for window in image.windows]),
+        )
+        image_logits, segment_logits = self.model.get_logits(features, class_embeds)
+        scored = ScoredImage(image.size, image.resized)
+        for index, window in enumerate(image.windows):
+            scores = group_scores(
+                segment_logits[index], image_logits[index], options.background_threshold, options.top_k
+            )
+            scored.windows.append(WindowScores(window.groups, scores, window.top, window.left))
+        return scored
+
+    def _pixel_values(self, image: Image.Image, options: SegmentationOptions) -> Tensor:
         """Resized and normalised pixels [1, 3, h, w]."""
-        return self.processor.image_processor(image, return_tensors="pt")["pixel_values"]
+        edges = {"shortest_edge": options.shortest_edge, "longest_edge": options.longest_edge}
+        size = {name: value for name, value in edges.items() if value is not None}
+        sized = {"size": size} if size else {}
+        return self.processor.image_processor(image, return_tensors="pt", **sized)["pixel_values"]
 
     def _windows(
         self, pixel_values: Tensor, options: SegmentationOptions
@@ -202,14 +295,12 @@ class Segmenter:
                 yield top, left, pixel_values[:, :, top : top + size, left : left + size]
 
     @torch.inference_mode()
-    def _encode_batch(
-        self, images: list[Image.Image], class_embeds: Tensor, options: SegmentationOptions
-    ) -> list[EncodedImage]:
+    def _encode_batch(self, images: list[Image.Image], options: SegmentationOptions) -> list[EncodedImage]:
         """Cuts images into windows and encodes those of one shape together."""
         encoded: list[EncodedImage] = []
         by_shape: dict[tuple[int, ...], list[tuple[EncodedImage, int, int, Tensor]]] = {}
         for image in images:
-            pixel_values = self._pixel_values(image)
+            pixel_values = self._pixel_values(image, options)
             height, width = pixel_values.shape[-2:]
             encoded.append(EncodedImage((image.height, image.width), (height, width)))
             for top, left, pixels in self._windows(pixel_values, options):
@@ -219,14 +310,16 @@ class Segmenter:
                 batch = same_shape[start : start + options.batch_size]
                 pixel_values = torch.cat([pixels for *_, pixels in batch]).to(self.model.device)
                 features = self.model.get_image_features(pixel_values)
-                image_logits, segment_logits = self.model.get_logits(features, class_embeds)
                 for index, (owner, top, left, pixels) in enumerate(batch):
-                    groups = group_map(features.grouping[index], (pixels.shape[2], pixels.shape[3]))
-                    scores = group_scores(
-                        segment_logits[index],
-                        image_logits[index],
-                        options.background_threshold,
-                        options.top_k,
+                    grouping = features.grouping[index]
+                    owner.windows.append(
+                        WindowFeatures(
+                            groups=group_map(grouping, (pixels.shape[2], pixels.shape[3])),
+                            grouping=grouping,
+                            segments=features.segment_embeds[index],
+                            pooled=features.pooler_output[index],
+                            top=top,
+                            left=left,
+                        )
                     )
-                    owner.windows.append(WindowScores(groups, scores, top, left))
         return encoded

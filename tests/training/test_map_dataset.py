@@ -9,8 +9,8 @@ import torch
 from tiny_models import make_photo
 
 from pgseg_hf import load_segmenter
+from pgseg_hf.data.records import Record, UnusableRecord
 from pgseg_hf.training.map_dataset import RecordDataset
-from pgseg_hf.training.records import Record, UnusableRecord
 
 
 class Records:

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from tiny_models import make_photo
 
-from pgseg_hf.training.augmentation import AugmentationOptions
+from pgseg_hf.data.augmentation import AugmentationOptions
+from pgseg_hf.data.records import Record, UnusableRecord
 from pgseg_hf.training.preparation import CROP_TRIES, Example, Preparation
-from pgseg_hf.training.records import Record, UnusableRecord
 from pgseg_hf.training.texts import TextOptions
 
 SEEDS = st.integers(0, 2**31 - 1)

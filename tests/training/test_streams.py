@@ -17,10 +17,10 @@ from fake_sources import WEIGHTS, Shards, Table
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pgseg_hf.data.records import UnusableRecord
+from pgseg_hf.data.sources import SourceSpec, open_source
 from pgseg_hf.images import load_image
 from pgseg_hf.training import streams
-from pgseg_hf.training.records import UnusableRecord
-from pgseg_hf.training.sources import SourceSpec, open_source
 from pgseg_hf.training.streams import StreamOptions, TrainingStream
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")

@@ -8,14 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pgseg_hf.data.records import Record, UnusableRecord
 from pgseg_hf.prompts import validate_labels
-from pgseg_hf.training.records import Record, UnusableRecord
 from pgseg_hf.training.texts import (
     TextOptions,
     choose_texts,
     clean_tags,
     find_nouns,
-    join_words,
     load_noun_model,
 )
 
@@ -122,15 +121,6 @@ def test_any_tags_give_texts_unless_all_are_empty(seed, tags, most):
 
 def test_equal_tags_are_merged():
     assert clean_tags(["Red  hat", "red hat ", "", "boots", "BOOTS"]) == ["Red hat", "boots"]
-
-
-def test_join_words():
-    assert [join_words("abcd"[:count]) for count in (1, 2, 3, 4)] == [
-        "a",
-        "a and b",
-        "a, b and c",
-        "a, b, c and d",
-    ]
 
 
 @pytest.mark.parametrize(

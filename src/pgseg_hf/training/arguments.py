@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 from transformers import HfArgumentParser
 
-from .sources import SourceSpec
+from ..data.sources import SourceSpec
 
 POSITIVE = (
     *(

@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 from itertools import islice
 
+from ..data.records import Record, UnusableRecord
+from ..data.sources import StreamSource
 from .mixing import Draw, seeded
-from .records import Record, UnusableRecord
-from .sources import StreamSource
 
 State = list[int]
 """Epoch; place in its order of shards and record in this shard where a block begins; records of it handed out."""

@@ -11,18 +11,18 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ..configuration_pgseg import PGSegConfig, PGSegTextConfig, PGSegVisionConfig
+from ..data.augmentation import AugmentationOptions
+from ..data.records import Record, UnusableRecord
+from ..data.scenes import SceneSource
+from ..data.sources import MapSource, Source, SourceSpec, open_source
 from ..image_processing_pil_pgseg import PGSegImageProcessorPil
 from ..losses import world_size
 from ..modeling_pgseg import PGSegModel
 from ..processing_pgseg import PGSegProcessor
 from ..tokenization import default_tokenizer
 from .arguments import DataArguments, ModelArguments, RunArguments
-from .augmentation import AugmentationOptions
 from .collator import PGSegCollator
 from .preparation import Preparation
-from .records import Record, UnusableRecord
-from .scenes import SceneSource
-from .sources import MapSource, Source, SourceSpec, open_source
 from .streams import StreamOptions, TrainingStream
 from .texts import TextOptions
 

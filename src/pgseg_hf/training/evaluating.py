@@ -11,16 +11,17 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from ..evaluation import MaskFolder, evaluate_masks, segmentation_labels, zero_shot_accuracy
+from ..data.sources import MapSource, SourceSpec, open_source
+from ..evaluation.classification import zero_shot_accuracy
+from ..evaluation.mask_dataset import MaskFolder
+from ..evaluation.masks import MaskEvaluator, MaskOptions, SegmentedPicture, evaluate_masks
 from ..files import write_image
-from ..images import load_image, load_label_map
 from ..losses import sum_over_processes
 from ..modeling_pgseg import PGSegModel
 from ..processing_pgseg import PGSegProcessor
 from ..segmentation import SegmentationOptions, Segmenter
 from ..visualization import draw_groups, overlay, side_by_side
 from .arguments import RunArguments
-from .sources import MapSource, SourceSpec, open_source
 
 BEST_METRICS = ("mean_iou", "top1")
 """What decides which checkpoint is the best, the first of them that is measured."""
@@ -55,10 +56,9 @@ class Evaluator:
         self.masks = MaskFolder(run.eval_masks, run.eval_background) if run.eval_masks else None
         self.options = SegmentationOptions(background_threshold=run.eval_background_threshold)
         if self.masks is not None:
-            image, mask = self.masks.pictures[0]
-            load_image(image)
-            load_label_map(mask)
-            segmentation_labels(self.masks, self.options)
+            self.masks.pictures[0].read()
+            self.masks.truth(self.masks.pictures[0])
+            self.masks.check_threshold(self.options.background_threshold)
         self.tagged: list[tuple[Any, str]] = []
         self.tags: list[str] = []
         if run.eval_tags:
@@ -80,7 +80,8 @@ class Evaluator:
             if self.masks is not None:
                 folder = self.masks.spread(limit) if limit else self.masks
                 part = folder.part(self.accelerator.process_index, self.accelerator.num_processes)
-                scores = evaluate_masks(Segmenter(model, self.processor), part, self.options, oracle=True)
+                options = MaskOptions(self.options, oracle=True)
+                scores = evaluate_masks(Segmenter(model, self.processor), part, options)
                 found = scores.sum_over_processes(device).to_dict()
                 names = ("mean_iou", "pixel_accuracy", "oracle_mean_iou", "oracle_pixel_accuracy")
                 figures |= {name: found[name] for name in names}
@@ -97,29 +98,30 @@ class Evaluator:
 
     def draw(self, model: PGSegModel, folder: Path, step: int) -> dict[str, np.ndarray]:
         """Writes pictures of the grouping and of the masks into `folder`; returns them as arrays [H, W, 3]."""
-        if self.masks is None or not self.run.num_pictures:
+        masks = self.masks
+        if masks is None or not self.run.num_pictures:
             return {}
-        chosen = self.masks.spread(self.run.num_pictures)
+        chosen = masks.spread(self.run.num_pictures)
         whole = replace(self.options, window_size=None)
-        labels, values = segmentation_labels(self.masks, whole)
-        drawn = {}
+        drawn: dict[str, np.ndarray] = {}
+
+        def draw(found: SegmentedPicture) -> None:
+            (window,) = found.encoded.windows
+            picture = side_by_side(
+                [
+                    found.image,
+                    draw_groups(found.image, window.groups.cpu().numpy(), len(window.segments), legend=False),
+                    overlay(found.image, found.predicted, masks.labels),
+                ],
+                ["photo", "groups", "labels"],
+            )
+            name = found.picture.name.rsplit("/", 1)[-1]
+            write_image(picture, folder / f"step-{step:08d}-{name}.jpg")
+            drawn[name] = np.asarray(picture.convert("RGB"))
+
         with evaluation_mode(model):
             segmenter = Segmenter(model, self.processor)
-            for path, _ in chosen.pictures:
-                image = load_image(path)
-                (encoded,) = segmenter.encode([image], labels, whole)
-                groups = encoded.windows[0].groups.cpu().numpy()
-                label_map = values[encoded.label_map()[0].cpu().numpy()]
-                picture = side_by_side(
-                    [
-                        image,
-                        draw_groups(image, groups, len(encoded.windows[0].scores), legend=False),
-                        overlay(image, label_map, self.masks.labels),
-                    ],
-                    ["photo", "groups", "labels"],
-                )
-                write_image(picture, folder / f"step-{step:08d}-{path.stem}.jpg")
-                drawn[path.stem] = np.asarray(picture.convert("RGB"))
+            MaskEvaluator(segmenter, chosen, MaskOptions(whole), on_picture=draw)(chosen.pictures)
         return drawn
 
 

@@ -13,10 +13,10 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers.utils import logging
 
+from ..data.records import Record, UnusableRecord
+from ..data.sources import MapSource, Source, StreamSource
 from .blocks import State, read_in_blocks
 from .mixing import Draw, Mixture, seeded
-from .records import Record, UnusableRecord
-from .sources import MapSource, Source, StreamSource
 
 logger = logging.get_logger(__name__)
 

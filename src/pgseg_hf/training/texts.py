@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from ..prompts import SEGMENTATION_TEMPLATES, build_prompts, validate_templates
-from .records import Record, UnusableRecord
+from ..data.records import Record, UnusableRecord
+from ..prompts import SEGMENTATION_TEMPLATES, build_prompts, join_words, validate_templates
 
 SENTENCE_TEMPLATES: tuple[str, ...] = (
     *SEGMENTATION_TEMPLATES,
@@ -111,11 +111,6 @@ def clean_tags(tags: Iterable[str]) -> list[str]:
         if spaced:
             cleaned.setdefault(unicodedata.normalize("NFC", spaced).casefold(), spaced)
     return list(cleaned.values())
-
-
-def join_words(words: Sequence[str]) -> str:
-    """`hat`, `hat and skirt`, `hat, skirt and boots`."""
-    return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
 
 
 @lru_cache(maxsize=100_000)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from hypothesis import strategies as st
 
-from pgseg_hf.training.records import Record, UnusableRecord
+from pgseg_hf.data.records import Record, UnusableRecord
 
 WEIGHTS = st.one_of(
     st.lists(values, min_size=1, max_size=5) for values in (st.integers(1, 5), st.floats(0.01, 100))

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw
 
+from ..prompts import join_words
 from .records import Record
-from .texts import join_words
 
 COLORS: dict[str, tuple[int, int, int]] = {
     "red": (205, 35, 35),

@@ -25,12 +25,12 @@ from data_files import (
 )
 from fsspec.implementations.memory import MemoryFileSystem
 
+from pgseg_hf.data import tables
+from pgseg_hf.data.columns import captions_of, tags_of
+from pgseg_hf.data.records import Record, UnusableRecord
+from pgseg_hf.data.sources import SourceSpec, check_source
+from pgseg_hf.data.tables import open_hub
 from pgseg_hf.images import load_image
-from pgseg_hf.training import tables
-from pgseg_hf.training.columns import captions_of, tags_of
-from pgseg_hf.training.records import Record, UnusableRecord
-from pgseg_hf.training.sources import SourceSpec, check_source
-from pgseg_hf.training.tables import open_hub
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 

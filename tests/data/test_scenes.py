@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pgseg_hf.data.scenes import COLORS, GROUNDS, SHAPES, SceneOptions, SceneSource
 from pgseg_hf.images import load_image, load_label_map
-from pgseg_hf.training.scenes import COLORS, GROUNDS, SHAPES, SceneOptions, SceneSource
 
 SCENES = SceneSource(SceneOptions(length=200))
 

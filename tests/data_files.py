@@ -12,9 +12,9 @@ import pyarrow.csv
 import pyarrow.parquet
 from PIL import Image
 
+from pgseg_hf.data.records import UnusableRecord
+from pgseg_hf.data.sources import SourceSpec, open_source
 from pgseg_hf.images import load_image
-from pgseg_hf.training.records import UnusableRecord
-from pgseg_hf.training.sources import SourceSpec, open_source
 
 SIDE = 8
 

@@ -22,10 +22,10 @@ from data_files import (
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pgseg_hf.training import tars
-from pgseg_hf.training.records import Record, UnusableRecord
-from pgseg_hf.training.sources import SourceSpec
-from pgseg_hf.training.tars import TarSource, expand_braces, find_shards
+from pgseg_hf.data import tars
+from pgseg_hf.data.records import Record, UnusableRecord
+from pgseg_hf.data.sources import SourceSpec
+from pgseg_hf.data.tars import TarSource, expand_braces, find_shards
 
 # Names of shards
 

@@ -117,6 +117,11 @@ class TableSource:
     def __len__(self) -> int:
         return len(self._dataset)
 
+    @property
+    def tag_names(self) -> Sequence[str]:
+        """Names of the classes where the tags are class labels, else none."""
+        return self._reader.tag_names
+
     def __getitem__(self, index: int) -> Record:
         """The record of a row.
 

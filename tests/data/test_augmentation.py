@@ -11,7 +11,7 @@ from PIL import Image
 from tiny_models import make_photo
 
 from pgseg_hf import PGSegImageProcessorPil
-from pgseg_hf.training.augmentation import (
+from pgseg_hf.data.augmentation import (
     Augmentation,
     AugmentationOptions,
     random_resized_box,

@@ -1,0 +1,4 @@
+"""Where pictures and their texts come from: folders, data sets of the Hub, tar shards, synthetic scenes.
+
+Needs `pgseg-hf[train]`.
+"""

@@ -1,0 +1,103 @@
+"""The options of `pgseg evaluate` and `pgseg prepare`."""
+
+import argparse
+from pathlib import Path
+
+from .benchmarks import BENCHMARKS
+
+BENCHMARK_NAMES = (*BENCHMARKS, "imagenet", "folder")
+PREPARATIONS = ("coco_object", "coco_object_from_stuff", "coco_stuff", "context", "cityscapes", "lvis")
+TEMPLATE_SETS = ("simple", "subset", "full")
+
+
+def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `pgseg evaluate` takes; the benchmark's pictures, the protocol, and what to make of them."""
+    parser.add_argument("checkpoint", nargs="?", help="folder or Hub name (default: the shipped model)")
+    data = parser.add_argument_group("pictures")
+    data.add_argument(
+        "--benchmark", required=True, choices=BENCHMARK_NAMES, metavar="NAME", help=", ".join(BENCHMARK_NAMES)
+    )
+    data.add_argument(
+        "--data", required=True, help="the benchmark's folder, or hub:NAME for a data set of the Hub"
+    )
+    data.add_argument("--split", default="val", help="default: val")
+    data.add_argument("--limit", type=int, metavar="N", help="only N pictures, spread over all")
+    data.add_argument("--background", metavar="LABEL", help="of a folder: the label that means background")
+    data.add_argument("--image-column", help="of a hub:NAME; default: the usual names")
+    data.add_argument("--mask-column", default="mask", help="of a hub:NAME; default: mask")
+    data.add_argument("--label-column", help="for imagenet in shards or hub:NAME; default: cls or label")
+    data.add_argument(
+        "--skip-broken", action="store_true", help="name pictures that cannot be decoded and go on"
+    )
+    how = parser.add_argument_group("protocol")
+    how.add_argument(
+        "--protocol",
+        help="pgseg, groupvit, unified, checkpoint (its own sizes) or a YAML file; default: checkpoint for a folder, "
+        "else pgseg",
+    )
+    how.add_argument("--background-threshold", type=float, metavar="T", help="instead of the protocol's")
+    how.add_argument(
+        "--thresholds",
+        metavar="FROM:TO:STEP",
+        help="also count these background thresholds, in the same pass",
+    )
+    how.add_argument("--synonyms", choices=("none", "average", "merge"), help="instead of the protocol's")
+    how.add_argument("--refinement", choices=("none", "pamr"), help="instead of the protocol's")
+    how.add_argument(
+        "--templates", choices=TEMPLATE_SETS, help="for imagenet: 1, 7 (default) or 80 prompts for each class"
+    )
+    more = parser.add_argument_group("more figures and files")
+    more.add_argument(
+        "--analysis", action="store_true", help="the groups: oracle, purity, coverage, redundancy ..."
+    )
+    more.add_argument(
+        "--baselines", action="store_true", help="one label everywhere, and a model without training"
+    )
+    more.add_argument("--train", help="training folder: with --baselines also the position prior of its tags")
+    more.add_argument(
+        "--crop-sides", type=float, nargs=2, metavar="PX", help="of training, for the position prior"
+    )
+    more.add_argument("--seed", type=int, default=0, help="of the untrained model and the position prior")
+    more.add_argument(
+        "--save-predictions", action="store_true", help="write every label map as an indexed PNG"
+    )
+    more.add_argument(
+        "--visualize", type=int, default=0, metavar="N", help="draw N pictures beside their truth"
+    )
+    more.add_argument(
+        "--output", type=Path, help="folder of the results; default: CHECKPOINT-BENCHMARK-SPLIT"
+    )
+    more.add_argument("--overwrite", action="store_true", help="drop what another evaluation counted there")
+    speed = parser.add_argument_group("machine")
+    speed.add_argument("--batch-size", type=int, default=8, help="windows in one pass of the image encoder")
+    speed.add_argument("--readers", type=int, default=2, help="threads that read pictures ahead")
+    speed.add_argument("--device", help="default: the process's GPU, else cpu")
+    speed.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    speed.add_argument("--threads", type=int, help="of torch on a CPU")
+
+
+def add_prepare_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `pgseg prepare` takes."""
+    parser.add_argument("what", choices=PREPARATIONS, metavar="WHAT", help=", ".join(PREPARATIONS))
+    parser.add_argument("folder", type=Path, help="of the benchmark's raw download")
+    parser.add_argument("--split", help="default: val2017, val or what the annotations hold")
+
+
+def parse_thresholds(text: str) -> tuple[float, ...]:
+    """`0.1:0.9:0.1`, or numbers separated by commas.
+
+    Raises:
+        ValueError: something else.
+    """
+    try:
+        if ":" not in text:
+            return tuple(float(part) for part in text.split(","))
+        first, last, step = (float(part) for part in text.split(":"))
+        count = int((last - first) / step + 1e-9) + 1
+        if count < 1:
+            raise ValueError("there are none")
+        return tuple(round(first + number * step, 10) for number in range(count))
+    except (ValueError, ZeroDivisionError) as error:
+        raise ValueError(
+            f"thresholds are {text!r}, expected FROM:TO:STEP or numbers with commas: {error}"
+        ) from error

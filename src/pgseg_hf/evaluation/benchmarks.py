@@ -1,0 +1,319 @@
+"""The field's benchmarks by name: classes, values of masks, what does not count, and where the files lie.
+
+The layouts are those that mmsegmentation's dataset preparation leaves (its `docs/.../2_dataset_prepare.md`), and for
+ImageNet-S and LVIS those of their own downloads; what raw downloads lack is made by `preparing`. A protocol, which says
+how pictures are segmented, is apart from the benchmark: see `protocols`.
+"""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from .confusion import IGNORE_INDEX
+from .mask_dataset import MaskDataset, MaskFolder, Picture, picture_name, require_files
+
+BACKGROUND = "background"
+_CLASS_NAMES = Path(__file__).parent / "class_names"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where a benchmark's files lie under its folder. `{split}` stands for the split's name in paths.
+
+    Args:
+        images: folder of the pictures.
+        masks: folder of the masks.
+        image_suffix: end of the pictures' names.
+        mask_suffix: what stands in the masks' names for it.
+        listing: file with a name a line; without one all pictures of the folder count.
+        nested: pictures and masks are in equal subfolders.
+        flat_masks: the listed names have folders, the masks lie side by side.
+    """
+
+    images: str
+    masks: str
+    image_suffix: str = ".jpg"
+    mask_suffix: str = ".png"
+    listing: str | None = None
+    nested: bool = False
+    flat_masks: bool = False
+
+    def pictures(self, root: Path, split: str) -> list[Picture]:
+        """All pictures of a split, sorted or in the order of the list."""
+        images, masks = root / self.images.format(split=split), root / self.masks.format(split=split)
+        found = []
+        for name in self._names(root, images, split):
+            mask = Path(name).name if self.flat_masks else name
+            found.append(
+                Picture(
+                    picture_name(f"{name}."),
+                    images / f"{name}{self.image_suffix}",
+                    masks / f"{mask}{self.mask_suffix}",
+                )
+            )
+        return found
+
+    def _names(self, root: Path, images: Path, split: str) -> list[str]:
+        if self.listing is None:
+            pattern = f"*{self.image_suffix}"
+            paths = images.rglob(pattern) if self.nested else images.glob(pattern)
+            return sorted(
+                path.relative_to(images).as_posix().removesuffix(self.image_suffix) for path in paths
+            )
+        listing = root / self.listing.format(split=split)
+        lines = listing.read_text(encoding="utf-8").splitlines()
+        names = [line.split()[0].removesuffix(self.image_suffix) for line in lines if line.strip()]
+        for name in names:
+            if Path(name).is_absolute() or ".." in Path(name).parts:
+                raise ValueError(f"{listing} lists {name!r}, which leads out of the folder.")
+        return names
+
+    def is_at(self, root: Path, split: str) -> bool:
+        """Whether the folder of pictures (and the list) is there."""
+        listed = self.listing is None or (root / self.listing.format(split=split)).is_file()
+        return listed and (root / self.images.format(split=split)).is_dir()
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A benchmark of the field.
+
+    Args:
+        name: on the command line, in protocols and reports.
+        title: in prose.
+        class_names: file of names in `class_names/`.
+        layout: of its files.
+        roots: folders under the given one where the layout may begin, tried in this order.
+        has_background: whether label 0 is a background, which has no prompt.
+        zero_is_unknown: raw masks have 0 for unknown and k for class k - 1 (and `ignore_index` stays).
+        ignore_index: value that does not count; None for none.
+        rgb_masks: raw values are red + 256 * green.
+        splits: names of splits in paths, by their usual names.
+        subset: of the class names, by key.
+        preparation: what makes masks that the download lacks.
+    """
+
+    name: str
+    title: str
+    class_names: str
+    layout: Layout
+    roots: tuple[str, ...] = ("",)
+    has_background: bool = False
+    zero_is_unknown: bool = False
+    ignore_index: int | None = IGNORE_INDEX
+    rgb_masks: bool = False
+    splits: dict[str, str] = field(default_factory=lambda: {"val": "val", "train": "train"})
+    subset: str | None = None
+    preparation: str | None = None
+
+    @property
+    def classes(self) -> list[str]:
+        """Names of the classes, without a background."""
+        content = read_class_names(self.class_names)
+        if self.subset is None:
+            return list(content["labels"])
+        by_id = dict(zip(content["wnids"], content["labels"]))
+        return [by_id[wnid] for wnid in content["subsets"][self.subset]]
+
+    @property
+    def labels(self) -> list[str]:
+        """Name of each value, with the background first where there is one."""
+        return [BACKGROUND, *self.classes] if self.has_background else self.classes
+
+    def open(self, path: str | Path, split: str = "val") -> MaskDataset:
+        """The benchmark's pictures.
+
+        Args:
+            path: the benchmark's folder, or one above it, as in `roots`.
+            split: "val" or "train".
+
+        Raises:
+            ValueError: no such split, no such folder, or missing files, naming what was looked for.
+        """
+        if split not in self.splits:
+            raise ValueError(f"{self.name} has no split {split!r}, expected one of {', '.join(self.splits)}.")
+        where = self.splits[split]
+        places = [Path(path) / root for root in self.roots]
+        root = next((place for place in places if self.layout.is_at(place, where)), None)
+        if root is None:
+            wanted = [self.layout.images, *([self.layout.listing] if self.layout.listing else [])]
+            raise ValueError(
+                f"{path} does not hold {self.title}: expected {' and '.join(wanted).format(split=where)} in "
+                f"{' or '.join(str(place) for place in places)}."
+            )
+        dataset = self.over(self.layout.pictures(root, where), f"{self.name} {split}")
+        require_files(dataset, f" {self.preparation}" if self.preparation else "")
+        return dataset
+
+    def over(self, pictures: Iterable[Picture], name: str) -> MaskDataset:
+        """Pictures from elsewhere, with this benchmark's labels and values."""
+        labels = self.labels
+        values = None
+        if self.zero_is_unknown:
+            assert self.ignore_index is not None
+            values = {0: self.ignore_index, **{value + 1: value for value in range(len(labels))}}
+        return MaskDataset(
+            name=name,
+            labels=labels,
+            pictures=list(pictures),
+            background=0 if self.has_background else None,
+            ignore_index=self.ignore_index,
+            values=values,
+            rgb_masks=self.rgb_masks,
+            synonyms={
+                label: names
+                for label, names in read_class_names(self.class_names).get("synonyms", {}).items()
+                if label in labels
+            },
+        )
+
+
+@cache
+def read_class_names(file: str) -> dict[str, Any]:
+    """A file of `class_names/`: `labels`, `synonyms` and `source`, for ImageNet also `wnids`."""
+    return json.loads((_CLASS_NAMES / f"{file}.json").read_text(encoding="utf-8"))
+
+
+_VOC = Layout("JPEGImages", "SegmentationClass", listing="ImageSets/Segmentation/{split}.txt")
+_CONTEXT = Layout(
+    "JPEGImages", "SegmentationClassContext", listing="ImageSets/SegmentationContext/{split}.txt"
+)
+_COCO_SPLITS = {"val": "val2017", "train": "train2017"}
+_IMAGENET_S = Layout("{split}", "{split}-segmentation", image_suffix=".JPEG", nested=True)
+
+
+def _imagenet_s(classes: int) -> Benchmark:
+    return Benchmark(
+        f"imagenet_s{classes}",
+        f"ImageNet-S-{classes}",
+        "imagenet_s",
+        _IMAGENET_S,
+        roots=(f"ImageNetS{classes}", f"ImageNet-S/ImageNetS{classes}", ""),
+        has_background=True,
+        ignore_index=1000,
+        rgb_masks=True,
+        splits={"val": "validation"},
+        subset=None if classes == 919 else str(classes),
+    )
+
+
+_VOC21 = Benchmark(
+    "voc",
+    "Pascal VOC 2012, 20 classes and background",
+    "voc",
+    _VOC,
+    roots=("VOCdevkit/VOC2012", "VOC2012", ""),
+    has_background=True,
+)
+_CONTEXT60 = Benchmark(
+    "context",
+    "Pascal Context, 59 classes and background",
+    "context",
+    _CONTEXT,
+    roots=("VOCdevkit/VOC2010", "VOC2010", ""),
+    has_background=True,
+    preparation="`pgseg prepare context DIR` makes them from trainval_merged.json.",
+)
+
+BENCHMARKS: dict[str, Benchmark] = {
+    benchmark.name: benchmark
+    for benchmark in (
+        _VOC21,
+        replace(
+            _VOC21,
+            name="voc20",
+            title="Pascal VOC 2012 without background",
+            has_background=False,
+            zero_is_unknown=True,
+        ),
+        _CONTEXT60,
+        replace(
+            _CONTEXT60,
+            name="context59",
+            title="Pascal Context without background",
+            has_background=False,
+            zero_is_unknown=True,
+        ),
+        Benchmark(
+            "coco_object",
+            "COCO-Object, 80 classes and background",
+            "coco_object",
+            Layout("images/{split}", "annotations/{split}", mask_suffix="_instanceTrainIds.png"),
+            roots=("coco", "coco_stuff164k", ""),
+            has_background=True,
+            splits=_COCO_SPLITS,
+            preparation="`pgseg prepare coco_object DIR` makes them.",
+        ),
+        Benchmark(
+            "coco_stuff",
+            "COCO-Stuff 164k, 171 classes",
+            "coco_stuff",
+            Layout("images/{split}", "annotations/{split}", mask_suffix="_labelTrainIds.png"),
+            roots=("coco_stuff164k", "coco", ""),
+            splits=_COCO_SPLITS,
+            preparation="`pgseg prepare coco_stuff DIR` makes them.",
+        ),
+        Benchmark(
+            "ade20k",
+            "ADE20K, 150 classes",
+            "ade20k",
+            Layout("images/{split}", "annotations/{split}"),
+            roots=("ade/ADEChallengeData2016", "ADEChallengeData2016", ""),
+            zero_is_unknown=True,
+            splits={"val": "validation", "train": "training"},
+        ),
+        Benchmark(
+            "cityscapes",
+            "Cityscapes, 19 classes",
+            "cityscapes",
+            Layout(
+                "leftImg8bit/{split}",
+                "gtFine/{split}",
+                image_suffix="_leftImg8bit.png",
+                mask_suffix="_gtFine_labelTrainIds.png",
+                nested=True,
+            ),
+            roots=("cityscapes", ""),
+            preparation="`pgseg prepare cityscapes DIR` makes them.",
+        ),
+        *(_imagenet_s(classes) for classes in (50, 300, 919)),
+        Benchmark(
+            "lvis",
+            "LVIS v1, 1,203 classes and background",
+            "lvis",
+            Layout("images", "annotations/lvis_{split}", listing="lvis_{split}.txt", flat_masks=True),
+            roots=("lvis", "coco", ""),
+            has_background=True,
+            # The released configuration leaves 255 at mmsegmentation's default, which there is a class.
+            ignore_index=None,
+            preparation="`pgseg prepare lvis DIR` makes them.",
+        ),
+    )
+}
+"""All benchmarks by name; `folder` stands for any [`MaskFolder`]."""
+
+
+def open_benchmark(
+    name: str, path: str | Path, split: str = "val", background: str | None = None
+) -> MaskDataset:
+    """A benchmark's pictures, or those of a folder with masks.
+
+    Args:
+        name: one of `BENCHMARKS`, or "folder".
+        path: its folder.
+        split: of a benchmark; a folder has none.
+        background: of a folder, see [`MaskFolder`].
+
+    Raises:
+        ValueError: no such benchmark, or files that are missing.
+    """
+    if name == "folder":
+        return MaskFolder(path, background)
+    if name not in BENCHMARKS:
+        raise ValueError(f"benchmark is {name!r}, expected one of {', '.join([*BENCHMARKS, 'folder'])}.")
+    if background is not None:
+        raise ValueError(f"background is {background!r}, but {name} has its own; expected None.")
+    return BENCHMARKS[name].open(path, split)

@@ -1,0 +1,261 @@
+"""What `pgseg evaluate` and `pgseg prepare` do."""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+
+from ..checkpoint import DEFAULT_CHECKPOINT, load_segmenter
+from ..data.augmentation import AugmentationOptions
+from ..segmentation import Segmenter
+from . import preparing
+from .arguments import parse_thresholds
+from .baselines import count_baselines, position_prior, untrained
+from .benchmarks import BENCHMARKS, open_benchmark
+from .classification import Classifier, open_imagenet, template_sets
+from .confusion import ConfusionMatrix
+from .hub_masks import hub_pictures
+from .mask_dataset import MaskDataset
+from .masks import MaskOptions, MaskScores, evaluate_masks, without_nan
+from .protocols import Protocol, load_protocol
+from .reports import write_report
+from .running import Output, checkpoint_hash, classify_on_all_processes, evaluate_in_parts, versions
+
+
+def evaluate(args: argparse.Namespace) -> dict[str, Any]:
+    """Runs `pgseg evaluate` on this process; every process of a launch has to call it.
+
+    Args:
+        args: of `add_evaluate_arguments`.
+
+    Returns:
+        the content of `results.json`.
+
+    Raises:
+        ValueError: anything that was asked for and cannot be.
+    """
+    start = time.monotonic()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    args.checkpoint = args.checkpoint or DEFAULT_CHECKPOINT
+    name = Path(args.checkpoint).name
+    folder = args.output or Path(f"{name}-{args.benchmark}-{args.split}")
+    state = PartialState(cpu=args.device == "cpu")
+    device = args.device or state.device
+    run = _classify if args.benchmark == "imagenet" else _segment
+    segmenter = load_segmenter(args.checkpoint, device=device, dtype=getattr(torch, args.dtype))
+    content = run(args, segmenter, folder)
+    content["settings"] |= {
+        "checkpoint": name,
+        "weights_sha256": checkpoint_hash(args.checkpoint),
+        "dtype": args.dtype,
+        "processes": state.num_processes,
+        **versions(device),
+        "seconds": round(time.monotonic() - start, 1),
+    }
+    content = without_nan(content)
+    if state.is_main_process:
+        content["markdown"] = write_report(content, folder)
+    return {**content, "folder": str(folder)}
+
+
+def _segment(args: argparse.Namespace, segmenter: Segmenter, folder: Path) -> dict[str, Any]:
+    dataset, protocol = _open(args), _protocol(args)
+    threshold = args.background_threshold
+    if threshold is None:
+        threshold = protocol.threshold(args.benchmark, dataset)
+    dataset.check_threshold(threshold)
+    options = MaskOptions(
+        segmentation=protocol.segmentation(threshold, args.batch_size),
+        thresholds=parse_thresholds(args.thresholds) if args.thresholds else (),
+        synonyms=protocol.synonyms,
+        oracle=args.analysis,
+        groups=args.analysis,
+        refinement=protocol.make_refinement(),
+        skip_broken=args.skip_broken,
+        readers=args.readers,
+    )
+    settings = {
+        "benchmark": f"{args.benchmark} {args.split}",
+        "data": f"{dataset.name}, {len(dataset)} pictures, {len(dataset.labels)} labels",
+        "protocol": protocol.to_dict(),
+        "background_threshold": threshold,
+    }
+    record = {
+        **settings,
+        "pictures": dataset.fingerprint(),
+        "checkpoint": checkpoint_hash(args.checkpoint) or args.checkpoint,
+        "thresholds": options.thresholds,
+        "analysis": args.analysis,
+        "dtype": args.dtype,
+        "skip_broken": args.skip_broken,
+    }
+    output = Output(folder, record, args.overwrite)
+    with PartialState().main_process_first():
+        output.prepare()
+    scores = evaluate_in_parts(segmenter, dataset, options, output, args.save_predictions, args.visualize)
+    found = scores.to_dict()
+    rows = {"model": _figures(scores.confusion)}
+    if scores.oracle is not None:
+        rows["oracle: its groups, named by the masks"] = _figures(scores.oracle)
+    if args.baselines:
+        rows |= _baselines(args, segmenter, dataset, options)
+    return {
+        "title": f"{Path(args.checkpoint).name} on {args.benchmark} {args.split}, protocol {protocol.name}",
+        "rows": rows,
+        **{
+            key: found[key]
+            for key in ("thresholds", "best_threshold", "groups", "iou", "broken")
+            if key in found
+        },
+        "mean_iou_absent_as_zero": found["mean_iou_absent_as_zero"],
+        "pictures": scores.pictures,
+        "settings": settings,
+    }
+
+
+def _open(args: argparse.Namespace) -> MaskDataset:
+    """The pictures that were asked for."""
+    if args.data.startswith("hub:"):
+        if args.benchmark == "folder":
+            raise ValueError("hub:NAME has no labels of its own; give the --benchmark that its masks are of.")
+        split = {"val": "validation"}.get(args.split, args.split)
+        pictures = hub_pictures(args.data.removeprefix("hub:"), split, args.image_column, args.mask_column)
+        dataset = BENCHMARKS[args.benchmark].over(pictures, f"{args.benchmark} {split} of {args.data}")
+    else:
+        dataset = open_benchmark(args.benchmark, args.data, args.split, args.background)
+    return dataset.spread(args.limit) if args.limit is not None else dataset
+
+
+def _protocol(args: argparse.Namespace) -> Protocol:
+    """The protocol with what the command line changes."""
+    protocol = load_protocol(args.protocol or ("checkpoint" if args.benchmark == "folder" else "pgseg"))
+    changes = {
+        name: value
+        for name, value in (("synonyms", args.synonyms), ("refinement", args.refinement))
+        if value is not None and value != getattr(protocol, name)
+    }
+    if args.background_threshold is not None:
+        changes |= {"background_threshold": args.background_threshold, "background_thresholds": {}}
+    return replace(protocol, name=f"{protocol.name}, changed", **changes) if changes else protocol
+
+
+def _figures(confusion: ConfusionMatrix) -> dict[str, float]:
+    return {
+        "mean_iou": confusion.mean_iou(),
+        "pixel_accuracy": confusion.pixel_accuracy(),
+        "mean_accuracy": confusion.mean_accuracy(),
+        "frequency_weighted_iou": confusion.frequency_weighted_iou(),
+    }
+
+
+def _baselines(
+    args: argparse.Namespace, segmenter: Segmenter, dataset: MaskDataset, options: MaskOptions
+) -> dict[str, dict[str, float]]:
+    """Figures of what a model has to beat; the same on every process, which each count a part of the pictures."""
+    state = PartialState()
+    part = dataset.part(state.process_index, state.num_processes)
+    torch.manual_seed(args.seed)
+    scores = evaluate_masks(
+        untrained(segmenter), part, replace(options, oracle=True, groups=False, thresholds=())
+    )
+    scores.sum_over_processes(state.device)
+    rows = {
+        "untrained model": _figures(scores.confusion),
+        "oracle: groups of the untrained model, named by the masks": _figures(_oracle(scores)),
+    }
+    prior_map = None
+    if args.train:
+        crops = AugmentationOptions(
+            image_size=segmenter.model.config.vision_config.image_size,
+            crop_sides=tuple(args.crop_sides) if args.crop_sides else None,
+            short_side=segmenter.processor.image_processor.size["shortest_edge"],
+            horizontal_flip=0.0,
+        )
+        prior_map = position_prior(args.train, dataset.labels, crops, args.seed)
+    baselines = count_baselines(dataset, prior_map)
+    best = baselines.best_label()
+    if dataset.background is not None:
+        rows[f"{dataset.labels[dataset.background]} everywhere"] = _figures(
+            baselines.by_label[dataset.background]
+        )
+    if best != dataset.background:
+        rows[f"{dataset.labels[best]} everywhere, the best single label"] = _figures(baselines.by_label[best])
+    if baselines.prior is not None:
+        rows["position prior of the training tags"] = _figures(baselines.prior)
+    return rows
+
+
+def _oracle(scores: MaskScores) -> ConfusionMatrix:
+    assert scores.oracle is not None
+    return scores.oracle
+
+
+def _classify(args: argparse.Namespace, segmenter: Segmenter, folder: Path) -> dict[str, Any]:
+    classes = open_imagenet(args.data, args.split, args.label_column)
+    kind = args.templates or "subset"
+    classifier = Classifier(
+        segmenter.model,
+        segmenter.processor,
+        classes.labels,
+        template_sets()[kind],
+        batch_size=args.batch_size,
+        skip_broken=args.skip_broken,
+    )
+    scores = classify_on_all_processes(classifier, classes)
+    side = segmenter.model.config.vision_config.image_size
+    return {
+        "title": f"{Path(args.checkpoint).name} on {classes.name}, zero-shot classification",
+        "rows": {"model": {key: value for key, value in scores.to_dict().items() if key != "pictures"}},
+        "broken": scores.broken,
+        "pictures": scores.pictures,
+        "settings": {
+            "benchmark": classes.name,
+            "data": f"{scores.pictures} pictures, {len(classes.labels)} classes",
+            "templates": f"{kind}, {len(classifier.templates)}",
+            "size": f"short side {round(side * 256 / 224)}, centre {side} px",
+        },
+    }
+
+
+def run_evaluate(args: argparse.Namespace) -> int:
+    """`pgseg evaluate`: 0, or 1 where pictures were broken and left out."""
+    content = evaluate(args)
+    if "markdown" in content:
+        print(content["markdown"].split("## IoU of each label")[0].strip())
+        for name, reason in content.get("broken", {}).items():
+            print(f"broken: {name}: {reason}", file=sys.stderr)
+        seconds = content["settings"]["seconds"]
+        print(f"\n{content['pictures']} pictures in {seconds} s -> {content['folder']}")
+    return 1 if content.get("broken") else 0
+
+
+def run_prepare(args: argparse.Namespace) -> int:
+    """`pgseg prepare`."""
+    makers: dict[str, Callable[..., preparing.PreparationSummary]] = {
+        "coco_object": preparing.prepare_coco_object,
+        "coco_object_from_stuff": preparing.prepare_coco_object_from_stuff,
+        "coco_stuff": preparing.prepare_coco_stuff,
+        "context": preparing.prepare_context,
+        "cityscapes": preparing.prepare_cityscapes,
+        "lvis": preparing.prepare_lvis,
+    }
+    chosen: dict[str, Any] = {}
+    if args.split is not None:
+        if args.what == "context":
+            raise ValueError("context has no --split: both are in its annotations.")
+        if args.what == "lvis":
+            chosen["annotations"] = f"lvis_v1_{args.split}.json"
+        else:
+            chosen["split"] = args.split
+    summary = makers[args.what](args.folder, **chosen)
+    print(
+        f"{summary.written} masks written, {summary.skipped} were there, in {summary.seconds:.1f} s -> {args.folder}"
+    )
+    return 0

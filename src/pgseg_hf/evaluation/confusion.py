@@ -1,0 +1,110 @@
+"""Counts of pixels by true and predicted label, and the figures made of them."""
+
+from typing import Literal
+
+import numpy as np
+import torch
+
+from .. import losses
+
+IGNORE_INDEX = 255
+"""Value of mask pixels that do not count, the field's habit."""
+
+AbsentRule = Literal["skip", "zero"]
+
+
+class ConfusionMatrix:
+    """Counts of pixels, int64 `counts` [true label, predicted label].
+
+    IoU and the accuracies are those of mmsegmentation: pixels whose truth is `ignore_index` count nowhere, and a label
+    that is neither in the truth nor predicted is left out of means (`absent="skip"`). Counts are over all pictures; no
+    figure is a mean over pictures.
+
+    Args:
+        num_labels: N; labels are 0 to N - 1. A background is a label like the others.
+        ignore_index: value of the truth that does not count; None for none.
+    """
+
+    def __init__(self, num_labels: int, ignore_index: int | None = IGNORE_INDEX):
+        if num_labels < 1:
+            raise ValueError(f"num_labels is {num_labels}, expected at least 1.")
+        self.ignore_index = ignore_index
+        self.counts = np.zeros((num_labels, num_labels), dtype=np.int64)
+
+    def add(self, truth: np.ndarray, predicted: np.ndarray) -> None:
+        """Counts the pixels of a picture, two integer arrays of one shape.
+
+        Raises:
+            ValueError: other shapes, or values that are no labels; predictions only where the truth counts.
+        """
+        if truth.shape != predicted.shape:
+            raise ValueError(
+                f"the truth has shape {truth.shape} and the prediction {predicted.shape}, expected the same."
+            )
+        known = np.full(truth.shape, True) if self.ignore_index is None else truth != self.ignore_index
+        num_labels = len(self.counts)
+        pairs = []
+        for name, values in (("truth", truth[known]), ("prediction", predicted[known])):
+            if values.size and not 0 <= values.min() <= values.max() < num_labels:
+                raise ValueError(
+                    f"the {name} has values from {values.min()} to {values.max()}, expected 0 to {num_labels - 1}"
+                    + ("." if self.ignore_index is None else f" and {self.ignore_index} for unknown.")
+                )
+            pairs.append(values.astype(np.int64))
+        present, places = np.unique(pairs[0] * num_labels + pairs[1], return_counts=True)
+        self.counts.ravel()[present] += places
+
+    def merge(self, other: "ConfusionMatrix") -> None:
+        """Adds what another one has counted of the same labels."""
+        if self.counts.shape != other.counts.shape:
+            raise ValueError(
+                f"counts of {len(self.counts)} labels cannot take those of {len(other.counts)} labels."
+            )
+        self.counts += other.counts
+
+    def sum_over_processes(self, device: str | torch.device = "cpu") -> None:
+        """Adds the counts of all processes of `torch.distributed`; `device` as its backend needs it."""
+        total = losses.sum_over_processes(torch.from_numpy(self.counts).to(device))
+        self.counts = total.cpu().numpy()
+
+    def iou(self) -> np.ndarray:
+        """IoU of each label, float [N]; NaN where it is neither in the truth nor predicted."""
+        hits = np.diag(self.counts)
+        union = self.counts.sum(0) + self.counts.sum(1) - hits
+        return np.where(union > 0, hits / np.maximum(union, 1), np.nan)
+
+    def accuracy(self) -> np.ndarray:
+        """Share of each label's true pixels that are right, float [N]; NaN where there are none."""
+        total = self.counts.sum(1)
+        return np.where(total > 0, np.diag(self.counts) / np.maximum(total, 1), np.nan)
+
+    def mean_iou(self, absent: AbsentRule = "skip") -> float:
+        """Mean of the labels' IoU; NaN without pixels.
+
+        Args:
+            absent: what labels do that are neither in the truth nor predicted: `"skip"` leaves them out, as
+                mmsegmentation does, `"zero"` counts them as 0.
+        """
+        return self._mean(self.iou(), absent)
+
+    def mean_accuracy(self, absent: AbsentRule = "skip") -> float:
+        """Mean of the labels' accuracies; `absent` is about labels that are not in the truth. NaN without pixels."""
+        return self._mean(self.accuracy(), absent)
+
+    def pixel_accuracy(self) -> float:
+        """Share of pixels that are right; NaN without pixels."""
+        return float(np.trace(self.counts) / self.counts.sum()) if self.counts.any() else float("nan")
+
+    def frequency_weighted_iou(self) -> float:
+        """Mean of the labels' IoU weighted by their share of the true pixels; NaN without pixels."""
+        if not self.counts.any():
+            return float("nan")
+        share = self.counts.sum(1) / self.counts.sum()
+        return float(np.nansum(share * self.iou()))
+
+    def _mean(self, values: np.ndarray, absent: AbsentRule) -> float:
+        if absent not in ("skip", "zero"):
+            raise ValueError(f"absent is {absent!r}, expected 'skip' or 'zero'.")
+        if not self.counts.any():
+            return float("nan")
+        return float(np.nanmean(values) if absent == "skip" else np.nan_to_num(values).mean())

@@ -1,0 +1,41 @@
+"""Pictures with masks in data sets of the Hub."""
+
+from functools import partial
+
+from ..data.columns import Columns
+from ..data.tables import StreamedTable, TableSource, open_hub
+from ..images import ImageSource
+from .mask_dataset import Picture
+
+
+def hub_pictures(
+    path: str, split: str = "validation", image_column: str | None = None, mask_column: str = "mask"
+) -> list[Picture]:
+    """The rows of a data set of the Hub, of a local folder in its layout, or of one written by `save_to_disk`; pictures
+    are read when they are asked for.
+
+    Args:
+        path: as `datasets.load_dataset` takes it.
+        split: of the data set.
+        image_column: by default the usual names.
+        mask_column: pictures of one integer a pixel.
+
+    Raises:
+        ValueError: it cannot be loaded, has no such split, or columns are missing.
+    """
+    source = open_hub(path, Columns(image=image_column, mask=mask_column), split=split)
+    assert not isinstance(source, StreamedTable)
+    digits = len(str(len(source)))
+    return [
+        Picture(
+            f"{row:0{digits}d}", partial(_cell, source, row, "image"), partial(_cell, source, row, "mask")
+        )
+        for row in range(len(source))
+    ]
+
+
+def _cell(source: TableSource, row: int, field: str) -> ImageSource:
+    content = getattr(source[row], field)
+    if content is None:
+        raise ValueError(f"row {row} of {source.name} has no {field}.")
+    return content

@@ -1,0 +1,289 @@
+"""Pictures with masks: what a benchmark is, however its files lie."""
+
+import copy
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from ..folders import find_images
+from ..images import ImageSource, load_image, load_label_map
+from ..prompts import validate_labels
+from .confusion import IGNORE_INDEX
+
+Source = ImageSource | Callable[[], ImageSource]
+"""A file, its bytes or an image; or a function that gives one, for pictures that lie in tables."""
+
+
+class BrokenPicture(ValueError):
+    """A picture or mask that cannot be decoded, such as a truncated file; `name` is the picture's."""
+
+    def __init__(self, name: str, message: str):
+        super().__init__(message)
+        self.name = name
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture and its mask, not read yet.
+
+    Args:
+        name: unique in its data set; the name of its result files, without an ending.
+        image: the picture.
+        mask: one integer a pixel.
+    """
+
+    name: str
+    image: Source
+    mask: Source
+
+    @property
+    def image_place(self) -> str:
+        """What messages call the picture."""
+        return str(self.image) if isinstance(self.image, (str, os.PathLike)) else f"picture {self.name}"
+
+    @property
+    def mask_place(self) -> str:
+        """What messages call the mask."""
+        return str(self.mask) if isinstance(self.mask, (str, os.PathLike)) else f"the mask of {self.name}"
+
+    def read(self) -> Image.Image:
+        """The picture, RGB.
+
+        Raises:
+            BrokenPicture: it cannot be decoded.
+        """
+        try:
+            return load_image(self.image() if callable(self.image) else self.image)
+        except ValueError as error:
+            raise BrokenPicture(self.name, f"{self.image_place}: {error}") from error
+
+
+@dataclass
+class MaskDataset:
+    """Pictures with masks and the names of the masks' values.
+
+    Args:
+        name: of the data, for reports.
+        labels: name of each value, 0 to N - 1; a background among them where there is one.
+        pictures: all of them.
+        background: the value that means background, None for none.
+        ignore_index: value that does not count; None for none.
+        values: for each raw value of the files its label or `ignore_index`, where these are not the same.
+        rgb_masks: raw values are red + 256 * green of colour pictures, as in ImageNet-S.
+        synonyms: other names of labels.
+    """
+
+    name: str
+    labels: list[str]
+    pictures: list[Picture]
+    background: int | None = None
+    ignore_index: int | None = IGNORE_INDEX
+    values: Mapping[int, int] | None = None
+    rgb_masks: bool = False
+    synonyms: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def truth(self, picture: Picture) -> np.ndarray:
+        """The labels of a picture's pixels, int64 [H, W].
+
+        Raises:
+            BrokenPicture: the mask cannot be decoded.
+            ValueError: it has values that are no labels.
+        """
+        source = picture.mask() if callable(picture.mask) else picture.mask
+        try:
+            raw = _rgb_values(load_image(source)) if self.rgb_masks else load_label_map(source)
+        except ValueError as error:
+            raise BrokenPicture(picture.name, f"{picture.mask_place}: {error}") from error
+        table = dict(self.values or {value: value for value in range(len(self.labels))})
+        if self.ignore_index is not None:
+            table.setdefault(self.ignore_index, self.ignore_index)
+        present = np.unique(raw)
+        strange = [int(value) for value in present if int(value) not in table]
+        if strange:
+            raise ValueError(
+                f"{picture.mask_place} has the value {strange[0]}, expected one of {_ranges(table)}: the values of "
+                f"{self.name} with its {len(self.labels)} labels."
+            )
+        return np.array([table[int(value)] for value in present])[np.searchsorted(present, raw)]
+
+    def check_threshold(self, background_threshold: float | None) -> None:
+        """Raises a ValueError for a background threshold where there is no background."""
+        if background_threshold is not None and self.background is None:
+            raise ValueError(
+                f"background_threshold is {background_threshold}, but {self.name} has no background; expected None, or "
+                "background in its labels.json."
+            )
+
+    def spread(self, count: int) -> "MaskDataset":
+        """At most `count` of the pictures, spread evenly over all of them."""
+        if count < 1:
+            raise ValueError(f"count is {count}, expected at least 1 picture.")
+        count = min(count, len(self))
+        return self.only(self.pictures[index * len(self) // count] for index in range(count))
+
+    def part(self, rank: int, world_size: int) -> "MaskDataset":
+        """The pictures of one process: number i belongs to rank i % world_size. There may be none."""
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank is {rank} of world_size {world_size}, expected 0 <= rank < world_size.")
+        return self.only(self.pictures[rank::world_size])
+
+    def only(self, pictures: Iterable[Picture]) -> "MaskDataset":
+        """The same labels with some of the pictures."""
+        other = copy.copy(self)
+        other.pictures = list(pictures)
+        return other
+
+    def fingerprint(self) -> str:
+        """Equal for data sets with the same labels and names of pictures; the pixels are not looked at."""
+        names = [picture.name for picture in self.pictures]
+        content = json.dumps([self.labels, self.background, self.ignore_index, names])
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def _rgb_values(image: Image.Image) -> np.ndarray:
+    channels = np.asarray(image).astype(np.int64)
+    return channels[..., 0] + 256 * channels[..., 1]
+
+
+def _ranges(values: Iterable[int]) -> str:
+    """`0 to 20, 255`"""
+    parts: list[list[int]] = []
+    for value in sorted(values):
+        if parts and value == parts[-1][-1] + 1:
+            parts[-1][1:] = [value]
+        else:
+            parts.append([value])
+    return ", ".join(" to ".join(map(str, part)) for part in parts)
+
+
+class MaskFolder(MaskDataset):
+    """A folder of one's own: `metadata.jsonl` with `file_name` and `mask_file_name`, or `images/` and `masks/` with
+    files of equal names but for their endings.
+
+    `labels.json`, there or in the folder above, holds `labels`, in the order of the masks' values, and may hold
+    `ignore_index` (a value of the masks that does not count, 255 by default, or null), `background` (the value
+    that means background, null by default) and `synonyms` (lists of other names by label).
+
+    Args:
+        path: the folder.
+        background: the label that means background, instead of what `labels.json` says.
+
+    Raises:
+        ValueError: files that are missing or make no sense.
+    """
+
+    def __init__(self, path: str | os.PathLike, background: str | None = None):
+        folder = Path(path)
+        if not folder.is_dir():
+            raise ValueError(f"{folder} is no folder; expected one with pictures and masks.")
+        content = _read_labels(folder)
+        metadata = folder / "metadata.jsonl"
+        pictures = _pairs_of_metadata(metadata) if metadata.is_file() else _pairs_of_names(folder)
+        super().__init__(name=folder.resolve().name, pictures=pictures, **content)
+        if background is not None:
+            if background not in self.labels:
+                raise ValueError(f"background {background!r} is none of the labels {', '.join(self.labels)}.")
+            self.background = self.labels.index(background)
+        require_files(self)
+
+
+def require_files(dataset: MaskDataset, hint: str = "") -> None:
+    """Looks whether all files of a data set are there.
+
+    Raises:
+        ValueError: there are no pictures, or some files are missing, naming the first.
+    """
+    if not dataset.pictures:
+        raise ValueError(f"{dataset.name} has no pictures.{hint}")
+    files = [file for each in dataset.pictures for file in (each.image, each.mask) if isinstance(file, Path)]
+    names = Counter(picture.name for picture in dataset.pictures)
+    name, count = names.most_common(1)[0]
+    if count > 1:
+        raise ValueError(f"{count} pictures of {dataset.name} have the name {name}, expected each once.")
+    missing = [file for file in files if not file.is_file()]
+    if missing:
+        raise ValueError(
+            f"{len(missing)} pictures or masks of {dataset.name} are missing, the first is {missing[0]}.{hint}"
+        )
+
+
+def _read_labels(folder: Path) -> dict:
+    """Labels, ignore_index, background and synonyms."""
+    places = [folder / "labels.json", folder.resolve().parent / "labels.json"]
+    path = next((place for place in places if place.is_file()), None)
+    if path is None:
+        raise ValueError(
+            f'{places[0]} is missing, expected {{"labels": [...]}} there or in the folder above.'
+        )
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        labels = validate_labels(content["labels"])
+        ignore_index, background = content.get("ignore_index", IGNORE_INDEX), content.get("background")
+        synonyms = {str(label): list(words) for label, words in content.get("synonyms", {}).items()}
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f'{path} cannot be read, expected {{"labels": [...]}}: {error}') from error
+    for name, value in (("ignore_index", ignore_index), ("background", background)):
+        if value is not None and not isinstance(value, int):
+            raise ValueError(f"{name} in {path} is {value!r}, expected a whole number or null.")
+    if ignore_index is not None and 0 <= ignore_index < len(labels):
+        raise ValueError(f"ignore_index {ignore_index} in {path} is a label; give null or another number.")
+    if background is not None and not 0 <= background < len(labels):
+        raise ValueError(
+            f"background {background} in {path} is no label, expected 0 to {len(labels) - 1} or null."
+        )
+    unknown = sorted(set(synonyms) - set(labels))
+    if unknown:
+        raise ValueError(f"synonyms in {path} are for {unknown[0]!r}, which is none of its labels.")
+    return {
+        "labels": labels,
+        "ignore_index": ignore_index,
+        "background": background,
+        "synonyms": synonyms,
+    }
+
+
+def _pairs_of_metadata(path: Path) -> list[Picture]:
+    pictures = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            image, mask = path.parent / row["file_name"], path.parent / row["mask_file_name"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"line {number} of {path} has no file_name and mask_file_name: {error!r}."
+            ) from error
+        pictures.append(Picture(picture_name(row["file_name"]), image, mask))
+    if not pictures:
+        raise ValueError(f"{path} is empty, expected a line for each picture.")
+    return pictures
+
+
+def _pairs_of_names(folder: Path) -> list[Picture]:
+    images, masks = folder / "images", folder / "masks"
+    if not images.is_dir() or not masks.is_dir():
+        raise ValueError(f"{folder} holds neither metadata.jsonl nor the folders images and masks.")
+    by_name = {mask.relative_to(masks).with_suffix(""): mask for mask in find_images(masks)}
+    pictures = []
+    for image in find_images(images):
+        name = image.relative_to(images).with_suffix("")
+        mask = by_name.get(name, masks / name.with_suffix(".png"))
+        pictures.append(Picture(picture_name(str(image.relative_to(images))), image, mask))
+    return pictures
+
+
+def picture_name(path: str) -> str:
+    """A name for result files that stays inside their folder: `a/b.jpg` gives `a/b`."""
+    parts = [part for part in Path(path).with_suffix("").parts if part not in ("/", "..", ".")]
+    return "/".join(parts)

@@ -1,0 +1,404 @@
+"""Segmenting the pictures of a data set and counting what is right."""
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image
+from torch import Tensor
+from transformers.utils import logging
+
+from .. import losses
+from ..scoring import best_labels, merge_windows
+from ..segmentation import EncodedImage, ScoredImage, SegmentationOptions, Segmenter
+from .analysis import GroupStatistics
+from .confusion import ConfusionMatrix
+from .mask_dataset import BrokenPicture, MaskDataset, Picture
+from .oracle import oracle_map, resized_truth
+from .refinement import PixelAdaptiveRefinement
+
+logger = logging.get_logger(__name__)
+
+SynonymRule = Literal["none", "average", "merge"]
+
+
+@dataclass(frozen=True)
+class MaskOptions:
+    """What [`evaluate_masks`] does.
+
+    Args:
+        segmentation: sizes, windows, templates and the background threshold; the segmenter's by default.
+        thresholds: further background thresholds, all counted in the same pass.
+        synonyms: whether a label's other names take part: not at all, by the mean of their embeddings with its own
+            (`"average"`), or as labels of their own whose pixels are the label's (`"merge"`; `top_k` then counts
+            names).
+        oracle: also what a perfect namer would make of the groups, see [`oracle_map`].
+        groups: also figures of the groups, see [`GroupStatistics`].
+        refinement: applied to the scores before each pixel's best label is chosen.
+        skip_broken: pictures that cannot be decoded are named and left out; otherwise they are an error.
+        readers: threads that read pictures ahead.
+    """
+
+    segmentation: SegmentationOptions | None = None
+    thresholds: tuple[float, ...] = ()
+    synonyms: SynonymRule = "none"
+    oracle: bool = False
+    groups: bool = False
+    refinement: PixelAdaptiveRefinement | None = None
+    skip_broken: bool = False
+    readers: int = 2
+
+    def __post_init__(self) -> None:
+        if self.synonyms not in ("none", "average", "merge"):
+            raise ValueError(f"synonyms is {self.synonyms!r}, expected none, average or merge.")
+        if self.readers < 1:
+            raise ValueError(f"readers is {self.readers}, expected at least 1.")
+        for threshold in self.thresholds:
+            if not 0 <= threshold <= 1:
+                raise ValueError(f"thresholds has {threshold}, expected numbers from 0 to 1.")
+
+
+@dataclass
+class MaskScores:
+    """What [`evaluate_masks`] counted. Scores of other pictures can be added.
+
+    Args:
+        labels: of the data set.
+        confusion: of the model.
+        by_threshold: of the model with other background thresholds.
+        oracle: of its groups, each with its majority label; None if not asked for.
+        groups: figures of the groups; None if not asked for.
+        pictures: how many were counted.
+        broken: names of pictures that were left out, with the reason.
+        seconds: wall time of this process.
+    """
+
+    labels: list[str]
+    confusion: ConfusionMatrix
+    by_threshold: dict[float, ConfusionMatrix] = field(default_factory=dict)
+    oracle: ConfusionMatrix | None = None
+    groups: GroupStatistics | None = None
+    pictures: int = 0
+    broken: dict[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    @classmethod
+    def empty(cls, dataset: MaskDataset, options: MaskOptions) -> "MaskScores":
+        """Nothing counted yet."""
+
+        def matrix() -> ConfusionMatrix:
+            return ConfusionMatrix(len(dataset.labels), dataset.ignore_index)
+
+        return cls(
+            labels=dataset.labels,
+            confusion=matrix(),
+            by_threshold={threshold: matrix() for threshold in options.thresholds},
+            oracle=matrix() if options.oracle else None,
+            groups=GroupStatistics() if options.groups else None,
+        )
+
+    def merge(self, other: "MaskScores") -> None:
+        """Adds what was counted on other pictures of the same data set, with the same options."""
+        for mine, its in zip(self._matrices(), other._matrices(), strict=True):
+            mine.merge(its)
+        if self.groups is not None and other.groups is not None:
+            self.groups.merge(other.groups)
+        self.pictures += other.pictures
+        self.broken |= other.broken
+        self.seconds += other.seconds
+
+    def sum_over_processes(self, device: str | torch.device = "cpu") -> "MaskScores":
+        """Adds what all processes counted, each on its part of the pictures; every process has to call it. `seconds`
+        is the longest."""
+        for matrix in self._matrices():
+            matrix.sum_over_processes(device)
+        if self.groups is not None:
+            total = losses.sum_over_processes(torch.from_numpy(self.groups.as_array()).to(device))
+            self.groups = GroupStatistics.from_array(total.cpu().numpy())
+        self.pictures = int(losses.sum_over_processes(torch.tensor(self.pictures, device=device)))
+        if losses.world_size() > 1:
+            others: list[Any] = [None] * losses.world_size()
+            dist.all_gather_object(others, (self.broken, self.seconds))
+            self.broken = {name: reason for broken, _ in others for name, reason in broken.items()}
+            self.seconds = max(seconds for _, seconds in others)
+        return self
+
+    def to_arrays(self) -> dict[str, np.ndarray]:
+        """All counts, for a file."""
+        arrays = {str(number): matrix.counts for number, matrix in enumerate(self._matrices())}
+        if self.groups is not None:
+            arrays["groups"] = self.groups.as_array()
+        arrays["broken"] = np.array([list(pair) for pair in self.broken.items()], dtype=str)
+        return {**arrays, "pictures": np.array(self.pictures), "seconds": np.array(self.seconds)}
+
+    def add_arrays(self, arrays: Any) -> None:
+        """Adds what [`~MaskScores.to_arrays`] gave for other pictures."""
+        for number, matrix in enumerate(self._matrices()):
+            matrix.counts = matrix.counts + arrays[str(number)]
+        if self.groups is not None:
+            self.groups.merge(GroupStatistics.from_array(arrays["groups"]))
+        self.broken |= {str(name): str(reason) for name, reason in arrays["broken"]}
+        self.pictures += int(arrays["pictures"])
+        self.seconds += float(arrays["seconds"])
+
+    def _matrices(self) -> list[ConfusionMatrix]:
+        return [
+            self.confusion,
+            *self.by_threshold.values(),
+            *([self.oracle] if self.oracle is not None else []),
+        ]
+
+    def best_threshold(self) -> float | None:
+        """The one of `by_threshold` with the largest mean IoU; None where there are none."""
+        return max(
+            self.by_threshold, key=lambda threshold: self.by_threshold[threshold].mean_iou(), default=None
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """`mean_iou` (labels left out that are neither in the masks nor predicted; `mean_iou_absent_as_zero` counts
+        them as 0), `pixel_accuracy`, `mean_accuracy`, `frequency_weighted_iou`, `iou` of each label (None where it is
+        absent), and what else was asked for: `thresholds`, `oracle_mean_iou`, `oracle_pixel_accuracy`, `groups`;
+        `pictures`, `broken`, `seconds`. NaN becomes None."""
+        scores: dict[str, Any] = {
+            "mean_iou": self.confusion.mean_iou(),
+            "mean_iou_absent_as_zero": self.confusion.mean_iou(absent="zero"),
+            "pixel_accuracy": self.confusion.pixel_accuracy(),
+            "mean_accuracy": self.confusion.mean_accuracy(),
+            "frequency_weighted_iou": self.confusion.frequency_weighted_iou(),
+            "iou": dict(zip(self.labels, self.confusion.iou().tolist())),
+        }
+        if self.by_threshold:
+            scores["thresholds"] = {
+                str(threshold): {"mean_iou": matrix.mean_iou(), "pixel_accuracy": matrix.pixel_accuracy()}
+                for threshold, matrix in self.by_threshold.items()
+            }
+            scores["best_threshold"] = self.best_threshold()
+        if self.oracle is not None:
+            scores["oracle_mean_iou"] = self.oracle.mean_iou()
+            scores["oracle_pixel_accuracy"] = self.oracle.pixel_accuracy()
+        if self.groups is not None:
+            scores["groups"] = self.groups.to_dict()
+        rest = {"pictures": self.pictures, "broken": self.broken, "seconds": self.seconds}
+        return without_nan({**scores, **rest})
+
+
+def without_nan(value: Any) -> Any:
+    """None in the place of every NaN, in dicts too: JSON has no NaN."""
+    if isinstance(value, dict):
+        return {key: without_nan(each) for key, each in value.items()}
+    return None if isinstance(value, float) and value != value else value
+
+
+@dataclass
+class SegmentedPicture:
+    """A picture that was counted, for pictures and files made of it.
+
+    Args:
+        picture: of the data set.
+        image: as it was read.
+        truth: int64 [H, W].
+        predicted: int64 [H, W], values of the data set's labels.
+        encoded: its groups.
+    """
+
+    picture: Picture
+    image: Image.Image
+    truth: np.ndarray
+    predicted: np.ndarray
+    encoded: EncodedImage
+
+
+class MaskEvaluator:
+    """Segments pictures of a data set and counts, see [`evaluate_masks`].
+
+    Args:
+        segmenter: the model's.
+        dataset: its labels and how its masks are read.
+        options: what to do.
+        on_picture: called with each picture that was counted.
+
+    Raises:
+        ValueError: a background threshold for a data set without a background.
+    """
+
+    def __init__(
+        self,
+        segmenter: Segmenter,
+        dataset: MaskDataset,
+        options: MaskOptions | None = None,
+        on_picture: Callable[[SegmentedPicture], None] | None = None,
+    ):
+        self.segmenter, self.dataset, self.on_picture = segmenter, dataset, on_picture
+        self.options = options or MaskOptions()
+        self.segmentation = self.options.segmentation or segmenter.options
+        if self.options.thresholds and self.segmentation.background_threshold is None:
+            raise ValueError(
+                f"thresholds are {list(self.options.thresholds)}, but there is no background_threshold; expected one, "
+                "for a data set with a background."
+            )
+        self.labels, self.values = segmentation_labels(dataset, self.segmentation)
+        prompts, self._owners = _with_synonyms(self.labels, dataset, self.options.synonyms)
+        self.class_embeds = segmenter.class_embeddings(prompts, self.segmentation)
+        if self.options.synonyms == "average":
+            self.class_embeds = _averages(self.class_embeds, self._owners)
+            self._owners = np.arange(len(self.labels))
+
+    def __call__(self, pictures: Iterable[Picture]) -> MaskScores:
+        """Counts some of the data set's pictures."""
+        start = time.monotonic()
+        scores = MaskScores.empty(self.dataset, self.options)
+        read = _ahead(self._read, pictures, self.options.readers, 2 * self.segmentation.batch_size)
+        while batch := list(islice(read, self.segmentation.batch_size)):
+            whole = [item for item in batch if not isinstance(item, BrokenPicture)]
+            for item in batch:
+                if isinstance(item, BrokenPicture):
+                    self._note_broken(item, scores)
+            encoded = self.segmenter.encode([image for _, image, _ in whole], self.segmentation)
+            for (picture, image, truth), features in zip(whole, encoded, strict=True):
+                self._count(picture, image, truth, features, scores)
+        scores.seconds = time.monotonic() - start
+        return scores
+
+    def _read(self, picture: Picture) -> tuple[Picture, Image.Image, np.ndarray] | BrokenPicture:
+        try:
+            image, truth = picture.read(), self.dataset.truth(picture)
+        except BrokenPicture as error:
+            return error
+        if truth.shape != (image.height, image.width):
+            raise ValueError(
+                f"{picture.mask_place} has {truth.shape} pixels (height, width), its picture {picture.image_place} "
+                f"{(image.height, image.width)}."
+            )
+        return picture, image, truth
+
+    def _note_broken(self, error: BrokenPicture, scores: MaskScores) -> None:
+        if not self.options.skip_broken:
+            raise error
+        logger.warning(f"left out: {error}")
+        scores.broken[error.name] = str(error)
+
+    def _count(
+        self,
+        picture: Picture,
+        image: Image.Image,
+        truth: np.ndarray,
+        features: EncodedImage,
+        scores: MaskScores,
+    ) -> None:
+        threshold = self.segmentation.background_threshold
+        plain = replace(self.segmentation, background_threshold=None)
+        scored = self.segmenter.score(features, self.class_embeds, plain)
+        predicted = self._label_map(scored, threshold, image)
+        scores.confusion.add(truth, predicted)
+        for other, matrix in scores.by_threshold.items():
+            matrix.add(truth, predicted if other == threshold else self._label_map(scored, other, image))
+        num_labels = len(self.dataset.labels)
+        if scores.oracle is not None:
+            scores.oracle.add(truth, oracle_map(scored, truth, num_labels, self.dataset.ignore_index))
+        if scores.groups is not None:
+            self._count_groups(features, truth, scores.groups)
+        scores.pictures += 1
+        if self.on_picture is not None:
+            self.on_picture(SegmentedPicture(picture, image, truth, predicted, features))
+
+    def _label_map(self, scored: ScoredImage, threshold: float | None, image: Image.Image) -> np.ndarray:
+        """Labels of the data set, int64 [H, W]."""
+        if threshold is not None:
+            scored = scored.with_background(threshold)
+        if self.options.refinement is None:
+            label_map = scored.label_map()[0]
+        else:
+            scores, channels, count = merge_windows(scored.windows, scored.resized)
+            small = image.resize(scored.resized[::-1], Image.Resampling.BILINEAR)
+            pixels = torch.from_numpy(np.array(small)).permute(2, 0, 1).to(scores) / 255
+            label_map = best_labels(self.options.refinement(scores, pixels), channels, count, scored.size)[0]
+        found = label_map.cpu().numpy()
+        owners = self._owners if threshold is None else np.concatenate([[0], self._owners + 1])
+        return self.values[owners[found]]
+
+    def _count_groups(self, image: EncodedImage, truth: np.ndarray, groups: GroupStatistics) -> None:
+        small = resized_truth(truth, image.resized)
+        for window in image.windows:
+            height, width = window.groups.shape
+            part = small[window.top : window.top + height, window.left : window.left + width]
+            groups.add(
+                window.groups.cpu(),
+                window.segments.cpu().float(),
+                part,
+                len(self.dataset.labels),
+                self.dataset.ignore_index,
+                grouping=window.grouping.cpu().float(),
+            )
+
+
+def evaluate_masks(
+    segmenter: Segmenter, dataset: MaskDataset, options: MaskOptions | None = None
+) -> MaskScores:
+    """Segments the pictures of a data set and compares with their masks, at the pictures' own sizes.
+
+    The background is a label like the others, with its name as prompt, unless there is a `background_threshold`: then
+    it has no prompt and is where no other label scores as much.
+
+    Args:
+        segmenter: the model's.
+        dataset: or a part of it: `dataset.spread(100)` in training, `.part(rank, world_size)` for each process and
+            `sum_over_processes` on the result.
+        options: what to do.
+
+    Raises:
+        ValueError: broken files, masks of another size than their picture, values that are no labels, or a
+            background threshold for a data set without a background.
+    """
+    return MaskEvaluator(segmenter, dataset, options)(dataset.pictures)
+
+
+def segmentation_labels(dataset: MaskDataset, options: SegmentationOptions) -> tuple[list[str], np.ndarray]:
+    """The labels to segment, and for each value of the segmentation that of the data set's masks.
+
+    Raises:
+        ValueError: a background threshold for a data set without a background.
+    """
+    dataset.check_threshold(options.background_threshold)
+    order = list(range(len(dataset.labels)))
+    if options.background_threshold is None or dataset.background is None:
+        return dataset.labels, np.array(order)
+    order.remove(dataset.background)
+    return [dataset.labels[value] for value in order], np.array([dataset.background, *order])
+
+
+def _with_synonyms(
+    labels: list[str], dataset: MaskDataset, rule: SynonymRule
+) -> tuple[list[str], np.ndarray]:
+    """The names to embed, and the number of the label that each one stands for."""
+    names = [[label, *(dataset.synonyms.get(label, ()) if rule != "none" else ())] for label in labels]
+    owners = [number for number, each in enumerate(names) for _ in each]
+    return [name for each in names for name in each], np.array(owners)
+
+
+def _averages(embeds: Tensor, owners: np.ndarray) -> Tensor:
+    """Unit mean of the rows of each owner."""
+    sums = embeds.new_zeros(int(owners[-1]) + 1, embeds.shape[1])
+    sums.index_add_(0, torch.from_numpy(owners).to(embeds.device), embeds)
+    return torch.nn.functional.normalize(sums, dim=-1)
+
+
+def _ahead(function: Callable, items: Iterable, workers: int, lookahead: int) -> Iterator:
+    """`map`, in threads, at most `lookahead` items ahead of the reader."""
+    with ThreadPoolExecutor(workers) as pool:
+        waiting: list[Future] = []
+        try:
+            for item in items:
+                waiting.append(pool.submit(function, item))
+                if len(waiting) >= lookahead:
+                    yield waiting.pop(0).result()
+            while waiting:
+                yield waiting.pop(0).result()
+        finally:
+            for future in waiting:
+                future.cancel()

@@ -1,0 +1,84 @@
+"""Figures as JSON and Markdown, with all that they depend on."""
+
+from pathlib import Path
+from typing import Any
+
+from ..files import write_json, write_text
+
+RESULTS = "results.json"
+
+
+def write_report(content: dict[str, Any], folder: Path) -> str:
+    """Writes `results.json` and `results.md` into a folder, and returns the Markdown."""
+    markdown = to_markdown(content)
+    write_text(markdown, folder / "results.md")
+    write_json(content, folder / RESULTS)
+    return markdown
+
+
+def to_markdown(content: dict[str, Any]) -> str:
+    """A table of the main figures, the protocol beside them, and each label's IoU.
+
+    Args:
+        content: of `results.json`: `title`, `rows` (figures by name), `settings`, and where there are any
+            `thresholds`, `groups`, `iou`, `broken`.
+    """
+    parts = [f"# {content['title']}", _figures(content["rows"])]
+    if content.get("thresholds"):
+        parts += ["## Background thresholds, in the same pass", _thresholds(content["thresholds"])]
+    if content.get("groups"):
+        figures = [(name.replace("_", " "), _number(value)) for name, value in content["groups"].items()]
+        parts += ["## Groups", _table(("", ""), figures)]
+    if content.get("iou"):
+        rows = sorted(content["iou"].items(), key=lambda pair: -(pair[1] if pair[1] is not None else -1))
+        parts += [
+            "## IoU of each label",
+            _table(("label", "IoU"), [(cell(name), _number(value)) for name, value in rows]),
+        ]
+    if content.get("broken"):
+        broken = [(cell(name), cell(reason)) for name, reason in content["broken"].items()]
+        parts += ["## Broken pictures, left out", _table(("picture", "reason"), broken)]
+    settings = [
+        (name.replace("_", " "), cell(_setting(value))) for name, value in content["settings"].items()
+    ]
+    parts += ["## How it was measured", _table(("", ""), settings)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _figures(rows: dict[str, dict[str, float | None]]) -> str:
+    names = list(dict.fromkeys(name for figures in rows.values() for name in figures))
+    lines = [[cell(row), *(_number(figures.get(name)) for name in names)] for row, figures in rows.items()]
+    return _table(("", *(name.replace("_", " ") for name in names)), lines)
+
+
+def _thresholds(content: dict[str, dict[str, float | None]]) -> str:
+    rows = [
+        (threshold, *(_number(figures[name]) for name in ("mean_iou", "pixel_accuracy")))
+        for threshold, figures in content.items()
+    ]
+    return _table(("threshold", "mean IoU", "pixel accuracy"), rows)
+
+
+def _table(head: tuple[str, ...], rows: Any) -> str:
+    lines = [head, ("---",) * len(head), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return str(value) if isinstance(value, int) else f"{value:.4f}"
+
+
+def _setting(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {each}" for name, each in value.items() if each not in (None, "", {}))
+    if isinstance(value, (list, tuple)):
+        return "; ".join(map(str, value))
+    return str(value)
+
+
+def cell(text: Any) -> str:
+    """Text that stays inside a cell of a Markdown table, whatever a label or file name holds."""
+    escaped = str(text).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
+    return " ".join(escaped.split())

@@ -1,0 +1,198 @@
+"""A whole evaluation: pictures in chunks over processes, continued where it stopped, with a report at the end."""
+
+import hashlib
+import json
+import platform
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+import transformers
+from accelerate import PartialState
+from PIL import Image
+from transformers.utils import logging
+from transformers.utils.hub import cached_file
+
+from .. import __version__
+from ..files import write_atomically, write_image, write_json
+from ..segmentation import Segmenter
+from ..visualization import indexed_png, overlay, side_by_side
+from .classification import Classes, ClassificationScores, Classifier
+from .mask_dataset import MaskDataset
+from .masks import MaskEvaluator, MaskOptions, MaskScores, SegmentedPicture
+
+CHUNK = 32
+"""Pictures that are counted together; a stopped run loses at most so many in each process."""
+
+
+@dataclass
+class Output:
+    """The folder of an evaluation.
+
+    Args:
+        folder: with `parts/` for what is counted, `predictions/` and `pictures/`.
+        record: what was asked for; a run goes on only with the same.
+        overwrite: an earlier run with another record gives way.
+    """
+
+    folder: Path
+    record: dict[str, Any]
+    overwrite: bool = False
+
+    def prepare(self) -> None:
+        """Writes the record, or checks it against that of an earlier run.
+
+        Raises:
+            ValueError: the folder holds a run of something else.
+        """
+        path = self.folder / "run.json"
+        record = json.loads(json.dumps(self.record))
+        if path.is_file() and not self.overwrite:
+            try:
+                known = json.loads(path.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise ValueError(f"{path} cannot be read: {error}; choose another output folder.") from error
+            if known != record:
+                keys = [key for key in {**known, **record} if known.get(key) != record.get(key)]
+                raise ValueError(
+                    f"{self.folder} holds an evaluation with other {', '.join(sorted(keys))}; choose another --output, "
+                    "or --overwrite."
+                )
+            return
+        for part in self.folder.glob("parts/*.npz"):
+            part.unlink()
+        write_json(record, path)
+
+    def part(self, number: int) -> Path:
+        """File of a chunk's counts."""
+        return self.folder / "parts" / f"{number:06d}.npz"
+
+
+def evaluate_in_parts(
+    segmenter: Segmenter,
+    dataset: MaskDataset,
+    options: MaskOptions,
+    output: Output,
+    save_predictions: bool = False,
+    num_pictures: int = 0,
+) -> MaskScores:
+    """Counts a data set on all processes and returns the sums; every process has to call it.
+
+    The pictures are cut into chunks of `CHUNK`, whatever the number of processes; each process takes every n-th chunk.
+    What a chunk gave is written before the next one begins, and read instead of counted where it is there.
+
+    Args:
+        segmenter: the model's, on this process's device.
+        dataset: all pictures, the same on every process.
+        options: what to do.
+        output: prepared.
+        save_predictions: write `predictions/NAME.png`, indexed, with the data set's values.
+        num_pictures: write so many `pictures/NAME.jpg` of picture, truth and prediction side by side, spread over the
+            data set. Chunks that are done already write none.
+    """
+    state = PartialState()
+    shown = {picture.name for picture in dataset.spread(num_pictures).pictures} if num_pictures else set()
+
+    def on_picture(found: SegmentedPicture) -> None:
+        if save_predictions:
+            _write_prediction(found, dataset, output.folder)
+        if found.picture.name in shown:
+            write_image(
+                draw_evaluation(found, dataset), output.folder / "pictures" / f"{found.picture.name}.jpg"
+            )
+        progress.update(state.num_processes)
+
+    evaluator = MaskEvaluator(segmenter, dataset, options, on_picture)
+    scores = MaskScores.empty(dataset, options)
+    with logging.tqdm(
+        total=len(dataset), desc=f"Evaluating {dataset.name}", unit="image", disable=not state.is_main_process
+    ) as progress:
+        for number, pictures in _chunks(dataset.pictures, state.process_index, state.num_processes):
+            path = output.part(number)
+            if path.is_file():
+                with np.load(path, allow_pickle=False) as arrays:
+                    scores.add_arrays(arrays)
+                progress.update(len(pictures) * state.num_processes)
+                continue
+            counted = evaluator(pictures)
+            write_atomically(path, partial(_save_arrays, counted.to_arrays()))
+            scores.merge(counted)
+    return scores.sum_over_processes(state.device)
+
+
+def _save_arrays(arrays: dict[str, np.ndarray], file: BinaryIO) -> None:
+    np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
+
+
+def _chunks(items: Sequence[Any], rank: int, world_size: int) -> Iterator[tuple[int, Sequence[Any]]]:
+    """Numbers and items of the chunks of one process."""
+    for number in range(rank, -(-len(items) // CHUNK), world_size):
+        yield number, items[number * CHUNK : (number + 1) * CHUNK]
+
+
+def _write_prediction(found: SegmentedPicture, dataset: MaskDataset, folder: Path) -> None:
+    background = dataset.background == 0
+    mask = indexed_png(found.predicted, len(dataset.labels) - background, background=background)
+    write_image(mask, folder / "predictions" / f"{found.picture.name}.png")
+
+
+def draw_evaluation(found: SegmentedPicture, dataset: MaskDataset) -> Image.Image:
+    """Picture, truth and prediction side by side; background and what is unknown stay uncoloured."""
+    order = [value for value in range(len(dataset.labels)) if value != dataset.background]
+    labels = [dataset.labels[value] for value in order]
+    panels = [found.image]
+    for values in (found.truth, found.predicted):
+        # 0 where there is no colour, then the labels in their order.
+        coloured = np.searchsorted(order, values) + 1
+        coloured[~np.isin(values, order)] = 0
+        panels.append(overlay(found.image, coloured, labels, background=True))
+    return side_by_side(panels, ["picture", "truth", "prediction"])
+
+
+def classify_on_all_processes(classifier: Classifier, classes: Classes) -> ClassificationScores:
+    """Counts pictures with one class each on all processes; every process has to call it. Picture number i belongs to
+    process i % n."""
+    state = PartialState()
+
+    def own() -> Iterator[Any]:
+        pictures = islice(classes.pictures(), state.process_index, None, state.num_processes)
+        yield from logging.tqdm(
+            pictures, desc=f"Classifying {classes.name}", unit="image", disable=not state.is_main_process
+        )
+
+    return classifier(own()).sum_over_processes(state.device)
+
+
+def checkpoint_hash(name_or_path: str) -> str | None:
+    """SHA-256 of a checkpoint's weights, the first 16 digits; None where there is no safetensors file."""
+    folder = Path(name_or_path)
+    files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
+    if not folder.is_dir():
+        found = cached_file(name_or_path, "model.safetensors", _raise_exceptions_for_missing_entries=False)
+        files = [Path(found)] if found else []
+    if not files:
+        return None
+    digest = hashlib.sha256()
+    for file in files:
+        with open(file, "rb") as content:
+            while block := content.read(1 << 22):
+                digest.update(block)
+    return digest.hexdigest()[:16]
+
+
+def versions(device: torch.device | str) -> dict[str, str]:
+    """What the figures were made with."""
+    device = torch.device(device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return {
+        "pgseg_hf": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "device": f"{device.type} ({name})",
+    }

@@ -1,0 +1,147 @@
+"""The class name files of the benchmarks: counts, order, and names that prompts can be made of."""
+
+import json
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import pgseg_hf
+from pgseg_hf.prompts import validate_labels
+
+FOLDER = Path(pgseg_hf.__file__).parent / "evaluation" / "class_names"
+COUNTS = {
+    "ade20k": 150,
+    "cityscapes": 19,
+    "coco_object": 80,
+    "coco_stuff": 171,
+    "context": 59,
+    "imagenet": 1000,
+    "imagenet_s": 919,
+    "lvis": 1203,
+    "voc": 20,
+}
+EXTRA_KEYS = {"imagenet": {"wnids"}, "imagenet_s": {"wnids", "subsets"}}
+
+# Each checked against a second public list of the benchmark than the one that the file was made from.
+KNOWN_INDICES = {
+    "ade20k": {0: "wall", 7: "bed", 12: "person", 20: "car", 76: "boat", 149: "flag"},
+    "cityscapes": {0: "road", 5: "pole", 11: "person", 13: "car", 16: "train", 18: "bicycle"},
+    "coco_object": {0: "person", 9: "traffic light", 24: "backpack", 62: "tv", 79: "toothbrush"},
+    "coco_stuff": {0: "person", 4: "airplane", 79: "toothbrush", 80: "banner", 170: "wood"},
+    "context": {0: "airplane", 9: "bottle", 36: "person", 39: "plant", 54: "monitor", 58: "wood"},
+    "imagenet": {0: "tench", 134: "crane bird", 207: "Golden Retriever", 517: "construction crane"},
+    "imagenet_s": {0: "tench", 1: "goldfish", 3: "tiger shark", 918: "toilet tissue"},
+    "lvis": {0: "aerosol can", 2: "airplane", 568: "horse", 610: "kite", 1202: "zucchini"},
+    "voc": {0: "aeroplane", 10: "table", 14: "person", 15: "plant", 19: "monitor"},
+}
+
+
+def load(name: str) -> dict[str, Any]:
+    return json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def is_subsequence(part: list[str], whole: list[str]) -> bool:
+    """Whether `part` is found in `whole` in the same order, gaps allowed."""
+    rest = iter(whole)
+    return all(item in rest for item in part)
+
+
+def test_every_benchmark_has_its_file():
+    assert {path.stem for path in FOLDER.glob("*.json")} == set(COUNTS)
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_keys_and_count(name: str):
+    data = load(name)
+    assert set(data) == {"source", "labels", "synonyms"} | EXTRA_KEYS.get(name, set())
+    assert data["source"]
+    assert "\n" not in data["source"]
+    assert len(data["labels"]) == COUNTS[name]
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_labels_are_ready_for_prompts(name: str):
+    labels = load(name)["labels"]
+    assert validate_labels(labels) == labels
+    for label in labels:
+        assert label == " ".join(label.split())
+        assert "_" not in label
+        assert label.casefold() not in {"background", "other", "unlabeled", "void"}
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_synonyms_point_to_one_label(name: str):
+    data = load(name)
+    labels = {label.casefold() for label in data["labels"]}
+    synonyms = data["synonyms"]
+    assert set(synonyms) <= set(data["labels"])
+    for words in synonyms.values():
+        assert words, "a label without synonyms is left out"
+        assert validate_labels(words) == words
+        assert not {word.casefold() for word in words} & labels
+        assert not any("_" in word or word != " ".join(word.split()) for word in words)
+    uses = Counter(word.casefold() for words in synonyms.values() for word in words)
+    assert [word for word, count in uses.items() if count > 1] == []
+
+
+@pytest.mark.parametrize("name", KNOWN_INDICES)
+def test_known_indices(name: str):
+    labels = load(name)["labels"]
+    assert {index: labels[index] for index in KNOWN_INDICES[name]} == KNOWN_INDICES[name]
+
+
+def test_things_of_coco_stuff_are_coco_object_in_order():
+    things, objects = load("coco_stuff")["labels"][:80], load("coco_object")["labels"]
+    differing = [(thing, other) for thing, other in zip(things, objects, strict=True) if thing != other]
+    assert differing == [("airplane", "aeroplane")]
+
+
+@pytest.mark.parametrize("name", ["imagenet", "imagenet_s"])
+def test_wnids(name: str):
+    data = load(name)
+    wnids = data["wnids"]
+    assert len(wnids) == len(data["labels"]) == len(set(wnids))
+    assert all(re.fullmatch(r"n\d{8}", wnid) for wnid in wnids)
+    assert wnids == sorted(wnids), "both benchmarks number their classes by sorted wnid"
+
+
+@pytest.mark.parametrize(
+    ("wnid", "imagenet", "imagenet_s"),
+    [
+        ("n01440764", "tench", "tench"),
+        ("n02012849", "crane bird", "crane bird"),
+        ("n03126707", "construction crane", "crane"),
+        ("n02113186", "Cardigan Welsh Corgi", "Cardigan Welsh Corgi"),
+        ("n02963159", "cardigan", "cardigan"),
+        ("n03773504", "missile", "missile"),
+        ("n04355933", "sunglass", "sunglass"),
+        ("n15075141", "toilet paper", "toilet tissue"),
+    ],
+)
+def test_wnids_stand_beside_their_names(wnid: str, imagenet: str, imagenet_s: str):
+    for data, label in ((load("imagenet"), imagenet), (load("imagenet_s"), imagenet_s)):
+        assert data["labels"][data["wnids"].index(wnid)] == label
+
+
+def test_imagenet_s_leaves_81_classes_of_imagenet_out():
+    all_wnids, kept = load("imagenet")["wnids"], load("imagenet_s")["wnids"]
+    assert is_subsequence(kept, all_wnids)
+    # ImageNet-S merges these five into other classes.
+    merged = {"n04356056", "n04493381", "n03642806", "n04008634", "n03887697"}
+    assert merged <= set(all_wnids) - set(kept)
+
+
+def test_imagenet_s_subsets():
+    data = load("imagenet_s")
+    subsets = data["subsets"]
+    assert {size: len(wnids) for size, wnids in subsets.items()} == {"50": 50, "300": 300}
+    for wnids in subsets.values():
+        assert len(set(wnids)) == len(wnids)
+        assert is_subsequence(wnids, data["wnids"])
+    assert is_subsequence(subsets["50"], subsets["300"])
+    # First and last classes of the published lists: goldfish and agaric, tench and bolete.
+    assert (subsets["50"][0], subsets["50"][-1]) == ("n01443537", "n12998815")
+    assert (subsets["300"][0], subsets["300"][-1]) == ("n01440764", "n13054560")
