@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
+from pgseg_hf import SegmentationOptions, Segmenter
 from pgseg_hf.conversion import convert_released, convert_state_dict
 from pgseg_hf.layers import PGSegAssignAttention
 from pgseg_hf.modeling_pgseg import PGSegModel, PGSegOutput
@@ -224,6 +226,26 @@ def test_sliding_window(recordings, background):
         assert_recorded(name, dense, recorded[f"{name}.logits"])
     if rescaled in recorded:
         assert_recorded(rescaled, dense_probabilities(windows, size, original), recorded[rescaled])
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 6])
+@pytest.mark.parametrize("background", [None, 0.95, 0.2])
+@torch.no_grad()
+def test_the_segmenters_sliding_window(recordings, background, batch_size, monkeypatch):
+    recorded, model = recordings.load("slide"), recordings.model()
+    classes = model.get_text_features(recordings.load("inputs")["class_ids"]).pooler_output
+    segmenter = Segmenter(model, processor=None)
+    monkeypatch.setattr(segmenter, "_pixel_values", lambda image, options: recorded["image_80x72"])
+    options = SegmentationOptions(48, 24, background_threshold=background, batch_size=batch_size)
+    (encoded,) = segmenter.encode([Image.new("RGB", (90, 100))], options)
+    assert (encoded.size, encoded.resized, len(encoded.windows)) == ((100, 90), (80, 72), 6)
+    scored = segmenter.score(encoded, classes, options)
+    name = f"slide.bg{int(background is not None)}.t{background or 0.95}.prob_rescaled_100x90"
+    known = recorded[f"{name}.labels"] if f"{name}.labels" in recorded else recorded[name].argmax(1)
+    assert torch.equal(scored.label_map()[0], known[0].long())
+    if background is not None:
+        later = segmenter.score(encoded, classes, SegmentationOptions()).with_background(background)
+        assert torch.equal(later.label_map()[0], known[0].long())
 
 
 def train_step(recordings: Recordings, dtype: torch.dtype, noise: dict[int, Tensor], monkeypatch):

@@ -28,7 +28,7 @@ class Layout:
         masks: folder of the masks.
         image_suffix: end of the pictures' names.
         mask_suffix: what stands in the masks' names for it.
-        listing: file with a name a line; without one all pictures of the folder count.
+        listing: file with a name a line; without one all pictures of the folder count but hidden ones.
         nested: pictures and masks are in equal subfolders.
         flat_masks: the listed names have folders, the masks lie side by side.
     """
@@ -49,7 +49,7 @@ class Layout:
             mask = Path(name).name if self.flat_masks else name
             found.append(
                 Picture(
-                    picture_name(f"{name}."),
+                    picture_name(f"{name}.png"),
                     images / f"{name}{self.image_suffix}",
                     masks / f"{mask}{self.mask_suffix}",
                 )
@@ -61,7 +61,9 @@ class Layout:
             pattern = f"*{self.image_suffix}"
             paths = images.rglob(pattern) if self.nested else images.glob(pattern)
             return sorted(
-                path.relative_to(images).as_posix().removesuffix(self.image_suffix) for path in paths
+                path.relative_to(images).as_posix().removesuffix(self.image_suffix)
+                for path in paths
+                if not path.name.startswith(".")
             )
         listing = root / self.listing.format(split=split)
         lines = listing.read_text(encoding="utf-8").splitlines()

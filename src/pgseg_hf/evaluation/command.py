@@ -67,13 +67,16 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
 
 def _segment(args: argparse.Namespace, segmenter: Segmenter, folder: Path) -> dict[str, Any]:
     dataset, protocol = _open(args), _protocol(args)
+    thresholds = parse_thresholds(args.thresholds) if args.thresholds else ()
     threshold = args.background_threshold
     if threshold is None:
         threshold = protocol.threshold(args.benchmark, dataset)
+    if threshold is None and thresholds:
+        threshold = thresholds[0]
     dataset.check_threshold(threshold)
     options = MaskOptions(
         segmentation=protocol.segmentation(threshold, args.batch_size),
-        thresholds=parse_thresholds(args.thresholds) if args.thresholds else (),
+        thresholds=thresholds,
         synonyms=protocol.synonyms,
         oracle=args.analysis,
         groups=args.analysis,
@@ -97,8 +100,9 @@ def _segment(args: argparse.Namespace, segmenter: Segmenter, folder: Path) -> di
         "skip_broken": args.skip_broken,
     }
     output = Output(folder, record, args.overwrite)
-    with PartialState().main_process_first():
+    if PartialState().is_main_process:
         output.prepare()
+    PartialState().wait_for_everyone()
     scores = evaluate_in_parts(segmenter, dataset, options, output, args.save_predictions, args.visualize)
     found = scores.to_dict()
     rows = {"model": _figures(scores.confusion)}

@@ -99,8 +99,8 @@ class MaskDataset:
             BrokenPicture: the mask cannot be decoded.
             ValueError: it has values that are no labels.
         """
-        source = picture.mask() if callable(picture.mask) else picture.mask
         try:
+            source = picture.mask() if callable(picture.mask) else picture.mask
             raw = _rgb_values(load_image(source)) if self.rgb_masks else load_label_map(source)
         except ValueError as error:
             raise BrokenPicture(picture.name, f"{picture.mask_place}: {error}") from error

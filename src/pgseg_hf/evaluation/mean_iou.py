@@ -92,7 +92,9 @@ class MeanIoU(evaluate.Metric):
         if kwargs:
             raise ValueError(f"unknown arguments {', '.join(kwargs)}; give them when the metric is made.")
         if predictions is not None or references is not None:
-            self.add_batch(predictions=predictions or (), references=references or ())
+            # A missing one is empty, so that the lengths differ; arrays have no truth value.
+            maps = [() if given is None else given for given in (predictions, references)]
+            self.add_batch(predictions=maps[0], references=maps[1])
         return self._compute()
 
     def _compute(self, predictions: Any = None, references: Any = None) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import yaml
 from ..prompts import SEGMENTATION_TEMPLATES, validate_templates
 from ..scoring import TOP_K
 from ..segmentation import SegmentationOptions
+from .benchmarks import BENCHMARKS
 from .mask_dataset import MaskDataset
 from .masks import SynonymRule
 from .refinement import PixelAdaptiveRefinement
@@ -52,7 +53,7 @@ class Protocol:
     refinement: str = "none"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "templates", tuple(validate_templates(list(self.templates))))
+        object.__setattr__(self, "templates", tuple(validate_templates(self.templates)))
         if self.refinement not in REFINEMENTS:
             raise ValueError(f"refinement is {self.refinement!r}, expected one of {', '.join(REFINEMENTS)}.")
         if self.synonyms not in ("none", "average", "merge"):
@@ -60,6 +61,8 @@ class Protocol:
         for threshold in (self.background_threshold, *self.background_thresholds.values()):
             if threshold is not None and not 0 <= threshold <= 1:
                 raise ValueError(f"a background threshold is {threshold}, expected a number from 0 to 1.")
+        # Sizes and windows that make no sense are told now, and not when the first picture is segmented.
+        self.segmentation(self.background_threshold)
 
     def threshold(self, benchmark: str, dataset: MaskDataset) -> float | None:
         """The background threshold for a benchmark; None where it has no background, or this protocol no threshold.
@@ -144,7 +147,8 @@ PROTOCOLS: dict[str, Protocol] = {
 
 def load_protocol(name_or_path: str) -> Protocol:
     """One of `PROTOCOLS`, or a YAML file with fields of [`Protocol`]; `base` there names the protocol whose values
-    hold for what is not said, "pgseg" by default.
+    hold for what is not said, "pgseg" by default. `background_thresholds` there are added to those of the base, but a
+    `background_threshold` for all takes their place.
 
     Raises:
         ValueError: no such protocol or file, unknown fields, or values that make no sense.
@@ -160,12 +164,19 @@ def load_protocol(name_or_path: str) -> Protocol:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
         if not isinstance(content, dict):
             raise ValueError("it holds no fields")
-        base = PROTOCOLS[content.pop("base", "pgseg")]
+        base = content.pop("base", "pgseg")
+        if base not in list(PROTOCOLS):
+            raise ValueError(f"base is {base!r}, expected one of {', '.join(PROTOCOLS)}")
         known = {each.name for each in fields(Protocol)}
         if unknown := sorted(set(content) - known):
             raise ValueError(
                 f"unknown fields {', '.join(unknown)}, expected some of {', '.join(sorted(known))}"
             )
-        return replace(base, **{"name": path.stem, "source": str(path.name), **content})
+        of_base = {} if "background_threshold" in content else PROTOCOLS[base].background_thresholds
+        thresholds = {**of_base, **content.pop("background_thresholds", {})}
+        if strange := sorted(set(thresholds) - {*BENCHMARKS, "folder"}):
+            raise ValueError(f"background_thresholds are for {', '.join(strange)}, which are no benchmarks")
+        named = {"name": path.stem, "source": path.name, "background_thresholds": thresholds}
+        return replace(PROTOCOLS[base], **{**named, **content})
     except (yaml.YAMLError, OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path} is no protocol: {error}") from error

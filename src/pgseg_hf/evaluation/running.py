@@ -3,6 +3,8 @@
 import hashlib
 import json
 import platform
+import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,8 +25,10 @@ from ..files import write_atomically, write_image, write_json
 from ..segmentation import Segmenter
 from ..visualization import indexed_png, overlay, side_by_side
 from .classification import Classes, ClassificationScores, Classifier
-from .mask_dataset import MaskDataset
+from .mask_dataset import MaskDataset, Picture
 from .masks import MaskEvaluator, MaskOptions, MaskScores, SegmentedPicture
+
+logger = logging.get_logger(__name__)
 
 CHUNK = 32
 """Pictures that are counted together; a stopped run loses at most so many in each process."""
@@ -84,7 +88,7 @@ def evaluate_in_parts(
     """Counts a data set on all processes and returns the sums; every process has to call it.
 
     The pictures are cut into chunks of `CHUNK`, whatever the number of processes; each process takes every n-th chunk.
-    What a chunk gave is written before the next one begins, and read instead of counted where it is there.
+    What a chunk gave is written before the next one begins, and read instead of counted where it is there and whole.
 
     Args:
         segmenter: the model's, on this process's device.
@@ -93,18 +97,23 @@ def evaluate_in_parts(
         output: prepared.
         save_predictions: write `predictions/NAME.png`, indexed, with the data set's values.
         num_pictures: write so many `pictures/NAME.jpg` of picture, truth and prediction side by side, spread over the
-            data set. Chunks that are done already write none.
+            data set.
     """
     state = PartialState()
     shown = {picture.name for picture in dataset.spread(num_pictures).pictures} if num_pictures else set()
 
-    def on_picture(found: SegmentedPicture) -> None:
+    def files_of(picture: Picture) -> Iterator[Path]:
         if save_predictions:
-            _write_prediction(found, dataset, output.folder)
-        if found.picture.name in shown:
-            write_image(
-                draw_evaluation(found, dataset), output.folder / "pictures" / f"{found.picture.name}.jpg"
-            )
+            yield output.folder / "predictions" / f"{picture.name}.png"
+        if picture.name in shown:
+            yield output.folder / "pictures" / f"{picture.name}.jpg"
+
+    def on_picture(found: SegmentedPicture) -> None:
+        for file in files_of(found.picture):
+            if file.suffix == ".png":
+                write_image(_indexed(found, dataset), file)
+            else:
+                write_image(draw_evaluation(found, dataset), file)
         progress.update(state.num_processes)
 
     evaluator = MaskEvaluator(segmenter, dataset, options, on_picture)
@@ -114,9 +123,11 @@ def evaluate_in_parts(
     ) as progress:
         for number, pictures in _chunks(dataset.pictures, state.process_index, state.num_processes):
             path = output.part(number)
-            if path.is_file():
-                with np.load(path, allow_pickle=False) as arrays:
-                    scores.add_arrays(arrays)
+            done = _read_scores(path, dataset, options)
+            if done is not None and all(
+                file.is_file() for each in pictures if each.name not in done.broken for file in files_of(each)
+            ):
+                scores.merge(done)
                 progress.update(len(pictures) * state.num_processes)
                 continue
             counted = evaluator(pictures)
@@ -129,16 +140,29 @@ def _save_arrays(arrays: dict[str, np.ndarray], file: BinaryIO) -> None:
     np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
 
 
+def _read_scores(path: Path, dataset: MaskDataset, options: MaskOptions) -> MaskScores | None:
+    """What an earlier run counted; None where there is nothing, or a damaged file."""
+    if not path.is_file():
+        return None
+    scores = MaskScores.empty(dataset, options)
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            scores.add_arrays(arrays)
+    except (ValueError, TypeError, KeyError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        logger.warning(f"{path} cannot be read and is counted again: {error}")
+        return None
+    return scores
+
+
 def _chunks(items: Sequence[Any], rank: int, world_size: int) -> Iterator[tuple[int, Sequence[Any]]]:
     """Numbers and items of the chunks of one process."""
     for number in range(rank, -(-len(items) // CHUNK), world_size):
         yield number, items[number * CHUNK : (number + 1) * CHUNK]
 
 
-def _write_prediction(found: SegmentedPicture, dataset: MaskDataset, folder: Path) -> None:
+def _indexed(found: SegmentedPicture, dataset: MaskDataset) -> Image.Image:
     background = dataset.background == 0
-    mask = indexed_png(found.predicted, len(dataset.labels) - background, background=background)
-    write_image(mask, folder / "predictions" / f"{found.picture.name}.png")
+    return indexed_png(found.predicted, len(dataset.labels) - background, background=background)
 
 
 def draw_evaluation(found: SegmentedPicture, dataset: MaskDataset) -> Image.Image:

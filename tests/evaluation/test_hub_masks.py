@@ -1,0 +1,142 @@
+"""Pictures with masks in data sets of the Hub's kinds, all of them local."""
+
+import datasets
+import numpy as np
+import pytest
+from benchmark_layouts import quarters
+from mask_folders import KnownGroups, one_hot
+from PIL import Image
+from tiny_models import make_photo
+
+from pgseg_hf.evaluation import BrokenPicture, MaskDataset, MaskOptions, evaluate_masks
+from pgseg_hf.evaluation.benchmarks import BENCHMARKS
+from pgseg_hf.evaluation.hub_masks import hub_pictures
+
+SIZES = [(8, 8), (10, 12), (9, 11)]
+TRUTHS = [quarters(np.roll([0, 1, 2, 255], number), size) for number, size in enumerate(SIZES)]
+LABELS = ["sky", "road", "tree"]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def make_table(image="image", mask="mask", encode=lambda values: Image.fromarray(values.astype(np.uint8))):
+    rows = {
+        image: [make_photo(width, height, number) for number, (height, width) in enumerate(SIZES)],
+        mask: [encode(truth) for truth in TRUTHS],
+    }
+    features = datasets.Features({image: datasets.Image(), mask: datasets.Image()})
+    return datasets.Dataset.from_dict(rows, features=features)
+
+
+def save(table, folder, kind):
+    """Writes a table, and returns what opens it."""
+    if kind == "saved":
+        table.save_to_disk(folder)
+    elif kind == "saved with splits":
+        datasets.DatasetDict({"validation": table, "train": table.select([0])}).save_to_disk(folder)
+    else:
+        (folder / "data").mkdir(parents=True)
+        table.to_parquet(folder / "data" / "validation-00000-of-00001.parquet")
+    return str(folder)
+
+
+@pytest.mark.parametrize("kind", ["saved", "saved with splits", "parquet"])
+def test_pictures_decode_right(tmp_path, kind):
+    table = make_table()
+    pictures = hub_pictures(save(table, tmp_path / "table", kind))
+    assert [picture.name for picture in pictures] == ["0", "1", "2"]
+    dataset = MaskDataset("table", LABELS, pictures)
+    for picture, truth, (height, width), number in zip(pictures, TRUTHS, SIZES, range(3)):
+        np.testing.assert_array_equal(dataset.truth(picture), truth)
+        np.testing.assert_array_equal(
+            np.asarray(picture.read()), np.asarray(make_photo(width, height, number))
+        )
+    if kind == "saved with splits":
+        assert len(hub_pictures(str(tmp_path / "table"), "train")) == 1
+
+
+@pytest.mark.parametrize("readers", [1, 4])
+def test_a_whole_evaluation(tmp_path, readers):
+    path = save(make_table(), tmp_path / "table", "saved")
+    dataset = MaskDataset("table", LABELS, hub_pictures(path)[:1])
+    options = MaskOptions(readers=readers)
+    scores = evaluate_masks(KnownGroups(one_hot(0, 1, 2, 0)), dataset, options).to_dict()
+    assert (scores["mean_iou"], scores["pictures"]) == (1, 1)
+    all_of_them = MaskDataset("table", LABELS, hub_pictures(path))
+    counts = evaluate_masks(KnownGroups(one_hot(0, 1, 2, 0)), all_of_them, options).confusion.counts
+    assert counts.sum() == sum((truth != 255).sum() for truth in TRUTHS)
+
+
+def test_values_as_a_benchmark_has_them(tmp_path):
+    def in_colours(values):
+        raw = np.where(values == 255, 1000, values)
+        return Image.fromarray(np.stack([raw % 256, raw // 256, 0 * raw], axis=-1).astype(np.uint8))
+
+    benchmark = BENCHMARKS["imagenet_s50"]
+    path = save(make_table(encode=in_colours), tmp_path / "table", "parquet")
+    dataset = benchmark.over(hub_pictures(path), "imagenet_s50 of a table")
+    for picture, truth in zip(dataset.pictures, TRUTHS):
+        np.testing.assert_array_equal(dataset.truth(picture), np.where(truth == 255, 1000, truth))
+    assert dataset.labels == benchmark.labels
+
+
+def test_masks_of_16_bits(tmp_path):
+    def wide(values):
+        return Image.fromarray((values * 4).astype(np.uint16))
+
+    dataset = BENCHMARKS["lvis"].over(
+        hub_pictures(save(make_table(encode=wide), tmp_path / "table", "saved")), "lvis"
+    )
+    np.testing.assert_array_equal(dataset.truth(dataset.pictures[1]), TRUTHS[1] * 4)
+
+
+def test_other_columns(tmp_path):
+    path = save(make_table("photo", "annotation"), tmp_path / "table", "saved")
+    for image, mask, message in (
+        (None, "annotation", r"no column of pictures by a usual name .*columns are photo, annotation"),
+        ("photo", "mask", r"has no column 'mask'; its columns are photo, annotation"),
+        ("picture", "annotation", "has no column 'picture'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            hub_pictures(path, image_column=image, mask_column=mask)
+    pictures = hub_pictures(path, image_column="photo", mask_column="annotation")
+    assert MaskDataset("table", LABELS, pictures).truth(pictures[2]).tolist() == TRUTHS[2].tolist()
+
+
+def test_tables_that_are_not_there(tmp_path):
+    path = save(make_table(), tmp_path / "table", "saved with splits")
+    with pytest.raises(ValueError, match=r"has no split 'test'; its splits are validation, train"):
+        hub_pictures(path, "test")
+    with pytest.raises(ValueError, match="cannot be loaded as a data set"):
+        hub_pictures(str(tmp_path / "absent"))
+
+
+@pytest.mark.parametrize("column", ["image", "mask"])
+def test_an_empty_cell_is_a_broken_picture(tmp_path, column):
+    rows = make_table().to_list()
+    rows[1][column] = None
+    features = datasets.Features({"image": datasets.Image(), "mask": datasets.Image()})
+    path = save(datasets.Dataset.from_list(rows, features=features), tmp_path / "table", "saved")
+    dataset = MaskDataset("table", LABELS, hub_pictures(path))
+    segmenter = KnownGroups(one_hot(0, 1, 2, 0))
+    message = {
+        "image": r"picture 1: .*\[1\]: its image is empty",
+        "mask": "the mask of 1: row 1 of .* has no mask",
+    }
+    with pytest.raises(BrokenPicture, match=message[column]):
+        evaluate_masks(segmenter, dataset)
+    scores = evaluate_masks(segmenter, dataset, MaskOptions(skip_broken=True))
+    assert list(scores.broken) == ["1"] and scores.pictures == 2
+
+
+def test_a_truncated_picture_is_named(tmp_path):
+    rows = make_table().to_list()
+    rows[2]["mask"]["bytes"] = rows[2]["mask"]["bytes"][:40]
+    features = datasets.Features({"image": datasets.Image(), "mask": datasets.Image()})
+    path = save(datasets.Dataset.from_list(rows, features=features), tmp_path / "table", "saved")
+    dataset = MaskDataset("table", LABELS, hub_pictures(path))
+    with pytest.raises(BrokenPicture, match="the mask of 2"):
+        dataset.truth(dataset.pictures[2])
