@@ -1,14 +1,29 @@
 """Zero-shot classification."""
 
+import io
 import math
+import shutil
+from dataclasses import replace
 
+import datasets
 import numpy as np
 import pytest
 import torch
+from data_files import picture, tar_bytes
 from PIL import Image
 from tiny_models import make_photo
 
-from pgseg_hf.evaluation.classification import zero_shot_accuracy
+from pgseg_hf.evaluation import classification
+from pgseg_hf.evaluation.benchmarks import read_class_names
+from pgseg_hf.evaluation.classification import (
+    ClassFinder,
+    Classifier,
+    LabelledPicture,
+    open_imagenet,
+    template_sets,
+    zero_shot_accuracy,
+)
+from pgseg_hf.images import load_image
 from pgseg_hf.prompts import IMAGENET_TEMPLATES
 
 
@@ -48,3 +63,210 @@ def test_zero_shot_of_few_labels_and_odd_inputs(tiny_segmenter, photo):
         zero_shot_accuracy(model, processor, [(photo, "cow")], ["cat"])
     with pytest.raises(ValueError, match="batch_size is 0"):
         zero_shot_accuracy(model, processor, [(photo, "cat")], ["cat"], batch_size=0)
+
+
+IMAGENET = read_class_names("imagenet")
+WNIDS, LABELS = IMAGENET["wnids"], IMAGENET["labels"]
+
+
+def found_in(classes):
+    """Class and first pixel of each picture made by `data_files.picture`."""
+    return [
+        (each.label, load_image(each.image).getpixel((0, 0))[0])
+        if isinstance(each, LabelledPicture)
+        else each.reason
+        for each in classes.pictures()
+    ]
+
+
+def write_class_folders(root, names):
+    """Picture number i in the folder names[i]."""
+    for number, name in enumerate(names):
+        (root / name).mkdir(parents=True, exist_ok=True)
+        (root / name / f"ILSVRC2012_val_{number:08d}.png").write_bytes(picture(number))
+    return root
+
+
+def test_template_sets():
+    sets = template_sets()
+    assert {name: len(set(templates)) for name, templates in sets.items()} == {
+        "simple": 1,
+        "subset": 7,
+        "full": 80,
+    }
+    assert all(template.count("{}") == 1 for templates in sets.values() for template in templates)
+    assert len(LABELS) == len(WNIDS) == len(set(WNIDS)) == len({label.casefold() for label in LABELS}) == 1000
+
+
+class TestClassFinder:
+    def test_numbers_ids_and_names(self):
+        finder = ClassFinder(LABELS, WNIDS)
+        for tag in ("2", "n01484850", "N01484850", "great white shark", "Great White Shark"):
+            assert finder([tag], "a.jpg") == 2
+        assert finder(["tench", "n01440764", "Tinca tinca"], "a.jpg") == 0
+
+    @pytest.mark.parametrize("tags", [[], ["submarine sandwich"], ["1000"], ["-1"], ["tench", "goldfish"]])
+    def test_no_class_or_several(self, tags):
+        with pytest.raises(ValueError, match=r"a.jpg has the label .*expected one of the 1000 classes"):
+            ClassFinder(LABELS, WNIDS)(tags, "a.jpg")
+
+    def test_names_of_the_data_set_count_by_their_place(self):
+        listed = ["tench", "goldfish, Carassius auratus", "crane"]
+        finder = ClassFinder(["a", "tench", "b"], ["n1", "n2", "n3"], listed)
+        assert [finder([name], "x") for name in listed] == [0, 1, 2]
+        assert [finder([name], "x") for name in ("n1", "n2", "b")] == [0, 1, 2]
+
+    def test_names_of_a_data_set_with_other_classes_count_as_names(self):
+        finder = ClassFinder(["a", "tench", "b"], listed=["tench, Tinca tinca", "a"])
+        assert finder(["tench, Tinca tinca"], "x") == 1 and finder(["a"], "x") == 0
+
+
+class TestFolders:
+    @pytest.mark.parametrize("split", ["val", ""])
+    def test_folders_of_ids_or_names(self, tmp_path, split):
+        names = [WNIDS[3], WNIDS[0], WNIDS[3], "goldfish"]
+        write_class_folders(tmp_path / split, names)
+        classes = open_imagenet(str(tmp_path))
+        expected = sorted((name, number) for number, name in enumerate(names))
+        numbers = {WNIDS[3]: 3, WNIDS[0]: 0, "goldfish": 1}
+        assert found_in(classes) == [(numbers[name], number) for name, number in expected]
+        assert found_in(classes) == found_in(classes) and classes.labels == LABELS
+
+    def test_another_split(self, tmp_path):
+        write_class_folders(tmp_path / "val", [WNIDS[0]])
+        write_class_folders(tmp_path / "train", [WNIDS[1], WNIDS[1]])
+        assert found_in(open_imagenet(str(tmp_path), "train")) == [(1, 0), (1, 1)]
+
+    def test_clear_errors(self, tmp_path):
+        with pytest.raises(
+            ValueError, match=r"nowhere is no folder, no pattern of tar files and no hub:NAME"
+        ):
+            open_imagenet(str(tmp_path / "nowhere"))
+        with pytest.raises(ValueError, match="holds no pictures"):
+            open_imagenet(str(tmp_path))
+        write_class_folders(tmp_path, ["n99999999"])
+        with pytest.raises(ValueError, match=r"n99999999.*.png has the label n99999999|'n99999999'"):
+            open_imagenet(str(tmp_path))
+
+
+def write_shard(path, classes, first=0, ending="cls"):
+    files = {}
+    for number, content in enumerate(classes, start=first):
+        files |= {f"{number:05d}.png": picture(number), f"{number:05d}.{ending}": content.encode()}
+    path.write_bytes(tar_bytes(files))
+
+
+class TestShards:
+    def test_a_pattern_of_shards_with_numbers_ids_and_names(self, tmp_path):
+        write_shard(tmp_path / "val-00.tar", ["3", WNIDS[1]])
+        write_shard(tmp_path / "val-01.tar", ["tiger shark\n"], first=2)
+        classes = open_imagenet(f"{tmp_path}/val-{{00..01}}.tar")
+        assert found_in(classes) == [(3, 0), (1, 1), (3, 2)] == found_in(classes)
+        assert found_in(open_imagenet(str(tmp_path / "val-01.tar"))) == [(3, 2)]
+
+    def test_another_ending(self, tmp_path):
+        write_shard(tmp_path / "a.tar", ["2"], ending="target")
+        assert found_in(open_imagenet(str(tmp_path / "a.tar"), label_column="target")) == [(2, 0)]
+
+    def test_clear_errors(self, tmp_path):
+        write_shard(tmp_path / "a.tar", ["0", "no such class"])
+        with pytest.raises(ValueError, match=r"00001.* has the label 'no such class'|no such class"):
+            list(open_imagenet(str(tmp_path / "a.tar")).pictures())
+        with pytest.raises(ValueError, match=r"b.tar"):
+            open_imagenet(str(tmp_path / "b.tar"))
+
+
+class TestSavedDataSets:
+    @staticmethod
+    def save(folder, names, labels, split="validation"):
+        features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
+        images = [{"bytes": picture(number), "path": None} for number in range(len(labels))]
+        rows = datasets.Dataset.from_dict({"image": images, "label": labels}, features=features)
+        datasets.DatasetDict({split: rows}).save_to_disk(str(folder))
+        return f"hub:{folder}"
+
+    def test_class_labels_with_synonyms_by_their_place(self, tmp_path, monkeypatch):
+        content = {**IMAGENET, "labels": LABELS[:3], "wnids": WNIDS[:3]}
+        monkeypatch.setattr(classification, "read_class_names", lambda name: content)
+        names = [
+            "tench, Tinca tinca",
+            "goldfish, Carassius auratus",
+            "white shark, man-eater, Carcharodon carcharias",
+        ]
+        path = self.save(tmp_path / "saved", names, [2, 0, 1, 2])
+        assert found_in(open_imagenet(path)) == [(2, 0), (0, 1), (1, 2), (2, 3)]
+
+    def test_a_part_of_the_classes_counts_by_names(self, tmp_path):
+        path = self.save(tmp_path / "saved", ["tiger shark, Galeocerdo cuvieri", "n01440764"], [1, 0], "val")
+        with pytest.raises(ValueError, match="no split 'validation'; its splits are val"):
+            open_imagenet(path)
+        shutil.rmtree(tmp_path / "saved")
+        path = self.save(tmp_path / "saved", ["tiger shark, Galeocerdo cuvieri", "n01440764"], [1, 0])
+        assert found_in(open_imagenet(path)) == [(0, 0), (3, 1)]
+
+    def test_broken_and_missing_cells(self, tmp_path):
+        features = datasets.Features(
+            {"image": datasets.Image(decode=False), "label": datasets.Value("int64")}
+        )
+        images = [{"bytes": picture(0), "path": None}, None, {"bytes": b"no picture", "path": None}]
+        rows = datasets.Dataset.from_dict({"image": images, "label": [5, 6, 7]}, features=features)
+        rows = rows.cast_column("label", datasets.Value("string"))
+        datasets.DatasetDict({"validation": rows}).save_to_disk(str(tmp_path / "saved"))
+        found = list(open_imagenet(f"hub:{tmp_path / 'saved'}").pictures())
+        assert found[0].label == 5 and found[1].reason == "no picture" and found[2].label == 7
+
+
+class TestClassifier:
+    names = ["cat", "dog", "grass", "sky", "road", "tree", "car"]
+
+    def pictures(self, count=9):
+        rng = np.random.default_rng(0)
+        sizes = rng.integers(20, 90, (count, 2)).tolist()
+        return [
+            LabelledPicture(f"p{number}", make_photo(*size, seed=number), number % 7)
+            for number, size in enumerate(sizes)
+        ]
+
+    def classifier(self, segmenter, **options):
+        return Classifier(segmenter.model, segmenter.processor, self.names, **options)
+
+    def test_equal_to_zero_shot_accuracy(self, tiny_segmenter):
+        pictures = self.pictures()
+        pairs = [(each.image, self.names[each.label]) for each in pictures]
+        expected = zero_shot_accuracy(tiny_segmenter.model, tiny_segmenter.processor, pairs, self.names)
+        assert self.classifier(tiny_segmenter, batch_size=2)(pictures).to_dict() == expected
+        assert 0 < expected["top1"] < expected["top5"] < 1
+
+    def test_other_templates_change_the_class_embeddings(self, tiny_segmenter):
+        found = [
+            self.classifier(tiny_segmenter, templates=templates).class_embeds
+            for templates in template_sets().values()
+        ]
+        assert not torch.allclose(found[0], found[1]) and not torch.allclose(found[1], found[2])
+
+    def test_broken_pictures(self, tiny_segmenter, tmp_path):
+        whole = self.pictures()
+        (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8 broken")
+        file = io.BytesIO()
+        make_photo().save(file, format="JPEG")
+        pictures = [
+            LabelledPicture("first", tmp_path / "broken.jpg", 0),
+            *whole[:4],
+            LabelledPicture("half", file.getvalue()[:400], 1),
+            classification.UnusableRecord("no picture", "row 3 is empty"),
+            *whole[4:],
+        ]
+        with pytest.raises(ValueError, match=r"^first: .*broken.jpg"):
+            self.classifier(tiny_segmenter)(pictures)
+        with pytest.raises(ValueError, match=r"^row 3 is empty"):
+            self.classifier(tiny_segmenter)(pictures[6:])
+        expected = self.classifier(tiny_segmenter)(whole)
+        for batch_size in (1, 3, 64):
+            scores = self.classifier(tiny_segmenter, batch_size=batch_size, skip_broken=True)(pictures)
+            assert list(scores.broken) == ["first", "half", "row 3 is empty"]
+            assert scores.to_dict() == expected.to_dict() and scores.pictures == 9
+
+    def test_pictures_that_are_all_broken(self, tiny_segmenter):
+        broken = [replace(each, image=b"") for each in self.pictures(3)]
+        scores = self.classifier(tiny_segmenter, batch_size=2, skip_broken=True)(broken)
+        assert (scores.pictures, len(scores.broken)) == (0, 3) and math.isnan(scores.to_dict()["top5"])

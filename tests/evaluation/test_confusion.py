@@ -66,3 +66,47 @@ def test_pixels_that_are_no_labels(truth, predicted, message):
 def test_counts_of_other_labels_cannot_be_merged():
     with pytest.raises(ValueError, match="counts of 2 labels cannot take those of 3"):
         ConfusionMatrix(2).merge(ConfusionMatrix(3))
+
+
+def test_all_figures_by_hand():
+    matrix = ConfusionMatrix(4)
+    # Label 2 is only predicted, label 3 is nowhere.
+    matrix.counts[:3, :3] = [[6, 1, 1], [0, 2, 0], [0, 0, 0]]
+    np.testing.assert_array_equal(matrix.iou(), [6 / 8, 2 / 3, 0, np.nan])
+    np.testing.assert_array_equal(matrix.accuracy(), [6 / 8, 1, np.nan, np.nan])
+    assert matrix.mean_iou() == pytest.approx((6 / 8 + 2 / 3) / 3)
+    assert matrix.mean_iou(absent="zero") == pytest.approx((6 / 8 + 2 / 3) / 4)
+    assert matrix.mean_accuracy() == pytest.approx((6 / 8 + 1) / 2)
+    assert matrix.mean_accuracy(absent="zero") == pytest.approx((6 / 8 + 1) / 4)
+    assert matrix.pixel_accuracy() == 8 / 10
+    assert matrix.frequency_weighted_iou() == pytest.approx(0.8 * 6 / 8 + 0.2 * 2 / 3)
+
+
+@given(st.integers(0, 2**31 - 1), st.integers(1, 5))
+def test_relations_of_the_figures(seed, num_labels):
+    rng = np.random.default_rng(seed)
+    matrix = ConfusionMatrix(num_labels)
+    matrix.counts[:] = rng.integers(0, 3, (num_labels, num_labels)) * rng.integers(0, 2**40)
+    if not matrix.counts.any():
+        return
+    assert matrix.mean_iou("zero") <= matrix.mean_iou() <= matrix.mean_accuracy() + 1e-12
+    assert 0 <= matrix.frequency_weighted_iou() <= matrix.pixel_accuracy() + 1e-12 <= 1 + 1e-12
+    matrix.counts = np.diag(matrix.counts.sum(0))
+    for figure in (matrix.mean_iou, matrix.mean_accuracy, matrix.pixel_accuracy):
+        assert figure() == 1
+    assert matrix.frequency_weighted_iou() == pytest.approx(1)
+
+
+def test_nothing_counted_gives_nan_for_all_figures():
+    matrix = ConfusionMatrix(2)
+    figures = (matrix.mean_accuracy, matrix.frequency_weighted_iou, lambda: matrix.mean_iou("zero"))
+    assert all(math.isnan(figure()) for figure in figures)
+    assert np.isnan(matrix.iou()).all() and np.isnan(matrix.accuracy()).all()
+
+
+def test_values_that_make_no_sense():
+    for figure in (ConfusionMatrix(2).mean_iou, ConfusionMatrix(2).mean_accuracy):
+        with pytest.raises(ValueError, match="absent is 'none', expected 'skip' or 'zero'"):
+            figure(absent="none")
+    with pytest.raises(ValueError, match="num_labels is 0, expected at least 1"):
+        ConfusionMatrix(0)

@@ -63,8 +63,10 @@ def position_prior(path: str, labels: list[str], options: AugmentationOptions, s
     knows: a crop's tags where records have masks, else the picture's.
 
     Raises:
-        ValueError: a stream, which has no random access.
+        ValueError: a stream, which has no random access, or more labels than a mask of 8 bits holds.
     """
+    if len(labels) > 255:
+        raise ValueError(f"there are {len(labels)} labels, expected at most 255 for the position prior.")
     source = open_source(SourceSpec(path=path))
     if not isinstance(source, MapSource):
         raise ValueError(f"{path} is a stream, expected a folder with metadata.")

@@ -62,7 +62,7 @@ class ClassFinder:
     Args:
         labels: names in the order of the numbers.
         ids: WordNet ids in the same order.
-        listed: class names of the data set itself, in the order of the numbers.
+        listed: class names of the data set itself; where there are as many as labels, in the order of the numbers.
     """
 
     def __init__(self, labels: Sequence[str], ids: Sequence[str] = (), listed: Sequence[str] = ()):
@@ -70,14 +70,19 @@ class ClassFinder:
         self._numbers = {str(number): number for number in range(len(labels))}
         for names in (ids, labels):
             self._numbers |= {name.casefold(): number for number, name in enumerate(names)}
-        # Class names of the data set count by their place, whatever they are: "tench, Tinca tinca" is class 0.
-        self._listed = {tuple(tags_of(name)): number for number, name in enumerate(listed)}
+        # The data set's own names count by their place, whatever they are, unless it has other classes.
+        self._listed = {
+            tuple(tags_of([name])): number
+            for number, name in enumerate(listed if len(listed) == len(labels) else ())
+        }
 
     def __call__(self, tags: Sequence[str], name: str) -> int:
         """Raises a ValueError for a picture whose tags name no class or several."""
         if tuple(tags) in self._listed:
             return self._listed[tuple(tags)]
-        found = {self._numbers[tag.casefold()] for tag in tags if tag.casefold() in self._numbers}
+        # One that writes several names, such as "tench, Tinca tinca", means what any of them does.
+        names = [part.casefold() for tag in tags for part in tags_of(tag)]
+        found = {self._numbers[name] for name in names if name in self._numbers}
         if len(found) != 1:
             raise ValueError(
                 f"{name} has the label {', '.join(tags)!r}, expected one of the {len(self.labels)} classes, its number "

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import PartialState
 
@@ -41,12 +42,14 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         ValueError: anything that was asked for and cannot be.
     """
     start = time.monotonic()
+    _refuse_idle_options(args)
     if args.threads:
         torch.set_num_threads(args.threads)
     args.checkpoint = args.checkpoint or DEFAULT_CHECKPOINT
     name = Path(args.checkpoint).name
     folder = args.output or Path(f"{name}-{args.benchmark}-{args.split}")
-    state = PartialState(cpu=args.device == "cpu")
+    # Without an accelerator, `accelerate` shares the work among processes only where it is told to use the CPU.
+    state = PartialState(cpu=args.device == "cpu" or not torch.accelerator.is_available())
     device = args.device or state.device
     run = _classify if args.benchmark == "imagenet" else _segment
     segmenter = load_segmenter(args.checkpoint, device=device, dtype=getattr(torch, args.dtype))
@@ -97,8 +100,8 @@ def _segment(args: argparse.Namespace, segmenter: Segmenter, folder: Path) -> di
         "thresholds": options.thresholds,
         "analysis": args.analysis,
         "dtype": args.dtype,
-        "skip_broken": args.skip_broken,
     }
+    prior_map = _prior_map(args, segmenter, dataset) if args.baselines and args.train else None
     output = Output(folder, record, args.overwrite)
     if PartialState().is_main_process:
         output.prepare()
@@ -109,7 +112,8 @@ def _segment(args: argparse.Namespace, segmenter: Segmenter, folder: Path) -> di
     if scores.oracle is not None:
         rows["oracle: its groups, named by the masks"] = _figures(scores.oracle)
     if args.baselines:
-        rows |= _baselines(args, segmenter, dataset, options)
+        whole = dataset.only(each for each in dataset.pictures if each.name not in scores.broken)
+        rows |= _baselines(args, segmenter, whole, options, prior_map)
     return {
         "title": f"{Path(args.checkpoint).name} on {args.benchmark} {args.split}, protocol {protocol.name}",
         "rows": rows,
@@ -159,8 +163,22 @@ def _figures(confusion: ConfusionMatrix) -> dict[str, float]:
     }
 
 
+def _prior_map(args: argparse.Namespace, segmenter: Segmenter, dataset: MaskDataset) -> np.ndarray:
+    crops = AugmentationOptions(
+        image_size=segmenter.model.config.vision_config.image_size,
+        crop_sides=tuple(args.crop_sides) if args.crop_sides else None,
+        short_side=segmenter.processor.image_processor.size["shortest_edge"],
+        horizontal_flip=0.0,
+    )
+    return position_prior(args.train, dataset.labels, crops, args.seed)
+
+
 def _baselines(
-    args: argparse.Namespace, segmenter: Segmenter, dataset: MaskDataset, options: MaskOptions
+    args: argparse.Namespace,
+    segmenter: Segmenter,
+    dataset: MaskDataset,
+    options: MaskOptions,
+    prior_map: np.ndarray | None,
 ) -> dict[str, dict[str, float]]:
     """Figures of what a model has to beat; the same on every process, which each count a part of the pictures."""
     state = PartialState()
@@ -174,15 +192,6 @@ def _baselines(
         "untrained model": _figures(scores.confusion),
         "oracle: groups of the untrained model, named by the masks": _figures(_oracle(scores)),
     }
-    prior_map = None
-    if args.train:
-        crops = AugmentationOptions(
-            image_size=segmenter.model.config.vision_config.image_size,
-            crop_sides=tuple(args.crop_sides) if args.crop_sides else None,
-            short_side=segmenter.processor.image_processor.size["shortest_edge"],
-            horizontal_flip=0.0,
-        )
-        prior_map = position_prior(args.train, dataset.labels, crops, args.seed)
     baselines = count_baselines(dataset, prior_map)
     best = baselines.best_label()
     if dataset.background is not None:
@@ -199,6 +208,28 @@ def _baselines(
 def _oracle(scores: MaskScores) -> ConfusionMatrix:
     assert scores.oracle is not None
     return scores.oracle
+
+
+# Options that only one kind of benchmark has, with what they are when they are not given.
+_OF_MASKS: dict[str, Any] = {
+    **dict.fromkeys(
+        ("limit", "background", "image_column", "protocol", "background_threshold", "thresholds")
+    ),
+    **dict.fromkeys(("synonyms", "refinement", "train", "crop_sides")),
+    **dict.fromkeys(("analysis", "baselines", "save_predictions"), False),
+    "visualize": 0,
+}
+_OF_CLASSES: dict[str, Any] = {"templates": None, "label_column": None}
+
+
+def _refuse_idle_options(args: argparse.Namespace) -> None:
+    """Raises a ValueError for options that would have no effect."""
+    idle = _OF_MASKS if args.benchmark == "imagenet" else _OF_CLASSES
+    given = [name for name, default in idle.items() if getattr(args, name) != default]
+    if given:
+        raise ValueError(f"--{given[0].replace('_', '-')} has no effect on {args.benchmark}; leave it out.")
+    if (args.train or args.crop_sides) and not args.baselines:
+        raise ValueError("--train and --crop-sides are for the position prior; add --baselines.")
 
 
 def _classify(args: argparse.Namespace, segmenter: Segmenter, folder: Path) -> dict[str, Any]:

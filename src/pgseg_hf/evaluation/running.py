@@ -125,7 +125,8 @@ def evaluate_in_parts(
             path = output.part(number)
             done = _read_scores(path, dataset, options)
             if done is not None and all(
-                file.is_file() for each in pictures if each.name not in done.broken for file in files_of(each)
+                options.skip_broken if each.name in done.broken else all(map(Path.is_file, files_of(each)))
+                for each in pictures
             ):
                 scores.merge(done)
                 progress.update(len(pictures) * state.num_processes)

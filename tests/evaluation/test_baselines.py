@@ -1,0 +1,115 @@
+"""Maps that do not look at the picture, and a model without training."""
+
+import copy
+import json
+
+import numpy as np
+import pytest
+import torch
+from data_files import numbered_shards
+from mask_folders import LABELS, QUADRANTS, make_folder
+from PIL import Image
+
+from pgseg_hf.data.augmentation import AugmentationOptions
+from pgseg_hf.evaluation import MaskFolder, baselines
+from pgseg_hf.evaluation.baselines import count_baselines, position_prior, untrained
+
+WHOLE = AugmentationOptions(image_size=16, min_scale=1.0, min_ratio=1.0, max_ratio=1.0, horizontal_flip=0.0)
+
+
+@pytest.fixture(autouse=True)
+def few_crops(monkeypatch):
+    monkeypatch.setattr(baselines, "_CROPS", 200)
+
+
+def test_one_label_everywhere_by_hand(tmp_path):
+    unknown = QUADRANTS.copy()
+    unknown[0, :4] = 255
+    folder = MaskFolder(make_folder(tmp_path / "a", [unknown, np.zeros((8, 4))]))
+    found = count_baselines(folder)
+    # 12 + 32 pixels are sky, 16 are road, 32 are tree.
+    shares = [44 / 92, 16 / 92, 32 / 92]
+    for label, matrix in enumerate(found.by_label):
+        assert matrix.counts[:, label].tolist() == [44, 16, 32] and matrix.counts.sum() == 92
+        assert matrix.pixel_accuracy() == shares[label]
+        # The two other labels are in the masks and never predicted.
+        assert matrix.mean_iou() == pytest.approx(shares[label] / 3)
+    assert found.best_label() == 0 and found.prior is None
+
+
+def test_every_value_counts_without_an_ignore_index(tmp_path):
+    labels = {**LABELS, "ignore_index": None}
+    found = count_baselines(MaskFolder(make_folder(tmp_path / "a", [QUADRANTS], labels)))
+    assert found.by_label[1].counts.sum() == 64 and found.best_label() == 2
+
+
+def test_one_map_for_pictures_of_all_sizes(tmp_path):
+    wide = np.repeat(np.repeat(QUADRANTS, 3, axis=1), 2, axis=0)
+    folder = MaskFolder(make_folder(tmp_path / "a", [QUADRANTS, wide, np.full((6, 10), 1)]))
+    found = count_baselines(folder, np.array([[0, 1], [2, 2]]))
+    assert found.prior.pixel_accuracy() == pytest.approx((64 + 16 * 24 + 15) / (64 + 16 * 24 + 60))
+    assert found.prior.counts[1].tolist() == [15, 16 + 96 + 15, 30]
+
+
+def write_training_folder(folder, rows):
+    """Pictures of 60 x 60 pixels with these tags or masks."""
+    folder.mkdir()
+    lines = []
+    for number, row in enumerate(rows):
+        row = dict(row)
+        Image.new("RGB", (60, 60)).save(folder / f"{number}.png")
+        if (mask := row.pop("mask", None)) is not None:
+            Image.fromarray(np.asarray(mask, np.uint8)).save(folder / f"m{number}.png")
+            row["mask_file_name"] = f"m{number}.png"
+        lines.append(json.dumps({"file_name": f"{number}.png", **row}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+    return str(folder)
+
+
+def test_prior_of_whole_pictures_is_the_most_frequent_tag(tmp_path):
+    rows = [{"tags": ["road"]}, {"tags": ["tree", "road"]}, {"tags": ["tree", "road", "moon"]}]
+    path = write_training_folder(tmp_path / "a", rows)
+    for labels, expected in ((["sky", "road", "tree"], 1), (["tree", "sky"], 0)):
+        prior = position_prior(path, labels, WHOLE)
+        assert prior.shape == (24, 32) and (prior == expected).all()
+
+
+def test_prior_of_masks_knows_the_places(tmp_path):
+    top, left = np.full((60, 60), 2), np.full((60, 60), 255)
+    top[30:] = 1
+    left[:, :2] = 2
+    options = AugmentationOptions(image_size=16, crop_sides=(40, 60), short_side=192, horizontal_flip=0.0)
+    rows = [{"tags": ["x"], "mask": top}]
+    path = write_training_folder(tmp_path / "a", rows)
+    prior = position_prior(path, ["sky", "road", "tree"], options)
+    assert (prior[2:8, 4:-4] == 2).all() and (prior[-8:-2, 4:-4] == 1).all()
+    again = position_prior(path, ["sky", "road", "tree"], options)
+    np.testing.assert_array_equal(prior, again)
+    # What covers less than a fiftieth of a crop is not its tag, nor is what is unknown.
+    alone = write_training_folder(tmp_path / "b", [{"tags": ["x"], "mask": np.where(left == 2, 2, 255)}])
+    whole = position_prior(alone, ["sky", "road", "tree"], WHOLE)
+    assert (whole == 2).all()
+    left[:, 1:] = 255
+    Image.fromarray(left.astype(np.uint8)).save(tmp_path / "b" / "m0.png")
+    assert (position_prior(alone, ["sky", "road", "tree"], WHOLE) == 0).all(), "1 of 60 columns"
+
+
+def test_streams_have_no_prior(tmp_path):
+    with pytest.raises(ValueError, match=r"is a stream, expected a folder with metadata"):
+        position_prior(numbered_shards(tmp_path / "shards", [2]), ["sky"], WHOLE)
+
+
+def test_an_untrained_model_by_seed(tiny_segmenter, photo):
+    before = copy.deepcopy(tiny_segmenter.model.state_dict())
+    models = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        models.append(untrained(tiny_segmenter))
+    states = [each.model.state_dict() for each in (*models, tiny_segmenter)]
+    name = next(key for key, value in states[0].items() if value.ndim == 2)
+    first, same, other, trained = (state[name] for state in states)
+    assert torch.equal(first, same) and not torch.equal(first, other) and not torch.equal(first, trained)
+    assert all(torch.equal(before[key], value) for key, value in tiny_segmenter.model.state_dict().items())
+    maps = [each(photo, ["cat", "dog"]).label_map for each in models[:2]]
+    np.testing.assert_array_equal(*maps)
+    assert models[0].options == tiny_segmenter.options and not models[0].model.training

@@ -1,0 +1,375 @@
+"""`pgseg evaluate` and `pgseg prepare` as users run them."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from data_files import picture
+from mask_folders import make_folder
+from PIL import Image
+
+from pgseg_hf import DEFAULT_CHECKPOINT, __version__, evaluation
+from pgseg_hf.cli import build_parser, main
+from pgseg_hf.evaluation import baselines, command, running
+from pgseg_hf.evaluation.arguments import parse_thresholds
+from pgseg_hf.evaluation.benchmarks import read_class_names
+from pgseg_hf.evaluation.reports import cell, to_markdown
+
+SCRIPT = Path(__file__).parents[2] / "examples" / "evaluate_pgseg.py"
+LABELS = {"labels": ["sky", "road", "tree"], "background": 0}
+
+
+def masks_of(count=3):
+    rng = np.random.default_rng(0)
+    return [
+        np.kron(rng.integers(0, 3, (2, 2)), np.ones((20 + number, 24), int)).astype(int)
+        for number in range(count)
+    ]
+
+
+@pytest.fixture
+def data(tmp_path):
+    return make_folder(tmp_path / "data", masks_of(), LABELS)
+
+
+@pytest.fixture
+def evaluate(tiny_folder, data, tmp_path):
+    """Runs the command on the small folder; returns the exit code and what was written."""
+
+    def run(*extra, checkpoint=tiny_folder, benchmark="folder", path=data, output="out"):
+        folder = tmp_path / output
+        code = main(
+            [
+                *("evaluate", checkpoint, "--benchmark", benchmark, "--data", str(path)),
+                *("--device", "cpu", "--output", str(folder), *map(str, extra)),
+            ]
+        )
+        path = folder / "results.json"
+        return code, json.loads(path.read_text(), parse_constant=pytest.fail) if path.is_file() else None
+
+    return run
+
+
+def test_results_with_all_that_they_depend_on(evaluate, tiny_folder, tmp_path, capsys):
+    code, content = evaluate()
+    assert code == 0
+    settings = content["settings"]
+    assert settings["weights_sha256"] == running.checkpoint_hash(tiny_folder)
+    assert settings["protocol"]["name"] == "checkpoint" and settings["protocol"]["window"] == "auto"
+    assert settings["pgseg_hf"] == __version__ and {"torch", "transformers", "python"} <= set(settings)
+    assert settings["seconds"] > 0 and settings["processes"] == 1 and settings["dtype"] == "float32"
+    assert settings["background_threshold"] is None and settings["device"].startswith("cpu")
+    assert set(content["iou"]) == set(LABELS["labels"]) and content["pictures"] == 3
+    model = content["rows"]["model"]
+    assert set(model) == {"mean_iou", "pixel_accuracy", "mean_accuracy", "frequency_weighted_iou"}
+    present = [value for value in content["iou"].values() if value is not None]
+    assert model["mean_iou"] == pytest.approx(np.mean(present))
+    assert content["mean_iou_absent_as_zero"] == pytest.approx(sum(present) / 3)
+    markdown = (tmp_path / "out" / "results.md").read_text()
+    for text in (f"{model['mean_iou']:.4f}", settings["weights_sha256"], "protocol", "| sky |", __version__):
+        assert text in markdown
+    out = capsys.readouterr().out
+    assert f"{model['mean_iou']:.4f}" in out and f"3 pictures in {settings['seconds']} s" in out
+
+    # The same again goes on with what is there; something else does not.
+    stamp = (tmp_path / "out" / "parts" / "000000.npz").stat().st_mtime_ns
+    code, again = evaluate()
+    assert code == 0 and again["rows"] == content["rows"]
+    assert (tmp_path / "out" / "parts" / "000000.npz").stat().st_mtime_ns == stamp
+    code, _ = evaluate("--background_threshold", 0.5)
+    assert code == 2 and "other background_threshold, protocol" in capsys.readouterr().err
+    code, other = evaluate("--background_threshold", 0.5, "--overwrite")
+    assert code == 0 and other["settings"]["background_threshold"] == 0.5
+    assert other["settings"]["protocol"]["name"] == "checkpoint, changed"
+
+
+def test_thresholds_in_one_pass(evaluate):
+    _, content = evaluate("--background_threshold", 0.3, "--thresholds", "0.1:0.5:0.2")
+    assert list(content["thresholds"]) == ["0.1", "0.3", "0.5"]
+    assert content["thresholds"]["0.3"]["mean_iou"] == content["rows"]["model"]["mean_iou"]
+    best = max(each["mean_iou"] for each in content["thresholds"].values())
+    assert content["thresholds"][str(content["best_threshold"])]["mean_iou"] == best
+    for threshold in ("0.1", "0.5"):
+        _, alone = evaluate("--background-threshold", threshold, output=threshold)
+        assert alone["rows"]["model"]["mean_iou"] == content["thresholds"][threshold]["mean_iou"]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("0.1:0.9:0.1", (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)),
+        ("0.1:0.5:0.2", (0.1, 0.3, 0.5)),
+        ("0.5:0.5:1", (0.5,)),
+        ("0.2,0.7", (0.2, 0.7)),
+        ("0.25", (0.25,)),
+    ],
+)
+def test_thresholds_as_text(text, expected):
+    assert parse_thresholds(text) == expected
+
+
+@pytest.mark.parametrize("text", ["a", "0.1:0.5", "0.5:0.1:0.1", "0.1:0.5:0", "0.1:0.2:0.1:1", ""])
+def test_thresholds_that_make_no_sense(text):
+    with pytest.raises(ValueError, match="expected FROM:TO:STEP or numbers with commas"):
+        parse_thresholds(text)
+
+
+def test_analysis_and_baselines(evaluate, tmp_path, data, monkeypatch):
+    monkeypatch.setattr(baselines, "_CROPS", 60)
+    train = tmp_path / "train"
+    train.mkdir()
+    (train / "a.png").write_bytes(picture(0))
+    (train / "metadata.jsonl").write_text('{"file_name": "a.png", "tags": ["tree"]}\n')
+    code, content = evaluate("--analysis", "--baselines", "--train", train)
+    assert code == 0
+    truth = np.concatenate([mask.ravel() for mask in masks_of()])
+    shares = np.bincount(truth, minlength=3) / len(truth)
+    rows, best = content["rows"], LABELS["labels"][shares.argmax()]
+    assert list(rows)[:2] == ["model", "oracle: its groups, named by the masks"]
+    assert rows["sky everywhere"]["pixel_accuracy"] == pytest.approx(shares[0])
+    if best != "sky":
+        best_row = rows[f"{best} everywhere, the best single label"]
+        assert best_row["pixel_accuracy"] == pytest.approx(shares.max())
+    prior = rows["position prior of the training tags"]
+    assert prior["pixel_accuracy"] == pytest.approx(shares[2])
+    oracle = "oracle: groups of the untrained model, named by the masks"
+    assert rows[oracle]["pixel_accuracy"] >= rows["untrained model"]["pixel_accuracy"]
+    assert 0 < content["groups"]["purity"] <= 1 and content["groups"]["windows"] >= 3
+    assert rows["oracle: its groups, named by the masks"]["pixel_accuracy"] >= shares.max()
+    # Another seed is another untrained model, and the groups of the checkpoint stay.
+    _, other = evaluate("--analysis", "--baselines", "--seed", 1)
+    name = "untrained model"
+    assert other["rows"][name] != rows[name] and other["rows"]["model"] == rows["model"]
+    assert other["groups"] == content["groups"]
+    assert "position prior of the training tags" not in other["rows"]
+
+
+def test_predictions_and_pictures(evaluate, tmp_path):
+    code, content = evaluate("--save_predictions", "--visualize", 2)
+    assert code == 0
+    predictions = sorted((tmp_path / "out" / "predictions").rglob("*.png"))
+    assert [path.stem for path in predictions] == ["000", "001", "002"]
+    right = total = 0
+    for path, mask in zip(predictions, masks_of(), strict=True):
+        predicted = np.asarray(Image.open(path))
+        assert predicted.shape == mask.shape
+        right, total = right + (predicted == mask).sum(), total + mask.size
+    assert content["rows"]["model"]["pixel_accuracy"] == pytest.approx(right / total)
+    assert len(list((tmp_path / "out" / "pictures").rglob("*.jpg"))) == 2
+
+
+def test_a_part_of_the_pictures_in_another_type(evaluate):
+    code, content = evaluate("--limit", 2, "--dtype", "bfloat16", "--refinement", "pamr", "--batch_size=3")
+    assert code == 0 and content["pictures"] == 2
+    assert content["settings"]["dtype"] == "bfloat16"
+    assert content["settings"]["protocol"]["refinement"] == "pamr"
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--protocol", "no_such"], "protocol is 'no_such', expected one of pgseg"),
+        (["--background", "moon"], "background 'moon' is none of the labels"),
+        (["--background-threshold", "2"], "expected a number"),
+        (["--thresholds", "high"], "thresholds are 'high'"),
+        (["--thresholds", "0.5:3:0.5", "--background-threshold", "0.5"], "thresholds has"),
+        (["--limit", "0"], "count is 0"),
+        (["--batch-size", "0"], "batch_size is 0"),
+        (["--readers", "0"], "readers is 0"),
+        (["--templates", "full"], "--templates has no effect on folder"),
+        (["--train", "."], "add --baselines"),
+        (["--baselines", "--train", "./nowhere"], "nowhere does not exist"),
+        (["--baselines", "--train", ".", "--crop-sides", "9", "3"], "crop_sides are (9.0, 3.0)"),
+    ],
+)
+def test_clear_errors(evaluate, tmp_path, capsys, extra, message):
+    code, content = evaluate(*extra)
+    captured = capsys.readouterr()
+    assert code == 2 and message in captured.err and content is None
+    assert not list(tmp_path.glob("out/parts/*")), "an error comes before the pictures"
+
+
+def test_data_that_are_not_there(evaluate, tmp_path, capsys):
+    assert evaluate(path=tmp_path / "nowhere")[0] == 2
+    assert "nowhere is no folder" in capsys.readouterr().err
+    assert evaluate(benchmark="voc")[0] == 2
+    assert "does not hold Pascal VOC" in capsys.readouterr().err
+    assert evaluate("--split", "minival", benchmark="voc")[0] == 2
+    assert "has no split 'minival'" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as error:
+        evaluate(benchmark="no_such")
+    assert error.value.code == 2 and "no_such" in capsys.readouterr().err
+    (tmp_path / "empty" / "images").mkdir(parents=True)
+    (tmp_path / "empty" / "masks").mkdir()
+    (tmp_path / "empty" / "labels.json").write_text(json.dumps(LABELS))
+    assert evaluate(path=tmp_path / "empty")[0] == 2
+    assert "no pictures" in capsys.readouterr().err
+    assert evaluate(path=f"hub:{tmp_path}")[0] == 2
+    assert "hub:NAME has no labels of its own" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--background-threshold", "--thresholds"])
+def test_a_threshold_needs_a_background(evaluate, data, capsys, option):
+    (data / "labels.json").write_text(json.dumps({"labels": LABELS["labels"]}))
+    assert evaluate(option, "0.5")[0] == 2
+    assert "has no background" in capsys.readouterr().err
+
+
+def test_broken_pictures(evaluate, data, tmp_path, capsys):
+    path = data / "images" / "001.jpg"
+    path.write_bytes(path.read_bytes()[:200])
+    assert evaluate()[0] == 2
+    assert "001.jpg" in capsys.readouterr().err
+    code, content = evaluate("--skip_broken", "--baselines")
+    assert code == 1 and list(content["broken"]) == ["images/001"] and content["pictures"] == 2
+    assert "broken: images/001: " in capsys.readouterr().err
+    assert "001.jpg" in (tmp_path / "out" / "results.md").read_text()
+    # What it is compared with is counted on the same pictures.
+    counted = np.concatenate([mask.ravel() for number, mask in enumerate(masks_of()) if number != 1])
+    assert content["rows"]["sky everywhere"]["pixel_accuracy"] == pytest.approx((counted == 0).mean())
+    (data / "masks" / "002.png").write_bytes(b"no mask")
+    code, content = evaluate("--skip_broken", "--baselines", "--overwrite")
+    assert code == 1 and set(content["broken"]) == {"images/001", "images/002"}
+
+
+def test_values_outside_the_list_and_masks_of_another_size(evaluate, data, capsys):
+    mask = data / "masks" / "001.png"
+    Image.fromarray(np.full((42, 48), 7, np.uint8)).save(mask)
+    for extra in ([], ["--skip_broken"]):
+        assert evaluate(*extra)[0] == 2
+        assert re.search(r"001.png has the value 7, expected", capsys.readouterr().err)
+    Image.fromarray(np.zeros((42, 47), np.uint8)).save(mask)
+    assert evaluate(output="other")[0] == 2
+    assert re.search(r"001.png has \(42, 47\) pixels .*001.jpg \(42, 48\)", capsys.readouterr().err)
+
+
+def test_labels_with_signs_stay_in_their_cells(evaluate, tmp_path):
+    names = ["a | b", "<img src=x onerror=alert(1)>", "c\\|d", "e `f` **g**"]
+    folder = make_folder(tmp_path / "signs", masks_of(), {"labels": names})
+    _, content = evaluate(path=folder, output="signs-out")
+    assert set(content["iou"]) == set(names)
+    lines = (tmp_path / "signs-out" / "results.md").read_text().splitlines()
+    start = lines.index("## IoU of each label") + 2
+    rows = lines[start : lines.index("", start)]
+    assert len(rows) == 2 + len(names)
+    assert all(len(re.findall(r"(?<!\\)(?:\\\\)*\|", row)) == 3 for row in rows), rows
+    assert not any("<" in row for row in rows)
+    # A sign of a label that the labels lack is None in JSON and a dash in the table.
+    assert content["iou"][names[3]] is None or isinstance(content["iou"][names[3]], float)
+
+
+def test_cells_of_one_line():
+    assert cell("a\nb\r\n | c\\") == "a b \\| c\\\\"
+    content = {"title": "t", "rows": {"m|n": {"mean_iou": None}}, "settings": {"data": "x\ny|z"}}
+    content |= {"iou": {"a": None, "b": 0.5}, "broken": {"p|q": "line\nline"}}
+    markdown = to_markdown(content)
+    assert "| m\\|n | - |" in markdown and "| data | x y\\|z |" in markdown
+    assert markdown.index("| b | 0.5000 |") < markdown.index("| a | - |")
+    assert "| p\\|q | line line |" in markdown
+
+
+def test_imagenet(evaluate, tmp_path, capsys, monkeypatch):
+    content = read_class_names("imagenet")
+    few = {**content, "labels": content["labels"][:8], "wnids": content["wnids"][:8]}
+    monkeypatch.setattr("pgseg_hf.evaluation.classification.read_class_names", lambda name: few)
+    for number in range(6):
+        folder = tmp_path / "imagenet" / "val" / few["wnids"][number]
+        folder.mkdir(parents=True)
+        (folder / "a.png").write_bytes(picture(number))
+    code, found = evaluate("--templates", "simple", benchmark="imagenet", path=tmp_path / "imagenet")
+    assert code == 0 and found["pictures"] == 6
+    assert 0 <= found["rows"]["model"]["top1"] <= found["rows"]["model"]["top5"] <= 1
+    assert found["settings"]["templates"] == "simple, 1" and "8 classes" in found["settings"]["data"]
+    (tmp_path / "imagenet" / "val" / few["wnids"][2] / "a.png").write_bytes(b"broken")
+    assert evaluate(benchmark="imagenet", path=tmp_path / "imagenet")[0] == 2
+    assert "a.png" in capsys.readouterr().err
+    code, found = evaluate("--skip_broken", benchmark="imagenet", path=tmp_path / "imagenet")
+    assert code == 1 and found["pictures"] == 5 and found["settings"]["templates"] == "subset, 7"
+    assert few["wnids"][2] in capsys.readouterr().err
+
+
+def test_imagenet_refuses_what_is_for_masks(evaluate, capsys):
+    for extra in (["--limit", "5"], ["--analysis"], ["--visualize", "2"], ["--protocol", "pgseg"]):
+        code, content = evaluate(*extra, benchmark="imagenet")
+        assert code == 2 and content is None
+        assert f"{extra[0]} has no effect on imagenet" in capsys.readouterr().err
+
+
+def test_prepare(tmp_path, capsys):
+    folder = tmp_path / "gtFine" / "val" / "lindau"
+    folder.mkdir(parents=True)
+    Image.fromarray(np.array([[7, 8, 0]], np.uint8)).save(folder / "lindau_000000_000019_gtFine_labelIds.png")
+    assert main(["prepare", "cityscapes", str(tmp_path)]) == 0
+    made = Image.open(folder / "lindau_000000_000019_gtFine_labelTrainIds.png")
+    assert np.asarray(made).tolist() == [[0, 1, 255]]
+    assert "1 masks written, 0 were there" in capsys.readouterr().out
+    assert main(["prepare", "cityscapes", str(tmp_path), "--split", "val"]) == 0
+    assert "0 masks written, 1 were there" in capsys.readouterr().out
+    assert main(["prepare", "cityscapes", str(tmp_path), "--split", "train"]) == 2
+    assert "error" in capsys.readouterr().err
+    assert main(["prepare", "context", str(tmp_path), "--split", "val"]) == 2
+    assert "context has no --split" in capsys.readouterr().err
+
+
+def test_without_the_optional_dependencies(evaluate, capsys, monkeypatch):
+    monkeypatch.delattr(evaluation, "command", raising=False)
+    monkeypatch.delitem(sys.modules, "pgseg_hf.evaluation.command", raising=False)
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    assert evaluate()[0] == 2
+    assert "accelerate is not installed, expected pip install 'pgseg-hf[train]'" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_script_on_two_processes(evaluate, tmp_path):
+    """With the shipped model, whose maps have several labels."""
+    folder = make_folder(tmp_path / "more", masks_of(5), LABELS)
+    extra = ["--background_threshold", "0.3", "--analysis", "--baselines", "--save_predictions"]
+    _, alone = evaluate(*extra, path=folder, output="alone", checkpoint=DEFAULT_CHECKPOINT)
+    assert sum(value > 0 for value in alone["iou"].values()) > 1, "the test needs several labels"
+
+    wrapper = tmp_path / "small_chunks.py"
+    wrapper.write_text(
+        "import runpy, sys\nfrom pgseg_hf.evaluation import running\nrunning.CHUNK = 2\n"
+        "sys.argv = sys.argv[1:]\nrunpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+    asked = ["--benchmark", "folder", "--data", str(folder), *extra, "--output", str(tmp_path / "two")]
+    result = subprocess.run(
+        [*launcher, str(wrapper), str(SCRIPT), *asked, "--device", "cpu"],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    together = json.loads((tmp_path / "two" / "results.json").read_text())
+    assert (together["settings"]["processes"], alone["settings"]["processes"]) == (2, 1)
+    for name in ("rows", "iou", "pictures", "mean_iou_absent_as_zero"):
+        assert together[name] == alone[name]
+    assert together["groups"] == pytest.approx(alone["groups"])
+    assert result.stdout.count("5 pictures in") == 1, "only one process reports"
+    assert len(list((tmp_path / "two" / "predictions").rglob("*.png"))) == 5
+    assert len(list((tmp_path / "two" / "parts").iterdir())) == 3
+
+
+def test_processes_share_the_work_on_a_machine_without_an_accelerator(monkeypatch):
+    """Also where nobody says --device cpu."""
+    asked = []
+
+    class State(command.PartialState):
+        def __init__(self, cpu=False, **kwargs):
+            asked.append(cpu)
+            super().__init__(cpu=cpu, **kwargs)
+
+    monkeypatch.setattr(command, "PartialState", State)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    parser = build_parser()
+    args = parser.parse_args(["evaluate", "./no-such", "--benchmark", "folder", "--data", "nowhere"])
+    with pytest.raises(ValueError, match="no-such"):
+        command.evaluate(args)
+    assert asked == [True]

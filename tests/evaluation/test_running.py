@@ -1,0 +1,354 @@
+"""Evaluations in parts: continued, on several processes, with their files."""
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from accelerate import PartialState
+from mask_folders import LABELS, KnownGroups, make_folder, one_hot
+from PIL import Image
+from tiny_models import make_photo
+
+from pgseg_hf import SegmentationOptions, load_segmenter
+from pgseg_hf.evaluation import MaskFolder, MaskOptions, evaluate_masks, running
+from pgseg_hf.evaluation.classification import Classes, Classifier, LabelledPicture
+from pgseg_hf.evaluation.masks import SegmentedPicture
+from pgseg_hf.evaluation.running import (
+    Output,
+    checkpoint_hash,
+    classify_on_all_processes,
+    draw_evaluation,
+    evaluate_in_parts,
+    versions,
+)
+from pgseg_hf.visualization import overlay
+
+OPTIONS = MaskOptions(oracle=True, groups=True, skip_broken=True)
+RECORD = {"protocol": {"name": "p", "templates": ("a {}",)}, "threshold": None}
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(running, "CHUNK", 2)
+
+
+class Recorder(KnownGroups):
+    """Keeps the sizes of the pictures that it segments, and stops at the given one."""
+
+    def __init__(self, stop_at=None):
+        super().__init__(one_hot(0, 1, 1, 2))
+        self.sizes, self.stop_at = [], stop_at
+
+    def encode(self, images, options):
+        for image in images:
+            if image.height == self.stop_at:
+                raise KeyboardInterrupt
+            self.sizes.append(image.height)
+            yield from super().encode([image], options)
+
+
+def masks_of(count):
+    """Masks whose heights tell which one it is: 8, 10, 12, ..."""
+    rng = np.random.default_rng(0)
+    return [rng.integers(0, 3, (8 + 2 * number, 8)) for number in range(count)]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return MaskFolder(make_folder(tmp_path / "data", masks_of(5)))
+
+
+def prepared(path, **changes):
+    output = Output(path, {**RECORD, **changes})
+    output.prepare()
+    return output
+
+
+def figures(scores):
+    return {name: value for name, value in scores.to_dict().items() if name != "seconds"}
+
+
+def assert_same(scores, expected):
+    for mine, its in zip(scores._matrices(), expected._matrices(), strict=True):
+        assert mine.counts.tolist() == its.counts.tolist()
+    np.testing.assert_allclose(scores.groups.as_array(), expected.groups.as_array(), rtol=1e-12)
+    assert (scores.pictures, scores.broken) == (expected.pictures, expected.broken)
+
+
+@pytest.mark.parametrize("thresholds", [(), (0.2, 0.9)])
+def test_parts_give_what_one_pass_gives(tmp_path, thresholds):
+    folder = MaskFolder(make_folder(tmp_path / "data", masks_of(5), {**LABELS, "background": 0}))
+    options = OPTIONS
+    if thresholds:
+        segmentation = SegmentationOptions(background_threshold=0.5)
+        options = replace(OPTIONS, segmentation=segmentation, thresholds=thresholds)
+    segmenter = Recorder()
+    if thresholds:
+        segmenter.scores = segmenter.scores[:, 1:]
+    scores = evaluate_in_parts(segmenter, folder, options, prepared(tmp_path / "out"))
+    assert segmenter.sizes == [8, 10, 12, 14, 16]
+    expected = evaluate_masks(segmenter, folder, options)
+    assert_same(scores, expected)
+    assert list(scores.by_threshold) == list(thresholds)
+    assert sorted(path.name for path in (tmp_path / "out" / "parts").iterdir()) == [
+        "000000.npz",
+        "000001.npz",
+        "000002.npz",
+    ]
+    segmenter.sizes.clear()
+    again = evaluate_in_parts(segmenter, folder, options, prepared(tmp_path / "out"))
+    assert_same(again, expected)
+    assert figures(again) == figures(scores) and segmenter.sizes == []
+    assert again.seconds == pytest.approx(scores.seconds)
+
+
+def test_a_stopped_run_goes_on(tmp_path, folder):
+    first = Recorder(stop_at=14)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_in_parts(first, folder, OPTIONS, prepared(tmp_path / "out"))
+    assert first.sizes == [8, 10, 12]
+    assert [path.name for path in (tmp_path / "out" / "parts").iterdir()] == ["000000.npz"]
+    second = Recorder()
+    scores = evaluate_in_parts(second, folder, OPTIONS, prepared(tmp_path / "out"))
+    assert second.sizes == [12, 14, 16]
+    assert_same(scores, evaluate_masks(Recorder(), folder, OPTIONS))
+
+
+@pytest.mark.parametrize("content", [b"", b"no archive", b"PK\x03\x04 half an archive", None])
+def test_a_damaged_part_is_counted_again(tmp_path, folder, content, caplog):
+    evaluate_in_parts(Recorder(), folder, OPTIONS, prepared(tmp_path / "out"))
+    part = tmp_path / "out" / "parts" / "000001.npz"
+    if content is None:
+        whole = bytearray(part.read_bytes())
+        whole[60:90] = bytes(30)
+        content = bytes(whole)
+    part.write_bytes(content)
+    segmenter = Recorder()
+    scores = evaluate_in_parts(segmenter, folder, OPTIONS, prepared(tmp_path / "out"))
+    assert segmenter.sizes == [12, 14]
+    assert_same(scores, evaluate_masks(Recorder(), folder, OPTIONS))
+    again = Recorder()
+    evaluate_in_parts(again, folder, OPTIONS, prepared(tmp_path / "out"))
+    assert again.sizes == []
+
+
+def test_a_run_of_something_else_is_not_mixed_in(tmp_path, folder):
+    output = prepared(tmp_path / "out")
+    evaluate_in_parts(Recorder(), folder, OPTIONS, output)
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["threshold"] is None
+    with pytest.raises(ValueError, match=r"with other dtype, threshold; choose another --output, or --overw"):
+        prepared(tmp_path / "out", threshold=0.5, dtype="bfloat16")
+    segmenter = Recorder()
+    evaluate_in_parts(segmenter, folder, OPTIONS, output)
+    assert segmenter.sizes == [], "the refused run has dropped parts"
+
+    other = Output(tmp_path / "out", {**RECORD, "threshold": 0.5}, overwrite=True)
+    other.prepare()
+    assert list((tmp_path / "out" / "parts").iterdir()) == []
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["threshold"] == 0.5
+    evaluate_in_parts(segmenter, folder, OPTIONS, other)
+    assert len(segmenter.sizes) == 5
+
+
+def test_parts_without_a_record_do_not_count(tmp_path, folder):
+    evaluate_in_parts(Recorder(), folder, OPTIONS, prepared(tmp_path / "out"))
+    (tmp_path / "out" / "run.json").unlink()
+    prepared(tmp_path / "out")
+    assert not list((tmp_path / "out" / "parts").iterdir())
+    (tmp_path / "out" / "run.json").write_text("{")
+    with pytest.raises(ValueError, match=r"run.json cannot be read: .*choose another output folder"):
+        prepared(tmp_path / "out")
+
+
+def test_broken_pictures_are_named_by_parts_too(tmp_path, folder):
+    path = folder.pictures[2].image
+    path.write_bytes(path.read_bytes()[:300])
+    with pytest.raises(ValueError, match=r"002.jpg"):
+        evaluate_in_parts(
+            Recorder(), folder, replace(OPTIONS, skip_broken=False), prepared(tmp_path / "stopped")
+        )
+    for sizes in ([8, 10, 14, 16], []):
+        segmenter = Recorder()
+        output = prepared(tmp_path / "out")
+        scores = evaluate_in_parts(segmenter, folder, OPTIONS, output, save_predictions=True, num_pictures=5)
+        assert segmenter.sizes == sizes
+        assert list(scores.broken) == ["images/002"] and "002.jpg" in scores.broken["images/002"]
+        assert scores.pictures == 4
+    with pytest.raises(ValueError, match=r"002.jpg"):
+        evaluate_in_parts(Recorder(), folder, replace(OPTIONS, skip_broken=False), output)
+    whole = folder.only(folder.pictures[:2] + folder.pictures[3:])
+    expected = evaluate_masks(Recorder(), whole, OPTIONS)
+    assert scores.confusion.counts.tolist() == expected.confusion.counts.tolist()
+
+
+@pytest.mark.parametrize(
+    ("background", "values"),
+    [(None, [[0, 1], [1, 2]]), (0, [[0, 1], [1, 2]]), (2, [[0, 1], [1, 2]])],
+)
+def test_predictions_and_pictures(tmp_path, background, values):
+    labels = {**LABELS, "background": background}
+    folder = MaskFolder(make_folder(tmp_path / "data", masks_of(5), labels))
+    output = prepared(tmp_path / "out")
+    evaluate_in_parts(
+        KnownGroups(one_hot(0, 1, 1, 2)), folder, OPTIONS, output, save_predictions=True, num_pictures=2
+    )
+    for number in range(5):
+        mask = Image.open(tmp_path / "out" / "predictions" / "images" / f"{number:03d}.png")
+        assert mask.mode == "P" and mask.size == (8, 8 + 2 * number)
+        half = 4 + number
+        quarters = np.asarray(mask)[[0, half - 1, half, -1]][:, [0, 3, 4, 7]]
+        np.testing.assert_array_equal(quarters, np.kron(values, np.ones((2, 2), int)))
+    palette = mask.getpalette()
+    assert (palette[:3] == [0, 0, 0]) == (background == 0)
+    drawn = tmp_path / "out" / "pictures" / "images"
+    assert sorted(path.name for path in drawn.iterdir()) == ["000.jpg", "002.jpg"]
+    assert all(Image.open(path).width >= 3 * 8 for path in drawn.iterdir())
+
+
+def test_without_files_only_parts_are_written(tmp_path, folder):
+    evaluate_in_parts(Recorder(), folder, OPTIONS, prepared(tmp_path / "out"))
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["parts", "run.json"]
+
+
+def test_files_that_are_missing_are_made_later(tmp_path, folder):
+    evaluate_in_parts(Recorder(), folder, OPTIONS, prepared(tmp_path / "out"))
+    segmenter = Recorder()
+    scores = evaluate_in_parts(segmenter, folder, OPTIONS, prepared(tmp_path / "out"), num_pictures=1)
+    assert segmenter.sizes == [8, 10] and (tmp_path / "out" / "pictures" / "images" / "000.jpg").is_file()
+    assert_same(scores, evaluate_masks(Recorder(), folder, OPTIONS))
+    segmenter = Recorder()
+    evaluate_in_parts(segmenter, folder, OPTIONS, prepared(tmp_path / "out"), True)
+    (tmp_path / "out" / "predictions" / "images" / "003.png").unlink()
+    evaluate_in_parts(segmenter, folder, OPTIONS, prepared(tmp_path / "out"), True, num_pictures=1)
+    assert segmenter.sizes == [8, 10, 12, 14, 16, 12, 14]
+
+
+@pytest.mark.parametrize("background", [None, 0, 1])
+def test_what_is_drawn_beside_a_picture(folder, background):
+    folder.background = background
+    image = Image.new("RGB", (40, 30), (90, 120, 150))
+
+    def draw(truth, predicted):
+        maps = (np.full((30, 40), value) for value in (truth, predicted))
+        found = SegmentedPicture(folder.pictures[0], image, *maps, None)
+        return np.asarray(draw_evaluation(found, folder)).astype(int)
+
+    def coloured(drawn):
+        """Columns with pixels of the label's colour as it lies over the picture."""
+        colour = np.asarray(overlay(image, np.full((30, 40), 2), folder.labels, legend=False))[15, 20]
+        if background is not None:
+            colour = np.asarray(overlay(image, np.full((30, 40), 1), ["a", "b"], legend=False))[15, 20]
+        return np.flatnonzero((drawn == colour).all(2).sum(0) > 10)
+
+    unknown = draw(255, 255)
+    assert not len(coloured(unknown)) and (unknown == [90, 120, 150]).all(2).sum() == 3 * 40 * 30
+    for value in (0, 1, 2):
+        drawn = draw(value, 255)
+        plain = drawn.shape == unknown.shape and (drawn == unknown).all()
+        assert plain == (value == background), "no colour for background and unknown"
+    # The truth's panel is left of the prediction's.
+    left, right, both = (coloured(draw(*values)) for values in ((2, 255), (255, 2), (2, 2)))
+    assert len(left) == len(right) == 40 and left.max() < right.min()
+    assert len(both) == 80
+
+
+def test_hash_of_weights_and_versions(tmp_path, tiny_folder):
+    content = (Path(tiny_folder) / "model.safetensors").read_bytes()
+    assert checkpoint_hash(tiny_folder) == hashlib.sha256(content).hexdigest()[:16]
+    assert checkpoint_hash(str(tmp_path)) is None
+    halves = tmp_path / "halves"
+    halves.mkdir()
+    for number in (0, 1):
+        half = len(content) // 2
+        (halves / f"model-{number}.safetensors").write_bytes(content[number * half : (number + 1) * half])
+    (halves / f"model-{number + 1}.safetensors").write_bytes(content[2 * half :])
+    assert checkpoint_hash(str(halves)) == checkpoint_hash(tiny_folder)
+    assert versions("cpu")["torch"] == torch.__version__ and versions("cpu")["device"].startswith("cpu (")
+
+
+def classify(segmenter, count):
+    """Counts so many pictures, the third of which is broken."""
+    names = ["cat", "dog", "grass", "sky", "road", "tree", "car"]
+    pictures = [LabelledPicture(f"p{n}", make_photo(20 + 9 * n, 50, seed=n), n % 7) for n in range(count)]
+    pictures[2:3] = [replace(each, image=b"") for each in pictures[2:3]]
+    classifier = Classifier(segmenter.model, segmenter.processor, names, batch_size=2, skip_broken=True)
+    scores = classify_on_all_processes(classifier, Classes("test", names, lambda: iter(pictures)))
+    return {"hits": scores.hits.tolist(), "pictures": scores.pictures, "broken": scores.broken}
+
+
+@dataclass
+class OneProcess:
+    """What one process of two did with data sets of all sizes."""
+
+    rank: int
+    folder: Path
+    checkpoint: str
+
+    def run(self):
+        running.CHUNK = 2
+        torch.set_num_threads(1)
+        os.environ |= {"RANK": str(self.rank), "LOCAL_RANK": str(self.rank), "MASTER_ADDR": "localhost"}
+        os.environ |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+        rendezvous = f"file://{self.folder}/rendezvous"
+        dist.init_process_group("gloo", init_method=rendezvous, rank=self.rank, world_size=2)
+        state = PartialState(cpu=True)
+        assert (state.num_processes, state.process_index) == (2, self.rank)
+        results = [self.evaluate(count) for count in range(6)]
+        segmenter = load_segmenter(self.checkpoint)
+        results.append([classify(segmenter, count) for count in (0, 1, 4, 9)])
+        (self.folder / f"{self.rank}.json").write_text(json.dumps(results))
+        dist.destroy_process_group()
+
+    def evaluate(self, count):
+        folder = MaskFolder(self.folder / "data")
+        folder.pictures = folder.pictures[:count]
+        segmenter = Recorder()
+        output = prepared(self.folder / str(count))
+        scores = evaluate_in_parts(segmenter, folder, OPTIONS, output, count != 4)
+        arrays = {name: array.tolist() for name, array in scores.to_arrays().items()}
+        return {"sizes": segmenter.sizes, "arrays": arrays}
+
+
+def one_of_two_processes(rank, folder, checkpoint):
+    OneProcess(rank, Path(folder), checkpoint).run()
+
+
+def test_two_processes_give_what_one_gives(tmp_path, tiny_folder, tiny_segmenter):
+    folder = MaskFolder(make_folder(tmp_path / "data", masks_of(5)))
+    folder.pictures[3].image.write_bytes(b"\xff\xd8 broken")
+    # The run of four pictures was begun by one process, which did the second part.
+    begun = folder.only(folder.pictures[:4])
+    evaluate_in_parts(Recorder(), begun, OPTIONS, prepared(tmp_path / "4"))
+    (tmp_path / "4" / "parts" / "000000.npz").unlink()
+    mp.spawn(one_of_two_processes, args=(str(tmp_path), tiny_folder), nprocs=2)
+    results = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
+    for count in range(6):
+        own = [each[count]["sizes"] for each in results]
+        # All whole pictures once; of four pictures no process has to do the second part again.
+        expected = {3: [8, 10, 12], 4: [8, 10], 5: [8, 10, 12, 16]}.get(count, [8, 10][:count])
+        assert sorted(own[0] + own[1]) == expected
+        part = folder.only(folder.pictures[:count])
+        alone = evaluate_masks(Recorder(), part, OPTIONS).to_arrays()
+        for each in results:
+            arrays = each[count]["arrays"]
+            assert set(arrays) == set(alone)
+            for name in set(arrays) - {"seconds", "broken"}:
+                np.testing.assert_allclose(arrays[name], alone[name], rtol=1e-12, err_msg=name)
+            assert arrays["broken"] == alone["broken"].tolist()
+        if count not in (0, 4):
+            found = sorted(path.stem for path in (tmp_path / str(count)).glob("predictions/images/*.png"))
+            assert found == [f"{number:03d}" for number in range(count) if number != 3]
+    # Whole chunks belong to a process: 0 and 2 to the first, 1 to the second.
+    assert [each[5]["sizes"] for each in results] == [[8, 10, 16], [12]]
+
+    expected = [classify(tiny_segmenter, count) for count in (0, 1, 4, 9)]
+    assert [each["pictures"] for each in expected] == [0, 1, 3, 8] and list(expected[3]["broken"]) == ["p2"]
+    assert 0 < expected[3]["hits"][1] < 8
+    assert all(each[6] == expected for each in results)
