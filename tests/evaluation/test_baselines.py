@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 from data_files import numbered_shards
+from hypothesis import given
+from hypothesis import strategies as st
 from mask_folders import LABELS, QUADRANTS, make_folder
 from PIL import Image
 
@@ -17,9 +19,11 @@ from pgseg_hf.evaluation.baselines import count_baselines, position_prior, untra
 WHOLE = AugmentationOptions(image_size=16, min_scale=1.0, min_ratio=1.0, max_ratio=1.0, horizontal_flip=0.0)
 
 
-@pytest.fixture(autouse=True)
-def few_crops(monkeypatch):
-    monkeypatch.setattr(baselines, "_CROPS", 200)
+@pytest.fixture(autouse=True, scope="module")
+def few_crops():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(baselines, "_CROPS", 200)
+        yield
 
 
 def test_one_label_everywhere_by_hand(tmp_path):
@@ -29,7 +33,8 @@ def test_one_label_everywhere_by_hand(tmp_path):
     found = count_baselines(folder)
     # 12 + 32 pixels are sky, 16 are road, 32 are tree.
     shares = [44 / 92, 16 / 92, 32 / 92]
-    for label, matrix in enumerate(found.by_label):
+    for label in range(3):
+        matrix = found.everywhere(label)
         assert matrix.counts[:, label].tolist() == [44, 16, 32] and matrix.counts.sum() == 92
         assert matrix.pixel_accuracy() == shares[label]
         # The two other labels are in the masks and never predicted.
@@ -40,7 +45,14 @@ def test_one_label_everywhere_by_hand(tmp_path):
 def test_every_value_counts_without_an_ignore_index(tmp_path):
     labels = {**LABELS, "ignore_index": None}
     found = count_baselines(MaskFolder(make_folder(tmp_path / "a", [QUADRANTS], labels)))
-    assert found.by_label[1].counts.sum() == 64 and found.best_label() == 2
+    assert found.everywhere(1).counts.sum() == 64 and found.best_label() == 2
+
+
+@given(st.lists(st.integers(0, 50), min_size=1, max_size=6).filter(any))
+def test_the_best_label_is_the_one_of_largest_mean_iou(pixels):
+    found = baselines.Baselines(np.array(pixels))
+    best = [found.everywhere(label).mean_iou() for label in range(len(pixels))]
+    assert best[found.best_label()] == pytest.approx(max(best))
 
 
 def test_one_map_for_pictures_of_all_sizes(tmp_path):

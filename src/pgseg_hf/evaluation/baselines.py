@@ -23,39 +23,42 @@ _TAG_SHARE = 0.02
 
 @dataclass
 class Baselines:
-    """Confusion of maps that do not look at the picture.
+    """What maps give that do not look at the picture.
 
     Args:
-        by_label: for each label, of the map that is this label everywhere.
-        prior: of the same map of the most frequent tags for all pictures; None without training data.
+        pixels: int64 [N], true pixels of each label.
+        prior: confusion of the same map of the most frequent tags for all pictures; None without training data.
     """
 
-    by_label: list[ConfusionMatrix]
+    pixels: np.ndarray
     prior: ConfusionMatrix | None = None
 
+    def everywhere(self, label: int) -> ConfusionMatrix:
+        """Confusion of the map that is one label everywhere."""
+        matrix = ConfusionMatrix(len(self.pixels))
+        matrix.counts[:, label] = self.pixels
+        return matrix
+
     def best_label(self) -> int:
-        """The label with the largest mean IoU."""
-        return max(range(len(self.by_label)), key=lambda label: self.by_label[label].mean_iou())
+        """The label that has the largest mean IoU when it is everywhere, the first of equal ones."""
+        # Its IoU is its share of the pixels; the mean is over it and all labels that are in the truth.
+        counted = (self.pixels > 0).sum() + (self.pixels == 0)
+        return int((self.pixels / counted).argmax())
 
 
 def count_baselines(dataset: MaskDataset, prior_map: np.ndarray | None = None) -> Baselines:
-    """Counts the maps that are one label everywhere, and `prior_map` (labels [h, w]) stretched over each picture."""
+    """Counts the pixels of each label, and `prior_map` (labels [h, w]) stretched over each picture."""
     num_labels = len(dataset.labels)
-    totals = np.zeros(num_labels, dtype=np.int64)
+    pixels = np.zeros(num_labels, dtype=np.int64)
     prior = None if prior_map is None else ConfusionMatrix(num_labels, dataset.ignore_index)
     for picture in dataset.pictures:
         truth = dataset.truth(picture)
         known = truth if dataset.ignore_index is None else truth[truth != dataset.ignore_index]
-        totals += np.bincount(known.ravel(), minlength=num_labels)
+        pixels += np.bincount(known.ravel(), minlength=num_labels)
         if prior is not None and prior_map is not None:
             small = Image.fromarray(prior_map.astype(np.int32))
             prior.add(truth, np.asarray(small.resize(truth.shape[::-1], Image.Resampling.NEAREST)))
-    by_label = []
-    for label in range(num_labels):
-        matrix = ConfusionMatrix(num_labels, dataset.ignore_index)
-        matrix.counts[:, label] = totals
-        by_label.append(matrix)
-    return Baselines(by_label, prior)
+    return Baselines(pixels, prior)
 
 
 def position_prior(path: str, labels: list[str], options: AugmentationOptions, seed: int = 0) -> np.ndarray:

@@ -196,10 +196,12 @@ def _baselines(
     best = baselines.best_label()
     if dataset.background is not None:
         rows[f"{dataset.labels[dataset.background]} everywhere"] = _figures(
-            baselines.by_label[dataset.background]
+            baselines.everywhere(dataset.background)
         )
     if best != dataset.background:
-        rows[f"{dataset.labels[best]} everywhere, the best single label"] = _figures(baselines.by_label[best])
+        rows[f"{dataset.labels[best]} everywhere, the best single label"] = _figures(
+            baselines.everywhere(best)
+        )
     if baselines.prior is not None:
         rows["position prior of the training tags"] = _figures(baselines.prior)
     return rows
