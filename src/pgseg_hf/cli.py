@@ -20,6 +20,7 @@ from .images import load_image
 from .segmentation import Segmentation, SegmentationOptions, Segmenter
 from .visualization import indexed_png, overlay
 
+OPTIONAL = ("accelerate", "datasets", "evaluate", "fsspec", "pyarrow", "yaml")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -191,11 +192,23 @@ def _convert(args: argparse.Namespace) -> int:
 
 
 def _evaluate(args: argparse.Namespace) -> int:
-    return _command_module().run_evaluate(args)
+    content = _command_module().evaluate(args)
+    if "markdown" in content:
+        print(content["markdown"].split("## IoU of each label")[0].strip())
+        for name, reason in content["broken"].items():
+            print(f"broken: {name}: {reason}", file=sys.stderr)
+        reused = f", {content['reused']} of them counted by an earlier run," if content["reused"] else ""
+        seconds = content["settings"]["seconds"]
+        print(f"\n{content['pictures']} pictures{reused} in {seconds} s -> {content['folder']}")
+    return 1 if content["broken"] else 0
 
 
 def _prepare(args: argparse.Namespace) -> int:
-    return _command_module().run_prepare(args)
+    summary = _command_module().prepare(args)
+    print(
+        f"{summary.written} masks written, {summary.skipped} were there, in {summary.seconds:.1f} s -> {args.folder}"
+    )
+    return 0
 
 
 def _command_module() -> Any:
@@ -203,5 +216,14 @@ def _command_module() -> Any:
     try:
         from .evaluation import command
     except ImportError as error:
+        if (error.name or "").partition(".")[0] not in (
+            "accelerate",
+            "datasets",
+            "evaluate",
+            "fsspec",
+            "pyarrow",
+            "yaml",
+        ):
+            raise
         raise ValueError(f"{error.name} is not installed, expected pip install 'pgseg-hf[train]'.") from error
     return command

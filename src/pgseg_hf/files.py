@@ -1,4 +1,4 @@
-"""Writing results so that a file is either there as a whole or not at all."""
+"""Writing results so that a file is either there as a whole or not at all; names that stay in their folder."""
 
 import json
 import os
@@ -9,6 +9,18 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from PIL import Image
+
+
+def path_inside(folder: Path, name: str) -> Path:
+    """The file that a list or table names, relative to its folder.
+
+    Raises:
+        ValueError: the name leads out of the folder.
+    """
+    path = Path(name.replace("\\", "/"))
+    if path.is_absolute() or path.drive or ".." in path.parts:
+        raise ValueError(f"{name!r} leads out of the folder {folder}.")
+    return Path(str(folder), path)
 
 
 def write_atomically(path: str | os.PathLike, write: Callable[[BinaryIO], None]) -> Path:

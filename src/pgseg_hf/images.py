@@ -43,6 +43,11 @@ _LABEL_FORMATS = ("PNG", "TIFF", "BMP", "GIF", "PPM")
 _SIGNATURE_BYTES = 16
 _URL_TIMEOUT_SECONDS = 30
 
+
+class NoLabelMap(ValueError):
+    """A picture that can be read and is no mask: several channels, or values that are no whole numbers."""
+
+
 ImageSource = str | os.PathLike | bytes | bytearray | memoryview | BinaryIO | Image.Image | np.ndarray
 
 
@@ -173,7 +178,7 @@ def load_label_map(source: ImageSource) -> np.ndarray:
         formats = ", ".join(_LABEL_FORMATS)
         raise ValueError(f"{name} is no mask that can be read, expected one of {formats}: {error}") from error
     if values.ndim != 2 or values.dtype.kind not in "bui" or values.size == 0:
-        raise ValueError(
+        raise NoLabelMap(
             f"{name} has the shape {values.shape} and type {values.dtype}, expected one whole number a pixel, [H, W]"
         )
     return values.astype(np.int64)

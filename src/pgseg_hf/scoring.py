@@ -5,7 +5,7 @@ the class scores of its group, so a window is kept as a map of group indices and
 no tensor of pixels x classes is ever made.
 
 Shapes: K groups, N labels, H x W pixels of a window or an image, h x w patches.
-Source: released `segmentation/evaluation/group_vit_seg.py`, the same in GroupViT and PGSeg.
+Source: released `segmentation/evaluation/pgseg_seg.py`, the same as GroupViT's `group_vit_seg.py`.
 """
 
 from collections.abc import Sequence

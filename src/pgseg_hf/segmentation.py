@@ -65,6 +65,11 @@ class SegmentationOptions:
                 raise ValueError(f"{name} is {value!r}, expected a whole number of at least 1.")
         if self.longest_edge is not None and self.shortest_edge is None:
             raise ValueError(f"longest_edge is {self.longest_edge}, but shortest_edge is None; give both.")
+        size, stride = self.window_size, self.window_stride
+        if isinstance(size, int) and isinstance(stride, int) and stride > size:
+            raise ValueError(
+                f"window_stride is {stride}, expected at most the window's {size} pixels, or pixels are left out."
+            )
         threshold = self.background_threshold
         if threshold is not None and not (isinstance(threshold, (int, float)) and 0 <= threshold <= 1):
             raise ValueError(f"background_threshold is {threshold!r}, expected None or a number from 0 to 1.")

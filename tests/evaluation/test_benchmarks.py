@@ -158,8 +158,9 @@ class TestEveryBenchmark:
             f"{count} pictures or masks of {name} val are missing, the first is {miniature.masks[1]}."
             in message
         )
-        prepared = {"context59": "context"}.get(name, name)
-        if prepared in ("context", "coco_object", "coco_stuff", "cityscapes", "lvis"):
+        others = {"context59": "context", "coco_object": "coco_object_from_stuff"}
+        prepared = others.get(name, name)
+        if prepared in ("context", "coco_object_from_stuff", "coco_stuff", "cityscapes", "lvis"):
             assert f"`pgseg prepare {prepared} DIR`" in message
         else:
             assert "prepare" not in message
@@ -232,8 +233,8 @@ def test_class_255_of_lvis_counts(tmp_path):
     [
         ([], "voc val has no pictures"),
         (["", "  "], "voc val has no pictures"),
-        (["2007_000033", "../../secret"], r"val.txt lists '../../secret', which leads out of the folder"),
-        (["/etc/secret"], "lists '/etc/secret', which leads out"),
+        (["2007_000033", "../../secret"], r"val.txt: '../../secret' leads out of the folder"),
+        (["/etc/secret"], "'/etc/secret' leads out"),
         (["2007_000033", "2007_000033"], "2 pictures of voc val have the name 2007_000033"),
         (["2007_000033", "absent"], r"2 pictures or masks .* the first is .*JPEGImages/absent.jpg"),
     ],
@@ -439,7 +440,8 @@ def test_coco_object_from_instances(tmp_path):
     for name in names:
         write_picture(tmp_path / "coco" / "images" / "val2017" / name, (8, 10))
     with pytest.raises(
-        ValueError, match=r"2 pictures or masks .*000000000139_instance.*`pgseg prepare coco_object DIR`"
+        ValueError,
+        match=r"2 pictures or masks .*000000000139_instance.*`pgseg prepare coco_object_from_stuff DIR`",
     ):
         open_benchmark("coco_object", tmp_path)
     path = tmp_path / "coco" / "annotations" / "instances_val2017.json"

@@ -56,7 +56,8 @@ def test_every_benchmark_has_its_file():
 @pytest.mark.parametrize("name", COUNTS)
 def test_keys_and_count(name: str):
     data = load(name)
-    assert set(data) == {"source", "labels", "synonyms"} | EXTRA_KEYS.get(name, set())
+    released = {"released"} if name in ("lvis", "imagenet_s") else set()
+    assert set(data) == {"source", "labels", "synonyms"} | EXTRA_KEYS.get(name, set()) | released
     assert data["source"]
     assert "\n" not in data["source"]
     assert len(data["labels"]) == COUNTS[name]
@@ -145,3 +146,15 @@ def test_imagenet_s_subsets():
     # First and last classes of the published lists: goldfish and agaric, tench and bolete.
     assert (subsets["50"][0], subsets["50"][-1]) == ("n01443537", "n12998815")
     assert (subsets["300"][0], subsets["300"][-1]) == ("n01440764", "n13054560")
+
+
+@pytest.mark.parametrize(("name", "count"), [("lvis", 412), ("imagenet_s", 392)])
+def test_names_of_the_released_code(name: str, count: int):
+    data = load(name)
+    released = data["released"]
+    assert len(released) == count and set(released) <= set(data["labels"])
+    assert all(label != other for label, other in released.items())
+    known = {"lvis": {"aerosol can": "aerosol_can", "bat animal": "bat_(animal)"}}
+    known["imagenet_s"] = {"great white shark": "great_white_shark", "Crock Pot": "Crock_Pot"}
+    assert known[name].items() <= released.items()
+    validate_labels([released.get(label, label) for label in data["labels"]])

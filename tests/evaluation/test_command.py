@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from data_files import picture
 from mask_folders import make_folder
 from PIL import Image
 
-from pgseg_hf import DEFAULT_CHECKPOINT, __version__, evaluation
+from pgseg_hf import DEFAULT_CHECKPOINT, PGSegModel, __version__, evaluation
 from pgseg_hf.cli import build_parser, main
 from pgseg_hf.evaluation import baselines, command, running
 from pgseg_hf.evaluation.arguments import parse_thresholds
@@ -61,7 +62,9 @@ def test_results_with_all_that_they_depend_on(evaluate, tiny_folder, tmp_path, c
     assert code == 0
     settings = content["settings"]
     assert settings["weights_sha256"] == running.checkpoint_hash(tiny_folder)
-    assert settings["protocol"]["name"] == "checkpoint" and settings["protocol"]["window"] == "auto"
+    assert settings["protocol"]["name"] == "checkpoint"
+    sizes = {"shortest_edge": 64, "longest_edge": 256, "window": 64, "stride": 32}
+    assert sizes.items() <= settings["protocol"].items()
     assert settings["pgseg_hf"] == __version__ and {"torch", "transformers", "python"} <= set(settings)
     assert settings["seconds"] > 0 and settings["processes"] == 1 and settings["dtype"] == "float32"
     assert settings["background_threshold"] is None and settings["device"].startswith("cpu")
@@ -81,12 +84,61 @@ def test_results_with_all_that_they_depend_on(evaluate, tiny_folder, tmp_path, c
     stamp = (tmp_path / "out" / "parts" / "000000.npz").stat().st_mtime_ns
     code, again = evaluate()
     assert code == 0 and again["rows"] == content["rows"]
+    assert (content["reused"], again["reused"]) == (0, 3)
+    assert "3 pictures, 3 of them counted by an earlier run, in" in capsys.readouterr().out
+    assert evaluate("--overwrite")[1]["reused"] == 3, "what is the same need not give way"
     assert (tmp_path / "out" / "parts" / "000000.npz").stat().st_mtime_ns == stamp
     code, _ = evaluate("--background_threshold", 0.5)
     assert code == 2 and "other background_threshold, protocol" in capsys.readouterr().err
     code, other = evaluate("--background_threshold", 0.5, "--overwrite")
     assert code == 0 and other["settings"]["background_threshold"] == 0.5
     assert other["settings"]["protocol"]["name"] == "checkpoint, changed"
+
+
+@pytest.mark.parametrize("change", ["mask", "picture", "labels", "processor", "other folder"])
+def test_nothing_is_reused_that_has_changed(evaluate, data, tmp_path, tiny_folder, capsys, change):
+    checkpoint = shutil.copytree(tiny_folder, tmp_path / "model")
+    assert evaluate("--synonyms", "merge", checkpoint=str(checkpoint))[0] == 0
+    path = data
+    if change == "mask":
+        Image.fromarray(np.zeros((40, 48), np.uint8)).save(data / "masks" / "000.png")
+    elif change == "picture":
+        Image.new("RGB", (48, 40), "red").save(data / "images" / "001.jpg")
+    elif change == "labels":
+        (data / "labels.json").write_text(json.dumps({**LABELS, "synonyms": {"road": ["street"]}}))
+    elif change == "processor":
+        file = checkpoint / "processor_config.json"
+        file.write_text(file.read_text().replace('"window_size": 64', '"window_size": 48'))
+    else:
+        path = shutil.copytree(data, tmp_path / "elsewhere" / "data")
+    capsys.readouterr()
+    assert evaluate("--synonyms", "merge", checkpoint=str(checkpoint), path=path)[0] == 2
+    assert "holds an evaluation with other p" in capsys.readouterr().err
+
+
+def test_files_of_others_stay(evaluate, tmp_path, capsys):
+    (tmp_path / "out" / "parts").mkdir(parents=True)
+    (tmp_path / "out" / "parts" / "mine.npz").write_bytes(b"mine")
+    for extra in ([], ["--overwrite"]):
+        assert evaluate(*extra)[0] == 2
+        assert "parts is there and of no evaluation" in capsys.readouterr().err
+    assert (tmp_path / "out" / "parts" / "mine.npz").read_bytes() == b"mine"
+
+
+def test_overwriting_leaves_nothing_of_the_run_before(evaluate, tmp_path):
+    assert evaluate("--save_predictions", "--visualize", 3)[0] == 0
+    assert evaluate("--limit", 1, "--overwrite")[0] == 0
+    assert not list(tmp_path.glob("out/p*/images/*")) and len(list(tmp_path.glob("out/parts/*"))) == 1
+
+
+def test_weights_that_are_not_finite(evaluate, tiny_folder, tmp_path, capsys):
+    model = PGSegModel.from_pretrained(tiny_folder)
+    with torch.no_grad():
+        model.visual_projection[3].bias[0] = float("nan")
+    checkpoint = shutil.copytree(tiny_folder, tmp_path / "broken")
+    model.save_pretrained(checkpoint)
+    assert evaluate(checkpoint=str(checkpoint))[0] == 2
+    assert "gives NaN or infinity for" in capsys.readouterr().err
 
 
 def test_thresholds_in_one_pass(evaluate):
@@ -218,7 +270,7 @@ def test_data_that_are_not_there(evaluate, tmp_path, capsys):
 def test_a_threshold_needs_a_background(evaluate, data, capsys, option):
     (data / "labels.json").write_text(json.dumps({"labels": LABELS["labels"]}))
     assert evaluate(option, "0.5")[0] == 2
-    assert "has no background" in capsys.readouterr().err
+    assert "background" in capsys.readouterr().err
 
 
 def test_broken_pictures(evaluate, data, tmp_path, capsys):
@@ -283,13 +335,15 @@ def test_imagenet(evaluate, tmp_path, capsys, monkeypatch):
         folder.mkdir(parents=True)
         (folder / "a.png").write_bytes(picture(number))
     code, found = evaluate("--templates", "simple", benchmark="imagenet", path=tmp_path / "imagenet")
-    assert code == 0 and found["pictures"] == 6
+    assert code == 0 and (found["pictures"], found["reused"]) == (6, 0)
+    again = evaluate("--templates", "simple", benchmark="imagenet", path=tmp_path / "imagenet")[1]
+    assert again["rows"] == found["rows"] and again["reused"] == 6
     assert 0 <= found["rows"]["model"]["top1"] <= found["rows"]["model"]["top5"] <= 1
     assert found["settings"]["templates"] == "simple, 1" and "8 classes" in found["settings"]["data"]
     (tmp_path / "imagenet" / "val" / few["wnids"][2] / "a.png").write_bytes(b"broken")
-    assert evaluate(benchmark="imagenet", path=tmp_path / "imagenet")[0] == 2
+    assert evaluate(benchmark="imagenet", path=tmp_path / "imagenet", output="broken")[0] == 2
     assert "a.png" in capsys.readouterr().err
-    code, found = evaluate("--skip_broken", benchmark="imagenet", path=tmp_path / "imagenet")
+    code, found = evaluate("--skip_broken", benchmark="imagenet", path=tmp_path / "imagenet", output="broken")
     assert code == 1 and found["pictures"] == 5 and found["settings"]["templates"] == "subset, 7"
     assert few["wnids"][2] in capsys.readouterr().err
 

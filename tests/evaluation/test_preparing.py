@@ -24,6 +24,7 @@ from pgseg_hf.evaluation.preparing import (
     prepare_coco_stuff,
     prepare_context,
     prepare_lvis,
+    source_of_coco_object,
 )
 
 HEIGHT, WIDTH = 4, 5
@@ -325,10 +326,14 @@ class TestStuffthingmaps:
         before = files(tmp_path)
         assert counts(prepare_coco_object_from_stuff(tmp_path)) == (1, 0)
         after = files(tmp_path)
-        assert set(after) - set(before) == {"annotations/val2017/a_instanceTrainIds.png"}
+        made = {"a_instanceTrainIds.png", "instanceTrainIds.txt"}
+        assert set(after) - set(before) == {f"annotations/val2017/{name}" for name in made}
         assert all(after[name] == before[name] for name in before)
         assert read_mask(folder / "a_instanceTrainIds.png") == [[1, 11, 12, 80], [0, 0, 0, 1]]
         assert counts(prepare_coco_object_from_stuff(tmp_path)) == (0, 1)
+        assert source_of_coco_object(tmp_path, "val2017") == "stuffthingmaps"
+        with pytest.raises(ValueError, match="holds masks made from the stuffthingmaps; remove them"):
+            prepare_coco_object(tmp_path)
 
     def test_all_171_classes(self, tmp_path):
         folder = tmp_path / "annotations" / "train2017"

@@ -110,6 +110,7 @@ class TestFiles:
     def test_a_protocol_survives_a_file(self, tmp_path, name):
         changed = replace(
             PROTOCOLS[name],
+            name="mine",
             templates=("a photo of a {}.", "a {} in the dark."),
             synonyms="merge",
             top_k=7,
@@ -117,6 +118,8 @@ class TestFiles:
         )
         path = written(tmp_path, changed.to_dict())
         assert load_protocol(path) == changed
+        with pytest.raises(ValueError, match=f"name is '{name}', which is that of another protocol"):
+            load_protocol(written(tmp_path, replace(changed, name=name).to_dict()))
         assert Protocol(**changed.to_dict()) == changed
         assert set(changed.to_dict()) == {field.name for field in fields(Protocol)}
 

@@ -23,7 +23,7 @@ from pgseg_hf.evaluation.masks import SegmentedPicture
 from pgseg_hf.evaluation.running import (
     Output,
     checkpoint_hash,
-    classify_on_all_processes,
+    classify_in_parts,
     draw_evaluation,
     evaluate_in_parts,
     versions,
@@ -151,20 +151,22 @@ def test_a_run_of_something_else_is_not_mixed_in(tmp_path, folder):
 
     other = Output(tmp_path / "out", {**RECORD, "threshold": 0.5}, overwrite=True)
     other.prepare()
-    assert list((tmp_path / "out" / "parts").iterdir()) == []
+    assert not (tmp_path / "out" / "parts").exists()
     assert json.loads((tmp_path / "out" / "run.json").read_text())["threshold"] == 0.5
     evaluate_in_parts(segmenter, folder, OPTIONS, other)
     assert len(segmenter.sizes) == 5
 
 
-def test_parts_without_a_record_do_not_count(tmp_path, folder):
+@pytest.mark.parametrize("content", [None, "{", "[]"])
+def test_parts_without_a_record_are_left_alone(tmp_path, folder, content):
     evaluate_in_parts(Recorder(), folder, OPTIONS, prepared(tmp_path / "out"))
-    (tmp_path / "out" / "run.json").unlink()
-    prepared(tmp_path / "out")
-    assert not list((tmp_path / "out" / "parts").iterdir())
-    (tmp_path / "out" / "run.json").write_text("{")
-    with pytest.raises(ValueError, match=r"run.json cannot be read: .*choose another output folder"):
+    record = tmp_path / "out" / "run.json"
+    record.unlink() if content is None else record.write_text(content)
+    before = sorted((tmp_path / "out" / "parts").iterdir())
+    message = "parts is there and of no evaluation" if content is None else "run.json cannot be read"
+    with pytest.raises(ValueError, match=f"{message}.*choose another --output"):
         prepared(tmp_path / "out")
+    assert sorted((tmp_path / "out" / "parts").iterdir()) == before
 
 
 def test_broken_pictures_are_named_by_parts_too(tmp_path, folder):
@@ -273,13 +275,14 @@ def test_hash_of_weights_and_versions(tmp_path, tiny_folder):
     assert versions("cpu")["torch"] == torch.__version__ and versions("cpu")["device"].startswith("cpu (")
 
 
-def classify(segmenter, count):
+def classify(segmenter, count, folder):
     """Counts so many pictures, the third of which is broken."""
     names = ["cat", "dog", "grass", "sky", "road", "tree", "car"]
     pictures = [LabelledPicture(f"p{n}", make_photo(20 + 9 * n, 50, seed=n), n % 7) for n in range(count)]
     pictures[2:3] = [replace(each, image=b"") for each in pictures[2:3]]
     classifier = Classifier(segmenter.model, segmenter.processor, names, batch_size=2, skip_broken=True)
-    scores = classify_on_all_processes(classifier, Classes("test", names, lambda: iter(pictures)))
+    classes = Classes("test", names, lambda: iter(pictures))
+    scores = classify_in_parts(classifier, classes, Output(folder / f"classes-{count}", RECORD))
     return {"hits": scores.hits.tolist(), "pictures": scores.pictures, "broken": scores.broken}
 
 
@@ -292,7 +295,7 @@ class OneProcess:
     checkpoint: str
 
     def run(self):
-        running.CHUNK = 2
+        running.CHUNK = running.CLASSIFICATION_CHUNK = 2
         torch.set_num_threads(1)
         os.environ |= {"RANK": str(self.rank), "LOCAL_RANK": str(self.rank), "MASTER_ADDR": "localhost"}
         os.environ |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
@@ -302,7 +305,7 @@ class OneProcess:
         assert (state.num_processes, state.process_index) == (2, self.rank)
         results = [self.evaluate(count) for count in range(6)]
         segmenter = load_segmenter(self.checkpoint)
-        results.append([classify(segmenter, count) for count in (0, 1, 4, 9)])
+        results.append([classify(segmenter, count, self.folder) for count in (0, 1, 4, 9)])
         (self.folder / f"{self.rank}.json").write_text(json.dumps(results))
         dist.destroy_process_group()
 
@@ -348,7 +351,7 @@ def test_two_processes_give_what_one_gives(tmp_path, tiny_folder, tiny_segmenter
     # Whole chunks belong to a process: 0 and 2 to the first, 1 to the second.
     assert [each[5]["sizes"] for each in results] == [[8, 10, 16], [12]]
 
-    expected = [classify(tiny_segmenter, count) for count in (0, 1, 4, 9)]
+    expected = [classify(tiny_segmenter, count, tmp_path / "alone") for count in (0, 1, 4, 9)]
     assert [each["pictures"] for each in expected] == [0, 1, 3, 8] and list(expected[3]["broken"]) == ["p2"]
     assert 0 < expected[3]["hits"][1] < 8
     assert all(each[6] == expected for each in results)

@@ -13,6 +13,7 @@ import pyarrow.csv
 import pyarrow.json
 import pyarrow.parquet
 
+from ..files import path_inside
 from ..images import ImageSource
 from .columns import Columns, captions_of, tags_of
 from .records import Record, UnusableRecord
@@ -65,6 +66,8 @@ class RowReader:
         if self.tag_names:
             values = value if isinstance(value, list) else [value]
             value = [self.tag_names[item] for item in values if item is not None and item >= 0]
+        if isinstance(value, int) and not isinstance(value, bool):
+            value = str(value)  # the number of a class without a name
         return tags_of(value)
 
     def _picture(self, value: Any, name: str) -> ImageSource | None:
@@ -78,10 +81,10 @@ class RowReader:
         return None if value in ("", b"") else value
 
     def _inside_folder(self, value: str, name: str) -> Path:
-        path = Path(value.replace("\\", "/"))
-        if path.is_absolute() or path.drive or ".." in path.parts:
-            raise UnusableRecord("bad path", f"{name}: {value!r} leads out of the folder {self.folder}.")
-        return Path(str(self.folder), path)
+        try:
+            return path_inside(cast(Path, self.folder), value)
+        except ValueError as error:
+            raise UnusableRecord("bad path", f"{name}: {error}") from error
 
 
 def _fetched(address: str, name: str) -> bytes:

@@ -1,12 +1,14 @@
 """The options of `pgseg evaluate` and `pgseg prepare`."""
 
 import argparse
+import math
 from pathlib import Path
 
 from .benchmarks import BENCHMARKS
 
 BENCHMARK_NAMES = (*BENCHMARKS, "imagenet", "folder")
 PREPARATIONS = ("coco_object", "coco_object_from_stuff", "coco_stuff", "context", "cityscapes", "lvis")
+MAX_THRESHOLDS = 100
 TEMPLATE_SETS = ("simple", "subset", "full")
 
 
@@ -24,7 +26,7 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--limit", type=int, metavar="N", help="only N pictures, spread over all")
     data.add_argument("--background", metavar="LABEL", help="of a folder: the label that means background")
     data.add_argument("--image-column", help="of a hub:NAME; default: the usual names")
-    data.add_argument("--mask-column", default="mask", help="of a hub:NAME; default: mask")
+    data.add_argument("--mask-column", help="of a hub:NAME; default: mask")
     data.add_argument("--label-column", help="for imagenet in shards or hub:NAME; default: cls or label")
     data.add_argument(
         "--skip-broken", action="store_true", help="name pictures that cannot be decoded and go on"
@@ -93,6 +95,8 @@ def parse_thresholds(text: str) -> tuple[float, ...]:
         if ":" not in text:
             return tuple(float(part) for part in text.split(","))
         first, last, step = (float(part) for part in text.split(":"))
+        if not all(map(math.isfinite, (first, last, step))) or abs(last - first) > MAX_THRESHOLDS * abs(step):
+            raise ValueError(f"there are more than {MAX_THRESHOLDS}")
         count = int((last - first) / step + 1e-9) + 1
         if count < 1:
             raise ValueError("there are none")

@@ -3,8 +3,10 @@
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from PIL import Image
 
+from .. import losses
 from ..data.augmentation import Augmentation, AugmentationOptions
 from ..data.records import Record, UnusableRecord
 from ..data.sources import MapSource, SourceSpec, open_source
@@ -35,9 +37,18 @@ class Baselines:
 
     def everywhere(self, label: int) -> ConfusionMatrix:
         """Confusion of the map that is one label everywhere."""
-        matrix = ConfusionMatrix(len(self.pixels))
+        matrix = ConfusionMatrix(len(self.pixels), ignore_index=None)
         matrix.counts[:, label] = self.pixels
         return matrix
+
+    def sum_over_processes(self, device: str | torch.device = "cpu") -> "Baselines":
+        """Adds what all processes counted, each on its part of the pictures; every process has to call it."""
+        if losses.world_size() > 1:
+            total = losses.sum_over_processes(torch.from_numpy(self.pixels).to(device))
+            self.pixels = total.cpu().numpy()
+            if self.prior is not None:
+                self.prior.sum_over_processes(device)
+        return self
 
     def best_label(self) -> int:
         """The label that has the largest mean IoU when it is everywhere, the first of equal ones."""

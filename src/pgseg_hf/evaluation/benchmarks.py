@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from ..files import path_inside
 from .confusion import IGNORE_INDEX
 from .mask_dataset import MaskDataset, MaskFolder, Picture, picture_name, require_files
 
@@ -69,8 +70,10 @@ class Layout:
         lines = listing.read_text(encoding="utf-8").splitlines()
         names = [line.split()[0].removesuffix(self.image_suffix) for line in lines if line.strip()]
         for name in names:
-            if Path(name).is_absolute() or ".." in Path(name).parts:
-                raise ValueError(f"{listing} lists {name!r}, which leads out of the folder.")
+            try:
+                path_inside(root, name)
+            except ValueError as error:
+                raise ValueError(f"{listing}: {error}") from error
         return names
 
     def is_at(self, root: Path, split: str) -> bool:
@@ -150,8 +153,8 @@ class Benchmark:
         require_files(dataset, f" {self.preparation}" if self.preparation else "")
         return dataset
 
-    def over(self, pictures: Iterable[Picture], name: str) -> MaskDataset:
-        """Pictures from elsewhere, with this benchmark's labels and values."""
+    def over(self, pictures: Iterable[Picture], name: str, origin: str = "") -> MaskDataset:
+        """Pictures from elsewhere, with this benchmark's labels and values; `origin` says from where."""
         labels = self.labels
         values = None
         if self.zero_is_unknown:
@@ -170,6 +173,12 @@ class Benchmark:
                 for label, names in read_class_names(self.class_names).get("synonyms", {}).items()
                 if label in labels
             },
+            released={
+                label: name
+                for label, name in read_class_names(self.class_names).get("released", {}).items()
+                if label in labels
+            },
+            origin=origin,
         )
 
 
@@ -247,7 +256,7 @@ BENCHMARKS: dict[str, Benchmark] = {
             roots=("coco", "coco_stuff164k", ""),
             has_background=True,
             splits=_COCO_SPLITS,
-            preparation="`pgseg prepare coco_object DIR` makes them.",
+            preparation="`pgseg prepare coco_object_from_stuff DIR` makes the released ones.",
         ),
         Benchmark(
             "coco_stuff",
@@ -289,7 +298,7 @@ BENCHMARKS: dict[str, Benchmark] = {
             Layout("images", "annotations/lvis_{split}", listing="lvis_{split}.txt", flat_masks=True),
             roots=("lvis", "coco", ""),
             has_background=True,
-            # The released configuration leaves 255 at mmsegmentation's default, which there is a class.
+            # The released configuration leaves it at mmsegmentation's 255, which there is a class.
             ignore_index=None,
             preparation="`pgseg prepare lvis DIR` makes them.",
         ),

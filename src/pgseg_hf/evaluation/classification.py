@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from PIL import Image
 from transformers.utils import logging
 
 from .. import losses
-from ..data.columns import tags_of
+from ..data.columns import Columns, tags_of
 from ..data.records import Record, UnusableRecord
 from ..data.sources import MapSource, Source, SourceSpec, open_source
 from ..data.tables import TableSource
@@ -24,6 +25,7 @@ from ..modeling_pgseg import PGSegModel
 from ..processing_pgseg import PGSegProcessor
 from ..prompts import IMAGENET_TEMPLATES, SEGMENTATION_TEMPLATES, validate_labels
 from .benchmarks import read_class_names
+from .hub_masks import open_split
 
 logger = logging.get_logger(__name__)
 
@@ -125,19 +127,19 @@ def open_imagenet(path: str, split: str = "val", label_column: str | None = None
     if path.startswith("hub:") or ".tar" in path or ".tgz" in path:
         is_hub = path.startswith("hub:")
         column = label_column or ("label" if is_hub else "cls")
-        spec = SourceSpec(
-            path.removeprefix("hub:"),
-            kind="hub" if is_hub else "webdataset",
-            split={"val": "validation"}.get(split, split),
-            tags_column=column,
-        )
-        source = open_source(spec)
+        source: Source
+        if is_hub:
+            source = open_split(path.removeprefix("hub:"), split, Columns(tags=column))
+        else:
+            source = open_source(SourceSpec(path, kind="webdataset", tags_column=column))
         if isinstance(source, TableSource):
             finder = ClassFinder(labels, ids, source.tag_names)
         return Classes(f"imagenet {split}", labels, partial(_from_source, source, finder))
     root = next((place for place in (folder / split, folder) if place.is_dir()), None)
     if root is None:
         raise ValueError(f"{path} is no folder, no pattern of tar files and no hub:NAME.")
+    if root == folder and any((folder / name).is_dir() for name in ("train", "val", "test")):
+        raise ValueError(f"{path} has no folder {split!r} for that split.")
     images = find_images(root)
     pictures = [
         LabelledPicture(str(image), image, finder([image.parent.name], str(image))) for image in images
@@ -173,16 +175,39 @@ class ClassificationScores:
         hits: pictures whose class was first, and was among the first five.
         pictures: how many were counted.
         broken: names of pictures that were left out, with the reason.
+        reused: how many an earlier run had counted.
     """
 
     hits: np.ndarray = field(default_factory=lambda: np.zeros(2, dtype=np.int64))
     pictures: int = 0
     broken: dict[str, str] = field(default_factory=dict)
+    reused: int = 0
+
+    def merge(self, other: "ClassificationScores") -> None:
+        """Adds what was counted on other pictures."""
+        self.hits = self.hits + other.hits
+        self.pictures += other.pictures
+        self.broken |= other.broken
+
+    def to_counts(self) -> dict[str, Any]:
+        """For a file, and back by [`~ClassificationScores.from_counts`]."""
+        return {"hits": self.hits.tolist(), "pictures": self.pictures, "broken": self.broken}
+
+    @classmethod
+    def from_counts(cls, counts: dict[str, Any]) -> "ClassificationScores":
+        """Raises a KeyError, TypeError or ValueError for anything else."""
+        return cls(
+            np.array(counts["hits"], dtype=np.int64).reshape(2),
+            int(counts["pictures"]),
+            dict(counts["broken"]),
+        )
 
     def sum_over_processes(self, device: str | torch.device = "cpu") -> "ClassificationScores":
         """Adds what all processes counted; every process has to call it."""
-        total = losses.sum_over_processes(torch.tensor([*self.hits, self.pictures], device=device)).tolist()
-        self.hits, self.pictures = np.array(total[:2]), total[2]
+        total = losses.sum_over_processes(
+            torch.tensor([*self.hits, self.pictures, self.reused], device=device)
+        ).tolist()
+        self.hits, self.pictures, self.reused = np.array(total[:2]), total[2], total[3]
         if losses.world_size() > 1:
             others: list = [None] * losses.world_size()
             dist.all_gather_object(others, self.broken)
@@ -236,6 +261,10 @@ class Classifier:
             if not images:
                 continue
             features = self.model.get_image_features(self._pixels(images).to(self.model.device))
+            if not features.pooler_output.isfinite().all():
+                raise ValueError(
+                    "the model gives NaN or infinity: its weights are broken, or its type overflows."
+                )
             similarity, _ = self.model.get_logits(features, self.class_embeds)
             best = similarity.topk(min(5, len(self.labels)), dim=1).indices.cpu()
             right = best == torch.tensor(truth)[:, None]

@@ -1,7 +1,6 @@
 """What `pgseg evaluate` and `pgseg prepare` do."""
 
 import argparse
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,6 +11,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 
+from .. import __version__
 from ..checkpoint import DEFAULT_CHECKPOINT, load_segmenter
 from ..data.augmentation import AugmentationOptions
 from ..segmentation import Segmenter
@@ -26,7 +26,7 @@ from .mask_dataset import MaskDataset
 from .masks import MaskOptions, MaskScores, evaluate_masks, without_nan
 from .protocols import Protocol, load_protocol
 from .reports import write_report
-from .running import Output, checkpoint_hash, classify_on_all_processes, evaluate_in_parts, versions
+from .running import Output, checkpoint_hash, classify_in_parts, evaluate_in_parts, versions
 
 
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:
@@ -46,16 +46,19 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     if args.threads:
         torch.set_num_threads(args.threads)
     args.checkpoint = args.checkpoint or DEFAULT_CHECKPOINT
-    name = Path(args.checkpoint).name
+    path = Path(args.checkpoint)
+    name = path.resolve().name if path.is_dir() else path.name
     folder = args.output or Path(f"{name}-{args.benchmark}-{args.split}")
     # Without an accelerator, `accelerate` shares the work among processes only where it is told to use the CPU.
     state = PartialState(cpu=args.device == "cpu" or not torch.accelerator.is_available())
     device = args.device or state.device
     run = _classify if args.benchmark == "imagenet" else _segment
     segmenter = load_segmenter(args.checkpoint, device=device, dtype=getattr(torch, args.dtype))
-    content = run(args, segmenter, folder)
+    content = run(args, segmenter, folder, name)
+    if not content["pictures"]:
+        raise ValueError(f"none of the pictures of {args.data} could be read.")
     content["settings"] |= {
-        "checkpoint": name,
+        "checkpoint": args.checkpoint if args.checkpoint != DEFAULT_CHECKPOINT else f"{name}, which ships",
         "weights_sha256": checkpoint_hash(args.checkpoint),
         "dtype": args.dtype,
         "processes": state.num_processes,
@@ -68,19 +71,18 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     return {**content, "folder": str(folder)}
 
 
-def _segment(args: argparse.Namespace, segmenter: Segmenter, folder: Path) -> dict[str, Any]:
-    dataset, protocol = _open(args), _protocol(args)
+def _segment(args: argparse.Namespace, segmenter: Segmenter, folder: Path, name: str) -> dict[str, Any]:
+    dataset, protocol = _open(args), _protocol(args).resolved(segmenter.processor)
     thresholds = parse_thresholds(args.thresholds) if args.thresholds else ()
     threshold = args.background_threshold
     if threshold is None:
         threshold = protocol.threshold(args.benchmark, dataset)
-    if threshold is None and thresholds:
-        threshold = thresholds[0]
     dataset.check_threshold(threshold)
     options = MaskOptions(
         segmentation=protocol.segmentation(threshold, args.batch_size),
         thresholds=thresholds,
         synonyms=protocol.synonyms,
+        released_names=protocol.class_names == "released",
         oracle=args.analysis,
         groups=args.analysis,
         refinement=protocol.make_refinement(),
@@ -88,13 +90,17 @@ def _segment(args: argparse.Namespace, segmenter: Segmenter, folder: Path) -> di
         readers=args.readers,
     )
     settings = {
-        "benchmark": f"{args.benchmark} {args.split}",
+        "benchmark": args.benchmark,
         "data": f"{dataset.name}, {len(dataset)} pictures, {len(dataset.labels)} labels",
         "protocol": protocol.to_dict(),
         "background_threshold": threshold,
+        **({"refinement": str(options.refinement)} if options.refinement else {}),
+        **_source_of_masks(args),
     }
     record = {
         **settings,
+        "version": __version__,
+        "config": segmenter.model.config.to_diff_dict(),
         "pictures": dataset.fingerprint(),
         "checkpoint": checkpoint_hash(args.checkpoint) or args.checkpoint,
         "thresholds": options.thresholds,
@@ -102,10 +108,7 @@ def _segment(args: argparse.Namespace, segmenter: Segmenter, folder: Path) -> di
         "dtype": args.dtype,
     }
     prior_map = _prior_map(args, segmenter, dataset) if args.baselines and args.train else None
-    output = Output(folder, record, args.overwrite)
-    if PartialState().is_main_process:
-        output.prepare()
-    PartialState().wait_for_everyone()
+    output = _prepared(Output(folder, record, args.overwrite))
     scores = evaluate_in_parts(segmenter, dataset, options, output, args.save_predictions, args.visualize)
     found = scores.to_dict()
     rows = {"model": _figures(scores.confusion)}
@@ -115,7 +118,7 @@ def _segment(args: argparse.Namespace, segmenter: Segmenter, folder: Path) -> di
         whole = dataset.only(each for each in dataset.pictures if each.name not in scores.broken)
         rows |= _baselines(args, segmenter, whole, options, prior_map)
     return {
-        "title": f"{Path(args.checkpoint).name} on {args.benchmark} {args.split}, protocol {protocol.name}",
+        "title": f"{name} on {dataset.name}, protocol {protocol.name}",
         "rows": rows,
         **{
             key: found[key]
@@ -124,8 +127,26 @@ def _segment(args: argparse.Namespace, segmenter: Segmenter, folder: Path) -> di
         },
         "mean_iou_absent_as_zero": found["mean_iou_absent_as_zero"],
         "pictures": scores.pictures,
-        "settings": settings,
+        "reused": scores.reused,
+        "settings": {**settings, "seconds_of_all_calls": round(scores.seconds, 1)},
     }
+
+
+def _prepared(output: Output) -> Output:
+    if PartialState().is_main_process:
+        output.prepare()
+    PartialState().wait_for_everyone()
+    return output
+
+
+def _source_of_masks(args: argparse.Namespace) -> dict[str, str]:
+    """What COCO-Object's masks were made from, where `pgseg prepare` made them."""
+    if args.benchmark != "coco_object" or args.data.startswith("hub:"):
+        return {}
+    benchmark = BENCHMARKS["coco_object"]
+    split = benchmark.splits[args.split]
+    found = [preparing.source_of_coco_object(Path(args.data) / root, split) for root in benchmark.roots]
+    return {"masks": next((source for source in found if source), "not made by pgseg prepare")}
 
 
 def _open(args: argparse.Namespace) -> MaskDataset:
@@ -133,10 +154,17 @@ def _open(args: argparse.Namespace) -> MaskDataset:
     if args.data.startswith("hub:"):
         if args.benchmark == "folder":
             raise ValueError("hub:NAME has no labels of its own; give the --benchmark that its masks are of.")
-        split = {"val": "validation"}.get(args.split, args.split)
-        pictures = hub_pictures(args.data.removeprefix("hub:"), split, args.image_column, args.mask_column)
-        dataset = BENCHMARKS[args.benchmark].over(pictures, f"{args.benchmark} {split} of {args.data}")
+        if args.background is not None:
+            raise ValueError(
+                f"background is {args.background!r}, but {args.benchmark} has its own; leave it out."
+            )
+        mask_column = args.mask_column or "mask"
+        pictures = hub_pictures(args.data.removeprefix("hub:"), args.split, args.image_column, mask_column)
+        title = f"{args.benchmark} {args.split} of {args.data}"
+        dataset = BENCHMARKS[args.benchmark].over(pictures, title, origin=title)
     else:
+        if args.image_column or args.mask_column:
+            raise ValueError("--image-column and --mask-column are for hub:NAME; leave them out.")
         dataset = open_benchmark(args.benchmark, args.data, args.split, args.background)
     return dataset.spread(args.limit) if args.limit is not None else dataset
 
@@ -192,7 +220,7 @@ def _baselines(
         "untrained model": _figures(scores.confusion),
         "oracle: groups of the untrained model, named by the masks": _figures(_oracle(scores)),
     }
-    baselines = count_baselines(dataset, prior_map)
+    baselines = count_baselines(part, prior_map).sum_over_processes(state.device)
     best = baselines.best_label()
     if dataset.background is not None:
         rows[f"{dataset.labels[dataset.background]} everywhere"] = _figures(
@@ -219,6 +247,7 @@ _OF_MASKS: dict[str, Any] = {
     ),
     **dict.fromkeys(("synonyms", "refinement", "train", "crop_sides")),
     **dict.fromkeys(("analysis", "baselines", "save_predictions"), False),
+    "mask_column": None,
     "visualize": 0,
 }
 _OF_CLASSES: dict[str, Any] = {"templates": None, "label_column": None}
@@ -227,6 +256,8 @@ _OF_CLASSES: dict[str, Any] = {"templates": None, "label_column": None}
 def _refuse_idle_options(args: argparse.Namespace) -> None:
     """Raises a ValueError for options that would have no effect."""
     idle = _OF_MASKS if args.benchmark == "imagenet" else _OF_CLASSES
+    if args.benchmark == "folder" and args.split != "val":
+        raise ValueError(f"--split is {args.split!r}, but a folder has none; leave it out.")
     given = [name for name, default in idle.items() if getattr(args, name) != default]
     if given:
         raise ValueError(f"--{given[0].replace('_', '-')} has no effect on {args.benchmark}; leave it out.")
@@ -234,7 +265,7 @@ def _refuse_idle_options(args: argparse.Namespace) -> None:
         raise ValueError("--train and --crop-sides are for the position prior; add --baselines.")
 
 
-def _classify(args: argparse.Namespace, segmenter: Segmenter, folder: Path) -> dict[str, Any]:
+def _classify(args: argparse.Namespace, segmenter: Segmenter, folder: Path, name: str) -> dict[str, Any]:
     classes = open_imagenet(args.data, args.split, args.label_column)
     kind = args.templates or "subset"
     classifier = Classifier(
@@ -245,44 +276,50 @@ def _classify(args: argparse.Namespace, segmenter: Segmenter, folder: Path) -> d
         batch_size=args.batch_size,
         skip_broken=args.skip_broken,
     )
-    scores = classify_on_all_processes(classifier, classes)
     side = segmenter.model.config.vision_config.image_size
+    settings = {
+        "benchmark": classes.name,
+        "templates": f"{kind}, {len(classifier.templates)}",
+        "size": f"short side {round(side * 256 / 224)}, centre {side} px",
+    }
+    record = {
+        **settings,
+        "data": args.data,
+        "version": __version__,
+        "config": segmenter.model.config.to_diff_dict(),
+        "checkpoint": checkpoint_hash(args.checkpoint) or args.checkpoint,
+        "dtype": args.dtype,
+    }
+    scores = classify_in_parts(classifier, classes, _prepared(Output(folder, record, args.overwrite)))
     return {
-        "title": f"{Path(args.checkpoint).name} on {classes.name}, zero-shot classification",
+        "title": f"{name} on {classes.name}, zero-shot classification",
         "rows": {"model": {key: value for key, value in scores.to_dict().items() if key != "pictures"}},
         "broken": scores.broken,
         "pictures": scores.pictures,
-        "settings": {
-            "benchmark": classes.name,
-            "data": f"{scores.pictures} pictures, {len(classes.labels)} classes",
-            "templates": f"{kind}, {len(classifier.templates)}",
-            "size": f"short side {round(side * 256 / 224)}, centre {side} px",
-        },
+        "reused": scores.reused,
+        "settings": {**settings, "data": f"{scores.pictures} pictures, {len(classes.labels)} classes"},
     }
 
 
-def run_evaluate(args: argparse.Namespace) -> int:
-    """`pgseg evaluate`: 0, or 1 where pictures were broken and left out."""
-    content = evaluate(args)
-    if "markdown" in content:
-        print(content["markdown"].split("## IoU of each label")[0].strip())
-        for name, reason in content.get("broken", {}).items():
-            print(f"broken: {name}: {reason}", file=sys.stderr)
-        seconds = content["settings"]["seconds"]
-        print(f"\n{content['pictures']} pictures in {seconds} s -> {content['folder']}")
-    return 1 if content.get("broken") else 0
+PREPARERS: dict[str, Callable[..., preparing.PreparationSummary]] = {
+    "coco_object": preparing.prepare_coco_object,
+    "coco_object_from_stuff": preparing.prepare_coco_object_from_stuff,
+    "coco_stuff": preparing.prepare_coco_stuff,
+    "context": preparing.prepare_context,
+    "cityscapes": preparing.prepare_cityscapes,
+    "lvis": preparing.prepare_lvis,
+}
 
 
-def run_prepare(args: argparse.Namespace) -> int:
-    """`pgseg prepare`."""
-    makers: dict[str, Callable[..., preparing.PreparationSummary]] = {
-        "coco_object": preparing.prepare_coco_object,
-        "coco_object_from_stuff": preparing.prepare_coco_object_from_stuff,
-        "coco_stuff": preparing.prepare_coco_stuff,
-        "context": preparing.prepare_context,
-        "cityscapes": preparing.prepare_cityscapes,
-        "lvis": preparing.prepare_lvis,
-    }
+def prepare(args: argparse.Namespace) -> preparing.PreparationSummary:
+    """Runs `pgseg prepare`. The folder may be one above that of the benchmark, as for `pgseg evaluate`.
+
+    Raises:
+        ValueError: what it needs is missing or broken.
+    """
+    benchmark = BENCHMARKS[args.what.removesuffix("_from_stuff")]
+    places = (args.folder / name for name in benchmark.roots)
+    root = next((place for place in places if place.is_dir()), args.folder)
     chosen: dict[str, Any] = {}
     if args.split is not None:
         if args.what == "context":
@@ -291,8 +328,4 @@ def run_prepare(args: argparse.Namespace) -> int:
             chosen["annotations"] = f"lvis_v1_{args.split}.json"
         else:
             chosen["split"] = args.split
-    summary = makers[args.what](args.folder, **chosen)
-    print(
-        f"{summary.written} masks written, {summary.skipped} were there, in {summary.seconds:.1f} s -> {args.folder}"
-    )
-    return 0
+    return PREPARERS[args.what](root, **chosen)

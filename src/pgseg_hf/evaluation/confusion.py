@@ -28,6 +28,11 @@ class ConfusionMatrix:
     def __init__(self, num_labels: int, ignore_index: int | None = IGNORE_INDEX):
         if num_labels < 1:
             raise ValueError(f"num_labels is {num_labels}, expected at least 1.")
+        if ignore_index is not None and 0 <= ignore_index < num_labels:
+            raise ValueError(
+                f"ignore_index is {ignore_index}, which is one of the {num_labels} labels; expected another number or "
+                "None."
+            )
         self.ignore_index = ignore_index
         self.counts = np.zeros((num_labels, num_labels), dtype=np.int64)
 

@@ -16,14 +16,14 @@ def hub_pictures(
 
     Args:
         path: as `datasets.load_dataset` takes it.
-        split: of the data set.
+        split: of the data set; "val" also stands for "validation".
         image_column: by default the usual names.
         mask_column: pictures of one integer a pixel.
 
     Raises:
         ValueError: it cannot be loaded, has no such split, or columns are missing.
     """
-    source = open_hub(path, Columns(image=image_column, mask=mask_column), split=split)
+    source = open_split(path, split, Columns(image=image_column, mask=mask_column))
     assert not isinstance(source, StreamedTable)
     digits = len(str(len(source)))
     return [
@@ -32,6 +32,16 @@ def hub_pictures(
         )
         for row in range(len(source))
     ]
+
+
+def open_split(path: str, split: str, columns: Columns) -> TableSource | StreamedTable:
+    """As `open_hub`; "val" also stands for "validation"."""
+    try:
+        return open_hub(path, columns, split=split)
+    except ValueError:
+        if split != "val":
+            raise
+        return open_hub(path, columns, split="validation")
 
 
 def _cell(source: TableSource, row: int, field: str) -> ImageSource:

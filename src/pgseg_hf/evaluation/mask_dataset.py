@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from ..files import path_inside
 from ..folders import find_images
-from ..images import ImageSource, load_image, load_label_map
+from ..images import ImageSource, NoLabelMap, load_image, load_label_map
 from ..prompts import validate_labels
 from .confusion import IGNORE_INDEX
 
@@ -78,6 +79,8 @@ class MaskDataset:
         values: for each raw value of the files its label or `ignore_index`, where these are not the same.
         rgb_masks: raw values are red + 256 * green of colour pictures, as in ImageNet-S.
         synonyms: other names of labels.
+        released: the names of labels in the released code where they differ, such as `fire_engine`.
+        origin: where the pictures come from, where that are no files.
     """
 
     name: str
@@ -88,6 +91,8 @@ class MaskDataset:
     values: Mapping[int, int] | None = None
     rgb_masks: bool = False
     synonyms: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    released: Mapping[str, str] = field(default_factory=dict)
+    origin: str = ""
 
     def __len__(self) -> int:
         return len(self.pictures)
@@ -102,6 +107,8 @@ class MaskDataset:
         try:
             source = picture.mask() if callable(picture.mask) else picture.mask
             raw = _rgb_values(load_image(source)) if self.rgb_masks else load_label_map(source)
+        except NoLabelMap as error:
+            raise ValueError(f"{picture.mask_place}: {error}") from error
         except ValueError as error:
             raise BrokenPicture(picture.name, f"{picture.mask_place}: {error}") from error
         table = dict(self.values or {value: value for value in range(len(self.labels))})
@@ -144,10 +151,21 @@ class MaskDataset:
         return other
 
     def fingerprint(self) -> str:
-        """Equal for data sets with the same labels and names of pictures; the pixels are not looked at."""
-        names = [picture.name for picture in self.pictures]
-        content = json.dumps([self.labels, self.background, self.ignore_index, names])
+        """Equal for the same files with the same meaning: labels and other names, and of each picture its name and
+        the place, size and time of its files. The pixels are not looked at."""
+        meaning = [self.labels, self.background, self.ignore_index, self.rgb_masks, self.origin]
+        tables = [sorted((self.values or {}).items()), sorted((self.synonyms or {}).items())]
+        files = [(each.name, _file_state(each.image), _file_state(each.mask)) for each in self.pictures]
+        content = json.dumps([meaning, tables, sorted(self.released.items()), files], default=list)
         return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def _file_state(source: Source) -> list | None:
+    """Place, size and time of change; None for what is no file."""
+    if not isinstance(source, (str, os.PathLike)):
+        return None
+    found = os.stat(source)
+    return [str(Path(source).resolve()), found.st_size, found.st_mtime_ns]
 
 
 def _rgb_values(image: Image.Image) -> np.ndarray:
@@ -229,7 +247,7 @@ def _read_labels(folder: Path) -> dict:
         content = json.loads(path.read_text(encoding="utf-8"))
         labels = validate_labels(content["labels"])
         ignore_index, background = content.get("ignore_index", IGNORE_INDEX), content.get("background")
-        synonyms = {str(label): list(words) for label, words in content.get("synonyms", {}).items()}
+        synonyms = _checked_synonyms(content.get("synonyms", {}), labels)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f'{path} cannot be read, expected {{"labels": [...]}}: {error}') from error
     for name, value in (("ignore_index", ignore_index), ("background", background)):
@@ -241,15 +259,25 @@ def _read_labels(folder: Path) -> dict:
         raise ValueError(
             f"background {background} in {path} is no label, expected 0 to {len(labels) - 1} or null."
         )
-    unknown = sorted(set(synonyms) - set(labels))
-    if unknown:
-        raise ValueError(f"synonyms in {path} are for {unknown[0]!r}, which is none of its labels.")
     return {
         "labels": labels,
         "ignore_index": ignore_index,
         "background": background,
         "synonyms": synonyms,
     }
+
+
+def _checked_synonyms(synonyms: dict, labels: list[str]) -> dict[str, list[str]]:
+    for label, words in synonyms.items():
+        if label not in labels:
+            raise ValueError(f"synonyms are for {label!r}, which is none of the labels")
+        if not isinstance(words, list):
+            raise ValueError(f"synonyms of {label!r} are {words!r}, expected a list of words")
+    try:
+        validate_labels([*labels, *(word for words in synonyms.values() for word in words)])
+    except ValueError as error:
+        raise ValueError(f"of labels and synonyms together, {error}") from error
+    return synonyms
 
 
 def _pairs_of_metadata(path: Path) -> list[Picture]:
@@ -259,8 +287,8 @@ def _pairs_of_metadata(path: Path) -> list[Picture]:
             continue
         try:
             row = json.loads(line)
-            image, mask = path.parent / row["file_name"], path.parent / row["mask_file_name"]
-        except (KeyError, TypeError, ValueError) as error:
+            image, mask = (path_inside(path.parent, row[key]) for key in ("file_name", "mask_file_name"))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"line {number} of {path} has no file_name and mask_file_name: {error!r}."
             ) from error
@@ -274,7 +302,11 @@ def _pairs_of_names(folder: Path) -> list[Picture]:
     images, masks = folder / "images", folder / "masks"
     if not images.is_dir() or not masks.is_dir():
         raise ValueError(f"{folder} holds neither metadata.jsonl nor the folders images and masks.")
-    by_name = {mask.relative_to(masks).with_suffix(""): mask for mask in find_images(masks)}
+    by_name: dict[Path, Path] = {}
+    for mask in find_images(masks):
+        other = by_name.setdefault(mask.relative_to(masks).with_suffix(""), mask)
+        if other != mask:
+            raise ValueError(f"{other} and {mask} are masks of one picture, expected one.")
     pictures = []
     for image in find_images(images):
         name = image.relative_to(images).with_suffix("")

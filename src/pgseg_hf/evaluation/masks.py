@@ -40,6 +40,7 @@ class MaskOptions:
             names).
         oracle: also what a perfect namer would make of the groups, see [`oracle_map`].
         groups: also figures of the groups, see [`GroupStatistics`].
+        released_names: labels have the names of the released code in prompts, where these differ.
         refinement: applied to the scores before each pixel's best label is chosen.
         skip_broken: pictures that cannot be decoded are named and left out; otherwise they are an error.
         readers: threads that read pictures ahead.
@@ -48,6 +49,7 @@ class MaskOptions:
     segmentation: SegmentationOptions | None = None
     thresholds: tuple[float, ...] = ()
     synonyms: SynonymRule = "none"
+    released_names: bool = False
     oracle: bool = False
     groups: bool = False
     refinement: PixelAdaptiveRefinement | None = None
@@ -76,7 +78,8 @@ class MaskScores:
         groups: figures of the groups; None if not asked for.
         pictures: how many were counted.
         broken: names of pictures that were left out, with the reason.
-        seconds: wall time of this process.
+        seconds: wall time of this process, summed over calls that were continued.
+        reused: how many of the pictures an earlier run had counted.
     """
 
     labels: list[str]
@@ -87,6 +90,7 @@ class MaskScores:
     pictures: int = 0
     broken: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
+    reused: int = 0
 
     @classmethod
     def empty(cls, dataset: MaskDataset, options: MaskOptions) -> "MaskScores":
@@ -118,10 +122,12 @@ class MaskScores:
         is the longest."""
         for matrix in self._matrices():
             matrix.sum_over_processes(device)
-        if self.groups is not None:
+        # Where there is one process nothing is moved: not every device knows float64.
+        if self.groups is not None and losses.world_size() > 1:
             total = losses.sum_over_processes(torch.from_numpy(self.groups.as_array()).to(device))
             self.groups = GroupStatistics.from_array(total.cpu().numpy())
-        self.pictures = int(losses.sum_over_processes(torch.tensor(self.pictures, device=device)))
+        counts = torch.tensor([self.pictures, self.reused], device=device)
+        self.pictures, self.reused = losses.sum_over_processes(counts).tolist()
         if losses.world_size() > 1:
             others: list[Any] = [None] * losses.world_size()
             dist.all_gather_object(others, (self.broken, self.seconds))
@@ -183,7 +189,8 @@ class MaskScores:
             scores["oracle_mean_iou"] = self.oracle.mean_iou()
             scores["oracle_pixel_accuracy"] = self.oracle.pixel_accuracy()
         if self.groups is not None:
-            scores["groups"] = self.groups.to_dict()
+            # Sums in another order, as of several processes, differ in the last digits.
+            scores["groups"] = {name: round(value, 10) for name, value in self.groups.to_dict().items()}
         rest = {"pictures": self.pictures, "broken": self.broken, "seconds": self.seconds}
         return without_nan({**scores, **rest})
 
@@ -243,7 +250,7 @@ class MaskEvaluator:
                 "for a data set with a background."
             )
         self.labels, self.values = segmentation_labels(dataset, self.segmentation)
-        prompts, self._owners = _with_synonyms(self.labels, dataset, self.options.synonyms)
+        prompts, self._owners = _prompt_names(self.labels, dataset, self.options)
         self.class_embeds = segmenter.class_embeddings(prompts, self.segmentation)
         if self.options.synonyms == "average":
             self.class_embeds = _averages(self.class_embeds, self._owners)
@@ -273,7 +280,7 @@ class MaskEvaluator:
         if truth.shape != (image.height, image.width):
             raise ValueError(
                 f"{picture.mask_place} has {truth.shape} pixels (height, width), its picture {picture.image_place} "
-                f"{(image.height, image.width)}."
+                f"{(image.height, image.width)}; a picture is turned as its EXIF data say, a mask is not."
             )
         return picture, image, truth
 
@@ -291,6 +298,11 @@ class MaskEvaluator:
         features: EncodedImage,
         scores: MaskScores,
     ) -> None:
+        if not all(bool(window.segments.isfinite().all()) for window in features.windows):
+            raise ValueError(
+                f"the model gives NaN or infinity for {picture.image_place}: its weights are broken, or their type "
+                "overflows."
+            )
         threshold = self.segmentation.background_threshold
         plain = replace(self.segmentation, background_threshold=None)
         scored = self.segmenter.score(features, self.class_embeds, plain)
@@ -372,11 +384,13 @@ def segmentation_labels(dataset: MaskDataset, options: SegmentationOptions) -> t
     return [dataset.labels[value] for value in order], np.array([dataset.background, *order])
 
 
-def _with_synonyms(
-    labels: list[str], dataset: MaskDataset, rule: SynonymRule
+def _prompt_names(
+    labels: list[str], dataset: MaskDataset, options: MaskOptions
 ) -> tuple[list[str], np.ndarray]:
     """The names to embed, and the number of the label that each one stands for."""
-    names = [[label, *(dataset.synonyms.get(label, ()) if rule != "none" else ())] for label in labels]
+    own = dataset.released if options.released_names else {}
+    others = dataset.synonyms if options.synonyms != "none" else {}
+    names = [[own.get(label, label), *others.get(label, ())] for label in labels]
     owners = [number for number, each in enumerate(names) for _ in each]
     return [name for each in names for name in each], np.array(owners)
 

@@ -75,6 +75,7 @@ def prepare_coco_object(root: str | Path, split: str = "val2017") -> Preparation
         ValueError: the annotations are missing, broken or of another kind.
     """
     root = Path(root)
+    _refuse_mixing(root, split, "instances")
     layout = _Layout(labels={number: label for label, number in enumerate(COCO_CATEGORY_IDS, start=1)})
     jobs = [
         (
@@ -83,7 +84,7 @@ def prepare_coco_object(root: str | Path, split: str = "val2017") -> Preparation
         )
         for picture in _read_pictures(root / "annotations" / f"instances_{split}.json", layout)
     ]
-    return _write_masks(jobs)
+    return _write_masks(jobs, {_coco_object_marker(root, split): ["instances"]})
 
 
 def prepare_coco_object_from_stuff(root: str | Path, split: str = "val2017") -> PreparationSummary:
@@ -95,9 +96,32 @@ def prepare_coco_object_from_stuff(root: str | Path, split: str = "val2017") -> 
     Raises:
         ValueError: there are no such maps, or one holds values that do not occur in them.
     """
+    _refuse_mixing(Path(root), split, "stuffthingmaps")
     table = {value: label for label, value in enumerate(_THING_VALUES, start=1)}
     table.update(dict.fromkeys((*_STUFF_VALUES, _UNLABELLED), 0))
-    return _relabel_stuff(Path(root), split, table, "_instanceTrainIds.png")
+    marker = {_coco_object_marker(Path(root), split): ["stuffthingmaps"]}
+    return _relabel_stuff(Path(root), split, table, "_instanceTrainIds.png", marker)
+
+
+def source_of_coco_object(root: Path, split: str) -> str | None:
+    """What the masks of COCO-Object were made from, "instances" or "stuffthingmaps"; None where no preparation said."""
+    path = _coco_object_marker(root, split)
+    return path.read_text(encoding="utf-8").strip() if path.is_file() else None
+
+
+def _coco_object_marker(root: Path, split: str) -> Path:
+    return root / "annotations" / split / "instanceTrainIds.txt"
+
+
+def _refuse_mixing(root: Path, split: str, source: str) -> None:
+    """The two ways to COCO-Object give other masks: figures say which, and they are not mixed."""
+    known = source_of_coco_object(root, split)
+    if known not in (None, source):
+        marker = _coco_object_marker(root, split)
+        raise ValueError(
+            f"{marker.parent} holds masks made from the {known}; remove them and {marker.name} to make them from the "
+            f"{source}."
+        )
 
 
 def prepare_coco_stuff(root: str | Path, split: str = "val2017") -> PreparationSummary:
@@ -334,7 +358,13 @@ def _safe_name(value: Any, key: str, where: str) -> str:
     return "/".join(parts)
 
 
-def _relabel_stuff(root: Path, split: str, table: Mapping[int, int], ending: str) -> PreparationSummary:
+def _relabel_stuff(
+    root: Path,
+    split: str,
+    table: Mapping[int, int],
+    ending: str,
+    lists: Mapping[Path, Sequence[str]] | None = None,
+) -> PreparationSummary:
     folder = root / "annotations" / split
     sources = [path for path in _visible(folder.glob("*.png")) if "TrainIds" not in path.name]
     if not sources:
@@ -342,7 +372,7 @@ def _relabel_stuff(root: Path, split: str, table: Mapping[int, int], ending: str
             f"{folder} holds no stuffthingmaps (*.png); unpack stuffthingmaps_trainval2017.zip into "
             f"{folder.parent}."
         )
-    return _relabel(sources, [path.with_name(path.stem + ending) for path in sources], table)
+    return _relabel(sources, [path.with_name(path.stem + ending) for path in sources], table, lists)
 
 
 def _visible(paths: Any) -> list[Path]:
@@ -350,11 +380,13 @@ def _visible(paths: Any) -> list[Path]:
 
 
 def _relabel(
-    sources: Sequence[Path], targets: Sequence[Path], table: Mapping[int, int]
+    sources: Sequence[Path],
+    targets: Sequence[Path],
+    table: Mapping[int, int],
+    lists: Mapping[Path, Sequence[str]] | None = None,
 ) -> PreparationSummary:
-    return _write_masks(
-        [(target, partial(_relabelled, source, table)) for source, target in zip(sources, targets)]
-    )
+    jobs = [(target, partial(_relabelled, source, table)) for source, target in zip(sources, targets)]
+    return _write_masks(jobs, lists)
 
 
 def _relabelled(path: Path, table: Mapping[int, int]) -> np.ndarray:

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from ..processing_pgseg import PGSegProcessor
 from ..prompts import SEGMENTATION_TEMPLATES, validate_templates
 from ..scoring import TOP_K
 from ..segmentation import SegmentationOptions
@@ -37,6 +38,8 @@ class Protocol:
         synonyms: "none", "average" or "merge", see [`MaskOptions`].
         top_k: labels that one window may show.
         refinement: "none" or "pamr".
+        class_names: "plain" ("fire engine"), or "released" ("fire_engine"): the strings that the released code puts
+            into its prompts, which differ for LVIS and ImageNet-S.
     """
 
     name: str
@@ -51,11 +54,14 @@ class Protocol:
     synonyms: SynonymRule = "none"
     top_k: int = TOP_K
     refinement: str = "none"
+    class_names: str = "plain"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "templates", tuple(validate_templates(self.templates)))
         if self.refinement not in REFINEMENTS:
             raise ValueError(f"refinement is {self.refinement!r}, expected one of {', '.join(REFINEMENTS)}.")
+        if self.class_names not in ("plain", "released"):
+            raise ValueError(f"class_names is {self.class_names!r}, expected plain or released.")
         if self.synonyms not in ("none", "average", "merge"):
             raise ValueError(f"synonyms is {self.synonyms!r}, expected none, average or merge.")
         for threshold in (self.background_threshold, *self.background_thresholds.values()):
@@ -92,6 +98,18 @@ class Protocol:
             longest_edge=self.longest_edge if self.shortest_edge is not None else None,
         )
 
+    def resolved(self, processor: PGSegProcessor) -> "Protocol":
+        """With the processor's numbers where this protocol leaves them to the checkpoint."""
+        changes: dict[str, Any] = {}
+        size = processor.image_processor.size
+        if self.shortest_edge is None and size.get("shortest_edge"):
+            changes |= {"shortest_edge": size["shortest_edge"], "longest_edge": size.get("longest_edge")}
+        if self.window == "auto":
+            changes["window"] = processor.window_size
+        if self.stride == "auto":
+            changes["stride"] = processor.window_stride
+        return replace(self, **changes)
+
     def make_refinement(self) -> PixelAdaptiveRefinement | None:
         """What `refinement` names."""
         return PixelAdaptiveRefinement() if self.refinement == "pamr" else None
@@ -103,7 +121,9 @@ class Protocol:
 
 _RELEASED = Protocol(
     "pgseg",
-    "PGSeg's released segmentation/configs; they have no benchmark without a background, where no threshold is needed",
+    "PGSeg's released segmentation/configs (of ImageNet-S there is one, for 919 classes); they have no benchmark "
+    "without a background, where no threshold is needed",
+    class_names="released",
     background_thresholds={
         "voc": 0.95,
         "context": 0.36,
@@ -177,6 +197,9 @@ def load_protocol(name_or_path: str) -> Protocol:
         if strange := sorted(set(thresholds) - {*BENCHMARKS, "folder"}):
             raise ValueError(f"background_thresholds are for {', '.join(strange)}, which are no benchmarks")
         named = {"name": path.stem, "source": path.name, "background_thresholds": thresholds}
-        return replace(PROTOCOLS[base], **{**named, **content})
+        made = replace(PROTOCOLS[base], **{**named, **content})
+        if made.name in PROTOCOLS and made != PROTOCOLS[made.name]:
+            raise ValueError(f"name is {made.name!r}, which is that of another protocol; choose another")
+        return made
     except (yaml.YAMLError, OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path} is no protocol: {error}") from error

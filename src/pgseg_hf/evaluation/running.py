@@ -3,16 +3,19 @@
 import hashlib
 import json
 import platform
+import shutil
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import accelerate
 import numpy as np
+import PIL
 import torch
 import transformers
 from accelerate import PartialState
@@ -30,8 +33,13 @@ from .masks import MaskEvaluator, MaskOptions, MaskScores, SegmentedPicture
 
 logger = logging.get_logger(__name__)
 
-CHUNK = 32
+CLASSIFICATION_CHUNK = 256
+CHUNK = 16
 """Pictures that are counted together; a stopped run loses at most so many in each process."""
+
+
+# What an evaluation writes into its folder beside run.json.
+_WRITTEN = ("parts", "predictions", "pictures", "results.json", "results.md")
 
 
 @dataclass
@@ -41,7 +49,7 @@ class Output:
     Args:
         folder: with `parts/` for what is counted, `predictions/` and `pictures/`.
         record: what was asked for; a run goes on only with the same.
-        overwrite: an earlier run with another record gives way.
+        overwrite: an earlier run with another record gives way, with all that it wrote.
     """
 
     folder: Path
@@ -56,21 +64,41 @@ class Output:
         """
         path = self.folder / "run.json"
         record = json.loads(json.dumps(self.record))
-        if path.is_file() and not self.overwrite:
-            try:
-                known = json.loads(path.read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise ValueError(f"{path} cannot be read: {error}; choose another output folder.") from error
-            if known != record:
-                keys = [key for key in {**known, **record} if known.get(key) != record.get(key)]
-                raise ValueError(
-                    f"{self.folder} holds an evaluation with other {', '.join(sorted(keys))}; choose another --output, "
-                    "or --overwrite."
-                )
+        known = self._known(path)
+        if known == record:
             return
-        for part in self.folder.glob("parts/*.npz"):
-            part.unlink()
+        if known is None:
+            foreign = [name for name in _WRITTEN if (self.folder / name).exists()]
+            if foreign:
+                raise ValueError(
+                    f"{self.folder / foreign[0]} is there and of no evaluation; choose another --output."
+                )
+        elif not self.overwrite:
+            keys = [key for key in {**known, **record} if known.get(key) != record.get(key)]
+            raise ValueError(
+                f"{self.folder} holds an evaluation with other {', '.join(sorted(keys))}; choose another --output, or "
+                "--overwrite."
+            )
+        for name in _WRITTEN:
+            written = self.folder / name
+            if written.is_dir():
+                shutil.rmtree(written)
+            else:
+                written.unlink(missing_ok=True)
         write_json(record, path)
+
+    @staticmethod
+    def _known(path: Path) -> dict[str, Any] | None:
+        """The record of an earlier run; None where there is none."""
+        if not path.is_file():
+            return None
+        try:
+            known = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(known, dict):
+                raise ValueError("it is no record")
+        except ValueError as error:
+            raise ValueError(f"{path} cannot be read: {error}; choose another --output.") from error
+        return known
 
     def part(self, number: int) -> Path:
         """File of a chunk's counts."""
@@ -95,7 +123,8 @@ def evaluate_in_parts(
         dataset: all pictures, the same on every process.
         options: what to do.
         output: prepared.
-        save_predictions: write `predictions/NAME.png`, indexed, with the data set's values.
+        save_predictions: write `predictions/NAME.png`, indexed, with the numbers of the data set's labels, which for
+            masks with 0 for unknown are one less than the masks' values.
         num_pictures: write so many `pictures/NAME.jpg` of picture, truth and prediction side by side, spread over the
             data set.
     """
@@ -129,6 +158,7 @@ def evaluate_in_parts(
                 for each in pictures
             ):
                 scores.merge(done)
+                scores.reused += done.pictures
                 progress.update(len(pictures) * state.num_processes)
                 continue
             counted = evaluator(pictures)
@@ -179,27 +209,53 @@ def draw_evaluation(found: SegmentedPicture, dataset: MaskDataset) -> Image.Imag
     return side_by_side(panels, ["picture", "truth", "prediction"])
 
 
-def classify_on_all_processes(classifier: Classifier, classes: Classes) -> ClassificationScores:
-    """Counts pictures with one class each on all processes; every process has to call it. Picture number i belongs to
-    process i % n."""
+def classify_in_parts(classifier: Classifier, classes: Classes, output: Output) -> ClassificationScores:
+    """Counts pictures with one class each on all processes; every process has to call it. Chunks and their files are as
+    in [`evaluate_in_parts`], of `CLASSIFICATION_CHUNK` pictures."""
     state = PartialState()
+    scores = ClassificationScores()
+    pictures = classes.pictures()
+    with logging.tqdm(
+        desc=f"Classifying {classes.name}", unit="image", disable=not state.is_main_process
+    ) as progress:
+        for number in count():
+            chunk = list(islice(pictures, CLASSIFICATION_CHUNK))
+            if not chunk:
+                break
+            progress.update(len(chunk))
+            if number % state.num_processes != state.process_index:
+                continue
+            path = output.part(number)
+            done = _read_classification(path)
+            if done is None or (done.broken and not classifier.skip_broken):
+                done = classifier(chunk)
+                write_json(done.to_counts(), path.with_suffix(".json"))
+            else:
+                scores.reused += done.pictures
+            scores.merge(done)
+    return scores.sum_over_processes(state.device)
 
-    def own() -> Iterator[Any]:
-        pictures = islice(classes.pictures(), state.process_index, None, state.num_processes)
-        yield from logging.tqdm(
-            pictures, desc=f"Classifying {classes.name}", unit="image", disable=not state.is_main_process
-        )
 
-    return classifier(own()).sum_over_processes(state.device)
+def _read_classification(path: Path) -> ClassificationScores | None:
+    path = path.with_suffix(".json")
+    if not path.is_file():
+        return None
+    try:
+        return ClassificationScores.from_counts(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, KeyError) as error:
+        logger.warning(f"{path} cannot be read and is counted again: {error}")
+        return None
 
 
 def checkpoint_hash(name_or_path: str) -> str | None:
-    """SHA-256 of a checkpoint's weights, the first 16 digits; None where there is no safetensors file."""
+    """SHA-256 of a checkpoint's weights (of their index where there are several files), the first 16 digits; None where
+    there is no safetensors file."""
     folder = Path(name_or_path)
     files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
     if not folder.is_dir():
-        found = cached_file(name_or_path, "model.safetensors", _raise_exceptions_for_missing_entries=False)
-        files = [Path(found)] if found else []
+        for name in ("model.safetensors", "model.safetensors.index.json"):
+            found = cached_file(name_or_path, name, _raise_exceptions_for_missing_entries=False)
+            files += [Path(found)] if found and not files else []
     if not files:
         return None
     digest = hashlib.sha256()
@@ -218,6 +274,9 @@ def versions(device: torch.device | str) -> dict[str, str]:
         "pgseg_hf": __version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
+        "accelerate": accelerate.__version__,
+        "numpy": np.__version__,
+        "pillow": PIL.__version__,
         "python": platform.python_version(),
         "device": f"{device.type} ({name})",
     }
