@@ -29,6 +29,7 @@ def test_defaults_are_the_papers():
     assert config.max_logit_scale == 100
     assert (config.image_prototype_weight, config.text_prototype_weight) == (0.1, 0.01)
     assert config.rejection_threshold == 0.1
+    assert (config.prototype_matching, vision.prototype_mixing) == ("hungarian", "prototypes")
     assert config.npr_variant == vision.npr_variant == "corrected"
 
 
@@ -56,6 +57,7 @@ VISION_ERRORS = [
     ({"drop_path_rate": -0.1}, "drop_path_rate is -0.1"),
     ({"attention_dropout": 2.0}, "attention_dropout is 2.0"),
     ({"prototype_momentum": float("nan")}, "prototype_momentum is nan"),
+    ({"prototype_mixing": "groups"}, "prototype_mixing is 'groups', expected one of prototypes, tokens"),
 ]
 TEXT_ERRORS = [
     ({"hidden_size": 10, "num_attention_heads": 3}, "text_config.hidden_size is 10.*num_attention_heads = 3"),
@@ -73,6 +75,7 @@ JOINT_ERRORS = [
     ({"assignment_weight": -1}, "assignment_weight is -1"),
     ({"num_text_prototypes": 0}, "num_text_prototypes is 0"),
     ({"rejection_threshold": 1.1}, "rejection_threshold is 1.1"),
+    ({"prototype_matching": "none"}, "prototype_matching is 'none', expected one of hungarian, order"),
     (
         {"contrastive_loss": "clip"},
         "contrastive_loss is 'clip', expected one of info_nce, multi_positive, sigmoid",
@@ -146,8 +149,9 @@ def test_setting_an_unknown_npr_variant_is_refused():
         PGSegConfig(),
         tiny_config(npr_variant="released", assignment_weight=0.2, contrastive_pooling="groups"),
         tiny_config(vision_config={"num_output_groups": [6, 4]}, num_text_prototypes=3),
+        tiny_config(vision_config={"prototype_mixing": "tokens"}, prototype_matching="order"),
     ],
-    ids=["default", "released", "other"],
+    ids=["default", "released", "other", "ablation"],
 )
 def test_round_trip_through_json(config, tmp_path):
     config.save_pretrained(tmp_path)

@@ -487,6 +487,40 @@ def test_corrected_part_is_the_mapped_prototypes_mixed_by_the_responsibilities(m
     torch.testing.assert_close(npr.reconstruct(estimate, torch.float64), expected)
 
 
+@torch.no_grad()
+def test_part_mixed_by_tokens_is_the_released_one_in_the_corrected_variant():
+    tokens = torch.randn(2, 20, 16, dtype=torch.float64)
+    parts = []
+    for variant, mixing in (("released", "prototypes"), ("corrected", "tokens"), ("corrected", "prototypes")):
+        model = tiny_model(
+            npr_variant=variant, vision_config={"prototype_mixing": mixing}, num_text_prototypes=4
+        )
+        npr = model.double().vision_model.encoder.stages[0].npr
+        npr.projection.load_state_dict(
+            parts[0][0].projection.state_dict() if parts else npr.projection.state_dict()
+        )
+        parts.append((npr, npr.reconstruct(npr.estimate(tokens, npr.prototypes), torch.float64)))
+    torch.testing.assert_close(parts[1][1], parts[0][1])
+    assert (parts[2][1] - parts[0][1]).abs().max() > 0.01
+
+
+def test_matching_in_order_changes_the_prototype_losses_alone():
+    """Both levels; where the best matching is another one, the loss in order is larger."""
+    inputs = inputs_of(pixel_values=tiny_images(3).double())
+    best, ordered, released = (
+        without_noise(
+            tiny_model(prototype_matching=matching, npr_variant=variant, num_text_prototypes=4)
+        ).double()(**inputs, return_loss=True)
+        for matching, variant in (("hungarian", "corrected"), ("order", "corrected"), ("order", "released"))
+    )
+    torch.testing.assert_close(ordered.contrastive_loss, best.contrastive_loss)
+    assert all(mine > its for mine, its in zip(ordered.image_prototype_losses, best.image_prototype_losses))
+    assert ordered.text_prototype_loss != best.text_prototype_loss
+    default = without_noise(tiny_model(npr_variant="released", num_text_prototypes=4)).double()
+    expected = default(**inputs, return_loss=True).image_prototype_loss
+    torch.testing.assert_close(released.image_prototype_loss, expected, equal_nan=True)
+
+
 def test_default_width_of_the_projection_of_prototypes():
     config = tiny_config(vision_config={"prototype_projection_dim": None, "intermediate_size": 48})
     stages = PGSegVisionModel(config.vision_config).encoder.stages

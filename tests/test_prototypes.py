@@ -16,6 +16,7 @@ from pgseg_hf.prototypes import (
     kept_pairs_released,
     masked_mean,
     match_prototypes,
+    ordered_matching,
     prototype_loss,
     tokens_to_weights,
     updated_prototypes,
@@ -224,6 +225,17 @@ def test_absent_prototypes_stay_unmatched(seed, present, groups):
     assert matching.valid.sum() == min(groups, len(columns))
     alone = match_prototypes(similarity[:, :, columns])
     assert pairs(matching) == [(group, columns[prototype].item()) for group, prototype in pairs(alone)]
+
+
+@pytest.mark.parametrize(
+    ("groups", "expected"), [(2, [[0, 1], [0], []]), (3, [[0, 1, 2], [0], []]), (5, [[0, 1, 2], [0], []])]
+)
+def test_groups_are_paired_with_prototypes_in_order(groups, expected):
+    exists = torch.tensor([[True, True, True], [True, False, False], [False, False, False]])
+    matching = ordered_matching(groups, exists)
+    assert matching.valid.shape == (3, min(groups, 3))
+    assert [pairs(matching, index) for index in range(3)] == [[(i, i) for i in row] for row in expected]
+    assert matching.groups.dtype == torch.long and not matching.groups[~matching.valid].any()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -8,6 +8,8 @@ from transformers import CLIPTextConfig, PreTrainedConfig
 from transformers.activations import ACT2FN
 
 NPR_VARIANTS = ("none", "released", "corrected")
+PROTOTYPE_MATCHINGS = ("hungarian", "order")
+PROTOTYPE_MIXINGS = ("prototypes", "tokens")
 CONTRASTIVE_POOLINGS = ("mean", "groups")
 CONTRASTIVE_LOSSES = ("info_nce", "multi_positive", "sigmoid")
 
@@ -127,6 +129,11 @@ class PGSegVisionConfig(PreTrainedConfig):
         prototype_projection_dim (`int`, *optional*):
             hidden width of the projection of prototypes to tokens; by default 8/3 of `intermediate_size`, which at the
             paper's 1536 is its 4096.
+        prototype_mixing (`str`, defaults to `"prototypes"`):
+            how the corrected variant makes the prototypes' part of the tokens: `"prototypes"`, each prototype is
+            projected and then mixed by its responsibilities, whose size does not depend on the number of tokens;
+            `"tokens"`, mixed by weights that sum to 1 over the tokens and then projected, as the released code does.
+            Not read by the other variants.
     """
 
     model_type = "pgseg_vision_model"
@@ -155,6 +162,7 @@ class PGSegVisionConfig(PreTrainedConfig):
     num_prototype_iterations: int = 10
     prototype_momentum: float = 0.9
     prototype_projection_dim: int | None = None
+    prototype_mixing: str = "prototypes"
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.num_hidden_layers is None:
@@ -216,6 +224,11 @@ class PGSegVisionConfig(PreTrainedConfig):
             self.npr_variant in NPR_VARIANTS,
             f"vision_config.npr_variant is {self.npr_variant!r}, expected one of {', '.join(NPR_VARIANTS)}.",
         )
+        _require(
+            self.prototype_mixing in PROTOTYPE_MIXINGS,
+            f"vision_config.prototype_mixing is {self.prototype_mixing!r}, expected one of "
+            f"{', '.join(PROTOTYPE_MIXINGS)}.",
+        )
         for name in ("num_prototype_iterations", "prototype_projection_dim"):
             _require(
                 getattr(self, name) > 0,
@@ -251,6 +264,9 @@ class PGSegConfig(PreTrainedConfig):
         multi_label_weight (`float`, defaults to 1.0): weight of the multi-label loss, where label texts are given.
         rejection_threshold (`float`, defaults to 0.1):
             pairs whose min-max-normalised similarity is not above it are left out of the prototype losses.
+        prototype_matching (`str`, defaults to `"hungarian"`):
+            which prototype each group learns from in the corrected variant: `"hungarian"`, the matching of largest
+            similarity, or `"order"`, group i from prototype i. Not read by the other variants.
         assignment_weight (`float`, defaults to 0.0):
             weight of a term of ours: the cross-entropy between the prototypes' responsibilities for each token and
             the soft assignment of tokens to the matched groups.
@@ -287,6 +303,7 @@ class PGSegConfig(PreTrainedConfig):
     num_text_prototypes: int | None = None
     multi_label_weight: float | int = 1.0
     rejection_threshold: float | int = 0.1
+    prototype_matching: str = "hungarian"
     assignment_weight: float | int = 0.0
     contrastive_pooling: str = "mean"
     contrastive_loss: str = "info_nce"
@@ -336,6 +353,10 @@ class PGSegConfig(PreTrainedConfig):
                 f"{name} is {getattr(self, name)}, expected a finite number.",
             )
         _require_range("rejection_threshold", self.rejection_threshold, 0.0, 1.0)
+        _require(
+            self.prototype_matching in PROTOTYPE_MATCHINGS,
+            f"prototype_matching is {self.prototype_matching!r}, expected one of {', '.join(PROTOTYPE_MATCHINGS)}.",
+        )
         _require(
             self.contrastive_pooling in CONTRASTIVE_POOLINGS,
             f"contrastive_pooling is {self.contrastive_pooling!r}, expected one of {', '.join(CONTRASTIVE_POOLINGS)}.",

@@ -260,6 +260,7 @@ class PGSegStagePrototypes(nn.Module):
     def __init__(self, config: PGSegVisionConfig, num_prototypes: int):
         super().__init__()
         self.released = config.npr_variant == "released"
+        self.mixing = config.prototype_mixing
         self.num_iterations = config.num_prototype_iterations
         self.momentum = config.prototype_momentum
         self.register_buffer(
@@ -294,11 +295,11 @@ class PGSegStagePrototypes(nn.Module):
 
     def reconstruct(self, estimate: PrototypeEstimate, dtype: torch.dtype) -> Tensor:
         """The prototypes' part of each token, R [B, L, C]."""
-        if self.released:
+        if self.released or self.mixing == "tokens":
             weights_BLP = tokens_to_weights(estimate.responsibilities)
             with full_precision(weights_BLP.device.type):
-                mixed_BLC = weights_BLP @ estimate.prototypes
-            return self.projection.convolve(mixed_BLC.to(dtype))
+                mixed_BLC = (weights_BLP @ estimate.prototypes).to(dtype)
+            return self.projection.convolve(mixed_BLC) if self.released else self.projection(mixed_BLC)
         return estimate.responsibilities.to(dtype) @ self.projection(estimate.prototypes.to(dtype))
 
 

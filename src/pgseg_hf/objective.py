@@ -23,7 +23,7 @@ from .losses import (
     sigmoid_loss,
     world_size,
 )
-from .prototypes import assignment_loss, estimate_prototypes, prototype_loss
+from .prototypes import Matching, assignment_loss, estimate_prototypes, ordered_matching, prototype_loss
 
 
 @dataclass
@@ -233,16 +233,24 @@ class Objective:
     def _prototype_scale(self) -> Tensor:
         return clamped_scale(self.model.prototype_logit_scale, self.config)
 
+    def _matching(self, centers_BKC: Tensor, prototype_mask_BP: Tensor) -> Matching | None:
+        """The matching of groups and prototypes where it does not depend on their similarity."""
+        if self.config.prototype_matching != "order" or self.config.npr_variant != "corrected":
+            return None
+        return ordered_matching(centers_BKC.shape[1], prototype_mask_BP)
+
     def _add_prototype_losses(self, losses: Losses) -> None:
         """I-NPR of each grouping stage and, where it has a weight, the assignment term."""
         by_stage, assignments = [], []
         for stage in self.images.stages:
+            every_one = torch.ones_like(stage.prototypes[..., 0], dtype=torch.bool)
             loss, matching = prototype_loss(
                 stage.centers.to(stage.prototypes.dtype),
                 stage.prototypes,
                 self._prototype_scale(),
                 threshold=self.config.rejection_threshold,
                 variant=self.config.npr_variant,
+                matching=self._matching(stage.centers, every_one),
             )
             by_stage.append(loss)
             if stage.logits is not None and stage.responsibilities is not None:
@@ -277,6 +285,7 @@ class Objective:
             threshold,
             "corrected",
             prototype_mask_BP=mask_BP,
+            matching=self._matching(self.segments, mask_BP),
         )[0]
 
     def _released_text_prototype_loss(self) -> Tensor:

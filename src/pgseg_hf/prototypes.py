@@ -125,6 +125,18 @@ def match_prototypes(
     return Matching(groups.to(device), prototypes.to(device), valid.to(device))
 
 
+def ordered_matching(num_groups: int, prototype_mask_BP: Tensor) -> Matching:
+    """Group i with prototype i, whatever their similarity, where there is such a prototype.
+
+    Args:
+        num_groups: K.
+        prototype_mask_BP: bool, True for prototypes that exist.
+    """
+    valid = prototype_mask_BP[:, :num_groups]
+    indices = torch.arange(valid.shape[1], device=valid.device).expand(len(valid), -1) * valid
+    return Matching(indices, indices, valid)
+
+
 def _min_max(values: Tensor, dim: int, mask: Tensor | None = None) -> Tensor:
     low_source = values if mask is None else values.masked_fill(~mask, float("inf"))
     high_source = values if mask is None else values.masked_fill(~mask, float("-inf"))

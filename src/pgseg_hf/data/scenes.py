@@ -1,7 +1,11 @@
-"""Synthetic scenes with captions, tags and exact masks, for dry runs and tests without data."""
+"""Synthetic scenes with captions, tags and exact masks: dry runs without data, and a world that is known in full.
+
+In its splits some combinations of attributes never occur in training, see [`is_novel`].
+"""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from itertools import product
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -85,6 +89,9 @@ SHAPES: dict[str, Shape] = {
     "heart": Shape(_heart()),
 }
 
+MATERIALS = ("plain", "striped", "dotted", "checked")
+SPLITS = ("all", "train", "test", "novel")
+
 TEMPLATES = ("{}", "a picture of {}", "there is {}", "a photo of {}.", "you can see {}")
 # An object stays where it leaves at least this share of every earlier one to be seen.
 LEAST_VISIBLE = 0.5
@@ -92,6 +99,18 @@ PLACEMENTS = 10
 # Radii as shares of the picture's side, and which of them captions call small and large.
 RADII = (0.09, 0.28)
 SMALL, LARGE = 0.14, 0.22
+# From one stripe, dot or check to the next: a share of the radius, and the least number of pixels.
+PATTERN_PERIOD, LEAST_PERIOD = 0.6, 4.0
+
+
+def is_novel(color: str, material: str, shape: str) -> bool:
+    """Whether a shape has a colour or a material that it never has in the splits "train" and "test".
+
+    Of the 70 pairs of colour and shape these are 14, two colours of each shape; of the 28 pairs of material and shape
+    5, one a shape but none of circle and cross. Every word is in training.
+    """
+    number = list(SHAPES).index(shape)
+    return (list(COLORS).index(color) + number) % 5 == 0 or (MATERIALS.index(material) + number) % 5 == 4
 
 
 @dataclass
@@ -104,7 +123,11 @@ class SceneOptions:
         seed: another one gives other scenes.
         max_objects: each scene has 1 to so many.
         num_captions: captions of a scene.
+        with_tags: whether scenes have tags beside their captions.
         colored_labels: labels are "red circle" instead of "circle".
+        split: "all", or "train" and "test", which have no novel combination (see [`is_novel`]), or "novel", where
+            every object is one. No scene of one split is in another.
+        keep: scenes stay in memory once they are made, at 64 pixels some 20 KiB each.
 
     Raises:
         ValueError: naming the field that makes no sense.
@@ -115,22 +138,68 @@ class SceneOptions:
     seed: int = 0
     max_objects: int = 3
     num_captions: int = 3
+    with_tags: bool = True
     colored_labels: bool = False
+    split: str = "all"
+    keep: bool = False
 
     def __post_init__(self) -> None:
         least = {"size": 16, "length": 1, "seed": 0, "max_objects": 1, "num_captions": 0}
         for name, value in least.items():
             if getattr(self, name) < value:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least {value}.")
+        if self.split not in SPLITS:
+            raise ValueError(f"split is {self.split!r}, expected one of {', '.join(SPLITS)}.")
+
+    @classmethod
+    def parse(cls, text: str) -> "SceneOptions":
+        """Options from text: a split, fields with whole numbers (0 or 1 for a choice), or both, such as
+        `"train,size=96,length=20000"`; empty for the defaults.
+
+        Raises:
+            ValueError: a part that is neither.
+        """
+        kinds: dict[str, type] = {field.name: field.type for field in fields(cls) if field.name != "split"}  # type: ignore[misc]
+        options: dict[str, int | str] = {}
+        for part in filter(None, text.split(",")):
+            name, equals, value = part.partition("=")
+            if not equals and part in SPLITS:
+                options["split"] = part
+            elif name in kinds and value.isdecimal():
+                options[name] = kinds[name](int(value))
+            else:
+                raise ValueError(
+                    f"scenes have the option {part!r}, expected one of {', '.join(SPLITS)}, or a whole number for one "
+                    f"of {', '.join(kinds)}, such as size=96."
+                )
+        return cls(**options)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
 class SceneObject:
-    """A shape of one colour; `radius` as a share of the picture's side."""
+    """A shape of one colour and material; `radius` as a share of the picture's side."""
 
     color: str
+    material: str
     shape: str
     radius: float
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A scene and what is in it.
+
+    Args:
+        pixels: uint8 [S, S, 3].
+        owners: [S, S], the number of the object that is seen in a pixel, -1 for the ground.
+        objects: in the order in which they are painted; later ones hide earlier ones.
+        ground: its name.
+    """
+
+    pixels: np.ndarray
+    owners: np.ndarray
+    objects: list[SceneObject]
+    ground: str
 
 
 class SceneSource:
@@ -144,50 +213,72 @@ class SceneSource:
 
     def __init__(self, options: SceneOptions | None = None):
         self.options = options or SceneOptions()
-        objects = [self._label(SceneObject(color, shape, 0.0)) for shape in SHAPES for color in COLORS]
-        self.labels: list[str] = list(dict.fromkeys([*GROUNDS, *objects]))
+        split = self.options.split
+        self._kinds = [
+            kind
+            for kind in product(COLORS, MATERIALS, SHAPES)
+            if split == "all" or is_novel(*kind) == (split == "novel")
+        ]
+        things = [self._label(color, shape) for shape in SHAPES for color in COLORS]
+        self.labels: list[str] = list(dict.fromkeys([*GROUNDS, *things]))
         self._values = {label: value for value, label in enumerate(self.labels)}
+        self._kept: dict[int, Record] = {}
 
     def __len__(self) -> int:
         return self.options.length
 
     def __getitem__(self, index: int) -> Record:
+        if index in self._kept:
+            return self._kept[index]
+        scene, rng = self._make(index)
+        names = [*(self._label(thing.color, thing.shape) for thing in scene.objects), scene.ground]
+        values = np.array([self._values[name] for name in names], dtype=np.uint8)
+        mask_HW = values[scene.owners]  # owner -1 is the ground, which comes last
+        present = np.flatnonzero(np.bincount(mask_HW.ravel()))
+        record = Record(
+            image=Image.fromarray(scene.pixels),
+            captions=[_caption(scene, rng) for _ in range(self.options.num_captions)],
+            tags=[self.labels[value] for value in present if self.options.with_tags],
+            mask=Image.fromarray(mask_HW),
+            name=f"scene {index}",
+        )
+        if self.options.keep:
+            self._kept[index] = record
+        return record
+
+    def scene(self, index: int) -> Scene:
+        """What scene `index` is made of."""
+        return self._make(index)[0]
+
+    def describe(self, index: int) -> str:
+        """A caption with everything: each object with its size (unless it is neither small nor large), material and
+        colour, in the order in which they are painted, and the ground."""
+        scene = self.scene(index)
+        return f"{join_words([_phrase(thing) for thing in scene.objects])} on {scene.ground}"
+
+    def _make(self, index: int) -> tuple[Scene, np.random.Generator]:
+        """A scene, and the generator that goes on with its captions."""
         if not 0 <= index < len(self):
             raise IndexError(f"scene {index} of {len(self)}")
-        rng = np.random.default_rng((self.options.seed, index))
+        rng = np.random.default_rng((self.options.seed, SPLITS.index(self.options.split), index))
         size = self.options.size
         ground = list(GROUNDS)[rng.integers(len(GROUNDS))]
         pixels_HWC = _texture(GROUNDS[ground], size, rng)
         owners_HW = np.full((size, size), -1)
         objects: list[SceneObject] = []
         for _ in range(rng.integers(1, self.options.max_objects + 1)):
-            candidate = self._draw_object(rng)
+            candidate = SceneObject(*self._kinds[rng.integers(len(self._kinds))], float(rng.uniform(*RADII)))
             region_HW = _place(candidate, owners_HW, len(objects), rng)
             if region_HW is None:
                 continue
             owners_HW[region_HW] = len(objects)
             objects.append(candidate)
-            color = np.array(COLORS[candidate.color]) + rng.uniform(-15, 15, 3)
-            pixels_HWC[region_HW] = color + rng.normal(0, 6, (int(region_HW.sum()), 1))
+            pixels_HWC[region_HW] = _surface(candidate, region_HW, rng)
         pixels_HWC *= _light(size, rng)[:, :, None]
-        values = np.array(
-            [self._values[name] for name in (*map(self._label, objects), ground)], dtype=np.uint8
-        )
-        mask_HW = values[owners_HW]  # owner -1 is the ground, which comes last
-        return Record(
-            image=Image.fromarray(pixels_HWC.clip(0, 255).astype(np.uint8)),
-            captions=[_caption(objects, ground, rng) for _ in range(self.options.num_captions)],
-            tags=[self.labels[value] for value in np.unique(mask_HW)],
-            mask=Image.fromarray(mask_HW),
-            name=f"scene {index}",
-        )
+        return Scene(pixels_HWC.clip(0, 255).astype(np.uint8), owners_HW, objects, ground), rng
 
-    def _label(self, thing: SceneObject) -> str:
-        return f"{thing.color} {thing.shape}" if self.options.colored_labels else thing.shape
-
-    def _draw_object(self, rng: np.random.Generator) -> SceneObject:
-        color, shape = list(COLORS)[rng.integers(len(COLORS))], list(SHAPES)[rng.integers(len(SHAPES))]
-        return SceneObject(color, shape, float(rng.uniform(*RADII)))
+    def _label(self, color: str, shape: str) -> str:
+        return f"{color} {shape}" if self.options.colored_labels else shape
 
 
 def _place(
@@ -217,6 +308,28 @@ def _outline_region(thing: SceneObject, size: int, rng: np.random.Generator) -> 
     return np.asarray(canvas) > 0
 
 
+def _surface(thing: SceneObject, region_HW: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Colours of an object's pixels, float [number of pixels, 3]: two tones in its material's pattern, and noise."""
+    color = np.array(COLORS[thing.color]) + rng.uniform(-15, 15, 3)
+    rows, columns = np.nonzero(region_HW)
+    noise = rng.normal(0, 6, (len(rows), 1))
+    if thing.material == "plain":
+        return color + noise
+    period = max(LEAST_PERIOD, PATTERN_PERIOD * thing.radius * len(region_HW))
+    angle, (start, other_start) = rng.uniform(0, math.pi), rng.uniform(0, 1, 2)
+    along = ((columns * math.cos(angle) + rows * math.sin(angle)) / period + start) % 1
+    across = ((rows * math.cos(angle) - columns * math.sin(angle)) / period + other_start) % 1
+    if thing.material == "striped":
+        is_second = along < 0.5
+    elif thing.material == "checked":
+        is_second = (along < 0.5) ^ (across < 0.5)
+    else:
+        is_second = (along - 0.5) ** 2 + (across - 0.5) ** 2 < 0.09
+    # Nothing is darker than black: its second tone is a grey.
+    second = color + 75 if thing.color == "black" else color * 0.5
+    return np.where(is_second[:, None], second, color) + noise
+
+
 def _texture(ground: Ground, size: int, rng: np.random.Generator) -> np.ndarray:
     """A ground of random tint, float [size, size, 3]: coarse noise smoothed to grains, and fine noise."""
     grid = [max(1, round(1 / grain)) if grain else size for grain in ground.grain]
@@ -233,19 +346,28 @@ def _light(size: int, rng: np.random.Generator) -> np.ndarray:
     return rng.uniform(0.75, 1.15) + across * steps[None, :] + down * steps[:, None]
 
 
-def _caption(objects: list[SceneObject], ground: str, rng: np.random.Generator) -> str:
-    """Some of the objects in any order, each with or without its colour and size, with or without the ground."""
-    count = rng.integers(1, len(objects) + 1)
-    phrases = [_phrase(objects[index], rng) for index in rng.permutation(len(objects))[:count]]
-    text = join_words(phrases) + (f" on {ground}" if rng.random() < 0.5 else "")
+def _caption(scene: Scene, rng: np.random.Generator) -> str:
+    """Some of the objects in any order, each with or without its size, material and colour, with or without the
+    ground; or the ground alone."""
+    count = rng.integers(0, len(scene.objects) + 1)
+    chosen = [scene.objects[index] for index in rng.permutation(len(scene.objects))[:count]]
+    phrases = [_phrase(thing, *(rng.random(3) < (0.5, 0.5, 0.75))) for thing in chosen]
+    if not phrases:
+        text = scene.ground
+    else:
+        text = join_words(phrases) + (f" on {scene.ground}" if rng.random() < 0.5 else "")
     return TEMPLATES[rng.integers(len(TEMPLATES))].format(text)
 
 
-def _phrase(thing: SceneObject, rng: np.random.Generator) -> str:
+def _phrase(
+    thing: SceneObject, with_size: bool = True, with_material: bool = True, with_color: bool = True
+) -> str:
     words = [thing.shape]
-    if rng.random() < 0.75:
+    if with_color:
         words.insert(0, thing.color)
-    if rng.random() < 0.5 and not SMALL <= thing.radius <= LARGE:
+    if with_material:
+        words.insert(0, thing.material)
+    if with_size and not SMALL <= thing.radius <= LARGE:
         words.insert(0, "small" if thing.radius < SMALL else "large")
     article = "an" if words[0][0] in "aeiou" else "a"
     return " ".join([article, *words])

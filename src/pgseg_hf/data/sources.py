@@ -13,7 +13,7 @@ import numpy as np
 from ..images import load_image
 from .columns import Columns
 from .records import Record, UnusableRecord
-from .scenes import SceneSource
+from .scenes import SceneOptions, SceneSource
 from .tables import METADATA_FILES, open_folder, open_hub
 from .tars import TarSource
 
@@ -56,7 +56,7 @@ class SourceSpec:
 
     Args:
         path: a folder with metadata, a data set of the Hub or a folder in its layout, patterns of tar shards, or
-            "synthetic".
+            "synthetic"; the last with options as in "synthetic:train,size=96,length=20000", see `SceneOptions`.
         kind: "folder", "hub", "webdataset" or "synthetic"; "auto" goes by what the path looks like.
         weight: the source's share of the records, against the other sources' weights.
         split, name, streaming: for data sets of the Hub, as `datasets.load_dataset` takes them.
@@ -103,7 +103,7 @@ def open_source(spec: SourceSpec) -> Source:
     """
     kind = _kind_of(spec.path) if spec.kind == "auto" else spec.kind
     if kind == "synthetic":
-        return SceneSource()
+        return SceneSource(SceneOptions.parse(spec.path.partition(":")[2]))
     source: Source
     if kind == "folder":
         source = open_folder(spec.path, spec.columns)
@@ -116,7 +116,7 @@ def open_source(spec: SourceSpec) -> Source:
 
 
 def _kind_of(path: str) -> str:
-    if path == "synthetic":
+    if path.partition(":")[0] == "synthetic":
         return "synthetic"
     folder = Path(path).expanduser()
     if any((folder / name).is_file() for name in METADATA_FILES):

@@ -1,0 +1,440 @@
+"""Which parts of the prototypes (NPR) help? Every variant is trained on the same synthetic scenes and measured.
+
+    python examples/ablate_npr.py --output ablation --threads 1
+
+Runs go seed by seed, each one `train_pgseg.py` in a process of its own. A run that has a record in `records/` is not
+done again, so that the same command goes on after a stop. At the end, and with `--table` without any training, the
+records become `table.md`, `table.json` and, with matplotlib, `curves.png`.
+"""
+
+import argparse
+import copy
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+import yaml
+from PIL import Image
+
+import pgseg_hf
+from pgseg_hf import Segmenter, load_segmenter
+from pgseg_hf.data.scenes import GROUNDS, SHAPES, SceneOptions, SceneSource
+from pgseg_hf.evaluation.mask_dataset import MaskDataset, Picture
+from pgseg_hf.evaluation.masks import MaskOptions, evaluate_masks
+from pgseg_hf.files import write_atomically, write_image, write_json, write_text
+from pgseg_hf.segmentation import SegmentationOptions
+from pgseg_hf.training.arguments import parse_arguments
+from pgseg_hf.training.building import build_model, build_processor
+from pgseg_hf.training.evaluating import evaluation_mode
+from pgseg_hf.training.reporting import read_log
+
+HERE = Path(__file__).parent
+REFERENCE = "corrected"
+WITHOUT: dict[str, dict[str, Any]] = {
+    "no-matching": {"prototype_matching": "order"},
+    "no-rejection": {"rejection_threshold": 0.0},
+    "no-momentum": {"vision_config": {"prototype_momentum": 1.0}},
+    "no-resolution-free": {"vision_config": {"prototype_mixing": "tokens"}},
+    "no-text-prototypes": {"text_prototype_weight": 0.0},
+    "no-image-prototypes": {"image_prototype_weight": 0.0},
+}
+GROUPS, TIED = {"contrastive_pooling": "groups"}, {"assignment_weight": 0.2}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "untrained": {},
+    "none": {"npr_variant": "none"},
+    "released": {"npr_variant": "released"},
+    REFERENCE: {},
+    "assignment": TIED,
+    "group-pooling": GROUPS,
+    "both": TIED | GROUPS,
+    "none-group-pooling": {"npr_variant": "none"} | GROUPS,
+    **WITHOUT,
+    **{f"both-{name}": TIED | GROUPS | changes for name, changes in WITHOUT.items()},
+}
+"""Changes of the configuration file's `model_config`, whose variant is `corrected`. `assignment` and `group-pooling`
+add these terms to it, `both` has both, and the rest leave something out of `corrected` or of `both`."""
+
+FIGURES = ("mean_iou", "foreground_iou", "background_iou", "pixel_accuracy", "oracle_mean_iou")
+GROUP_FIGURES = ("groups_used", "purity", "redundancy")
+RETRIEVAL = ("recall@1", "recall@5")
+COMPARED = ("mean_iou", "oracle_mean_iou", "recall@1")
+# Seeds of scenes to measure on; training has 0.
+EVALUATION_SEED, CURVE_SEED = 1, 2
+CURVE_SCENES = 40
+
+
+@dataclass
+class Scenes:
+    """A fixed set of scenes in memory: pictures with masks, and a caption with everything for each."""
+
+    dataset: MaskDataset
+    captions: list[str]
+
+    @property
+    def images(self) -> list[Image.Image]:
+        return [picture.read() for picture in self.dataset.pictures]
+
+
+def make_scenes(split: str, size: int, count: int, seed: int = EVALUATION_SEED) -> Scenes:
+    """The first `count` scenes of a split."""
+    source = SceneSource(SceneOptions(size=size, length=count, seed=seed, split=split))
+    pictures = [Picture(f"{split}-{index}", record.image, record.mask) for index, record in enumerate(source)]
+    captions = [source.describe(index) for index in range(count)]
+    return Scenes(MaskDataset(f"scenes of {split}", source.labels, pictures), captions)
+
+
+def write_scenes(scenes: Scenes, folder: Path) -> Path:
+    """The scenes as a folder that training can measure on."""
+    for picture in scenes.dataset.pictures:
+        write_image(picture.image, folder / "images" / f"{picture.name}.png")
+        write_image(picture.mask, folder / "masks" / f"{picture.name}.png")
+    write_json({"labels": scenes.dataset.labels}, folder / "labels.json")
+    return folder
+
+
+def measure(segmenter: Segmenter, scenes: Scenes) -> dict[str, float | None]:
+    """Segmentation, groups and retrieval by a model."""
+    options = MaskOptions(SegmentationOptions(batch_size=50), oracle=True, groups=True)
+    with evaluation_mode(segmenter.model):
+        scores = evaluate_masks(segmenter, scenes.dataset, options).to_dict()
+        recalls = retrieval(segmenter, scenes)
+    iou = scores["iou"]
+    scores |= {"foreground_iou": _mean_of(iou, SHAPES), "background_iou": _mean_of(iou, GROUNDS)}
+    scores |= {name: scores["groups"][name] for name in GROUP_FIGURES}
+    return {name: scores[name] for name in (*FIGURES, *GROUP_FIGURES)} | recalls
+
+
+def _mean_of(iou: dict[str, float | None], labels: Sequence[str] | dict[str, Any]) -> float | None:
+    known = [value for label in labels if (value := iou[label]) is not None]
+    return mean(known) if known else None
+
+
+@torch.no_grad()
+def retrieval(segmenter: Segmenter, scenes: Scenes) -> dict[str, float]:
+    """Share of pictures whose full caption is the most similar one, or among the five most similar; captions that are
+    equal stand for each other."""
+    model, processor = segmenter.model, segmenter.processor
+    length = model.config.text_config.max_position_embeddings
+    texts = processor.tokenizer(
+        scenes.captions, padding=True, truncation=True, max_length=length, return_tensors="pt"
+    )
+    pixels = processor.image_processor(scenes.images, return_tensors="pt")["pixel_values"]
+    features = model.get_image_features(pixels)
+    embeds = model.get_text_features(texts["input_ids"], texts["attention_mask"]).pooler_output
+    best = model.get_logits(features, embeds)[0].topk(min(5, len(scenes.captions)), dim=1).indices.tolist()
+    captions = scenes.captions
+    ranked = [[captions[index] for index in row] for row in best]
+    return {
+        f"recall@{count}": mean(float(own in row[:count]) for own, row in zip(captions, ranked))
+        for count in (1, 5)
+    }
+
+
+@dataclass
+class Ablation:
+    """What all runs have in common.
+
+    Args:
+        output: folder of records and results.
+        config: YAML file of the corrected variant.
+        steps: of each run; the file's by default.
+        scenes: pictures of each evaluation.
+        threads: of torch.
+    """
+
+    output: Path
+    config: Path = HERE / "configs" / "scenes_cpu.yaml"
+    steps: int | None = None
+    scenes: int = 200
+    threads: int = 1
+
+    def __post_init__(self) -> None:
+        self.settings: dict[str, Any] = yaml.safe_load(self.config.read_text(encoding="utf-8"))
+        self.steps = self.steps or self.settings["max_steps"]
+        self.settings |= {"max_steps": self.steps, "threads": self.threads}
+        size = self.settings["model_config"]["vision_config"]["image_size"]
+        self.sets = {split: make_scenes(split, size, self.scenes) for split in ("test", "novel")}
+        self.curve = make_scenes("test", size, CURVE_SCENES, CURVE_SEED)
+
+    def settings_of(self, variant: str) -> dict[str, Any]:
+        """The options of a variant's training."""
+        settings = copy.deepcopy(self.settings)
+        config = settings["model_config"]
+        for name, value in VARIANTS[variant].items():
+            config[name] = config.get(name, {}) | value if isinstance(value, dict) else value
+        return settings
+
+    def record_path(self, variant: str, seed: int) -> Path:
+        return self.output / "records" / f"{variant}-seed{seed}.json"
+
+    def is_done(self, variant: str, seed: int) -> bool:
+        """Whether a run has a record.
+
+        Raises:
+            ValueError: it has one of other settings.
+        """
+        path = self.record_path(variant, seed)
+        if not path.exists():
+            return False
+        record = json.loads(path.read_text(encoding="utf-8"))
+        for name, value in (("settings", self.settings_of(variant)), ("scenes", self.scenes)):
+            if record[name] != value:
+                raise ValueError(f"{path} has other {name} than this command; choose another --output.")
+        return True
+
+    def run(self, variant: str, seed: int) -> dict[str, Any]:
+        """Trains, measures and writes the record.
+
+        Raises:
+            subprocess.CalledProcessError: training failed; its output is in `failed/`.
+        """
+        start, settings = time.monotonic(), self.settings_of(variant)
+        with TemporaryDirectory(prefix="ablation-") as name:
+            folder = Path(name)
+            write_text(yaml.safe_dump(settings), folder / "settings.yaml")
+            options = [str(folder / "settings.yaml"), "--seed", str(seed)]
+            options += ["--output_dir", str(folder / "model")]
+            log: list[dict[str, Any]] = []
+            if variant == "untrained":
+                segmenter = _untrained(options)
+            else:
+                self._train(options, folder, f"{variant}-seed{seed}")
+                log = read_log(folder / "model" / "log.jsonl")
+                segmenter = load_segmenter(str(folder / "model"))
+            trained = time.monotonic()
+            figures = {split: measure(segmenter, scenes) for split, scenes in self.sets.items()}
+        record = {
+            "variant": variant,
+            "seed": seed,
+            "changes": VARIANTS[variant],
+            "steps": 0 if variant == "untrained" else self.steps,
+            "scenes": self.scenes,
+            "figures": figures,
+            "log": log,
+            "seconds": {"training": trained - start, "measuring": time.monotonic() - trained},
+            "settings": settings,
+            "versions": {
+                "python": platform.python_version(),
+                **{module.__name__: module.__version__ for module in (torch, transformers, np, pgseg_hf)},
+            },
+            "command": shlex.join(["python", *sys.argv]),
+        }
+        write_json(record, self.record_path(variant, seed))
+        return record
+
+    def _train(self, options: list[str], folder: Path, name: str) -> None:
+        write_scenes(self.curve, folder / "curve")
+        options = [*options, "--eval_masks", str(folder / "curve"), "--num_pictures", "0"]
+        options += ["--eval_steps", str(max(1, self.steps // 5))] if self.steps else []
+        environment = os.environ | {"OMP_NUM_THREADS": str(self.threads)}
+        done = subprocess.run(
+            [sys.executable, str(HERE / "train_pgseg.py"), *options],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=environment,
+        )
+        if done.returncode:
+            write_text(done.stdout, self.output / "failed" / f"{name}.txt")
+            done.check_returncode()
+
+
+def _untrained(options: list[str]) -> Segmenter:
+    model_arguments, data, run = parse_arguments(options)
+    torch.manual_seed(run.seed)
+    model = build_model(model_arguments).eval()
+    return Segmenter(model, build_processor(model_arguments, data, model.config))
+
+
+def read_records(output: Path) -> list[dict[str, Any]]:
+    """All records, the variants in their order."""
+    paths = sorted((output / "records").glob("*.json"))
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    order = list(VARIANTS)
+    return sorted(records, key=lambda record: (order.index(record["variant"]), record["seed"]))
+
+
+def spread_of(values: Sequence[float]) -> dict[str, Any]:
+    """Mean, standard deviation (of a sample; None for one value) and number of values."""
+    return {
+        "mean": mean(values) if values else None,
+        "spread": stdev(values) if len(values) > 1 else None,
+        "count": len(values),
+    }
+
+
+def reference_of(variant: str) -> str:
+    """What a variant is compared with."""
+    return "both" if variant.startswith("both-") else REFERENCE
+
+
+def summarize(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """For each variant its seeds, and for each figure ("test/mean_iou", ...) mean and spread over the seeds, of its
+    values and of its differences to its reference with the same seed."""
+    by_run = {(record["variant"], record["seed"]): flat_figures(record) for record in records}
+    rows: dict[str, Any] = {}
+    for variant in dict.fromkeys(record["variant"] for record in records):
+        seeds = [seed for name, seed in by_run if name == variant]
+        reference = reference_of(variant)
+        paired = [seed for seed in seeds if (reference, seed) in by_run]
+        names = by_run[variant, seeds[0]]
+        rows[variant] = {"seeds": seeds, "reference": reference, "figures": {}, "differences": {}}
+        for name in names:
+            values = [by_run[variant, seed][name] for seed in seeds]
+            rows[variant]["figures"][name] = spread_of([value for value in values if value is not None])
+            pairs = [(by_run[variant, seed][name], by_run[reference, seed][name]) for seed in paired]
+            gaps = [own - other for own, other in pairs if own is not None and other is not None]
+            rows[variant]["differences"][name] = spread_of(gaps)
+    return rows
+
+
+def flat_figures(record: dict[str, Any]) -> dict[str, float | None]:
+    return {
+        f"{split}/{name}": value
+        for split, figures in record["figures"].items()
+        for name, value in figures.items()
+    }
+
+
+def table(rows: dict[str, Any]) -> str:
+    """Markdown: the figures on the test scenes, then the rest."""
+    parts = [
+        _part(rows, [f"test/{name}" for name in FIGURES]),
+        _part(rows, [f"test/{name}" for name in COMPARED], "differences"),
+        _part(rows, [f"test/{name}" for name in (*GROUP_FIGURES, *RETRIEVAL)]),
+        _part(rows, [f"novel/{name}" for name in (*FIGURES[:3], "oracle_mean_iou", *RETRIEVAL)]),
+    ]
+    titles = (
+        "Test scenes: mean ± standard deviation over seeds",
+        f"Test scenes: difference to `{REFERENCE}` (of `both-...` to `both`) of the same seed",
+        "Test scenes: groups, and retrieval of full captions",
+        "Novel scenes, of combinations that are never in training",
+    )
+    return "\n".join(f"**{title}**\n\n{part}" for title, part in zip(titles, parts))
+
+
+def _part(rows: dict[str, Any], names: Sequence[str], kind: str = "figures") -> str:
+    heads = [name.split("/")[1].replace("_", " ").replace("mean iou", "mIoU") for name in names]
+    lines = [["variant", "seeds", *heads], ["---"] * (2 + len(heads))]
+    for variant, row in rows.items():
+        if kind == "differences" and variant == REFERENCE:
+            continue
+        cells = [_cell(row[kind][name], signed=kind == "differences") for name in names]
+        lines.append([variant, str(row[kind][names[0]]["count"]), *cells])
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def _cell(value: dict[str, Any], signed: bool) -> str:
+    if value["mean"] is None:
+        return "-"
+    text = f"{value['mean']:{'+' if signed else ''}.3f}"
+    return text if value["spread"] is None else f"{text} ± {value['spread']:.3f}"
+
+
+CURVES = {"contrastive": "contrastive loss", "eval_mean_iou": "mIoU", "eval_oracle_mean_iou": "oracle mIoU"}
+
+
+def draw_curves(records: Sequence[dict[str, Any]], path: Path) -> None:
+    """Means over the seeds, as far as all of them have a point.
+
+    Raises:
+        ValueError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+    except ImportError as error:
+        raise ValueError("curves need matplotlib: pip install matplotlib.") from error
+    trained = [name for name in VARIANTS if any(r["variant"] == name and r["log"] for r in records)]
+    if not trained:
+        return
+    figure, axes = pyplot.subplots(1, len(CURVES), figsize=(5 * len(CURVES), 4.5), constrained_layout=True)
+    colors = matplotlib.colormaps["tab20"]
+    for number, variant in enumerate(trained):
+        logs = [record["log"] for record in records if record["variant"] == variant]
+        for axis, name in zip(axes, CURVES):
+            points = [
+                {line["step"]: line[name] for line in log if line.get(name) is not None} for log in logs
+            ]
+            steps = [step for step in points[0] if all(step in each for each in points)]
+            means = [mean(each[step] for each in points) for step in steps]
+            axis.plot(steps, means, color=colors(number % 20), label=variant)
+    for axis, title in zip(axes, CURVES.values()):
+        axis.set(title=title, xlabel="step")
+        axis.grid(alpha=0.3)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=110))
+    pyplot.close(figure)
+
+
+def write_results(output: Path) -> None:
+    """Table and curves of the records that there are.
+
+    Raises:
+        ValueError: there is none.
+    """
+    records = read_records(output)
+    if not records:
+        raise ValueError(f"{output} has no records; run without --table first.")
+    rows = summarize(records)
+    text = table(rows)
+    write_json(rows, output / "table.json")
+    write_text(text, output / "table.md")
+    print(text)
+    try:
+        draw_curves(records, output / "curves.png")
+    except ValueError as error:
+        print(error, file=sys.stderr)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", type=Path, required=True, help="folder of records and results")
+    parser.add_argument("--config", type=Path, default=Ablation.config, help="YAML file of `corrected`")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="VARIANT")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, help="of each run; by default the configuration file's")
+    parser.add_argument("--scenes", type=int, default=200, help="pictures of each evaluation")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--table", action="store_true", help="only make the results of the records")
+    arguments = parser.parse_args(argv)
+    failed = []
+    if not arguments.table:
+        torch.set_num_threads(arguments.threads)
+        ablation = Ablation(
+            arguments.output, arguments.config, arguments.steps, arguments.scenes, arguments.threads
+        )
+        runs = [(variant, seed) for seed in arguments.seeds for variant in arguments.variants]
+        for variant, seed in [run for run in runs if not ablation.is_done(*run)]:
+            try:
+                record = ablation.run(variant, seed)
+            except subprocess.CalledProcessError as error:
+                failed.append(f"{variant}, seed {seed}: {error}")
+                print(failed[-1], file=sys.stderr, flush=True)
+                continue
+            found = record["figures"]["test"]
+            shown = ", ".join(f"{name} {found[name]:.3f}" for name in COMPARED)
+            print(f"{variant}, seed {seed}: {shown}, {record['seconds']['training']:.0f} s", flush=True)
+    write_results(arguments.output)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,186 @@
+"""The ablation of the examples: its arithmetic from records by hand, and two variants from training to table."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+SCRIPT = Path(__file__).parents[1] / "examples" / "ablate_npr.py"
+SETTINGS = {
+    "data": "synthetic:train,size=32,length=50,with_tags=0",
+    "model_config": {
+        "vision_config": {
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "depths": [1, 1, 0],
+            "num_group_tokens": [6, 4, 0],
+            "num_output_groups": [6, 4, 0],
+            "num_attention_heads": 2,
+            "image_size": 32,
+            "patch_size": 8,
+        },
+        "text_config": {
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "max_position_embeddings": 28,
+        },
+        "projection_dim": 8,
+        "projection_intermediate_dim": 24,
+    },
+    "contrastive_loss": "multi_positive",
+    "cpu": True,
+    "short_side": 32,
+    "batch_size": 4,
+    "max_steps": 2,
+    "learning_rate": 1e-3,
+    "num_workers": 0,
+    "log_steps": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("ablate_npr", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def record_of(script, variant, seed, mean_iou, recall=0.5):
+    names = (*script.FIGURES, *script.GROUP_FIGURES, *script.RETRIEVAL)
+    figures = dict.fromkeys(names, 0.25) | {"mean_iou": mean_iou, "recall@1": recall}
+    log = [{"step": step, "contrastive": 2 / step, "eval_mean_iou": mean_iou} for step in (1, 2)]
+    sets = {"test": figures, "novel": dict.fromkeys(names, 0.125)}
+    return {"variant": variant, "seed": seed, "figures": sets, "log": log}
+
+
+@pytest.fixture
+def records(script):
+    """Values that binary fractions represent, so that the table can be written by hand."""
+    return [
+        record_of(script, "none", 0, 0.25),
+        record_of(script, "none", 1, 0.5),
+        record_of(script, "none", 2, 0.5, recall=None),
+        record_of(script, "corrected", 0, 0.5),
+        record_of(script, "corrected", 1, 0.625),
+    ]
+
+
+def test_means_spreads_and_paired_differences(script, records):
+    rows = script.summarize(
+        [*records, record_of(script, "both", 1, 0.5), record_of(script, "both-no-matching", 1, 0.75)]
+    )
+    assert rows["both"]["differences"]["test/mean_iou"] == {"mean": -0.125, "spread": None, "count": 1}
+    assert rows["both-no-matching"]["differences"]["test/mean_iou"]["mean"] == 0.25  # to `both`
+    assert rows["none"]["seeds"] == [0, 1, 2] and rows["corrected"]["seeds"] == [0, 1]
+    figures, differences = rows["none"]["figures"], rows["none"]["differences"]
+    # Of 1/4, 1/2, 1/2 the mean is 5/12 and the squared deviations add up to 1/24: over 2, their root is 1/48 ** .5.
+    expected = {"mean": pytest.approx(5 / 12), "spread": pytest.approx(48**-0.5), "count": 3}
+    assert figures["test/mean_iou"] == expected
+    # Differences -1/4 and -1/8; seed 2 has no partner.
+    expected = {"mean": -0.1875, "spread": pytest.approx(0.0625 * 2**0.5), "count": 2}
+    assert differences["test/mean_iou"] == expected
+    assert figures["test/recall@1"] == {"mean": 0.5, "spread": 0.0, "count": 2}
+    assert rows["corrected"]["differences"]["test/mean_iou"] == {"mean": 0.0, "spread": 0.0, "count": 2}
+
+
+def test_one_seed_has_no_spread_and_no_value_no_mean(script):
+    rows = script.summarize([record_of(script, "none", 0, None), record_of(script, "corrected", 1, 0.5)])
+    assert rows["none"]["figures"]["test/mean_iou"] == {"mean": None, "spread": None, "count": 0}
+    assert rows["none"]["differences"]["test/purity"]["count"] == 0
+    assert rows["corrected"]["figures"]["test/mean_iou"] == {"mean": 0.5, "spread": None, "count": 1}
+
+
+def test_table_from_records(script, records):
+    text = script.table(script.summarize(records))
+    assert "| variant | seeds | mIoU | foreground iou |" in text
+    assert "| none | 3 | 0.417 ± 0.144 | 0.250 ± 0.000 |" in text
+    assert "| corrected | 2 | 0.562 ± 0.088 |" in text
+    assert "| none | 2 | -0.188 ± 0.088 | +0.000 ± 0.000 |" in text
+    novel = text.split("Novel scenes")[1]
+    assert "| none | 3 | 0.125 ± 0.000 |" in novel
+    assert text.count("| corrected |") == 3  # not in the table of differences to itself
+
+
+def test_results_are_made_of_the_records_alone(script, records, tmp_path, capsys):
+    for record in records:
+        path = tmp_path / "records" / f"{record['variant']}-seed{record['seed']}.json"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(record))
+    assert script.main(["--output", str(tmp_path), "--table"]) == 0
+    assert json.loads((tmp_path / "table.json").read_text()) == script.summarize(records)
+    assert (tmp_path / "table.md").read_text() == script.table(script.summarize(records))
+    assert "| none | 3 |" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="has no records; run without --table first"):
+        script.main(["--output", str(tmp_path / "empty"), "--table"])
+
+
+def test_changes_of_variants_are_put_into_the_configuration(script, tmp_path):
+    config = tmp_path / "settings.yaml"
+    config.write_text(yaml.safe_dump(SETTINGS))
+    ablation = script.Ablation(tmp_path, config, steps=3, scenes=2)
+    plain = SETTINGS["model_config"]
+    assert ablation.settings_of("corrected") == SETTINGS | {"max_steps": 3, "threads": 1}
+    changed = ablation.settings_of("no-momentum")["model_config"]
+    assert changed["vision_config"] == plain["vision_config"] | {"prototype_momentum": 1.0}
+    assert ablation.settings_of("none")["model_config"] == plain | {"npr_variant": "none"}
+    assert ablation.settings_of("corrected")["model_config"] == plain  # nothing leaks from one to the next
+
+
+def test_scenes_to_measure_on_are_not_those_of_training(script):
+    scenes = script.make_scenes("test", 32, 5)
+    again = script.make_scenes("test", 32, 5)
+    curve = script.make_scenes("test", 32, 5, script.CURVE_SEED)
+    novel = script.make_scenes("novel", 32, 5)
+    pictures = [np.asarray(image).tobytes() for each in (scenes, curve, novel) for image in each.images]
+    assert len(set(pictures)) == 15
+    assert scenes.captions == again.captions and all(" on " in caption for caption in scenes.captions)
+
+
+def test_equal_captions_stand_for_each_other(script, tiny_segmenter):
+    scenes = script.make_scenes("test", 64, 4)
+    scenes.captions = ["a circle"] * 4
+    assert script.retrieval(tiny_segmenter, scenes) == {"recall@1": 1.0, "recall@5": 1.0}
+
+
+@pytest.mark.slow
+def test_two_variants_from_training_to_table(script, tmp_path, capsys):
+    config, output = tmp_path / "settings.yaml", tmp_path / "ablation"
+    config.write_text(yaml.safe_dump(SETTINGS))
+    command = ["--output", str(output), "--config", str(config), "--scenes", "4", "--seeds", "0"]
+    variants = ["untrained", "no-matching", "corrected"]
+    assert script.main([*command, "--variants", *variants]) == 0
+    records = {record["variant"]: record for record in script.read_records(output)}
+    assert list(records) == ["untrained", "corrected", "no-matching"]
+    record = records["no-matching"]
+    assert (record["seed"], record["steps"], record["changes"]) == (0, 2, {"prototype_matching": "order"})
+    assert record["settings"]["model_config"]["prototype_matching"] == "order"
+    assert [line["step"] for line in record["log"] if "contrastive" in line] == [1, 2]
+    assert [line["step"] for line in record["log"] if "eval_oracle_mean_iou" in line] == [1, 2]
+    assert 0 <= record["figures"]["novel"]["oracle_mean_iou"] <= 1
+    assert records["untrained"]["steps"] == 0 and records["untrained"]["log"] == []
+    assert {file.name for file in output.iterdir()} >= {"records", "table.md", "table.json"}
+    # The other loss acts from the first step on, and a record is not made twice.
+    assert record["log"][0]["image_prototype"] != records["corrected"]["log"][0]["image_prototype"]
+    before = {path: path.stat().st_mtime_ns for path in (output / "records").iterdir()}
+    assert script.main([*command, "--variants", *variants]) == 0
+    assert {path: path.stat().st_mtime_ns for path in (output / "records").iterdir()} == before
+    with pytest.raises(ValueError, match="has other settings than this command; choose another --output"):
+        script.main([*command, "--variants", "corrected", "--steps", "3"])
+    capsys.readouterr()
+
+
+@pytest.mark.slow
+def test_a_run_that_fails_is_named_and_the_others_go_on(script, tmp_path, capsys):
+    config, output = tmp_path / "settings.yaml", tmp_path / "ablation"
+    config.write_text(yaml.safe_dump(SETTINGS | {"data": "synthetic:val"}))
+    command = ["--output", str(output), "--config", str(config), "--scenes", "4", "--seeds", "0"]
+    assert script.main([*command, "--variants", "untrained", "corrected"]) == 1
+    assert "corrected, seed 0: " in capsys.readouterr().err
+    assert "scenes have the option 'val'" in (output / "failed" / "corrected-seed0.txt").read_text()
+    assert [path.name for path in (output / "records").iterdir()] == ["untrained-seed0.json"]
