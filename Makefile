@@ -1,4 +1,5 @@
 # make segment   segment a photo:  make segment IMAGE=photo.jpg LABELS="cat, sofa, window"
+# make demo      the demo in the browser, at http://127.0.0.1:7860:  make demo DEMO_ARGS="--models my-pgseg"
 # make test      run the test-suite:  make test PYTEST_ARGS="-m 'not slow' -x"
 # make test-transformers   transformers' own common tests on our classes, from the sdist of the installed version
 # make lint      ruff (lint and format) and mypy
@@ -13,6 +14,7 @@ IMAGE ?= examples/images/blue-sweater.jpg
 LABELS ?= building, road, pavement, tree, sky, car, pedestrian
 OUTPUT ?= segmented.png
 PYTEST_ARGS ?=
+DEMO_ARGS ?=
 
 # Where torch comes from on Linux without an NVIDIA GPU: PyTorch's own index of CPU builds, as the default build
 # brings gigabytes of CUDA. Where it can't be reached within 10 seconds, or with TORCH_INDEX= (empty), pip's own
@@ -28,7 +30,7 @@ DEPENDS := pyproject.toml constraints.txt
 # Every step installs into one environment: never two at a time, whatever -j says.
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help segment test test-transformers lint clean
+.PHONY: help segment demo test test-transformers lint clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p;/^$$/q' Makefile
@@ -38,6 +40,9 @@ segment: export PGSEG_LABELS := $(LABELS)
 segment: export PGSEG_OUTPUT := $(OUTPUT)
 segment: $(VENV)/.core
 	@$(VENV)/bin/pgseg segment "$$PGSEG_IMAGE" --labels "$$PGSEG_LABELS" --output "$$PGSEG_OUTPUT"
+
+demo: $(VENV)/.demo
+	@$(PY) demo/app.py $(DEMO_ARGS)
 
 test: $(VENV)/.test
 	$(PY) -m pytest -n auto $(PYTEST_ARGS)
@@ -52,7 +57,7 @@ lint: $(VENV)/.dev
 
 clean:
 	rm -rf "$(VENV)" build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find src tests examples -name __pycache__ -type d -prune -exec rm -rf {} +
+	find src tests examples demo -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.created:
 	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.exit(sys.version_info < (3, 11) and f"Python 3.11 or newer is needed, $(PYTHON) is {v}: pass another one with PYTHON=")'
@@ -84,6 +89,11 @@ $(VENV)/.torch: $(VENV)/.created constraints.txt
 $(VENV)/.core: $(VENV)/.torch $(DEPENDS)
 	@echo "Installing pgseg_hf"
 	@$(INSTALL) --editable .
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.core $(DEPENDS)
+	@echo "Installing what the demo needs"
+	@$(INSTALL) --editable '.[demo]'
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.core $(DEPENDS)

@@ -1,55 +1,221 @@
 """A Gradio Space: type words, see masks."""
 
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+
 import gradio as gr
-from PIL import Image
+from catalogue import Catalogue
+from handlers import NO_MODEL, Handlers, file_as_it_is, presets, speaking
+from settings import Settings, read_settings
 
-from pgseg_hf import SegmentationOptions, load_segmenter
-from pgseg_hf.prompts import validate_labels
-from pgseg_hf.visualization import palette
-
-SEGMENTER = load_segmenter()
+EXAMPLES = Path(__file__).parent / "examples"
 EXAMPLE_LABELS = "building, road, pavement, tree, sky, car, pedestrian"
+WINDOWS = [("sliding window", "sliding"), ("whole picture", "whole")]
+MAX_SHORT_SIDE = 672
+# The system's own letters: fonts of the web would need a network.
+FONTS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"]
+CODE_FONTS = ["ui-monospace", "Consolas", "monospace"]
+# On a phone: pictures of prototypes one below the other, and a heat map that is moved sideways.
+CSS = """
+#prototypes .grid-wrap { max-height: none; height: auto; }
+#prototypes .grid-container { grid-template-columns: repeat(auto-fit, minmax(280px, 1fr)) !important; }
+#heat .image-container, #heat .image-container > button, #heat .image-frame { display: block; overflow-x: auto; }
+#heat img { width: 100%; min-width: 600px; max-width: none; }
+"""
+INTRODUCTION = """# PGSeg: segment by words
+Type what may be in a picture and get a mask for each word. The model learned from pictures and their texts, never from
+a mask. The one that ships knows eleven words of street scenes, and those badly: it is there to try everything out."""
 
 
-def segment(image: Image.Image | None, words: str, threshold: float) -> tuple[Any, list[list[Any]]]:
-    """Masks of the words for `gr.AnnotatedImage`, and rows of label, share of pixels and score."""
-    if image is None:
-        raise gr.Error("Choose a picture first.")
-    try:
-        labels = validate_labels([word for line in words.splitlines() for word in line.split(",")])
-        options = SegmentationOptions(background_threshold=threshold or None)
-        result = SEGMENTER(image, labels, options)
-    except ValueError as error:
-        raise gr.Error(str(error)) from error
-    segments = result.segments()
-    masks = [(result.mask(segment), segment.label) for segment in segments if segment.label in labels]
-    rows = [[segment.label, f"{segment.area:.1%}", f"{segment.score:.3f}"] for segment in segments]
-    colours = {label: f"#{bytes(rgb).hex()}" for label, rgb in zip(labels, palette(len(labels)), strict=True)}
-    return gr.AnnotatedImage(value=(image, masks), color_map=colours), rows
+# Components by what they are for, in the order in which handlers take and give their values.
+Parts = dict[str, list[Any]]
 
 
-def build_app() -> gr.Blocks:
-    """The page."""
-    with gr.Blocks(title="PGSeg: segment by words") as app:
-        gr.Markdown(
-            "# PGSeg\nSegment a picture by words. The model learned from photographs and tags, never from a mask."
-        )
+def build_app(settings: Settings) -> gr.Blocks:
+    """The page and its API.
+
+    Raises:
+        ValueError: a model of the settings that cannot be offered.
+    """
+    catalogue = Catalogue(settings)
+    catalogue.load(catalogue.default)
+    keep = settings.keep_seconds
+    with gr.Blocks(
+        title="PGSeg: segment by words", analytics_enabled=False, delete_cache=(max(1, keep // 10), keep)
+    ) as app:
+        parts: Parts = {"states": [gr.State(None, time_to_live=keep) for _ in range(2)]}
+        gr.Markdown(INTRODUCTION)
         with gr.Row():
-            with gr.Column():
-                image = gr.Image(type="pil", label="Picture")
-                words = gr.Textbox(EXAMPLE_LABELS, label="Words, separated by commas or lines", lines=2)
-                threshold = gr.Slider(
-                    0, 1, 0, step=0.01, label="Background below this score (0: no background)"
-                )
-                button = gr.Button("Segment", variant="primary")
-            with gr.Column():
-                masks = gr.AnnotatedImage(label="Masks")
-                table = gr.Dataframe(headers=["label", "share", "score"], label="Labels", interactive=False)
-        button.click(segment, [image, words, threshold], [masks, table], api_name="segment")
+            with gr.Column(scale=2, min_width=320):
+                parts |= _what_is_asked(catalogue, settings)
+            with gr.Column(scale=3, min_width=320):
+                parts |= _what_is_found()
+        _connect(Handlers(settings, catalogue, app.GRADIO_CACHE), parts)
+    app.queue(max_size=100)
     return app
 
 
+def _what_is_asked(catalogue: Catalogue, settings: Settings) -> Parts:
+    """The left side: a picture, words and choices."""
+    image = gr.Image(
+        type="filepath",
+        label="Picture",
+        sources=["upload", "webcam", "clipboard"],
+        height=320,
+        elem_id="picture",
+    )
+    image.preprocess = file_as_it_is
+    words = gr.Textbox(EXAMPLE_LABELS, label="Words, separated by commas or lines", lines=2, max_lines=8)
+    preset = gr.Dropdown(list(presets()), value=None, label="Words of a benchmark")
+    background = gr.Checkbox(False, label="Leave out what no word fits (background)")
+    threshold = gr.Slider(0, 1, 0.3, step=0.01, label="Background where no word scores", elem_id="threshold")
+    button = gr.Button("Segment", variant="primary")
+    with gr.Accordion("Model and resolution", open=False):
+        picker: dict[str, Any] = {"allow_custom_value": settings.any_hub_model, "interactive": True}
+        if settings.any_hub_model:
+            picker["info"] = "or any public model of the Hub: owner/name"
+        model = gr.Dropdown(catalogue.names, value=catalogue.default, label="Model", **picker)
+        other = gr.Dropdown([NO_MODEL, *catalogue.names], value=NO_MODEL, label="Compare with", **picker)
+        window = gr.Radio(WINDOWS, value="sliding", label="Seen as")
+        short_side = gr.Slider(
+            0, MAX_SHORT_SIDE, 0, step=16, label="Short side in pixels (0: the model's own)"
+        )
+    gr.Examples(sorted(str(path) for path in EXAMPLES.glob("*.jpg")), image, label="Pictures to try")
+    return {
+        "asked": [image, words, background, threshold, model, other, window, short_side],
+        "asking": [button, preset],
+    }
+
+
+def _what_is_found() -> Parts:
+    """The right side: tabs of results."""
+    shown: dict[str, Any] = {"interactive": False, "show_label": False, "buttons": []}
+    with gr.Tab("Masks"):
+        masks = gr.AnnotatedImage(label="Masks", height=520, elem_id="masks")
+        with gr.Row():
+            mask = gr.DownloadButton("Mask (PNG)", interactive=False, min_width=120)
+            labels = gr.DownloadButton("Labels (JSON)", interactive=False, min_width=120)
+        rows = gr.Dataframe(
+            headers=["label", "area", "score"],
+            label="Labels",
+            interactive=False,
+            datatype="str",
+            wrap=True,
+            column_widths=["50%", "25%", "25%"],
+            elem_id="rows",
+        )
+    with gr.Tab("Groups"):
+        number = gr.Slider(1, 2, 1, step=1, label="Window", visible=False)
+        groups = gr.Image(label="Groups", **shown)
+        gr.Markdown("### How well the labels fit the groups")
+        heat = gr.Image(label="Labels and groups", elem_id="heat", **shown)
+        became = gr.Markdown("Press **Segment** first.")
+    with gr.Tab("Prototypes") as tab:
+        gallery = gr.Gallery(
+            label="Prototypes",
+            show_label=False,
+            height="auto",
+            object_fit="contain",
+            visible=False,
+            elem_id="prototypes",
+        )
+        explained = gr.Markdown()
+    with gr.Tab("Comparison"):
+        gr.Markdown("Choose another model under *Model and resolution*: both are shown side by side.")
+        compared = gr.Image(label="Comparison", visible=False, **shown)
+    return {
+        "found": [masks, rows, mask, labels, groups, heat, became, number, compared],
+        "prototypes": [tab, gallery, explained],
+    }
+
+
+def _connect(handlers: Handlers, parts: Parts) -> None:
+    """What happens when; requests of all kinds share one queue."""
+    image, words, background, threshold, model, _, window, short_side = asked = parts["asked"]
+    *_, groups, heat, became, number, _ = found = parts["found"]
+    study, _ = states = parts["states"]
+    button, preset = parts["asking"]
+    tab, *of_prototypes = parts["prototypes"]
+    shared: dict[str, Any] = {
+        "concurrency_limit": handlers.settings.concurrency,
+        "concurrency_id": "model",
+        "api_visibility": "private",
+    }
+    show_masks = speaking(handlers.show_masks)
+    inputs, outputs = [*asked, number, *states], [*found, *states]
+    # On a phone the masks are below the button.
+    button.click(show_masks, inputs, outputs, scroll_to_output=True, **shared)
+    words.submit(show_masks, inputs, outputs, **shared)
+    # Only once there is something to change.
+    again = {"trigger_mode": "always_last", "show_progress": "minimal", **shared}
+    moved = _if_segmented(show_masks, len(outputs))
+    threshold.release(moved, inputs, outputs, **again)
+    background.input(moved, inputs, outputs, **again)
+    number.release(
+        speaking(handlers.show_groups),
+        [image, background, threshold, number, study],
+        [groups, heat, became],
+        **again,
+    )
+    tab.select(speaking(handlers.show_prototypes), [image, study], [*of_prototypes, study], **shared)
+    known = presets()
+    preset.input(
+        lambda title: known[title], preset, [words, background], api_visibility="private", queue=False
+    )
+    mask, found_labels = gr.File(visible=False, label="mask"), gr.JSON(visible=False, label="labels")
+    gr.Button(visible=False).click(
+        speaking(handlers.segment),
+        [image, words, background, threshold, model, window, short_side],
+        [mask, found_labels],
+        **{**shared, "api_visibility": "public"},
+        api_name="segment",
+    )
+
+
+def _if_segmented(show_masks: Callable, count: int) -> Callable:
+    """The same, but nothing happens before the first study."""
+
+    def again(*args: Any) -> Any:
+        return show_masks(*args) if args[-2] is not None else [gr.skip()] * count
+
+    return again
+
+
+def launch(settings: Settings, **options: Any) -> Any:
+    """Starts the server; `options` are those of Gradio's `launch`."""
+    theme = gr.themes.Default(primary_hue="blue", font=FONTS, font_mono=CODE_FONTS).set(
+        block_info_text_color="*neutral_600", block_info_text_color_dark="*neutral_300"
+    )
+    return build_app(settings).launch(
+        theme=theme,
+        css=CSS,
+        mcp_server=settings.mcp,
+        max_file_size=settings.max_file_size,
+        share=False,
+        ssr_mode=False,
+        footer_links=["api", "settings"],
+        **options,
+    )
+
+
+def main() -> None:
+    """Serves the page until it is stopped; nothing of the visitors' is left then."""
+    settings = read_settings()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    with tempfile.TemporaryDirectory(prefix="pgseg-demo-") as folder:
+        os.environ["GRADIO_TEMP_DIR"] = folder
+        try:
+            launch(settings)
+        except ValueError as error:
+            sys.exit(f"error: {error}")
+
+
 if __name__ == "__main__":
-    build_app().launch()
+    main()

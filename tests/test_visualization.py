@@ -11,7 +11,18 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
 from pgseg_hf import visualization
-from pgseg_hf.visualization import draw_groups, find_contours, indexed_png, overlay, palette, side_by_side
+from pgseg_hf.modeling_pgseg import PGSegVisionOutput
+from pgseg_hf.visualization import (
+    draw_contours,
+    draw_groups,
+    find_contours,
+    heat_map,
+    indexed_png,
+    overlay,
+    palette,
+    prototype_maps,
+    side_by_side,
+)
 
 GREY = (120, 120, 120)
 
@@ -270,6 +281,98 @@ class TestContours:
     def test_no_line_is_refused(self):
         with pytest.raises(ValueError, match="got 0"):
             find_contours(halves(), 0)
+
+
+class TestDrawnContours:
+    def test_each_side_of_a_border_has_its_own_colour_and_the_rest_stays(self):
+        drawn = np.asarray(draw_contours(picture(40, 60), halves(), ["a", "b"], legend=False))
+        rows = [tuple(row) for row in drawn[:, 20].tolist()]
+        first, second = (tuple(colour) for colour in palette(2).tolist())
+        assert rows[:25] == [GREY] * 25 and rows[36:] == [GREY] * 24
+        assert rows[28] == first and rows[31] == second
+        assert drawn[29, 20].min() > 180  # the line between them
+
+    def test_the_background_has_no_colour(self):
+        drawn = draw_contours(picture(40, 60), halves(), ["a"], background=True, legend=False)
+        colours = {tuple(colour) for colour in np.asarray(drawn)[:28].reshape(-1, 3).tolist()}
+        assert colours == {GREY}
+        assert tuple(palette(1)[0].tolist()) in shown_colours(drawn)
+
+    def test_the_legend_is_the_overlays(self, drawn_text):
+        draw_contours(picture(40, 60), halves(), ["a", "b"])
+        assert drawn_text == ["a", "50.0 %", "b", "50.0 %"]
+
+    def test_another_size_is_refused(self):
+        with pytest.raises(ValueError, match="of one size"):
+            draw_contours(picture(4, 4), halves(), ["a", "b"])
+
+
+class TestPrototypeMaps:
+    def output(self, **changes):
+        """Four patches, 2 x 2, in three groups; two prototypes of patches, then two of groups."""
+        first = torch.tensor([[0.9, 0.1], [0.2, 0.8], [0.4, 0.6], [0.7, 0.3]])
+        second = torch.tensor([[0.0, 1.0], [1.0, 0.0], [0.3, 0.7]])
+        of_patches = torch.tensor([[1.0, 0, 0, 0.1], [0, 1.0, 0.2, 0], [0, 0, 0.8, 0.9]])
+        nothing = torch.zeros(1)
+        values = {
+            "grouping": torch.zeros(1, 3, 2, 2),
+            "attentions": (of_patches[None], torch.ones(1, 3, 3)),
+            "npr": ((nothing, nothing, first[None], nothing), (nothing, nothing, second[None], nothing)),
+        }
+        return PGSegVisionOutput(**(values | changes))
+
+    def test_a_later_stages_prototypes_reach_the_patches_through_their_groups(self):
+        one, two = prototype_maps(self.output())
+        assert one.tolist() == [[0, 1], [1, 0]]
+        # Patch 2 shares 0.2 in group 1 and 0.8 in group 2: 0.44 of prototype 0, 0.56 of prototype 1.
+        assert two.tolist() == [[1, 0], [1, 1]]
+
+    def test_a_model_without_prototypes_is_refused(self):
+        with pytest.raises(ValueError, match="no prototypes"):
+            prototype_maps(self.output(npr=()))
+        with pytest.raises(ValueError, match="output_attentions=True"):
+            prototype_maps(self.output(attentions=None))
+
+
+class TestHeatMap:
+    VALUES = ((0.0, 1.0, 0.5), (0.25, math.nan, 1.0))
+
+    def test_numbers_stand_in_their_cells(self, drawn_text):
+        heat_map(self.VALUES, ["cat", "dog"], ["1", "2", "3"])
+        assert drawn_text == ["1", "2", "3", "cat", "dog", "0.00", "1.00", "0.50", "0.25", "1.00"]
+
+    def test_the_ground_is_darker_where_there_is_more(self):
+        grounds = [visualization._ramp(share) for share in (0.0, 0.25, 0.5, 0.75, 1.0)]
+        lightness = visualization._oklab(visualization._linear(np.array(grounds, dtype=np.uint8)))[:, 0]
+        assert (np.diff(lightness) < -0.05).all()
+        shown = shown_colours(heat_map(self.VALUES, ["cat", "dog"], ["1", "2", "3"]))
+        assert {grounds[0], grounds[1], grounds[2], grounds[4], visualization._NOTHING} <= shown
+
+    def test_names_have_their_colours_and_choices_a_frame(self):
+        drawn = heat_map(self.VALUES, ["cat", "dog"], ["1", "2", "3"], [1, -1, 0], palette(2), palette(6)[3:])
+        assert {
+            tuple(colour) for colour in [*palette(2).tolist(), *palette(6)[3:].tolist()]
+        } <= shown_colours(drawn)
+        assert visualization._CHOSEN in shown_colours(drawn)
+        plain = heat_map(self.VALUES, ["cat", "dog"], ["1", "2", "3"], [-1, -1, -1])
+        assert visualization._CHOSEN not in shown_colours(plain)
+
+    @pytest.mark.parametrize("values", [[[0.3]], [[math.nan]], [[-2.0, -2.0]]])
+    def test_values_that_are_all_alike(self, values):
+        assert heat_map(values, ["a"], ["1", "2"][: len(values[0])]).mode == "RGB"
+
+    def test_a_tensor_of_half_precision_and_odd_names(self, drawn_text):
+        heat_map(torch.ones(2, 1, dtype=torch.bfloat16), ["猫", "long " * 50], [""])
+        assert drawn_text[:2] == ["1", "row 1"] and drawn_text[2].endswith("…")
+
+    @pytest.mark.parametrize(
+        "change",
+        [{"values": [[1.0]]}, {"rows": ["a"]}, {"columns": []}, {"chosen": [0]}, {"row_colours": palette(3)}],
+    )
+    def test_what_does_not_fit_is_refused(self, change):
+        arguments = {"values": self.VALUES, "rows": ["a", "b"], "columns": ["1", "2", "3"]} | change
+        with pytest.raises(ValueError, match="expected"):
+            heat_map(**arguments)
 
 
 class TestSideBySide:

@@ -55,6 +55,12 @@ _MAX_LEGEND_COLUMNS = 3
 _MIN_LEGEND_ROWS = 8
 _MAX_LABEL_WIDTH = 14  # in letter heights: about 30 letters
 
+# From little to much: one hue that grows darker, which every kind of eyes can order.
+_RAMP = np.array([(247, 251, 255), (86, 180, 233), (0, 52, 96)], dtype=float)
+_NOTHING = (225, 225, 225)
+_CHOSEN = _BASE_COLOURS[6]
+_HEAT_MAP_LETTERS = 22  # pixels: a heat map of eight columns is readable at half its size
+
 
 def palette(n: int) -> npt.NDArray[np.uint8]:
     """The first `n` label colours, uint8 [n, 3] (RGB).
@@ -203,6 +209,122 @@ def draw_groups(
     columns = (np.arange(image.width) * values.shape[1]) // image.width
     names = [f"group {i + 1}" for i in range(count)]
     return overlay(image, values[rows][:, columns], names, alpha=alpha, legend=legend)
+
+
+def prototype_maps(output: Any, index: int = 0) -> list[npt.NDArray[np.int64]]:
+    """Which prototype each patch of a picture belongs to, stage by stage: what `draw_groups` draws.
+
+    The prototypes of a later stage describe the groups of the one before; a patch shares in them as it shares in these
+    groups.
+
+    Args:
+        output: of [`PGSegVisionModel`] with `output_npr=True` and `output_attentions=True`.
+        index: number of the picture in its batch.
+
+    Returns:
+        an int64 [h, w] for each grouping stage, on the grid of the patches.
+
+    Raises:
+        ValueError: the output holds no prototypes.
+    """
+    if not output.npr or output.attentions is None:
+        raise ValueError(
+            "the output has no prototypes, expected that of a model with npr_variant 'corrected' or 'released', "
+            "called with output_npr=True and output_attentions=True."
+        )
+    maps, patches_KL = [], None
+    for (_, _, responsibilities, _), attention in zip(output.npr, output.attentions):
+        shares_LP = responsibilities[index].detach().double().cpu().numpy()
+        assignment_KL = attention[index].detach().double().cpu().numpy()
+        if patches_KL is not None:
+            shares_LP, assignment_KL = patches_KL.T @ shares_LP, assignment_KL @ patches_KL
+        patches_KL = assignment_KL
+        maps.append(shares_LP.argmax(axis=1).reshape(output.grouping.shape[-2:]))
+    return maps
+
+
+def draw_contours(
+    image: Image.Image,
+    label_map: Any,
+    labels: Sequence[str],
+    background: bool = False,
+    legend: bool = True,
+) -> Image.Image:
+    """Draw only the borders of the regions, each in the colour of its label, over the picture as it is.
+
+    Args:
+        image: the picture, W x H.
+        label_map: as for `overlay`.
+        labels: the names, as given for the segmentation.
+        background: whether 0 is background, whose side of a border stays free.
+        legend: as for `overlay`.
+
+    Raises:
+        ValueError: as `overlay`.
+    """
+    picture = _rgb(image)
+    plain = overlay(picture, label_map, labels, background, alpha=0, legend=False)
+    values = _checked_map(label_map)
+    width = max(1, round(min(picture.size) / 500))
+    band = find_contours(values, 5 * width) & ~find_contours(values, width) & (values >= background)
+    colours = palette(len(labels))
+    drawn = np.array(plain)
+    drawn[band] = colours[values[band] - background]
+    if not legend:
+        return Image.fromarray(drawn)
+    counts = np.bincount(values.ravel(), minlength=len(labels) + background)[int(background) :]
+    return _with_legend(Image.fromarray(drawn), _legend_entries(list(labels), colours, counts, values.size))
+
+
+def heat_map(
+    values: Any,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    chosen: Sequence[int] | None = None,
+    row_colours: Any = None,
+    column_colours: Any = None,
+) -> Image.Image:
+    """A table of numbers, each on a ground that is the darker the larger it is.
+
+    Args:
+        values: [R, C], for instance the cosines of R labels and C groups; NaN for what does not count, which is grey.
+        rows: R names.
+        columns: C names, short ones.
+        chosen: for each column the row that is framed, or -1.
+        row_colours: uint8 [R, 3], such as the labels' `palette`, for a swatch beside each name.
+        column_colours: uint8 [C, 3], the same over each column.
+
+    Raises:
+        ValueError: numbers of names, colours and values disagree, or there are no values.
+    """
+    table = np.asarray(values.detach().float().cpu() if hasattr(values, "detach") else values, dtype=float)
+    if table.ndim != 2 or table.size == 0 or table.shape != (len(rows), len(columns)):
+        raise ValueError(
+            f"values have the shape {table.shape}, expected {(len(rows), len(columns))} as there are names, and at "
+            "least one of each."
+        )
+    for kind, given, count in (
+        ("chosen", chosen, len(columns)),
+        ("row_colours", row_colours, len(rows)),
+        ("column_colours", column_colours, len(columns)),
+    ):
+        if given is not None and len(given) != count:
+            raise ValueError(f"{kind} has {len(given)} entries, expected {count}.")
+    size, font = _HEAT_MAP_LETTERS, _font(_HEAT_MAP_LETTERS)
+    names = [_fitted(_drawable(row, f"row {i + 1}"), font, 12 * size) for i, row in enumerate(rows)]
+    heads = [_drawable(column, f"{i + 1}") for i, column in enumerate(columns)]
+    grid = _Grid(
+        left=round(max(map(font.getlength, names))) + 3 * size,
+        top=round(2.6 * size),
+        wide=round(max(3.2 * size, *(font.getlength(head) + size for head in heads))),
+        high=2 * size,
+    )
+    right, bottom = grid.corner(len(names), len(heads))
+    canvas = Image.new("RGB", (right + size // 2, bottom + size // 2), _PAPER)
+    draw = ImageDraw.Draw(canvas)
+    _draw_names(draw, names, heads, grid, row_colours, column_colours)
+    _draw_cells(draw, table, grid, chosen)
+    return canvas
 
 
 def find_contours(label_map: Any, width: int = 1) -> npt.NDArray[np.bool_]:
@@ -443,6 +565,86 @@ def _draw_legend(
         if entry.share is not None:
             draw.text((x + column, y), _percent(entry.share), fill=_FAINT_INK, font=font, anchor="rm")
     return panel
+
+
+class _Grid(NamedTuple):
+    """Measures of a heat map in pixels: where the first cell lies, and the size of all."""
+
+    left: int
+    top: int
+    wide: int
+    high: int
+
+    def corner(self, row: int, column: int) -> tuple[int, int]:
+        """x and y of a cell's first pixel."""
+        return self.left + column * self.wide, self.top + row * self.high
+
+    def box(self, row: int, column: int) -> tuple[int, int, int, int]:
+        """A cell's first and last pixels; a line stays free between cells."""
+        x, y = self.corner(row, column)
+        return x, y, x + self.wide - 2, y + self.high - 2
+
+
+def _draw_names(
+    draw: ImageDraw.ImageDraw,
+    names: list[str],
+    heads: list[str],
+    grid: _Grid,
+    row_colours: Any,
+    column_colours: Any,
+) -> None:
+    """The names of a heat map's rows and columns with their swatches."""
+    size, font = _HEAT_MAP_LETTERS, _font(_HEAT_MAP_LETTERS)
+    pad = size // 2
+    for j, head in enumerate(heads):
+        x, y = grid.corner(0, j)
+        draw.text((x + grid.wide / 2, size), head, fill=_INK, font=font, anchor="mm")
+        if column_colours is not None:
+            draw.rectangle((x, y - 0.7 * size, x + grid.wide - 2, y - 3), fill=_rgb_tuple(column_colours[j]))
+    for i, name in enumerate(names):
+        y = grid.corner(i, 0)[1] + grid.high // 2
+        if row_colours is not None:
+            draw.rectangle((pad, y - pad, pad + size - 1, y + pad - 1), fill=_rgb_tuple(row_colours[i]))
+        draw.text((grid.left - pad, y), name, fill=_INK, font=font, anchor="rm")
+
+
+def _draw_cells(
+    draw: ImageDraw.ImageDraw,
+    table: npt.NDArray[np.float64],
+    grid: _Grid,
+    chosen: Sequence[int] | None,
+) -> None:
+    """The cells of a heat map."""
+    font = _font(_HEAT_MAP_LETTERS)
+    counted = table[np.isfinite(table)]
+    low, span = (counted.min(), np.ptp(counted)) if counted.size else (0.0, 0.0)
+    for (i, j), value in np.ndenumerate(table):
+        left, top, right, bottom = grid.box(i, j)
+        if not np.isfinite(value):
+            draw.rectangle((left, top, right, bottom), fill=_NOTHING)
+            continue
+        share = (value - low) / span if span > 0 else 0.0
+        draw.rectangle((left, top, right, bottom), fill=_ramp(share))
+        ink = _PAPER if share > 0.55 else _INK
+        middle = ((left + right) / 2, (top + bottom) / 2)
+        draw.text(middle, f"{value:.2f}", fill=ink, font=font, anchor="mm")
+    for j, i in enumerate(chosen if chosen is not None else ()):
+        if i >= 0:
+            left, top, right, bottom = grid.box(i, j)
+            draw.rectangle((left, top, right, bottom), outline=_PAPER, width=5)
+            draw.rectangle((left - 1, top - 1, right + 1, bottom + 1), outline=_CHOSEN, width=4)
+
+
+def _ramp(share: float) -> tuple[int, ...]:
+    """The colour of a share from 0 to 1."""
+    place = min(max(share, 0.0), 1.0) * (len(_RAMP) - 1)
+    below = min(int(place), len(_RAMP) - 2)
+    mixed = _RAMP[below] + (place - below) * (_RAMP[below + 1] - _RAMP[below])
+    return _rgb_tuple(mixed.round())
+
+
+def _rgb_tuple(colour: Any) -> tuple[int, ...]:
+    return tuple(int(channel) for channel in colour)
 
 
 def _percent(share: float) -> str:

@@ -1,0 +1,154 @@
+"""The models that a visitor can choose from, and what keeps a visitor from reading anything else."""
+
+import re
+import tempfile
+import threading
+from pathlib import Path
+
+import httpx
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
+from settings import Settings
+from transformers import PreTrainedConfig
+
+from pgseg_hf import (
+    DEFAULT_CHECKPOINT,
+    PGSegImageProcessorPil,
+    PGSegModel,
+    PGSegProcessor,
+    Segmenter,
+    default_tokenizer,
+    load_segmenter,
+)
+
+# Owner and name as the Hub allows them: no dots in a row, nothing that leads into or out of a folder.
+_HUB_NAME = re.compile(r"(?!.*\.\.)[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
+_SIDE_FILES = (".json", ".txt")
+# Weights in the order of preference; `torch.load` reads the last with `weights_only`.
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+_KEPT_MODELS = 3
+
+
+class Catalogue:
+    """Loads models by the names that visitors see.
+
+    Args:
+        settings: which models are offered.
+
+    Raises:
+        ValueError: an offered model is neither a checkpoint's folder, nor one of such folders, nor a name on the Hub.
+    """
+
+    def __init__(self, settings: Settings):
+        self.settings = settings
+        self.default = Path(DEFAULT_CHECKPOINT).name
+        self._places = {self.default: DEFAULT_CHECKPOINT}
+        for given in settings.models:
+            for name, place in _offered(given).items():
+                if self._places.setdefault(name, place) != place:
+                    raise ValueError(f"two models are called {name}: {self._places[name]} and {place}.")
+        self._loaded: dict[str, Segmenter] = {}
+        self._lock = threading.Lock()
+
+    @property
+    def names(self) -> list[str]:
+        """What is offered, the shipped model first."""
+        return list(self._places)
+
+    def load(self, name: str) -> Segmenter:
+        """A model by its name in the catalogue, or, where that is allowed, on the Hub.
+
+        Raises:
+            ValueError: unknown name, or a model that cannot be loaded; says nothing of where files lie.
+        """
+        name = name.strip() or self.default
+        if name not in self._places and not self.settings.any_hub_model:
+            raise ValueError(f"{name!r} is not offered here, expected one of {', '.join(self.names)}.")
+        if name not in self._places and not _HUB_NAME.fullmatch(name):
+            raise ValueError(
+                f"{name[:100]!r} is no model, expected one of the list or a name on the Hub such as owner/name. "
+                "Folders can be chosen where the server was started with --models FOLDER."
+            )
+        # Without the lock where there is nothing to load: nobody waits for another visitor's download.
+        found = self._loaded.get(name)
+        if found is not None:
+            return found
+        with self._lock:
+            found = self._loaded.get(name) or self._load(name)
+            self._loaded[name] = found
+            others = [other for other in self._loaded if other != self.default]
+            for other in others[:-_KEPT_MODELS]:
+                del self._loaded[other]
+        return found
+
+    def _load(self, name: str) -> Segmenter:
+        if name in self._places:
+            place = self._places[name]
+            try:
+                return load_any(place, self.settings.device)
+            except (ValueError, OSError) as error:
+                raise ValueError(f"{name} cannot be loaded: {_without(place, str(error))}") from error
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                _download(name, folder, self.settings.max_model_bytes)
+                return load_any(folder, self.settings.device)
+            except (ValueError, OSError, HfHubHTTPError, httpx.HTTPError) as error:
+                raise ValueError(f"{name} cannot be loaded: {_without(folder, str(error))}") from error
+
+
+def load_any(place: str, device: str = "cpu") -> Segmenter:
+    """A PGSeg checkpoint, or a GroupViT one in PGSeg's classes without prototypes, which gives GroupViT's numbers.
+
+    Raises:
+        ValueError, OSError: it is neither, or not whole.
+    """
+    config, _ = PreTrainedConfig.get_config_dict(place)
+    if config.get("model_type") != "groupvit":
+        return load_segmenter(place, device=device)
+    model = PGSegModel.from_groupvit(place, npr_variant="none")
+    tokenizer = default_tokenizer(model.config.text_config.max_position_embeddings)
+    if model.config.text_config.vocab_size != len(tokenizer):
+        raise ValueError(
+            f"its vocabulary has {model.config.text_config.vocab_size} tokens, expected CLIP's {len(tokenizer)}."
+        )
+    return Segmenter(model.to(device), PGSegProcessor(PGSegImageProcessorPil(), tokenizer))
+
+
+def _offered(given: str) -> dict[str, str]:
+    """Names and places of what one entry of the settings offers."""
+    folder = Path(given).expanduser()
+    if not folder.is_dir():
+        if _HUB_NAME.fullmatch(given):
+            return {given: given}
+        raise ValueError(f"{given} is neither a folder nor a name on the Hub such as owner/name.")
+    folder = folder.resolve()
+    checkpoints = [folder] if (folder / "config.json").is_file() else sorted(folder.iterdir())
+    found = {path.name: str(path) for path in checkpoints if (path / "config.json").is_file()}
+    if not found:
+        raise ValueError(f"{given} holds no config.json, nor does a folder in it; expected a checkpoint.")
+    return found
+
+
+def _download(name: str, folder: str, max_bytes: int) -> None:
+    """The files of a public model: without the owner's token, and nothing that would be executed.
+
+    Raises:
+        ValueError: the model has no weights, or is too large.
+    """
+    files = {
+        file.rfilename: file.size or 0
+        for file in HfApi(token=False).model_info(name, files_metadata=True, timeout=10).siblings or ()
+        if "/" not in file.rfilename
+    }
+    weights = next((file for file in _WEIGHTS if file in files), None)
+    if weights is None:
+        raise ValueError(f"it has neither of {' and '.join(_WEIGHTS)}.")
+    wanted = [weights, *(file for file in files if file.endswith(_SIDE_FILES))]
+    size = sum(files[file] for file in wanted)
+    if size > max_bytes:
+        raise ValueError(f"it has {size:,} bytes, more than the {max_bytes:,} that this server takes.")
+    snapshot_download(name, local_dir=folder, allow_patterns=wanted, token=False)
+
+
+def _without(place: str, message: str) -> str:
+    return message.replace(place, "it").replace(str(Path(place).parent), "")

@@ -1,0 +1,212 @@
+"""What the page's buttons do."""
+
+import html
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import wraps
+from typing import Any
+
+import gradio as gr
+from catalogue import Catalogue
+from gradio.processing_utils import save_bytes_to_cache
+from settings import MAX_LABELS, Settings
+from studies import Choices, Laboratory, Study, read_labels, read_upload
+from views import (
+    annotations,
+    colours_of,
+    comparison,
+    group_views,
+    mask_file,
+    prototype_views,
+    report,
+    table,
+)
+
+from pgseg_hf.evaluation.benchmarks import BENCHMARKS
+
+NO_MODEL = "none"
+
+
+def file_as_it_is(payload: Any) -> str | None:
+    """The path of an uploaded file (Gradio has checked that it is one), or a `data:` address of a picture.
+
+    In place of `gr.Image.preprocess`, which would open the file: the library says what is wrong with a bad one.
+    """
+    if payload is None:
+        return None
+    embedded = payload.url if payload.url and payload.url.startswith("data:image/") else None
+    return embedded or payload.path
+
+
+def speaking(handler: Callable) -> Callable:
+    """A handler whose refusals are shown to the visitor, as text."""
+
+    @wraps(handler)
+    def wrapped(*args: Any) -> Any:
+        try:
+            return handler(*args)
+        except ValueError as error:
+            # A toast renders HTML, and messages quote what visitors typed.
+            raise gr.Error(html.escape(str(error), quote=False), print_exception=False) from error
+
+    return wrapped
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The values of the page that its masks depend on, in the order of the components in `_connect`.
+
+    Args:
+        path: of the uploaded picture.
+        words: labels as typed.
+        background: whether there is a background.
+        threshold: of it.
+        model: a name of the catalogue, or on the Hub.
+        other: of the model to compare with, or "none".
+        window: "sliding" or "whole".
+        short_side: in pixels, 0 for what the model was saved with.
+        number: of the window whose groups are shown, from 1.
+        study: of the last call.
+        other_study: of the other model.
+    """
+
+    path: str | None
+    words: str
+    background: bool
+    threshold: float
+    model: str
+    other: str | None
+    window: str
+    short_side: int
+    number: int
+    study: Study | None
+    other_study: Study | None
+
+    @property
+    def limit(self) -> float | None:
+        """The background threshold of the library."""
+        return self.threshold if self.background else None
+
+
+class Handlers:
+    """What the page's buttons do.
+
+    Args:
+        settings: of the server.
+        catalogue: its models.
+        cache: folder of the files that Gradio serves and deletes.
+    """
+
+    def __init__(self, settings: Settings, catalogue: Catalogue, cache: str):
+        self.settings = settings
+        self.laboratory = Laboratory(catalogue)
+        self.cache = cache
+
+    def show_masks(self, *values: Any) -> tuple:
+        """All that the page shows for the values of [`Asked`], and the studies for the next call."""
+        asked = Asked(*values)
+        if asked.other == asked.model:
+            raise ValueError(f"{asked.model} is the model already; choose another one to compare it with.")
+        upload = read_upload(asked.path, self.settings.max_pixels)
+        labels = read_labels(asked.words)
+        choices = _choices(asked.model, asked.window, asked.short_side)
+        study = self.laboratory.study(upload, labels, choices, asked.study)
+        result = study.segmentation(asked.limit)
+        other_study, compared = None, gr.Image(visible=False)
+        if asked.other and asked.other != NO_MODEL:
+            choices = _choices(asked.other, asked.window, asked.short_side)
+            other_study = self.laboratory.study(upload, labels, choices, asked.other_study)
+            results = {asked.model: result, asked.other: other_study.segmentation(asked.limit)}
+            compared = gr.Image(comparison(upload.image, results), visible=True)
+        count = len(study.encoded.windows)
+        seen_before = asked.study is not None and asked.study.encoded is study.encoded
+        number = int(asked.number) if seen_before else count // 2 + 1
+        image, masks = annotations(upload.image, result)
+        explained = json.dumps(report(result, study, asked.limit), indent=1, ensure_ascii=False)
+        return (
+            gr.AnnotatedImage((image, masks), color_map=colours_of(labels)),
+            table(result),
+            gr.DownloadButton(
+                value=self._file(mask_file(result), f"{upload.name}-mask.png"), interactive=True
+            ),
+            gr.DownloadButton(
+                value=self._file(explained.encode(), f"{upload.name}-labels.json"), interactive=True
+            ),
+            *group_views(upload.image, study, asked.limit, number - 1),
+            gr.Slider(maximum=max(2, count), value=number, visible=count > 1),
+            compared,
+            study,
+            other_study,
+        )
+
+    def segment(
+        self,
+        image: str | None,
+        labels: str,
+        background: bool,
+        threshold: float,
+        model: str,
+        window: str,
+        short_side: int,
+    ) -> tuple[str, dict]:
+        """Segment a picture by words.
+
+        Args:
+            image: the picture.
+            labels: what may be in it, separated by commas or lines.
+            background: whether there is background where no label scores as much as the threshold.
+            threshold: from 0 to 1.
+            model: name of a model that the server offers, or of one on the Hugging Face Hub.
+            window: "sliding" for windows over the picture, "whole" for the picture at once.
+            short_side: pixels that the picture's short side is resized to, 0 for what the model was saved with.
+
+        Returns:
+            the mask, an indexed PNG whose values are explained in the second result: labels, areas and scores.
+        """
+        upload = read_upload(image, self.settings.max_pixels)
+        limit = threshold if background else None
+        study = self.laboratory.study(upload, read_labels(labels), _choices(model, window, short_side))
+        result = study.segmentation(limit)
+        return self._file(mask_file(result), f"{upload.name}-mask.png"), report(result, study, limit)
+
+    def show_groups(
+        self, path: str | None, background: bool, threshold: float, number: int, study: Study | None
+    ) -> tuple:
+        """The groups of another window."""
+        upload = read_upload(path, self.settings.max_pixels)
+        if study is None or study.digest != upload.digest:
+            raise ValueError("Press Segment first.")
+        index = min(max(int(number), 1), len(study.encoded.windows)) - 1
+        return group_views(upload.image, study, threshold if background else None, index)
+
+    def show_prototypes(self, path: str | None, study: Study | None) -> tuple:
+        """The prototypes of the picture that was segmented last, and the study with them."""
+        if study is None:
+            return gr.Gallery(visible=False), "Press **Segment** first.", None
+        upload = read_upload(path, self.settings.max_pixels)
+        if study.digest != upload.digest:
+            return gr.Gallery(visible=False), "This is a new picture; press **Segment** first.", study
+        study = self.laboratory.with_prototypes(upload, study)
+        if not study.prototypes:
+            return gr.Gallery(visible=False), "This model has no prototypes.", study
+        words = (
+            "Before each grouping, PGSeg looks for prototypes among the tokens themselves, with nothing learned but "
+            "where the search begins. Each patch has the colour of the prototype that it belongs to most, on the whole "
+            "picture at once."
+        )
+        return gr.Gallery(prototype_views(upload.image, study.prototypes), visible=True), words, study
+
+    def _file(self, data: bytes, name: str) -> str:
+        """A file where Gradio serves it, and deletes it once it was handed out."""
+        return save_bytes_to_cache(data, name, self.cache)
+
+
+def _choices(model: str, window: str, short_side: int) -> Choices:
+    return Choices(model.strip(), window == "sliding", int(short_side))
+
+
+def presets() -> dict[str, tuple[str, bool]]:
+    """Words of the known benchmarks by title, and whether they have a background."""
+    known = {b.title: (", ".join(b.classes), b.has_background) for b in BENCHMARKS.values()}
+    return {title: preset for title, preset in known.items() if preset[0].count(",") < MAX_LABELS}

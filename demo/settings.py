@@ -1,0 +1,93 @@
+"""What the owner of a server decides: by option, or by environment variable, as on a Space."""
+
+import argparse
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+# The longest preset that is offered has as many (ImageNet-S-300).
+MAX_LABELS = 300
+MAX_LABEL_LETTERS = 100
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the server runs.
+
+    Args:
+        models: beside the shipped one: folders of checkpoints, folders that hold such folders, or names on the Hub.
+        any_hub_model: whether visitors may name any public model of the Hub.
+        mcp: whether the API is an MCP server too.
+        device: where models run.
+        concurrency: requests that are worked on at once; the others wait.
+        keep_seconds: how long pictures and results of a visitor stay on the server.
+        max_pixels: of a picture.
+        max_file_size: of an upload, as Gradio takes it.
+        max_model_bytes: of a model of the Hub that a visitor names.
+    """
+
+    models: tuple[str, ...] = ()
+    any_hub_model: bool = True
+    mcp: bool = False
+    device: str = "cpu"
+    concurrency: int = 2
+    keep_seconds: int = 900
+    max_pixels: int = 16_000_000
+    max_file_size: str = "20mb"
+    max_model_bytes: int = 2 * 10**9
+
+
+def read_settings(arguments: Sequence[str] | None = None) -> Settings:
+    """The settings of a command line; the environment variables that `--help` names are its defaults."""
+    parser = argparse.ArgumentParser(description="Segment pictures by words, in the browser.")
+    models = [name for name in os.environ.get("PGSEG_DEMO_MODELS", "").split(os.pathsep) if name]
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        default=models,
+        metavar="MODEL",
+        help="further models to offer: folders of checkpoints, folders of such folders, or names on the Hub "
+        f"(PGSEG_DEMO_MODELS, separated by {os.pathsep!r}); no other folder of the server can be opened",
+    )
+    parser.add_argument(
+        "--any-hub-model",
+        action=argparse.BooleanOptionalAction,
+        default=_is_on("PGSEG_DEMO_ANY_HUB_MODEL", "1"),
+        help="visitors may name any public model of the Hub (PGSEG_DEMO_ANY_HUB_MODEL)",
+    )
+    parser.add_argument(
+        "--mcp",
+        action=argparse.BooleanOptionalAction,
+        default=_is_on("PGSEG_DEMO_MCP", "0"),
+        help="serve /segment as an MCP tool too; needs gradio[mcp] (PGSEG_DEMO_MCP)",
+    )
+    parser.add_argument(
+        "--device",
+        default=os.environ.get("PGSEG_DEMO_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu"),
+        help="where models run (PGSEG_DEMO_DEVICE)",
+    )
+    parser.add_argument(
+        "--concurrency",
+        type=int,
+        default=int(os.environ.get("PGSEG_DEMO_CONCURRENCY", "2")),
+        help="requests that are worked on at once (PGSEG_DEMO_CONCURRENCY)",
+    )
+    parser.add_argument(
+        "--keep-seconds",
+        type=int,
+        default=int(os.environ.get("PGSEG_DEMO_KEEP_SECONDS", "900")),
+        help="how long a visitor's pictures and results stay on the server (PGSEG_DEMO_KEEP_SECONDS)",
+    )
+    args = parser.parse_args(arguments)
+    for name in ("concurrency", "keep_seconds"):
+        if getattr(args, name) < 1:
+            parser.error(f"{name} is {getattr(args, name)}, expected at least 1")
+    return Settings(
+        tuple(args.models), args.any_hub_model, args.mcp, args.device, args.concurrency, args.keep_seconds
+    )
+
+
+def _is_on(variable: str, default: str) -> bool:
+    return os.environ.get(variable, default).lower() in ("1", "true", "yes", "on")

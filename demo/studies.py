@@ -1,0 +1,244 @@
+"""From a picture and words to scores, keeping what the image encoder made of the picture."""
+
+import binascii
+import hashlib
+from base64 import b64decode
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from catalogue import Catalogue
+from PIL import Image
+from settings import MAX_LABEL_LETTERS, MAX_LABELS
+
+from pgseg_hf import Segmentation, SegmentationOptions, Segmenter
+from pgseg_hf.images import load_image
+from pgseg_hf.prompts import validate_labels
+from pgseg_hf.segmentation import EncodedImage, ScoredImage
+from pgseg_hf.visualization import prototype_maps
+
+try:
+    import spaces
+except ImportError:  # anywhere but on a Space with ZeroGPU
+    spaces = None
+
+LONGEST_EDGE = 2048  # of a resized picture, the released evaluation's
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What decides how a picture is encoded.
+
+    Args:
+        model: a name of the catalogue, or on the Hub.
+        sliding: windows over the picture instead of the picture at once.
+        short_side: pixels that the picture's short side is resized to; 0 for what the model was saved with.
+    """
+
+    model: str
+    sliding: bool = True
+    short_side: int = 0
+
+    def options(self, background_threshold: float | None = None) -> SegmentationOptions:
+        """The same for the library."""
+        return SegmentationOptions(
+            window_size="auto" if self.sliding else None,
+            background_threshold=background_threshold,
+            shortest_edge=self.short_side or None,
+            longest_edge=LONGEST_EDGE if self.short_side else None,
+        )
+
+
+@dataclass(frozen=True)
+class Upload:
+    """A picture that a visitor gave.
+
+    Args:
+        image: upright, RGB.
+        digest: of the file.
+        name: of the file, without ending.
+    """
+
+    image: Image.Image = field(repr=False)
+    digest: str
+    name: str
+
+
+@dataclass(frozen=True)
+class Prototypes:
+    """One stage's prototypes on a picture.
+
+    Args:
+        patches: int64 [h, w], the prototype that each patch belongs to.
+        count: how many there are.
+    """
+
+    patches: np.ndarray = field(repr=False)
+    count: int
+
+
+@dataclass(frozen=True)
+class Study:
+    """What is kept of a visitor's picture, all on the CPU: features, and the scores of the last labels.
+
+    Args:
+        digest: of the picture's file.
+        choices: it was encoded with.
+        encoded: its features.
+        labels: N labels.
+        class_embeds: [N, D], these in the joint space.
+        scored: scores without a background.
+        prototypes: of each stage, once they were looked at.
+    """
+
+    digest: str
+    choices: Choices
+    encoded: EncodedImage = field(repr=False)
+    labels: tuple[str, ...]
+    class_embeds: torch.Tensor = field(repr=False)
+    scored: ScoredImage = field(repr=False)
+    prototypes: tuple[Prototypes, ...] | None = field(default=None, repr=False)
+
+    def segmentation(self, threshold: float | None) -> Segmentation:
+        """The masks for a background threshold; no model is needed."""
+        scored = self.scored if threshold is None else self.scored.with_background(threshold)
+        label_map, scores = scored.label_map()
+        return Segmentation(label_map.numpy(), scores.numpy(), list(self.labels), threshold is not None)
+
+
+class Laboratory:
+    """Makes studies with the models of a catalogue, on a ZeroGPU where there is one.
+
+    Args:
+        catalogue: the models.
+    """
+
+    def __init__(self, catalogue: Catalogue):
+        self.catalogue = catalogue
+        on_gpu: Callable[[Any], Any] = spaces.GPU if spaces is not None else lambda function: function
+        self._study_on_gpu = on_gpu(self._study)
+        self._prototypes_on_gpu = on_gpu(self._prototypes)
+
+    def study(
+        self, upload: Upload, labels: list[str], choices: Choices, before: Study | None = None
+    ) -> Study:
+        """A study of a picture; the image encoder only runs where `before` is of another picture or other choices.
+
+        Raises:
+            ValueError: a model that cannot be loaded.
+        """
+        if before is not None and (before.digest, before.choices) != (upload.digest, choices):
+            before = None
+        if before is not None and before.labels == tuple(labels):
+            return before
+        return self._study_on_gpu(upload, labels, choices, before)
+
+    def with_prototypes(self, upload: Upload, study: Study) -> Study:
+        """The same study with the prototypes of the whole picture; empty for a model without any."""
+        if study.prototypes is not None and study.digest == upload.digest:
+            return study
+        return replace(study, prototypes=self._prototypes_on_gpu(upload, study.choices))
+
+    def _study(self, upload: Upload, labels: list[str], choices: Choices, before: Study | None) -> Study:
+        segmenter, options = self.catalogue.load(choices.model), choices.options()
+        class_embeds = segmenter.class_embeddings(labels, options)
+        if before is None:
+            encoded = next(iter(segmenter.encode([upload.image], options)))
+        else:
+            encoded = _moved(before.encoded, segmenter.model.device)
+        scored = segmenter.score(encoded, class_embeds, options)
+        return Study(
+            digest=upload.digest,
+            choices=choices,
+            encoded=_moved(encoded, "cpu") if before is None else before.encoded,
+            labels=tuple(labels),
+            class_embeds=class_embeds.cpu(),
+            scored=_moved(scored, "cpu"),
+            prototypes=None if before is None else before.prototypes,
+        )
+
+    def _prototypes(self, upload: Upload, choices: Choices) -> tuple[Prototypes, ...]:
+        segmenter, options = self.catalogue.load(choices.model), choices.options()
+        if segmenter.model.config.npr_variant == "none":
+            return ()
+        pixel_values = prepared(segmenter, upload.image, options)
+        with torch.inference_mode():
+            output = segmenter.model.vision_model(pixel_values, output_npr=True, output_attentions=True)
+        counts = [of_stage[1].shape[1] for of_stage in output.npr]
+        return tuple(Prototypes(*pair) for pair in zip(prototype_maps(output), counts))
+
+
+def prepared(segmenter: Segmenter, image: Image.Image, options: SegmentationOptions) -> torch.Tensor:
+    """The whole picture as the model takes it, [1, 3, h, w]."""
+    edges = {"shortest_edge": options.shortest_edge, "longest_edge": options.longest_edge}
+    size = {"size": edges} if options.shortest_edge else {}
+    batch = segmenter.processor.image_processor(image, return_tensors="pt", **size)
+    return batch["pixel_values"].to(segmenter.model.device)
+
+
+def _moved(image: Any, device: torch.device | str) -> Any:
+    """An encoded or scored image with the tensors of its windows on a device."""
+    windows = [
+        replace(
+            window,
+            **{name: value.to(device) for name, value in vars(window).items() if torch.is_tensor(value)},
+        )
+        for window in image.windows
+    ]
+    return replace(image, windows=windows)
+
+
+def read_labels(text: str) -> list[str]:
+    """Labels from words that are separated by commas or lines.
+
+    Raises:
+        ValueError: no label, too many, a very long one, or one that is given twice.
+    """
+    words = [word.strip() for line in text.splitlines() for word in line.split(",")]
+    labels = [word for word in words if word]
+    if not labels:
+        raise ValueError("Type at least one word, for example: building, tree, sky.")
+    if len(labels) > MAX_LABELS:
+        raise ValueError(
+            f"{len(labels)} labels are more than the {MAX_LABELS} that this demo takes; leave some out."
+        )
+    longest = max(labels, key=len)
+    if len(longest) > MAX_LABEL_LETTERS:
+        raise ValueError(
+            f"The label {longest[:30]!r}… has {len(longest)} letters, more than {MAX_LABEL_LETTERS}; make it shorter, "
+            "or separate words by commas."
+        )
+    return validate_labels(labels)
+
+
+class _NamedBytes(BytesIO):
+    """A file in memory that error messages call by its own name and not by its place on the server."""
+
+    def __init__(self, data: bytes, name: str):
+        super().__init__(data)
+        self.name = name
+
+
+def read_upload(path: str | None, max_pixels: int) -> Upload:
+    """The picture of an uploaded file.
+
+    Raises:
+        ValueError: none was given, it is gone, it is no picture, or too large.
+    """
+    if not path:
+        raise ValueError("Choose a picture first: upload one, use the camera, or take an example.")
+    try:
+        if path.startswith("data:"):
+            data, name = b64decode(path.partition(",")[2], validate=True), "picture"
+        else:
+            data, name = Path(path).read_bytes(), Path(path).name
+    except binascii.Error as error:
+        raise ValueError(f"The picture's data: address is broken: {error}") from error
+    except OSError as error:
+        raise ValueError("The picture is not kept on the server any more; please upload it again.") from error
+    image = load_image(_NamedBytes(data, name), max_pixels)
+    return Upload(image, hashlib.sha256(data).hexdigest(), Path(name).stem)

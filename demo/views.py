@@ -1,0 +1,175 @@
+"""What the page shows of a study: pictures, tables and files, all in the library's colours."""
+
+import io
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from studies import Prototypes, Study
+
+from pgseg_hf import Segmentation
+from pgseg_hf.visualization import draw_groups, heat_map, indexed_png, overlay, palette, side_by_side
+
+SHOWN_SIDE = 1024  # pixels of the longest side on the page; files have the picture's own size
+MASK_OPACITY = 0.6
+MAX_HEAT_MAP_ROWS = 24
+_LEAST_WINDOW_SIDE = 448  # a small window is shown enlarged
+
+
+def shown_size(width: int, height: int) -> tuple[int, int]:
+    """The size on the page, width and height."""
+    factor = min(1, SHOWN_SIDE / max(width, height))
+    return max(1, round(width * factor)), max(1, round(height * factor))
+
+
+def colours_of(labels: list[str]) -> dict[str, str]:
+    """Each label's colour as #rrggbb."""
+    return {label: f"#{bytes(rgb).hex()}" for label, rgb in zip(labels, palette(len(labels)))}
+
+
+def annotations(image: Image.Image, result: Segmentation) -> tuple[Image.Image, list[tuple[np.ndarray, str]]]:
+    """The picture and the masks of the labels present for `gr.AnnotatedImage`, the largest first."""
+    size = shown_size(*image.size)
+    rows, columns = (np.arange(n) * full // n for n, full in zip(size[::-1], image.size[::-1]))
+    label_map = result.label_map[rows][:, columns]
+    masks = [
+        (MASK_OPACITY * (label_map == segment.value), segment.label)
+        for segment in result.segments()
+        if not (result.background and segment.value == 0)
+    ]
+    return image.resize(size, Image.Resampling.LANCZOS), masks
+
+
+def table(result: Segmentation) -> list[list[str]]:
+    """Rows of label, share of the pixels and mean score: first what is there, the largest first."""
+    segments = sorted(result.segments(include_absent=True), key=lambda segment: -segment.area)
+    return [
+        [segment.label, f"{segment.area:.1%}", "–" if segment.score is None else f"{segment.score:.3f}"]
+        for segment in segments
+    ]
+
+
+def mask_file(result: Segmentation) -> bytes:
+    """The label map as an indexed PNG with its palette, in the picture's own size."""
+    buffer = io.BytesIO()
+    indexed_png(result.label_map, len(result.labels), result.background).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def report(result: Segmentation, study: Study, threshold: float | None) -> dict[str, Any]:
+    """What was asked and found, for JSON."""
+    colours = colours_of(result.labels)
+    height, width = result.label_map.shape
+    return {
+        "width": width,
+        "height": height,
+        "model": study.choices.model,
+        "options": {
+            "window": "sliding" if study.choices.sliding else "whole",
+            "short_side": study.choices.short_side or None,
+            "background_threshold": threshold,
+        },
+        "labels": [
+            {
+                "value": segment.value,
+                "label": segment.label,
+                "area": segment.area,
+                "score": segment.score,
+                # Looked up by value: a label may be called "background" too.
+                "colour": "#000000"
+                if result.background and segment.value == 0
+                else colours[result.labels[segment.value - result.background]],
+            }
+            for segment in result.segments(include_absent=True)
+        ],
+    }
+
+
+def group_views(
+    image: Image.Image, study: Study, threshold: float | None, index: int = 0
+) -> tuple[Image.Image, Image.Image, str]:
+    """The groups of one window, how well the labels fit them, and that in words.
+
+    Args:
+        image: the picture.
+        study: of it.
+        threshold: of the background, or None.
+        index: number of the window.
+    """
+    window = study.encoded.windows[index]
+    scored = study.scored if threshold is None else study.scored.with_background(threshold)
+    scores = scored.windows[index].scores
+    kept = (study.scored.windows[index].scores > 0).any(dim=0)
+    chosen = scores.argmax(dim=1) - int(threshold is not None)
+    cosines = torch.nn.functional.normalize(window.segments.float(), dim=-1) @ study.class_embeds.float().T
+    count = len(cosines)
+    best = cosines.amax(dim=0).masked_fill(~kept, -2.0)
+    rows = sorted(best.topk(min(MAX_HEAT_MAP_ROWS, len(best))).indices.tolist())
+    values = cosines.T.masked_fill(~kept[:, None], float("nan"))[rows]
+    of_row = {label: row for row, label in enumerate(rows)}
+    heat = heat_map(
+        values,
+        [study.labels[label] for label in rows],
+        [str(group + 1) for group in range(count)],
+        [of_row.get(label, -1) for label in chosen.tolist()],
+        palette(len(study.labels))[rows],
+        palette(count),
+    )
+    height, width = window.groups.shape
+    part = image.resize(study.encoded.resized[::-1], Image.Resampling.BICUBIC)
+    part = part.crop((window.left, window.top, window.left + width, window.top + height))
+    factor = max(1, round(_LEAST_WINDOW_SIDE / min(part.size)))
+    part = part.resize((width * factor, height * factor), Image.Resampling.BICUBIC)
+    picture = draw_groups(part, window.groups, count, legend=False)
+    shares = np.bincount(window.groups.numpy().ravel(), minlength=count) / window.groups.numel()
+    names = ["background" if label < 0 else study.labels[label] for label in chosen.tolist()]
+    return picture, heat, _group_words(names, shares, study, len(rows))
+
+
+def _group_words(names: list[str], shares: np.ndarray, study: Study, shown: int) -> str:
+    """Which group became which label, and how to read the heat map; labels are in code marks, where nothing counts."""
+    became = ", ".join(
+        f"{group + 1} ({share:.0%}) → {_plain(name)}"
+        for group, (name, share) in enumerate(zip(names, shares))
+        if share
+    )
+    parts = [
+        f"Groups in use, their shares of the window and their labels: {became}.",
+        "The heat map has the cosine of each label and group; a frame marks the label that the group took, grey labels "
+        "are not among those that fit the whole window best.",
+    ]
+    if len(study.encoded.windows) > 1:
+        parts.append("Where windows overlap, the masks take the mean of their scores.")
+    if shown < len(study.labels):
+        parts.append(f"Shown are the {shown} labels that fit best of {len(study.labels)}.")
+    return " ".join(parts)
+
+
+def _plain(text: str) -> str:
+    """A visitor's word as a code span of Markdown."""
+    return f"`{text.replace('`', chr(39))}`"
+
+
+def prototype_views(image: Image.Image, stages: tuple[Prototypes, ...]) -> list[tuple[Image.Image, str]]:
+    """A picture and a caption for each stage's prototypes."""
+    shown = image.resize(shown_size(*image.size), Image.Resampling.LANCZOS)
+    return [
+        (
+            draw_groups(shown, stage.patches, stage.count, legend=False),
+            f"stage {number}: {len(np.unique(stage.patches))} of {stage.count} prototypes in use",
+        )
+        for number, stage in enumerate(stages, start=1)
+    ]
+
+
+def comparison(image: Image.Image, results: dict[str, Segmentation]) -> Image.Image:
+    """Overlays of several models in a row, each under the model's name."""
+    size = shown_size(*image.size)
+    shown = image.resize(size, Image.Resampling.LANCZOS)
+    pictures = []
+    for result in results.values():
+        rows, columns = (np.arange(n) * full // n for n, full in zip(size[::-1], image.size[::-1]))
+        label_map = result.label_map[rows][:, columns]
+        pictures.append(overlay(shown, label_map, result.labels, result.background))
+    return side_by_side(pictures, list(results))

@@ -1,0 +1,169 @@
+"""The page in headless Chromium, as a visitor sees it, on a phone and on a desktop."""
+
+import io
+import os
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+sync_api = pytest.importorskip("playwright.sync_api", reason="needs pip install pgseg-hf[browser]")
+
+CHROMIUM = os.environ.get("PGSEG_CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
+pytestmark = pytest.mark.skipif(
+    CHROMIUM is None, reason="needs Chromium (apt-get install chromium, or its path in PGSEG_CHROMIUM)"
+)
+SIZES = {"phone": (390, 844), "desktop": (1280, 900)}
+PATIENCE_MS = 60_000
+# No updates and no telemetry: where there is no network they would wait for it, and some machines refuse the rest
+# of the browser's connections with them.
+FLAGS = [
+    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
+    *("--disable-background-networking", "--disable-component-update"),
+]
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def screenshots(tmp_path_factory) -> Path:
+    folder = os.environ.get("PGSEG_SCREENSHOTS")
+    path = Path(folder) if folder else tmp_path_factory.mktemp("screenshots")
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+class Visit:
+    """A page, what its console said was wrong, and where it asked for anything."""
+
+    def __init__(self, browser, server, size: str, theme: str):
+        width, height = SIZES[size]
+        self.context = browser.new_context(
+            viewport={"width": width, "height": height}, color_scheme=theme, accept_downloads=True
+        )
+        self.page = self.context.new_page()
+        self.page.set_default_timeout(PATIENCE_MS)
+        self.problems: list[str] = []
+        self.elsewhere: list[str] = []
+        self.page.on("console", self._note)
+        self.page.on("pageerror", lambda error: self.problems.append(str(error)))
+        self.page.on("request", lambda request: self._count(request.url, server.url))
+        self.page.goto(f"{server.url}?__theme={theme}")
+        self.page.get_by_role("button", name="Segment", exact=True).wait_for()
+
+    def _note(self, message) -> None:
+        if message.type == "error":
+            self.problems.append(f"{message.text} ({message.location.get('url')})")
+
+    def _count(self, url: str, own: str) -> None:
+        if not url.startswith((own, "data:", "blob:")):
+            self.elsewhere.append(url)
+
+    def segment(self, words: str) -> None:
+        self.page.get_by_label("Words, separated by commas or lines").fill(words)
+        self.page.get_by_role("button", name="Segment", exact=True).click()
+
+    def choose_model(self, name: str) -> None:
+        field = self.page.get_by_label("Model", exact=True)
+        field.click()
+        field.fill(name)
+        field.press("Enter")
+        field.press("Tab")
+        sync_api.expect(field).to_have_value(name)
+
+    def rows(self) -> list[list[str]]:
+        """The table, row by row."""
+        return self.page.locator("#rows [role=row]:has([role=gridcell])").evaluate_all(
+            "rows => rows.map(r => [...r.querySelectorAll('[role=gridcell]')].map(cell => cell.innerText.trim()))"
+        )
+
+    def open_tab(self, name: str) -> None:
+        """On a narrow screen some tabs are in a menu."""
+        tab = self.page.get_by_role("tab", name=name)
+        if not tab.is_visible():
+            self.page.locator(".overflow-menu > button").click()
+            tab = self.page.locator(".overflow-dropdown button", has_text=name)
+        tab.click()
+
+    def wait_for_rows(self, is_wanted) -> list[list[str]]:
+        until = time.monotonic() + PATIENCE_MS / 1000
+        while not is_wanted(rows := self.rows()):
+            assert time.monotonic() < until, rows
+            self.page.wait_for_timeout(100)
+        return rows
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("size", SIZES)
+def test_a_visitor_uploads_types_looks_and_downloads(browser, server, screenshots, street_file, size, theme):
+    visit = Visit(browser, server, size, theme)
+    page = visit.page
+    page.screenshot(path=screenshots / f"{size}-{theme}-0-start.png")
+    page.locator("input[type=file]").first.set_input_files(street_file)
+    page.locator("#picture img").first.wait_for()
+    words = ["building", "road", "tree", "<img src=x onerror=window.hacked=1>"]
+    visit.segment(", ".join(words))
+    page.locator("#masks .legend").get_by_text("building").wait_for()
+    rows = visit.wait_for_rows(lambda rows: len(rows) == 4)
+    assert {row[0] for row in rows} == set(words)
+    assert page.evaluate("window.hacked") is None
+    page.screenshot(path=screenshots / f"{size}-{theme}-1-masks.png", full_page=True)
+
+    page.get_by_label("Leave out what no word fits").check()
+    visit.wait_for_rows(lambda rows: "background" in {row[0] for row in rows})
+    page.locator("#threshold input[type=number]").fill("1")
+    page.locator("#threshold input[type=number]").press("Tab")
+    visit.wait_for_rows(lambda rows: rows and rows[0][0] == "background" and rows[0][1] != "0.0%")
+
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Mask (PNG)").click()
+    assert download.value.suggested_filename == "green-jacket-mask.png"
+    mask = Image.open(io.BytesIO(Path(download.value.path()).read_bytes()))
+    assert mask.mode == "P" and mask.size == Image.open(street_file).size
+    assert np.asarray(mask).max() <= len(words)
+
+    visit.open_tab("Groups")
+    page.locator("#heat img").wait_for()
+    page.screenshot(path=screenshots / f"{size}-{theme}-2-groups.png", full_page=True)
+    visit.open_tab("Prototypes")
+    page.get_by_text("stage 2: ").first.wait_for()
+    page.screenshot(path=screenshots / f"{size}-{theme}-3-prototypes.png", full_page=True)
+    assert visit.problems == []
+    assert visit.elsewhere == []
+    overflow = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
+    assert overflow <= 0, f"the page is {overflow} pixels wider than the screen"
+    visit.context.close()
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_visitor_is_told_what_is_wrong_and_goes_on(browser, server, screenshots, street_file, size):
+    visit = Visit(browser, server, size, "light")
+    page = visit.page
+    visit.segment("tree")
+    page.get_by_text("Choose a picture first").wait_for()
+    page.locator("input[type=file]").first.set_input_files(street_file)
+    page.locator("#picture img").first.wait_for()
+    word = "<b onclick=window.hacked=1>tree</b>"
+    visit.segment(f"{word}, {word}")
+    page.get_by_text(f"labels[1] '{word}' repeats labels[0]").wait_for()
+    page.screenshot(path=screenshots / f"{size}-light-4-refused.png")
+    page.get_by_role("button", name="Model and resolution").click()
+    visit.choose_model("/etc")
+    visit.segment("tree, road")
+    page.get_by_text("'/etc' is no model").wait_for()
+    page.screenshot(path=screenshots / f"{size}-light-5-options.png", full_page=True)
+    visit.choose_model("pgseg-small-street")
+    page.get_by_label("whole picture").check()
+    visit.segment("tree, road")
+    visit.wait_for_rows(lambda rows: len(rows) == 2)
+    assert visit.problems == [] and visit.elsewhere == []
+    visit.context.close()

@@ -1,0 +1,184 @@
+"""Which models a visitor can choose, and what stays closed."""
+
+import shutil
+from pathlib import Path
+
+import catalogue
+import pytest
+import torch
+from catalogue import Catalogue
+from settings import Settings, read_settings
+from transformers import GroupViTConfig, GroupViTModel, GroupViTTextConfig, GroupViTVisionConfig
+
+
+class TestNames:
+    def test_the_shipped_model_is_first_and_the_default(self, tiny_folder):
+        models = Catalogue(Settings(models=(tiny_folder,)))
+        assert models.names == ["pgseg-small-street", Path(tiny_folder).name]
+        assert models.load("") is models.load("pgseg-small-street")
+
+    def test_a_folder_of_checkpoints_offers_each(self, tiny_folder, tmp_path):
+        for name in ("one", "two"):
+            shutil.copytree(tiny_folder, tmp_path / name)
+        (tmp_path / "notes").mkdir()
+        models = Catalogue(Settings(models=(str(tmp_path), "nvidia/groupvit-gcc-yfcc")))
+        assert models.names[1:] == ["one", "two", "nvidia/groupvit-gcc-yfcc"]
+        assert models.load("two").model.config.vision_config.hidden_size == 16
+
+    def test_two_models_of_one_name_are_refused(self, tiny_folder, tmp_path):
+        other = tmp_path / Path(tiny_folder).name
+        shutil.copytree(tiny_folder, other)
+        with pytest.raises(ValueError, match="two models are called"):
+            Catalogue(Settings(models=(tiny_folder, str(other))))
+
+    @pytest.mark.parametrize("given", ["/nowhere/at/all", "a/b/c", "word"])
+    def test_what_can_be_no_model_is_refused_at_the_start(self, given):
+        with pytest.raises(ValueError, match="neither a folder nor a name"):
+            Catalogue(Settings(models=(given,)))
+
+    def test_a_folder_without_checkpoints_is_refused(self, tmp_path):
+        with pytest.raises(ValueError, match="expected a checkpoint"):
+            Catalogue(Settings(models=(str(tmp_path),)))
+
+
+class TestWhatAVisitorTypes:
+    @pytest.fixture
+    def no_network(self, monkeypatch):
+        def refuse(*args, **kwargs):
+            pytest.fail(f"asked the Hub for {args}")
+
+        monkeypatch.setattr(catalogue, "_download", refuse)
+
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "/etc",
+            "/etc/passwd",
+            "../main",
+            "demo/../../x",
+            "./demo",
+            "demo/..",
+            "~/x",
+            "a/b/c",
+            "C:\\x",
+            "a/b\nc",
+            "a/",
+        ],
+    )
+    def test_paths_never_reach_the_hub_or_the_disk(self, name, no_network):
+        with pytest.raises(ValueError, match="is no model"):
+            Catalogue(Settings()).load(name)
+
+    def test_a_folder_that_is_not_offered_stays_closed(self, tiny_folder, no_network):
+        with pytest.raises(ValueError, match="is no model"):
+            Catalogue(Settings()).load(tiny_folder)
+
+    def test_a_name_like_a_relative_folder_is_asked_of_the_hub(self, tiny_folder, tmp_path, monkeypatch):
+        shutil.copytree(tiny_folder, tmp_path / "owner" / "model")
+        monkeypatch.chdir(tmp_path)
+
+        def offline(name, folder, max_bytes):
+            raise OSError(f"no network for {name} in {folder}")
+
+        monkeypatch.setattr(catalogue, "_download", offline)
+        with pytest.raises(
+            ValueError, match="owner/model cannot be loaded: no network for owner/model in it"
+        ):
+            Catalogue(Settings()).load("owner/model")
+
+    def test_nothing_of_the_hub_where_the_owner_says_so(self, no_network):
+        with pytest.raises(ValueError, match="not offered here"):
+            Catalogue(Settings(any_hub_model=False)).load("owner/model")
+
+    def test_a_model_of_the_hub_is_loaded_and_its_files_are_not_kept(self, tiny_folder, monkeypatch):
+        folders = []
+
+        def download(name, folder, max_bytes):
+            folders.append(Path(folder))
+            shutil.copytree(tiny_folder, folder, dirs_exist_ok=True)
+
+        monkeypatch.setattr(catalogue, "_download", download)
+        models = Catalogue(Settings())
+        loaded = models.load("owner/model")
+        assert loaded.class_embeddings(["cat"]).shape == (1, 8)
+        assert models.load("owner/model") is loaded and len(folders) == 1
+        assert not folders[0].exists()
+        for number in range(3):
+            models.load(f"owner/other{number}")
+        assert models.load("owner/model") is not loaded  # only three of them stay in memory
+
+    def test_the_hub_is_asked_without_a_token_for_weights_of_a_fair_size(self, tmp_path, monkeypatch):
+        asked = []
+
+        class File:
+            def __init__(self, rfilename, size):
+                self.rfilename, self.size = rfilename, size
+
+        class Api:
+            def __init__(self, token):
+                assert token is False
+
+            def model_info(self, name, files_metadata, timeout):
+                files = [("config.json", 10), ("model.safetensors", 500), ("pytorch_model.bin", 10**12)]
+                return type("Info", (), {"siblings": [File(*f) for f in [*files, ("modeling.py", 5)]]})
+
+        monkeypatch.setattr(catalogue, "HfApi", Api)
+        monkeypatch.setattr(catalogue, "snapshot_download", lambda name, **kwargs: asked.append(kwargs))
+        catalogue._download("owner/model", str(tmp_path), 510)
+        assert asked == [
+            {
+                "local_dir": str(tmp_path),
+                "allow_patterns": ["model.safetensors", "config.json"],
+                "token": False,
+            }
+        ]
+        with pytest.raises(ValueError, match="510 bytes, more than the 509"):
+            catalogue._download("owner/model", str(tmp_path), 509)
+
+    def test_errors_do_not_tell_where_files_lie(self, tiny_folder, tmp_path):
+        broken = tmp_path / "broken"
+        shutil.copytree(tiny_folder, broken)
+        (broken / "model.safetensors").write_bytes(b"no weights")
+        with pytest.raises(ValueError, match="broken cannot be loaded") as caught:
+            Catalogue(Settings(models=(str(broken),))).load("broken")
+        assert str(tmp_path) not in str(caught.value)
+
+
+def test_a_groupvit_checkpoint_gives_its_own_numbers(tmp_path):
+    text = {"vocab_size": 49_408, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    vision = {
+        **{"hidden_size": 16, "intermediate_size": 32, "depths": [1, 1, 1], "num_hidden_layers": 3},
+        **{"num_group_tokens": [6, 4, 0], "num_output_groups": [6, 4, 0], "image_size": 32, "patch_size": 8},
+    }
+    heads = {"num_attention_heads": 2}
+    torch.manual_seed(0)
+    source = GroupViTModel(
+        GroupViTConfig(
+            text_config=GroupViTTextConfig(**text, **heads).to_dict(),
+            vision_config=GroupViTVisionConfig(**vision, **heads).to_dict(),
+            projection_dim=8,
+            projection_intermediate_dim=16,
+        )
+    ).eval()
+    source.save_pretrained(tmp_path / "groupvit")
+    segmenter = Catalogue(Settings(models=(str(tmp_path / "groupvit"),))).load("groupvit")
+    assert segmenter.model.config.npr_variant == "none"
+    pixels = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        expected = source.get_image_features(pixels).pooler_output
+        torch.testing.assert_close(segmenter.model.get_image_features(pixels).pooler_output, expected)
+
+
+class TestSettings:
+    def test_variables_are_the_defaults_of_options(self, monkeypatch):
+        monkeypatch.setenv("PGSEG_DEMO_MODELS", "a/b:/models")
+        monkeypatch.setenv("PGSEG_DEMO_ANY_HUB_MODEL", "false")
+        monkeypatch.setenv("PGSEG_DEMO_MCP", "1")
+        settings = read_settings(["--concurrency", "3"])
+        assert settings.models == ("a/b", "/models") and settings.mcp and not settings.any_hub_model
+        assert settings.concurrency == 3
+        assert read_settings(["--models", "c/d", "--no-mcp"]).models == ("c/d",)
+
+    def test_no_requests_at_once_make_no_sense(self):
+        with pytest.raises(SystemExit):
+            read_settings(["--concurrency", "0"])

@@ -1,0 +1,187 @@
+"""The running server: its API, many visitors at once, and visitors who mean no good."""
+
+import json
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+gradio_client = pytest.importorskip("gradio_client", reason="needs pip install pgseg-hf[demo]")
+
+from demo_server import DEMO, start_server, stop  # noqa: E402
+from gradio_client.exceptions import AppError  # noqa: E402
+
+from pgseg_hf import DEFAULT_CHECKPOINT, SegmentationOptions, load_segmenter  # noqa: E402
+
+PATIENCE = 120  # seconds that a busy machine may take
+LABELS = ["building", "road", "tree", "sky"]
+
+
+@pytest.fixture(scope="module")
+def client(server, tmp_path_factory):
+    return gradio_client.Client(
+        server.url, verbose=False, download_files=tmp_path_factory.mktemp("downloads")
+    )
+
+
+def call(client, path, labels="building, road, tree, sky", background=False, threshold=0.3, **options):
+    asked = {"window": "sliding", "short_side": 0, "model": "pgseg-small-street"} | options
+    return client.predict(
+        image=gradio_client.handle_file(path) if isinstance(path, (str, Path)) else path,
+        labels=labels,
+        background=background,
+        threshold=threshold,
+        api_name="/segment",
+        **asked,
+    )
+
+
+class TestSegment:
+    @pytest.mark.parametrize("window", ["sliding", "whole"])
+    @pytest.mark.parametrize("threshold", [None, 0.35])
+    def test_the_mask_is_the_librarys(self, client, street_file, window, threshold):
+        mask, found = call(
+            client, street_file, background=threshold is not None, threshold=threshold or 0, window=window
+        )
+        options = SegmentationOptions(
+            window_size="auto" if window == "sliding" else None, background_threshold=threshold
+        )
+        expected = load_segmenter()(street_file, LABELS, options)
+        read = Image.open(mask)
+        assert read.mode == "P"
+        np.testing.assert_array_equal(np.asarray(read), expected.label_map)
+        segments = expected.segments(include_absent=True)
+        assert [(f["label"], f["area"]) for f in found["labels"]] == [(s.label, s.area) for s in segments]
+        assert found["options"]["background_threshold"] == threshold
+
+    def test_only_this_endpoint_is_public(self, client):
+        assert list(client.view_api(return_format="dict")["named_endpoints"]) == ["/segment"]
+
+    def test_a_result_at_448_pixels_takes_seconds(self, client, street_file):
+        call(client, street_file, window="whole", short_side=448)
+        start = time.monotonic()
+        call(client, street_file, window="whole", short_side=448)
+        seconds = time.monotonic() - start
+        print(f"448 px, whole picture: {seconds:.2f} s")
+        assert seconds < 20  # 2 on an idle machine, others may be at work here
+
+
+class TestHostileInput:
+    def test_what_is_refused_is_said_and_the_next_visitor_is_served(self, client, street_file, tmp_path):
+        large, text = tmp_path / "large.png", tmp_path / "text.jpg"
+        Image.new("1", (8000, 6250)).save(large)
+        text.write_text("no picture")
+        for path, options, message in (
+            (large, {}, "50,000,000 pixels"),
+            (text, {}, "'text.jpg' is not an image"),
+            (street_file, {"labels": ",".join(f"w{i}" for i in range(500))}, "500 labels"),
+            (street_file, {"labels": ""}, "at least one word"),
+            (street_file, {"model": "/etc"}, "is no model"),
+            (street_file, {"model": "owner/no-such-model"}, "cannot be loaded"),
+            (None, {}, "Choose a picture"),
+        ):
+            with pytest.raises(AppError, match=message):
+                call(client, path, **options)
+        assert call(client, street_file)[1]["labels"]
+
+    def test_markup_comes_back_as_text(self, client, street_file):
+        word = "<script>alert(1)</script>"
+        assert word in [found["label"] for found in call(client, street_file, f"{word}, road")[1]["labels"]]
+        with pytest.raises(AppError) as caught:
+            call(client, street_file, f"{word}, {word}")
+        assert "<script>" not in str(caught.value)
+
+    def test_an_upload_of_too_many_bytes_is_refused(self, client, tmp_path, street_file):
+        path = tmp_path / "heavy.jpg"
+        path.write_bytes(Path(street_file).read_bytes() + bytes(21 * 2**20))
+        with pytest.raises(Exception, match=r"(?i)413|large|size"):
+            call(client, path)
+
+    @pytest.mark.parametrize("place", ["/etc/passwd", "{demo}/app.py", "{model}/config.json"])
+    def test_files_of_the_server_cannot_be_read(self, server, client, place):
+        path = place.format(demo=DEMO, model=DEFAULT_CHECKPOINT)
+        assert Path(path).exists()
+        for route in ("gradio_api/file=", "file=", "gradio_api/file=../../../../../.."):
+            with pytest.raises(urllib.error.HTTPError) as caught:
+                urllib.request.urlopen(server.url + route + urllib.parse.quote(path), timeout=60)
+            assert caught.value.code in (403, 404)
+        with pytest.raises(AppError):
+            call(client, {"path": path, "meta": {"_type": "gradio.FileData"}})
+
+
+class TestManyVisitors:
+    def test_twenty_at_once_are_answered_and_memory_stays_flat(self, server, street_file, tmp_path):
+        clients = [gradio_client.Client(server.url, verbose=False, download_files=tmp_path) for _ in range(4)]
+
+        def visit(number: int) -> int:
+            _, found = call(clients[number % 4], street_file, f"road, word {number}, tree")
+            assert found["labels"][1]["label"] == f"word {number}"
+            return number
+
+        def round_of_visits() -> int:
+            with ThreadPoolExecutor(20) as pool:
+                assert list(pool.map(visit, range(20))) == list(range(20))
+            return _memory(server.process.pid)
+
+        round_of_visits()
+        first = round_of_visits()
+        last = round_of_visits()
+        print(f"after 40 requests {first / 2**20:.0f} MiB, after 60 {last / 2**20:.0f} MiB")
+        assert last < first + 100 * 2**20
+
+
+def _memory(pid: int) -> int:
+    """Bytes of the process that lie in memory."""
+    status = Path(f"/proc/{pid}/status")
+    if not status.exists():
+        pytest.skip("needs /proc")
+    line = next(line for line in status.read_text().splitlines() if line.startswith("VmRSS"))
+    return int(line.split()[1]) * 1024
+
+
+def test_the_first_result_comes_soon_after_the_start(tmp_path, street_file):
+    server = start_server(tmp_path)
+    client = gradio_client.Client(server.url, verbose=False, download_files=tmp_path / "downloads")
+    call(client, street_file)
+    seconds = time.monotonic() - server.started
+    stop(server)
+    print(f"from the command to the first result: {seconds:.1f} s")
+    assert seconds < PATIENCE  # 20 on an idle machine
+
+
+def test_pictures_and_masks_are_not_kept(tmp_path, street_file):
+    server = start_server(tmp_path, "--keep-seconds", "2")
+    kept = server.folder / "tmp"
+
+    def files() -> set[str]:
+        return {str(path) for path in kept.rglob("*") if path.is_file()}
+
+    examples = files()
+    client = gradio_client.Client(server.url, verbose=False, download_files=tmp_path / "downloads")
+    photo = Image.open(street_file).rotate(180)
+    photo.save(tmp_path / "own.png")
+    mask, _ = call(client, tmp_path / "own.png")
+    assert Path(mask).exists()
+    until = time.monotonic() + PATIENCE
+    while files() - examples and time.monotonic() < until:
+        time.sleep(0.2)
+    left = files() - examples
+    stop(server)
+    assert left == set()
+    assert not list(kept.glob("pgseg-demo-*"))
+
+
+def test_the_api_is_an_mcp_tool_by_option(tmp_path):
+    pytest.importorskip("mcp", reason="needs pip install gradio[mcp]")
+    server = start_server(tmp_path, "--mcp")
+    with urllib.request.urlopen(server.url + "gradio_api/mcp/schema", timeout=60) as answer:
+        tools = json.load(answer)
+    stop(server)
+    assert [tool["name"] for tool in tools] == ["segment"]
+    assert "Segment a picture by words" in tools[0]["description"]

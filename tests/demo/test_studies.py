@@ -1,0 +1,172 @@
+"""What is kept between requests, and what is refused."""
+
+import base64
+import io
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from catalogue import Catalogue
+from PIL import Image
+from settings import MAX_LABELS, Settings
+from studies import Choices, Laboratory, read_labels, read_upload
+
+from pgseg_hf import SegmentationOptions
+
+LABELS = ["building", "road", "tree"]
+
+
+@pytest.fixture(scope="module")
+def laboratory() -> Laboratory:
+    return Laboratory(Catalogue(Settings()))
+
+
+@pytest.fixture
+def passes(laboratory, monkeypatch) -> list[int]:
+    """An entry for every pass of the image encoder."""
+    model = laboratory.catalogue.load("").model
+    counted: list[int] = []
+    original = model.vision_model.forward
+
+    def forward(*args, **kwargs):
+        counted.append(1)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(model.vision_model, "forward", forward)
+    return counted
+
+
+@pytest.fixture
+def upload(street_file):
+    return read_upload(street_file, 10**6)
+
+
+WHOLE = Choices("pgseg-small-street", sliding=False)
+
+
+class TestStudy:
+    @pytest.mark.parametrize("sliding", [False, True])
+    @pytest.mark.parametrize("threshold", [None, 0.2, 1.0])
+    def test_masks_are_the_librarys(self, laboratory, upload, street_file, sliding, threshold):
+        choices = replace(WHOLE, sliding=sliding, short_side=224)
+        result = laboratory.study(upload, LABELS, choices).segmentation(threshold)
+        options = SegmentationOptions(
+            window_size="auto" if sliding else None,
+            background_threshold=threshold,
+            shortest_edge=224,
+            longest_edge=2048,
+        )
+        expected = laboratory.catalogue.load("")(street_file, LABELS, options)
+        np.testing.assert_array_equal(result.label_map, expected.label_map)
+        np.testing.assert_array_equal(result.scores, expected.scores)
+        assert result.background == expected.background
+
+    def test_labels_and_thresholds_need_no_second_pass(self, laboratory, upload, street_file, passes):
+        first = laboratory.study(upload, LABELS, WHOLE)
+        assert len(passes) == 1
+        for threshold in (None, 0.1, 0.9):
+            laboratory.study(upload, LABELS, WHOLE, first).segmentation(threshold)
+        other = laboratory.study(upload, ["sky", "car"], WHOLE, first)
+        assert len(passes) == 1
+        fresh = laboratory.study(upload, ["sky", "car"], WHOLE)
+        assert len(passes) == 2
+        torch.testing.assert_close(other.scored.label_map(), fresh.scored.label_map(), rtol=0, atol=0)
+        assert laboratory.study(upload, LABELS, WHOLE, first) is first
+
+    def test_another_picture_or_resolution_does(self, laboratory, upload, street_file, passes):
+        first = laboratory.study(upload, LABELS, WHOLE)
+        laboratory.study(upload, LABELS, replace(WHOLE, short_side=224), first)
+        flipped = replace(upload, image=upload.image.transpose(Image.Transpose.ROTATE_180), digest="other")
+        assert laboratory.study(flipped, LABELS, WHOLE, first).digest == "other"
+        assert len(passes) == 3
+
+    def test_prototypes_are_looked_for_once(self, laboratory, upload, passes):
+        study = laboratory.with_prototypes(upload, laboratory.study(upload, LABELS, WHOLE))
+        assert [stage.count for stage in study.prototypes] == [32, 8]
+        height, width = study.encoded.resized
+        assert study.prototypes[0].patches.shape == (height // 8, width // 8)
+        again = laboratory.with_prototypes(upload, laboratory.study(upload, ["sky"], WHOLE, study))
+        assert again.prototypes is study.prototypes
+        assert len(passes) == 2
+
+    def test_a_study_holds_no_pixels(self, laboratory, upload):
+        study = laboratory.study(upload, LABELS, WHOLE)
+        tensors = [value for window in study.encoded.windows for value in vars(window).values()]
+        assert all(value.ndim < 3 or value.shape[0] == 8 for value in tensors if torch.is_tensor(value))
+
+
+class TestLabels:
+    def test_commas_and_lines_separate(self):
+        assert read_labels(" cat, dog\n\nhot dog ,") == ["cat", "dog", "hot dog"]
+
+    def test_markup_is_a_word_like_any_other(self):
+        assert read_labels("<script>alert(1)</script>") == ["<script>alert(1)</script>"]
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            (" ,\n", "Type at least one word"),
+            (",".join(f"word {i}" for i in range(500)), f"500 labels are more than the {MAX_LABELS}"),
+            ("a" * 101, "101 letters"),
+            ("cat, Cat", "repeats"),
+        ],
+    )
+    def test_what_makes_no_sense_is_said(self, text, message):
+        with pytest.raises(ValueError, match=message):
+            read_labels(text)
+
+
+class TestUpload:
+    def test_nothing_chosen(self):
+        with pytest.raises(ValueError, match="Choose a picture first"):
+            read_upload(None, 100)
+
+    def test_a_file_that_was_deleted_meanwhile(self, tmp_path):
+        with pytest.raises(ValueError, match="upload it again") as caught:
+            read_upload(str(tmp_path / "gone.jpg"), 100)
+        assert str(tmp_path) not in str(caught.value)
+
+    def test_too_many_pixels_are_refused_before_they_are_decoded(self, tmp_path):
+        path = tmp_path / "large.png"
+        Image.new("1", (8000, 6250)).save(path)
+        with pytest.raises(ValueError, match=r"'large.png' has 8000 x 6250 = 50,000,000 pixels, more than"):
+            read_upload(str(path), Settings().max_pixels)
+
+    @pytest.mark.parametrize(
+        "data", [b"", b"plain text", b"<svg xmlns='http://www.w3.org/2000/svg'/>", b"\x89PNG\r\n"]
+    )
+    def test_a_file_that_is_no_picture(self, data, tmp_path):
+        path = tmp_path / "photo.jpg"
+        path.write_bytes(data)
+        with pytest.raises(ValueError, match=r"'photo.jpg' is") as caught:
+            read_upload(str(path), 100)
+        assert str(tmp_path) not in str(caught.value)
+
+    def test_a_data_address(self):
+        buffer = io.BytesIO()
+        Image.new("RGB", (3, 2), "red").save(buffer, format="PNG")
+        upload = read_upload(f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}", 100)
+        assert upload.image.size == (3, 2) and upload.name == "picture"
+        with pytest.raises(ValueError, match="broken"):
+            read_upload("data:image/png;base64,%%%", 100)
+
+
+def test_on_zerogpu_models_run_where_the_gpu_is(upload, monkeypatch):
+    lent: list[str] = []
+
+    class Spaces:
+        @staticmethod
+        def GPU(function):
+            def on_gpu(*args):
+                lent.append(function.__name__)
+                return function(*args)
+
+            return on_gpu
+
+    monkeypatch.setattr("studies.spaces", Spaces)
+    laboratory = Laboratory(Catalogue(Settings()))
+    study = laboratory.with_prototypes(upload, laboratory.study(upload, LABELS, WHOLE))
+    assert lent == ["_study", "_prototypes"]
+    laboratory.study(upload, LABELS, WHOLE, study).segmentation(0.5)  # needs no GPU
+    assert len(lent) == 2

@@ -1,0 +1,107 @@
+"""What the page shows of a study."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+import views
+from catalogue import Catalogue
+from PIL import Image
+from settings import Settings
+from studies import Choices, Laboratory, Prototypes, read_upload
+
+from pgseg_hf import Segmentation
+from pgseg_hf.visualization import palette
+
+LABELS = ["cat", "dog", "background"]
+
+
+def result(background: bool = True) -> Segmentation:
+    """A quarter background or cat, a quarter dog, a half the next label; scores of 0.5."""
+    label_map = np.repeat([0, 1, 2, 2], 10)[:, None] * np.ones(20, int)
+    return Segmentation(label_map, np.full(label_map.shape, 0.5), LABELS, background)
+
+
+@pytest.fixture(scope="module")
+def studied(street_file):
+    upload = read_upload(street_file, 10**6)
+    laboratory = Laboratory(Catalogue(Settings()))
+    labels = ["building", "road", "pavement", "tree", "sky", "car", "`pedestrian`"]
+    return upload, laboratory.study(upload, labels, Choices("pgseg-small-street"))
+
+
+def test_masks_are_in_the_labels_own_colours_the_largest_first():
+    image, masks = views.annotations(Image.new("RGB", (20, 40)), result())
+    assert image.size == (20, 40)
+    assert [label for _, label in masks] == ["dog", "cat"]
+    assert (masks[0][0] > 0).sum() == 400 and masks[0][0].max() == views.MASK_OPACITY
+    assert views.colours_of(LABELS)["cat"] == "#{:02x}{:02x}{:02x}".format(*palette(1)[0])
+
+
+def test_large_pictures_are_shown_smaller():
+    large = Segmentation(np.zeros((3000, 1500), int), np.zeros((3000, 1500)), ["cat"], False)
+    image, masks = views.annotations(Image.new("RGB", (1500, 3000)), large)
+    assert image.size == (512, 1024) and masks[0][0].shape == (1024, 512)
+
+
+def test_the_table_has_absent_labels_last():
+    assert views.table(result()) == [
+        ["dog", "50.0%", "0.500"],
+        ["background", "25.0%", "0.500"],
+        ["cat", "25.0%", "0.500"],
+        ["background", "0.0%", "–"],
+    ]
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_the_mask_and_its_explanation_agree(studied, background):
+    mask = Image.open(io.BytesIO(views.mask_file(result(background))))
+    np.testing.assert_array_equal(np.asarray(mask), result(background).label_map)
+    explained = json.loads(json.dumps(views.report(result(background), studied[1], 0.3)))
+    assert [entry["value"] for entry in explained["labels"]] == list(range(3 + background))
+    colours = np.array(mask.getpalette()[: 3 * len(explained["labels"])]).reshape(-1, 3)
+    assert [entry["colour"] for entry in explained["labels"]] == [
+        "#{:02x}{:02x}{:02x}".format(*c) for c in colours
+    ]
+    assert explained["options"] == {"window": "sliding", "short_side": None, "background_threshold": 0.3}
+
+
+def test_groups_say_which_label_they_became(studied):
+    upload, study = studied
+    picture, heat, words = views.group_views(upload.image, study, None, 0)
+    groups = study.encoded.windows[0].groups
+    largest = groups.flatten().bincount().argmax()
+    label = study.labels[study.scored.windows[0].scores[largest].argmax()]
+    share = (groups == largest).float().mean()
+    assert f"{largest + 1} ({share:.0%}) → `{label}`" in words
+    assert min(picture.size) >= 300 and heat.width > 400
+    assert "`" + "`pedestrian" not in words  # a visitor's marks end no code span
+
+
+def test_below_the_threshold_a_group_became_background(studied):
+    upload, study = studied
+    assert "background" in views.group_views(upload.image, study, 1.0, 0)[2]
+
+
+def test_many_labels_do_not_make_a_heat_map_of_all(studied, street_file):
+    upload, _ = studied
+    labels = [f"word {i}" for i in range(200)]
+    study = Laboratory(Catalogue(Settings())).study(upload, labels, Choices("pgseg-small-street", False))
+    _, heat, words = views.group_views(upload.image, study, None)
+    assert f"Shown are the {views.MAX_HEAT_MAP_ROWS} labels" in words
+    assert heat.height < 1200
+
+
+def test_prototypes_have_a_picture_for_each_stage(studied):
+    stages = (Prototypes(np.array([[0, 5], [5, 5]]), 32), Prototypes(np.array([[1]]), 8))
+    (first, caption), (_, other) = views.prototype_views(studied[0].image, stages)
+    assert caption == "stage 1: 2 of 32 prototypes in use" and other == "stage 2: 1 of 8 prototypes in use"
+    assert first.size == studied[0].image.size
+
+
+def test_a_comparison_has_both(studied):
+    upload, study = studied
+    alone = views.comparison(upload.image, {"a": study.segmentation(None)})
+    both = views.comparison(upload.image, {"a": study.segmentation(None), "b": study.segmentation(0.5)})
+    assert both.width > 1.8 * alone.width
