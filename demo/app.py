@@ -1,9 +1,12 @@
 """A Gradio Space: type words, see masks."""
 
+import contextlib
 import os
 import signal
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,8 +14,8 @@ from typing import Any
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
 import gradio as gr
-from catalogue import Catalogue
 from handlers import NO_MODEL, Handlers, file_as_it_is, presets, speaking
+from model_catalogue import Catalogue
 from settings import Settings, read_settings
 
 EXAMPLES = Path(__file__).parent / "examples"
@@ -71,7 +74,7 @@ def _what_is_asked(catalogue: Catalogue, settings: Settings) -> Parts:
         height=320,
         elem_id="picture",
     )
-    image.preprocess = file_as_it_is
+    image.preprocess = file_as_it_is(image.GRADIO_CACHE, str(EXAMPLES))
     words = gr.Textbox(EXAMPLE_LABELS, label="Words, separated by commas or lines", lines=2, max_lines=8)
     preset = gr.Dropdown(list(presets()), value=None, label="Words of a benchmark")
     background = gr.Checkbox(False, label="Leave out what no word fits (background)")
@@ -188,12 +191,32 @@ def _if_segmented(show_masks: Callable, count: int) -> Callable:
     return again
 
 
+def _keep_clean(folder: Path, keep_seconds: int) -> None:
+    """Deletes visitors' files once they are old, whatever becomes of Gradio's own cleaner, which a request that names a
+    folder can stop."""
+    ours = set(folder.rglob("*"))
+
+    def clean() -> None:
+        while True:
+            time.sleep(max(1, keep_seconds / 10))
+            for path in sorted(set(folder.rglob("*")) - ours, reverse=True):
+                with contextlib.suppress(OSError):
+                    if path.is_dir():
+                        path.rmdir()  # only where it is empty
+                    elif time.time() - path.stat().st_mtime > keep_seconds:
+                        path.unlink()
+
+    threading.Thread(target=clean, daemon=True).start()
+
+
 def launch(settings: Settings, **options: Any) -> Any:
     """Starts the server; `options` are those of Gradio's `launch`."""
     theme = gr.themes.Default(primary_hue="blue", font=FONTS, font_mono=CODE_FONTS).set(
         block_info_text_color="*neutral_600", block_info_text_color_dark="*neutral_300"
     )
-    return build_app(settings).launch(
+    app = build_app(settings)
+    _keep_clean(Path(app.GRADIO_CACHE), settings.keep_seconds)
+    return app.launch(
         theme=theme,
         css=CSS,
         mcp_server=settings.mcp,

@@ -5,12 +5,13 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from catalogue import Catalogue
 from gradio.processing_utils import save_bytes_to_cache
-from settings import MAX_LABELS, Settings
+from model_catalogue import Catalogue
+from settings import MAX_DATA_LETTERS, MAX_LABELS, Settings
 from studies import Choices, Laboratory, Study, read_labels, read_upload
 from views import (
     annotations,
@@ -28,15 +29,33 @@ from pgseg_hf.evaluation.benchmarks import BENCHMARKS
 NO_MODEL = "none"
 
 
-def file_as_it_is(payload: Any) -> str | None:
-    """The path of an uploaded file (Gradio has checked that it is one), or a `data:` address of a picture.
+def file_as_it_is(*folders: str) -> Callable[[Any], str | None]:
+    """What takes the place of `gr.Image.preprocess`, which would open the file: the library says what is wrong with a
+    bad one. It gives the path of an uploaded file, or a `data:` address of a picture.
 
-    In place of `gr.Image.preprocess`, which would open the file: the library says what is wrong with a bad one.
+    Gradio checks a path only where the request says that it is a file, so it is checked here.
+
+    Args:
+        folders: where files of visitors lie; no other is opened.
     """
-    if payload is None:
-        return None
-    embedded = payload.url if payload.url and payload.url.startswith("data:image/") else None
-    return embedded or payload.path
+
+    def preprocess(payload: Any) -> str | None:
+        if payload is None:
+            return None
+        if payload.url and payload.url.startswith("data:image/"):
+            if len(payload.url) > MAX_DATA_LETTERS:
+                raise gr.Error("The picture is too large; upload it as a file.", print_exception=False)
+            return payload.url
+        try:
+            place = Path(payload.path or "").resolve()
+            known = place.is_file() and any(place.is_relative_to(Path(each).resolve()) for each in folders)
+        except (OSError, ValueError):
+            known = False
+        if not known:
+            raise gr.Error("The picture is not on the server; please upload it again.", print_exception=False)
+        return str(place)
+
+    return preprocess
 
 
 def speaking(handler: Callable) -> Callable:

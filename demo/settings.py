@@ -10,6 +10,8 @@ import torch
 # The longest preset that is offered has as many (ImageNet-S-300).
 MAX_LABELS = 300
 MAX_LABEL_LETTERS = 100
+# Of a `data:` address: a file of 20 MB in base64.
+MAX_DATA_LETTERS = 28_000_000
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from catalogue import Catalogue
+from model_catalogue import Catalogue
 from PIL import Image
 from settings import MAX_LABEL_LETTERS, MAX_LABELS
 

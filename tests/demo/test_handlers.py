@@ -1,18 +1,20 @@
 """What the buttons of the page do."""
 
 import json
+import os
 import shutil
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
-gradio = pytest.importorskip("gradio", reason="needs pip install pgseg-hf[demo]")
+gr = pytest.importorskip("gradio", reason="needs pip install pgseg-hf[demo]")
 
-from catalogue import Catalogue  # noqa: E402
 from handlers import Asked, Handlers, file_as_it_is, presets, speaking  # noqa: E402
+from model_catalogue import Catalogue  # noqa: E402
 from settings import MAX_LABELS, Settings  # noqa: E402
 from studies import read_labels  # noqa: E402
 
@@ -96,19 +98,29 @@ def test_refusals_are_shown_as_text():
     def refuse():
         raise ValueError("no <b>such</b> label & more")
 
-    with pytest.raises(gradio.Error) as caught:
+    with pytest.raises(gr.Error) as caught:
         speaking(refuse)()
     assert caught.value.message == "no &lt;b&gt;such&lt;/b&gt; label &amp; more"
 
 
-def test_only_embedded_pictures_are_taken_from_addresses():
-    class Payload:
-        path, url = "/cache/photo.jpg", "http://10.0.0.1/secret.png"
-
-    assert file_as_it_is(None) is None
-    assert file_as_it_is(Payload()) == "/cache/photo.jpg"
-    Payload.url = "data:image/png;base64,AAAA"
-    assert file_as_it_is(Payload()) == Payload.url
+def test_only_files_of_visitors_are_opened(tmp_path):
+    cache, other = tmp_path / "cache", tmp_path / "other"
+    for folder in (cache, other):
+        folder.mkdir()
+        (folder / "photo.jpg").write_bytes(b"x")
+    (cache / "link.jpg").symlink_to(other / "photo.jpg")
+    os.mkfifo(cache / "pipe")
+    take = file_as_it_is(str(cache))
+    assert take(None) is None
+    assert take(SimpleNamespace(url=None, path=str(cache / "photo.jpg"))) == str(cache / "photo.jpg")
+    data = SimpleNamespace(url="data:image/png;base64,AAAA", path=None)
+    assert take(data) == data.url
+    refused = ["/etc/passwd", cache, cache / "pipe", cache / "link.jpg", cache / ".." / "other" / "photo.jpg"]
+    for path in (*map(str, refused), None, "", "a\0b", str(other / "photo.jpg"), "/dev/zero"):
+        with pytest.raises(gr.Error, match="not on the server"):
+            take(SimpleNamespace(url=None, path=path))
+    with pytest.raises(gr.Error, match="too large"):
+        take(SimpleNamespace(url="data:image/png;base64," + "A" * 28_000_000, path=None))
 
 
 def test_presets_are_labels_that_can_be_taken():

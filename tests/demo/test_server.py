@@ -113,6 +113,9 @@ class TestHostileInput:
             assert caught.value.code in (403, 404)
         with pytest.raises(AppError):
             call(client, {"path": path, "meta": {"_type": "gradio.FileData"}})
+        for disguise in (path, f"{DEMO}/../{Path(path).relative_to('/')}", f"/proc/self/root{path}"):
+            with pytest.raises(AppError, match="not on the server"):
+                call(client, {"path": disguise})
 
 
 class TestManyVisitors:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from catalogue import Catalogue
+from model_catalogue import Catalogue
 from PIL import Image
 from settings import MAX_LABELS, Settings
 from studies import Choices, Laboratory, read_labels, read_upload

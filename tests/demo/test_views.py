@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 import views
-from catalogue import Catalogue
+from model_catalogue import Catalogue
 from PIL import Image
 from settings import Settings
 from studies import Choices, Laboratory, Prototypes, read_upload

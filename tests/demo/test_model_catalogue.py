@@ -3,10 +3,10 @@
 import shutil
 from pathlib import Path
 
-import catalogue
+import model_catalogue
 import pytest
 import torch
-from catalogue import Catalogue
+from model_catalogue import Catalogue
 from settings import Settings, read_settings
 from transformers import GroupViTConfig, GroupViTModel, GroupViTTextConfig, GroupViTVisionConfig
 
@@ -47,7 +47,7 @@ class TestWhatAVisitorTypes:
         def refuse(*args, **kwargs):
             pytest.fail(f"asked the Hub for {args}")
 
-        monkeypatch.setattr(catalogue, "_download", refuse)
+        monkeypatch.setattr(model_catalogue, "_download", refuse)
 
     @pytest.mark.parametrize(
         "name",
@@ -80,7 +80,7 @@ class TestWhatAVisitorTypes:
         def offline(name, folder, max_bytes):
             raise OSError(f"no network for {name} in {folder}")
 
-        monkeypatch.setattr(catalogue, "_download", offline)
+        monkeypatch.setattr(model_catalogue, "_download", offline)
         with pytest.raises(
             ValueError, match="owner/model cannot be loaded: no network for owner/model in it"
         ):
@@ -97,7 +97,7 @@ class TestWhatAVisitorTypes:
             folders.append(Path(folder))
             shutil.copytree(tiny_folder, folder, dirs_exist_ok=True)
 
-        monkeypatch.setattr(catalogue, "_download", download)
+        monkeypatch.setattr(model_catalogue, "_download", download)
         models = Catalogue(Settings())
         loaded = models.load("owner/model")
         assert loaded.class_embeddings(["cat"]).shape == (1, 8)
@@ -122,9 +122,9 @@ class TestWhatAVisitorTypes:
                 files = [("config.json", 10), ("model.safetensors", 500), ("pytorch_model.bin", 10**12)]
                 return type("Info", (), {"siblings": [File(*f) for f in [*files, ("modeling.py", 5)]]})
 
-        monkeypatch.setattr(catalogue, "HfApi", Api)
-        monkeypatch.setattr(catalogue, "snapshot_download", lambda name, **kwargs: asked.append(kwargs))
-        catalogue._download("owner/model", str(tmp_path), 510)
+        monkeypatch.setattr(model_catalogue, "HfApi", Api)
+        monkeypatch.setattr(model_catalogue, "snapshot_download", lambda name, **kwargs: asked.append(kwargs))
+        model_catalogue._download("owner/model", str(tmp_path), 510)
         assert asked == [
             {
                 "local_dir": str(tmp_path),
@@ -133,7 +133,7 @@ class TestWhatAVisitorTypes:
             }
         ]
         with pytest.raises(ValueError, match="510 bytes, more than the 509"):
-            catalogue._download("owner/model", str(tmp_path), 509)
+            model_catalogue._download("owner/model", str(tmp_path), 509)
 
     def test_errors_do_not_tell_where_files_lie(self, tiny_folder, tmp_path):
         broken = tmp_path / "broken"
