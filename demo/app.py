@@ -201,9 +201,11 @@ def _keep_clean(folder: Path, keep_seconds: int) -> None:
             time.sleep(max(1, keep_seconds / 10))
             for path in sorted(set(folder.rglob("*")) - ours, reverse=True):
                 with contextlib.suppress(OSError):
+                    if time.time() - path.lstat().st_mtime <= keep_seconds:
+                        continue
                     if path.is_dir():
                         path.rmdir()  # only where it is empty
-                    elif time.time() - path.stat().st_mtime > keep_seconds:
+                    else:
                         path.unlink()
 
     threading.Thread(target=clean, daemon=True).start()

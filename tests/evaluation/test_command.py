@@ -108,7 +108,7 @@ def test_nothing_is_reused_that_has_changed(evaluate, data, tmp_path, tiny_folde
         (data / "labels.json").write_text(json.dumps({**LABELS, "synonyms": {"road": ["street"]}}))
     elif change == "processor":
         file = checkpoint / "processor_config.json"
-        file.write_text(file.read_text().replace('"window_size": 64', '"window_size": 48'))
+        file.write_text(re.sub(r'("image_mean": \[\s*)[\d.]+', r"\g<1>0.4", file.read_text()))
     else:
         path = shutil.copytree(data, tmp_path / "elsewhere" / "data")
     capsys.readouterr()
@@ -338,6 +338,9 @@ def test_imagenet(evaluate, tmp_path, capsys, monkeypatch):
     assert code == 0 and (found["pictures"], found["reused"]) == (6, 0)
     again = evaluate("--templates", "simple", benchmark="imagenet", path=tmp_path / "imagenet")[1]
     assert again["rows"] == found["rows"] and again["reused"] == 6
+    (tmp_path / "imagenet" / "val" / few["wnids"][0] / "a.png").write_bytes(picture(9))
+    assert evaluate("--templates", "simple", benchmark="imagenet", path=tmp_path / "imagenet")[0] == 2
+    assert "holds an evaluation with other pictures" in capsys.readouterr().err
     assert 0 <= found["rows"]["model"]["top1"] <= found["rows"]["model"]["top5"] <= 1
     assert found["settings"]["templates"] == "simple, 1" and "8 classes" in found["settings"]["data"]
     (tmp_path / "imagenet" / "val" / few["wnids"][2] / "a.png").write_bytes(b"broken")

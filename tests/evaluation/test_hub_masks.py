@@ -46,7 +46,7 @@ def save(table, folder, kind):
 @pytest.mark.parametrize("kind", ["saved", "saved with splits", "parquet"])
 def test_pictures_decode_right(tmp_path, kind):
     table = make_table()
-    pictures = hub_pictures(save(table, tmp_path / "table", kind))
+    pictures = hub_pictures(save(table, tmp_path / "table", kind))[0]
     assert [picture.name for picture in pictures] == ["0", "1", "2"]
     dataset = MaskDataset("table", LABELS, pictures)
     for picture, truth, (height, width), number in zip(pictures, TRUTHS, SIZES, range(3)):
@@ -55,17 +55,17 @@ def test_pictures_decode_right(tmp_path, kind):
             np.asarray(picture.read()), np.asarray(make_photo(width, height, number))
         )
     if kind == "saved with splits":
-        assert len(hub_pictures(str(tmp_path / "table"), "train")) == 1
+        assert len(hub_pictures(str(tmp_path / "table"), "train")[0]) == 1
 
 
 @pytest.mark.parametrize("readers", [1, 4])
 def test_a_whole_evaluation(tmp_path, readers):
     path = save(make_table(), tmp_path / "table", "saved")
-    dataset = MaskDataset("table", LABELS, hub_pictures(path)[:1])
+    dataset = MaskDataset("table", LABELS, hub_pictures(path)[0][:1])
     options = MaskOptions(readers=readers)
     scores = evaluate_masks(KnownGroups(one_hot(0, 1, 2, 0)), dataset, options).to_dict()
     assert (scores["mean_iou"], scores["pictures"]) == (1, 1)
-    all_of_them = MaskDataset("table", LABELS, hub_pictures(path))
+    all_of_them = MaskDataset("table", LABELS, hub_pictures(path)[0])
     counts = evaluate_masks(KnownGroups(one_hot(0, 1, 2, 0)), all_of_them, options).confusion.counts
     assert counts.sum() == sum((truth != 255).sum() for truth in TRUTHS)
 
@@ -77,7 +77,7 @@ def test_values_as_a_benchmark_has_them(tmp_path):
 
     benchmark = BENCHMARKS["imagenet_s50"]
     path = save(make_table(encode=in_colours), tmp_path / "table", "parquet")
-    dataset = benchmark.over(hub_pictures(path), "imagenet_s50 of a table")
+    dataset = benchmark.over(hub_pictures(path)[0], "imagenet_s50 of a table")
     for picture, truth in zip(dataset.pictures, TRUTHS):
         np.testing.assert_array_equal(dataset.truth(picture), np.where(truth == 255, 1000, truth))
     assert dataset.labels == benchmark.labels
@@ -88,7 +88,7 @@ def test_masks_of_16_bits(tmp_path):
         return Image.fromarray((values * 4).astype(np.uint16))
 
     dataset = BENCHMARKS["lvis"].over(
-        hub_pictures(save(make_table(encode=wide), tmp_path / "table", "saved")), "lvis"
+        hub_pictures(save(make_table(encode=wide), tmp_path / "table", "saved"))[0], "lvis"
     )
     np.testing.assert_array_equal(dataset.truth(dataset.pictures[1]), TRUTHS[1] * 4)
 
@@ -102,7 +102,7 @@ def test_other_columns(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             hub_pictures(path, image_column=image, mask_column=mask)
-    pictures = hub_pictures(path, image_column="photo", mask_column="annotation")
+    pictures = hub_pictures(path, image_column="photo", mask_column="annotation")[0]
     assert MaskDataset("table", LABELS, pictures).truth(pictures[2]).tolist() == TRUTHS[2].tolist()
 
 
@@ -120,7 +120,7 @@ def test_an_empty_cell_is_a_broken_picture(tmp_path, column):
     rows[1][column] = None
     features = datasets.Features({"image": datasets.Image(), "mask": datasets.Image()})
     path = save(datasets.Dataset.from_list(rows, features=features), tmp_path / "table", "saved")
-    dataset = MaskDataset("table", LABELS, hub_pictures(path))
+    dataset = MaskDataset("table", LABELS, hub_pictures(path)[0])
     segmenter = KnownGroups(one_hot(0, 1, 2, 0))
     message = {
         "image": r"picture 1: .*\[1\]: its image is empty",
@@ -137,6 +137,6 @@ def test_a_truncated_picture_is_named(tmp_path):
     rows[2]["mask"]["bytes"] = rows[2]["mask"]["bytes"][:40]
     features = datasets.Features({"image": datasets.Image(), "mask": datasets.Image()})
     path = save(datasets.Dataset.from_list(rows, features=features), tmp_path / "table", "saved")
-    dataset = MaskDataset("table", LABELS, hub_pictures(path))
+    dataset = MaskDataset("table", LABELS, hub_pictures(path)[0])
     with pytest.raises(BrokenPicture, match="the mask of 2"):
         dataset.truth(dataset.pictures[2])

@@ -227,7 +227,10 @@ class TestCocoObject:
         with pytest.raises(ValueError, match=r"instances_val2017.json, annotation 7: a polygon is \[1, 2\]"):
             prepare_coco_object(tmp_path)
         folder = tmp_path / "annotations" / "val2017"
-        assert [path.name for path in folder.iterdir()] == ["a_instanceTrainIds.png"]
+        made = sorted(path.name for path in folder.iterdir())
+        assert made == ["a_instanceTrainIds.png", "instanceTrainIds.txt"]
+        with pytest.raises(ValueError, match="holds masks made from the instances; remove them"):
+            prepare_coco_object_from_stuff(tmp_path)
         write_mask(np.uint8([[9]]), folder / "a_instanceTrainIds.png")
         write_instances(tmp_path, images, good)
         assert counts(prepare_coco_object(tmp_path)) == (2, 1)
@@ -334,6 +337,11 @@ class TestStuffthingmaps:
         assert source_of_coco_object(tmp_path, "val2017") == "stuffthingmaps"
         with pytest.raises(ValueError, match="holds masks made from the stuffthingmaps; remove them"):
             prepare_coco_object(tmp_path)
+        # Of masks that were there before it says nothing.
+        (folder / "instanceTrainIds.txt").unlink()
+        write_mask(self.RAW, folder / "c.png")
+        assert counts(prepare_coco_object_from_stuff(tmp_path)) == (1, 1)
+        assert source_of_coco_object(tmp_path, "val2017") is None
 
     def test_all_171_classes(self, tmp_path):
         folder = tmp_path / "annotations" / "train2017"

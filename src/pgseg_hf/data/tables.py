@@ -121,6 +121,11 @@ class TableSource:
         return len(self._dataset)
 
     @property
+    def fingerprint(self) -> str:
+        """Changes with the content, as `datasets` counts it."""
+        return str(self._dataset._fingerprint)
+
+    @property
     def tag_names(self) -> Sequence[str]:
         """Names of the classes where the tags are class labels, else none."""
         return self._reader.tag_names

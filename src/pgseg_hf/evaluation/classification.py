@@ -26,6 +26,7 @@ from ..processing_pgseg import PGSegProcessor
 from ..prompts import IMAGENET_TEMPLATES, SEGMENTATION_TEMPLATES, validate_labels
 from .benchmarks import read_class_names
 from .hub_masks import open_split
+from .mask_dataset import digest, file_state
 
 logger = logging.get_logger(__name__)
 
@@ -101,11 +102,13 @@ class Classes:
         name: for reports.
         labels: names of the classes.
         pictures: gives them, afresh at every call.
+        fingerprint: changes with the pictures.
     """
 
     name: str
     labels: list[str]
     pictures: Callable[[], Iterator[LabelledPicture | UnusableRecord]]
+    fingerprint: str = ""
 
 
 def open_imagenet(path: str, split: str = "val", label_column: str | None = None) -> Classes:
@@ -134,17 +137,22 @@ def open_imagenet(path: str, split: str = "val", label_column: str | None = None
             source = open_source(SourceSpec(path, kind="webdataset", tags_column=column))
         if isinstance(source, TableSource):
             finder = ClassFinder(labels, ids, source.tag_names)
-        return Classes(f"imagenet {split}", labels, partial(_from_source, source, finder))
+        pictures = partial(_from_source, source, finder)
+        return Classes(f"imagenet {split}", labels, pictures, source_fingerprint(source))
     root = next((place for place in (folder / split, folder) if place.is_dir()), None)
     if root is None:
         raise ValueError(f"{path} is no folder, no pattern of tar files and no hub:NAME.")
     if root == folder and any((folder / name).is_dir() for name in ("train", "val", "test")):
         raise ValueError(f"{path} has no folder {split!r} for that split.")
     images = find_images(root)
-    pictures = [
-        LabelledPicture(str(image), image, finder([image.parent.name], str(image))) for image in images
-    ]
-    return Classes(f"imagenet {split}", labels, lambda: iter(pictures))
+    found = [LabelledPicture(str(image), image, finder([image.parent.name], str(image))) for image in images]
+    states = [file_state(image) for image in images]
+    return Classes(f"imagenet {split}", labels, lambda: iter(found), digest(states))
+
+
+def source_fingerprint(source: Source) -> str:
+    """Changes with a source's content."""
+    return digest(getattr(source, "fingerprint", source.name))
 
 
 def _from_source(source: Source, finder: ClassFinder) -> Iterator[LabelledPicture | UnusableRecord]:

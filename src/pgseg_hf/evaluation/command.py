@@ -99,13 +99,10 @@ def _segment(args: argparse.Namespace, segmenter: Segmenter, folder: Path, name:
     }
     record = {
         **settings,
-        "version": __version__,
-        "config": segmenter.model.config.to_diff_dict(),
+        **_model_record(args, segmenter),
         "pictures": dataset.fingerprint(),
-        "checkpoint": checkpoint_hash(args.checkpoint) or args.checkpoint,
         "thresholds": options.thresholds,
         "analysis": args.analysis,
-        "dtype": args.dtype,
     }
     prior_map = _prior_map(args, segmenter, dataset) if args.baselines and args.train else None
     output = _prepared(Output(folder, record, args.overwrite))
@@ -129,6 +126,17 @@ def _segment(args: argparse.Namespace, segmenter: Segmenter, folder: Path, name:
         "pictures": scores.pictures,
         "reused": scores.reused,
         "settings": {**settings, "seconds_of_all_calls": round(scores.seconds, 1)},
+    }
+
+
+def _model_record(args: argparse.Namespace, segmenter: Segmenter) -> dict[str, Any]:
+    """What counts depend on beside the pictures and the protocol."""
+    return {
+        "version": __version__,
+        "checkpoint": checkpoint_hash(args.checkpoint) or args.checkpoint,
+        "config": segmenter.model.config.to_diff_dict(),
+        "processor": segmenter.processor.image_processor.to_dict(),
+        "dtype": args.dtype,
     }
 
 
@@ -159,9 +167,11 @@ def _open(args: argparse.Namespace) -> MaskDataset:
                 f"background is {args.background!r}, but {args.benchmark} has its own; leave it out."
             )
         mask_column = args.mask_column or "mask"
-        pictures = hub_pictures(args.data.removeprefix("hub:"), args.split, args.image_column, mask_column)
+        pictures, fingerprint = hub_pictures(
+            args.data.removeprefix("hub:"), args.split, args.image_column, mask_column
+        )
         title = f"{args.benchmark} {args.split} of {args.data}"
-        dataset = BENCHMARKS[args.benchmark].over(pictures, title, origin=title)
+        dataset = BENCHMARKS[args.benchmark].over(pictures, title, origin=fingerprint)
     else:
         if args.image_column or args.mask_column:
             raise ValueError("--image-column and --mask-column are for hub:NAME; leave them out.")
@@ -284,11 +294,8 @@ def _classify(args: argparse.Namespace, segmenter: Segmenter, folder: Path, name
     }
     record = {
         **settings,
-        "data": args.data,
-        "version": __version__,
-        "config": segmenter.model.config.to_diff_dict(),
-        "checkpoint": checkpoint_hash(args.checkpoint) or args.checkpoint,
-        "dtype": args.dtype,
+        **_model_record(args, segmenter),
+        "pictures": classes.fingerprint,
     }
     scores = classify_in_parts(classifier, classes, _prepared(Output(folder, record, args.overwrite)))
     return {

@@ -10,7 +10,7 @@ from .mask_dataset import Picture
 
 def hub_pictures(
     path: str, split: str = "validation", image_column: str | None = None, mask_column: str = "mask"
-) -> list[Picture]:
+) -> tuple[list[Picture], str]:
     """The rows of a data set of the Hub, of a local folder in its layout, or of one written by `save_to_disk`; pictures
     are read when they are asked for.
 
@@ -20,18 +20,22 @@ def hub_pictures(
         image_column: by default the usual names.
         mask_column: pictures of one integer a pixel.
 
+    Returns:
+        the pictures, and a fingerprint of the data set.
+
     Raises:
         ValueError: it cannot be loaded, has no such split, or columns are missing.
     """
     source = open_split(path, split, Columns(image=image_column, mask=mask_column))
     assert not isinstance(source, StreamedTable)
     digits = len(str(len(source)))
-    return [
+    pictures = [
         Picture(
             f"{row:0{digits}d}", partial(_cell, source, row, "image"), partial(_cell, source, row, "mask")
         )
         for row in range(len(source))
     ]
+    return pictures, source.fingerprint
 
 
 def open_split(path: str, split: str, columns: Columns) -> TableSource | StreamedTable:

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -155,12 +156,16 @@ class MaskDataset:
         the place, size and time of its files. The pixels are not looked at."""
         meaning = [self.labels, self.background, self.ignore_index, self.rgb_masks, self.origin]
         tables = [sorted((self.values or {}).items()), sorted((self.synonyms or {}).items())]
-        files = [(each.name, _file_state(each.image), _file_state(each.mask)) for each in self.pictures]
-        content = json.dumps([meaning, tables, sorted(self.released.items()), files], default=list)
-        return hashlib.sha256(content.encode()).hexdigest()[:16]
+        files = [(each.name, file_state(each.image), file_state(each.mask)) for each in self.pictures]
+        return digest([meaning, tables, sorted(self.released.items()), files])
 
 
-def _file_state(source: Source) -> list | None:
+def digest(content: Any) -> str:
+    """16 digits that stand for a nested list of numbers and texts."""
+    return hashlib.sha256(json.dumps(content, default=list).encode()).hexdigest()[:16]
+
+
+def file_state(source: Source) -> list | None:
     """Place, size and time of change; None for what is no file."""
     if not isinstance(source, (str, os.PathLike)):
         return None

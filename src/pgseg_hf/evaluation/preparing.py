@@ -84,7 +84,7 @@ def prepare_coco_object(root: str | Path, split: str = "val2017") -> Preparation
         )
         for picture in _read_pictures(root / "annotations" / f"instances_{split}.json", layout)
     ]
-    return _write_masks(jobs, {_coco_object_marker(root, split): ["instances"]})
+    return _write_masks(jobs, marker=(_coco_object_marker(root, split), "instances"))
 
 
 def prepare_coco_object_from_stuff(root: str | Path, split: str = "val2017") -> PreparationSummary:
@@ -99,7 +99,7 @@ def prepare_coco_object_from_stuff(root: str | Path, split: str = "val2017") -> 
     _refuse_mixing(Path(root), split, "stuffthingmaps")
     table = {value: label for label, value in enumerate(_THING_VALUES, start=1)}
     table.update(dict.fromkeys((*_STUFF_VALUES, _UNLABELLED), 0))
-    marker = {_coco_object_marker(Path(root), split): ["stuffthingmaps"]}
+    marker = (_coco_object_marker(Path(root), split), "stuffthingmaps")
     return _relabel_stuff(Path(root), split, table, "_instanceTrainIds.png", marker)
 
 
@@ -363,7 +363,7 @@ def _relabel_stuff(
     split: str,
     table: Mapping[int, int],
     ending: str,
-    lists: Mapping[Path, Sequence[str]] | None = None,
+    marker: tuple[Path, str] | None = None,
 ) -> PreparationSummary:
     folder = root / "annotations" / split
     sources = [path for path in _visible(folder.glob("*.png")) if "TrainIds" not in path.name]
@@ -372,7 +372,7 @@ def _relabel_stuff(
             f"{folder} holds no stuffthingmaps (*.png); unpack stuffthingmaps_trainval2017.zip into "
             f"{folder.parent}."
         )
-    return _relabel(sources, [path.with_name(path.stem + ending) for path in sources], table, lists)
+    return _relabel(sources, [path.with_name(path.stem + ending) for path in sources], table, marker)
 
 
 def _visible(paths: Any) -> list[Path]:
@@ -383,10 +383,10 @@ def _relabel(
     sources: Sequence[Path],
     targets: Sequence[Path],
     table: Mapping[int, int],
-    lists: Mapping[Path, Sequence[str]] | None = None,
+    marker: tuple[Path, str] | None = None,
 ) -> PreparationSummary:
     jobs = [(target, partial(_relabelled, source, table)) for source, target in zip(sources, targets)]
-    return _write_masks(jobs, lists)
+    return _write_masks(jobs, marker=marker)
 
 
 def _relabelled(path: Path, table: Mapping[int, int]) -> np.ndarray:
@@ -406,9 +406,12 @@ def _relabelled(path: Path, table: Mapping[int, int]) -> np.ndarray:
 
 
 def _write_masks(
-    jobs: Sequence[tuple[Path, Callable[[], np.ndarray]]], lists: Mapping[Path, Sequence[str]] | None = None
+    jobs: Sequence[tuple[Path, Callable[[], np.ndarray]]],
+    lists: Mapping[Path, Sequence[str]] | None = None,
+    marker: tuple[Path, str] | None = None,
 ) -> PreparationSummary:
-    """Makes and writes the masks that are not there, then the lists: where there is a list, there are its masks."""
+    """Makes and writes the masks that are not there, then the lists: where there is a list, there are its masks. The
+    marker, a file and its text, comes before the first mask, unless masks of unknown making are there."""
     start = time.monotonic()
     targets: set[Path] = set()
     for target, _ in jobs:
@@ -421,7 +424,10 @@ def _write_masks(
             raise ValueError(f"{path} lists other pictures than the annotations; move it out of the way.")
     waiting = [(target, make) for target, make in jobs if not target.is_file()]
     for target, make in logging.tqdm(waiting, desc="Preparing masks", unit="mask"):
-        write_image(Image.fromarray(make()), target)
+        mask = Image.fromarray(make())
+        if marker is not None and len(waiting) == len(jobs) and not marker[0].exists():
+            write_text(f"{marker[1]}\n", marker[0])
+        write_image(mask, target)
     for path, text in texts.items():
         if not path.exists():
             write_text(text, path)

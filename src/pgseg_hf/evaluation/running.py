@@ -33,9 +33,11 @@ from .masks import MaskEvaluator, MaskOptions, MaskScores, SegmentedPicture
 
 logger = logging.get_logger(__name__)
 
-CLASSIFICATION_CHUNK = 256
 CHUNK = 16
 """Pictures that are counted together; a stopped run loses at most so many in each process."""
+
+CLASSIFICATION_CHUNK = 256
+"""The same for pictures with one class each."""
 
 
 # What an evaluation writes into its folder beside run.json.
