@@ -58,6 +58,11 @@ VISION_ERRORS = [
     ({"attention_dropout": 2.0}, "attention_dropout is 2.0"),
     ({"prototype_momentum": float("nan")}, "prototype_momentum is nan"),
     ({"prototype_mixing": "groups"}, "prototype_mixing is 'groups', expected one of prototypes, tokens"),
+    ({"segment_source": "tokens"}, "segment_source is 'tokens', expected one of groups, patches"),
+    (
+        {"segment_source": "patches", "npr_variant": "released"},
+        "segment_source is 'patches', which the released variant does not have",
+    ),
 ]
 TEXT_ERRORS = [
     ({"hidden_size": 10, "num_attention_heads": 3}, "text_config.hidden_size is 10.*num_attention_heads = 3"),

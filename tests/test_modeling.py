@@ -21,7 +21,7 @@ from torch.nn.functional import normalize
 from transformers import AutoModel, GroupViTConfig, GroupViTModel
 
 from pgseg_hf.configuration_pgseg import NPR_VARIANTS
-from pgseg_hf.layers import PGSegDropPath, PGSegProjection
+from pgseg_hf.layers import PGSegDropPath, PGSegProjection, mean_of_groups
 from pgseg_hf.modeling_pgseg import PGSegModel, PGSegVisionModel
 from pgseg_hf.prototypes import updated_prototypes
 
@@ -521,6 +521,37 @@ def test_matching_in_order_changes_the_prototype_losses_alone():
     torch.testing.assert_close(released.image_prototype_loss, expected, equal_nan=True)
 
 
+PATCHES = {"vision_config": {"segment_source": "patches"}}
+
+
+@pytest.mark.parametrize("variant", ["none", "corrected"])
+@torch.no_grad()
+def test_segments_are_the_means_of_the_first_stages_patches(variant):
+    """By the soft assignment to the last stage's groups, at another size than the configured one."""
+    model = without_noise(tiny_model(npr_variant=variant, **PATCHES)).double().vision_model
+    grouped = []
+    model.encoder.stages[0].downsample.register_forward_pre_hook(
+        lambda module, arguments: grouped.append(arguments[0])
+    )
+    output = model(tiny_images(3, 24, 40).double(), output_hidden_states=True)
+    weights = output.grouping.flatten(2)
+    assert weights.shape[1] == 4
+    means = torch.einsum("bkl,blc->bkc", weights, grouped[0]) / weights.sum(2, keepdim=True)
+    torch.testing.assert_close(output.hidden_states[2], means, rtol=1e-2, atol=1e-2)
+    assert not torch.allclose(
+        output.hidden_states[2], means, rtol=1e-6, atol=1e-6
+    )  # 1e-3 more in the denominator
+    blocks = model.encoder.stages[2](output.hidden_states[2], None)[0]
+    torch.testing.assert_close(output.last_hidden_state, model.layernorm(blocks))
+
+
+@torch.no_grad()
+def test_a_group_without_patches_has_a_mean_near_zero():
+    assignment = torch.tensor([[[1.0, 1.0, 0.5], [1e-9, 0.0, 1e-9]]])
+    means = mean_of_groups(torch.tensor([[[2.0], [4.0], [6.0]]]), assignment)
+    torch.testing.assert_close(means, torch.tensor([[[9 / 2.501], [8e-9 / 0.001]]]))
+
+
 def test_default_width_of_the_projection_of_prototypes():
     config = tiny_config(vision_config={"prototype_projection_dim": None, "intermediate_size": 48})
     stages = PGSegVisionModel(config.vision_config).encoder.stages
@@ -615,6 +646,22 @@ def test_warm_start_names_what_is_new(groupvit, caplog):
     assert "patch_embeddings" not in caplog.text
     rest = set(model.state_dict()) - new
     assert rest == set(groupvit[0].state_dict())
+
+
+@pytest.mark.parametrize("variant", ["none", "corrected"])
+def test_warm_start_leaves_out_what_means_of_patches_have_no_use_for(groupvit, variant, tmp_path):
+    model = PGSegModel.from_groupvit(str(groupvit[1]), npr_variant=variant, **PATCHES)
+    left_out = set(groupvit[0].state_dict()) - set(model.state_dict())
+    assert {name.split("stages.")[1].split(".", 3)[0:3][0] for name in left_out} == {"1"}
+    assert {name.split("downsample.")[1].rsplit(".", 1)[0] for name in left_out} == {
+        "assign.v_proj",
+        "assign.proj",
+        "norm_new_x",
+        "mlp_channels.fc1",
+        "mlp_channels.fc2",
+    }
+    model.save_pretrained(tmp_path)
+    assert_same_tensors(PGSegModel.from_pretrained(tmp_path), model)
 
 
 def test_warm_start_refuses_other_models(tmp_path):
@@ -737,11 +784,14 @@ def test_attention_implementations_agree(models):
     torch.testing.assert_close(outputs[0].grouping, outputs[1].grouping)
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_gradient_checkpointing_changes_nothing(reentrant):
+@pytest.mark.parametrize(
+    ("reentrant", "source"), [(False, "groups"), (True, "groups"), (False, "patches"), (True, "patches")]
+)
+def test_gradient_checkpointing_changes_nothing(reentrant, source):
     results = []
     for checkpointing in (False, True):
-        model = tiny_model(assignment_weight=0.1, vision_config={"drop_path_rate": 0.2}).double().train()
+        vision = {"drop_path_rate": 0.2, "segment_source": source}
+        model = tiny_model(assignment_weight=0.1, vision_config=vision).double().train()
         if checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": reentrant})
             assert model.is_activation_checkpointing
@@ -777,9 +827,9 @@ def test_evaluation_compiles_without_graph_breaks(variant):
 # Learning
 
 
-@VARIANTS
-def test_every_parameter_gets_a_gradient(variant):
-    model = with_fixed_statistics(tiny_model(npr_variant=variant, num_text_prototypes=4))
+@pytest.mark.parametrize("fields", [*({"npr_variant": variant} for variant in NPR_VARIANTS), PATCHES])
+def test_every_parameter_gets_a_gradient(fields):
+    model = with_fixed_statistics(tiny_model(num_text_prototypes=4, **fields))
     torch.manual_seed(0)
     model(**inputs_of(8), return_loss=True).loss.backward()
     without = [name for name, parameter in model.named_parameters() if parameter.grad is None]

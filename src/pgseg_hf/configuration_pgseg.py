@@ -10,6 +10,7 @@ from transformers.activations import ACT2FN
 NPR_VARIANTS = ("none", "released", "corrected")
 PROTOTYPE_MATCHINGS = ("hungarian", "order")
 PROTOTYPE_MIXINGS = ("prototypes", "tokens")
+SEGMENT_SOURCES = ("groups", "patches")
 CONTRASTIVE_POOLINGS = ("mean", "groups")
 CONTRASTIVE_LOSSES = ("info_nce", "multi_positive", "sigmoid")
 
@@ -134,6 +135,10 @@ class PGSegVisionConfig(PreTrainedConfig):
             projected and then mixed by its responsibilities, whose size does not depend on the number of tokens;
             `"tokens"`, mixed by weights that sum to 1 over the tokens and then projected, as the released code does.
             Not read by the other variants.
+        segment_source (`str`, defaults to `"groups"`):
+            what the last grouping stage makes segment tokens of: `"groups"`, its input tokens and the group tokens
+            (GroupViT's and the paper's), or `"patches"`, the mean of the first stage's patches over each group by the
+            soft assignment (ours): what a group is called then depends on nothing but the patches in it.
     """
 
     model_type = "pgseg_vision_model"
@@ -163,6 +168,7 @@ class PGSegVisionConfig(PreTrainedConfig):
     prototype_momentum: float = 0.9
     prototype_projection_dim: int | None = None
     prototype_mixing: str = "prototypes"
+    segment_source: str = "groups"
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.num_hidden_layers is None:
@@ -228,6 +234,15 @@ class PGSegVisionConfig(PreTrainedConfig):
             self.prototype_mixing in PROTOTYPE_MIXINGS,
             f"vision_config.prototype_mixing is {self.prototype_mixing!r}, expected one of "
             f"{', '.join(PROTOTYPE_MIXINGS)}.",
+        )
+        _require(
+            self.segment_source in SEGMENT_SOURCES,
+            f"vision_config.segment_source is {self.segment_source!r}, expected one of {', '.join(SEGMENT_SOURCES)}.",
+        )
+        _require(
+            self.segment_source == "groups" or self.npr_variant != "released",
+            f"vision_config.segment_source is {self.segment_source!r}, which the released variant does not have; "
+            "expected 'groups'.",
         )
         for name in ("num_prototype_iterations", "prototype_projection_dim"):
             _require(

@@ -17,6 +17,10 @@ from .configuration_pgseg import PGSegVisionConfig
 from .losses import sum_over_processes
 from .prototypes import PrototypeEstimate, estimate_prototypes, tokens_to_weights, updated_prototypes
 
+# Added to a group's number of patches where its mean stands for it: small beside one patch, and a group without any
+# gets a mean near 0 instead of noise.
+EMPTY_GROUP_EPS = 1e-3
+
 
 def estimation_dtype(dtype: torch.dtype) -> torch.dtype:
     """Precision of prototype estimation and losses: float32, or float64 for float64 inputs."""
@@ -149,25 +153,29 @@ class PGSegCrossAttentionLayer(nn.Module):
 
 
 class PGSegAssignAttention(nn.Module):
-    """Assigns each image token to one group and averages the tokens of each group."""
+    """Assigns each image token to one group and, where it pools, averages the tokens of each group."""
 
-    def __init__(self, config: PGSegVisionConfig):
+    def __init__(self, config: PGSegVisionConfig, pools: bool = True):
         super().__init__()
+        self.pools = pools
         self.scaling = config.hidden_size**-0.5
         self.assign_eps = config.assign_eps
         self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.proj = nn.Linear(config.hidden_size, config.hidden_size)
+        if pools:
+            self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
+            self.proj = nn.Linear(config.hidden_size, config.hidden_size)
 
     def sample_noise(self, logits: Tensor) -> Tensor:
         """Standard Gumbel noise of the shape of the logits."""
         zero, one = (torch.full((), value, device=logits.device, dtype=logits.dtype) for value in (0.0, 1.0))
         return torch.distributions.Gumbel(zero, one).sample(logits.shape)
 
-    def forward(self, centers_BKC: Tensor, tokens_BLC: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, centers_BKC: Tensor, tokens_BLC: Tensor) -> tuple[Tensor | None, Tensor]:
         """Returns the groups' averaged tokens [B, K, C] and the logits of the soft assignment [B, K, L]."""
         logits_BKL = self.q_proj(centers_BKC) @ self.k_proj(tokens_BLC).transpose(1, 2) * self.scaling
+        if not self.pools:
+            return None, logits_BKL
         noisy_BKL = logits_BKL + self.sample_noise(logits_BKL) if self.training else logits_BKL
         soft_BKL = noisy_BKL.softmax(dim=1)
         hard_BKL = torch.zeros_like(soft_BKL).scatter_(1, soft_BKL.argmax(dim=1, keepdim=True), 1.0)
@@ -177,9 +185,11 @@ class PGSegAssignAttention(nn.Module):
 
 
 class PGSegGroupingBlock(nn.Module):
-    """Pools L image tokens into K segment tokens, led by the group tokens."""
+    """Groups L image tokens, led by the group tokens, and, where it pools, makes K segment tokens of them."""
 
-    def __init__(self, config: PGSegVisionConfig, num_group_tokens: int, num_output_groups: int):
+    def __init__(
+        self, config: PGSegVisionConfig, num_group_tokens: int, num_output_groups: int, pools: bool = True
+    ):
         super().__init__()
         width, eps = config.hidden_size, config.layer_norm_eps
         tokens_width, channels_width = (int(ratio * width) for ratio in config.assign_mlp_ratio)
@@ -188,16 +198,19 @@ class PGSegGroupingBlock(nn.Module):
         self.norm_post_tokens = nn.LayerNorm(width, eps=eps)
         self.norm_x = nn.LayerNorm(width, eps=eps)
         self.pre_assign_attn = PGSegCrossAttentionLayer(config)
-        self.assign = PGSegAssignAttention(config)
-        self.norm_new_x = nn.LayerNorm(width, eps=eps)
-        self.mlp_channels = PGSegMLP(config, width, channels_width, width)
+        self.assign = PGSegAssignAttention(config, pools)
+        if pools:
+            self.norm_new_x = nn.LayerNorm(width, eps=eps)
+            self.mlp_channels = PGSegMLP(config, width, channels_width, width)
 
-    def forward(self, tokens_BLC: Tensor, group_tokens_BGC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, tokens_BLC: Tensor, group_tokens_BGC: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
         """Returns segment tokens [B, K, C], group centres [B, K, C] and assignment logits [B, K, L]."""
         centers_BKC = self.norm_post_tokens(self.mlp_inter(self.norm_tokens(group_tokens_BGC)))
         tokens_BLC = self.norm_x(tokens_BLC)
         centers_BKC = self.pre_assign_attn(centers_BKC, tokens_BLC)
         pooled_BKC, logits_BKL = self.assign(centers_BKC, tokens_BLC)
+        if pooled_BKC is None:
+            return None, centers_BKC, logits_BKL
         segments_BKC = pooled_BKC + centers_BKC
         segments_BKC = segments_BKC + self.mlp_channels(self.norm_new_x(segments_BKC))
         return segments_BKC, centers_BKC, logits_BKL
@@ -342,7 +355,13 @@ class PGSegStage(nn.Module):
         if self.num_group_tokens == 0:
             return
         self.group_token = nn.Parameter(torch.zeros(1, self.num_group_tokens, config.hidden_size))
-        self.downsample = PGSegGroupingBlock(config, self.num_group_tokens, config.num_output_groups[index])
+        last = sum(tokens > 0 for tokens in config.num_group_tokens) - 1
+        self.downsample = PGSegGroupingBlock(
+            config,
+            self.num_group_tokens,
+            config.num_output_groups[index],
+            pools=index < last or config.segment_source == "groups",
+        )
         if index > 0:
             self.group_projector = nn.Sequential(
                 nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps),
@@ -355,11 +374,12 @@ class PGSegStage(nn.Module):
 
     def forward(
         self, tokens_BLC: Tensor, previous_group_tokens: Tensor | None, seeds: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None, Tensor | None, tuple[Tensor, ...] | None]:
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, tuple[Tensor, ...] | None, Tensor]:
         """`seeds` [1, P, C] start the prototype estimation; needed where the stage has prototypes.
 
-        Returns the tokens of the next stage [B, K, C] (or [B, L, C]), the group tokens after the blocks, the
-        assignment logits [B, K, L], and what the prototype losses need: centres, prototypes, responsibilities, logits.
+        Returns the tokens of the next stage [B, K, C] (or [B, L, C]; None where the grouping does not pool), the group
+        tokens after the blocks, the assignment logits [B, K, L], what the prototype losses need (centres, prototypes,
+        responsibilities, logits), and the image tokens [B, L, C] that were grouped.
         """
         estimate = self.npr.estimate(tokens_BLC, seeds) if self.npr is not None else None
         length = tokens_BLC.shape[1]
@@ -371,7 +391,7 @@ class PGSegStage(nn.Module):
         for layer in self.layers:
             tokens_BLC = layer(tokens_BLC)
         if self.downsample is None:
-            return tokens_BLC, None, None, None
+            return tokens_BLC, None, None, None, tokens_BLC
         tokens_BLC, group_tokens = tokens_BLC[:, :length], tokens_BLC[:, length:]
         if self.npr is not None and estimate is not None:
             tokens_BLC = tokens_BLC + self.npr.reconstruct(estimate, tokens_BLC.dtype)
@@ -379,7 +399,13 @@ class PGSegStage(nn.Module):
         losses_need = (
             None if estimate is None else (centers, estimate.prototypes, estimate.responsibilities, logits)
         )
-        return segments, group_tokens, logits, losses_need
+        return segments, group_tokens, logits, losses_need, tokens_BLC
+
+
+def mean_of_groups(tokens_BLC: Tensor, assignment_BKL: Tensor) -> Tensor:
+    """Mean [B, K, C] of the tokens over each group by the soft assignment; near 0 for a group without tokens."""
+    weights_BKL = assignment_BKL.to(tokens_BLC.dtype)
+    return weights_BKL @ tokens_BLC / (weights_BKL.sum(dim=-1, keepdim=True) + EMPTY_GROUP_EPS)
 
 
 class PGSegPatchEmbeddings(nn.Module):

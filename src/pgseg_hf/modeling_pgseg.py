@@ -32,6 +32,7 @@ from .layers import (
     estimation_dtype,
     full_precision,
     init_prototypes,
+    mean_of_groups,
 )
 from .model_cards import generate_model_card
 from .objective import (
@@ -259,13 +260,12 @@ class PGSegVisionModel(PGSegPreTrainedModel):
         )
         tokens, (height, width) = self.embeddings(pixel_values)
         hidden_states, assignments, npr = [tokens], [], []
-        group_tokens = None
-        patch_groups = None
+        group_tokens = patch_groups = patches = None
         for stage in self.encoder.stages:
             prototypes: Any = stage.npr
             seeds = prototypes.seeds() if prototypes is not None else None
-            tokens, group_tokens, logits, losses_need = stage(tokens, group_tokens, seeds)
-            hidden_states.append(tokens)
+            tokens, group_tokens, logits, losses_need, grouped = stage(tokens, group_tokens, seeds)
+            patches = grouped if patches is None else patches
             if losses_need is not None:
                 if move_prototypes:
                     prototypes.move(losses_need[1])
@@ -274,6 +274,8 @@ class PGSegVisionModel(PGSegPreTrainedModel):
                 assignment_BKL = logits.softmax(dim=1)
                 assignments.append(assignment_BKL)
                 patch_groups = assignment_BKL if patch_groups is None else assignment_BKL @ patch_groups
+            tokens = mean_of_groups(patches, patch_groups) if tokens is None else tokens
+            hidden_states.append(tokens)
         tokens = self.layernorm(tokens)
         return PGSegVisionOutput(
             last_hidden_state=tokens,
@@ -351,6 +353,17 @@ class PGSegModel(PGSegPreTrainedModel):
     def _text_prototype_name(self) -> str | None:
         return {"released": "released_text_prototypes", "corrected": "text_prototypes"}.get(
             self.config.npr_variant
+        )
+
+    def _tensors_left_out(self) -> tuple[str, ...]:
+        """Prefixes of GroupViT's tensors that this model has no use for."""
+        vision = self.config.vision_config
+        if vision.segment_source == "groups":
+            return ()
+        last = sum(tokens > 0 for tokens in vision.num_group_tokens) - 1
+        grouping = f"vision_model.encoder.stages.{last}.downsample."
+        return tuple(
+            grouping + part for part in ("assign.v_proj.", "assign.proj.", "norm_new_x.", "mlp_channels.")
         )
 
     def _init_text_prototypes(self) -> None:
@@ -655,10 +668,11 @@ class PGSegModel(PGSegPreTrainedModel):
         model.vision_model.set_attn_implementation("eager")
         tensors = source.state_dict()
         report = model.load_state_dict(tensors, strict=False)
-        if report.unexpected_keys:
-            raise ValueError(
-                f"tensors of {name_or_path} that PGSeg does not have: {', '.join(report.unexpected_keys)}."
-            )
+        unexpected = [
+            name for name in report.unexpected_keys if not name.startswith(model._tensors_left_out())
+        ]
+        if unexpected:
+            raise ValueError(f"tensors of {name_or_path} that PGSeg does not have: {', '.join(unexpected)}.")
         new = [name for name in model.state_dict() if name not in tensors]
         logger.warning(f"Warm start from {name_or_path}; newly initialised: {', '.join(new) or 'nothing'}.")
         return model.eval()

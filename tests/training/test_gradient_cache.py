@@ -18,6 +18,7 @@ VARIANTS = {
     "released": {"npr_variant": "released", "num_text_prototypes": 4},
     "corrected": {"text_prototype_weight": 0.1},
     "assignment": {"assignment_weight": 0.2, "contrastive_pooling": "groups"},
+    "patches": {"assignment_weight": 0.2, "vision_config": {"segment_source": "patches"}},
     "multi_positive": {"contrastive_loss": "multi_positive"},
     "sigmoid": {"contrastive_loss": "sigmoid", "contrastive_pooling": "groups"},
 }

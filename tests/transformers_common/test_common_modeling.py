@@ -35,8 +35,10 @@ class VisionModelTester:
         npr_variant: str = "corrected",
         image_size: int = 30,
         input_size: tuple[int, int] | None = None,
+        segment_source: str = "groups",
     ):
         self.npr_variant = npr_variant
+        self.segment_source = segment_source
         self.image_size = image_size
         self.input_size = input_size or (image_size, image_size)
         self.num_hidden_layers = max(self.depths)
@@ -56,6 +58,7 @@ class VisionModelTester:
             dropout=0.1,
             attention_dropout=0.1,
             npr_variant=self.npr_variant,
+            segment_source=self.segment_source,
         )
 
     def prepare_config_and_inputs_for_common(self) -> tuple[PGSegVisionConfig, dict]:
@@ -309,9 +312,14 @@ class ReleasedPGSegVisionModelTest(PGSegVisionModelTest):
 
 
 class PGSegModelWithoutPrototypesTest(PGSegModelTest):
-    """A GroupViT whose groups are compared with the texts one by one."""
+    """A GroupViT whose groups are means of patches and are compared with the texts one by one."""
 
-    settings = {"npr_variant": "none", "input_size": (27, 44), "contrastive_pooling": "groups"}
+    settings = {
+        "npr_variant": "none",
+        "input_size": (27, 44),
+        "contrastive_pooling": "groups",
+        "segment_source": "patches",
+    }
 
 
 class ReleasedPGSegModelTest(PGSegModelTest):
