@@ -1,5 +1,6 @@
 """The models: sizes, losses by part, prototypes in training, precision, loading and saving, learning."""
 
+import copy
 import math
 
 import pytest
@@ -230,6 +231,36 @@ def test_parts_of_the_loss_add_up(variant, labels):
     if variant == "corrected":
         expected = expected + 0.4 * output.assignment_loss
     torch.testing.assert_close(output.loss, expected, equal_nan=variant == "released")
+
+
+@VARIANTS
+def test_equal_texts_pass_the_transformer_once(variant):
+    """The losses and gradients are those of one pass for each text, which is what `output_hidden_states` gets."""
+    model = without_noise(tiny_model(npr_variant=variant, num_text_prototypes=4)).double()
+    model.config.contrastive_loss = "multi_positive"
+    lengths = []
+    model.text_model.register_forward_pre_hook(
+        lambda module, arguments, fields: lengths.append(len(fields["input_ids"])), with_kwargs=True
+    )
+    labels = tiny_texts(2, seed=1)[torch.tensor([0, 1, 0, 0, 1, 1])].unflatten(0, (3, 2))
+    captions = tiny_texts(2)[torch.tensor([0, 1, 0])]
+    results = []
+    for details in (False, True):
+        torch.manual_seed(0)
+        fresh = copy.deepcopy(model).train()
+        output = fresh(
+            captions,
+            tiny_images(3).double(),
+            attention_mask=torch.ones_like(captions),
+            label_input_ids=labels,
+            return_loss=True,
+            output_hidden_states=details,
+        )
+        output.loss.backward()
+        gradients = {name: parameter.grad for name, parameter in fresh.named_parameters()}
+        results.append((output.loss, output.text_embeds, gradients, dict(fresh.named_buffers())))
+    assert lengths == [4, 9]
+    torch.testing.assert_close(results[0], results[1], equal_nan=True)
 
 
 def test_no_losses_unless_asked_for():

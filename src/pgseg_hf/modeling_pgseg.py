@@ -416,20 +416,27 @@ class PGSegModel(PGSegPreTrainedModel):
         input_ids: Tensor,
         attention_mask: Tensor | None,
         position_ids: Tensor | None = None,
+        once: bool = False,
         **kwargs: Any,
     ) -> tuple[BaseModelOutputWithPooling, PrototypeEstimate | None]:
-        """The text tower on [..., T] tokens. In the released variant every call, in evaluation too, estimates text
+        """The text tower on [..., T] tokens; with `once` equal texts pass its transformer once. In the released variant every call, in evaluation too, estimates text
         prototypes [N, 8, 1] from the scalars of the pooled text, normalised over the prototypes, and moves their
         buffer."""
-        if attention_mask is not None:
-            attention_mask = attention_mask.flatten(0, -2)
+        input_ids = input_ids.flatten(0, -2)
+        attention_mask = None if attention_mask is None else attention_mask.flatten(0, -2)
+        rows = None
+        if once:
+            input_ids, attention_mask, rows = _different_texts(input_ids, attention_mask)
         outputs = self.text_model(
-            input_ids=input_ids.flatten(0, -2),
+            input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
             return_dict=True,
             **kwargs,
         )
+        if rows is not None:
+            outputs.pooler_output = outputs.pooler_output[rows]
+            outputs.last_hidden_state = outputs.last_hidden_state[rows]
         if self.config.npr_variant != "released" or torch.compiler.is_exporting():
             return outputs, None
         buffer = self.released_text_prototypes
@@ -583,7 +590,11 @@ class PGSegModel(PGSegPreTrainedModel):
         self, input_ids: Tensor, attention_mask: Tensor | None, for_losses: bool, **kwargs: Any
     ) -> tuple[BaseModelOutputWithPooling, TextFeatures | None]:
         """The text tower's output, `pooler_output` [N, D] projected, and what the losses need of it."""
-        output, estimate = self._encode_text(input_ids, attention_mask, **kwargs)
+        # A batch's tags are a few words, many times; with dropout no two of them are equal.
+        details = kwargs.get("output_attentions") or kwargs.get("output_hidden_states")
+        plain = not details and kwargs.get("position_ids") is None
+        once = for_losses and plain and not self.config.text_config.attention_dropout
+        output, estimate = self._encode_text(input_ids, attention_mask, once=once, **kwargs)
         pooled, output.pooler_output = output.pooler_output, self.text_projection(output.pooler_output)
         if input_ids.ndim == 3:
             output.pooler_output = output.pooler_output.unflatten(0, input_ids.shape[:2]).mean(1)
@@ -676,6 +687,23 @@ class PGSegModel(PGSegPreTrainedModel):
         new = [name for name in model.state_dict() if name not in tensors]
         logger.warning(f"Warm start from {name_or_path}; newly initialised: {', '.join(new) or 'nothing'}.")
         return model.eval()
+
+
+def _different_texts(
+    input_ids: Tensor, attention_mask: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The different ones of N texts [U, T], their attention mask, and which of them each text is, [N]; all texts and
+    None where all differ, and where the shapes of a graph must not depend on the texts."""
+    if torch.compiler.is_compiling():
+        return input_ids, attention_mask, None
+    given = attention_mask is not None
+    keys_N2T = torch.cat([input_ids, attention_mask.to(input_ids.dtype)], 1) if given else input_ids
+    different_U2T, rows_N = keys_N2T.unique(dim=0, return_inverse=True)
+    if len(different_U2T) == len(input_ids):
+        return input_ids, attention_mask, None
+    length = input_ids.shape[1]
+    mask_UT = different_U2T[:, length:].to(attention_mask.dtype) if given else None
+    return different_U2T[:, :length], mask_UT, rows_N
 
 
 def _word_mask(input_ids: Tensor, config: PGSegTextConfig) -> tuple[Tensor, Tensor]:
