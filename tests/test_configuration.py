@@ -86,7 +86,9 @@ JOINT_ERRORS = [
         "contrastive_loss is 'clip', expected one of info_nce, multi_positive, sigmoid",
     ),
     ({"logit_bias_init_value": float("inf")}, "logit_bias_init_value is inf"),
-    ({"contrastive_pooling": "max"}, "contrastive_pooling is 'max', expected one of mean, groups"),
+    ({"contrastive_pooling": "max"}, "contrastive_pooling is 'max', expected one of mean, groups, mixture"),
+    ({"contrastive_pooling": "mixture"}, "'mixture' and contrastive_loss 'info_nce', expected 'sigmoid'"),
+    ({"label_balance": 1.5}, "label_balance is 1.5"),
     ({"npr_variant": "paper"}, "npr_variant is 'paper', expected one of none, released, corrected"),
 ]
 

@@ -109,6 +109,15 @@ def test_sigmoid_loss_against_loops(seed, images, texts, density):
     assert sigmoid_loss(logits, targets).item() == pytest.approx(mean(by_text))
 
 
+@given(SEEDS, st.integers(1, 5), st.integers(1, 5), st.floats(0, 1))
+def test_balance_of_the_sigmoid_loss_leads_to_all_pairs_alike(seed, images, texts, balance):
+    """Twice the mean over all pairs, as the balanced loss has a mean for each text's positives and one for the rest."""
+    logits, targets = 3 * draw(seed, images, texts), draw(seed + 1, images, texts) > 0
+    of_pairs = torch.nn.functional.binary_cross_entropy_with_logits(logits, targets.double())
+    expected = balance * sigmoid_loss(logits, targets) + (1 - balance) * 2 * of_pairs
+    torch.testing.assert_close(sigmoid_loss(logits, targets, balance), expected)
+
+
 def test_sigmoid_loss_refuses_targets_of_other_shape():
     with pytest.raises(
         ValueError, match=r"text targets have shape \[3, 2\], expected images x texts = \[2, 3\]"

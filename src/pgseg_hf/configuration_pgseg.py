@@ -11,7 +11,7 @@ NPR_VARIANTS = ("none", "released", "corrected")
 PROTOTYPE_MATCHINGS = ("hungarian", "order")
 PROTOTYPE_MIXINGS = ("prototypes", "tokens")
 SEGMENT_SOURCES = ("groups", "patches")
-CONTRASTIVE_POOLINGS = ("mean", "groups")
+CONTRASTIVE_POOLINGS = ("mean", "groups", "mixture")
 CONTRASTIVE_LOSSES = ("info_nce", "multi_positive", "sigmoid")
 
 
@@ -287,13 +287,21 @@ class PGSegConfig(PreTrainedConfig):
             the soft assignment of tokens to the matched groups.
         contrastive_pooling (`str`, defaults to `"mean"`):
             what an image is compared with texts by: `"mean"`, the projected mean of its segment tokens (the paper's),
-            or `"groups"`, the log-mean-exp over its groups of their scaled cosines (ours, a multiple-instance loss).
+            `"groups"`, the log-mean-exp over its groups of their scaled cosines (ours, a multiple-instance loss), or
+            `"mixture"`, the log odds of the share of the picture that segmentation would give to a text: the sum over
+            groups of their area times the softmax of their scaled cosines over all texts (ours, for the sigmoid loss
+            with tags that name everything that is to be told apart).
         contrastive_loss (`str`, defaults to `"info_nce"`):
             `"info_nce"`: one positive text an image (the paper's), all others are negatives; for captions that differ.
             `"multi_positive"`: equal texts of the global batch count as one, and all texts equal to one of an image's
             own are its positives, by a softmax with soft targets; for tags and repeated captions.
-            `"sigmoid"`: the same positives, every pair of image and text judged on its own, with one bias for all;
-            for tags, where an image has any number of them. The multi-label loss is of the same kind.
+            `"sigmoid"`: the same positives, every pair of image and text judged on its own, with one bias for all (none
+            with `"mixture"`, whose odds need none); for tags, where an image has any number of them. The multi-label
+            loss is of the same kind.
+        label_balance (`float`, defaults to 1.0):
+            weights of the sigmoid loss: at 1 every text counts the same however frequent it is, and its images as much
+            as all other images; at 0 every pair of image and text counts the same, so that frequent texts are given
+            larger shares; between them in between.
         logit_bias_init_value (`float`, defaults to 0.0): initial bias of the sigmoid loss.
         guard_prototype_losses (`bool`, defaults to `False`):
             for training the released variant, whose prototype losses are NaN where no pair is kept: leave those out of
@@ -322,6 +330,7 @@ class PGSegConfig(PreTrainedConfig):
     assignment_weight: float | int = 0.0
     contrastive_pooling: str = "mean"
     contrastive_loss: str = "info_nce"
+    label_balance: float | int = 1.0
     logit_bias_init_value: float = 0.0
     guard_prototype_losses: bool = False
     initializer_range: float = 0.02
@@ -367,7 +376,8 @@ class PGSegConfig(PreTrainedConfig):
                 math.isfinite(getattr(self, name)),
                 f"{name} is {getattr(self, name)}, expected a finite number.",
             )
-        _require_range("rejection_threshold", self.rejection_threshold, 0.0, 1.0)
+        for name in ("rejection_threshold", "label_balance"):
+            _require_range(name, getattr(self, name), 0.0, 1.0)
         _require(
             self.prototype_matching in PROTOTYPE_MATCHINGS,
             f"prototype_matching is {self.prototype_matching!r}, expected one of {', '.join(PROTOTYPE_MATCHINGS)}.",
@@ -379,6 +389,10 @@ class PGSegConfig(PreTrainedConfig):
         _require(
             self.contrastive_loss in CONTRASTIVE_LOSSES,
             f"contrastive_loss is {self.contrastive_loss!r}, expected one of {', '.join(CONTRASTIVE_LOSSES)}.",
+        )
+        _require(
+            self.contrastive_pooling != "mixture" or self.contrastive_loss == "sigmoid",
+            f"contrastive_pooling is 'mixture' and contrastive_loss {self.contrastive_loss!r}, expected 'sigmoid'.",
         )
 
 

@@ -123,15 +123,17 @@ def multi_positive_loss(
     ) / 2
 
 
-def sigmoid_loss(logits: Tensor, targets: Tensor) -> Tensor:
+def sigmoid_loss(logits: Tensor, targets: Tensor, balance: float = 1.0) -> Tensor:
     """Every pair of an image and a text on its own: does the text belong to the image?
 
-    The images with a text and those without it weigh the same, and so do all texts, however frequent they are.
-    SigLIP instead sums over all pairs, with one positive a text.
+    With a balance of 1 the images with a text and those without it weigh the same, and so do all texts, however
+    frequent they are; with 0 all pairs weigh the same; between, the weights are a mean of both. SigLIP instead sums
+    over all pairs, with one positive a text.
 
     Args:
         logits: [B, N], this process's images against all texts.
         targets: bool [B, N], which texts belong to which image.
+        balance: 0 to 1.
     """
     if targets.shape != logits.shape:
         raise ValueError(
@@ -140,6 +142,7 @@ def sigmoid_loss(logits: Tensor, targets: Tensor) -> Tensor:
     positives = sum_over_processes(targets.sum(0).to(logits.dtype))
     negatives = sum_over_processes((~targets).sum(0).to(logits.dtype))
     weights = torch.where(targets, 1 / positives.clamp(min=1), 1 / negatives.clamp(min=1))
+    weights = balance * weights + (1 - balance) * 2 / (positives + negatives)
     terms = nn.functional.softplus(torch.where(targets, -logits, logits))
     return (weights * terms).sum() * world_size() / max(logits.shape[1], 1)
 

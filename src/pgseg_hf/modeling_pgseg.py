@@ -37,12 +37,12 @@ from .layers import (
 from .model_cards import generate_model_card
 from .objective import (
     ImageFeatures,
+    JointImages,
     StageFeatures,
     TextFeatures,
     TextOwners,
     clamped_scale,
     compute_losses,
-    image_logits,
     normalized,
 )
 from .prototypes import PrototypeEstimate, estimate_prototypes, updated_prototypes
@@ -331,7 +331,7 @@ class PGSegModel(PGSegPreTrainedModel):
         self.text_projection = PGSegProjection(text_config.hidden_size, hidden, joint)
         self.logit_scale = nn.Parameter(torch.tensor(config.logit_scale_init_value))
         self.logit_bias: nn.Parameter | None = None
-        if config.contrastive_loss == "sigmoid":
+        if config.contrastive_loss == "sigmoid" and config.contrastive_pooling != "mixture":
             self.logit_bias = nn.Parameter(torch.tensor(config.logit_bias_init_value))
         self.prototype_logit_scale: nn.Parameter | None = None
         if config.npr_variant != "none":
@@ -419,9 +419,9 @@ class PGSegModel(PGSegPreTrainedModel):
         once: bool = False,
         **kwargs: Any,
     ) -> tuple[BaseModelOutputWithPooling, PrototypeEstimate | None]:
-        """The text tower on [..., T] tokens; with `once` equal texts pass its transformer once. In the released variant every call, in evaluation too, estimates text
-        prototypes [N, 8, 1] from the scalars of the pooled text, normalised over the prototypes, and moves their
-        buffer."""
+        """The text tower on [..., T] tokens; with `once` equal texts pass its transformer once. In the released variant
+        every call, in evaluation too, estimates text prototypes [N, 8, 1] from the scalars of the pooled text,
+        normalised over the prototypes, and moves their buffer."""
         input_ids = input_ids.flatten(0, -2)
         attention_mask = None if attention_mask is None else attention_mask.flatten(0, -2)
         rows = None
@@ -455,7 +455,7 @@ class PGSegModel(PGSegPreTrainedModel):
         """Encodes images [B, 3, H, W]; `pooler_output` [B, D] and `segment_embeds` [B, K, D] are in the joint space,
         not normalised. All that segmentation needs of an image."""
         outputs = self.vision_model(pixel_values, return_dict=True, **kwargs)
-        by_groups = self.config.contrastive_pooling == "groups"
+        by_groups = self.config.contrastive_pooling != "mean"
         outputs.pooler_output = self.visual_projection(outputs.pooler_output, use_running_stats=by_groups)
         outputs.segment_embeds = self.visual_projection(
             outputs.last_hidden_state, use_running_stats=not by_groups
@@ -471,11 +471,10 @@ class PGSegModel(PGSegPreTrainedModel):
         """
         with full_precision(text_embeds.device.type):
             text = normalized(text_embeds)
-            images = normalized(image_features.pooler_output)
-            segments = normalized(image_features.segment_embeds)
+            images = JointImages.normalized(self._image_features(image_features))
             scale = clamped_scale(self.logit_scale, self.config)
-            pooled = image_logits(images, segments, text, scale, self.config.contrastive_pooling)
-            return pooled, scale * (segments @ text.T)
+            pooled = images.logits(text, scale, self.config.contrastive_pooling)
+            return pooled, scale * (images.segments @ text.T)
 
     @can_return_tuple
     def forward(
@@ -620,7 +619,9 @@ class PGSegModel(PGSegPreTrainedModel):
     def _image_features(self, vision: PGSegVisionOutput) -> ImageFeatures:
         tied = bool(self.config.assignment_weight)
         stages = tuple(StageFeatures(*(npr if tied else npr[:2])) for npr in vision.npr or ())
-        return ImageFeatures(vision.pooler_output, vision.segment_embeds, stages)
+        mixes = self.config.contrastive_pooling == "mixture"
+        areas = vision.grouping.flatten(2).mean(2) if mixes else None
+        return ImageFeatures(vision.pooler_output, vision.segment_embeds, areas, stages)
 
     def encode_part(
         self,

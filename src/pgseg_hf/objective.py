@@ -25,6 +25,9 @@ from .losses import (
 )
 from .prototypes import Matching, assignment_loss, estimate_prototypes, ordered_matching, prototype_loss
 
+# Shares of a picture are kept this far from 0 and 1, so that their log odds stay finite.
+SMALLEST_SHARE = 1e-4
+
 
 @dataclass
 class StageFeatures:
@@ -44,10 +47,12 @@ class StageFeatures:
 
 @dataclass
 class ImageFeatures:
-    """Images in the joint space, not normalised: `embeds` [B, D], `segment_embeds` [B, K, D], and the stages' parts."""
+    """Images in the joint space, not normalised: `embeds` [B, D], `segment_embeds` [B, K, D], for mixture pooling each
+    group's share of the image, `areas` [B, K], and the stages' parts."""
 
     embeds: Tensor
     segment_embeds: Tensor
+    areas: Tensor | None = None
     stages: tuple[StageFeatures, ...] = ()
 
 
@@ -133,14 +138,35 @@ def clamped_scale(log_scale: Tensor, config: Any) -> Tensor:
     return scale.clamp(max=float(config.max_logit_scale))
 
 
-def image_logits(
-    images_BD: Tensor, segments_BKD: Tensor, text_ND: Tensor, scale: Tensor, pooling: str
-) -> Tensor:
-    """Scaled similarity [B, N] of normalised images and texts, by the configured pooling."""
-    if pooling == "mean":
-        return scale * (images_BD @ text_ND.T)
-    logits_BKN = scale * (segments_BKD @ text_ND.T)
-    return logits_BKN.logsumexp(dim=1) - math.log(logits_BKN.shape[1])
+@dataclass
+class JointImages:
+    """Images [B, D] and their groups [B, K, D] as unit vectors of the joint space, and for mixture pooling each group's
+    share of its image [B, K]."""
+
+    embeds: Tensor
+    segments: Tensor
+    areas: Tensor | None = None
+
+    @classmethod
+    def normalized(cls, features: ImageFeatures) -> "JointImages":
+        return cls(normalized(features.embeds), normalized(features.segment_embeds), features.areas)
+
+    def gathered(self) -> "JointImages":
+        """Those of all processes, for the losses that need them; not for mixture pooling."""
+        return JointImages(gather_features(self.embeds), gather_features(self.segments))
+
+    def logits(self, text_ND: Tensor, scale: Tensor, pooling: str) -> Tensor:
+        """Scaled similarity [B, N] with normalised texts, by the configured pooling; by `"mixture"` it depends on what
+        other texts there are."""
+        if pooling == "mean":
+            return scale * (self.embeds @ text_ND.T)
+        logits_BKN = scale * (self.segments @ text_ND.T)
+        if pooling == "groups":
+            return logits_BKN.logsumexp(dim=1) - math.log(logits_BKN.shape[1])
+        log_areas_BK = self.areas.to(logits_BKN.dtype).clamp(min=SMALLEST_SHARE).log()
+        log_shares_BN = (logits_BKN.log_softmax(dim=2) + log_areas_BK[..., None]).logsumexp(dim=1)
+        log_shares_BN = log_shares_BN.clamp(max=math.log1p(-SMALLEST_SHARE))
+        return log_shares_BN - torch.log(-torch.expm1(log_shares_BN))
 
 
 class Objective:
@@ -155,8 +181,7 @@ class Objective:
     def __init__(self, model: Any, images: ImageFeatures, texts: TextFeatures, owners: TextOwners):
         self.model, self.config = model, model.config
         self.images, self.texts, self.owners = images, texts, owners
-        self.embeds = normalized(images.embeds)
-        self.segments = normalized(images.segment_embeds)
+        self.joint = JointImages.normalized(images)
         self.scale = clamped_scale(model.logit_scale, self.config)
         self.negatives: Tensor | None = None
 
@@ -181,8 +206,8 @@ class Objective:
                 losses.total = losses.total + config.assignment_weight * losses.assignment
         return losses
 
-    def _logits(self, images_BD: Tensor, segments_BKD: Tensor, text_ND: Tensor) -> Tensor:
-        return image_logits(images_BD, segments_BKD, text_ND, self.scale, self.config.contrastive_pooling)
+    def _logits(self, images: JointImages, text_ND: Tensor) -> Tensor:
+        return images.logits(text_ND, self.scale, self.config.contrastive_pooling)
 
     def _captions_loss(self, texts_ND: Tensor) -> Tensor:
         if self.config.contrastive_loss != "info_nce" or self.owners.text_targets is not None:
@@ -192,12 +217,12 @@ class Objective:
             return loss
         self.negatives = self.scale.new_tensor(len(texts_ND) * world_size() - 1)
         if world_size() == 1:
-            logits = self._logits(self.embeds, self.segments, texts_ND)
+            logits = self._logits(self.joint, texts_ND)
             return info_nce(logits, logits.T)
-        images, segments = gather_features(self.embeds), gather_features(self.segments)
+        images = self.joint.gathered()
         return info_nce(
-            self._logits(self.embeds, self.segments, gather_features(texts_ND)),
-            self._logits(images, segments, texts_ND).T,
+            self._logits(self.joint, gather_features(texts_ND)),
+            self._logits(images, texts_ND).T,
         )
 
     def _labels_loss(self, texts_ND: Tensor) -> Tensor:
@@ -205,10 +230,10 @@ class Objective:
             keys_NT = self.texts.keys[self.owners.num_captions :]
             return self._shared_texts_loss(texts_ND, keys_NT, self.owners.label_owners())[0]
         labels_BMD = pad_to_longest(self.owners.at_labels(texts_ND))
-        images, segments = gather_features(self.embeds), gather_features(self.segments)
+        images = self.joint.gathered()
         return multi_label_loss(
-            self._logits(self.embeds, self.segments, gather_features(labels_BMD).flatten(0, 1)),
-            self._logits(images, segments, labels_BMD.flatten(0, 1)).T,
+            self._logits(self.joint, gather_features(labels_BMD).flatten(0, 1)),
+            self._logits(images, labels_BMD.flatten(0, 1)).T,
             pad_to_longest(self.owners.label_mask),
         )
 
@@ -219,11 +244,14 @@ class Objective:
         process's images, bool [B, U]."""
         keys_NT = pad_to_longest(keys_NT + 1) - 1  # texts of processes that pad to other lengths stay equal
         shared = share_texts(texts_ND, keys_NT, owners_BN)
-        logits_BU = self._logits(self.embeds, self.segments, shared.embeds)
+        logits_BU = self._logits(self.joint, shared.embeds)
         if self.config.contrastive_loss == "sigmoid":
-            return sigmoid_loss(logits_BU + self.model.logit_bias, shared.image_targets), shared.image_targets
-        images, segments = gather_features(self.embeds), gather_features(self.segments)
-        logits_per_text = self._logits(images, segments, shared.embeds[shared.own]).T
+            if self.model.logit_bias is not None:
+                logits_BU = logits_BU + self.model.logit_bias
+            loss = sigmoid_loss(logits_BU, shared.image_targets, self.config.label_balance)
+            return loss, shared.image_targets
+        images = self.joint.gathered()
+        logits_per_text = self._logits(images, shared.embeds[shared.own]).T
         loss = multi_positive_loss(logits_BU, logits_per_text, shared.image_targets, shared.text_targets)
         return loss, shared.image_targets
 
@@ -279,13 +307,13 @@ class Objective:
             move_prototypes(seeds, prototypes, vision.prototype_momentum, mask_BP)
         threshold = self.config.rejection_threshold
         return prototype_loss(
-            self.segments,
+            self.joint.segments,
             prototypes,
             self._prototype_scale(),
             threshold,
             "corrected",
             prototype_mask_BP=mask_BP,
-            matching=self._matching(self.segments, mask_BP),
+            matching=self._matching(self.joint.segments, mask_BP),
         )[0]
 
     def _released_text_prototype_loss(self) -> Tensor:

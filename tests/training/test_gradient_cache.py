@@ -21,6 +21,7 @@ VARIANTS = {
     "patches": {"assignment_weight": 0.2, "vision_config": {"segment_source": "patches"}},
     "multi_positive": {"contrastive_loss": "multi_positive"},
     "sigmoid": {"contrastive_loss": "sigmoid", "contrastive_pooling": "groups"},
+    "mixture": {"contrastive_loss": "sigmoid", "contrastive_pooling": "mixture", "label_balance": 0.3},
 }
 
 

@@ -47,7 +47,7 @@ class ModelArguments:
             "positives. sigmoid: tags, every pair on its own."
         },
     )
-    contrastive_pooling: str | None = field(default=None, metadata={"help": "mean or groups."})
+    contrastive_pooling: str | None = field(default=None, metadata={"help": "mean, groups or mixture."})
     assignment_weight: float | None = field(default=None, metadata={"help": "Weight of the assignment term."})
     freeze_token_embeddings: bool = field(
         default=False,
