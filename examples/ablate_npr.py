@@ -51,7 +51,21 @@ WITHOUT: dict[str, dict[str, Any]] = {
     "no-text-prototypes": {"text_prototype_weight": 0.0},
     "no-image-prototypes": {"image_prototype_weight": 0.0},
 }
+
+
+def _merged(fields: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Fields with changes; those of the towers one by one."""
+    within = {
+        name: fields[name] | changes[name]
+        for name in ("vision_config",)
+        if {name} <= fields.keys() & changes.keys()
+    }
+    return fields | changes | within
+
+
 GROUPS, TIED = {"contrastive_pooling": "groups"}, {"assignment_weight": 0.2}
+PATCHES: dict[str, Any] = {"vision_config": {"segment_source": "patches"}}
+OURS = TIED | GROUPS | PATCHES
 VARIANTS: dict[str, dict[str, Any]] = {
     "untrained": {},
     "none": {"npr_variant": "none"},
@@ -59,13 +73,19 @@ VARIANTS: dict[str, dict[str, Any]] = {
     REFERENCE: {},
     "assignment": TIED,
     "group-pooling": GROUPS,
-    "both": TIED | GROUPS,
+    "patches": PATCHES,
+    "ours": OURS,
+    "ours-no-assignment": GROUPS | PATCHES,
+    "ours-no-group-pooling": TIED | PATCHES,
+    "ours-no-patches": TIED | GROUPS,
     "none-group-pooling": {"npr_variant": "none"} | GROUPS,
+    "none-group-pooling-patches": {"npr_variant": "none"} | GROUPS | PATCHES,
     **WITHOUT,
-    **{f"both-{name}": TIED | GROUPS | changes for name, changes in WITHOUT.items()},
+    **{f"ours-{name}": _merged(OURS, changes) for name, changes in WITHOUT.items()},
 }
-"""Changes of the configuration file's `model_config`, whose variant is `corrected`. `assignment` and `group-pooling`
-add these terms to it, `both` has both, and the rest leave something out of `corrected` or of `both`."""
+"""Changes of the configuration file's `model_config`, whose variant is `corrected`. `assignment`, `group-pooling` and
+`patches` each change one thing of `corrected`, `ours` all three; `no-...` leaves one part out of `corrected`, and
+`ours-no-...` out of `ours`."""
 
 FIGURES = ("mean_iou", "foreground_iou", "background_iou", "pixel_accuracy", "oracle_mean_iou")
 GROUP_FIGURES = ("groups_used", "purity", "redundancy")
@@ -278,7 +298,7 @@ def spread_of(values: Sequence[float]) -> dict[str, Any]:
 
 def reference_of(variant: str) -> str:
     """What a variant is compared with."""
-    return "both" if variant.startswith("both-") else REFERENCE
+    return "ours" if variant.startswith("ours-") else REFERENCE
 
 
 def summarize(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -319,7 +339,7 @@ def table(rows: dict[str, Any]) -> str:
     ]
     titles = (
         "Test scenes: mean ± standard deviation over seeds",
-        f"Test scenes: difference to `{REFERENCE}` (of `both-...` to `both`) of the same seed",
+        f"Test scenes: difference to `{REFERENCE}` (of `ours-...` to `ours`) of the same seed",
         "Test scenes: groups, and retrieval of full captions",
         "Novel scenes, of combinations that are never in training",
     )

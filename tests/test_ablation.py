@@ -73,10 +73,10 @@ def records(script):
 
 def test_means_spreads_and_paired_differences(script, records):
     rows = script.summarize(
-        [*records, record_of(script, "both", 1, 0.5), record_of(script, "both-no-matching", 1, 0.75)]
+        [*records, record_of(script, "ours", 1, 0.5), record_of(script, "ours-no-matching", 1, 0.75)]
     )
-    assert rows["both"]["differences"]["test/mean_iou"] == {"mean": -0.125, "spread": None, "count": 1}
-    assert rows["both-no-matching"]["differences"]["test/mean_iou"]["mean"] == 0.25  # to `both`
+    assert rows["ours"]["differences"]["test/mean_iou"] == {"mean": -0.125, "spread": None, "count": 1}
+    assert rows["ours-no-matching"]["differences"]["test/mean_iou"]["mean"] == 0.25  # to `ours`
     assert rows["none"]["seeds"] == [0, 1, 2] and rows["corrected"]["seeds"] == [0, 1]
     figures, differences = rows["none"]["figures"], rows["none"]["differences"]
     # Of 1/4, 1/2, 1/2 the mean is 5/12 and the squared deviations add up to 1/24: over 2, their root is 1/48 ** .5.

@@ -267,6 +267,8 @@ class Segmenter:
         options = options or self.options
         features = PGSegVisionOutput(
             pooler_output=torch.stack([window.pooled for window in image.windows]),
+            # Windows may have grids of different sizes; similarity depends on the groups' areas alone.
+            grouping=torch.stack([window.grouping.mean((1, 2), keepdim=True) for window in image.windows]),
             segment_embeds=torch.stack([window.segments for window in image.windows]),
         )
         image_logits, segment_logits = self.model.get_logits(features, class_embeds)
