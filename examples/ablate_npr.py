@@ -402,22 +402,22 @@ def draw_curves(records: Sequence[dict[str, Any]], path: Path) -> None:
     pyplot.close(figure)
 
 
-def write_results(output: Path) -> None:
-    """Table and curves of the records that there are.
+def write_results(output: Path, variants: Sequence[str] = tuple(VARIANTS)) -> None:
+    """Table and curves of the variants' records.
 
     Raises:
         ValueError: there is none.
     """
     records = read_records(output)
-    if not records:
-        raise ValueError(f"{output} has no records; run without --table first.")
-    rows = summarize(records)
+    rows = {variant: row for variant, row in summarize(records).items() if variant in variants}
+    if not rows:
+        raise ValueError(f"{output} has no records of {', '.join(variants)}; run without --table first.")
     text = table(rows)
     write_json(rows, output / "table.json")
     write_text(text, output / "table.md")
     print(text)
     try:
-        draw_curves(records, output / "curves.png")
+        draw_curves([record for record in records if record["variant"] in rows], output / "curves.png")
     except ValueError as error:
         print(error, file=sys.stderr)
 
@@ -428,7 +428,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--output", type=Path, required=True, help="folder of records and results")
     parser.add_argument("--config", type=Path, default=Ablation.config, help="YAML file of `corrected`")
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="VARIANT")
+    parser.add_argument(
+        "--variants",
+        nargs="+",
+        choices=VARIANTS,
+        default=list(VARIANTS),
+        metavar="VARIANT",
+        help="what is run, and shown in the results; by default all",
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, help="of each run; by default the configuration file's")
     parser.add_argument("--scenes", type=int, default=200, help="pictures of each evaluation")
@@ -452,7 +459,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             found = record["figures"]["test"]
             shown = ", ".join(f"{name} {found[name]:.3f}" for name in COMPARED)
             print(f"{variant}, seed {seed}: {shown}, {record['seconds']['training']:.0f} s", flush=True)
-    write_results(arguments.output)
+    write_results(arguments.output, arguments.variants)
     return 1 if failed else 0
 
 

@@ -116,7 +116,10 @@ def test_results_are_made_of_the_records_alone(script, records, tmp_path, capsys
     assert json.loads((tmp_path / "table.json").read_text()) == script.summarize(records)
     assert (tmp_path / "table.md").read_text() == script.table(script.summarize(records))
     assert "| none | 3 |" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="has no records; run without --table first"):
+    assert script.main(["--output", str(tmp_path), "--table", "--variants", "none"]) == 0
+    shown = capsys.readouterr().out
+    assert "| none | 2 | -0.188" in shown and "| corrected |" not in shown  # differences to what is not shown
+    with pytest.raises(ValueError, match="has no records of untrained, none, .*; run without --table first"):
         script.main(["--output", str(tmp_path / "empty"), "--table"])
 
 
