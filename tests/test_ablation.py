@@ -119,7 +119,7 @@ def test_results_are_made_of_the_records_alone(script, records, tmp_path, capsys
     assert script.main(["--output", str(tmp_path), "--table", "--variants", "none"]) == 0
     shown = capsys.readouterr().out
     assert "| none | 2 | -0.188" in shown and "| corrected |" not in shown  # differences to what is not shown
-    with pytest.raises(ValueError, match="has no records of untrained, none, .*; run without --table first"):
+    with pytest.raises(ValueError, match=r"has no records of untrained, none, .*; run without --table first"):
         script.main(["--output", str(tmp_path / "empty"), "--table"])
 
 
