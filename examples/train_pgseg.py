@@ -33,6 +33,7 @@ from pgseg_hf.training.building import (
     build_processor,
     build_stream,
     full_weights,
+    process_group_settings,
     sync_batchnorm,
     without_scalars,
 )
@@ -65,6 +66,7 @@ class Run:
             log_with=None if run.report_to == "none" else run.report_to.split(","),
             project_dir=run.output_dir,
             step_scheduler_with_optimizer=False,
+            kwargs_handlers=[process_group_settings(run)],
         )
         self.refuse_what_cannot_be()
         if not run.overwrite_output_dir:
@@ -200,8 +202,15 @@ class Run:
                 self.save()
             self.clock.skip()
         results = self.finish()
+        self.drop_wrapped_model()
         log.close()
         return results
+
+    def drop_wrapped_model(self) -> None:
+        """Makes torch.distributed the last to hold the process group. DDP holds it too, and were DDP the last, it would
+        wait for the group's thread without giving up the interpreter's lock, for which that thread may be waiting."""
+        del self.model
+        self.accelerator.free_memory()
 
     def is_due(self, every: int | None) -> bool:
         return bool(every) and (self.step % every == 0 or self.step == self.total_steps)

@@ -5,6 +5,8 @@ import importlib.util
 import json
 import math
 import os
+import signal
+import socket
 import subprocess
 import sys
 import tarfile
@@ -25,7 +27,7 @@ from tiny_models import make_photo
 from pgseg_hf import load_segmenter
 from pgseg_hf.evaluation import MaskFolder, evaluate_masks
 from pgseg_hf.training.arguments import parse_arguments
-from pgseg_hf.training.building import build_model, build_processor, build_stream
+from pgseg_hf.training.building import build_model, build_processor, build_stream, process_group_settings
 from pgseg_hf.training.reporting import read_log
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "train_pgseg.py"
@@ -374,30 +376,72 @@ def test_compiled_towers_and_recomputed_stages_train_as_plain_ones(tmp_path, pho
     assert losses["recomputed"] == pytest.approx(losses["plain"], rel=1e-4)
 
 
-def start(settings, processes=1):
-    launcher = [sys.executable]
-    if processes > 1:
-        launcher += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
-    command = [*launcher, str(SCRIPT), settings, "--resume_from_checkpoint", "latest"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+class Launched:
+    """A run in processes of its own, whose output goes into a file. Once the block ends, none of them is left."""
 
+    def __init__(self, settings, processes=1, script=SCRIPT):
+        launcher = [sys.executable]
+        if processes > 1:
+            launcher += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
+        command = [*launcher, str(script), settings, "--resume_from_checkpoint", "latest"]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
+        self.output = Path(settings).with_suffix(".txt")
+        with self.output.open("wb") as output:
+            self.process = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
 
-def kill_at(settings, log, step, processes=1):
-    """Starts a run and kills it, workers and all, once its log has the step."""
-    process = start(settings, processes)
-    deadline = time.monotonic() + PATIENCE
-    while not any(line["step"] >= step for line in read_log(log)):
-        assert process.poll() is None, process.stderr.read().decode()
-        assert time.monotonic() < deadline, "the run takes too long"
-        time.sleep(0.01)
-    family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
-    for member in family:
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.kill()
+
+    def family(self):
+        """What descends from the launcher, as workers lead sessions of their own, then itself; none after its end."""
+        if self.process.poll() is not None:
+            return []  # another process may have its number by now
         with contextlib.suppress(psutil.NoSuchProcess):
-            member.kill()
-    psutil.wait_procs(family)
-    process.wait()
-    process.stderr.close()
+            launcher = psutil.Process(self.process.pid)
+            return [*launcher.children(recursive=True), launcher]
+        return []
+
+    def kill(self):
+        family = self.family()
+        for member in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.kill()
+        self.process.wait(PATIENCE)
+        _, left = psutil.wait_procs(family, timeout=PATIENCE)
+        assert not left
+
+    def fail(self, reason):
+        """Ends the test with what the run wrote and where its threads stand, which an abort makes them write."""
+        family = self.family()
+        for member in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.send_signal(signal.SIGABRT)
+        psutil.wait_procs(family, timeout=5)
+        pytest.fail(f"{reason}:\n{self.output.read_text(errors='replace')[-8000:]}")
+
+    def end(self):
+        """Waits until the run is over; returns the exit status."""
+        try:
+            return self.process.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            self.fail(f"the run is not over after {PATIENCE} s")
+
+    def finish(self):
+        if status := self.end():
+            self.fail(f"the run ended with status {status}")
+
+    def reach(self, log, step):
+        """Waits until the run's log has the step."""
+        deadline = time.monotonic() + PATIENCE
+        while not any(line["step"] >= step for line in read_log(log)):
+            if self.process.poll() is not None:
+                self.fail("the run ended by itself")
+            if time.monotonic() > deadline:
+                self.fail(f"the run is not at step {step} after {PATIENCE} s")
+            time.sleep(0.01)
 
 
 @pytest.mark.slow
@@ -415,10 +459,11 @@ def test_a_killed_run_goes_on_bit_for_bit_and_once_more(tmp_path, photo_folder, 
     run_here(tmp_path, **settings, output_dir=str(whole))
     path = write_settings(tmp_path / "killed.yaml", **settings, output_dir=str(killed))
     for step in (7, 17):
-        kill_at(path, killed / "log.jsonl", step)
-    last = start(path)
-    _, messages = last.communicate(timeout=PATIENCE)
-    assert last.returncode == 0, messages.decode()
+        with Launched(path) as run:
+            run.reach(killed / "log.jsonl", step)
+            run.kill()
+    with Launched(path) as run:
+        run.finish()
 
     assert curve(killed) == curve(whole)
     assert_same_result(killed, whole)
@@ -437,9 +482,9 @@ def assert_same_result(folder, other):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("chunk_size", [None, 2])
+@pytest.mark.parametrize(("chunk_size", "victims"), [(None, "all"), (2, "one")])
 def test_two_processes_contrast_all_pictures_and_go_on_after_a_kill(
-    tmp_path, photo_folder, shards, chunk_size
+    tmp_path, photo_folder, shards, chunk_size, victims
 ):
     settings = {
         "sources": sources_of("mixed", photo_folder, shards),
@@ -452,11 +497,15 @@ def test_two_processes_contrast_all_pictures_and_go_on_after_a_kill(
         write_settings(tmp_path / f"{folder.name}.yaml", **settings, output_dir=str(folder))
         for folder in folders
     ]
-    kill_at(paths[1], folders[1] / "log.jsonl", 6, processes=2)
+    with Launched(paths[1], processes=2) as run:
+        run.reach(folders[1] / "log.jsonl", 6)
+        if victims == "one":
+            run.family()[0].kill()
+            assert run.end() != 0
+        run.kill()
     for path in paths:
-        process = start(path, processes=2)
-        _, messages = process.communicate(timeout=PATIENCE)
-        assert process.returncode == 0, messages.decode()
+        with Launched(path, processes=2) as run:
+            run.finish()
     whole = curve(folders[0])
     assert all(line["negatives"] == 7 for line in whole)
     assert curve(folders[1]) == whole
@@ -464,3 +513,55 @@ def test_two_processes_contrast_all_pictures_and_go_on_after_a_kill(
     results = json.loads((folders[0] / "all_results.json").read_text())
     assert (results["num_processes"], results["global_batch_size"]) == (2, 8)
     assert results["records"]["read"] >= 14 * 8
+
+
+# The script, with a check that torch.distributed was the last to hold the process group: its threads are gone.
+CHECKED = """
+import runpy
+import psutil
+import torch.distributed as dist
+
+destroy = dist.destroy_process_group
+
+
+def destroy_and_count(group=None):
+    threads = psutil.Process().num_threads()
+    destroy(group)
+    assert psutil.Process().num_threads() < threads, "the process group is still held"
+    print("the group is gone", flush=True)
+
+
+dist.destroy_process_group = destroy_and_count
+runpy.run_path({script!r}, run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+def test_no_process_waits_at_the_end_for_its_groups_threads(tmp_path, photo_folder):
+    script = tmp_path / "checked.py"
+    script.write_text(CHECKED.format(script=str(SCRIPT)))
+    settings = {"data": [str(photo_folder)], "output_dir": str(tmp_path / "run"), "max_steps": 1}
+    with Launched(write_settings(tmp_path / "settings.yaml", **settings), processes=2, script=script) as run:
+        run.finish()
+        assert run.output.read_text().count("the group is gone") == 2
+
+
+def test_a_process_whose_peer_never_comes_ends_with_an_error(tmp_path, photo_folder, monkeypatch):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    world = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+    for name, value in (world | {"MASTER_ADDR": "localhost", "MASTER_PORT": port}).items():
+        monkeypatch.setenv(name, str(value))
+    settings = {"data": [str(photo_folder)], "output_dir": str(tmp_path / "run"), "max_steps": 1}
+    with pytest.raises(torch.distributed.DistStoreError, match="1/2 clients joined"):
+        run_here(tmp_path, ddp_timeout=1, **settings)
+
+
+@pytest.mark.parametrize("seconds", [0.5, 600, 1800])
+def test_the_timeout_reaches_accelerate(tmp_path, seconds):
+    path = write_settings(
+        tmp_path / "settings.yaml", output_dir=str(tmp_path), max_steps=1, ddp_timeout=seconds
+    )
+    settings = process_group_settings(parse_arguments([path])[2])
+    assert settings.to_kwargs()["timeout"].total_seconds() == pytest.approx(seconds, abs=1e-3)

@@ -20,6 +20,7 @@ POSITIVE = (
         "learning_rate",
         "max_grad_norm",
         "max_bad_steps",
+        "ddp_timeout",
     ),
     *("log_steps", "checkpoint_steps", "keep_checkpoints", "eval_steps", "eval_limit"),
 )
@@ -192,6 +193,10 @@ class RunArguments:
     threads: int | None = field(default=None, metadata={"help": "Threads of torch on the CPU."})
     sync_batchnorm: bool = field(
         default=True, metadata={"help": "Statistics over all processes; on CUDA only."}
+    )
+    ddp_timeout: float = field(
+        default=1800,
+        metadata={"help": "Seconds that a process waits for the others before it ends in an error."},
     )
     ema_decay: float | None = field(
         default=None, metadata={"help": "Average the weights, for instance 0.999."}

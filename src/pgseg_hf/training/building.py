@@ -2,11 +2,13 @@
 
 import json
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import yaml
+from accelerate import InitProcessGroupKwargs
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -194,6 +196,12 @@ def has_texts(source: Source, kind: str) -> bool:
         return False
     first = islice(source.read_shard(0), PEEKED_RECORDS)
     return any(isinstance(record, Record) and bool(getattr(record, kind)) for record in first)
+
+
+def process_group_settings(run: RunArguments) -> InitProcessGroupKwargs:
+    """How long processes wait for each other, for Accelerate."""
+    # Not exactly 600 s, which Accelerate takes for "not given": then gloo would wait half an hour.
+    return InitProcessGroupKwargs(timeout=timedelta(seconds=run.ddp_timeout, microseconds=1))
 
 
 def sync_batchnorm(model: nn.Module) -> nn.Module:
