@@ -439,6 +439,9 @@ def one_of_two_processes(rank, folder):
     resumed.accelerator.wait_for_everyone()
     assert prepare_output_dir(resumed.accelerator, output, overwrite=True) is None
     assert os.listdir(output) == []
+    run.accelerator.free_memory()
+    resumed.accelerator.free_memory()
+    del run, resumed  # DDP must not be the last to hold the group, see `drop_wrapped_model` of train_pgseg.py
     dist.destroy_process_group()
 
 
