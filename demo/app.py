@@ -2,26 +2,28 @@
 
 import contextlib
 import os
+import shutil
 import signal
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
 import gradio as gr
-from handlers import NO_MODEL, Handlers, file_as_it_is, presets, speaking
+from gradio_client.utils import is_file_obj_with_meta, traverse
+from handlers import NO_MODEL, Handlers, as_it_is, check_file, file_as_it_is, presets, speaking
 from model_catalogue import Catalogue
-from settings import Settings, read_settings
+from settings import MAX_SHORT_SIDE, Settings, read_settings
 
 EXAMPLES = Path(__file__).parent / "examples"
 EXAMPLE_LABELS = "building, road, pavement, tree, sky, car, pedestrian"
 WINDOWS = [("sliding window", "sliding"), ("whole picture", "whole")]
-MAX_SHORT_SIDE = 672
 # The system's own letters: fonts of the web would need a network.
 FONTS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"]
 CODE_FONTS = ["ui-monospace", "Consolas", "monospace"]
@@ -41,6 +43,26 @@ a mask. The one that ships knows eleven words of street scenes, and those badly:
 Parts = dict[str, list[Any]]
 
 
+class Page(gr.Blocks):
+    """Blocks that fetch nothing from the web: Gradio would fetch a file that a request names by an address, for
+    whichever component, before the component sees it.
+
+    Args:
+        web_files: whether it may.
+    """
+
+    def __init__(self, *, web_files: bool, **options: Any):
+        super().__init__(**options)
+        self.web_files = web_files
+
+    async def preprocess_data(
+        self, block_fn: Any, inputs: list[Any], *args: Any, **options: Any
+    ) -> list[Any]:
+        """The values of a request's components."""
+        traverse(inputs, partial(check_file, web_files=self.web_files), is_file_obj_with_meta)
+        return await super().preprocess_data(block_fn, inputs, *args, **options)
+
+
 def build_app(settings: Settings) -> gr.Blocks:
     """The page and its API.
 
@@ -50,8 +72,11 @@ def build_app(settings: Settings) -> gr.Blocks:
     catalogue = Catalogue(settings)
     catalogue.load(catalogue.default)
     keep = settings.keep_seconds
-    with gr.Blocks(
-        title="PGSeg: segment by words", analytics_enabled=False, delete_cache=(max(1, keep // 10), keep)
+    with Page(
+        web_files=settings.web_pictures,
+        title="PGSeg: segment by words",
+        analytics_enabled=False,
+        delete_cache=(max(1, keep // 10), keep),
     ) as app:
         parts: Parts = {"states": [gr.State(None, time_to_live=keep) for _ in range(2)]}
         gr.Markdown(INTRODUCTION)
@@ -79,6 +104,7 @@ def _what_is_asked(catalogue: Catalogue, settings: Settings) -> Parts:
     preset = gr.Dropdown(list(presets()), value=None, label="Words of a benchmark")
     background = gr.Checkbox(False, label="Leave out what no word fits (background)")
     threshold = gr.Slider(0, 1, 0.3, step=0.01, label="Background where no word scores", elem_id="threshold")
+    threshold.preprocess = as_it_is
     button = gr.Button("Segment", variant="primary")
     with gr.Accordion("Model and resolution", open=False):
         picker: dict[str, Any] = {"allow_custom_value": settings.any_hub_model, "interactive": True}
@@ -90,6 +116,7 @@ def _what_is_asked(catalogue: Catalogue, settings: Settings) -> Parts:
         short_side = gr.Slider(
             0, MAX_SHORT_SIDE, 0, step=16, label="Short side in pixels (0: the model's own)"
         )
+    short_side.preprocess = as_it_is
     gr.Examples(sorted(str(path) for path in EXAMPLES.glob("*.jpg")), image, label="Pictures to try")
     return {
         "asked": [image, words, background, threshold, model, other, window, short_side],
@@ -102,6 +129,7 @@ def _what_is_found() -> Parts:
     shown: dict[str, Any] = {"interactive": False, "show_label": False, "buttons": []}
     with gr.Tab("Masks"):
         masks = gr.AnnotatedImage(label="Masks", height=520, elem_id="masks")
+        note = gr.Markdown(visible=False)
         with gr.Row():
             mask = gr.DownloadButton("Mask (PNG)", interactive=False, min_width=120)
             labels = gr.DownloadButton("Labels (JSON)", interactive=False, min_width=120)
@@ -132,9 +160,10 @@ def _what_is_found() -> Parts:
         explained = gr.Markdown()
     with gr.Tab("Comparison"):
         gr.Markdown("Choose another model under *Model and resolution*: both are shown side by side.")
-        compared = gr.Image(label="Comparison", visible=False, **shown)
+        with gr.Row(elem_id="comparison"):
+            both = [gr.AnnotatedImage(visible=False, min_width=280) for _ in range(2)]
     return {
-        "found": [masks, rows, mask, labels, groups, heat, became, number, compared],
+        "found": [masks, rows, mask, labels, groups, heat, became, number, *both, note],
         "prototypes": [tab, gallery, explained],
     }
 
@@ -142,7 +171,7 @@ def _what_is_found() -> Parts:
 def _connect(handlers: Handlers, parts: Parts) -> None:
     """What happens when; requests of all kinds share one queue."""
     image, words, background, threshold, model, _, window, short_side = asked = parts["asked"]
-    *_, groups, heat, became, number, _ = found = parts["found"]
+    _, _, _, _, groups, heat, became, number, *_ = found = parts["found"]
     study, _ = states = parts["states"]
     button, preset = parts["asking"]
     tab, *of_prototypes = parts["prototypes"]
@@ -170,7 +199,11 @@ def _connect(handlers: Handlers, parts: Parts) -> None:
     tab.select(speaking(handlers.show_prototypes), [image, study], [*of_prototypes, study], **shared)
     known = presets()
     preset.input(
-        lambda title: known[title], preset, [words, background], api_visibility="private", queue=False
+        lambda title: known.get(title, (gr.skip(), gr.skip())),
+        preset,
+        [words, background],
+        api_visibility="private",
+        queue=False,
     )
     mask, found_labels = gr.File(visible=False, label="mask"), gr.JSON(visible=False, label="labels")
     gr.Button(visible=False).click(
@@ -234,12 +267,21 @@ def main() -> None:
     """Serves the page until it is stopped; nothing of the visitors' is left then."""
     settings = read_settings()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    with tempfile.TemporaryDirectory(prefix="pgseg-demo-") as folder:
+    status = 0
+    with tempfile.TemporaryDirectory(prefix="pgseg-demo-", ignore_cleanup_errors=True) as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder
         try:
             launch(settings)
         except ValueError as error:
-            sys.exit(f"error: {error}")
+            print(f"error: {error}", file=sys.stderr)
+            status = 1
+        except SystemExit:
+            pass  # the signal's
+    # A usual end would abort where a request is still worked on, as torch's threads can't be ended from outside.
+    shutil.rmtree(folder, ignore_errors=True)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 if __name__ == "__main__":

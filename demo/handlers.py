@@ -2,31 +2,37 @@
 
 import html
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import wraps
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 from gradio.processing_utils import save_bytes_to_cache
+from gradio_client.utils import is_http_url_like
+from limits import time_limit
 from model_catalogue import Catalogue
-from settings import MAX_DATA_LETTERS, MAX_LABELS, Settings
-from studies import Choices, Laboratory, Study, read_labels, read_upload
+from settings import MAX_DATA_LETTERS, MAX_LABELS, MAX_SHORT_SIDE, MIN_SHORT_SIDE, Settings
+from studies import Choices, Laboratory, Study, Upload, read_labels, read_upload
 from views import (
     annotations,
     colours_of,
-    comparison,
     group_views,
     mask_file,
     prototype_views,
     report,
+    size_note,
     table,
 )
 
+from pgseg_hf import Segmentation
 from pgseg_hf.evaluation.benchmarks import BENCHMARKS
 
 NO_MODEL = "none"
+NOT_HERE = "The picture is not on the server; please upload it again."
 
 
 def file_as_it_is(*folders: str) -> Callable[[Any], str | None]:
@@ -52,10 +58,28 @@ def file_as_it_is(*folders: str) -> Callable[[Any], str | None]:
         except (OSError, ValueError):
             known = False
         if not known:
-            raise gr.Error("The picture is not on the server; please upload it again.", print_exception=False)
+            raise gr.Error(NOT_HERE, print_exception=False)
         return str(place)
 
     return preprocess
+
+
+def as_it_is(payload: Any) -> Any:
+    """What takes the place of a slider's `preprocess`, whose refusals say nothing: the handlers look at its value."""
+    return payload
+
+
+def check_file(payload: dict[str, Any], web_files: bool) -> dict[str, Any]:
+    """A file of a request before Gradio looks for it.
+
+    Raises:
+        gr.Error: it lies on the web, unless that is allowed, or its path can be none.
+    """
+    if "\0" in payload["path"]:
+        raise gr.Error(NOT_HERE, print_exception=False)
+    if is_http_url_like(payload["path"]) and not web_files:
+        raise gr.Error("A web address is not fetched here; send the picture itself.", print_exception=False)
+    return payload
 
 
 def speaking(handler: Callable) -> Callable:
@@ -105,7 +129,7 @@ class Asked:
     @property
     def limit(self) -> float | None:
         """The background threshold of the library."""
-        return self.threshold if self.background else None
+        return _limit(self.background, self.threshold)
 
 
 class Handlers:
@@ -125,26 +149,22 @@ class Handlers:
     def show_masks(self, *values: Any) -> tuple:
         """All that the page shows for the values of [`Asked`], and the studies for the next call."""
         asked = Asked(*values)
-        if asked.other == asked.model:
-            raise ValueError(f"{asked.model} is the model already; choose another one to compare it with.")
         upload = read_upload(asked.path, self.settings.max_pixels)
         labels = read_labels(asked.words)
-        choices = _choices(asked.model, asked.window, asked.short_side)
-        study = self.laboratory.study(upload, labels, choices, asked.study)
-        result = study.segmentation(asked.limit)
-        other_study, compared = None, gr.Image(visible=False)
-        if asked.other and asked.other != NO_MODEL:
-            choices = _choices(asked.other, asked.window, asked.short_side)
-            other_study = self.laboratory.study(upload, labels, choices, asked.other_study)
-            results = {asked.model: result, asked.other: other_study.segmentation(asked.limit)}
-            compared = gr.Image(comparison(upload.image, results), visible=True)
+        choices = self._choices(asked.model, asked.window, asked.short_side)
+        limit = asked.limit
+        study, other_study = self._studies(upload, labels, choices, asked)
+        result = study.segmentation(limit)
+        both = [gr.AnnotatedImage(visible=False)] * 2
+        if other_study is not None:
+            results = {choices.model: result, other_study.choices.model: other_study.segmentation(limit)}
+            both = [self._masks(upload, each, label=name, visible=True) for name, each in results.items()]
         count = len(study.encoded.windows)
         seen_before = asked.study is not None and asked.study.encoded is study.encoded
-        number = int(asked.number) if seen_before else count // 2 + 1
-        image, masks = annotations(upload.image, result)
-        explained = json.dumps(report(result, study, asked.limit), indent=1, ensure_ascii=False)
+        number = int(_number("window", asked.number)) if seen_before else count // 2 + 1
+        explained = json.dumps(report(result, study, limit), indent=1, ensure_ascii=False)
         return (
-            gr.AnnotatedImage((image, masks), color_map=colours_of(labels)),
+            self._masks(upload, result),
             table(result),
             gr.DownloadButton(
                 value=self._file(mask_file(result), f"{upload.name}-mask.png"), interactive=True
@@ -152,12 +172,30 @@ class Handlers:
             gr.DownloadButton(
                 value=self._file(explained.encode(), f"{upload.name}-labels.json"), interactive=True
             ),
-            *group_views(upload.image, study, asked.limit, number - 1),
+            *group_views(upload.image, study, limit, number - 1),
             gr.Slider(maximum=max(2, count), value=number, visible=count > 1),
-            compared,
+            *both,
+            gr.Markdown(size_note(study), visible=bool(size_note(study))),
             study,
             other_study,
         )
+
+    def _studies(
+        self, upload: Upload, labels: list[str], choices: Choices, asked: Asked
+    ) -> tuple[Study, Study | None]:
+        """Of the model, and of the one to compare with."""
+        others = None
+        if asked.other and asked.other != NO_MODEL:
+            others = replace(choices, model=self.laboratory.catalogue.real_name(asked.other))
+            if others == choices:
+                raise ValueError(
+                    f"{choices.model} is the model already; choose another one to compare it with."
+                )
+        with self._limited(*filter(None, (choices, others))):
+            study = self.laboratory.study(upload, labels, choices, asked.study)
+            if others is None:
+                return study, None
+            return study, self.laboratory.study(upload, labels, others, asked.other_study)
 
     def segment(
         self,
@@ -184,8 +222,10 @@ class Handlers:
             the mask, an indexed PNG whose values are explained in the second result: labels, areas and scores.
         """
         upload = read_upload(image, self.settings.max_pixels)
-        limit = threshold if background else None
-        study = self.laboratory.study(upload, read_labels(labels), _choices(model, window, short_side))
+        limit = _limit(background, threshold)
+        choices = self._choices(model, window, short_side)
+        with self._limited(choices):
+            study = self.laboratory.study(upload, read_labels(labels), choices)
         result = study.segmentation(limit)
         return self._file(mask_file(result), f"{upload.name}-mask.png"), report(result, study, limit)
 
@@ -196,8 +236,8 @@ class Handlers:
         upload = read_upload(path, self.settings.max_pixels)
         if study is None or study.digest != upload.digest:
             raise ValueError("Press Segment first.")
-        index = min(max(int(number), 1), len(study.encoded.windows)) - 1
-        return group_views(upload.image, study, threshold if background else None, index)
+        index = min(max(int(_number("window", number)), 1), len(study.encoded.windows)) - 1
+        return group_views(upload.image, study, _limit(background, threshold), index)
 
     def show_prototypes(self, path: str | None, study: Study | None) -> tuple:
         """The prototypes of the picture that was segmented last, and the study with them."""
@@ -206,7 +246,8 @@ class Handlers:
         upload = read_upload(path, self.settings.max_pixels)
         if study.digest != upload.digest:
             return gr.Gallery(visible=False), "This is a new picture; press **Segment** first.", study
-        study = self.laboratory.with_prototypes(upload, study)
+        with self._limited(study.choices):
+            study = self.laboratory.with_prototypes(upload, study)
         if not study.prototypes:
             return gr.Gallery(visible=False), "This model has no prototypes.", study
         words = (
@@ -216,13 +257,53 @@ class Handlers:
         )
         return gr.Gallery(prototype_views(upload.image, study.prototypes), visible=True), words, study
 
+    @contextmanager
+    def _limited(self, *choices: Choices) -> Iterator[None]:
+        """The time that models have for a request, which begins once they are loaded."""
+        for each in choices:
+            self.laboratory.catalogue.load(each.model)
+        with time_limit(self.settings.max_seconds):
+            yield
+
+    def _choices(self, model: str | None, window: str | None, short_side: float | None) -> Choices:
+        """What was chosen, under the model's real name.
+
+        Raises:
+            ValueError: a choice that there is not; programs send anything.
+        """
+        if window not in ("sliding", "whole"):
+            raise ValueError(f"window is {window!r}, expected 'sliding' or 'whole'.")
+        side = _number("short_side", short_side)
+        if side and not (side.is_integer() and MIN_SHORT_SIDE <= side <= MAX_SHORT_SIDE):
+            raise ValueError(
+                f"short_side is {side:g}, expected 0 for the model's own, or a whole number of pixels from "
+                f"{MIN_SHORT_SIDE} to {MAX_SHORT_SIDE}."
+            )
+        return Choices(self.laboratory.catalogue.real_name(model or ""), window == "sliding", int(side))
+
+    def _masks(self, upload: Upload, result: Segmentation, **options: Any) -> gr.AnnotatedImage:
+        shown = annotations(upload.image, result)
+        return gr.AnnotatedImage(shown, color_map=colours_of(result.labels), **options)
+
     def _file(self, data: bytes, name: str) -> str:
         """A file where Gradio serves it, and deletes it once it was handed out."""
         return save_bytes_to_cache(data, name, self.cache)
 
 
-def _choices(model: str, window: str, short_side: int) -> Choices:
-    return Choices(model.strip(), window == "sliding", int(short_side))
+def _limit(background: bool | None, threshold: float | None) -> float | None:
+    """The library's background threshold for what was chosen."""
+    if not background:
+        return None
+    value = _number("threshold", threshold)
+    if not 0 <= value <= 1:
+        raise ValueError(f"threshold is {value:g}, expected a number from 0 to 1.")
+    return value
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"{name} is {value!r}, expected a number.")
+    return float(value)
 
 
 def presets() -> dict[str, tuple[str, bool]]:

@@ -1,14 +1,18 @@
 """The models that a visitor can choose from, and what keeps a visitor from reading anything else."""
 
+import contextlib
 import re
 import tempfile
 import threading
+from collections import OrderedDict
 from pathlib import Path
+from weakref import WeakValueDictionary
 
 import httpx
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
-from settings import Settings
+from limits import watch
+from settings import Settings, is_zerogpu
 from transformers import PreTrainedConfig
 
 from pgseg_hf import (
@@ -26,11 +30,12 @@ _HUB_NAME = re.compile(r"(?!.*\.\.)[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,9
 _SIDE_FILES = (".json", ".txt")
 # Weights in the order of preference; `torch.load` reads the last with `weights_only`.
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-_KEPT_MODELS = 3
+_KEPT_MODELS = 3  # of visitors
 
 
 class Catalogue:
-    """Loads models by the names that visitors see.
+    """Loads models by the names that visitors see. What is offered stays in memory; of what visitors name on the Hub,
+    the models that were used last.
 
     Args:
         settings: which models are offered.
@@ -47,8 +52,11 @@ class Catalogue:
             for name, place in _offered(given).items():
                 if self._places.setdefault(name, place) != place:
                     raise ValueError(f"two models are called {name}: {self._places[name]} and {place}.")
-        self._loaded: dict[str, Segmenter] = {}
-        self._lock = threading.Lock()
+        self._offered: dict[str, Segmenter] = {}
+        self._visitors: OrderedDict[str, Segmenter] = OrderedDict()  # the one used last at the end
+        self._lock = threading.Lock()  # of the two, never held while a model is loaded
+        # Of a model while it is loaded: nobody waits for another one's download, and nothing is loaded twice.
+        self._loading: WeakValueDictionary[str, threading.Lock] = WeakValueDictionary()
 
     @property
     def names(self) -> list[str]:
@@ -61,7 +69,7 @@ class Catalogue:
         Raises:
             ValueError: unknown name, or a model that cannot be loaded; says nothing of where files lie.
         """
-        name = name.strip() or self.default
+        name = self.real_name(name)
         if name not in self._places and not self.settings.any_hub_model:
             raise ValueError(f"{name!r} is not offered here, expected one of {', '.join(self.names)}.")
         if name not in self._places and not _HUB_NAME.fullmatch(name):
@@ -69,31 +77,44 @@ class Catalogue:
                 f"{name[:100]!r} is no model, expected one of the list or a name on the Hub such as owner/name. "
                 "Folders can be chosen where the server was started with --models FOLDER."
             )
-        # Without the lock where there is nothing to load: nobody waits for another visitor's download.
-        found = self._loaded.get(name)
-        if found is not None:
-            return found
         with self._lock:
-            found = self._loaded.get(name) or self._load(name)
-            self._loaded[name] = found
-            others = [other for other in self._loaded if other != self.default]
-            for other in others[:-_KEPT_MODELS]:
-                del self._loaded[other]
+            loading = self._loading.setdefault(name, threading.Lock())
+        with loading:
+            found = self._found(name) or self._load(name)
+            self._keep(name, found)
         return found
 
+    def real_name(self, name: str) -> str:
+        """What a model is called that a visitor named; the shipped one for nothing."""
+        return name.strip() or self.default
+
+    def _found(self, name: str) -> Segmenter | None:
+        with self._lock:
+            return self._offered.get(name) or self._visitors.get(name)
+
+    def _keep(self, name: str, segmenter: Segmenter) -> None:
+        with self._lock:
+            if name in self._places:
+                self._offered[name] = segmenter
+                return
+            self._visitors[name] = segmenter
+            self._visitors.move_to_end(name)
+            while len(self._visitors) > _KEPT_MODELS:
+                self._visitors.popitem(last=False)
+
     def _load(self, name: str) -> Segmenter:
-        if name in self._places:
-            place = self._places[name]
+        # With ZeroGPU there is no GPU but while a function borrows it.
+        device = "cpu" if is_zerogpu() else self.settings.device
+        with contextlib.ExitStack() as stack:
+            place = self._places.get(name) or stack.enter_context(tempfile.TemporaryDirectory())
             try:
-                return load_any(place, self.settings.device)
-            except (ValueError, OSError) as error:
-                raise ValueError(f"{name} cannot be loaded: {_without(place, str(error))}") from error
-        with tempfile.TemporaryDirectory() as folder:
-            try:
-                _download(name, folder, self.settings.max_model_bytes)
-                return load_any(folder, self.settings.device)
+                if name not in self._places:
+                    _download(name, place, self.settings.max_model_bytes)
+                segmenter = load_any(place, device)
             except (ValueError, OSError, HfHubHTTPError, httpx.HTTPError) as error:
-                raise ValueError(f"{name} cannot be loaded: {_without(folder, str(error))}") from error
+                raise ValueError(f"{name} cannot be loaded: {_without(place, str(error))}") from error
+        watch(segmenter.model)
+        return segmenter
 
 
 def load_any(place: str, device: str = "cpu") -> Segmenter:

@@ -10,6 +10,9 @@ import torch
 # The longest preset that is offered has as many (ImageNet-S-300).
 MAX_LABELS = 300
 MAX_LABEL_LETTERS = 100
+# Pixels that a visitor may have a picture's short side resized to.
+MIN_SHORT_SIDE = 64
+MAX_SHORT_SIDE = 672
 # Of a `data:` address: a file of 20 MB in base64.
 MAX_DATA_LETTERS = 28_000_000
 
@@ -25,6 +28,8 @@ class Settings:
         device: where models run.
         concurrency: requests that are worked on at once; the others wait.
         keep_seconds: how long pictures and results of a visitor stay on the server.
+        max_seconds: that the model has for one request; what takes longer is given up.
+        web_pictures: whether a program may name a picture by a web address, which the server then fetches.
         max_pixels: of a picture.
         max_file_size: of an upload, as Gradio takes it.
         max_model_bytes: of a model of the Hub that a visitor names.
@@ -36,9 +41,22 @@ class Settings:
     device: str = "cpu"
     concurrency: int = 2
     keep_seconds: int = 900
+    max_seconds: int = 60
+    web_pictures: bool = False
     max_pixels: int = 16_000_000
     max_file_size: str = "20mb"
     max_model_bytes: int = 2 * 10**9
+
+
+# Options with their defaults and what they are; all are at least 1.
+_WHOLE_NUMBERS = {
+    "concurrency": (Settings.concurrency, "requests that are worked on at once"),
+    "keep_seconds": (Settings.keep_seconds, "how long a visitor's pictures and results stay on the server"),
+    "max_seconds": (
+        Settings.max_seconds,
+        "that the model has for one request; what takes longer is given up",
+    ),
+}
 
 
 def read_settings(arguments: Sequence[str] | None = None) -> Settings:
@@ -70,25 +88,31 @@ def read_settings(arguments: Sequence[str] | None = None) -> Settings:
         default=os.environ.get("PGSEG_DEMO_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu"),
         help="where models run (PGSEG_DEMO_DEVICE)",
     )
+    for option, (default, what) in _WHOLE_NUMBERS.items():
+        variable = f"PGSEG_DEMO_{option.upper()}"
+        parser.add_argument(
+            f"--{option.replace('_', '-')}",
+            type=int,
+            default=int(os.environ.get(variable, default)),
+            help=f"{what} ({variable})",
+        )
     parser.add_argument(
-        "--concurrency",
-        type=int,
-        default=int(os.environ.get("PGSEG_DEMO_CONCURRENCY", "2")),
-        help="requests that are worked on at once (PGSEG_DEMO_CONCURRENCY)",
-    )
-    parser.add_argument(
-        "--keep-seconds",
-        type=int,
-        default=int(os.environ.get("PGSEG_DEMO_KEEP_SECONDS", "900")),
-        help="how long a visitor's pictures and results stay on the server (PGSEG_DEMO_KEEP_SECONDS)",
+        "--web-pictures",
+        action=argparse.BooleanOptionalAction,
+        default=_is_on("PGSEG_DEMO_WEB_PICTURES", "0"),
+        help="programs may name a picture by a public web address, which the server fetches, of whatever size "
+        "(PGSEG_DEMO_WEB_PICTURES)",
     )
     args = parser.parse_args(arguments)
-    for name in ("concurrency", "keep_seconds"):
+    for name in _WHOLE_NUMBERS:
         if getattr(args, name) < 1:
             parser.error(f"{name} is {getattr(args, name)}, expected at least 1")
-    return Settings(
-        tuple(args.models), args.any_hub_model, args.mcp, args.device, args.concurrency, args.keep_seconds
-    )
+    return Settings(**{**vars(args), "models": tuple(args.models)})
+
+
+def is_zerogpu() -> bool:
+    """Whether this is a Space whose GPU is there only inside functions of `spaces.GPU`."""
+    return _is_on("SPACES_ZERO_GPU", "0")
 
 
 def _is_on(variable: str, default: str) -> bool:

@@ -2,6 +2,7 @@
 
 import binascii
 import hashlib
+import unicodedata
 from base64 import b64decode
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -11,9 +12,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from limits import map_size, resampled
 from model_catalogue import Catalogue
 from PIL import Image
-from settings import MAX_LABEL_LETTERS, MAX_LABELS
+from settings import MAX_LABEL_LETTERS, MAX_LABELS, MAX_SHORT_SIDE
 
 from pgseg_hf import Segmentation, SegmentationOptions, Segmenter
 from pgseg_hf.images import load_image
@@ -26,7 +28,8 @@ try:
 except ImportError:  # anywhere but on a Space with ZeroGPU
     spaces = None
 
-LONGEST_EDGE = 2048  # of a resized picture, the released evaluation's
+LONGEST_EDGE = 2 * MAX_SHORT_SIDE  # of a picture that is resized to a visitor's short side
+GPU_SECONDS = 60  # that a function borrows a GPU for, at most
 
 
 @dataclass(frozen=True)
@@ -103,11 +106,18 @@ class Study:
     scored: ScoredImage = field(repr=False)
     prototypes: tuple[Prototypes, ...] | None = field(default=None, repr=False)
 
+    @property
+    def made_at(self) -> tuple[int, int]:
+        """Height and width that the masks are made at: the picture's, or less where that would take too long."""
+        shown = torch.stack([(window.scores != 0).any(dim=0) for window in self.scored.windows]).any(dim=0)
+        return map_size(self.scored.size, int(shown.sum()))
+
     def segmentation(self, threshold: float | None) -> Segmentation:
-        """The masks for a background threshold; no model is needed."""
+        """The masks in the picture's size for a background threshold; no model is needed."""
         scored = self.scored if threshold is None else self.scored.with_background(threshold)
-        label_map, scores = scored.label_map()
-        return Segmentation(label_map.numpy(), scores.numpy(), list(self.labels), threshold is not None)
+        maps = replace(scored, size=self.made_at).label_map()
+        label_map, scores = (resampled(values.numpy(), scored.size) for values in maps)
+        return Segmentation(label_map, scores, list(self.labels), threshold is not None)
 
 
 class Laboratory:
@@ -119,9 +129,9 @@ class Laboratory:
 
     def __init__(self, catalogue: Catalogue):
         self.catalogue = catalogue
-        on_gpu: Callable[[Any], Any] = spaces.GPU if spaces is not None else lambda function: function
-        self._study_on_gpu = on_gpu(self._study)
-        self._prototypes_on_gpu = on_gpu(self._prototypes)
+        on_gpu = spaces.GPU(duration=GPU_SECONDS) if spaces is not None else _as_it_is
+        self._study_on_gpu = on_gpu(_study)
+        self._prototypes_on_gpu = on_gpu(_prototypes)
 
     def study(
         self, upload: Upload, labels: list[str], choices: Choices, before: Study | None = None
@@ -129,47 +139,73 @@ class Laboratory:
         """A study of a picture; the image encoder only runs where `before` is of another picture or other choices.
 
         Raises:
-            ValueError: a model that cannot be loaded.
+            ValueError: a model that cannot be loaded, or that takes too long.
         """
         if before is not None and (before.digest, before.choices) != (upload.digest, choices):
             before = None
         if before is not None and before.labels == tuple(labels):
             return before
-        return self._study_on_gpu(upload, labels, choices, before)
+        return self._study_on_gpu(self._model(choices), self._device, upload, labels, choices, before)
 
     def with_prototypes(self, upload: Upload, study: Study) -> Study:
         """The same study with the prototypes of the whole picture; empty for a model without any."""
         if study.prototypes is not None and study.digest == upload.digest:
             return study
-        return replace(study, prototypes=self._prototypes_on_gpu(upload, study.choices))
+        found = self._prototypes_on_gpu(self._model(study.choices), self._device, upload, study.choices)
+        return replace(study, prototypes=found)
 
-    def _study(self, upload: Upload, labels: list[str], choices: Choices, before: Study | None) -> Study:
-        segmenter, options = self.catalogue.load(choices.model), choices.options()
-        class_embeds = segmenter.class_embeddings(labels, options)
-        if before is None:
-            encoded = next(iter(segmenter.encode([upload.image], options)))
-        else:
-            encoded = _moved(before.encoded, segmenter.model.device)
-        scored = segmenter.score(encoded, class_embeds, options)
-        return Study(
-            digest=upload.digest,
-            choices=choices,
-            encoded=_moved(encoded, "cpu") if before is None else before.encoded,
-            labels=tuple(labels),
-            class_embeds=class_embeds.cpu(),
-            scored=_moved(scored, "cpu"),
-            prototypes=None if before is None else before.prototypes,
-        )
+    def _model(self, choices: Choices) -> Segmenter:
+        """The model, loaded outside of the time that a GPU is lent for."""
+        return self.catalogue.load(choices.model)
 
-    def _prototypes(self, upload: Upload, choices: Choices) -> tuple[Prototypes, ...]:
-        segmenter, options = self.catalogue.load(choices.model), choices.options()
-        if segmenter.model.config.npr_variant == "none":
-            return ()
-        pixel_values = prepared(segmenter, upload.image, options)
-        with torch.inference_mode():
-            output = segmenter.model.vision_model(pixel_values, output_npr=True, output_attentions=True)
-        counts = [of_stage[1].shape[1] for of_stage in output.npr]
-        return tuple(Prototypes(*pair) for pair in zip(prototype_maps(output), counts))
+    @property
+    def _device(self) -> str:
+        return self.catalogue.settings.device
+
+
+def _as_it_is(function: Callable) -> Callable:
+    return function
+
+
+# What a ZeroGPU runs, in another process: all it needs is among the arguments, and results are on the CPU.
+def _study(
+    segmenter: Segmenter,
+    device: str,
+    upload: Upload,
+    labels: list[str],
+    choices: Choices,
+    before: Study | None,
+) -> Study:
+    segmenter.model.to(device)
+    options = choices.options()
+    class_embeds = segmenter.class_embeddings(labels, options)
+    if before is None:
+        encoded = next(iter(segmenter.encode([upload.image], options)))
+    else:
+        encoded = _moved(before.encoded, device)
+    scored = segmenter.score(encoded, class_embeds, options)
+    return Study(
+        digest=upload.digest,
+        choices=choices,
+        encoded=_moved(encoded, "cpu") if before is None else before.encoded,
+        labels=tuple(labels),
+        class_embeds=class_embeds.cpu(),
+        scored=_moved(scored, "cpu"),
+        prototypes=None if before is None else before.prototypes,
+    )
+
+
+def _prototypes(
+    segmenter: Segmenter, device: str, upload: Upload, choices: Choices
+) -> tuple[Prototypes, ...]:
+    if segmenter.model.config.npr_variant == "none":
+        return ()
+    segmenter.model.to(device)
+    pixel_values = prepared(segmenter, upload.image, choices.options())
+    with torch.inference_mode():
+        output = segmenter.model.vision_model(pixel_values, output_npr=True, output_attentions=True)
+    counts = [of_stage[1].shape[1] for of_stage in output.npr]
+    return tuple(Prototypes(*pair) for pair in zip(prototype_maps(output), counts))
 
 
 def prepared(segmenter: Segmenter, image: Image.Image, options: SegmentationOptions) -> torch.Tensor:
@@ -192,13 +228,14 @@ def _moved(image: Any, device: torch.device | str) -> Any:
     return replace(image, windows=windows)
 
 
-def read_labels(text: str) -> list[str]:
+def read_labels(text: str | None) -> list[str]:
     """Labels from words that are separated by commas or lines.
 
     Raises:
-        ValueError: no label, too many, a very long one, or one that is given twice.
+        ValueError: no label, too many, a very long one, one that is given twice, or one with a character that is no
+            text, such as NUL.
     """
-    words = [word.strip() for line in text.splitlines() for word in line.split(",")]
+    words = [word.strip() for line in (text or "").splitlines() for word in line.split(",")]
     labels = [word for word in words if word]
     if not labels:
         raise ValueError("Type at least one word, for example: building, tree, sky.")
@@ -206,6 +243,12 @@ def read_labels(text: str) -> list[str]:
         raise ValueError(
             f"{len(labels)} labels are more than the {MAX_LABELS} that this demo takes; leave some out."
         )
+    for label in labels:
+        odd = next((letter for letter in label if unicodedata.category(letter) in ("Cc", "Cs")), None)
+        if odd is not None:
+            raise ValueError(
+                f"The label {label[:30]!r} has the character {odd!r}, which is no text; leave it out."
+            )
     longest = max(labels, key=len)
     if len(longest) > MAX_LABEL_LETTERS:
         raise ValueError(

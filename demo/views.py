@@ -5,11 +5,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from limits import resampled
 from PIL import Image
 from studies import Prototypes, Study
 
 from pgseg_hf import Segmentation
-from pgseg_hf.visualization import draw_groups, heat_map, indexed_png, overlay, palette, side_by_side
+from pgseg_hf.visualization import draw_groups, heat_map, indexed_png, palette
 
 SHOWN_SIDE = 1024  # pixels of the longest side on the page; files have the picture's own size
 MASK_OPACITY = 0.6
@@ -31,8 +32,7 @@ def colours_of(labels: list[str]) -> dict[str, str]:
 def annotations(image: Image.Image, result: Segmentation) -> tuple[Image.Image, list[tuple[np.ndarray, str]]]:
     """The picture and the masks of the labels present for `gr.AnnotatedImage`, the largest first."""
     size = shown_size(*image.size)
-    rows, columns = (np.arange(n) * full // n for n, full in zip(size[::-1], image.size[::-1]))
-    label_map = result.label_map[rows][:, columns]
+    label_map = resampled(result.label_map, size[::-1])
     masks = [
         (MASK_OPACITY * (label_map == segment.value), segment.label)
         for segment in result.segments()
@@ -57,6 +57,16 @@ def mask_file(result: Segmentation) -> bytes:
     return buffer.getvalue()
 
 
+def size_note(study: Study) -> str:
+    """What to say where masks have less detail than the picture; nothing where they have as much."""
+    if study.made_at == study.scored.size:
+        return ""
+    return (
+        f"The picture is large for as many labels: their borders were drawn on {study.made_at[1]:,} x "
+        f"{study.made_at[0]:,} pixels and enlarged."
+    )
+
+
 def report(result: Segmentation, study: Study, threshold: float | None) -> dict[str, Any]:
     """What was asked and found, for JSON."""
     colours = colours_of(result.labels)
@@ -64,6 +74,7 @@ def report(result: Segmentation, study: Study, threshold: float | None) -> dict[
     return {
         "width": width,
         "height": height,
+        "made_at": {"width": study.made_at[1], "height": study.made_at[0]},
         "model": study.choices.model,
         "options": {
             "window": "sliding" if study.choices.sliding else "whole",
@@ -161,15 +172,3 @@ def prototype_views(image: Image.Image, stages: tuple[Prototypes, ...]) -> list[
         )
         for number, stage in enumerate(stages, start=1)
     ]
-
-
-def comparison(image: Image.Image, results: dict[str, Segmentation]) -> Image.Image:
-    """Overlays of several models in a row, each under the model's name."""
-    size = shown_size(*image.size)
-    shown = image.resize(size, Image.Resampling.LANCZOS)
-    pictures = []
-    for result in results.values():
-        rows, columns = (np.arange(n) * full // n for n, full in zip(size[::-1], image.size[::-1]))
-        label_map = result.label_map[rows][:, columns]
-        pictures.append(overlay(shown, label_map, result.labels, result.background))
-    return side_by_side(pictures, list(results))

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
-from pgseg_hf import visualization
 from pgseg_hf.modeling_pgseg import PGSegVisionOutput
+from pgseg_hf.visualization import colours as colour_map
 from pgseg_hf.visualization import (
     draw_contours,
     draw_groups,
@@ -23,6 +23,7 @@ from pgseg_hf.visualization import (
     prototype_maps,
     side_by_side,
 )
+from pgseg_hf.visualization.heat import CHOSEN, NOTHING, ramp
 
 GREY = (120, 120, 120)
 
@@ -74,15 +75,15 @@ class TestPalette:
 
     @pytest.mark.parametrize("matrix", ["normal", "_PROTANOPIA", "_DEUTERANOPIA"])
     def test_the_first_eight_stay_apart_for_each_kind_of_eyes(self, matrix):
-        linear = visualization._linear(palette(8))
+        linear = colour_map.linear_light(palette(8))
         if matrix != "normal":
-            linear = np.clip(linear @ np.array(getattr(visualization, matrix)).T, 0, 1)
-        lab = visualization._oklab(linear)
+            linear = np.clip(linear @ np.array(getattr(colour_map, matrix)).T, 0, 1)
+        lab = colour_map.oklab(linear)
         distance = np.linalg.norm(lab[:, None] - lab[None], axis=-1)[~np.eye(8, dtype=bool)]
         assert distance.min() > 0.07  # about 3.5 times the just noticeable difference of 0.02
 
     def test_oklab_of_white_is_its_unit_lightness(self):
-        white = visualization._oklab(visualization._linear(np.array([[255, 255, 255]], dtype=np.uint8)))
+        white = colour_map.oklab(colour_map.linear_light(np.array([[255, 255, 255]], dtype=np.uint8)))
         np.testing.assert_allclose(white, [[1, 0, 0]], atol=1e-4)
 
     def test_beyond_the_distinct_colours_they_repeat(self):
@@ -342,20 +343,20 @@ class TestHeatMap:
         assert drawn_text == ["1", "2", "3", "cat", "dog", "0.00", "1.00", "0.50", "0.25", "1.00"]
 
     def test_the_ground_is_darker_where_there_is_more(self):
-        grounds = [visualization._ramp(share) for share in (0.0, 0.25, 0.5, 0.75, 1.0)]
-        lightness = visualization._oklab(visualization._linear(np.array(grounds, dtype=np.uint8)))[:, 0]
+        grounds = [ramp(share) for share in (0.0, 0.25, 0.5, 0.75, 1.0)]
+        lightness = colour_map.oklab(colour_map.linear_light(np.array(grounds, dtype=np.uint8)))[:, 0]
         assert (np.diff(lightness) < -0.05).all()
         shown = shown_colours(heat_map(self.VALUES, ["cat", "dog"], ["1", "2", "3"]))
-        assert {grounds[0], grounds[1], grounds[2], grounds[4], visualization._NOTHING} <= shown
+        assert {grounds[0], grounds[1], grounds[2], grounds[4], NOTHING} <= shown
 
     def test_names_have_their_colours_and_choices_a_frame(self):
         drawn = heat_map(self.VALUES, ["cat", "dog"], ["1", "2", "3"], [1, -1, 0], palette(2), palette(6)[3:])
         assert {
             tuple(colour) for colour in [*palette(2).tolist(), *palette(6)[3:].tolist()]
         } <= shown_colours(drawn)
-        assert visualization._CHOSEN in shown_colours(drawn)
+        assert CHOSEN in shown_colours(drawn)
         plain = heat_map(self.VALUES, ["cat", "dog"], ["1", "2", "3"], [-1, -1, -1])
-        assert visualization._CHOSEN not in shown_colours(plain)
+        assert CHOSEN not in shown_colours(plain)
 
     @pytest.mark.parametrize("values", [[[0.3]], [[math.nan]], [[-2.0, -2.0]]])
     def test_values_that_are_all_alike(self, values):

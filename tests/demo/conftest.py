@@ -1,3 +1,4 @@
+import shutil
 import sys
 from collections.abc import Iterator
 
@@ -9,9 +10,12 @@ sys.path.insert(0, str(DEMO))
 
 
 @pytest.fixture(scope="session")
-def server(tmp_path_factory) -> Iterator[Server]:
+def server(tiny_folder, tmp_path_factory) -> Iterator[Server]:
+    """The demo with a second model, called "tiny"."""
     pytest.importorskip("gradio", reason="needs pip install pgseg-hf[demo]")
-    running = start_server(tmp_path_factory.mktemp("server"))
+    second = tmp_path_factory.mktemp("models") / "tiny"
+    shutil.copytree(tiny_folder, second)
+    running = start_server(tmp_path_factory.mktemp("server"), "--models", str(second))
     yield running
     stop(running)
     assert not list((running.folder / "tmp").glob("pgseg-demo-*")), "the demo left files behind"

@@ -10,12 +10,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="needs pip install pgseg-hf[browser]")
-
 CHROMIUM = os.environ.get("PGSEG_CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
-pytestmark = pytest.mark.skipif(
-    CHROMIUM is None, reason="needs Chromium (apt-get install chromium, or its path in PGSEG_CHROMIUM)"
-)
+try:
+    from playwright import sync_api
+except ImportError:
+    MISSING = "playwright (pip install pgseg-hf[browser])"
+else:
+    MISSING = "" if CHROMIUM else "Chromium (apt-get install chromium, or its path in PGSEG_CHROMIUM)"
+if MISSING and os.environ.get("PGSEG_REQUIRE_BROWSER", "0") == "1":
+    raise RuntimeError(f"PGSEG_REQUIRE_BROWSER=1, but there is no {MISSING}")
+if MISSING:
+    pytest.skip(f"needs {MISSING}", allow_module_level=True)
+
 SIZES = {"phone": (390, 844), "desktop": (1280, 900)}
 PATIENCE_MS = 60_000
 # No updates and no telemetry: where there is no network they would wait for it, and some machines refuse the rest
@@ -72,8 +78,8 @@ class Visit:
         self.page.get_by_label("Words, separated by commas or lines").fill(words)
         self.page.get_by_role("button", name="Segment", exact=True).click()
 
-    def choose_model(self, name: str) -> None:
-        field = self.page.get_by_label("Model", exact=True)
+    def choose_model(self, name: str, label: str = "Model") -> None:
+        field = self.page.get_by_label(label, exact=True)
         field.click()
         field.fill(name)
         field.press("Enter")
@@ -141,6 +147,33 @@ def test_a_visitor_uploads_types_looks_and_downloads(browser, server, screenshot
     assert visit.elsewhere == []
     overflow = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
     assert overflow <= 0, f"the page is {overflow} pixels wider than the screen"
+    visit.context.close()
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("size", SIZES)
+def test_a_visitor_compares_two_models(browser, server, screenshots, street_file, size, theme):
+    visit = Visit(browser, server, size, theme)
+    page = visit.page
+    page.locator("input[type=file]").first.set_input_files(street_file)
+    page.locator("#picture img").first.wait_for()
+    page.get_by_role("button", name="Model and resolution").click()
+    visit.choose_model("tiny", "Compare with")
+    visit.segment("building, road, tree")
+    visit.wait_for_rows(lambda rows: len(rows) == 3)
+    visit.open_tab("Comparison")
+    compared = page.locator("#comparison")
+    compared.get_by_text("pgseg-small-street").wait_for()
+    compared.get_by_text("tiny").wait_for()
+    legends = compared.locator(".legend")
+    sync_api.expect(legends).to_have_count(2)
+    boxes = [legends.nth(number).bounding_box() for number in range(2)]
+    assert (abs(boxes[1]["y"] - boxes[0]["y"]) < 50) == (size == "desktop")  # on a phone one below the other
+    page.screenshot(path=screenshots / f"{size}-{theme}-6-comparison.png", full_page=True)
+    visit.choose_model("none", "Compare with")
+    visit.segment("building, road, tree")
+    legends.first.wait_for(state="hidden")
+    assert visit.problems == [] and visit.elsewhere == []
     visit.context.close()
 
 

@@ -1,6 +1,8 @@
 """What the buttons of the page do."""
 
+import asyncio
 import json
+import math
 import os
 import shutil
 from dataclasses import fields
@@ -13,12 +15,14 @@ from PIL import Image
 
 gr = pytest.importorskip("gradio", reason="needs pip install pgseg-hf[demo]")
 
+import limits  # noqa: E402
+from app import build_app  # noqa: E402
 from handlers import Asked, Handlers, file_as_it_is, presets, speaking  # noqa: E402
 from model_catalogue import Catalogue  # noqa: E402
 from settings import MAX_LABELS, Settings  # noqa: E402
 from studies import read_labels  # noqa: E402
 
-MASKS, ROWS, MASK, LABELS, GROUPS, HEAT, WORDS, NUMBER, COMPARED, STUDY, OTHER = range(11)
+MASKS, ROWS, MASK, LABELS, GROUPS, HEAT, WORDS, NUMBER, FIRST, SECOND, NOTE, STUDY, OTHER = range(13)
 
 
 @pytest.fixture(scope="module")
@@ -74,11 +78,82 @@ def test_the_window_that_one_looks_at_stays(handlers, asked):
 
 def test_two_models_stand_side_by_side(handlers, asked):
     shown = handlers.show_masks(*asked(other="tiny"))
-    assert shown[COMPARED].visible and shown[OTHER].choices.model == "tiny"
+    assert shown[FIRST].visible and shown[SECOND].visible and shown[OTHER].choices.model == "tiny"
+    assert [shown[FIRST].label, shown[SECOND].label] == ["pgseg-small-street", "tiny"]
+    assert shown[FIRST].value == shown[MASKS].value != shown[SECOND].value
     alone = handlers.show_masks(*asked())
-    assert not alone[COMPARED].visible and alone[OTHER] is None
+    assert not alone[FIRST].visible and not alone[SECOND].visible and alone[OTHER] is None
     with pytest.raises(ValueError, match="is the model already"):
         handlers.show_masks(*asked(other="pgseg-small-street"))
+
+
+def test_a_model_is_called_by_its_name_wherever_it_is_named(handlers, street_file):
+    _, found = handlers.segment(street_file, "road, tree", False, 0, "", "whole", 0)
+    assert found["model"] == "pgseg-small-street"
+    _, found = handlers.segment(street_file, "road, tree", False, 0, " tiny ", "whole", 0)
+    assert found["model"] == "tiny"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"short_side": math.nan}, "short_side is nan, expected a number"),
+        ({"short_side": None}, "short_side is None, expected a number"),
+        ({"short_side": 1}, "short_side is 1, expected 0 .* from 64 to 672"),
+        ({"short_side": 673}, "short_side is 673"),
+        ({"short_side": 64.5}, "short_side is 64.5"),
+        ({"threshold": math.nan}, "threshold is nan"),
+        ({"threshold": None}, "threshold is None"),
+        ({"threshold": 1.5}, "threshold is 1.5, expected a number from 0 to 1"),
+        ({"window": None}, "window is None, expected 'sliding' or 'whole'"),
+        ({"labels": None}, "Type at least one word"),
+        ({"labels": "cat, d\0g"}, r"The label 'd\\x00g' has the character '\\x00'"),
+        ({"labels": "\ud800"}, "no text"),
+        ({"model": "a\0b/c"}, "is no model"),
+        ({"image": None}, "Choose a picture"),
+    ],
+)
+def test_values_that_programs_send_are_refused_by_name(handlers, street_file, changes, message):
+    values = {"image": street_file, "labels": "road, tree", "background": True, "threshold": 0.3}
+    values |= {"model": None, "window": "whole", "short_side": 0}
+    assert handlers.segment(**values)[1]["labels"]
+    with pytest.raises(ValueError, match=message):
+        handlers.segment(**(values | changes))
+
+
+def test_masks_of_less_detail_are_said_to_be(handlers, asked, street_file, monkeypatch):
+    full = handlers.show_masks(*asked())
+    assert not full[NOTE].visible
+    monkeypatch.setattr(limits, "MAX_MAP_ENTRIES", 20_000)
+    less = handlers.show_masks(*asked())
+    explained = json.loads(Path(less[LABELS].value["path"]).read_text())
+    made = explained["made_at"]
+    assert made["width"] * made["height"] <= 10_000 and explained["width"] == 256
+    assert less[NOTE].visible and f"{made['width']} x {made['height']}" in less[NOTE].value
+    first, second = (np.asarray(Image.open(shown[MASK].value["path"])) for shown in (full, less))
+    assert first.shape == second.shape and (first == second).mean() > 0.95
+
+
+def test_a_request_has_only_so_much_time(tiny_folder, asked, tmp_path):
+    settings = Settings(max_seconds=0)
+    hurried = Handlers(settings, Catalogue(settings), str(tmp_path))
+    with pytest.raises(ValueError, match="longer than the 0 seconds"):
+        hurried.show_masks(*asked())
+
+
+def test_a_slow_download_does_not_count(tmp_path, street_file, monkeypatch):
+    load = Catalogue.load
+
+    def slowly(catalogue, name):
+        if not catalogue._offered:
+            clock[0] += 1000
+        return load(catalogue, name)
+
+    settings, clock = Settings(), [0.0]
+    handlers = Handlers(settings, Catalogue(settings), str(tmp_path))
+    monkeypatch.setattr(Catalogue, "load", slowly)
+    monkeypatch.setattr(limits, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    assert handlers.segment(street_file, "tree", False, 0, "", "whole", 0)
 
 
 def test_other_views_want_masks_of_the_same_picture_first(handlers, asked, street_file, tmp_path):
@@ -121,6 +196,32 @@ def test_only_files_of_visitors_are_opened(tmp_path):
             take(SimpleNamespace(url=None, path=path))
     with pytest.raises(gr.Error, match="too large"):
         take(SimpleNamespace(url="data:image/png;base64," + "A" * 28_000_000, path=None))
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_no_web_address_of_a_request_is_fetched(place, monkeypatch):
+    """Whichever component it is for."""
+    fetched = []
+
+    async def fetch(url, cache_dir):
+        fetched.append(url)
+        raise OSError("no network")
+
+    monkeypatch.setattr("gradio.processing_utils.async_ssrf_protected_download", fetch)
+
+    def request(app, path):
+        function = next(each for each in app.fns.values() if each.api_name == "segment")
+        values = [None, "tree", False, 0.3, "", "whole", 0]
+        values[place] = {"path": path, "meta": {"_type": "gradio.FileData"}}
+        asyncio.run(app.preprocess_data(function, values, None))
+
+    for path, message in (("https://example.com/a.jpg", "web address"), ("a\0b", "not on the server")):
+        with pytest.raises(gr.Error, match=message):
+            request(build_app(Settings()), path)
+    assert fetched == []
+    with pytest.raises(OSError, match="no network"):
+        request(build_app(Settings(web_pictures=True)), "https://example.com/a.jpg")
+    assert fetched == ["https://example.com/a.jpg"]
 
 
 def test_presets_are_labels_that_can_be_taken():

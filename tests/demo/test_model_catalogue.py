@@ -1,7 +1,11 @@
 """Which models a visitor can choose, and what stays closed."""
 
 import shutil
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import model_catalogue
 import pytest
@@ -107,6 +111,56 @@ class TestWhatAVisitorTypes:
             models.load(f"owner/other{number}")
         assert models.load("owner/model") is not loaded  # only three of them stay in memory
 
+    @pytest.fixture
+    def hub(self, monkeypatch):
+        """A Hub on which every model takes a moment, and the names that were asked for."""
+        asked = []
+
+        def load(place, device):
+            if not Path(place).joinpath("name").exists():
+                return SimpleNamespace(model=torch.nn.Module())
+            return SimpleNamespace(model=torch.nn.Module(), name=Path(place, "name").read_text())
+
+        def download(name, folder, max_bytes):
+            asked.append(name)
+            time.sleep(0.2)
+            Path(folder, "name").write_text(name)
+
+        monkeypatch.setattr(model_catalogue, "load_any", load)
+        monkeypatch.setattr(model_catalogue, "_download", download)
+        return asked
+
+    def test_what_was_used_last_stays_and_so_does_all_that_is_offered(self, hub, tiny_folder, tmp_path):
+        for number in range(5):
+            shutil.copytree(tiny_folder, tmp_path / f"own{number}")
+        models = Catalogue(Settings(models=(str(tmp_path),)))
+        own = {name: models.load(name) for name in models.names}
+        for name in ("a/1", "a/2", "a/3", "a/1", "a/4"):
+            models.load(name)
+        assert all(models.load(name) is found for name, found in own.items())
+        assert hub == ["a/1", "a/2", "a/3", "a/4"]
+        models.load("a/1")
+        assert len(hub) == 4
+        models.load("a/2")
+        assert len(hub) == 5
+
+    def test_nobody_waits_for_anothers_download_and_nothing_is_loaded_twice(self, hub, monkeypatch):
+        models = Catalogue(Settings())
+        arrived = threading.Barrier(2, timeout=30)
+
+        def download(name, folder, max_bytes):
+            hub.append(name)
+            arrived.wait()  # only where both are loaded at once
+            Path(folder, "name").write_text(name)
+
+        monkeypatch.setattr(model_catalogue, "_download", download)
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(models.load, ["a/1", "a/1", "a/2", "a/2"]))
+        assert sorted(hub) == ["a/1", "a/2"]
+        assert [each.name for each in found] == ["a/1", "a/1", "a/2", "a/2"]
+        assert found[0] is found[1] and found[2] is found[3]
+        assert not models._loading
+
     def test_the_hub_is_asked_without_a_token_for_weights_of_a_fair_size(self, tmp_path, monkeypatch):
         asked = []
 
@@ -178,6 +232,10 @@ class TestSettings:
         assert settings.models == ("a/b", "/models") and settings.mcp and not settings.any_hub_model
         assert settings.concurrency == 3
         assert read_settings(["--models", "c/d", "--no-mcp"]).models == ("c/d",)
+        assert settings.max_seconds == 60 and not settings.web_pictures
+        monkeypatch.setenv("PGSEG_DEMO_WEB_PICTURES", "yes")
+        monkeypatch.setenv("PGSEG_DEMO_MAX_SECONDS", "5")
+        assert read_settings([]).max_seconds == 5 and read_settings([]).web_pictures
 
     def test_no_requests_at_once_make_no_sense(self):
         with pytest.raises(SystemExit):

@@ -16,6 +16,7 @@ gradio_client = pytest.importorskip("gradio_client", reason="needs pip install p
 
 from demo_server import DEMO, start_server, stop  # noqa: E402
 from gradio_client.exceptions import AppError  # noqa: E402
+from gradio_client.utils import Status  # noqa: E402
 
 from pgseg_hf import DEFAULT_CHECKPOINT, SegmentationOptions, load_segmenter  # noqa: E402
 
@@ -45,12 +46,15 @@ def call(client, path, labels="building, road, tree, sky", background=False, thr
 class TestSegment:
     @pytest.mark.parametrize("window", ["sliding", "whole"])
     @pytest.mark.parametrize("threshold", [None, 0.35])
-    def test_the_mask_is_the_librarys(self, client, street_file, window, threshold):
-        mask, found = call(
-            client, street_file, background=threshold is not None, threshold=threshold or 0, window=window
-        )
+    @pytest.mark.parametrize("short_side", [0, 256])
+    def test_the_mask_is_the_librarys(self, client, street_file, window, threshold, short_side):
+        asked = {"background": threshold is not None, "threshold": threshold or 0}
+        mask, found = call(client, street_file, window=window, short_side=short_side, **asked)
         options = SegmentationOptions(
-            window_size="auto" if window == "sliding" else None, background_threshold=threshold
+            window_size="auto" if window == "sliding" else None,
+            background_threshold=threshold,
+            shortest_edge=short_side or None,
+            longest_edge=1344 if short_side else None,
         )
         expected = load_segmenter()(street_file, LABELS, options)
         read = Image.open(mask)
@@ -59,6 +63,12 @@ class TestSegment:
         segments = expected.segments(include_absent=True)
         assert [(f["label"], f["area"]) for f in found["labels"]] == [(s.label, s.area) for s in segments]
         assert found["options"]["background_threshold"] == threshold
+        assert found["options"]["short_side"] == (short_side or None)
+        assert found["model"] == "pgseg-small-street"
+
+    def test_another_resolution_gives_another_mask(self, client, street_file):
+        masks = [np.asarray(Image.open(call(client, street_file, short_side=side)[0])) for side in (0, 256)]
+        assert masks[0].shape == masks[1].shape and (masks[0] != masks[1]).any()
 
     def test_only_this_endpoint_is_public(self, client):
         assert list(client.view_api(return_format="dict")["named_endpoints"]) == ["/segment"]
@@ -84,6 +94,11 @@ class TestHostileInput:
             (street_file, {"labels": ""}, "at least one word"),
             (street_file, {"model": "/etc"}, "is no model"),
             (street_file, {"model": "owner/no-such-model"}, "cannot be loaded"),
+            (street_file, {"short_side": None}, "short_side is None"),
+            (street_file, {"short_side": 1}, "short_side is 1, expected 0"),
+            (street_file, {"background": True, "threshold": None}, "threshold is None"),
+            (street_file, {"labels": "ro\0ad"}, "no text"),
+            (street_file, {"model": "no\0where"}, "is no model"),
             (None, {}, "Choose a picture"),
         ):
             with pytest.raises(AppError, match=message):
@@ -116,6 +131,12 @@ class TestHostileInput:
         for disguise in (path, f"{DEMO}/../{Path(path).relative_to('/')}", f"/proc/self/root{path}"):
             with pytest.raises(AppError, match="not on the server"):
                 call(client, {"path": disguise})
+
+    def test_nothing_is_fetched_for_a_visitor(self, client, street_file):
+        address = {"path": "http://127.0.0.1:1/photo.jpg", "meta": {"_type": "gradio.FileData"}}
+        for picture, labels in ((address, "tree"), (street_file, address)):
+            with pytest.raises(AppError, match="web address is not fetched"):
+                call(client, picture, labels)
 
 
 class TestManyVisitors:
@@ -156,6 +177,29 @@ def test_the_first_result_comes_soon_after_the_start(tmp_path, street_file):
     stop(server)
     print(f"from the command to the first result: {seconds:.1f} s")
     assert seconds < PATIENCE  # 20 on an idle machine
+
+
+def test_the_server_ends_cleanly_while_it_works(tmp_path, street_file):
+    server = start_server(tmp_path)
+    client = gradio_client.Client(server.url, verbose=False, download_files=tmp_path / "downloads")
+    Image.open(street_file).resize((3000, 4000)).save(tmp_path / "large.jpg")
+    job = client.submit(
+        image=gradio_client.handle_file(tmp_path / "large.jpg"),
+        labels=", ".join(f"word {number}" for number in range(200)),
+        background=False,
+        threshold=0,
+        model="",
+        window="sliding",
+        short_side=672,
+        api_name="/segment",
+    )
+    until = time.monotonic() + PATIENCE
+    while job.status().code is not Status.PROCESSING and time.monotonic() < until:
+        time.sleep(0.1)
+    time.sleep(4)  # into the encoder
+    assert not job.done()
+    stop(server)
+    assert not list((server.folder / "tmp").glob("pgseg-demo-*"))
 
 
 def test_pictures_and_masks_are_not_kept(tmp_path, street_file):

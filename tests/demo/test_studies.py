@@ -2,6 +2,7 @@
 
 import base64
 import io
+import pickle
 from dataclasses import replace
 
 import numpy as np
@@ -55,7 +56,7 @@ class TestStudy:
             window_size="auto" if sliding else None,
             background_threshold=threshold,
             shortest_edge=224,
-            longest_edge=2048,
+            longest_edge=1344,
         )
         expected = laboratory.catalogue.load("")(street_file, LABELS, options)
         np.testing.assert_array_equal(result.label_map, expected.label_map)
@@ -152,21 +153,36 @@ class TestUpload:
             read_upload("data:image/png;base64,%%%", 100)
 
 
-def test_on_zerogpu_models_run_where_the_gpu_is(upload, monkeypatch):
+def test_on_zerogpu_models_are_loaded_before_a_gpu_is_lent(upload, monkeypatch):
     lent: list[str] = []
 
     class Spaces:
-        @staticmethod
-        def GPU(function):
-            def on_gpu(*args):
-                lent.append(function.__name__)
-                return function(*args)
+        """Calls a function as in another process: of the arguments and results only copies pass."""
 
-            return on_gpu
+        @staticmethod
+        def GPU(duration):
+            assert duration == 60
+
+            def decorate(function):
+                def on_gpu(*args):
+                    lent.append(function.__name__)
+                    with monkeypatch.context() as inside:
+                        inside.setattr(
+                            Catalogue, "load", lambda *_: pytest.fail("loaded while a GPU is lent")
+                        )
+                        result = pickle.loads(pickle.dumps(function(*pickle.loads(pickle.dumps(args)))))
+                    return result
+
+                return on_gpu
+
+            return decorate
 
     monkeypatch.setattr("studies.spaces", Spaces)
     laboratory = Laboratory(Catalogue(Settings()))
     study = laboratory.with_prototypes(upload, laboratory.study(upload, LABELS, WHOLE))
     assert lent == ["_study", "_prototypes"]
     laboratory.study(upload, LABELS, WHOLE, study).segmentation(0.5)  # needs no GPU
+    assert len(lent) == 2
+    with pytest.raises(ValueError, match="is no model"):
+        laboratory.study(upload, LABELS, replace(WHOLE, model="/etc"))
     assert len(lent) == 2

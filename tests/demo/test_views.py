@@ -98,10 +98,3 @@ def test_prototypes_have_a_picture_for_each_stage(studied):
     (first, caption), (_, other) = views.prototype_views(studied[0].image, stages)
     assert caption == "stage 1: 2 of 32 prototypes in use" and other == "stage 2: 1 of 8 prototypes in use"
     assert first.size == studied[0].image.size
-
-
-def test_a_comparison_has_both(studied):
-    upload, study = studied
-    alone = views.comparison(upload.image, {"a": study.segmentation(None)})
-    both = views.comparison(upload.image, {"a": study.segmentation(None), "b": study.segmentation(0.5)})
-    assert both.width > 1.8 * alone.width

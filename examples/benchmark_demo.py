@@ -1,0 +1,87 @@
+"""How long the demo takes: from its start to the first result, then for each later one.
+
+    pip install 'pgseg-hf[demo]'
+    python examples/benchmark_demo.py --short_side 448 --window whole
+
+Each result is a call of `/segment` over the network interface of this machine, for a picture that it has not seen: the
+upload, both encoders, the masks and their files. Times are seconds on a clock; close other programs first.
+"""
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+from gradio_client import Client, handle_file
+from PIL import Image
+
+DEMO = Path(__file__).parent.parent / "demo"
+START_SECONDS = 300
+
+
+def main() -> None:
+    """Starts a server, asks it, and prints the times."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--repeats", type=int, default=10, help="results after the first one")
+    parser.add_argument("--short_side", type=int, default=448, help="pixels; 0 for the model's own")
+    parser.add_argument("--window", choices=["whole", "sliding"], default="whole")
+    parser.add_argument("--labels", default="building, road, pavement, tree, sky, car, pedestrian")
+    parser.add_argument("--image", type=Path, default=DEMO / "examples" / "green-jacket.jpg")
+    parser.add_argument("--port", type=int, default=7867)
+    args = parser.parse_args()
+    asked: dict[str, Any] = {"labels": args.labels, "background": False, "threshold": 0.3, "model": ""}
+    asked |= {"window": args.window, "short_side": args.short_side, "api_name": "/segment"}
+    with tempfile.TemporaryDirectory() as folder:
+        pictures = turned(args.image, args.repeats + 1, Path(folder))
+        started = time.perf_counter()
+        server = subprocess.Popen(
+            [sys.executable, str(DEMO / "app.py")], env=os.environ | {"GRADIO_SERVER_PORT": str(args.port)}
+        )
+        try:
+            client = connected(f"http://127.0.0.1:{args.port}", server, folder)
+            client.predict(image=handle_file(pictures[0]), **asked)
+            print(f"from the start to the first result: {time.perf_counter() - started:.1f} s")
+            seconds = []
+            for picture in pictures[1:]:
+                before = time.perf_counter()
+                client.predict(image=handle_file(picture), **asked)
+                seconds.append(time.perf_counter() - before)
+        finally:
+            server.terminate()
+            server.wait()
+    if seconds:
+        print(f"each later result: median {statistics.median(seconds):.2f} s, longest {max(seconds):.2f} s")
+
+
+def turned(image: Path, count: int, folder: Path) -> list[Path]:
+    """The picture, turned a little more each time."""
+    with Image.open(image) as opened:
+        picture = opened.convert("RGB")
+    paths = [folder / f"{number}.png" for number in range(count)]
+    for number, path in enumerate(paths):
+        picture.rotate(number).save(path)
+    return paths
+
+
+def connected(url: str, server: subprocess.Popen, folder: str) -> Client:
+    """A client of the server, once it answers."""
+    until = time.monotonic() + START_SECONDS
+    while server.poll() is None and time.monotonic() < until:
+        try:
+            with urllib.request.urlopen(url, timeout=5):
+                return Client(url, verbose=False, download_files=folder)
+        except OSError:
+            time.sleep(0.1)
+    sys.exit(f"the demo did not answer at {url} within {START_SECONDS} s")
+
+
+if __name__ == "__main__":
+    main()

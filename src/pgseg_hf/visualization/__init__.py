@@ -1,0 +1,23 @@
+"""Colours and drawings for label maps: the one place where a mask becomes a picture.
+
+A *label map* is an integer array [H, W]. Without a background its values index the given labels; with one, 0 is
+background and label i has value i + 1. A label's colour depends on its index alone, so the same label has the same
+colour in every picture of a run.
+"""
+
+from .colours import palette
+from .heat import heat_map
+from .maps import draw_contours, draw_groups, find_contours, indexed_png, overlay, side_by_side
+from .prototypes import prototype_maps
+
+__all__ = [
+    "draw_contours",
+    "draw_groups",
+    "find_contours",
+    "heat_map",
+    "indexed_png",
+    "overlay",
+    "palette",
+    "prototype_maps",
+    "side_by_side",
+]

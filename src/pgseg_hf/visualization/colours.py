@@ -1,0 +1,108 @@
+"""The one colour map: a label's colour depends on its index alone."""
+
+import functools
+
+import numpy as np
+import numpy.typing as npt
+
+# Okabe and Ito, "Color Universal Design" (2008), in an order that keeps neighbours apart. Their black hides on a
+# photograph: a dark wine red stands in for it.
+BASE_COLOURS = (
+    (230, 159, 0),
+    (0, 114, 178),
+    (0, 158, 115),
+    (204, 121, 167),
+    (240, 228, 66),
+    (86, 180, 233),
+    (213, 94, 0),
+    (120, 20, 80),
+)
+_NUM_COLOURS = 1024  # distinct colours; after that they repeat
+
+# What protanopes and deuteranopes see, in linear RGB: Machado et al., "A Physiologically-based Model for Simulation
+# of Color Vision Deficiency" (2009), severity 1.
+_PROTANOPIA = (
+    (0.152286, 1.052583, -0.204868),
+    (0.114503, 0.786281, 0.099216),
+    (-0.003882, -0.048116, 1.051998),
+)
+_DEUTERANOPIA = (
+    (0.367322, 0.860646, -0.227968),
+    (0.280085, 0.672501, 0.047413),
+    (-0.011820, 0.042940, 0.968881),
+)
+
+
+def palette(n: int) -> npt.NDArray[np.uint8]:
+    """The first `n` label colours, uint8 [n, 3] (RGB).
+
+    The first eight are made for colour-blind readers (Okabe-Ito); each further one is the colour that lies farthest
+    from all before it, in the worst of normal, protanope and deuteranope vision. `palette(n)[:k]` equals
+    `palette(k)`. The first 1,024 colours are distinct; then they repeat from the start.
+
+    Raises:
+        ValueError: `n` is negative.
+    """
+    if n < 0:
+        raise ValueError(f"The number of colours must not be negative, got {n}.")
+    if n <= len(BASE_COLOURS):
+        return np.array(BASE_COLOURS, dtype=np.uint8)[:n]
+    return _all_colours()[np.arange(n) % _NUM_COLOURS]
+
+
+@functools.cache
+def _all_colours() -> npt.NDArray[np.uint8]:
+    """The base colours, then a greedy farthest-point sequence over a grid of colours, uint8 [_NUM_COLOURS, 3]."""
+    base = np.array(BASE_COLOURS, dtype=np.uint8)
+    levels = np.linspace(0, 255, 16).round().astype(np.uint8)
+    grid = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), axis=-1).reshape(-1, 3)
+    lightness, *opponents = oklab(linear_light(grid)).T
+    # No near-black, near-white or grey: they read as the photograph itself.
+    grid = grid[(lightness > 0.35) & (lightness < 0.93) & (np.hypot(*opponents) > 0.05)]
+
+    # Whole numbers, so that every machine makes the same choices.
+    candidates, chosen = _seen_colours(grid), _seen_colours(base)
+    distance = np.min([_distance(candidates, colour) for colour in chosen], axis=0)
+    colours = list(base)
+    while len(colours) < _NUM_COLOURS:
+        farthest = int(distance.argmax())
+        colours.append(grid[farthest])
+        distance = np.minimum(distance, _distance(candidates, candidates[farthest]))
+    return np.array(colours, dtype=np.uint8)
+
+
+def linear_light(rgb: npt.NDArray[np.uint8]) -> npt.NDArray[np.float64]:
+    """sRGB bytes [N, 3] to linear light in 0..1."""
+    value = rgb / 255
+    return np.where(value <= 0.04045, value / 12.92, ((value + 0.055) / 1.055) ** 2.4)
+
+
+def oklab(linear: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Linear RGB [N, 3] to Oklab [N, 3] (Björn Ottosson, "A perceptual color space for image processing", 2020)."""
+    to_lms = np.array(
+        [
+            [0.4122214708, 0.5363325363, 0.0514459929],
+            [0.2119034982, 0.6806995451, 0.1073969566],
+            [0.0883024619, 0.2817188376, 0.6299787005],
+        ]
+    )
+    to_lab = np.array(
+        [
+            [0.2104542553, 0.7936177850, -0.0040720468],
+            [1.9779984951, -2.4285922050, 0.4505937099],
+            [0.0259040371, 0.7827717662, -0.8086757660],
+        ]
+    )
+    return np.cbrt(linear @ to_lms.T) @ to_lab.T
+
+
+def _seen_colours(rgb: npt.NDArray[np.uint8]) -> npt.NDArray[np.int32]:
+    """Colours [N, 3] as three kinds of eyes see them: Oklab in units of 1/1000, [N, 3 kinds, 3]."""
+    linear = linear_light(rgb)
+    kinds = [linear, *(np.clip(linear @ np.array(m).T, 0, 1) for m in (_PROTANOPIA, _DEUTERANOPIA))]
+    return np.stack([np.rint(oklab(kind) * 1000) for kind in kinds], axis=1).astype(np.int32)
+
+
+def _distance(colours: npt.NDArray[np.int32], other: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
+    """Squared distance of each of [N, kinds, 3] to [kinds, 3] for the kind of eyes that tells them apart least."""
+    return ((colours - other) ** 2).sum(axis=-1).min(axis=-1)

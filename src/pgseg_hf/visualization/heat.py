@@ -1,0 +1,148 @@
+"""Tables of numbers as pictures."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageDraw
+
+from .colours import BASE_COLOURS
+from .text import INK, PAPER, drawable, fitted, font_of
+
+# From little to much: one hue that grows darker, which every kind of eyes can order.
+RAMP = np.array([(247, 251, 255), (86, 180, 233), (0, 52, 96)], dtype=float)
+NOTHING = (225, 225, 225)
+CHOSEN = BASE_COLOURS[6]
+_HEAT_MAP_LETTERS = 22  # pixels: a heat map of eight columns is readable at half its size
+
+
+def heat_map(
+    values: Any,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    chosen: Sequence[int] | None = None,
+    row_colours: Any = None,
+    column_colours: Any = None,
+) -> Image.Image:
+    """A table of numbers, each on a ground that is the darker the larger it is.
+
+    Args:
+        values: [R, C], for instance the cosines of R labels and C groups; NaN for what does not count, which is grey.
+        rows: R names.
+        columns: C names, short ones.
+        chosen: for each column the row that is framed, or -1.
+        row_colours: uint8 [R, 3], such as the labels' `palette`, for a swatch beside each name.
+        column_colours: uint8 [C, 3], the same over each column.
+
+    Raises:
+        ValueError: numbers of names, colours and values disagree, or there are no values.
+    """
+    table = np.asarray(values.detach().float().cpu() if hasattr(values, "detach") else values, dtype=float)
+    if table.ndim != 2 or table.size == 0 or table.shape != (len(rows), len(columns)):
+        raise ValueError(
+            f"values have the shape {table.shape}, expected {(len(rows), len(columns))} as there are names, and at "
+            "least one of each."
+        )
+    for kind, given, count in (
+        ("chosen", chosen, len(columns)),
+        ("row_colours", row_colours, len(rows)),
+        ("column_colours", column_colours, len(columns)),
+    ):
+        if given is not None and len(given) != count:
+            raise ValueError(f"{kind} has {len(given)} entries, expected {count}.")
+    size, font = _HEAT_MAP_LETTERS, font_of(_HEAT_MAP_LETTERS)
+    names = [fitted(drawable(row, f"row {i + 1}"), font, 12 * size) for i, row in enumerate(rows)]
+    heads = [drawable(column, f"{i + 1}") for i, column in enumerate(columns)]
+    grid = _Grid(
+        left=round(max(map(font.getlength, names))) + 3 * size,
+        top=round(2.6 * size),
+        wide=round(max(3.2 * size, *(font.getlength(head) + size for head in heads))),
+        high=2 * size,
+    )
+    right, bottom = grid.corner(len(names), len(heads))
+    canvas = Image.new("RGB", (right + size // 2, bottom + size // 2), PAPER)
+    draw = ImageDraw.Draw(canvas)
+    _draw_names(draw, names, heads, grid, row_colours, column_colours)
+    _draw_cells(draw, table, grid, chosen)
+    return canvas
+
+
+class _Grid(NamedTuple):
+    """Measures of a heat map in pixels: where the first cell lies, and the size of all."""
+
+    left: int
+    top: int
+    wide: int
+    high: int
+
+    def corner(self, row: int, column: int) -> tuple[int, int]:
+        """x and y of a cell's first pixel."""
+        return self.left + column * self.wide, self.top + row * self.high
+
+    def box(self, row: int, column: int) -> tuple[int, int, int, int]:
+        """A cell's first and last pixels; a line stays free between cells."""
+        x, y = self.corner(row, column)
+        return x, y, x + self.wide - 2, y + self.high - 2
+
+
+def _draw_names(
+    draw: ImageDraw.ImageDraw,
+    names: list[str],
+    heads: list[str],
+    grid: _Grid,
+    row_colours: Any,
+    column_colours: Any,
+) -> None:
+    """The names of a heat map's rows and columns with their swatches."""
+    size, font = _HEAT_MAP_LETTERS, font_of(_HEAT_MAP_LETTERS)
+    pad = size // 2
+    for j, head in enumerate(heads):
+        x, y = grid.corner(0, j)
+        draw.text((x + grid.wide / 2, size), head, fill=INK, font=font, anchor="mm")
+        if column_colours is not None:
+            draw.rectangle((x, y - 0.7 * size, x + grid.wide - 2, y - 3), fill=_rgb_tuple(column_colours[j]))
+    for i, name in enumerate(names):
+        y = grid.corner(i, 0)[1] + grid.high // 2
+        if row_colours is not None:
+            draw.rectangle((pad, y - pad, pad + size - 1, y + pad - 1), fill=_rgb_tuple(row_colours[i]))
+        draw.text((grid.left - pad, y), name, fill=INK, font=font, anchor="rm")
+
+
+def _draw_cells(
+    draw: ImageDraw.ImageDraw,
+    table: npt.NDArray[np.float64],
+    grid: _Grid,
+    chosen: Sequence[int] | None,
+) -> None:
+    """The cells of a heat map."""
+    font = font_of(_HEAT_MAP_LETTERS)
+    counted = table[np.isfinite(table)]
+    low, span = (counted.min(), np.ptp(counted)) if counted.size else (0.0, 0.0)
+    for (i, j), value in np.ndenumerate(table):
+        left, top, right, bottom = grid.box(i, j)
+        if not np.isfinite(value):
+            draw.rectangle((left, top, right, bottom), fill=NOTHING)
+            continue
+        share = (value - low) / span if span > 0 else 0.0
+        draw.rectangle((left, top, right, bottom), fill=ramp(share))
+        ink = PAPER if share > 0.55 else INK
+        middle = ((left + right) / 2, (top + bottom) / 2)
+        draw.text(middle, f"{value:.2f}", fill=ink, font=font, anchor="mm")
+    for j, i in enumerate(chosen if chosen is not None else ()):
+        if i >= 0:
+            left, top, right, bottom = grid.box(i, j)
+            draw.rectangle((left, top, right, bottom), outline=PAPER, width=5)
+            draw.rectangle((left - 1, top - 1, right + 1, bottom + 1), outline=CHOSEN, width=4)
+
+
+def ramp(share: float) -> tuple[int, ...]:
+    """The colour of a share from 0 to 1."""
+    place = min(max(share, 0.0), 1.0) * (len(RAMP) - 1)
+    below = min(int(place), len(RAMP) - 2)
+    mixed = RAMP[below] + (place - below) * (RAMP[below + 1] - RAMP[below])
+    return _rgb_tuple(mixed.round())
+
+
+def _rgb_tuple(colour: Any) -> tuple[int, ...]:
+    return tuple(int(channel) for channel in colour)
