@@ -208,6 +208,33 @@ def test_matching_is_the_best_of_all(seed, groups, prototypes, maximize):
         assert abs(sum(similarity[index][pair] for pair in ours) - best) < 1e-12
 
 
+def test_matching_on_threads_is_the_same(monkeypatch):
+    similarity, present = draw(0, (7, 4, 3), (7, 3))
+    mask = present > -0.5
+    one_by_one = match_prototypes(similarity, prototype_mask_BP=mask)
+    monkeypatch.setattr("pgseg_hf.prototypes._WORTH_THREADS", 0)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    for ours, expected in zip(match_prototypes(similarity, prototype_mask_BP=mask), one_by_one):
+        assert torch.equal(ours, expected)
+
+
+@given(SEEDS, st.integers(1, 12), st.booleans(), st.booleans())
+def test_many_channels_or_few_give_the_same_prototypes(seed, length, tokens_masked, prototypes_masked):
+    """Where there are fewer tokens than channels the steps go through the tokens' products with each other; zeros for
+    channels more or less do not matter."""
+    tokens, seeds, present, used = draw(seed, (2, length, 5), (3, 5), (2, length), (2, 3))
+    wider = [torch.nn.functional.pad(part, (0, channels)) for part in (tokens, seeds) for channels in (0, 12)]
+    masks = {
+        "token_mask_BL": present > -0.5 if tokens_masked else None,
+        "prototype_mask_BP": used > -0.5 if prototypes_masked else None,
+    }
+    few = estimate_prototypes(wider[0], wider[2], ITERATIONS, **masks)
+    many = estimate_prototypes(wider[1], wider[3], ITERATIONS, **masks)
+    torch.testing.assert_close(many.prototypes[..., :5], few.prototypes, rtol=1e-7, atol=1e-9)
+    torch.testing.assert_close(many.responsibilities, few.responsibilities, rtol=1e-7, atol=1e-9)
+    assert not many.prototypes[..., 5:].any()
+
+
 @given(SEEDS, st.integers(2, 6))
 def test_permuting_the_prototypes_permutes_the_matching(seed, count):
     similarity, order = draw(seed, (1, count, count)), permutation(seed, count)

@@ -17,6 +17,11 @@ from .configuration_pgseg import PGSegVisionConfig
 from .losses import sum_over_processes
 from .prototypes import PrototypeEstimate, estimate_prototypes, tokens_to_weights, updated_prototypes
 
+# Entries of attention scores that are worked on at a time where attention goes in parts: they stay in a core's cache.
+_CACHED_SCORES = 2**20
+
+_ONEDNN_BFLOAT16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
 # Added to a group's number of patches where its mean stands for it: small beside one patch, and a group without any
 # gets a mean near 0 instead of noise.
 EMPTY_GROUP_EPS = 1e-3
@@ -46,9 +51,61 @@ def eager_attention_forward(
     scores = query @ key.transpose(-1, -2) * scaling
     if attention_mask is not None:
         scores = scores + attention_mask
-    weights = scores.softmax(dim=-1, dtype=estimation_dtype(scores.dtype)).to(query.dtype)
+    weights = scores.softmax(dim=-1).to(query.dtype)  # torch sums float16 and bfloat16 in float32
     weights = nn.functional.dropout(weights, p=dropout, training=module.training)
     return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+def attention_in_parts(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    """As [`eager_attention_forward`], a few heads at a time, without a matrix of all weights. On CPUs whose bfloat16
+    instructions are no matrix units faster than torch's fused kernel."""
+    batch, heads, length, width = query.shape
+    query, key, value = (part.reshape(batch * heads, -1, width) for part in (query * scaling, key, value))
+    out = torch.empty_like(query)
+    step = max(1, _CACHED_SCORES // (length * key.shape[1]))
+    for start in range(0, batch * heads, step):
+        part = slice(start, start + step)
+        out[part] = (query[part] @ key[part].transpose(1, 2)).softmax(dim=-1) @ value[part]
+    return out.view(batch, heads, length, width).transpose(1, 2)
+
+
+def linear_in_evaluation(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = False) -> Tensor:
+    """Linear layer with, if `gelu`, the exact GELU after it. Without gradient on a CPU by oneDNN, which on some is
+    faster than the library that torch multiplies float32 with, and which takes the GELU along."""
+    if (
+        type(weight) is nn.Parameter  # no adapter's, quantised or fake tensor
+        and _is_eager_cpu_inference(x)
+        and x.dtype == weight.dtype
+        and (x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and _ONEDNN_BFLOAT16))
+        and torch.backends.mkldnn.is_available()
+        and torch.backends.mkldnn.enabled
+        and x.numel() > 0
+    ):
+        activation = "gelu" if gelu else "none"
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], "none")
+    x = nn.functional.linear(x, weight, bias)
+    return nn.functional.gelu(x) if gelu else x
+
+
+def _is_eager_cpu_inference(x: Tensor) -> bool:
+    return (
+        not torch.compiler.is_compiling()
+        and not torch.is_grad_enabled()
+        and x.device.type == "cpu"
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+class PGSegLinear(nn.Linear):
+    """Linear layer; in evaluation it is computed by [`linear_in_evaluation`], in training always in the same way, so
+    that a part that is computed again for the gradient comes out the same."""
+
+    def forward(self, x: Tensor, gelu: bool = False) -> Tensor:
+        """`gelu` applies the exact GELU to the result."""
+        if not self.training:
+            return linear_in_evaluation(x, self.weight, self.bias, gelu)
+        x = super().forward(x)
+        return nn.functional.gelu(x) if gelu else x
 
 
 class PGSegAttention(nn.Module):
@@ -61,27 +118,32 @@ class PGSegAttention(nn.Module):
         self.scaling = self.head_dim**-0.5
         self.attention_dropout = config.attention_dropout
         self.is_causal = False
-        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.q_proj = PGSegLinear(config.hidden_size, config.hidden_size)
+        self.k_proj = PGSegLinear(config.hidden_size, config.hidden_size)
+        self.v_proj = PGSegLinear(config.hidden_size, config.hidden_size)
+        self.out_proj = PGSegLinear(config.hidden_size, config.hidden_size)
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.view(*x.shape[:-1], -1, self.head_dim).transpose(1, 2)
 
     def forward(self, queries: Tensor, context: Tensor) -> Tensor:
-        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
-        out, _ = attend(
-            self,
-            self._heads(self.q_proj(queries)),
-            self._heads(self.k_proj(context)),
-            self._heads(self.v_proj(context)),
-            None,
-            scaling=self.scaling,
-            dropout=self.attention_dropout if self.training else 0.0,
-        )
+        query = self._heads(self.q_proj(queries))
+        key, value = self._heads(self.k_proj(context)), self._heads(self.v_proj(context))
+        implementation = self.config._attn_implementation
+        inference = not self.training and not torch.is_grad_enabled()
+        if inference and implementation == "eager" and self.config.npr_variant == "released":
+            implementation = "sdpa"  # it is eager for the gradients, see PGSegVisionModel
+        if (
+            not self.training
+            and implementation == "sdpa"
+            and query.dtype == torch.bfloat16
+            and _is_eager_cpu_inference(query)
+        ):
+            out = attention_in_parts(query, key, value, self.scaling)
+        else:
+            attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+            dropout = self.attention_dropout if self.training else 0.0
+            out, _ = attend(self, query, key, value, None, scaling=self.scaling, dropout=dropout)
         return self.out_proj(out.reshape(queries.shape))
 
 
@@ -91,10 +153,13 @@ class PGSegMLP(nn.Module):
     def __init__(self, config: PGSegVisionConfig, in_features: int, hidden_features: int, out_features: int):
         super().__init__()
         self.activation_fn = ACT2FN[config.hidden_act]
-        self.fc1 = nn.Linear(in_features, hidden_features)
-        self.fc2 = nn.Linear(hidden_features, out_features)
+        self.fuses_gelu = config.hidden_act == "gelu"
+        self.fc1 = PGSegLinear(in_features, hidden_features)
+        self.fc2 = PGSegLinear(hidden_features, out_features)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.fuses_gelu and type(self.fc1) is PGSegLinear:
+            return self.fc2(self.fc1(x, gelu=True))
         return self.fc2(self.activation_fn(self.fc1(x)))
 
 
@@ -160,11 +225,11 @@ class PGSegAssignAttention(nn.Module):
         self.pools = pools
         self.scaling = config.hidden_size**-0.5
         self.assign_eps = config.assign_eps
-        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.q_proj = PGSegLinear(config.hidden_size, config.hidden_size)
+        self.k_proj = PGSegLinear(config.hidden_size, config.hidden_size)
         if pools:
-            self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
-            self.proj = nn.Linear(config.hidden_size, config.hidden_size)
+            self.v_proj = PGSegLinear(config.hidden_size, config.hidden_size)
+            self.proj = PGSegLinear(config.hidden_size, config.hidden_size)
 
     def sample_noise(self, logits: Tensor) -> Tensor:
         """Standard Gumbel noise of the shape of the logits."""
@@ -216,7 +281,7 @@ class PGSegGroupingBlock(nn.Module):
         return segments_BKC, centers_BKC, logits_BKL
 
 
-class PGSegProjectionLinear(nn.Linear):
+class PGSegProjectionLinear(PGSegLinear):
     """Linear layer that can work as a convolution of width 1 on [B, channels, L]."""
 
     def forward(self, x: Tensor, as_convolution: bool = False) -> Tensor:
@@ -249,6 +314,16 @@ class PGSegProjection(nn.Sequential):
         else:
             hidden = self[1](hidden)
         return self[3](self[2](hidden)).reshape(*shape, self[3].out_features)
+
+    def of_mixtures(self, rows_BPC: Tensor, weights_BLP: Tensor) -> Tensor:
+        """In evaluation, the same of `weights_BLP @ rows_BPC`: the first layer and BatchNorm commute with the mix, and
+        P rows are fewer than L."""
+        layers: list[Any] = list(self)
+        first, norm, _, last = layers
+        scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
+        shift = (first.bias - norm.running_mean) * scale + norm.bias
+        rows_BPH = linear_in_evaluation(rows_BPC, first.weight) * scale
+        return last(torch.baddbmm(shift, weights_BLP, rows_BPH).relu_())
 
     def convolve(self, tokens_BLC: Tensor) -> Tensor:
         """The same on tokens, as the convolutions of width 1 of the released code, whose rounding this reproduces."""
@@ -310,6 +385,8 @@ class PGSegStagePrototypes(nn.Module):
         """The prototypes' part of each token, R [B, L, C]."""
         if self.released or self.mixing == "tokens":
             weights_BLP = tokens_to_weights(estimate.responsibilities)
+            if not self.training and not torch.is_grad_enabled():
+                return self.projection.of_mixtures(estimate.prototypes.to(dtype), weights_BLP.to(dtype))
             with full_precision(weights_BLP.device.type):
                 mixed_BLC = (weights_BLP @ estimate.prototypes).to(dtype)
             return self.projection.convolve(mixed_BLC) if self.released else self.projection(mixed_BLC)

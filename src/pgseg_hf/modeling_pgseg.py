@@ -190,7 +190,10 @@ def _refuse_bad_pixels(pixel_values: Tensor | None, patch_size: int, channels: i
             f"pixel_values is {height} x {width} pixels, smaller than a patch of {patch_size} x {patch_size}; "
             "resize it."
         )
-    if pixel_values.device.type != "meta" and not torch.isfinite(pixel_values).all():
+    if pixel_values.device.type == "meta" or pixel_values.numel() == 0:
+        return
+    # Minimum and maximum of what holds a NaN are NaN.
+    if not torch.stack(pixel_values.aminmax()).isfinite().all():
         raise ValueError("pixel_values holds NaN or infinite values; expected normalised finite pixels.")
 
 
@@ -224,7 +227,8 @@ class PGSegVisionModel(PGSegPreTrainedModel):
         self, requested_attention: str | None, is_init_check: bool = False
     ) -> str:
         """The released variant attends eagerly unless asked otherwise: its BatchNorm over nearly equal rows amplifies
-        the rounding of other kernels to some 2e-5 of a gradient's largest entry."""
+        the rounding of other kernels to some 2e-5 of a gradient's largest entry. In evaluation without gradient, where
+        that does not matter, it then attends by sdpa."""
         if requested_attention is None and self.config.npr_variant == "released":
             requested_attention = "eager"
         return super().get_correct_attn_implementation(requested_attention, is_init_check)
@@ -605,8 +609,8 @@ class PGSegModel(PGSegPreTrainedModel):
             features.released_prototypes = estimate.prototypes
         if self.config.npr_variant == "corrected":
             with torch.no_grad():
-                features.joint = self._joint_space(pooled)
-                words = self._joint_space(output.last_hidden_state[word_mask])
+                features.joint = self._joint_space(pooled.detach())
+                words = self._joint_space(output.last_hidden_state.detach()[word_mask])
                 features.words = words.new_zeros(*word_mask.shape, words.shape[-1])
                 features.words[word_mask] = words
             features.word_mask = word_mask

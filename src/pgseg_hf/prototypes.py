@@ -3,8 +3,10 @@
 Shapes: B batch, L tokens, K groups, P prototypes, C width.
 """
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
@@ -12,6 +14,8 @@ from torch import Tensor, nn
 from .losses import NEVER, sum_over_processes, world_size
 
 EPS = 1e-6
+# Similarities of a batch from which on threads are worth their start; some 20 ms of matching.
+_WORTH_THREADS = 2**20
 
 
 class PrototypeEstimate(NamedTuple):
@@ -69,9 +73,10 @@ def estimate_prototypes(
         raise ValueError(f"num_iterations is {num_iterations}, expected at least 1.")
     if not torch.compiler.is_compiling() and tokens_BLC.shape[-1] != seeds_PC.shape[-1]:
         raise ValueError(f"tokens have {tokens_BLC.shape[-1]} channels, the seeds {seeds_PC.shape[-1]}.")
-    prototypes_BPC = seeds_PC.to(tokens_BLC.dtype).expand(tokens_BLC.shape[0], -1, -1)
-    for _ in range(num_iterations):
-        logits_BLP = tokens_BLC @ prototypes_BPC.transpose(1, 2)
+    seeds_BPC = seeds_PC.to(tokens_BLC.dtype).expand(tokens_BLC.shape[0], -1, -1)
+    logits_BLP = tokens_BLC @ seeds_BPC.transpose(1, 2)
+    gram_BLL = tokens_BLC @ tokens_BLC.transpose(1, 2) if _has_small_gram(tokens_BLC, norm_dim) else None
+    for step in range(num_iterations):
         if prototype_mask_BP is not None:
             logits_BLP = logits_BLP.masked_fill(~prototype_mask_BP[:, None, :], NEVER)
         responsibilities_BLP = logits_BLP.softmax(dim=-1)
@@ -80,9 +85,25 @@ def estimate_prototypes(
             counted_BLP = counted_BLP * prototype_mask_BP[:, None, :]
         if token_mask_BL is not None:
             counted_BLP = counted_BLP * token_mask_BL[:, :, None]
-        prototypes_BPC = tokens_to_weights(counted_BLP).transpose(1, 2) @ tokens_BLC
+        weights_BLP = tokens_to_weights(counted_BLP)
+        if gram_BLL is not None and step < num_iterations - 1:
+            # The tokens' products with the new prototypes, and these prototypes' lengths, without the prototypes.
+            logits_BLP = gram_BLL @ weights_BLP
+            lengths_B1P = (weights_BLP * logits_BLP).sum(dim=1, keepdim=True).clamp(min=0).sqrt()
+            logits_BLP = logits_BLP / (EPS + lengths_B1P)
+            continue
+        prototypes_BPC = weights_BLP.transpose(1, 2) @ tokens_BLC
         prototypes_BPC = prototypes_BPC / (EPS + prototypes_BPC.norm(dim=norm_dim, keepdim=True))
+        if step < num_iterations - 1:
+            logits_BLP = tokens_BLC @ prototypes_BPC.transpose(1, 2)
     return PrototypeEstimate(prototypes_BPC, responsibilities_BLP)
+
+
+def _has_small_gram(tokens_BLC: Tensor, norm_dim: int) -> bool:
+    """Whether the products of all pairs of tokens take less work than those of tokens and prototypes; an exported graph
+    has no number of tokens to tell by."""
+    _, length, width = tokens_BLC.shape
+    return norm_dim == -1 and not torch.compiler.is_exporting() and length <= width
 
 
 @torch.compiler.disable
@@ -112,17 +133,33 @@ def match_prototypes(
         )
     batch, num_groups, num_prototypes = similarity.shape
     num_pairs = min(num_groups, num_prototypes)
-    groups = torch.zeros(batch, num_pairs, dtype=torch.long)
-    prototypes = torch.zeros(batch, num_pairs, dtype=torch.long)
-    valid = torch.zeros(batch, num_pairs, dtype=torch.bool)
-    mask = None if prototype_mask_BP is None else prototype_mask_BP.cpu()
-    for index, matrix in enumerate(similarity):
-        columns = torch.arange(num_prototypes) if mask is None else mask[index].nonzero()[:, 0]
-        rows, chosen = linear_sum_assignment(matrix[:, columns].numpy(), maximize=maximize)
-        groups[index, : len(rows)] = torch.from_numpy(rows)
-        prototypes[index, : len(rows)] = columns[torch.from_numpy(chosen)]
+    groups, prototypes = np.zeros((2, batch, num_pairs), dtype=np.int64)
+    valid = np.zeros((batch, num_pairs), dtype=bool)
+    matrices = similarity.numpy()
+    mask = None if prototype_mask_BP is None else prototype_mask_BP.cpu().numpy()
+
+    def match(index: int) -> None:
+        if mask is None or mask[index].all():
+            rows, chosen = linear_sum_assignment(matrices[index], maximize=maximize)
+        else:
+            columns = mask[index].nonzero()[0]
+            rows, chosen = linear_sum_assignment(matrices[index][:, columns], maximize=maximize)
+            chosen = columns[chosen]
+        groups[index, : len(rows)] = rows
+        prototypes[index, : len(rows)] = chosen
         valid[index, : len(rows)] = True
-    return Matching(groups.to(device), prototypes.to(device), valid.to(device))
+
+    def match_every(step: int, start: int) -> None:
+        for index in range(start, batch, step):
+            match(index)
+
+    if matrices.size < _WORTH_THREADS:
+        match_every(1, 0)
+    else:
+        threads = torch.get_num_threads()  # scipy lets other threads run while it matches
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(match_every, [threads] * threads, range(threads)))
+    return Matching(*(torch.from_numpy(array).to(device) for array in (groups, prototypes, valid)))
 
 
 def ordered_matching(num_groups: int, prototype_mask_BP: Tensor) -> Matching:

@@ -150,20 +150,23 @@ def best_labels(
         return dense.softmax(dim=0).argmax(dim=0), dense.amax(dim=0)
     step = max(1, _CHUNK_ENTRIES // (size[0] * size[1]))
     starts = range(0, len(channels), step)
+    stretched_once = stretch(scores_CHW, size) if len(starts) == 1 else None
+
+    def chunk_from(start: int) -> Tensor:
+        return stretch(scores_CHW[start : start + step], size) if stretched_once is None else stretched_once
+
     best = scores_CHW.new_zeros(size)
     for start in starts:
-        chunk = stretch(scores_CHW[start : start + step], size)
-        torch.maximum(best, chunk.amax(dim=0), out=best)
+        torch.maximum(best, chunk_from(start).amax(dim=0), out=best)
     total = (num_channels - len(channels)) * torch.exp(-best)
     for start in starts:
-        total += torch.exp(stretch(scores_CHW[start : start + step], size) - best).sum(dim=0)
+        total += torch.exp(chunk_from(start) - best).sum(dim=0)
     # Among the channels that are not listed, which all score 0, only the first can be an argmax.
     unlisted = next((number for number in range(num_channels) if number not in set(channels)), num_channels)
     largest = 1 / total
     labels = torch.where(torch.exp(-best) / total == largest, unlisted, num_channels)
     for start in starts:
-        chunk = stretch(scores_CHW[start : start + step], size)
-        as_probable = torch.exp(chunk - best) / total == largest
+        as_probable = torch.exp(chunk_from(start) - best) / total == largest
         first = as_probable.to(torch.uint8).argmax(dim=0)
         numbers = torch.tensor(channels[start : start + step], device=labels.device)[first]
         labels = torch.where(as_probable.any(dim=0), torch.minimum(labels, numbers), labels)

@@ -1,0 +1,310 @@
+"""Measure speed and memory against transformers' GroupViT, which is the same architecture without prototypes.
+
+    python examples/benchmark_speed.py --output speed --threads 2
+    python examples/benchmark_speed.py --output speed --readme README.md    # its table goes between the two markers
+
+All jobs of a row are timed in turn, so that a ratio's two sides see the same machine; medians and quartiles over the
+rounds go to `results.json` and `results.md`, and the curves, with matplotlib, to `curves.png`. Peak memory is that of a
+process of its own. On CUDA (`--device cuda`) the model runs in bfloat16, training by autocast.
+"""
+
+import argparse
+import json
+import platform
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from speed_jobs import (
+    GROUPVIT,
+    SCALES,
+    VARIANTS,
+    PhotoJobs,
+    Scale,
+    build_model,
+    encoding_job,
+    pixels,
+    prototype_job,
+    training_job,
+)
+from speed_measuring import (
+    Job,
+    count_flops,
+    in_own_process,
+    matmul_job,
+    peak_memory,
+    ratio,
+    register_cpu_kernels,
+    spread,
+    time_in_turn,
+)
+from speed_report import draw_curves, insert_table, markdown
+
+from pgseg_hf.files import write_json, write_text
+
+CONTENDERS = (GROUPVIT, *VARIANTS)
+MATMUL = "matmul"
+Row = dict[str, Any]
+
+
+class Benchmark:
+    """The sections of the benchmark; each returns rows.
+
+    Args:
+        scale_name: `"full"` or `"quick"`.
+        rounds: how often each job is timed; training steps half as often.
+        device: `"cpu"` or `"cuda"`.
+    """
+
+    def __init__(self, scale_name: str, rounds: int, device: str):
+        self.scale_name, self.rounds, self.device = scale_name, rounds, device
+        self.scale: Scale = SCALES[scale_name]
+
+    def encoder(self) -> list[Row]:
+        """The image tower in evaluation, in float32 and bfloat16."""
+        rows = []
+        if self.device == "cuda":
+            batch = self.scale.cuda_batches[0]
+            sizes = tuple((size, batch) for size, _ in self.scale.images)
+            return [row for size, batch in sizes for row in self._encoder_rows(size, batch, torch.bfloat16)]
+        for dtype in (torch.float32, torch.bfloat16):
+            for size, batch in self.scale.images:
+                rows += self._encoder_rows(size, batch, dtype)
+        return rows
+
+    def _encoder_rows(self, size: int, batch: int, dtype: torch.dtype) -> list[Row]:
+        jobs = {
+            name: encoding_job(
+                build_model(self.scale, name, size).to(self.device, dtype), pixels(size, batch)
+            )
+            for name in CONTENDERS
+        }
+        job = f"image encoder, {size} px, batch {batch}, {str(dtype).removeprefix('torch.')}"
+        rows = self._rows("encoder", job, jobs, self.rounds, dtype)
+        for row in rows:
+            row["images_per_second"] = batch / row["seconds"]["median"]
+        return rows
+
+    def _rows(
+        self, section: str, title: str, jobs: dict[str, Job], rounds: int, dtype: torch.dtype
+    ) -> list[Row]:
+        """One row for each job, with its operations and its share of the machine's rate of matrix products."""
+        flops = {name: count_flops(job) for name, job in jobs.items()}
+        matmul, matmul_flops = matmul_job(dtype, self.device, self.scale.matmul)
+        seconds = time_in_turn({**jobs, MATMUL: matmul}, rounds, self.device, title)
+        machine = matmul_flops / spread(seconds[MATMUL])["median"]
+        rows = []
+        for name in jobs:
+            row: Row = {"section": section, "job": title, "contender": name, "seconds": spread(seconds[name])}
+            row["ratio"] = ratio(seconds, name, GROUPVIT)
+            row["gflop"] = flops[name] / 1e9
+            row["gflop_per_second"] = row["gflop"] / row["seconds"]["median"]
+            row["share"] = row["gflop_per_second"] * 1e9 / machine
+            row["machine_gflop_per_second"] = machine / 1e9
+            rows.append(row)
+        return rows
+
+    def training(self) -> list[Row]:
+        """A training step of the whole model, and its peak memory."""
+        rows = []
+        cuda = self.device == "cuda"
+        for batch in self.scale.cuda_batches if cuda else self.scale.training_batches:
+            job = f"training step, batch {batch}, {'bfloat16' if cuda else 'float32'}"
+            memory = {
+                name: self._memory({"kind": "training", "contender": name, "batch": batch})
+                for name in CONTENDERS
+            }
+            fitting = [name for name in CONTENDERS if "peak" in memory[name]]
+            jobs = {
+                name: training_job(
+                    build_model(self.scale, name).to(self.device),
+                    pixels(self._image_size(), batch),
+                    torch.bfloat16 if cuda else None,
+                )
+                for name in fitting
+                if GROUPVIT in fitting
+            }
+            if jobs:
+                dtype = torch.bfloat16 if cuda else torch.float32
+                rows += self._rows("training", job, jobs, max(self.rounds // 2, 1), dtype)
+            for row in rows[-len(jobs) :] if jobs else []:
+                row["memory_MiB"] = memory[row["contender"]]
+                row["memory_ratio"] = memory[row["contender"]]["peak"] / memory[GROUPVIT]["peak"]
+                row["images_per_second"] = batch / row["seconds"]["median"]
+        return rows
+
+    def _image_size(self) -> int:
+        return self.scale.images[0][0]
+
+    def _memory(self, spec: dict[str, Any]) -> dict[str, Any]:
+        shared = {"scale": self.scale_name, "device": self.device, "threads": torch.get_num_threads()}
+        return in_own_process(__file__, {**shared, **spec})
+
+    def photo(self) -> list[Row]:
+        """A photo end to end against its encoder passes alone, and many labels against few."""
+        photos = PhotoJobs(self.scale, self.device)
+        few, many = self.scale.labels
+        names = {f"{few} labels": few, f"{many} labels": many}
+        jobs = {
+            "encoder passes": photos.encoder_passes,
+            **{name: photos.segmentation(count) for name, count in names.items()},
+        }
+        width, height = self.scale.photo
+        title = f"a {width}x{height} photo, sliding window"
+        seconds = time_in_turn(jobs, self.rounds, self.device, title)
+        memory = {
+            name: self._memory({"kind": "photo", "labels": count})["peak"] for name, count in names.items()
+        }
+        rows = []
+        for name, reference in zip(jobs, ("encoder passes", "encoder passes", f"{few} labels")):
+            row: Row = {"section": "photo", "job": title, "contender": name, "seconds": spread(seconds[name])}
+            row["ratio"], row["of"] = ratio(seconds, name, reference), reference
+            if name in memory:
+                row["memory_MiB"] = {"peak": memory[name]}
+                row["memory_ratio"] = memory[name] / memory[f"{few} labels"]
+            rows.append(row)
+        return rows
+
+    def prototypes(self) -> list[Row]:
+        """Estimation, matching and losses at a large batch, as a share of the training step."""
+        unit = self.scale.cuda_batches[0] if self.device == "cuda" else self.scale.training_batches[-1]
+        batch = self.scale.prototype_batch
+        model = build_model(self.scale, "corrected").to(self.device)
+        autocast = torch.bfloat16 if self.device == "cuda" else None
+        jobs = {
+            "step": training_job(model, pixels(self._image_size(), unit), autocast),
+            "prototypes": prototype_job(self.scale, self.device),
+        }
+        title = f"prototypes at batch {batch}"
+        seconds = time_in_turn(jobs, max(self.rounds // 4, 1), self.device, title)
+        steps = batch / unit
+        share = {name: value / steps for name, value in ratio(seconds, "prototypes", "step").items()}
+        return [
+            {
+                "section": "prototypes",
+                "job": title,
+                "contender": "corrected",
+                "seconds": spread(seconds["prototypes"]),
+                "ratio": share,
+                "of": f"{steps:g} training steps of {unit}",
+            }
+        ]
+
+    def curves(self) -> list[Row]:
+        """How time grows with image size, batch and number of labels, and memory with the labels."""
+        rows, rounds = [], max(self.rounds // 4, 1)
+        dtype = torch.bfloat16 if self.device == "cuda" else torch.float32
+        first_size, curve = self._image_size(), []
+        curve += [("image size", size, size, 1) for size in self.scale.curve_sizes]
+        curve += [("batch", batch, first_size, batch) for batch in self.scale.curve_batches]
+        for name, value, size, batch in curve:
+            jobs = {
+                contender: encoding_job(
+                    build_model(self.scale, contender, size).to(self.device, dtype), pixels(size, batch)
+                )
+                for contender in CONTENDERS
+            }
+            seconds = time_in_turn(jobs, rounds, self.device, f"{name} {value}")
+            rows += [_point(name, value, contender, seconds) for contender in CONTENDERS]
+        photos = PhotoJobs(self.scale, self.device)
+        for count in self.scale.curve_labels:
+            seconds = time_in_turn({"corrected": photos.segmentation(count)}, rounds, self.device, "labels")
+            row = _point("labels", count, "corrected", seconds)
+            row["memory_MiB"] = {"peak": self._memory({"kind": "photo", "labels": count})["peak"]}
+            rows.append(row)
+        return rows
+
+
+def _point(curve: str, value: int, contender: str, seconds: dict[str, list[float]]) -> Row:
+    row: Row = {"section": "curves", "job": curve, "value": value, "contender": contender}
+    row["seconds"] = spread(seconds[contender])
+    return row
+
+
+SECTIONS: dict[str, Callable[[Benchmark], list[Row]]] = {
+    name: getattr(Benchmark, name) for name in ("encoder", "training", "photo", "prototypes", "curves")
+}
+
+
+def measure_one(spec: dict[str, Any]) -> dict[str, Any]:
+    """The peak memory of one job, in MiB; `{"out_of_memory": True}` where it does not fit."""
+    torch.set_num_threads(spec["threads"])
+    scale, device = SCALES[spec["scale"]], spec["device"]
+    if spec["kind"] == "photo":
+        photos = PhotoJobs(scale, device)
+        return peak_memory(photos.segmentation(spec["labels"]), device)
+    model = build_model(scale, spec["contender"]).to(device)
+    images = pixels(scale.images[0][0], spec["batch"])
+    autocast = torch.bfloat16 if device == "cuda" else None
+    try:
+        training_job(model, images[:2], autocast)()  # what comes with the first step: kernels, buffers
+        return peak_memory(training_job(model, images, autocast), device)
+    except torch.OutOfMemoryError:
+        return {"out_of_memory": True}
+
+
+def describe_machine(device: str) -> dict[str, Any]:
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [
+            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line
+        ]
+        cpu = names[0] if names else cpu
+    return {
+        "device": torch.cuda.get_device_name() if device == "cuda" else cpu,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("speed"), help="folder for the results")
+    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--threads", type=int, help="of the CPU; torch's own choice by default")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--readme", type=Path, help="Markdown file with the markers of the table")
+    parser.add_argument("--quick", action="store_true", help="tiny models: the figures mean nothing")
+    parser.add_argument("--one", type=json.loads, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.rounds < 1:
+        parser.error(f"--rounds is {options.rounds}, expected at least 1.")
+    if options.threads is not None and options.threads < 1:
+        parser.error(f"--threads is {options.threads}, expected at least 1.")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device is cuda, but torch finds no CUDA device here; expected cpu.")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parse(arguments)
+    if options.one:
+        print(json.dumps(measure_one(options.one)))
+        return
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    register_cpu_kernels()
+    benchmark = Benchmark("quick" if options.quick else "full", options.rounds, options.device)
+    rows: list[Row] = []
+    results: dict[str, Any] = {"machine": describe_machine(options.device), "rows": rows}
+    for name in options.sections:
+        print(f"{name} ...", file=sys.stderr)
+        rows += SECTIONS[name](benchmark)
+        write_json(results, options.output / "results.json")
+    table = markdown(results)
+    write_text(table, options.output / "results.md")
+    draw_curves(rows, options.output / "curves.png")
+    if options.readme:
+        insert_table(table, options.readme)
+    print(table)
+
+
+if __name__ == "__main__":
+    main()

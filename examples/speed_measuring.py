@@ -1,0 +1,140 @@
+"""Measuring for `benchmark_speed.py`: jobs timed in turn, their floating-point operations and their peak memory."""
+
+import contextlib
+import json
+import re
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode, flop_registry, register_flop_formula
+from tqdm.auto import tqdm
+
+Job = Callable[[], Any]
+
+
+def time_in_turn(jobs: dict[str, Job], rounds: int, device: str, title: str) -> dict[str, list[float]]:
+    """Seconds of each run of each job: every round runs every job once, the next round beginning with the next job.
+    Two rounds before them are not counted."""
+    names = list(jobs)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for index in tqdm(range(-2, rounds), desc=title, unit="round", leave=False):
+        shift = index % len(names)
+        for name in names[shift:] + names[:shift]:
+            taken = _seconds(jobs[name], device)
+            if index >= 0:
+                seconds[name].append(taken)
+    return seconds
+
+
+def _seconds(job: Job, device: str) -> float:
+    if device != "cuda":
+        start = time.perf_counter()
+        job()
+        return time.perf_counter() - start
+    start_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start_event.record()
+    job()
+    end_event.record()
+    torch.cuda.synchronize()
+    return start_event.elapsed_time(end_event) / 1000
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Median and quartiles."""
+    low, _, high = quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+    return {"median": median(values), "low": low, "high": high}
+
+
+def ratio(seconds: dict[str, list[float]], job: str, reference: str) -> dict[str, float]:
+    """Spread over the rounds of one job's time by another's."""
+    return spread([ours / theirs for ours, theirs in zip(seconds[job], seconds[reference])])
+
+
+def matmul_job(dtype: torch.dtype, device: str, side: int) -> tuple[Job, int]:
+    """A product of two square matrices, which shows what the machine can do, and its operations."""
+    left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    return (lambda: left @ right), 2 * side**3
+
+
+def _linear_flops(x_shape: Any, weight_shape: Any, *_: Any, **__: Any) -> int:
+    rows = 1
+    for size in x_shape[:-1]:
+        rows *= size
+    return 2 * rows * weight_shape[0] * weight_shape[1]
+
+
+def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    batch, heads, length, width = query
+    return 2 * batch * heads * length * key[2] * (width + value[3])
+
+
+def _attention_backward_flops(gradient: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    batch, heads, length, width = query
+    return 2 * batch * heads * length * key[2] * (3 * width + 2 * value[3])
+
+
+def count_flops(job: Job) -> int:
+    """Floating-point operations of the job's matrix products, on the path that is timed."""
+    counter = FlopCounterMode(display=False)
+    with counter:
+        job()
+    return counter.get_total_flops()
+
+
+def register_cpu_kernels() -> None:
+    """torch's counter does not know the kernels of the CPU."""
+    for operator, formula in (
+        (torch.ops.mkldnn._linear_pointwise, _linear_flops),
+        (torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, _attention_flops),
+        (torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward, _attention_backward_flops),
+    ):
+        if operator not in flop_registry:
+            register_flop_formula(operator)(formula)
+
+
+def in_own_process(script: str, spec: dict[str, Any]) -> dict[str, Any]:
+    """Runs `script --one SPEC` in a process of its own, which prints a JSON object on its last line."""
+    command = [sys.executable, script, "--one", json.dumps(spec)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise RuntimeError(f"the process for {spec} ended with {done.returncode}; see its message above.")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def peak_memory(job: Job, device: str) -> dict[str, float]:
+    """MiB that the process holds before the job, and at most during it; on CUDA, of the device."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        job()
+        torch.cuda.synchronize()
+        return {"before": before / 2**20, "peak": torch.cuda.max_memory_allocated() / 2**20}
+    reset_peak()
+    before = _status("VmRSS")
+    job()
+    return {"before": before, "peak": _status("VmHWM")}
+
+
+def reset_peak() -> None:
+    """Lets the peak start anew, on Linux; elsewhere it is that since the start of the process."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _status(name: str) -> float:
+    # Not `ru_maxrss`, which a process inherits from the one that started it.
+    try:
+        found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    except OSError:
+        found = None
+    kibibytes = int(found[1]) if found else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return kibibytes / 1024

@@ -1,0 +1,132 @@
+"""Tables and plots of `benchmark_speed.py`."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+from pgseg_hf.files import write_atomically, write_text
+
+BEGIN, END = "<!-- benchmark_speed.py: begin -->", "<!-- benchmark_speed.py: end -->"
+
+GOALS: dict[tuple[str, str, str], dict[str, float]] = {
+    ("encoder", "float32", "corrected"): {"ratio": 1.03, "share": 0.9},
+    ("encoder", "float32", "released"): {"ratio": 1.12, "share": 0.9},
+    ("encoder", "bfloat16", "corrected"): {"ratio": 0.95, "share": 0.75},
+    ("encoder", "bfloat16", "released"): {"ratio": 1.05, "share": 0.75},
+    ("training", "float32", "corrected"): {"ratio": 1.05, "memory_ratio": 0.75},
+    ("training", "float32", "released"): {"ratio": 1.12},
+}
+"""Upper bounds of ratios and lower bounds of shares, by section, number format and contender."""
+LARGE_IMAGE_GOALS = {"corrected": 0.97, "released": 1.10}
+CUDA_GOALS = {"corrected": 0.7, "released": 0.8}
+MANY_LABELS_GOAL, PHOTO_GOAL, PROTOTYPES_GOAL = 1.1, 1.1, 0.03
+
+
+def goals(row: dict[str, Any], on_cuda: bool = False) -> dict[str, float]:
+    """The bounds that a row is to keep, by the name of its figure; none for most rows."""
+    section, contender = row["section"], row["contender"]
+    if section == "prototypes":
+        return {"ratio": PROTOTYPES_GOAL}
+    if section == "photo":
+        if row["of"] == "encoder passes":
+            return {} if contender == "encoder passes" else {"ratio": PHOTO_GOAL}
+        return {"ratio": MANY_LABELS_GOAL, "memory_ratio": MANY_LABELS_GOAL}
+    if on_cuda and section in ("encoder", "training"):
+        return {"ratio": CUDA_GOALS[contender]} if contender in CUDA_GOALS else {}
+    kind = "bfloat16" if "bfloat16" in row["job"] else "float32"
+    bounds = dict(GOALS.get((section, kind, contender), {}))
+    if "448 px" in row["job"] and kind == "float32" and contender in LARGE_IMAGE_GOALS:
+        bounds["ratio"] = LARGE_IMAGE_GOALS[contender]
+    return bounds
+
+
+def _figure(row: dict[str, Any], name: str, bounds: dict[str, float]) -> str:
+    """A figure with its quartiles and, where it has a goal, the goal and whether it holds."""
+    if name not in row:
+        return ""
+    value = row[name]["median"] if isinstance(row[name], dict) else row[name]
+    digits = 3 if row["section"] == "prototypes" else 2
+    text = f"{value:.{digits}f}"
+    if isinstance(row[name], dict):
+        text += f" ({row[name]['low']:.{digits}f} to {row[name]['high']:.{digits}f})"
+    if name not in bounds:
+        return text
+    holds = value >= bounds[name] if name == "share" else value <= bounds[name]
+    sign = ">=" if name == "share" else "<="
+    return f"{text}, goal {sign} {bounds[name]:g}: {'holds' if holds else '**missed**'}"
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """The rows as a Markdown table; `results` are those of `results.json`."""
+    machine = results["machine"]
+    on_cuda = "NVIDIA" in machine["device"]
+    lines = [
+        f"{machine['device']}, {machine['threads']} threads, torch {machine['torch']}, transformers "
+        f"{machine['transformers']}; medians (quartiles) over interleaved rounds.",
+        "",
+        "| job | | ms | of GroupViT's time | GFLOP | share of the matmul rate | peak memory, MiB | of GroupViT's |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in results["rows"]:
+        if row["section"] == "curves":
+            continue
+        bounds = goals(row, on_cuda)
+        ratio = _figure(row, "ratio", bounds) + (f" (of {row['of']})" if "of" in row else "")
+        peak = f"{row['memory_MiB']['peak']:.0f}" if "memory_MiB" in row else ""
+        gflop = f"{row['gflop']:.1f}" if "gflop" in row else ""
+        cells = [row["job"], row["contender"], f"{1000 * row['seconds']['median']:.0f}", ratio, gflop]
+        cells += [_figure(row, "share", bounds), peak, _figure(row, "memory_ratio", bounds)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n" + _curve_tables(results["rows"])
+
+
+def _curve_tables(rows: list[dict[str, Any]]) -> str:
+    text = ""
+    points = [row for row in rows if row["section"] == "curves"]
+    for curve in dict.fromkeys(row["job"] for row in points):
+        of_curve = [row for row in points if row["job"] == curve]
+        contenders = list(dict.fromkeys(row["contender"] for row in of_curve))
+        text += f"\n| {curve} | {' | '.join(f'{name}, ms' for name in contenders)} |\n"
+        text += "|---" * (len(contenders) + 1) + "|\n"
+        for value in dict.fromkeys(row["value"] for row in of_curve):
+            times = [1000 * row["seconds"]["median"] for row in of_curve if row["value"] == value]
+            text += f"| {value} | {' | '.join(f'{ms:.0f}' for ms in times)} |\n"
+    return text
+
+
+def insert_table(table: str, path: Path) -> None:
+    """Puts the table between the two markers of a Markdown file.
+
+    Raises:
+        ValueError: the file does not have each marker once, in their order.
+    """
+    text = path.read_text(encoding="utf-8")
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise ValueError(f"{path} needs the lines {BEGIN!r} and {END!r}, once and in this order.")
+    before, after = text.split(BEGIN)[0], text.split(END)[1]
+    write_text(f"{before}{BEGIN}\n{table}{END}{after}", path)
+
+
+def draw_curves(rows: list[dict[str, Any]], path: Path) -> None:
+    """A panel for each curve; nothing without matplotlib or without curves."""
+    points = [row for row in rows if row["section"] == "curves"]
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
+    if not points:
+        return
+    curves = list(dict.fromkeys(row["job"] for row in points))
+    figure = Figure(figsize=(5 * len(curves), 4), layout="constrained")
+    for axes, curve in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves):
+        of_curve = [row for row in points if row["job"] == curve]
+        for contender in dict.fromkeys(row["contender"] for row in of_curve):
+            own = [row for row in of_curve if row["contender"] == contender]
+            values, times = [row["value"] for row in own], [1000 * row["seconds"]["median"] for row in own]
+            axes.plot(values, times, marker="o", label=contender)
+        axes.set(xlabel=curve, ylabel="ms", xscale="log", yscale="log")
+        axes.set_xticks(values, [str(value) for value in values], minor=False)
+        axes.legend()
+    file = io.BytesIO()
+    figure.savefig(file, format="png")
+    write_atomically(path, lambda target: target.write(file.getvalue()))

@@ -1,0 +1,157 @@
+"""The speed benchmark of the examples: its arithmetic by hand, its table, and one whole run on tiny models."""
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+@pytest.fixture(scope="module")
+def modules():
+    """`speed_measuring` and `speed_report`, which find each other beside the script."""
+    sys.path.insert(0, str(EXAMPLES))
+    try:
+        yield tuple(importlib.import_module(name) for name in ("speed_measuring", "speed_report"))
+    finally:
+        sys.path.remove(str(EXAMPLES))
+
+
+def row(**fields):
+    values = {
+        "section": "encoder",
+        "job": "image encoder, 224 px, batch 8, float32",
+        "contender": "corrected",
+    }
+    seconds = {"median": 0.5, "low": 0.4, "high": 0.6}
+    return values | {"seconds": seconds, "ratio": {"median": 1.02, "low": 1.0, "high": 1.04}} | fields
+
+
+def test_a_ratio_is_taken_within_each_round(modules):
+    measuring, _ = modules
+    # The machine slows down threefold from the first round to the last, and the ratio stays.
+    seconds = {"groupvit": [1.0, 2.0, 3.0], "corrected": [1.1, 2.2, 3.3]}
+    assert measuring.ratio(seconds, "corrected", "groupvit")["median"] == pytest.approx(1.1)
+    assert measuring.spread([4.0, 1.0, 2.0, 3.0, 5.0]) == {"median": 3.0, "low": 2.0, "high": 4.0}
+    assert measuring.spread([7.0]) == {"median": 7.0, "low": 7.0, "high": 7.0}
+
+
+def test_jobs_take_turns_and_the_first_rounds_do_not_count(modules):
+    measuring, _ = modules
+    calls: list[str] = []
+    jobs = {name: lambda name=name: calls.append(name) for name in "abc"}
+    seconds = measuring.time_in_turn(jobs, 3, "cpu", "test")
+    assert {name: len(values) for name, values in seconds.items()} == {"a": 3, "b": 3, "c": 3}
+    rounds = ["".join(calls[start : start + 3]) for start in range(0, len(calls), 3)]
+    assert len(rounds) == 5
+    assert rounds[2:] == ["abc", "bca", "cab"]
+
+
+def test_operations_are_those_of_the_matrix_products(modules):
+    measuring, _ = modules
+    measuring.register_cpu_kernels()
+    left, right = torch.randn(3, 5), torch.randn(5, 7)
+    assert measuring.count_flops(lambda: left @ right) == 2 * 3 * 5 * 7
+    weight, x = torch.randn(7, 5), torch.randn(2, 3, 5)
+    query = torch.randn(2, 3, 4, 8)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        torch.ops.mkldnn._linear_pointwise(x, weight, None, "gelu", [], "none")
+        nn.functional.scaled_dot_product_attention(query, query, query)
+    assert counter.get_total_flops() == 2 * 6 * 5 * 7 + 2 * (2 * 2 * 3 * 4 * 4 * 8)
+    query.requires_grad_(True)
+    with FlopCounterMode(display=False) as counter:
+        nn.functional.scaled_dot_product_attention(query, query, query).sum().backward()
+    assert counter.get_total_flops() == (2 + 5) * (
+        2 * 2 * 3 * 4 * 4 * 8
+    )  # backward also computes the weights again
+
+
+def test_peak_memory_sees_what_a_job_holds_for_a_while(modules):
+    measuring, _ = modules
+    # Where the system does not let the peak start anew, only what exceeds the one so far can be seen.
+    idle = measuring.peak_memory(lambda: None, "cpu")
+    size = int(idle["peak"] - idle["before"]) + 64
+    measured = measuring.peak_memory(lambda: torch.ones(size * 2**18).sum(), "cpu")
+    assert 32 < measured["peak"] - idle["peak"] < 128
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, {"ratio": 1.03, "share": 0.9}),
+        ({"job": "image encoder, 448 px, batch 1, float32"}, {"ratio": 0.97, "share": 0.9}),
+        ({"job": "image encoder, 448 px, batch 1, bfloat16"}, {"ratio": 0.95, "share": 0.75}),
+        ({"contender": "released"}, {"ratio": 1.12, "share": 0.9}),
+        ({"contender": "groupvit"}, {}),
+        ({"section": "prototypes"}, {"ratio": 0.03}),
+        ({"section": "photo", "contender": "20 labels", "of": "encoder passes"}, {"ratio": 1.1}),
+        ({"section": "photo", "contender": "x", "of": "20 labels"}, {"ratio": 1.1, "memory_ratio": 1.1}),
+    ],
+)
+def test_goals_of_a_row(modules, changes, expected):
+    assert modules[1].goals(row(**changes)) == expected
+    if changes.get("contender", "corrected") == "corrected" and expected.get("share"):
+        assert modules[1].goals(row(**changes), on_cuda=True) == {"ratio": 0.7}
+
+
+def test_the_table_says_what_holds(modules):
+    machine = {"device": "a CPU", "threads": 2, "torch": "2", "transformers": "5"}
+    rows = [
+        row(share=0.89, gflop=60.0),
+        row(contender="released", ratio={"median": 1.2, "low": 1.1, "high": 1.3}),
+    ]
+    table = modules[1].markdown({"machine": machine, "rows": rows})
+    lines = [line for line in table.splitlines() if line.startswith("| image encoder")]
+    assert "1.02 (1.00 to 1.04), goal <= 1.03: holds" in lines[0]
+    assert "0.89, goal >= 0.9: **missed**" in lines[0]
+    assert "1.20 (1.10 to 1.30), goal <= 1.12: **missed**" in lines[1]
+    assert "a CPU, 2 threads" in table
+
+
+def test_the_table_goes_between_the_markers(modules, tmp_path):
+    report = modules[1]
+    readme = tmp_path / "README.md"
+    readme.write_text(f"# Title\n{report.BEGIN}\nold\n{report.END}\nrest\n")
+    report.insert_table("| new |\n", readme)
+    assert readme.read_text() == f"# Title\n{report.BEGIN}\n| new |\n{report.END}\nrest\n"
+    report.insert_table("| newer |\n", readme)
+    assert readme.read_text().count("new") == 1
+    readme.write_text(f"{report.END}\n{report.BEGIN}\n")
+    with pytest.raises(ValueError, match="once and in this order"):
+        report.insert_table("| new |\n", readme)
+    assert readme.read_text() == f"{report.END}\n{report.BEGIN}\n"
+
+
+@pytest.mark.slow
+def test_a_whole_run(tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text("<!-- benchmark_speed.py: begin -->\n<!-- benchmark_speed.py: end -->\n")
+    command = [sys.executable, EXAMPLES / "benchmark_speed.py", "--quick", "--rounds", "1", "--threads", "1"]
+    subprocess.run([*command, "--output", tmp_path / "speed", "--readme", readme], check=True, timeout=900)
+    results = json.loads((tmp_path / "speed" / "results.json").read_text())
+    rows = results["rows"]
+    assert {entry["section"] for entry in rows} == {"encoder", "training", "photo", "prototypes", "curves"}
+    encoder = [entry for entry in rows if entry["section"] == "encoder"]
+    assert len(encoder) == 2 * 2 * 4
+    assert all(entry["ratio"]["median"] == 1 for entry in encoder if entry["contender"] == "groupvit")
+    by_name = {entry["contender"]: entry for entry in encoder[:4]}
+    assert by_name["corrected"]["gflop"] > by_name["none"]["gflop"] > 0
+    assert abs(by_name["none"]["gflop"] / by_name["groupvit"]["gflop"] - 1) < 0.01
+    training = [entry for entry in rows if entry["section"] == "training"]
+    assert all(entry["memory_MiB"]["peak"] > entry["memory_MiB"]["before"] for entry in training)
+    assert "| image encoder, 32 px, batch 4, float32 | corrected |" in readme.read_text()
+
+
+@pytest.mark.parametrize("option", [["--rounds", "0"], ["--threads", "0"], ["--sections", "speed"]])
+def test_bad_options_are_refused_before_measuring(option):
+    command = [sys.executable, EXAMPLES / "benchmark_speed.py", "--quick", *option]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert option[1] in done.stderr
