@@ -10,7 +10,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 
-IMAGE ?= examples/images/blue-sweater.jpg
+IMAGE ?= examples/images/pagoda.jpg
 LABELS ?= building, road, pavement, tree, sky, car, pedestrian
 OUTPUT ?= segmented.png
 PYTEST_ARGS ?=

@@ -5,7 +5,7 @@
 
 All jobs of a row are timed in turn, so that a ratio's two sides see the same machine; medians and quartiles over the
 rounds go to `results.json` and `results.md`, and the curves, with matplotlib, to `curves.png`. Peak memory is that of a
-process of its own. On CUDA (`--device cuda`) the model runs in bfloat16, training by autocast.
+process of its own. On CUDA (`--device cuda`) the encoder runs in bfloat16, training by autocast.
 """
 
 import argparse

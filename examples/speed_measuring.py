@@ -91,12 +91,14 @@ def count_flops(job: Job) -> int:
 
 def register_cpu_kernels() -> None:
     """torch's counter does not know the kernels of the CPU."""
-    for operator, formula in (
-        (torch.ops.mkldnn._linear_pointwise, _linear_flops),
-        (torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, _attention_flops),
-        (torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward, _attention_backward_flops),
+    aten, onednn = torch.ops.aten, torch.ops.mkldnn
+    for library, name, formula in (
+        (onednn, "_linear_pointwise", _linear_flops),
+        (aten, "_scaled_dot_product_flash_attention_for_cpu", _attention_flops),
+        (aten, "_scaled_dot_product_flash_attention_for_cpu_backward", _attention_backward_flops),
     ):
-        if operator not in flop_registry:
+        operator = getattr(library, name, None)  # builds without oneDNN lack its own
+        if operator is not None and operator not in flop_registry:
             register_flop_formula(operator)(formula)
 
 

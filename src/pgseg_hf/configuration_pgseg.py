@@ -290,7 +290,7 @@ class PGSegConfig(PreTrainedConfig):
             `"groups"`, the log-mean-exp over its groups of their scaled cosines (ours, a multiple-instance loss), or
             `"mixture"`, the log odds of the share of the picture that segmentation would give to a text: the sum over
             groups of their area times the softmax of their scaled cosines over all texts (ours, for the sigmoid loss
-            with tags that name everything that is to be told apart).
+            with tags that name everything that is to be told apart; a batch needs two different texts at least).
         contrastive_loss (`str`, defaults to `"info_nce"`):
             `"info_nce"`: one positive text an image (the paper's), all others are negatives; for captions that differ.
             `"multi_positive"`: equal texts of the global batch count as one, and all texts equal to one of an image's

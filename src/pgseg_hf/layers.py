@@ -20,7 +20,9 @@ from .prototypes import PrototypeEstimate, estimate_prototypes, tokens_to_weight
 # Entries of attention scores that are worked on at a time where attention goes in parts: they stay in a core's cache.
 _CACHED_SCORES = 2**20
 
-_ONEDNN_BFLOAT16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+# torch keeps this operator for itself: what it is not in does without.
+_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+_ONEDNN_BFLOAT16 = _ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 # Added to a group's number of patches where its mean stands for it: small beside one patch, and a group without any
 # gets a mean near 0 instead of noise.
@@ -60,7 +62,9 @@ def attention_in_parts(query: Tensor, key: Tensor, value: Tensor, scaling: float
     """As [`eager_attention_forward`], a few heads at a time, without a matrix of all weights. On CPUs whose bfloat16
     instructions are no matrix units faster than torch's fused kernel."""
     batch, heads, length, width = query.shape
-    query, key, value = (part.reshape(batch * heads, -1, width) for part in (query * scaling, key, value))
+    query, key, value = (
+        part.reshape(batch * heads, part.shape[2], width) for part in (query * scaling, key, value)
+    )
     out = torch.empty_like(query)
     step = max(1, _CACHED_SCORES // (length * key.shape[1]))
     for start in range(0, batch * heads, step):
@@ -77,7 +81,7 @@ def linear_in_evaluation(x: Tensor, weight: Tensor, bias: Tensor | None = None, 
         and _is_eager_cpu_inference(x)
         and x.dtype == weight.dtype
         and (x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and _ONEDNN_BFLOAT16))
-        and torch.backends.mkldnn.is_available()
+        and _ONEDNN
         and torch.backends.mkldnn.enabled
         and x.numel() > 0
     ):
@@ -90,6 +94,7 @@ def linear_in_evaluation(x: Tensor, weight: Tensor, bias: Tensor | None = None, 
 def _is_eager_cpu_inference(x: Tensor) -> bool:
     return (
         not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
         and not torch.is_grad_enabled()
         and x.device.type == "cpu"
         and not torch.is_autocast_enabled("cpu")
@@ -316,14 +321,14 @@ class PGSegProjection(nn.Sequential):
         return self[3](self[2](hidden)).reshape(*shape, self[3].out_features)
 
     def of_mixtures(self, rows_BPC: Tensor, weights_BLP: Tensor) -> Tensor:
-        """In evaluation, the same of `weights_BLP @ rows_BPC`: the first layer and BatchNorm commute with the mix, and
-        P rows are fewer than L."""
-        layers: list[Any] = list(self)
-        first, norm, _, last = layers
-        scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
-        shift = (first.bias - norm.running_mean) * scale + norm.bias
-        rows_BPH = linear_in_evaluation(rows_BPC, first.weight) * scale
-        return last(torch.baddbmm(shift, weights_BLP, rows_BPH).relu_())
+        """In evaluation the same of `weights_BLP @ rows_BPC`: the first layer and BatchNorm, affine together,
+        take the P rows, and the mix comes after them."""
+
+        def affine(rows: Tensor) -> Tensor:
+            return self[1](self[0](rows.flatten(0, -2))).unflatten(0, rows.shape[:-1])
+
+        shift_H = affine(rows_BPC.new_zeros(1, rows_BPC.shape[-1]))[0]
+        return self[3](torch.baddbmm(shift_H, weights_BLP, affine(rows_BPC) - shift_H).relu_())
 
     def convolve(self, tokens_BLC: Tensor) -> Tensor:
         """The same on tokens, as the convolutions of width 1 of the released code, whose rounding this reproduces."""

@@ -594,9 +594,11 @@ class PGSegModel(PGSegPreTrainedModel):
     ) -> tuple[BaseModelOutputWithPooling, TextFeatures | None]:
         """The text tower's output, `pooler_output` [N, D] projected, and what the losses need of it."""
         # A batch's tags are a few words, many times; with dropout no two of them are equal.
-        details = kwargs.get("output_attentions") or kwargs.get("output_hidden_states")
+        config = self.config.text_config
+        asked = {name: kwargs.get(name) for name in ("output_attentions", "output_hidden_states")}
+        details = any(getattr(config, name) if value is None else value for name, value in asked.items())
         plain = not details and kwargs.get("position_ids") is None
-        once = for_losses and plain and not self.config.text_config.attention_dropout
+        once = for_losses and plain and not config.attention_dropout
         output, estimate = self._encode_text(input_ids, attention_mask, once=once, **kwargs)
         pooled, output.pooler_output = output.pooler_output, self.text_projection(output.pooler_output)
         if input_ids.ndim == 3:
@@ -655,7 +657,8 @@ class PGSegModel(PGSegPreTrainedModel):
     def from_groupvit(cls, name_or_path: str, npr_variant: str = "corrected", **kwargs: Any) -> "PGSegModel":
         """Warm start from a transformers GroupViT checkpoint; only NPR's tensors are new, and named in the log.
 
-        The image tower attends eagerly, as GroupViT's does, so that without NPR its numbers are the same;
+        The image tower attends eagerly, as GroupViT's does (the released variant in training and with gradient, see
+        `PGSegVisionModel`), so that without NPR its numbers are the same;
         `model.set_attn_implementation("sdpa")` changes to the faster kernels.
 
         Args:
@@ -699,11 +702,14 @@ def _different_texts(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The different ones of N texts [U, T], their attention mask, and which of them each text is, [N]; all texts and
     None where all differ, and where the shapes of a graph must not depend on the texts."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or input_ids.device.type == "meta":
         return input_ids, attention_mask, None
     given = attention_mask is not None
     keys_N2T = torch.cat([input_ids, attention_mask.to(input_ids.dtype)], 1) if given else input_ids
-    different_U2T, rows_N = keys_N2T.unique(dim=0, return_inverse=True)
+    # Not every device can do this, and the number of different texts has to come to the CPU anyway.
+    different_U2T, rows_N = (
+        part.to(input_ids.device) for part in keys_N2T.cpu().unique(dim=0, return_inverse=True)
+    )
     if len(different_U2T) == len(input_ids):
         return input_ids, attention_mask, None
     length = input_ids.shape[1]

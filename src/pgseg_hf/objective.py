@@ -25,7 +25,7 @@ from .losses import (
 )
 from .prototypes import Matching, assignment_loss, estimate_prototypes, ordered_matching, prototype_loss
 
-# Shares of a picture are kept this far from 0 and 1, so that their log odds stay finite.
+# Areas of groups are at least this, and shares of texts this far from 1, so that log odds stay finite.
 SMALLEST_SHARE = 1e-4
 
 
