@@ -17,11 +17,15 @@ from pgseg_hf.training.map_dataset import RecordDataset
 from pgseg_hf.training.preparation import Preparation
 
 
+# For captions and tags that repeat between pictures, whatever the checkpoint was trained with.
+LOSS = {"contrastive_loss": "multi_positive", "contrastive_pooling": "groups"}
+
+
 def train(
     data: str, output: str, steps: int = 100, batch_size: int = 32, start: str = DEFAULT_CHECKPOINT
 ) -> Trainer:
     """Fine-tunes the checkpoint `start` on the folder `data`, and writes a `from_pretrained` folder."""
-    model = PGSegModel.from_pretrained(start, dtype="float32", contrastive_loss="multi_positive")
+    model = PGSegModel.from_pretrained(start, dtype="float32", **LOSS)
     processor = PGSegProcessor.from_pretrained(start)
     augmentation = AugmentationOptions(image_size=model.config.vision_config.image_size)
     dataset = RecordDataset(open_source(SourceSpec(path=data)), Preparation(augmentation))

@@ -180,6 +180,11 @@ class Objective:
 
     def __init__(self, model: Any, images: ImageFeatures, texts: TextFeatures, owners: TextOwners):
         self.model, self.config = model, model.config
+        if self.config.contrastive_pooling == "mixture" and self.config.contrastive_loss != "sigmoid":
+            raise ValueError(
+                f"contrastive_pooling is 'mixture' and contrastive_loss {self.config.contrastive_loss!r}, expected "
+                "'sigmoid'; or set the configuration's contrastive_pooling to 'groups' or 'mean'."
+            )
         self.images, self.texts, self.owners = images, texts, owners
         self.joint = JointImages.normalized(images)
         self.scale = clamped_scale(model.logit_scale, self.config)

@@ -70,7 +70,7 @@ def test_a_colour_stays_with_its_label(handlers, asked):
 
 def test_the_window_that_one_looks_at_stays(handlers, asked):
     first = handlers.show_masks(*asked())
-    assert first[NUMBER].value == 10  # the middle one of 18
+    assert first[NUMBER].value == 100  # the middle one of 11 x 18
     study = first[STUDY]
     assert handlers.show_masks(*asked(number=3, threshold=0.5, study=study))[NUMBER].value == 3
     assert handlers.show_masks(*asked(number=3, window="whole", study=study))[NUMBER].visible is False

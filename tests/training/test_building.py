@@ -93,3 +93,18 @@ def test_divided_weights_learn_as_whole_ones(tmp_path):
             assert sharded[name].shape == value.shape, name
             torch.testing.assert_close(sharded[name], value, msg=name)
         assert not torch.equal(plain["logit_scale"], before["logit_scale"])
+
+
+def test_fine_tuning_a_model_of_mixture_pooling_with_another_loss_compares_with_groups(tmp_path, caplog):
+    tiny_model(contrastive_pooling="mixture", contrastive_loss="sigmoid").save_pretrained(tmp_path)
+    folder = str(tmp_path)
+    assert build_model(ModelArguments(model_name_or_path=folder)).config.contrastive_pooling == "mixture"
+    with caplog.at_level("WARNING"):
+        model = build_model(ModelArguments(model_name_or_path=folder, contrastive_loss="multi_positive"))
+    assert model.config.contrastive_pooling == "groups" and "mixture pooling" in caplog.text
+    other = {"contrastive_loss": "info_nce", "contrastive_pooling": "mixture"}
+    with pytest.raises(ValueError, match="contrastive_loss 'info_nce', expected 'sigmoid'"):
+        build_model(ModelArguments(model_name_or_path=folder, **other))
+    model.config.contrastive_pooling = "mixture"
+    with pytest.raises(ValueError, match="contrastive_loss 'multi_positive', expected 'sigmoid'"):
+        model(tiny_texts(2), tiny_images(2), return_loss=True)

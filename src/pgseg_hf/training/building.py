@@ -11,6 +11,7 @@ import yaml
 from accelerate import InitProcessGroupKwargs
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from transformers.utils import logging
 
 from ..configuration_pgseg import PGSegConfig, PGSegTextConfig, PGSegVisionConfig
 from ..data.augmentation import AugmentationOptions
@@ -32,6 +33,8 @@ from .texts import TextOptions
 SCALARS = ("logit_scale", "logit_bias", "prototype_logit_scale")
 PEEKED_RECORDS = 8
 ALL_TAGS = 10_000
+logger = logging.get_logger(__name__)
+
 OVERRIDES = ("npr_variant", "contrastive_loss", "contrastive_pooling", "assignment_weight")
 
 
@@ -51,6 +54,17 @@ def build_model(arguments: ModelArguments) -> PGSegModel:
         model = PGSegModel.from_groupvit(arguments.groupvit_name_or_path, **fields)
     else:
         model = PGSegModel(PGSegConfig(**fields))
+    if model.config.contrastive_pooling == "mixture" and model.config.contrastive_loss != "sigmoid":
+        if "contrastive_pooling" in fields:
+            raise ValueError(
+                f"contrastive_pooling is 'mixture' and contrastive_loss {model.config.contrastive_loss!r}, expected "
+                "'sigmoid', or contrastive_pooling 'groups' or 'mean'."
+            )
+        model.config.contrastive_pooling = "groups"
+        logger.warning(
+            "%s was trained with mixture pooling, which needs the sigmoid loss; this run compares texts with groups.",
+            arguments.model_name_or_path,
+        )
     if model.config.npr_variant == "released":
         model.config.guard_prototype_losses = True
     if arguments.attn_implementation:
