@@ -16,7 +16,6 @@ from pgseg_hf.training.collator import PGSegCollator
 from pgseg_hf.training.map_dataset import RecordDataset
 from pgseg_hf.training.preparation import Preparation
 
-
 # For captions and tags that repeat between pictures, whatever the checkpoint was trained with.
 LOSS = {"contrastive_loss": "multi_positive", "contrastive_pooling": "groups"}
 
