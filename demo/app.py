@@ -36,7 +36,7 @@ CSS = """
 """
 INTRODUCTION = """# PGSeg: segment by words
 Type what may be in a picture and get a mask for each word. The model learned from pictures and their texts, never from
-a mask. The one that ships knows eleven words of street scenes, and those badly: it is there to try everything out."""
+a mask. The one that ships knows eleven words of street scenes, and those in part: it is there to try everything out."""
 
 
 # Components by what they are for, in the order in which handlers take and give their values.
