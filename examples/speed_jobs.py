@@ -121,7 +121,7 @@ def training_job(model: Any, pixel_values: Tensor, autocast: torch.dtype | None 
         "attention_mask": (torch.arange(CONTEXT) <= length).long().to(device),
         "pixel_values": pixel_values.to(device),
     }
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)  # no temporaries in the way
 
     def job() -> None:
         with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import (
     BOS,
+    CONTEXT,
     EOS,
     tiny_config,
     tiny_images,
@@ -257,14 +258,15 @@ def test_parts_of_the_loss_add_up(variant, labels):
 
 @VARIANTS
 def test_equal_texts_pass_the_transformer_once(variant):
-    """The losses and gradients are those of one pass for each text, which is what `output_hidden_states` gets."""
+    """And the padding after the longest does not. The losses and gradients are those of all passes over all tokens, which
+    is what `output_hidden_states` gets."""
     model = without_noise(tiny_model(npr_variant=variant, num_text_prototypes=4)).double()
     model.config.contrastive_loss = "multi_positive"
-    lengths = []
+    shapes = []
     model.text_model.register_forward_pre_hook(
-        lambda module, arguments, fields: lengths.append(len(fields["input_ids"])), with_kwargs=True
+        lambda module, arguments, fields: shapes.append(tuple(fields["input_ids"].shape)), with_kwargs=True
     )
-    labels = tiny_texts(2, seed=1)[torch.tensor([0, 1, 0, 0, 1, 1])].unflatten(0, (3, 2))
+    labels = tiny_texts(2, words=[3, 6], seed=1)[torch.tensor([0, 1, 0, 0, 1, 1])].unflatten(0, (3, 2))
     captions = tiny_texts(2)[torch.tensor([0, 1, 0])]
     results = []
     for details in (False, True):
@@ -281,8 +283,20 @@ def test_equal_texts_pass_the_transformer_once(variant):
         output.loss.backward()
         gradients = {name: parameter.grad for name, parameter in fresh.named_parameters()}
         results.append((output.loss, output.text_embeds, gradients, dict(fresh.named_buffers())))
-    assert lengths == [4, 9]
+    assert shapes == [(4, 1 + 6 + 1), (9, CONTEXT)]
     torch.testing.assert_close(results[0], results[1], equal_nan=True)
+
+
+def test_texts_without_an_end_keep_all_their_tokens():
+    model = tiny_model().train()
+    texts = tiny_texts(3)
+    texts[1] = texts[1].masked_fill(texts[1] == model.config.text_config.eos_token_id, 5)
+    shapes = []
+    model.text_model.register_forward_pre_hook(
+        lambda module, arguments, fields: shapes.append(tuple(fields["input_ids"].shape)), with_kwargs=True
+    )
+    assert model(texts, tiny_images(3), return_loss=True).loss.isfinite()
+    assert shapes == [(3, CONTEXT)]
 
 
 def test_no_losses_unless_asked_for():

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -163,9 +164,15 @@ class PGSegMLP(nn.Module):
         self.fc2 = PGSegLinear(hidden_features, out_features)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            # The activations, the largest tensors of a block, are made again for the gradient, which takes no product.
+            return checkpoint(self._activate_and_project, self.fc1(x), use_reentrant=False, preserve_rng_state=False)
         if self.fuses_gelu and type(self.fc1) is PGSegLinear:
             return self.fc2(self.fc1(x, gelu=True))
-        return self.fc2(self.activation_fn(self.fc1(x)))
+        return self._activate_and_project(self.fc1(x))
+
+    def _activate_and_project(self, hidden: Tensor) -> Tensor:
+        return self.fc2(self.activation_fn(hidden))
 
 
 class PGSegMixerMLP(PGSegMLP):

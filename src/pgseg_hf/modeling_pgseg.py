@@ -420,17 +420,19 @@ class PGSegModel(PGSegPreTrainedModel):
         input_ids: Tensor,
         attention_mask: Tensor | None,
         position_ids: Tensor | None = None,
-        once: bool = False,
+        sparing: bool = False,
         **kwargs: Any,
     ) -> tuple[BaseModelOutputWithPooling, PrototypeEstimate | None]:
-        """The text tower on [..., T] tokens; with `once` equal texts pass its transformer once. In the released variant
-        every call, in evaluation too, estimates text prototypes [N, 8, 1] from the scalars of the pooled text,
-        normalised over the prototypes, and moves their buffer."""
+        """The text tower on [..., T] tokens; if `sparing`, equal texts pass its transformer once and what follows the
+        longest text's end not at all, its hidden states are 0. In the released variant every call, in evaluation too,
+        estimates text prototypes [N, 8, 1] from the scalars of the pooled text, normalised over the prototypes, and
+        moves their buffer."""
         input_ids = input_ids.flatten(0, -2)
         attention_mask = None if attention_mask is None else attention_mask.flatten(0, -2)
-        rows = None
-        if once:
+        rows, length = None, input_ids.shape[1]
+        if sparing:
             input_ids, attention_mask, rows = _different_texts(input_ids, attention_mask)
+            input_ids, attention_mask = _up_to_ends(input_ids, attention_mask, self.config.text_config)
         outputs = self.text_model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -441,6 +443,9 @@ class PGSegModel(PGSegPreTrainedModel):
         if rows is not None:
             outputs.pooler_output = outputs.pooler_output[rows]
             outputs.last_hidden_state = outputs.last_hidden_state[rows]
+        if sparing:
+            left_out = length - outputs.last_hidden_state.shape[1]
+            outputs.last_hidden_state = nn.functional.pad(outputs.last_hidden_state, (0, 0, 0, left_out))
         if self.config.npr_variant != "released" or torch.compiler.is_exporting():
             return outputs, None
         buffer = self.released_text_prototypes
@@ -598,8 +603,8 @@ class PGSegModel(PGSegPreTrainedModel):
         asked = {name: kwargs.get(name) for name in ("output_attentions", "output_hidden_states")}
         details = any(getattr(config, name) if value is None else value for name, value in asked.items())
         plain = not details and kwargs.get("position_ids") is None
-        once = for_losses and plain and not config.attention_dropout
-        output, estimate = self._encode_text(input_ids, attention_mask, once=once, **kwargs)
+        sparing = for_losses and plain and not config.attention_dropout
+        output, estimate = self._encode_text(input_ids, attention_mask, sparing=sparing, **kwargs)
         pooled, output.pooler_output = output.pooler_output, self.text_projection(output.pooler_output)
         if input_ids.ndim == 3:
             output.pooler_output = output.pooler_output.unflatten(0, input_ids.shape[:2]).mean(1)
@@ -715,6 +720,19 @@ def _different_texts(
     length = input_ids.shape[1]
     mask_UT = different_U2T[:, length:].to(attention_mask.dtype) if given else None
     return different_U2T[:, :length], mask_UT, rows_N
+
+
+def _up_to_ends(
+    input_ids: Tensor, attention_mask: Tensor | None, config: PGSegTextConfig
+) -> tuple[Tensor, Tensor | None]:
+    """Texts [N, T] and their attention mask up to where the longest one ends: the transformer is causal and pools at the
+    ends. All of them where one has no end."""
+    # CLIP pools at the largest id where the end is 2, as in its first configurations.
+    if torch.compiler.is_compiling() or input_ids.device.type == "meta" or config.eos_token_id == 2:
+        return input_ids, attention_mask
+    is_end = input_ids == config.eos_token_id
+    length = int(torch.where(is_end.any(1), is_end.int().argmax(1) + 1, input_ids.shape[1]).max())
+    return input_ids[:, :length], None if attention_mask is None else attention_mask[:, :length]
 
 
 def _word_mask(input_ids: Tensor, config: PGSegTextConfig) -> tuple[Tensor, Tensor]:
