@@ -7,6 +7,7 @@ from PIL import Image
 from tiny_models import CLIP_TEXT, make_photo, tiny_model
 
 from pgseg_hf import PGSegImageProcessorPil, PGSegProcessor, Segmenter, default_tokenizer, load_segmenter
+from pgseg_hf.configuration_pgseg import NPR_VARIANTS
 
 # No deadline: the first call of a torch function takes far longer than the next ones.
 settings.register_profile("pgseg_hf", deadline=None)
@@ -62,3 +63,8 @@ def photo_file(tmp_path, photo) -> str:
     path = tmp_path / "photo.png"
     photo.save(path)
     return str(path)
+
+
+@pytest.fixture(scope="module")
+def models():
+    return {variant: tiny_model(npr_variant=variant).double() for variant in NPR_VARIANTS}

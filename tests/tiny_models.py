@@ -3,13 +3,16 @@
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from pgseg_hf.configuration_pgseg import PGSegConfig
+from pgseg_hf.configuration_pgseg import NPR_VARIANTS, PGSegConfig
 from pgseg_hf.modeling_pgseg import PGSegModel
 
+VARIANTS = pytest.mark.parametrize("variant", NPR_VARIANTS)
+PATCHES = {"vision_config": {"segment_source": "patches"}}
 BOS, EOS = 48, 49
 CONTEXT = 12
 # For `tiny_config(text_config=CLIP_TEXT)`: a text tower that takes the tokens of CLIP's tokenizer.
@@ -109,3 +112,24 @@ def with_fixed_statistics(model: PGSegModel) -> PGSegModel:
         if isinstance(module, nn.BatchNorm1d):
             module.eval()
     return model
+
+
+def inputs_of(batch=3, **kwargs):
+    return {"input_ids": tiny_texts(batch), "pixel_values": tiny_images(batch)} | kwargs
+
+
+def prototype_buffers(model):
+    return {name: buffer.clone() for name, buffer in model.named_buffers() if "prototypes" in name}
+
+
+def moved(model, before):
+    return {
+        name for name, buffer in prototype_buffers(model).items() if not torch.equal(buffer, before[name])
+    }
+
+
+def assert_same_tensors(ours, theirs):
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    for name, tensor in ours.state_dict().items():
+        assert tensor.dtype == theirs.state_dict()[name].dtype, name
+        assert torch.equal(tensor, theirs.state_dict()[name]), name

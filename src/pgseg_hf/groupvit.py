@@ -1,9 +1,10 @@
-"""The architecture of transformers' GroupViT in PGSeg's configuration, for warm starts."""
+"""Transformers' GroupViT for warm starts: its architecture in PGSeg's configuration, and its checkpoints."""
 
 from dataclasses import fields
 from typing import Any
 
-from transformers import GroupViTConfig, PreTrainedConfig
+from safetensors import SafetensorError
+from transformers import AutoConfig, GroupViTConfig, GroupViTModel, PreTrainedConfig
 
 from .configuration_pgseg import PGSegConfig, PGSegTextConfig, PGSegVisionConfig
 
@@ -43,3 +44,24 @@ def config_from_groupvit(
         vision_config={**vision, "npr_variant": npr_variant, **vision_overrides},
         **{**shared, **kwargs},
     )
+
+
+def read_groupvit(name_or_path: str) -> GroupViTModel:
+    """Loads a checkpoint of transformers' GroupViT.
+
+    Raises:
+        ValueError: there is none, it is of another model, or tensors are missing.
+    """
+    try:
+        model_type = AutoConfig.from_pretrained(name_or_path).model_type
+        if model_type != "groupvit":
+            raise ValueError(f"{name_or_path} is a {model_type!r} checkpoint, expected 'groupvit'.")
+        model, loaded = GroupViTModel.from_pretrained(
+            name_or_path, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise ValueError(f"{name_or_path} cannot be loaded: {error}") from error
+    missing = sorted({*loaded["missing_keys"], *(name for name, *_ in loaded["mismatched_keys"])})
+    if missing:
+        raise ValueError(f"{name_or_path} lacks tensors of its architecture: {', '.join(missing)}.")
+    return model

@@ -164,12 +164,19 @@ class PGSegMLP(nn.Module):
         self.fc2 = PGSegLinear(hidden_features, out_features)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            # The activations, the largest tensors of a block, are made again for the gradient, which takes no product.
-            return checkpoint(self._activate_and_project, self.fc1(x), use_reentrant=False, preserve_rng_state=False)
+        if self._forgets_activations():
+            return checkpoint(
+                self._activate_and_project, self.fc1(x), use_reentrant=False, preserve_rng_state=False
+            )
         if self.fuses_gelu and type(self.fc1) is PGSegLinear:
             return self.fc2(self.fc1(x, gelu=True))
         return self._activate_and_project(self.fc1(x))
+
+    def _forgets_activations(self) -> bool:
+        """Whether the activations, the largest tensors of a block, are made again for the gradient, which takes no
+        product. Not with an adapter, which may have dropout, nor in a compiled graph, whose compiler decides."""
+        learns = self.training and torch.is_grad_enabled()
+        return learns and type(self.fc2) is PGSegLinear and not torch.compiler.is_compiling()
 
     def _activate_and_project(self, hidden: Tensor) -> Tensor:
         return self.fc2(self.activation_fn(hidden))

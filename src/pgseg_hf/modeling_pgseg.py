@@ -9,16 +9,15 @@ from typing import Any
 
 import torch
 from huggingface_hub import HfApi
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, CLIPTextModel, GroupViTModel, PreTrainedModel
+from transformers import CLIPTextModel, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput, logging
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_pgseg import PGSegConfig, PGSegTextConfig, PGSegVisionConfig
-from .groupvit import config_from_groupvit
+from .groupvit import config_from_groupvit, read_groupvit
 from .layers import (
     PGSegAssignAttention,
     PGSegAttention,
@@ -46,6 +45,7 @@ from .objective import (
     normalized,
 )
 from .prototypes import PrototypeEstimate, estimate_prototypes, updated_prototypes
+from .token_ids import different_texts, find_words, up_to_ends
 
 logger = logging.get_logger(__name__)
 
@@ -431,8 +431,8 @@ class PGSegModel(PGSegPreTrainedModel):
         attention_mask = None if attention_mask is None else attention_mask.flatten(0, -2)
         rows, length = None, input_ids.shape[1]
         if sparing:
-            input_ids, attention_mask, rows = _different_texts(input_ids, attention_mask)
-            input_ids, attention_mask = _up_to_ends(input_ids, attention_mask, self.config.text_config)
+            input_ids, attention_mask, rows = different_texts(input_ids, attention_mask)
+            input_ids, attention_mask = up_to_ends(input_ids, attention_mask, self.config.text_config)
         outputs = self.text_model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -610,7 +610,7 @@ class PGSegModel(PGSegPreTrainedModel):
             output.pooler_output = output.pooler_output.unflatten(0, input_ids.shape[:2]).mean(1)
         if not for_losses:
             return output, None
-        word_mask, has_ended = _word_mask(input_ids, self.config.text_config)
+        word_mask, has_ended = find_words(input_ids, self.config.text_config)
         features = TextFeatures(output.pooler_output, input_ids.masked_fill(has_ended, -1))
         if estimate is not None:
             features.released_prototypes = estimate.prototypes
@@ -674,21 +674,8 @@ class PGSegModel(PGSegPreTrainedModel):
         Raises:
             ValueError: there is no such checkpoint, it is no GroupViT, or not a whole one.
         """
-        try:
-            source_config = AutoConfig.from_pretrained(name_or_path)
-            if source_config.model_type != "groupvit":
-                raise ValueError(
-                    f"{name_or_path} is a {source_config.model_type!r} checkpoint, expected 'groupvit'."
-                )
-            source, loaded = GroupViTModel.from_pretrained(
-                name_or_path, output_loading_info=True, ignore_mismatched_sizes=True
-            )
-        except (OSError, SafetensorError, RuntimeError) as error:
-            raise ValueError(f"{name_or_path} cannot be loaded: {error}") from error
-        missing = sorted({*loaded["missing_keys"], *(name for name, *_ in loaded["mismatched_keys"])})
-        if missing:
-            raise ValueError(f"{name_or_path} lacks tensors of its architecture: {', '.join(missing)}.")
-        model = cls(config_from_groupvit(source_config, npr_variant, **kwargs))
+        source = read_groupvit(name_or_path)
+        model = cls(config_from_groupvit(source.config, npr_variant, **kwargs))
         model.vision_model.set_attn_implementation("eager")
         tensors = source.state_dict()
         report = model.load_state_dict(tensors, strict=False)
@@ -700,47 +687,6 @@ class PGSegModel(PGSegPreTrainedModel):
         new = [name for name in model.state_dict() if name not in tensors]
         logger.warning(f"Warm start from {name_or_path}; newly initialised: {', '.join(new) or 'nothing'}.")
         return model.eval()
-
-
-def _different_texts(
-    input_ids: Tensor, attention_mask: Tensor | None
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The different ones of N texts [U, T], their attention mask, and which of them each text is, [N]; all texts and
-    None where all differ, and where the shapes of a graph must not depend on the texts."""
-    if torch.compiler.is_compiling() or input_ids.device.type == "meta":
-        return input_ids, attention_mask, None
-    given = attention_mask is not None
-    keys_N2T = torch.cat([input_ids, attention_mask.to(input_ids.dtype)], 1) if given else input_ids
-    # Not every device can do this, and the number of different texts has to come to the CPU anyway.
-    different_U2T, rows_N = (
-        part.to(input_ids.device) for part in keys_N2T.cpu().unique(dim=0, return_inverse=True)
-    )
-    if len(different_U2T) == len(input_ids):
-        return input_ids, attention_mask, None
-    length = input_ids.shape[1]
-    mask_UT = different_U2T[:, length:].to(attention_mask.dtype) if given else None
-    return different_U2T[:, :length], mask_UT, rows_N
-
-
-def _up_to_ends(
-    input_ids: Tensor, attention_mask: Tensor | None, config: PGSegTextConfig
-) -> tuple[Tensor, Tensor | None]:
-    """Texts [N, T] and their attention mask up to where the longest one ends: the transformer is causal and pools at the
-    ends. All of them where one has no end."""
-    # CLIP pools at the largest id where the end is 2, as in its first configurations.
-    if torch.compiler.is_compiling() or input_ids.device.type == "meta" or config.eos_token_id == 2:
-        return input_ids, attention_mask
-    is_end = input_ids == config.eos_token_id
-    length = int(torch.where(is_end.any(1), is_end.int().argmax(1) + 1, input_ids.shape[1]).max())
-    return input_ids[:, :length], None if attention_mask is None else attention_mask[:, :length]
-
-
-def _word_mask(input_ids: Tensor, config: PGSegTextConfig) -> tuple[Tensor, Tensor]:
-    """True for the tokens of words, after the start token and before the first end token, and True from there on;
-    both [N, T]."""
-    is_end = torch.isin(input_ids, input_ids.new_tensor(config.eos_token_id))
-    has_ended = is_end.cumsum(1) > 0
-    return ~has_ended & input_ids.ne(config.bos_token_id), has_ended
 
 
 __all__ = [

@@ -1,0 +1,222 @@
+"""Parts of the image tower: stochastic depth, grouping, attention and other kernels, checkpointing."""
+
+import math
+
+import pytest
+import torch
+from tiny_models import (
+    inputs_of,
+    tiny_config,
+    tiny_images,
+    tiny_model,
+    tiny_texts,
+)
+from torch import nn
+
+from pgseg_hf.configuration_pgseg import NPR_VARIANTS
+from pgseg_hf.layers import (
+    PGSegDropPath,
+    PGSegLinear,
+    PGSegMLP,
+    attention_in_parts,
+)
+from pgseg_hf.modeling_pgseg import PGSegVisionModel
+
+# Stochastic depth
+
+
+def test_drop_path_leaves_out_whole_samples_and_keeps_the_mean():
+    torch.manual_seed(0)
+    drop = PGSegDropPath(0.25).train()
+    x = torch.ones(4000, 2, 3)
+    y = drop(x)
+    kept = y[:, 0, 0] > 0
+    assert torch.equal(y, (kept[:, None, None] / 0.75).expand_as(y))
+    assert abs(kept.float().mean() - 0.75) < 0.03
+    assert drop.eval()(x) is x
+    assert PGSegDropPath(0.0).train()(x) is x
+
+
+def test_drop_path_rises_linearly_over_the_blocks():
+    config = tiny_config(
+        vision_config={"depths": [3, 2, 1], "num_hidden_layers": None, "drop_path_rate": 0.1}
+    )
+    model = PGSegVisionModel(config.vision_config)
+    rates = [layer.drop_path.rate for stage in model.encoder.stages for layer in stage.layers]
+    assert rates == pytest.approx([0.0, 0.02, 0.04, 0.06, 0.08, 0.1])
+
+
+# Grouping in training
+
+
+def test_gumbel_noise_is_standard():
+    torch.manual_seed(0)
+    assign = tiny_model().vision_model.encoder.stages[0].downsample.assign
+    noise = assign.sample_noise(torch.zeros(100, 20, 50, dtype=torch.float64))
+    assert noise.shape == (100, 20, 50)
+    assert noise.mean().item() == pytest.approx(0.5772, abs=0.02)
+    assert noise.var().item() == pytest.approx(math.pi**2 / 6, rel=0.02)
+
+
+def test_assignment_is_hard_with_the_gradient_of_the_soft_one():
+    assign = tiny_model().vision_model.encoder.stages[0].downsample.assign.double().eval()
+    with torch.no_grad():
+        for linear in (assign.v_proj, assign.proj):
+            linear.weight.copy_(torch.eye(16))
+            linear.bias.zero_()
+    centers = torch.randn(2, 5, 16, dtype=torch.float64, requires_grad=True)
+    tokens = torch.randn(2, 9, 16, dtype=torch.float64)
+    pooled, logits = assign(centers, tokens)
+    chosen = nn.functional.one_hot(logits.argmax(1), 5).double().transpose(1, 2)
+    torch.testing.assert_close(pooled, chosen @ tokens / (chosen.sum(2, keepdim=True) + 1))
+    weights = torch.randn_like(pooled)
+    (ours,) = torch.autograd.grad((pooled * weights).sum(), centers)
+    # The same forward value, by hand: soft assignments whose value is moved to the hard ones as a constant.
+    logits = assign(centers, tokens)[1]
+    soft = logits.softmax(1)
+    straight = soft + (chosen - soft).detach()
+    expected = straight / (straight.sum(2, keepdim=True) + 1) @ tokens
+    torch.testing.assert_close(ours, torch.autograd.grad((expected * weights).sum(), centers)[0])
+    assert ours.abs().max() > 0
+
+
+# Attention, checkpointing, compilation
+
+
+@torch.no_grad()
+def test_attention_implementations_agree(models):
+    arguments = inputs_of(pixel_values=tiny_images(3, 24, 20).double())
+    outputs = []
+    for name in ("eager", "sdpa"):
+        models["corrected"].set_attn_implementation(name)
+        outputs.append(models["corrected"](**arguments))
+    torch.testing.assert_close(outputs[0].logits_per_image, outputs[1].logits_per_image)
+    torch.testing.assert_close(outputs[0].grouping, outputs[1].grouping)
+
+
+def test_attention_in_parts_equals_attention(monkeypatch):
+    query, key, value = (torch.randn(3, 2, length, 4).double() for length in (5, 7, 7))
+    expected = nn.functional.scaled_dot_product_attention(query, key, value, scale=0.7).transpose(1, 2)
+    for entries in (1, 4 * 35, 2**20):  # one head at a time, four of the six, all
+        monkeypatch.setattr("pgseg_hf.layers._CACHED_SCORES", entries)
+        torch.testing.assert_close(attention_in_parts(query, key, value, 0.7), expected)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("gelu", [False, True])
+def test_linear_layers_give_the_same_without_gradient(dtype, tolerance, gelu):
+    torch.manual_seed(0)
+    layer = PGSegLinear(24, 40).to(dtype).eval()
+    for x in (torch.randn(2, 5, 24), torch.randn(24, 7).T, torch.randn(0, 24), torch.randn(24)):
+        x = x.to(dtype)
+        with_gradient = layer(x, gelu=gelu)
+        assert with_gradient.requires_grad
+        with torch.no_grad():
+            torch.testing.assert_close(layer(x, gelu=gelu), with_gradient, rtol=0, atol=tolerance)
+            expected = nn.functional.linear(x.float(), layer.weight.float(), layer.bias.float())
+            expected = nn.functional.gelu(expected) if gelu else expected
+            torch.testing.assert_close(layer(x, gelu=gelu).float(), expected, rtol=0, atol=2 * tolerance)
+
+
+def test_linear_layers_in_training_are_bit_for_bit_the_same_without_gradient():
+    torch.manual_seed(0)
+    layer, x = PGSegLinear(24, 40), torch.randn(7, 24)
+    with torch.no_grad():
+        without_gradient = layer(x, gelu=True)
+    assert torch.equal(layer(x, gelu=True), without_gradient)
+
+
+def test_a_changed_layer_of_an_mlp_is_called_as_every_module():
+    class Adapted(nn.Module):
+        """As adapters wrap a layer: another path beside it."""
+
+        def __init__(self, layer):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x):
+            return self.layer(x) + 1.0
+
+    mlp = PGSegMLP(tiny_config().vision_config, 4, 6, 4)
+    x = torch.randn(3, 4)
+    with torch.no_grad():
+        expected = mlp.fc2(nn.functional.gelu(mlp.fc1(x) + 1.0))
+        mlp.fc1 = Adapted(mlp.fc1)
+        torch.testing.assert_close(mlp(x), expected)
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_activations_made_again_give_the_same_gradient(adapted):
+    """They are not kept; with dropout in an adapter's place they are, as it would draw anew."""
+    torch.manual_seed(0)
+    mlp = PGSegMLP(tiny_config().vision_config, 4, 6, 4).double().train()
+    if adapted:
+        mlp.fc2 = nn.Sequential(nn.Dropout(0.5), mlp.fc2)
+    x, kept = torch.randn(5, 4).double(), []
+    torch.manual_seed(1)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.clone()) or t, lambda t: t):
+        mlp(x).sum().backward()
+    gradients = [parameter.grad.clone() for parameter in mlp.parameters()]
+    mlp.zero_grad()
+    torch.manual_seed(1)
+    activations = nn.functional.gelu(mlp.fc1(x))
+    mlp.fc2(activations).sum().backward()
+    torch.testing.assert_close(gradients, [parameter.grad for parameter in mlp.parameters()])
+    if not adapted:
+        assert not any(t.shape == activations.shape and torch.allclose(t, activations) for t in kept)
+
+
+@pytest.mark.parametrize("mixing", ["released", "tokens"])
+def test_mixing_after_the_first_layer_changes_nothing(mixing):
+    fields = {"npr_variant": "released"} if mixing == "released" else {}
+    vision = {} if mixing == "released" else {"prototype_mixing": mixing}
+    model = tiny_model(**fields, vision_config=vision).double()
+    npr = model.vision_model.encoder.stages[0].npr
+    norm = npr.projection[1]
+    with torch.no_grad():
+        norm.running_mean.normal_()
+        norm.running_var.uniform_(0.5, 2.0)
+    estimate = npr.estimate(torch.randn(2, 9, 16).double(), npr.seeds())
+    expected = npr.reconstruct(estimate, torch.float64)  # with gradient: mixed, then projected
+    with torch.no_grad():
+        torch.testing.assert_close(npr.reconstruct(estimate, torch.float64), expected)
+
+
+@pytest.mark.parametrize(
+    ("reentrant", "source"), [(False, "groups"), (True, "groups"), (False, "patches"), (True, "patches")]
+)
+def test_gradient_checkpointing_changes_nothing(reentrant, source):
+    results = []
+    for checkpointing in (False, True):
+        vision = {"drop_path_rate": 0.2, "segment_source": source}
+        model = tiny_model(assignment_weight=0.1, vision_config=vision).double().train()
+        if checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": reentrant})
+            assert model.is_activation_checkpointing
+        torch.manual_seed(3)
+        arguments = inputs_of(pixel_values=tiny_images(3).double())
+        output = model(**arguments, label_input_ids=tiny_texts(6).unflatten(0, (3, 2)), return_loss=True)
+        output.loss.backward()
+        results.append((model, output.loss))
+    (plain, loss), (checkpointed, other_loss) = results
+    torch.testing.assert_close(loss, other_loss)
+    gradients = {name: parameter.grad for name, parameter in checkpointed.named_parameters()}
+    for name, parameter in plain.named_parameters():
+        if parameter.grad is None:
+            assert gradients[name] is None, name
+        else:
+            torch.testing.assert_close(parameter.grad, gradients[name], msg=name)
+    for (name, buffer), other in zip(plain.named_buffers(), checkpointed.buffers(), strict=True):
+        torch.testing.assert_close(buffer, other, msg=name)
+
+
+@pytest.mark.parametrize("variant", NPR_VARIANTS)
+@torch.no_grad()
+def test_evaluation_compiles_without_graph_breaks(variant):
+    torch.compiler.reset()
+    model = tiny_model(npr_variant=variant)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    expected = tiny_model(npr_variant=variant)(**inputs_of())
+    output = compiled(**inputs_of())
+    torch.testing.assert_close(output.logits_per_image, expected.logits_per_image)
+    torch.testing.assert_close(output.grouping, expected.grouping)

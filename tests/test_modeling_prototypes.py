@@ -1,0 +1,219 @@
+"""Prototypes in the models: where they move, what gradient they get, what they add to the tokens."""
+
+import pytest
+import torch
+from tiny_models import (
+    PATCHES,
+    inputs_of,
+    moved,
+    prototype_buffers,
+    tiny_config,
+    tiny_images,
+    tiny_model,
+    tiny_texts,
+    without_noise,
+)
+from torch.nn.functional import normalize
+
+from pgseg_hf.layers import (
+    PGSegProjection,
+    mean_of_groups,
+)
+from pgseg_hf.modeling_pgseg import PGSegModel, PGSegVisionModel
+from pgseg_hf.prototypes import updated_prototypes
+
+
+def test_corrected_prototypes_move_in_training_with_gradient_alone():
+    model = tiny_model()
+    before = prototype_buffers(model)
+    assert set(before) == {
+        "text_prototypes",
+        "vision_model.encoder.stages.0.npr.prototypes",
+        "vision_model.encoder.stages.1.npr.prototypes",
+    }
+    model(**inputs_of(), return_loss=True)
+    with torch.no_grad():
+        model.train()(**inputs_of(), return_loss=True)
+    assert moved(model, before) == set()
+    model(**inputs_of(), return_loss=True)
+    assert moved(model, before) == set(before)
+    for buffer in prototype_buffers(model).values():
+        torch.testing.assert_close(buffer.norm(dim=-1), torch.ones_like(buffer[..., 0]))
+
+
+def test_prototypes_move_to_the_mean_of_the_batch_once_a_forward():
+    model = tiny_model().train()
+    stage, before = model.vision_model.encoder.stages[0], prototype_buffers(model)
+    seen = []
+    stage.register_forward_hook(lambda module, args, output: seen.append(output[3][1]))
+    model.vision_model(tiny_images(3))
+    old = before["vision_model.encoder.stages.0.npr.prototypes"][0]
+    torch.testing.assert_close(stage.npr.prototypes[0], updated_prototypes(old, seen[0].mean(0), 0.9))
+    torch.testing.assert_close(stage.npr.prototypes[0], normalize(0.9 * old + 0.1 * seen[0].mean(0), dim=-1))
+
+
+def test_text_prototypes_that_no_text_has_stay():
+    model = tiny_model().train()
+    before = model.text_prototypes.clone()
+    model(**inputs_of(input_ids=tiny_texts(3, words=[1, 2, 2])), return_loss=True)
+    assert torch.equal(model.text_prototypes[:, 2:], before[:, 2:])
+    assert not torch.isclose(model.text_prototypes[:, :2], before[:, :2]).all(-1).any()
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_released_text_prototypes_move_at_every_call_and_image_prototypes_never(training):
+    model = tiny_model(npr_variant="released", num_text_prototypes=4).train(training)
+    before = prototype_buffers(model)
+    model.get_image_features(tiny_images(2))
+    assert moved(model, before) == set()
+    with torch.no_grad():
+        model.get_text_features(tiny_texts(5))
+    assert moved(model, before) == {"released_text_prototypes"}
+    # One call with many prompts is one update.
+    once = model.released_text_prototypes.clone()
+    model.released_text_prototypes.copy_(before["released_text_prototypes"])
+    with torch.no_grad():
+        model.get_text_features(tiny_texts(5)[None])
+    assert torch.equal(model.released_text_prototypes, once)
+    model(**inputs_of(), return_loss=True)
+    assert moved(model, before) == {"released_text_prototypes"}
+
+
+def test_gradient_reaches_the_projection_of_prototypes_but_not_their_estimation():
+    stage = tiny_model().vision_model.encoder.stages[0].double()
+    for released in (False, True):
+        stage.npr.released = released
+        tokens = torch.randn(2, 16, 16, dtype=torch.float64, requires_grad=True)
+        part = stage.npr.reconstruct(stage.npr.estimate(tokens, stage.npr.prototypes), tokens.dtype)
+        stage.zero_grad()
+        part.square().sum().backward()
+        assert tokens.grad is None
+        assert stage.npr.projection[3].weight.grad.abs().max() > 0
+
+
+@torch.no_grad()
+def test_size_of_the_prototypes_part_at_higher_resolution():
+    sizes = {}
+    for variant in ("released", "corrected"):
+        npr = tiny_model(npr_variant=variant, num_text_prototypes=4).vision_model.encoder.stages[0].npr
+        for layer in (npr.projection[0], npr.projection[1], npr.projection[3]):
+            layer.bias.zero_()
+        few, many = torch.randn(8, 36, 16), torch.randn(8, 36 * 16, 16)
+        small, large = (
+            npr.reconstruct(npr.estimate(tokens, npr.prototypes), tokens.dtype).std().item()
+            for tokens in (few, many)
+        )
+        sizes[variant] = large / small
+    assert sizes["corrected"] == pytest.approx(1, abs=0.25)
+    assert sizes["released"] < 0.3
+
+
+@torch.no_grad()
+def test_corrected_part_is_the_mapped_prototypes_mixed_by_the_responsibilities(models):
+    npr = models["corrected"].vision_model.encoder.stages[0].npr
+    estimate = npr.estimate(torch.randn(2, 20, 16, dtype=torch.float64), npr.prototypes)
+    expected = torch.zeros(2, 20, 16, dtype=torch.float64)
+    for index in range(6):
+        mapped = npr.projection(estimate.prototypes[:, index])
+        expected += estimate.responsibilities[:, :, index, None] * mapped[:, None]
+    torch.testing.assert_close(npr.reconstruct(estimate, torch.float64), expected)
+
+
+@torch.no_grad()
+def test_part_mixed_by_tokens_is_the_released_one_in_the_corrected_variant():
+    tokens = torch.randn(2, 20, 16, dtype=torch.float64)
+    parts = []
+    for variant, mixing in (("released", "prototypes"), ("corrected", "tokens"), ("corrected", "prototypes")):
+        model = tiny_model(
+            npr_variant=variant, vision_config={"prototype_mixing": mixing}, num_text_prototypes=4
+        )
+        npr = model.double().vision_model.encoder.stages[0].npr
+        npr.projection.load_state_dict(
+            parts[0][0].projection.state_dict() if parts else npr.projection.state_dict()
+        )
+        parts.append((npr, npr.reconstruct(npr.estimate(tokens, npr.prototypes), torch.float64)))
+    torch.testing.assert_close(parts[1][1], parts[0][1])
+    assert (parts[2][1] - parts[0][1]).abs().max() > 0.01
+
+
+def test_matching_in_order_changes_the_prototype_losses_alone():
+    """Both levels; where the best matching is another one, the loss in order is larger."""
+    inputs = inputs_of(pixel_values=tiny_images(3).double())
+    best, ordered, released = (
+        without_noise(
+            tiny_model(prototype_matching=matching, npr_variant=variant, num_text_prototypes=4)
+        ).double()(**inputs, return_loss=True)
+        for matching, variant in (("hungarian", "corrected"), ("order", "corrected"), ("order", "released"))
+    )
+    torch.testing.assert_close(ordered.contrastive_loss, best.contrastive_loss)
+    assert all(mine > its for mine, its in zip(ordered.image_prototype_losses, best.image_prototype_losses))
+    assert ordered.text_prototype_loss != best.text_prototype_loss
+    default = without_noise(tiny_model(npr_variant="released", num_text_prototypes=4)).double()
+    expected = default(**inputs, return_loss=True).image_prototype_loss
+    torch.testing.assert_close(released.image_prototype_loss, expected, equal_nan=True)
+
+
+@pytest.mark.parametrize("variant", ["none", "corrected"])
+@torch.no_grad()
+def test_segments_are_the_means_of_the_first_stages_patches(variant):
+    """By the soft assignment to the last stage's groups, at another size than the configured one."""
+    model = without_noise(tiny_model(npr_variant=variant, **PATCHES)).double().vision_model
+    grouped = []
+    model.encoder.stages[0].downsample.register_forward_pre_hook(
+        lambda module, arguments: grouped.append(arguments[0])
+    )
+    output = model(tiny_images(3, 24, 40).double(), output_hidden_states=True)
+    weights = output.grouping.flatten(2)
+    assert weights.shape[1] == 4
+    means = torch.einsum("bkl,blc->bkc", weights, grouped[0]) / weights.sum(2, keepdim=True)
+    torch.testing.assert_close(output.hidden_states[2], means, rtol=1e-2, atol=1e-2)
+    assert not torch.allclose(
+        output.hidden_states[2], means, rtol=1e-6, atol=1e-6
+    )  # 1e-3 more in the denominator
+    blocks = model.encoder.stages[2](output.hidden_states[2], None)[0]
+    torch.testing.assert_close(output.last_hidden_state, model.layernorm(blocks))
+
+
+@torch.no_grad()
+def test_a_group_without_patches_has_a_mean_near_zero():
+    assignment = torch.tensor([[[1.0, 1.0, 0.5], [1e-9, 0.0, 1e-9]]])
+    means = mean_of_groups(torch.tensor([[[2.0], [4.0], [6.0]]]), assignment)
+    torch.testing.assert_close(means, torch.tensor([[[9 / 2.501], [8e-9 / 0.001]]]))
+
+
+def test_default_width_of_the_projection_of_prototypes():
+    config = tiny_config(vision_config={"prototype_projection_dim": None, "intermediate_size": 48})
+    stages = PGSegVisionModel(config.vision_config).encoder.stages
+    assert [stage.npr.projection[0].out_features for stage in stages[:2]] == [128] * 2
+
+
+def test_initial_weights_are_the_released_ones():
+    """Those too that modules without tensors of their own set, which transformers leaves out for code like ours."""
+    text = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2}
+    model = PGSegModel(tiny_config(text_config=text, projection_intermediate_dim=256))
+    for linear in (model.visual_projection[0], model.text_projection[3]):
+        bound = linear.in_features**-0.5
+        for tensor in (linear.weight, linear.bias):
+            assert 0.8 * bound < tensor.abs().max() <= bound
+    layer = model.text_model.encoder.layers[0]
+    assert layer.mlp.fc1.weight.std().item() == pytest.approx((2 * 64) ** -0.5, rel=0.05)
+    assert layer.self_attn.q_proj.weight.std().item() == pytest.approx(64**-0.5 * (2 * 2) ** -0.5, rel=0.05)
+
+
+def test_prototypes_start_the_same_whatever_the_seed():
+    first, second = (tiny_model(seed).state_dict() for seed in (0, 1))
+    for name in ("text_prototypes", "vision_model.encoder.stages.0.npr.prototypes"):
+        assert torch.equal(first[name], second[name])
+        torch.testing.assert_close(first[name].norm(dim=-1), torch.ones(first[name].shape[:2]))
+
+
+def test_projection_by_running_statistics():
+    projection = PGSegProjection(4, 6, 3)
+    x = torch.randn(20, 4)
+    for _ in range(3):
+        projection.train()(x + torch.randn(20, 4))
+    before = {name: buffer.clone() for name, buffer in projection.named_buffers()}
+    frozen = projection.train()(x, use_running_stats=True)
+    assert all(torch.equal(buffer, before[name]) for name, buffer in projection.named_buffers())
+    torch.testing.assert_close(frozen, projection.eval()(x))
+    assert not torch.allclose(frozen, projection.train()(x))

@@ -1,0 +1,189 @@
+"""The losses of a batch: their parts, shared and absent texts, text prototypes."""
+
+import copy
+
+import pytest
+import torch
+from tiny_models import (
+    BOS,
+    CONTEXT,
+    EOS,
+    VARIANTS,
+    inputs_of,
+    tiny_images,
+    tiny_model,
+    tiny_texts,
+    without_noise,
+)
+
+
+@VARIANTS
+@pytest.mark.parametrize("labels", [False, True])
+def test_parts_of_the_loss_add_up(variant, labels):
+    model = tiny_model(
+        npr_variant=variant,
+        image_prototype_weight=0.3,
+        text_prototype_weight=0.2,
+        multi_label_weight=0.7,
+        assignment_weight=0.4 if variant == "corrected" else 0.0,
+        num_text_prototypes=4,
+    ).double()
+    arguments = inputs_of(pixel_values=tiny_images(3).double())
+    if labels:
+        arguments["label_input_ids"] = tiny_texts(6, words=2, seed=1).unflatten(0, (3, 2))
+    output = model(**arguments, return_loss=True)
+    expected = output.contrastive_loss
+    assert (output.multi_label_loss is not None) == labels
+    if labels:
+        expected = expected + 0.7 * output.multi_label_loss
+    if variant == "none":
+        assert output.image_prototype_loss is output.text_prototype_loss is None
+    else:
+        assert len(output.image_prototype_losses) == 2
+        torch.testing.assert_close(output.image_prototype_loss, sum(output.image_prototype_losses))
+        expected = expected + 0.3 * output.image_prototype_loss + 0.2 * output.text_prototype_loss
+    assert (output.assignment_loss is not None) == (variant == "corrected")
+    if variant == "corrected":
+        expected = expected + 0.4 * output.assignment_loss
+    torch.testing.assert_close(output.loss, expected, equal_nan=variant == "released")
+
+
+@VARIANTS
+def test_equal_texts_pass_the_transformer_once(variant):
+    """And the padding after the longest does not. The losses and gradients are those of all passes over all tokens,
+    which is what `output_hidden_states` gets."""
+    model = without_noise(tiny_model(npr_variant=variant, num_text_prototypes=4)).double()
+    model.config.contrastive_loss = "multi_positive"
+    shapes = []
+    model.text_model.register_forward_pre_hook(
+        lambda module, arguments, fields: shapes.append(tuple(fields["input_ids"].shape)), with_kwargs=True
+    )
+    labels = tiny_texts(2, words=[3, 6], seed=1)[torch.tensor([0, 1, 0, 0, 1, 1])].unflatten(0, (3, 2))
+    captions = tiny_texts(2)[torch.tensor([0, 1, 0])]
+    results = []
+    for details in (False, True):
+        torch.manual_seed(0)
+        fresh = copy.deepcopy(model).train()
+        output = fresh(
+            captions,
+            tiny_images(3).double(),
+            attention_mask=torch.ones_like(captions),
+            label_input_ids=labels,
+            return_loss=True,
+            output_hidden_states=details,
+        )
+        output.loss.backward()
+        gradients = {name: parameter.grad for name, parameter in fresh.named_parameters()}
+        results.append((output.loss, output.text_embeds, gradients, dict(fresh.named_buffers())))
+    assert shapes == [(4, 1 + 6 + 1), (9, CONTEXT)]
+    torch.testing.assert_close(results[0], results[1], equal_nan=True)
+
+
+def test_texts_without_an_end_keep_all_their_tokens():
+    model = tiny_model().train()
+    texts = tiny_texts(3)
+    texts[1] = texts[1].masked_fill(texts[1] == model.config.text_config.eos_token_id, 5)
+    shapes = []
+    model.text_model.register_forward_pre_hook(
+        lambda module, arguments, fields: shapes.append(tuple(fields["input_ids"].shape)), with_kwargs=True
+    )
+    assert model(texts, tiny_images(3), return_loss=True).loss.isfinite()
+    assert shapes == [(3, CONTEXT)]
+
+
+def test_no_losses_unless_asked_for():
+    output = tiny_model()(**inputs_of())
+    assert output.loss is None
+    assert output.contrastive_loss is None
+    assert output.vision_model_output.npr is None
+    assert all(isinstance(value, (torch.Tensor, tuple)) for value in output.to_tuple())
+
+
+def test_each_image_as_its_own_text_is_the_plain_contrastive_loss(models):
+    arguments = inputs_of(pixel_values=tiny_images(3).double())
+    plain, targeted = (
+        models["corrected"](**arguments, text_targets=targets, return_loss=True)
+        for targets in (None, torch.eye(3))
+    )
+    torch.testing.assert_close(targeted.contrastive_loss, plain.contrastive_loss)
+
+
+def test_shared_texts_may_come_in_any_order_and_number(models):
+    texts, order = tiny_texts(5), [3, 0, 4, 1, 2]
+    targets = torch.tensor([[1, 0, 1, 0, 0], [0, 1, 1, 0, 0], [0, 0, 0, 0, 0]])
+    losses = [
+        models["corrected"](
+            **inputs_of(pixel_values=tiny_images(3).double(), input_ids=ids, text_targets=chosen),
+            return_loss=True,
+        )
+        for ids, chosen in ((texts, targets), (texts[order], targets[:, order]))
+    ]
+    torch.testing.assert_close(losses[0].contrastive_loss, losses[1].contrastive_loss)
+    assert all(loss.loss.isfinite() for loss in losses)
+
+
+def test_absent_labels_do_not_matter(models):
+    labels, mask = tiny_texts(6, words=2, seed=1).unflatten(0, (3, 2)), torch.ones(3, 2, 12, dtype=torch.long)
+    mask[1, 1] = 0
+    more = torch.cat([labels, tiny_texts(6, words=3, seed=2).unflatten(0, (3, 2))], 1)
+    more_mask = torch.cat([mask, torch.zeros_like(mask)], 1)
+    garbage = labels.clone()
+    garbage[1, 1] = tiny_texts(1, words=9, seed=3)[0]
+    outputs = [
+        models["corrected"](
+            **inputs_of(pixel_values=tiny_images(3).double()),
+            label_input_ids=ids,
+            label_attention_mask=used,
+            return_loss=True,
+        )
+        for ids, used in ((labels, mask), (more, more_mask), (garbage, mask))
+    ]
+    for output in outputs[1:]:
+        for name in ("loss", "multi_label_loss", "contrastive_loss", "text_prototype_loss"):
+            torch.testing.assert_close(output[name], outputs[0][name])
+    unmasked = models["corrected"](
+        **inputs_of(pixel_values=tiny_images(3).double()), label_input_ids=labels, return_loss=True
+    )
+    assert not torch.isclose(unmasked.multi_label_loss, outputs[0].multi_label_loss)
+
+
+@pytest.mark.parametrize("words", [0, 1, [0, 1, 10]])
+def test_captions_of_few_words_have_finite_losses(words):
+    model = without_noise(tiny_model().train())
+    output = model(**inputs_of(input_ids=tiny_texts(3, words)), return_loss=True)
+    output.loss.backward()
+    assert output.loss.isfinite()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+    if words == 0:
+        assert output.text_prototype_loss == 0
+
+
+def test_text_prototypes_are_estimated_from_an_images_own_words(models):
+    # Another caption's words, or the special tokens, do not matter to an image's text prototypes.
+    model = models["corrected"]
+    ids = tiny_texts(2, words=[5, 3])
+    features = model.encode_part(input_ids=ids)
+    tokens, mask = features.words, features.word_mask
+    assert mask.sum(1).tolist() == [5, 3]
+    assert mask[:, 0].tolist() == [False, False]
+    states = model.text_model(input_ids=ids[1:]).last_hidden_state[0, 1:4]
+    torch.testing.assert_close(tokens[1, 1:4], model.text_projection(states))
+    assert (ids[~mask] >= BOS).all()
+    assert (ids[mask] < EOS).all()
+    assert not tokens.requires_grad
+
+
+def test_corrected_text_loss_teaches_the_segment_tokens(models):
+    model = tiny_model(text_prototype_weight=1.0)
+    model(**inputs_of(), return_loss=True).text_prototype_loss.backward()
+    assert model.visual_projection[3].weight.grad.abs().max() > 0
+    assert model.text_projection[3].weight.grad is None
+    released = tiny_model(npr_variant="released", num_text_prototypes=4)
+    released(**inputs_of(), return_loss=True).text_prototype_loss.backward()
+    assert released.visual_projection[3].weight.grad is None
+    assert released.prototype_logit_scale.grad is not None
+
+
+def test_released_text_prototypes_need_as_many_groups():
+    with pytest.raises(ValueError, match=r"\[3, 4\] images x groups, \[3, 8\] texts x prototypes"):
+        tiny_model(npr_variant="released")(**inputs_of(), return_loss=True)
