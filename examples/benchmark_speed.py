@@ -240,8 +240,9 @@ def measure_one(spec: dict[str, Any]) -> dict[str, Any]:
     images = pixels(scale.images[0][0], spec["batch"])
     autocast = torch.bfloat16 if device == "cuda" else None
     try:
-        training_job(model, images[:2], autocast)()  # what comes with the first step: kernels, buffers
-        return peak_memory(training_job(model, images, autocast), device)
+        job = training_job(model, images, autocast)
+        job()  # what comes with the first step: kernels, the optimizer's state
+        return peak_memory(job, device)
     except torch.OutOfMemoryError:
         return {"out_of_memory": True}
 
