@@ -66,6 +66,7 @@ def _merged(fields: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 GROUPS, TIED = {"contrastive_pooling": "groups"}, {"assignment_weight": 0.2}
 PATCHES: dict[str, Any] = {"vision_config": {"segment_source": "patches"}}
 OURS = TIED | GROUPS | PATCHES
+LIGHT = {"image_prototype_weight": 0.01, "text_prototype_weight": 0.001}
 VARIANTS: dict[str, dict[str, Any]] = {
     "untrained": {},
     "none": {"npr_variant": "none"},
@@ -74,7 +75,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "assignment": TIED,
     "group-pooling": GROUPS,
     "patches": PATCHES,
+    "light": LIGHT,
     "ours": OURS,
+    "ours-light": OURS | LIGHT | {"assignment_weight": 0.05},
     "ours-no-assignment": GROUPS | PATCHES,
     "ours-no-group-pooling": TIED | PATCHES,
     "ours-no-patches": TIED | GROUPS,
@@ -84,8 +87,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     **{f"ours-{name}": _merged(OURS, changes) for name, changes in WITHOUT.items()},
 }
 """Changes of the configuration file's `model_config`, whose variant is `corrected`. `assignment`, `group-pooling` and
-`patches` each change one thing of `corrected`, `ours` all three; `no-...` leaves one part out of `corrected`, and
-`ours-no-...` out of `ours`."""
+`patches` each change one thing of `corrected`, `ours` all three; `light` gives its losses a tenth of their weight, and
+`ours-light` those of `ours` a tenth and a quarter; `no-...` leaves one part out of `corrected`, and `ours-no-...` out
+of `ours`."""
 
 FIGURES = ("mean_iou", "foreground_iou", "background_iou", "pixel_accuracy", "oracle_mean_iou")
 GROUP_FIGURES = ("groups_used", "purity", "redundancy")
