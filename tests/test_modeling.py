@@ -180,18 +180,19 @@ def test_scales_are_clamped_at_100(pooling):
 
 
 @settings(max_examples=20)
-@given(st.integers(1, 3), st.integers(2, 5), SIDES, SIDES)
+@given(st.integers(1, 3), st.integers(2, 5), SIDES, SIDES, st.sampled_from([1, 3, 8.5]))
 @torch.no_grad()
-def test_mixture_pooling_is_the_share_that_each_text_is_given(batch, texts, height, width):
-    """Of the patches, softly assigned to groups and these to texts."""
-    model = tiny_model(contrastive_pooling="mixture", contrastive_loss="sigmoid").double()
+def test_mixture_pooling_is_the_chance_to_see_each_text(batch, texts, height, width, looks):
+    """In so many looks at the patches, softly assigned to groups and these to texts."""
+    model = tiny_model(
+        contrastive_pooling="mixture", mixture_looks=looks, contrastive_loss="sigmoid"
+    ).double()
     assert model.logit_bias is None
     output = model(tiny_texts(texts), tiny_images(batch, height, width).double())
     names = output.segment_logits.softmax(-1)
     shares = torch.einsum("bkhw,bkn->bhwn", output.grouping, names).flatten(1, 2).mean(1)
-    torch.testing.assert_close(
-        output.logits_per_image.sigmoid(), shares.clamp(max=1 - 1e-4), rtol=1e-3, atol=1e-4
-    )
+    seen = 1 - (1 - shares.clamp(max=1 - 1e-4)) ** looks
+    torch.testing.assert_close(output.logits_per_image.sigmoid(), seen, rtol=1e-3, atol=1e-4)
 
 
 # Loading and saving

@@ -16,6 +16,8 @@ from tiny_models import (
     without_noise,
 )
 
+from pgseg_hf.objective import log_odds_of_being_seen
+
 
 @VARIANTS
 @pytest.mark.parametrize("labels", [False, True])
@@ -89,6 +91,20 @@ def test_texts_without_an_end_keep_all_their_tokens():
     )
     assert model(texts, tiny_images(3), return_loss=True).loss.isfinite()
     assert shapes == [(3, CONTEXT)]
+
+
+@pytest.mark.parametrize("looks", [1, 8, 100.0])
+def test_log_odds_of_being_seen_hold_for_shares_of_any_size(looks):
+    shares = torch.logspace(-100, -0.1, 300, dtype=torch.float64)
+    exact = torch.log(-torch.expm1(looks * torch.log1p(-shares))) - looks * torch.log1p(-shares)
+    for dtype, tolerance in ((torch.float64, 1e-7), (torch.float32, 1e-5)):
+        log_shares = shares.log().to(dtype).requires_grad_()
+        odds = log_odds_of_being_seen(log_shares, looks)
+        torch.testing.assert_close(odds.double(), exact, rtol=tolerance, atol=tolerance)
+        odds.sum().backward()
+        assert (log_shares.grad > 0.999).all() and log_shares.grad.isfinite().all()
+    whole = log_odds_of_being_seen(torch.zeros(1), looks)
+    assert whole.isfinite() and whole > 9
 
 
 def test_no_losses_unless_asked_for():

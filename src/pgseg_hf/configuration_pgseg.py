@@ -288,9 +288,14 @@ class PGSegConfig(PreTrainedConfig):
         contrastive_pooling (`str`, defaults to `"mean"`):
             what an image is compared with texts by: `"mean"`, the projected mean of its segment tokens (the paper's),
             `"groups"`, the log-mean-exp over its groups of their scaled cosines (ours, a multiple-instance loss), or
-            `"mixture"`, the log odds of the share of the picture that segmentation would give to a text: the sum over
-            groups of their area times the softmax of their scaled cosines over all texts (ours, for the sigmoid loss
-            with tags that name everything that is to be told apart; a batch needs two different texts at least).
+            `"mixture"`, the log odds that a text is seen in `mixture_looks` looks at the picture as it would be
+            segmented, where its share is the sum over groups of their area times the softmax of their scaled cosines
+            over all texts (ours, for the sigmoid loss with tags that name everything that is to be told apart; a batch
+            needs two different texts at least).
+        mixture_looks (`float`, defaults to 1.0):
+            n of $1-(1-s)^n$, the chance that at least one of n points drawn at random falls on what has the share s of
+            a picture. At 1 the tags of a picture are driven to equal shares of it; with more looks a tag that has
+            some share already is driven no further, while what is no tag gets none.
         contrastive_loss (`str`, defaults to `"info_nce"`):
             `"info_nce"`: one positive text an image (the paper's), all others are negatives; for captions that differ.
             `"multi_positive"`: equal texts of the global batch count as one, and all texts equal to one of an image's
@@ -329,6 +334,7 @@ class PGSegConfig(PreTrainedConfig):
     prototype_matching: str = "hungarian"
     assignment_weight: float | int = 0.0
     contrastive_pooling: str = "mean"
+    mixture_looks: float | int = 1.0
     contrastive_loss: str = "info_nce"
     label_balance: float | int = 1.0
     logit_bias_init_value: float = 0.0
@@ -389,6 +395,10 @@ class PGSegConfig(PreTrainedConfig):
         _require(
             self.contrastive_loss in CONTRASTIVE_LOSSES,
             f"contrastive_loss is {self.contrastive_loss!r}, expected one of {', '.join(CONTRASTIVE_LOSSES)}.",
+        )
+        _require(
+            0 < self.mixture_looks < math.inf,
+            f"mixture_looks is {self.mixture_looks}, expected a positive number.",
         )
         _require(
             self.contrastive_pooling != "mixture" or self.contrastive_loss == "sigmoid",

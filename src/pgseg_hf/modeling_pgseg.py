@@ -482,7 +482,7 @@ class PGSegModel(PGSegPreTrainedModel):
             text = normalized(text_embeds)
             images = JointImages.normalized(self._image_features(image_features))
             scale = clamped_scale(self.logit_scale, self.config)
-            pooled = images.logits(text, scale, self.config.contrastive_pooling)
+            pooled = images.logits(text, scale, self.config)
             return pooled, scale * (images.segments @ text.T)
 
     @can_return_tuple

@@ -27,6 +27,8 @@ from .prototypes import Matching, assignment_loss, estimate_prototypes, ordered_
 
 # Areas of groups are at least this, and shares of texts this far from 1, so that log odds stay finite.
 SMALLEST_SHARE = 1e-4
+# Below it the chance to be seen is the share times the number of looks, to float32's rounding.
+NEGLIGIBLE_LOG_SHARE = -20.0
 
 
 @dataclass
@@ -155,18 +157,26 @@ class JointImages:
         """Those of all processes, for the losses that need them; not for mixture pooling."""
         return JointImages(gather_features(self.embeds), gather_features(self.segments))
 
-    def logits(self, text_ND: Tensor, scale: Tensor, pooling: str) -> Tensor:
+    def logits(self, text_ND: Tensor, scale: Tensor, config: Any) -> Tensor:
         """Scaled similarity [B, N] with normalised texts, by the configured pooling; by `"mixture"` it depends on what
         other texts there are."""
-        if pooling == "mean":
+        if config.contrastive_pooling == "mean":
             return scale * (self.embeds @ text_ND.T)
         logits_BKN = scale * (self.segments @ text_ND.T)
-        if pooling == "groups":
+        if config.contrastive_pooling == "groups":
             return logits_BKN.logsumexp(dim=1) - math.log(logits_BKN.shape[1])
         log_areas_BK = self.areas.to(logits_BKN.dtype).clamp(min=SMALLEST_SHARE).log()
         log_shares_BN = (logits_BKN.log_softmax(dim=2) + log_areas_BK[..., None]).logsumexp(dim=1)
-        log_shares_BN = log_shares_BN.clamp(max=math.log1p(-SMALLEST_SHARE))
-        return log_shares_BN - torch.log(-torch.expm1(log_shares_BN))
+        return log_odds_of_being_seen(log_shares_BN, config.mixture_looks)
+
+
+def log_odds_of_being_seen(log_shares: Tensor, looks: float) -> Tensor:
+    """Log odds that one at least of so many looks, each at a point drawn at random, falls on what has this share of a
+    picture: of $1-(1-s)^n$."""
+    log_shares = log_shares.clamp(max=math.log1p(-SMALLEST_SHARE))
+    log_unseen = looks * torch.log1p(-log_shares.clamp(min=NEGLIGIBLE_LOG_SHARE).exp())
+    odds = torch.log(-torch.expm1(log_unseen)) - log_unseen
+    return torch.where(log_shares < NEGLIGIBLE_LOG_SHARE, log_shares + math.log(looks), odds)
 
 
 class Objective:
@@ -212,7 +222,7 @@ class Objective:
         return losses
 
     def _logits(self, images: JointImages, text_ND: Tensor) -> Tensor:
-        return images.logits(text_ND, self.scale, self.config.contrastive_pooling)
+        return images.logits(text_ND, self.scale, self.config)
 
     def _captions_loss(self, texts_ND: Tensor) -> Tensor:
         if self.config.contrastive_loss != "info_nce" or self.owners.text_targets is not None:
