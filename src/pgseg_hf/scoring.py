@@ -133,7 +133,8 @@ def merge_windows(windows: Sequence[WindowScores], size: tuple[int, int]) -> tup
         for row in range(rows.start, rows.stop, 64):
             part = slice(row, min(row + 64, rows.stop))
             groups = window.groups[part.start - rows.start : part.stop - rows.start].long()
-            total[:, part, columns] += per_channel[:, groups]
+            of_pixels = groups.reshape(1, -1).expand(len(channels), -1)
+            total[:, part, columns] += per_channel.gather(1, of_pixels).unflatten(1, groups.shape)
         count[:, rows, columns] += 1
     return total.div_(count), channels.tolist(), num_channels
 
