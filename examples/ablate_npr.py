@@ -84,6 +84,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "none-group-pooling": {"npr_variant": "none"} | GROUPS,
     "none-group-pooling-patches": {"npr_variant": "none"} | GROUPS | PATCHES,
     **WITHOUT,
+    "no-prototype-losses": {"image_prototype_weight": 0.0, "text_prototype_weight": 0.0},
     **{f"ours-{name}": _merged(OURS, changes) for name, changes in WITHOUT.items()},
 }
 """Changes of the configuration file's `model_config`, whose variant is `corrected`. `assignment`, `group-pooling` and
