@@ -7,31 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from tiny_models import TINY_FIELDS
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "ablate_npr.py"
 SETTINGS = {
     "data": "synthetic:train,size=32,length=50,with_tags=0",
-    "model_config": {
-        "vision_config": {
-            "hidden_size": 16,
-            "intermediate_size": 32,
-            "depths": [1, 1, 0],
-            "num_group_tokens": [6, 4, 0],
-            "num_output_groups": [6, 4, 0],
-            "num_attention_heads": 2,
-            "image_size": 32,
-            "patch_size": 8,
-        },
-        "text_config": {
-            "hidden_size": 16,
-            "intermediate_size": 32,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 2,
-            "max_position_embeddings": 28,
-        },
-        "projection_dim": 8,
-        "projection_intermediate_dim": 24,
-    },
+    "model_config": TINY_FIELDS,
     "contrastive_loss": "multi_positive",
     "cpu": True,
     "short_side": 32,

@@ -15,6 +15,27 @@ VARIANTS = pytest.mark.parametrize("variant", NPR_VARIANTS)
 PATCHES = {"vision_config": {"segment_source": "patches"}}
 BOS, EOS = 48, 49
 CONTEXT = 12
+# `model_config` of settings files: 32 pixels, with CLIP's tokenizer.
+TINY_FIELDS = {
+    "vision_config": {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "depths": [1, 1, 1],
+        "num_group_tokens": [6, 4, 0],
+        "num_output_groups": [6, 4, 0],
+        "num_attention_heads": 2,
+        "image_size": 32,
+        "patch_size": 8,
+    },
+    "text_config": {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    },
+    "projection_dim": 8,
+    "projection_intermediate_dim": 24,
+}
 # For `tiny_config(text_config=CLIP_TEXT)`: a text tower that takes the tokens of CLIP's tokenizer.
 CLIP_TEXT = {
     "vocab_size": 49_408,

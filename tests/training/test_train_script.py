@@ -22,7 +22,7 @@ import yaml
 from accelerate.state import AcceleratorState, PartialState
 from PIL import Image
 from safetensors.torch import load_file
-from tiny_models import make_photo
+from tiny_models import TINY_FIELDS, make_photo
 
 from pgseg_hf import load_segmenter
 from pgseg_hf.evaluation import MaskFolder, evaluate_masks
@@ -34,26 +34,6 @@ SCRIPT = Path(__file__).parents[2] / "examples" / "train_pgseg.py"
 # Seconds that a run may take on a machine busy with other tests.
 PATIENCE = 400
 TAGS = ["cat", "dog", "tree", "red car", "sky"]
-TINY = {
-    "vision_config": {
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "depths": [1, 1, 1],
-        "num_group_tokens": [6, 4, 0],
-        "num_output_groups": [6, 4, 0],
-        "num_attention_heads": 2,
-        "image_size": 32,
-        "patch_size": 8,
-    },
-    "text_config": {
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-    },
-    "projection_dim": 8,
-    "projection_intermediate_dim": 24,
-}
 SETTINGS = {
     "cpu": True,
     "threads": 1,
@@ -62,7 +42,7 @@ SETTINGS = {
     "learning_rate": 1e-3,
     "log_steps": 1,
     "shuffle_block": 5,
-    "model_config": TINY,
+    "model_config": TINY_FIELDS,
 }
 
 
