@@ -88,7 +88,7 @@ JOINT_ERRORS = [
     ({"logit_bias_init_value": float("inf")}, "logit_bias_init_value is inf"),
     ({"contrastive_pooling": "max"}, "contrastive_pooling is 'max', expected one of mean, groups, mixture"),
     ({"contrastive_pooling": "mixture"}, "'mixture' and contrastive_loss 'info_nce', expected 'sigmoid'"),
-    ({"mixture_looks": 0}, "mixture_looks is 0"),
+    ({"mixture_looks": 0.5}, "mixture_looks is 0.5"),
     ({"mixture_looks": float("inf")}, "mixture_looks is inf"),
     ({"label_balance": 1.5}, "label_balance is 1.5"),
     ({"npr_variant": "paper"}, "npr_variant is 'paper', expected one of none, released, corrected"),

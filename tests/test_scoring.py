@@ -10,6 +10,7 @@ from pgseg_hf.scoring import (
     WindowScores,
     best_labels,
     dense_probabilities,
+    first_largest,
     group_map,
     group_scores,
     merge_windows,
@@ -123,10 +124,29 @@ def test_label_maps_equal_the_dense_computation(seed, background, target):
 def test_chunks_do_not_change_label_maps(monkeypatch):
     scores, channels, count = merge_windows(random_windows(3), (20, 30))
     whole = best_labels(scores, channels, count, (50, 40))
-    monkeypatch.setattr("pgseg_hf.scoring._CHUNK_ENTRIES", 1)
-    single = best_labels(scores, channels, count, (50, 40))
-    assert torch.equal(whole[0], single[0])
-    torch.testing.assert_close(whole[1], single[1])
+    for name, entries in (
+        ("_CACHED_ENTRIES", count * 40 * 7),
+        ("_CHUNK_ENTRIES", 1),
+    ):  # seven rows, one channel
+        monkeypatch.setattr(f"pgseg_hf.scoring.{name}", entries)
+        in_parts = best_labels(scores, channels, count, (50, 40))
+        assert torch.equal(whole[0], in_parts[0])
+        torch.testing.assert_close(whole[1], in_parts[1])
+
+
+@pytest.mark.parametrize("channels", [1, 2, 255, 256, 300])
+def test_first_largest_is_argmax(channels):
+    maps = torch.randint(0, 5, (channels, 6, 7), generator=torch.Generator().manual_seed(channels)).float()
+    maps[-1, :2] = 9.0
+    assert torch.equal(first_largest(maps), maps.argmax(dim=0))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_scores_that_are_not_finite_are_refused(value):
+    windows = random_windows(2)
+    windows[1].scores[0, 1] = value
+    with pytest.raises(ValueError, match="NaN or infinite, expected finite"):
+        merge_windows(windows, (20, 30))
 
 
 @settings(max_examples=20, deadline=None)

@@ -397,8 +397,8 @@ class PGSegConfig(PreTrainedConfig):
             f"contrastive_loss is {self.contrastive_loss!r}, expected one of {', '.join(CONTRASTIVE_LOSSES)}.",
         )
         _require(
-            0 < self.mixture_looks < math.inf,
-            f"mixture_looks is {self.mixture_looks}, expected a positive number.",
+            1 <= self.mixture_looks < math.inf,
+            f"mixture_looks is {self.mixture_looks}, expected a number of at least 1.",
         )
         _require(
             self.contrastive_pooling != "mixture" or self.contrastive_loss == "sigmoid",

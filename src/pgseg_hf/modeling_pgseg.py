@@ -510,7 +510,7 @@ class PGSegModel(PGSegPreTrainedModel):
             label_attention_mask: [B, M, T]; a label whose mask is all 0 is absent.
             text_targets: bool [B, N], which texts belong to which image, where they are shared between images: the
                 contrastive loss then has several positives.
-            return_loss: compute the losses.
+            return_loss: compute the losses. Hidden states of texts are then 0 after the longest text's end.
             output_attentions: return each stage's soft assignment (in `vision_model_output`).
             output_hidden_states: return the towers' hidden states.
 

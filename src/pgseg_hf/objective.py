@@ -27,7 +27,7 @@ from .prototypes import Matching, assignment_loss, estimate_prototypes, ordered_
 
 # Areas of groups are at least this, and shares of texts this far from 1, so that log odds stay finite.
 SMALLEST_SHARE = 1e-4
-# Below it the chance to be seen is the share times the number of looks, to float32's rounding.
+# Below it the chance to be seen in one look is its odds, to float32's rounding.
 NEGLIGIBLE_LOG_SHARE = -20.0
 
 
@@ -173,10 +173,11 @@ class JointImages:
 def log_odds_of_being_seen(log_shares: Tensor, looks: float) -> Tensor:
     """Log odds that one at least of so many looks, each at a point drawn at random, falls on what has this share of a
     picture: of $1-(1-s)^n$."""
+    negligible = NEGLIGIBLE_LOG_SHARE - math.log(looks)
     log_shares = log_shares.clamp(max=math.log1p(-SMALLEST_SHARE))
-    log_unseen = looks * torch.log1p(-log_shares.clamp(min=NEGLIGIBLE_LOG_SHARE).exp())
+    log_unseen = looks * torch.log1p(-log_shares.clamp(min=negligible).exp())
     odds = torch.log(-torch.expm1(log_unseen)) - log_unseen
-    return torch.where(log_shares < NEGLIGIBLE_LOG_SHARE, log_shares + math.log(looks), odds)
+    return torch.where(log_shares < negligible, log_shares + math.log(looks), odds)
 
 
 class Objective:

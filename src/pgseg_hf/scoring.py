@@ -115,6 +115,9 @@ def merge_windows(windows: Sequence[WindowScores], size: tuple[int, int]) -> tup
         windows: which cover the image.
         size: of the image, (H, W).
 
+    Raises:
+        ValueError: scores that are not finite.
+
     Memory grows with `size` times the number of labels that some window shows, at most `top_k` a window.
 
     Returns:
@@ -122,6 +125,11 @@ def merge_windows(windows: Sequence[WindowScores], size: tuple[int, int]) -> tup
         how many channels there are in all.
     """
     num_channels = windows[0].scores.shape[1]
+    if not torch.stack([window.scores for window in windows]).isfinite().all():
+        raise ValueError(
+            "the scores of a window are NaN or infinite, expected finite numbers; a model that overflows in float16 "
+            "needs dtype float32 or bfloat16."
+        )
     used = torch.stack([(window.scores != 0).any(dim=0) for window in windows]).any(dim=0)
     channels = used.nonzero()[:, 0]
     total = windows[0].scores.new_zeros(len(channels), *size)
