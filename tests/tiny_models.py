@@ -16,7 +16,7 @@ PATCHES = {"vision_config": {"segment_source": "patches"}}
 BOS, EOS = 48, 49
 CONTEXT = 12
 # `model_config` of settings files: 32 pixels, with CLIP's tokenizer.
-TINY_FIELDS = {
+TINY_FIELDS: dict[str, Any] = {
     "vision_config": {
         "hidden_size": 16,
         "intermediate_size": 32,
@@ -62,12 +62,7 @@ def tiny_config(
         "pad_token_id": EOS,
     }
     vision = {
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "depths": [1, 1, 1],
-        "num_group_tokens": [6, 4, 0],
-        "num_output_groups": [6, 4, 0],
-        "num_attention_heads": 2,
+        **TINY_FIELDS["vision_config"],
         "image_size": 16,
         "patch_size": 4,
         "prototype_projection_dim": 24,

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 TOP_K = 5
 # Entries of a chunk of [classes, H, W] floats, 128 MB.
 _CHUNK_ENTRIES = 2**25
-# Entries of a chunk that stays in a core's cache.
+# Entries of a chunk that is worked on again before it leaves the processor's caches.
 _CACHED_ENTRIES = 2**20
 
 
@@ -115,14 +115,14 @@ def merge_windows(windows: Sequence[WindowScores], size: tuple[int, int]) -> tup
         windows: which cover the image.
         size: of the image, (H, W).
 
-    Raises:
-        ValueError: scores that are not finite.
-
     Memory grows with `size` times the number of labels that some window shows, at most `top_k` a window.
 
     Returns:
         scores [C, H, W] of the channels that are not 0 everywhere, the numbers of these channels in rising order, and
         how many channels there are in all.
+
+    Raises:
+        ValueError: scores that are not finite.
     """
     num_channels = windows[0].scores.shape[1]
     if not torch.stack([window.scores for window in windows]).isfinite().all():

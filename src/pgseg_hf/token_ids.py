@@ -43,6 +43,5 @@ def up_to_ends(input_ids: Tensor, attention_mask: Tensor | None, config: Any) ->
 def find_words(input_ids: Tensor, config: Any) -> tuple[Tensor, Tensor]:
     """True for the tokens of words, after the start token and before the first end token, and True from there on;
     both [N, T]."""
-    is_end = torch.isin(input_ids, input_ids.new_tensor(config.eos_token_id))
-    has_ended = is_end.cumsum(1) > 0
+    has_ended = (input_ids == config.eos_token_id).cumsum(1) > 0
     return ~has_ended & input_ids.ne(config.bos_token_id), has_ended

@@ -30,11 +30,11 @@ from .streams import StreamOptions, TrainingStream
 from .texts import TextOptions
 
 # Weights of no dimension.
+logger = logging.get_logger(__name__)
+
 SCALARS = ("logit_scale", "logit_bias", "prototype_logit_scale")
 PEEKED_RECORDS = 8
 ALL_TAGS = 10_000
-logger = logging.get_logger(__name__)
-
 OVERRIDES = ("npr_variant", "contrastive_loss", "contrastive_pooling", "assignment_weight")
 
 
