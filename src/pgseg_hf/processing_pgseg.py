@@ -16,9 +16,12 @@ from .scoring import TOP_K, WindowScores, best_labels, group_map, group_scores, 
 
 _MAX_CACHED_LABELS = 20_000
 _WeightSignature = tuple[tuple[Any, ...], ...]
+_TokenKey = tuple[tuple[int, ...], ...]
 # For each model the state of its text weights and, for each label's token ids, the embedding made with them.
 # Not an attribute of the processor, which is copied, pickled and saved.
-_class_embeddings: WeakKeyDictionary[torch.nn.Module, tuple[_WeightSignature, dict[bytes, torch.Tensor]]]
+_class_embeddings: WeakKeyDictionary[
+    torch.nn.Module, tuple[_WeightSignature, dict[_TokenKey, torch.Tensor]]
+]
 _class_embeddings = WeakKeyDictionary()
 
 
@@ -211,27 +214,34 @@ class PGSegProcessor(ProcessorMixin):
             raise ValueError("class embeddings need the model in evaluation mode: call model.eval() first")
         templates = self.templates if templates is None else validate_templates(templates)
         prompts = build_prompts(labels, templates)
-        tokens = self.tokenizer(
-            [prompt for of_label in prompts for prompt in of_label], return_tensors="pt", **self.text_kwargs
-        )
-        ids = tokens["input_ids"].view(len(prompts), len(templates), -1)
-        mask = tokens["attention_mask"].view_as(ids)
+        keys = self._token_keys(prompts)
 
         signature = _text_weight_signature(model)
         known_signature, known = _class_embeddings.get(model, (None, {}))
         if signature is None or signature != known_signature:
             known = {}
-        keys = [ids[n].numpy().tobytes() + mask[n].numpy().tobytes() for n in range(len(prompts))]
         new = [n for n, key in enumerate(keys) if key not in known]
-        fresh: dict[bytes, torch.Tensor] = {}
+        fresh: dict[_TokenKey, torch.Tensor] = {}
         if new:
-            embeddings = _embed_prompts(model, ids[new], mask[new], batch_size)
+            tokens = self.tokenizer(
+                [prompt for n in new for prompt in prompts[n]], return_tensors="pt", **self.text_kwargs
+            )
+            ids, mask = (
+                tokens[name].unflatten(0, (len(new), -1)) for name in ("input_ids", "attention_mask")
+            )
+            embeddings = _embed_prompts(model, ids, mask, batch_size)
             fresh = {keys[n]: embedding for n, embedding in zip(new, embeddings)}
         result = torch.stack([fresh[key] if key in fresh else known[key] for key in keys])
         if signature is not None:
             merged = {**known, **fresh} if len(known) + len(fresh) <= _MAX_CACHED_LABELS else fresh
             _class_embeddings[model] = (signature, merged)
         return result
+
+    def _token_keys(self, prompts: list[list[str]]) -> list[_TokenKey]:
+        """For each label the token ids of its prompts, without padding, which takes most of a tokenizer's time."""
+        flat = [prompt for of_label in prompts for prompt in of_label]
+        rows = iter(self.tokenizer(flat, **{**self.text_kwargs, "padding": False})["input_ids"])
+        return [tuple(tuple(next(rows)) for _ in of_label) for of_label in prompts]
 
     def post_process_semantic_segmentation(
         self,

@@ -91,9 +91,13 @@ def first_largest(maps_CHW: Tensor) -> Tensor:
 def _first_true(flags_CHW: Tensor) -> Tensor:
     """The first channel that is true at each pixel, int64 [H, W]; C where none is."""
     count = len(flags_CHW)
-    dtype = torch.uint8 if count <= 255 else torch.int32
+    dtype = _dtype_to_count(count)
     ranks_C11 = torch.arange(count, 0, -1, dtype=dtype, device=flags_CHW.device)[:, None, None]
     return count - (flags_CHW.to(dtype) * ranks_C11).amax(dim=0).long()
+
+
+def _dtype_to_count(channels: int) -> torch.dtype:
+    return torch.uint8 if channels <= 255 else torch.int32
 
 
 def window_starts(length: int, window: int, stride: int) -> list[int]:
@@ -198,16 +202,29 @@ def best_labels(
 def _best_labels_by_rows(
     scores_CHW: Tensor, channels: Sequence[int], num_channels: int
 ) -> tuple[Tensor, Tensor]:
+    """As the argmax of the softmax over all channels, which is taken only where it may not be the largest score's."""
     height, width = scores_CHW.shape[1:]
-    labels = torch.empty(height, width, dtype=torch.int64, device=scores_CHW.device)
-    best = scores_CHW.new_empty(height, width)
-    step = max(1, _CACHED_ENTRIES // (num_channels * width)) if scores_CHW.device.type == "cpu" else height
+    labels = torch.zeros(height, width, dtype=torch.int64, device=scores_CHW.device)
+    best = scores_CHW.new_zeros(height, width)
+    if not channels:
+        return labels, best
+    numbers_C = torch.tensor(channels, device=scores_CHW.device)
+    equal_to_softmax = 8 * torch.finfo(scores_CHW.dtype).eps
+    step = max(1, _CACHED_ENTRIES // (len(channels) * width)) if scores_CHW.device.type == "cpu" else height
     for start in range(0, height, step):
         rows = slice(start, start + step)
         part = scores_CHW[:, rows]
-        dense = part.new_zeros(num_channels, *part.shape[1:])
-        dense[channels] = part
-        labels[rows], best[rows] = first_largest(dense.softmax(dim=0)), dense.amax(dim=0)
+        best[rows] = part.amax(dim=0)
+        high = part >= best[rows] - equal_to_softmax
+        unclear = high.sum(dim=0, dtype=_dtype_to_count(len(channels))) > 1
+        if len(channels) < num_channels:
+            unclear |= best[rows] <= equal_to_softmax  # where those that are not listed, which score 0, come near
+        found = numbers_C[_first_true(high)]
+        if unclear.any():
+            dense = part.new_zeros(num_channels, 1, int(unclear.sum()))
+            dense[channels, 0] = part[:, unclear]
+            found[unclear] = first_largest(dense.softmax(dim=0))[0]
+        labels[rows] = found
     return labels, best
 
 
