@@ -33,6 +33,7 @@ from speed_jobs import (
 from speed_measuring import (
     Job,
     count_flops,
+    has_cpp_compiler,
     in_own_process,
     matmul_job,
     peak_memory,
@@ -40,12 +41,14 @@ from speed_measuring import (
     register_cpu_kernels,
     spread,
     time_in_turn,
+    time_once,
 )
 from speed_report import draw_curves, insert_table, markdown
 
 from pgseg_hf.files import write_json, write_text
 
 CONTENDERS = (GROUPVIT, *VARIANTS)
+CHECKPOINTED = "corrected, gradient checkpointing"
 MATMUL = "matmul"
 Row = dict[str, Any]
 
@@ -115,25 +118,28 @@ class Benchmark:
             job = f"training step, batch {batch}, {'bfloat16' if cuda else 'float32'}"
             memory = {
                 name: self._memory({"kind": "training", "contender": name, "batch": batch})
-                for name in CONTENDERS
+                for name in (*CONTENDERS, CHECKPOINTED)
             }
-            fitting = [name for name in CONTENDERS if "peak" in memory[name]]
+            if "peak" not in memory[GROUPVIT]:
+                continue  # nothing to compare with
+            images = pixels(self._image_size(), batch)
             jobs = {
-                name: training_job(
-                    build_model(self.scale, name).to(self.device),
-                    pixels(self._image_size(), batch),
-                    torch.bfloat16 if cuda else None,
-                )
-                for name in fitting
-                if GROUPVIT in fitting
+                name: build_training_job(self.scale, name, images, self.device)
+                for name in memory
+                if "peak" in memory[name]
             }
-            if jobs:
-                dtype = torch.bfloat16 if cuda else torch.float32
-                rows += self._rows("training", job, jobs, max(self.rounds // 2, 1), dtype)
-            for row in rows[-len(jobs) :] if jobs else []:
+            dtype = torch.bfloat16 if cuda else torch.float32
+            of_batch = self._rows("training", job, jobs, max(self.rounds // 2, 1), dtype)
+            for row in of_batch:
                 row["memory_MiB"] = memory[row["contender"]]
-                row["memory_ratio"] = memory[row["contender"]]["peak"] / memory[GROUPVIT]["peak"]
+                for name, held in (("memory_ratio", 0.0), ("step_memory_ratio", 1.0)):
+                    ours, theirs = (
+                        memory[of]["peak"] - held * memory[of]["before"]
+                        for of in (row["contender"], GROUPVIT)
+                    )
+                    row[name] = ours / theirs
                 row["images_per_second"] = batch / row["seconds"]["median"]
+            rows += of_batch
         return rows
 
     def _image_size(self) -> int:
@@ -142,6 +148,34 @@ class Benchmark:
     def _memory(self, spec: dict[str, Any]) -> dict[str, Any]:
         shared = {"scale": self.scale_name, "device": self.device, "threads": torch.get_num_threads()}
         return in_own_process(__file__, {**shared, **spec})
+
+    def compiled(self) -> list[Row]:
+        """The image tower by torch.compile against itself without, and how long compiling takes."""
+        if self.device == "cpu" and not has_cpp_compiler():
+            print("compiled: left out, as torch.compile needs a C++ compiler on a CPU", file=sys.stderr)
+            return []
+        rows = []
+        size, batch = self.scale.images[0]
+        batch = self.scale.cuda_batches[0] if self.device == "cuda" else batch
+        for dtype in (torch.bfloat16,) if self.device == "cuda" else (torch.float32, torch.bfloat16):
+            jobs: dict[str, Job] = {}
+            compile_seconds: dict[str, float] = {}
+            for name in (GROUPVIT, "corrected"):
+                model, images = build_model(self.scale, name).to(self.device, dtype), pixels(size, batch)
+                jobs[name] = encoding_job(model, images)
+                fast = encoding_job(model, images, compiled=True)
+                took = time_once(fast, self.device)
+                jobs[f"{name}, compiled in {took:.0f} s"] = fast
+                compile_seconds[f"{name}, compiled in {took:.0f} s"] = took
+            title = f"torch.compile, {size} px, batch {batch}, {str(dtype).removeprefix('torch.')}"
+            seconds = time_in_turn(jobs, self.rounds, self.device, title)
+            for name in jobs:
+                row: Row = {"section": "compiled", "job": title, "contender": name}
+                row["seconds"], row["ratio"] = spread(seconds[name]), ratio(seconds, name, GROUPVIT)
+                if name in compile_seconds:
+                    row["compile_seconds"] = compile_seconds[name]
+                rows.append(row)
+        return rows
 
     def photo(self) -> list[Row]:
         """A photo end to end against its encoder passes alone, and many labels against few."""
@@ -218,6 +252,13 @@ class Benchmark:
         return rows
 
 
+def build_training_job(scale: Scale, contender: str, images: torch.Tensor, device: str) -> Job:
+    """The training step of a contender; on CUDA by autocast."""
+    checkpointing = contender == CHECKPOINTED
+    model = build_model(scale, "corrected" if checkpointing else contender).to(device)
+    return training_job(model, images, torch.bfloat16 if device == "cuda" else None, checkpointing)
+
+
 def _point(curve: str, value: int, contender: str, seconds: dict[str, list[float]]) -> Row:
     row: Row = {"section": "curves", "job": curve, "value": value, "contender": contender}
     row["seconds"] = spread(seconds[contender])
@@ -225,7 +266,8 @@ def _point(curve: str, value: int, contender: str, seconds: dict[str, list[float
 
 
 SECTIONS: dict[str, Callable[[Benchmark], list[Row]]] = {
-    name: getattr(Benchmark, name) for name in ("encoder", "training", "photo", "prototypes", "curves")
+    name: getattr(Benchmark, name)
+    for name in ("encoder", "compiled", "photo", "prototypes", "training", "curves")
 }
 
 
@@ -236,11 +278,9 @@ def measure_one(spec: dict[str, Any]) -> dict[str, Any]:
     if spec["kind"] == "photo":
         photos = PhotoJobs(scale, device)
         return peak_memory(photos.segmentation(spec["labels"]), device)
-    model = build_model(scale, spec["contender"]).to(device)
     images = pixels(scale.images[0][0], spec["batch"])
-    autocast = torch.bfloat16 if device == "cuda" else None
     try:
-        job = training_job(model, images, autocast)
+        job = build_training_job(scale, spec["contender"], images, device)
         job()  # what comes with the first step: kernels, the optimizer's state
         return peak_memory(job, device)
     except torch.OutOfMemoryError:

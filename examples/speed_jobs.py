@@ -96,9 +96,11 @@ def pixels(size: int, batch: int) -> Tensor:
     return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0))
 
 
-def encoding_job(model: Any, pixel_values: Tensor) -> Job:
-    """The image tower in evaluation."""
+def encoding_job(model: Any, pixel_values: Tensor, compiled: bool = False) -> Job:
+    """The image tower in evaluation; if `compiled`, its first run compiles it."""
     tower, on_device = model.vision_model, pixel_values.to(model.device, model.dtype)
+    if compiled:
+        tower = torch.compile(tower)
 
     def job() -> None:
         with torch.no_grad():
@@ -107,9 +109,14 @@ def encoding_job(model: Any, pixel_values: Tensor) -> Job:
     return job
 
 
-def training_job(model: Any, pixel_values: Tensor, autocast: torch.dtype | None = None) -> Job:
-    """A training step: images with a caption each, forward, loss, backward, AdamW."""
+def training_job(
+    model: Any, pixel_values: Tensor, autocast: torch.dtype | None = None, checkpointing: bool = False
+) -> Job:
+    """A training step: images with a caption each, forward, loss, backward, AdamW; if `checkpointing`, with gradient
+    checkpointing of all blocks."""
     model.train()
+    if checkpointing:
+        model.gradient_checkpointing_enable()
     device, batch = model.device, len(pixel_values)
     generator = torch.Generator().manual_seed(0)
     words = torch.randint(1, 40_000, (batch, CONTEXT), generator=generator)

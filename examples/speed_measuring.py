@@ -1,9 +1,12 @@
 """Measuring for `benchmark_speed.py`: jobs timed in turn, their floating-point operations and their peak memory."""
 
 import contextlib
+import ctypes
 import json
+import os
 import re
 import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -27,13 +30,14 @@ def time_in_turn(jobs: dict[str, Job], rounds: int, device: str, title: str) -> 
     for index in tqdm(range(-2, rounds), desc=title, unit="round", leave=False):
         shift = index % len(names)
         for name in names[shift:] + names[:shift]:
-            taken = _seconds(jobs[name], device)
+            taken = time_once(jobs[name], device)
             if index >= 0:
                 seconds[name].append(taken)
     return seconds
 
 
-def _seconds(job: Job, device: str) -> float:
+def time_once(job: Job, device: str) -> float:
+    """Seconds of one run."""
     if device != "cuda":
         start = time.perf_counter()
         job()
@@ -56,6 +60,10 @@ def spread(values: list[float]) -> dict[str, float]:
 def ratio(seconds: dict[str, list[float]], job: str, reference: str) -> dict[str, float]:
     """Spread over the rounds of one job's time by another's."""
     return spread([ours / theirs for ours, theirs in zip(seconds[job], seconds[reference])])
+
+
+def has_cpp_compiler() -> bool:
+    return any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++"))
 
 
 def matmul_job(dtype: torch.dtype, device: str, side: int) -> tuple[Job, int]:
@@ -120,6 +128,7 @@ def peak_memory(job: Job, device: str) -> dict[str, float]:
         job()
         torch.cuda.synchronize()
         return {"before": before / 2**20, "peak": torch.cuda.max_memory_allocated() / 2**20}
+    _return_freed_memory()
     reset_peak()
     before = _status("VmRSS")
     job()
@@ -130,6 +139,12 @@ def reset_peak() -> None:
     """Lets the peak start anew, on Linux; elsewhere it is that since the start of the process."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
+
+
+def _return_freed_memory() -> None:
+    """glibc keeps what was freed for later; without this it would count as held before the job."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _status(name: str) -> float:

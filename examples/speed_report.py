@@ -56,6 +56,20 @@ def _figure(row: dict[str, Any], name: str, bounds: dict[str, float]) -> str:
     return f"{text}, goal {sign} {bounds[name]:g}: {'holds' if holds else '**missed**'}"
 
 
+def _memory(row: dict[str, Any], bounds: dict[str, float]) -> tuple[str, str]:
+    """Peak memory and its ratio, each with the part that the job itself adds to what was held before it."""
+    if "memory_MiB" not in row:
+        return "", ""
+    memory, ratio = row["memory_MiB"], _figure(row, "memory_ratio", bounds)
+    if "step_memory_ratio" not in row:
+        return f"{memory['peak']:.0f}", ratio
+    own = memory["peak"] - memory["before"]
+    return (
+        f"{memory['peak']:.0f} (step's own: {own:.0f})",
+        f"{ratio} (step's own: {row['step_memory_ratio']:.2f})",
+    )
+
+
 def markdown(results: dict[str, Any]) -> str:
     """The rows as a Markdown table; `results` are those of `results.json`."""
     machine = results["machine"]
@@ -72,10 +86,10 @@ def markdown(results: dict[str, Any]) -> str:
             continue
         bounds = goals(row, on_cuda)
         ratio = _figure(row, "ratio", bounds) + (f" (of {row['of']})" if "of" in row else "")
-        peak = f"{row['memory_MiB']['peak']:.0f}" if "memory_MiB" in row else ""
+        peak, memory_ratio = _memory(row, bounds)
         gflop = f"{row['gflop']:.1f}" if "gflop" in row else ""
         cells = [row["job"], row["contender"], f"{1000 * row['seconds']['median']:.0f}", ratio, gflop]
-        cells += [_figure(row, "share", bounds), peak, _figure(row, "memory_ratio", bounds)]
+        cells += [_figure(row, "share", bounds), peak, memory_ratio]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n" + _curve_tables(results["rows"])
 

@@ -19,9 +19,7 @@ _WeightSignature = tuple[tuple[Any, ...], ...]
 _TokenKey = tuple[tuple[int, ...], ...]
 # For each model the state of its text weights and, for each label's token ids, the embedding made with them.
 # Not an attribute of the processor, which is copied, pickled and saved.
-_class_embeddings: WeakKeyDictionary[
-    torch.nn.Module, tuple[_WeightSignature, dict[_TokenKey, torch.Tensor]]
-]
+_class_embeddings: WeakKeyDictionary[torch.nn.Module, tuple[_WeightSignature, dict[_TokenKey, torch.Tensor]]]
 _class_embeddings = WeakKeyDictionary()
 
 

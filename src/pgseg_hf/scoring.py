@@ -218,7 +218,8 @@ def _best_labels_by_rows(
         high = part >= best[rows] - equal_to_softmax
         unclear = high.sum(dim=0, dtype=_dtype_to_count(len(channels))) > 1
         if len(channels) < num_channels:
-            unclear |= best[rows] <= equal_to_softmax  # where those that are not listed, which score 0, come near
+            # Those that are not listed score 0.
+            unclear |= best[rows] <= equal_to_softmax
         found = numbers_C[_first_true(high)]
         if unclear.any():
             dense = part.new_zeros(num_channels, 1, int(unclear.sum()))
