@@ -121,6 +121,28 @@ def test_label_maps_equal_the_dense_computation(seed, background, target):
     torch.testing.assert_close(labels, expected.softmax(0).argmax(0))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("channels", [[0, 1, 2], [3, 5, 8], [8], []])
+def test_label_maps_are_the_argmax_of_the_softmax_in_every_precision(dtype, channels):
+    generator = torch.Generator().manual_seed(len(channels))
+    scores = torch.rand(len(channels), 11, 13, generator=generator, dtype=torch.float64)
+    steps = torch.finfo(dtype).eps / 4 * torch.randint(0, 40, scores.shape, generator=generator)
+    near = torch.rand(11, 13, generator=generator) < 0.5  # here all scores are a few roundings apart
+    scores = torch.where(near, 0.25 + steps, scores).to(dtype)
+    scores[:, :2] = 0.0
+    for count in (max(channels, default=0) + 1, 300):
+        dense = scores.new_zeros(count, 11, 13)
+        dense[channels] = scores
+        labels, best = best_labels(scores, channels, count)
+        probabilities = dense.softmax(dim=0)
+        if dtype in (torch.float64, torch.float32):
+            assert torch.equal(labels, probabilities.argmax(dim=0))
+        else:  # of 16 bits torch's softmax rounds by the tensor's layout
+            found = probabilities.gather(0, labels[None])[0].double()
+            assert (found >= probabilities.amax(dim=0).double() * (1 - torch.finfo(dtype).eps)).all()
+        assert torch.equal(best, dense.amax(dim=0))
+
+
 def test_chunks_do_not_change_label_maps(monkeypatch):
     scores, channels, count = merge_windows(random_windows(3), (20, 30))
     whole = best_labels(scores, channels, count, (50, 40))
