@@ -3,6 +3,7 @@
 import copy
 import gc
 import pickle
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -240,6 +241,27 @@ def test_known_labels_are_not_embedded_again(processor):
     other = TextModel()
     processor.get_class_embeddings(other, ["cat"])
     assert other.prompt_counts == [1]
+
+
+def test_embedding_leaves_the_tokenizer_as_it_is_for_other_threads(processor):
+    processor.get_class_embeddings(TextModel(), ["cat"])
+    backend = processor.tokenizer.backend_tokenizer
+    state = backend.padding, backend.truncation
+    changes = []
+    with mock.patch.object(
+        type(processor.tokenizer), "set_truncation_and_padding", lambda _, **kwargs: changes.append(kwargs)
+    ):
+        processor.get_class_embeddings(TextModel(), ["dog", "a lamp in the corner"])
+    assert {kwargs["padding_strategy"].value for kwargs in changes} == {"do_not_pad"}
+    assert (backend.padding, backend.truncation) == state
+
+
+def test_embeddings_of_another_padding_are_not_taken_for_known(processor, monkeypatch):
+    model = TextModel()
+    processor.get_class_embeddings(model, ["cat"])
+    monkeypatch.setattr(processor.tokenizer, "padding_side", "left")
+    processor.get_class_embeddings(model, ["cat"])
+    assert model.prompt_counts == [1, 1]
 
 
 def change_in_place(model):

@@ -251,9 +251,12 @@ class PGSegAssignAttention(nn.Module):
             self.proj = PGSegLinear(config.hidden_size, config.hidden_size)
 
     def sample_noise(self, logits: Tensor) -> Tensor:
-        """Standard Gumbel noise of the shape of the logits."""
-        zero, one = (torch.full((), value, device=logits.device, dtype=logits.dtype) for value in (0.0, 1.0))
-        return torch.distributions.Gumbel(zero, one).sample(logits.shape)
+        """Standard Gumbel noise of the shape of the logits, in float32 or better: in 16 bits it would be cut off at 4.4
+        and often equal, which favours the first groups."""
+        dtype = estimation_dtype(logits.dtype)
+        zero, one = (torch.full((), value, device=logits.device, dtype=dtype) for value in (0.0, 1.0))
+        # Checking the arguments would have a GPU wait.
+        return torch.distributions.Gumbel(zero, one, validate_args=False).sample(logits.shape)
 
     def forward(self, centers_BKC: Tensor, tokens_BLC: Tensor) -> tuple[Tensor | None, Tensor]:
         """Returns the groups' averaged tokens [B, K, C] and the logits of the soft assignment [B, K, L]."""
@@ -265,7 +268,8 @@ class PGSegAssignAttention(nn.Module):
         hard_BKL = torch.zeros_like(soft_BKL).scatter_(1, soft_BKL.argmax(dim=1, keepdim=True), 1.0)
         assignment_BKL = hard_BKL + (soft_BKL - soft_BKL.detach())
         weights_BKL = assignment_BKL / (assignment_BKL.sum(dim=-1, keepdim=True) + self.assign_eps)
-        return self.proj(weights_BKL @ self.v_proj(tokens_BLC)), logits_BKL
+        values_BLC = self.v_proj(tokens_BLC)
+        return self.proj(weights_BKL.to(values_BLC.dtype) @ values_BLC), logits_BKL
 
 
 class PGSegGroupingBlock(nn.Module):

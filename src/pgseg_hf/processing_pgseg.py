@@ -16,9 +16,9 @@ from .scoring import TOP_K, WindowScores, best_labels, group_map, group_scores, 
 
 _MAX_CACHED_LABELS = 20_000
 _WeightSignature = tuple[tuple[Any, ...], ...]
-_TokenKey = tuple[tuple[int, ...], ...]
-# For each model the state of its text weights and, for each label's token ids, the embedding made with them.
-# Not an attribute of the processor, which is copied, pickled and saved.
+_TokenKey = tuple[tuple[Any, ...], ...]
+# For each model the state of its text weights and, for each label's padding and token ids, the embedding made with
+# them. Not an attribute of the processor, which is copied, pickled and saved.
 _class_embeddings: WeakKeyDictionary[torch.nn.Module, tuple[_WeightSignature, dict[_TokenKey, torch.Tensor]]]
 _class_embeddings = WeakKeyDictionary()
 
@@ -212,7 +212,10 @@ class PGSegProcessor(ProcessorMixin):
             raise ValueError("class embeddings need the model in evaluation mode: call model.eval() first")
         templates = self.templates if templates is None else validate_templates(templates)
         prompts = build_prompts(labels, templates)
-        keys = self._token_keys(prompts)
+        rows = self._token_rows([prompt for of_label in prompts for prompt in of_label])
+        padding = (self.tokenizer.padding_side, self.tokenizer.pad_token_id)
+        count = len(templates)
+        keys = [(padding, *rows[n : n + count]) for n in range(0, len(rows), count)]
 
         signature = _text_weight_signature(model)
         known_signature, known = _class_embeddings.get(model, (None, {}))
@@ -221,13 +224,10 @@ class PGSegProcessor(ProcessorMixin):
         new = [n for n, key in enumerate(keys) if key not in known]
         fresh: dict[_TokenKey, torch.Tensor] = {}
         if new:
-            tokens = self.tokenizer(
-                [prompt for n in new for prompt in prompts[n]], return_tensors="pt", **self.text_kwargs
+            ids, mask = self._padded([row for n in new for row in keys[n][1:]])
+            embeddings = _embed_prompts(
+                model, ids.unflatten(0, (-1, count)), mask.unflatten(0, (-1, count)), batch_size
             )
-            ids, mask = (
-                tokens[name].unflatten(0, (len(new), -1)) for name in ("input_ids", "attention_mask")
-            )
-            embeddings = _embed_prompts(model, ids, mask, batch_size)
             fresh = {keys[n]: embedding for n, embedding in zip(new, embeddings)}
         result = torch.stack([fresh[key] if key in fresh else known[key] for key in keys])
         if signature is not None:
@@ -235,11 +235,20 @@ class PGSegProcessor(ProcessorMixin):
             _class_embeddings[model] = (signature, merged)
         return result
 
-    def _token_keys(self, prompts: list[list[str]]) -> list[_TokenKey]:
-        """For each label the token ids of its prompts, without padding, which takes most of a tokenizer's time."""
-        flat = [prompt for of_label in prompts for prompt in of_label]
-        rows = iter(self.tokenizer(flat, **{**self.text_kwargs, "padding": False})["input_ids"])
-        return [tuple(tuple(next(rows)) for _ in of_label) for of_label in prompts]
+    def _token_rows(self, prompts: list[str]) -> list[tuple[int, ...]]:
+        """Token ids of prompts without padding, which takes most of a tokenizer's time."""
+        encoded = self.tokenizer(prompts, **{**self.text_kwargs, "padding": False})
+        return [tuple(row) for row in encoded["input_ids"]]
+
+    def _padded(self, rows: list[tuple[int, ...]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids and attention mask [N, L]. Other than padding by its call this leaves the tokenizer, which threads
+        may share, as it is."""
+        lists = {"input_ids": [list(row) for row in rows], "attention_mask": [[1] * len(row) for row in rows]}
+        padding = {
+            name: self.text_kwargs[name] for name in ("padding", "max_length") if name in self.text_kwargs
+        }
+        padded = self.tokenizer.pad(lists, return_tensors="pt", **padding)
+        return padded["input_ids"], padded["attention_mask"]
 
     def post_process_semantic_segmentation(
         self,

@@ -202,7 +202,10 @@ def best_labels(
 def _best_labels_by_rows(
     scores_CHW: Tensor, channels: Sequence[int], num_channels: int
 ) -> tuple[Tensor, Tensor]:
-    """As the argmax of the softmax over all channels, which is taken only where it may not be the largest score's."""
+    """As the argmax of the softmax over all channels, which is taken only where it may not be the largest score's.
+
+    Of 16 bits torch's softmax rounds by the tensor's layout, so that there it may be another of nearly equal channels.
+    """
     height, width = scores_CHW.shape[1:]
     labels = torch.zeros(height, width, dtype=torch.int64, device=scores_CHW.device)
     best = scores_CHW.new_zeros(height, width)
@@ -220,12 +223,12 @@ def _best_labels_by_rows(
         if len(channels) < num_channels:
             # Those that are not listed score 0.
             unclear |= best[rows] <= equal_to_softmax
-        found = numbers_C[_first_true(high)]
-        if unclear.any():
-            dense = part.new_zeros(num_channels, 1, int(unclear.sum()))
-            dense[channels, 0] = part[:, unclear]
-            found[unclear] = first_largest(dense.softmax(dim=0))[0]
-        labels[rows] = found
+        labels[rows] = numbers_C[_first_true(high).clamp_(max=len(channels) - 1)]
+        for some in unclear.nonzero().split(max(1, _CACHED_ENTRIES // num_channels)):
+            y, x = some.T
+            dense = part.new_zeros(num_channels, 1, len(some))
+            dense[channels, 0] = part[:, y, x]
+            labels[start + y, x] = first_largest(dense.softmax(dim=0))[0]
     return labels, best
 
 
