@@ -9,6 +9,7 @@ process of its own. On CUDA (`--device cuda`) the encoder runs in bfloat16, trai
 """
 
 import argparse
+import gc
 import json
 import platform
 import sys
@@ -32,8 +33,8 @@ from speed_jobs import (
 )
 from speed_measuring import (
     Job,
+    can_compile,
     count_flops,
-    has_cpp_compiler,
     in_own_process,
     matmul_job,
     peak_memory,
@@ -96,13 +97,15 @@ class Benchmark:
     ) -> list[Row]:
         """One row for each job, with its operations and its share of the machine's rate of matrix products."""
         flops = {name: count_flops(job) for name, job in jobs.items()}
-        matmul, matmul_flops = matmul_job(dtype, self.device, self.scale.matmul)
+        side = self.scale.cuda_matmul if self.device == "cuda" else self.scale.matmul
+        matmul, matmul_flops = matmul_job(dtype, self.device, side)
         seconds = time_in_turn({**jobs, MATMUL: matmul}, rounds, self.device, title)
         machine = matmul_flops / spread(seconds[MATMUL])["median"]
         rows = []
         for name in jobs:
             row: Row = {"section": section, "job": title, "contender": name, "seconds": spread(seconds[name])}
-            row["ratio"] = ratio(seconds, name, GROUPVIT)
+            if GROUPVIT in jobs:
+                row["ratio"] = ratio(seconds, name, GROUPVIT)
             row["gflop"] = flops[name] / 1e9
             row["gflop_per_second"] = row["gflop"] / row["seconds"]["median"]
             row["share"] = row["gflop_per_second"] * 1e9 / machine
@@ -112,34 +115,40 @@ class Benchmark:
 
     def training(self) -> list[Row]:
         """A training step of the whole model, and its peak memory."""
-        rows = []
         cuda = self.device == "cuda"
-        for batch in self.scale.cuda_batches if cuda else self.scale.training_batches:
-            job = f"training step, batch {batch}, {'bfloat16' if cuda else 'float32'}"
-            memory = {
+        dtype = torch.bfloat16 if cuda else torch.float32
+        batches = self.scale.cuda_batches if cuda else self.scale.training_batches
+        # All of the memory first: it is measured in other processes, which on CUDA share the device with this one.
+        memory = {
+            batch: {
                 name: self._memory({"kind": "training", "contender": name, "batch": batch})
                 for name in (*CONTENDERS, CHECKPOINTED)
             }
-            if "peak" not in memory[GROUPVIT]:
-                continue  # nothing to compare with
-            images = pixels(self._image_size(), batch)
+            for batch in batches
+        }
+        rows = []
+        for batch in batches:
+            title = f"training step, batch {batch}, {str(dtype).removeprefix('torch.')}"
+            images = pixels(self._image_size(), batch).to(self.device)
             jobs = {
-                name: build_training_job(self.scale, name, images, self.device)
-                for name in memory
-                if "peak" in memory[name]
+                name: build_training_job(self.scale, name, images)
+                for name, of_name in memory[batch].items()
+                if "peak" in of_name
             }
-            dtype = torch.bfloat16 if cuda else torch.float32
-            of_batch = self._rows("training", job, jobs, max(self.rounds // 2, 1), dtype)
+            try:
+                of_batch = self._rows("training", title, jobs, max(self.rounds // 2, 1), dtype)
+            except torch.OutOfMemoryError:  # each fits alone, but not beside what the others hold
+                of_batch = []
             for row in of_batch:
-                row["memory_MiB"] = memory[row["contender"]]
-                for name, held in (("memory_ratio", 0.0), ("step_memory_ratio", 1.0)):
-                    ours, theirs = (
-                        memory[of]["peak"] - held * memory[of]["before"]
-                        for of in (row["contender"], GROUPVIT)
-                    )
-                    row[name] = ours / theirs
+                row |= _memory_of(row["contender"], memory[batch])
                 row["images_per_second"] = batch / row["seconds"]["median"]
             rows += of_batch
+            measured = {row["contender"] for row in of_batch}
+            for name in memory[batch]:
+                if name not in measured:
+                    rows.append(
+                        {"section": "training", "job": title, "contender": name, "out_of_memory": True}
+                    )
         return rows
 
     def _image_size(self) -> int:
@@ -150,30 +159,29 @@ class Benchmark:
         return in_own_process(__file__, {**shared, **spec})
 
     def compiled(self) -> list[Row]:
-        """The image tower by torch.compile against itself without, and how long compiling takes."""
-        if self.device == "cpu" and not has_cpp_compiler():
-            print("compiled: left out, as torch.compile needs a C++ compiler on a CPU", file=sys.stderr)
+        """The image tower by torch.compile, against GroupViT without, and how long compiling takes."""
+        if not can_compile(self.device):
             return []
         rows = []
         size, batch = self.scale.images[0]
         batch = self.scale.cuda_batches[0] if self.device == "cuda" else batch
         for dtype in (torch.bfloat16,) if self.device == "cuda" else (torch.float32, torch.bfloat16):
             jobs: dict[str, Job] = {}
-            compile_seconds: dict[str, float] = {}
+            compiling: dict[str, float] = {}
             for name in (GROUPVIT, "corrected"):
                 model, images = build_model(self.scale, name).to(self.device, dtype), pixels(size, batch)
                 jobs[name] = encoding_job(model, images)
-                fast = encoding_job(model, images, compiled=True)
-                took = time_once(fast, self.device)
-                jobs[f"{name}, compiled in {took:.0f} s"] = fast
-                compile_seconds[f"{name}, compiled in {took:.0f} s"] = took
+                fast = f"{name}, compiled"
+                jobs[fast] = encoding_job(model, images, compiled=True)
+                with torch.compiler.config.patch(force_disable_caches=True):
+                    compiling[fast] = time_once(jobs[fast], self.device)
             title = f"torch.compile, {size} px, batch {batch}, {str(dtype).removeprefix('torch.')}"
             seconds = time_in_turn(jobs, self.rounds, self.device, title)
             for name in jobs:
                 row: Row = {"section": "compiled", "job": title, "contender": name}
                 row["seconds"], row["ratio"] = spread(seconds[name]), ratio(seconds, name, GROUPVIT)
-                if name in compile_seconds:
-                    row["compile_seconds"] = compile_seconds[name]
+                if name in compiling:
+                    row["compile_seconds"] = compiling[name]
                 rows.append(row)
         return rows
 
@@ -187,7 +195,7 @@ class Benchmark:
             **{name: photos.segmentation(count) for name, count in names.items()},
         }
         width, height = self.scale.photo
-        title = f"a {width}x{height} photo, sliding window"
+        title = f"a {width}x{height} photo, sliding window, float32"
         seconds = time_in_turn(jobs, self.rounds, self.device, title)
         memory = {
             name: self._memory({"kind": "photo", "labels": count})["peak"] for name, count in names.items()
@@ -252,11 +260,23 @@ class Benchmark:
         return rows
 
 
-def build_training_job(scale: Scale, contender: str, images: torch.Tensor, device: str) -> Job:
-    """The training step of a contender; on CUDA by autocast."""
+def _memory_of(contender: str, memory: dict[str, dict[str, Any]]) -> Row:
+    """A training step's memory, and its ratios to GroupViT's: of all that the process holds, and of what the step adds
+    to what was held before it."""
+    own = memory[contender]
+    row: Row = {"memory_MiB": own}
+    theirs = memory[GROUPVIT]
+    if "peak" in theirs:
+        row["memory_ratio"] = own["peak"] / theirs["peak"]
+        row["step_memory_ratio"] = (own["peak"] - own["before"]) / (theirs["peak"] - theirs["before"])
+    return row
+
+
+def build_training_job(scale: Scale, contender: str, images: torch.Tensor) -> Job:
+    """The training step of a contender on the images' device; on CUDA by autocast."""
     checkpointing = contender == CHECKPOINTED
-    model = build_model(scale, "corrected" if checkpointing else contender).to(device)
-    return training_job(model, images, torch.bfloat16 if device == "cuda" else None, checkpointing)
+    model = build_model(scale, "corrected" if checkpointing else contender).to(images.device)
+    return training_job(model, images, torch.bfloat16 if images.is_cuda else None, checkpointing)
 
 
 def _point(curve: str, value: int, contender: str, seconds: dict[str, list[float]]) -> Row:
@@ -267,7 +287,7 @@ def _point(curve: str, value: int, contender: str, seconds: dict[str, list[float
 
 SECTIONS: dict[str, Callable[[Benchmark], list[Row]]] = {
     name: getattr(Benchmark, name)
-    for name in ("encoder", "compiled", "photo", "prototypes", "training", "curves")
+    for name in ("encoder", "photo", "prototypes", "training", "compiled", "curves")
 }
 
 
@@ -280,7 +300,7 @@ def measure_one(spec: dict[str, Any]) -> dict[str, Any]:
         return peak_memory(photos.segmentation(spec["labels"]), device)
     images = pixels(scale.images[0][0], spec["batch"])
     try:
-        job = build_training_job(scale, spec["contender"], images, device)
+        job = build_training_job(scale, spec["contender"], images.to(device))
         job()  # what comes with the first step: kernels, the optimizer's state
         return peak_memory(job, device)
     except torch.OutOfMemoryError:
@@ -338,6 +358,9 @@ def main(arguments: list[str] | None = None) -> None:
     for name in options.sections:
         print(f"{name} ...", file=sys.stderr)
         rows += SECTIONS[name](benchmark)
+        if options.device == "cuda":
+            gc.collect()  # models of the section refer to themselves
+            torch.cuda.empty_cache()
         write_json(results, options.output / "results.json")
     table = markdown(results)
     write_text(table, options.output / "results.md")

@@ -30,7 +30,7 @@ class Scale:
     photo: width and height; `short_side` is what it is resized to, which is a window's side as well.
     labels: few and many.
     prototype_batch: of the row on prototypes.
-    matmul: side of the matrices of the machine's own rate.
+    matmul, cuda_matmul: side of the matrices of the machine's own rate.
     curve_*: what the curves go over.
     """
 
@@ -44,6 +44,7 @@ class Scale:
     labels: tuple[int, int] = (20, 171)
     prototype_batch: int = 1024
     matmul: int = 2048
+    cuda_matmul: int = 8192
     curve_sizes: tuple[int, ...] = (224, 320, 448, 640)
     curve_batches: tuple[int, ...] = (1, 2, 4, 8, 16)
     curve_labels: tuple[int, ...] = (5, 20, 59, 171, 847)
@@ -72,6 +73,7 @@ QUICK = Scale(
     labels=(3, 7),
     prototype_batch=16,
     matmul=64,
+    cuda_matmul=64,
     curve_sizes=(32, 64),
     curve_batches=(1, 2),
     curve_labels=(2, 6),

@@ -3,10 +3,8 @@
 import contextlib
 import ctypes
 import json
-import os
 import re
 import resource
-import shutil
 import subprocess
 import sys
 import time
@@ -62,12 +60,18 @@ def ratio(seconds: dict[str, list[float]], job: str, reference: str) -> dict[str
     return spread([ours / theirs for ours, theirs in zip(seconds[job], seconds[reference])])
 
 
-def has_cpp_compiler() -> bool:
-    return any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++"))
+def can_compile(device: str) -> bool:
+    """Whether torch.compile works here, tried on a small function; what its first use sets up is then done."""
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(64, device=device))
+    except RuntimeError as error:
+        print(f"torch.compile is left out, as it fails on this machine: {error}", file=sys.stderr)
+        return False
+    return True
 
 
 def matmul_job(dtype: torch.dtype, device: str, side: int) -> tuple[Job, int]:
-    """A product of two square matrices, which shows what the machine can do, and its operations."""
+    """A product of two square matrices, large enough to show what the machine can do, and its operations."""
     left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     return (lambda: left @ right), 2 * side**3
 

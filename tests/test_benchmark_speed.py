@@ -98,6 +98,8 @@ def test_peak_memory_sees_what_a_job_holds_for_a_while(modules):
 def test_goals_of_a_row(modules, changes, expected):
     assert modules[1].goals(row(**changes)) == expected
     if changes.get("contender", "corrected") == "corrected" and expected.get("share"):
+        assert modules[1].goals(row(**changes), on_cuda=True) == {}
+        changes["job"] = "image encoder, 224 px, batch 256, bfloat16"
         assert modules[1].goals(row(**changes), on_cuda=True) == {"ratio": 0.7}
 
 
@@ -130,6 +132,20 @@ def test_memory_is_told_with_the_part_that_the_step_adds(modules):
     assert "| 700 |  |" in table
 
 
+def test_what_does_not_fit_and_what_was_compiled_are_in_the_table(modules):
+    machine = {"device": "NVIDIA X", "threads": 2, "torch": "2", "transformers": "5"}
+    step = {"section": "training", "job": "training step, batch 4096, bfloat16", "contender": "released"}
+    fitting = row(**step | {"contender": "corrected"}, images_per_second=4321.0)
+    del fitting["ratio"]  # as GroupViT does not fit
+    compiled = row(section="compiled", job="torch.compile", contender="x, compiled", compile_seconds=36.4)
+    rows = [step | {"out_of_memory": True}, fitting, compiled]
+    lines = modules[1].markdown({"machine": machine, "rows": rows}).splitlines()
+    assert "| training step, batch 4096, bfloat16 | released | out of memory |" in lines[-3]
+    assert "| corrected | 500 | 4321 |" in lines[-2]
+    assert "1.02 (1.00 to 1.04) (compiled in 36 s)" in lines[-1]
+    assert len({line.count("|") for line in lines[2:]}) == 1
+
+
 def test_the_table_goes_between_the_markers(modules, tmp_path):
     report = modules[1]
     readme = tmp_path / "README.md"
@@ -153,7 +169,7 @@ def test_a_whole_run(modules, tmp_path):
     results = json.loads((tmp_path / "speed" / "results.json").read_text())
     rows = results["rows"]
     sections = {"encoder", "photo", "prototypes", "training", "curves"}
-    can_compile = modules[0].has_cpp_compiler()
+    can_compile = modules[0].can_compile("cpu")
     assert {entry["section"] for entry in rows} == sections | ({"compiled"} if can_compile else set())
     encoder = [entry for entry in rows if entry["section"] == "encoder"]
     assert len(encoder) == 2 * 2 * 4
