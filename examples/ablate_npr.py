@@ -384,7 +384,7 @@ def draw_curves(records: Sequence[dict[str, Any]], path: Path) -> None:
         matplotlib.use("Agg")
         from matplotlib import pyplot
     except ImportError as error:
-        raise ValueError("curves need matplotlib: pip install matplotlib.") from error
+        raise ValueError("curves need matplotlib: pip install 'pgseg-hf[plots]'.") from error
     trained = [name for name in VARIANTS if any(r["variant"] == name and r["log"] for r in records)]
     if not trained:
         return

@@ -4,8 +4,8 @@
     python examples/benchmark_speed.py --output speed --readme README.md    # its table goes between the two markers
 
 All jobs of a row are timed in turn, so that a ratio's two sides see the same machine; medians and quartiles over the
-rounds go to `results.json` and `results.md`, and the curves, with matplotlib, to `curves.png`. Peak memory is that of a
-process of its own. On CUDA (`--device cuda`) the encoder runs in bfloat16, training by autocast.
+rounds go to `results.json` and `results.md`, and the curves, with matplotlib (the extra `plots`), to `curves.png`. Peak
+memory is that of a process of its own. On CUDA (`--device cuda`) the encoder runs in bfloat16, training by autocast.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import gc
 import json
 import platform
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -351,6 +352,7 @@ def main(arguments: list[str] | None = None) -> None:
         return
     if options.threads:
         torch.set_num_threads(options.threads)
+    start = time.monotonic()
     register_cpu_kernels()
     benchmark = Benchmark("quick" if options.quick else "full", options.rounds, options.device)
     rows: list[Row] = []
@@ -368,6 +370,11 @@ def main(arguments: list[str] | None = None) -> None:
     if options.readme:
         insert_table(table, options.readme)
     print(table)
+    minutes = (time.monotonic() - start) / 60
+    print(
+        f"{len(rows)} rows in {minutes:.1f} minutes, in results.json and results.md of {options.output}",
+        file=sys.stderr,
+    )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Tables and plots of `benchmark_speed.py`."""
 
 import io
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -135,13 +136,14 @@ def insert_table(table: str, path: Path) -> None:
 
 
 def draw_curves(rows: list[dict[str, Any]], path: Path) -> None:
-    """A panel for each curve; nothing without matplotlib or without curves."""
+    """A panel for each curve; nothing without curves or, with a message, without matplotlib."""
     points = [row for row in rows if row["section"] == "curves"]
+    if not points:
+        return
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        return
-    if not points:
+        print(f"{path} is not drawn: it needs matplotlib, pip install 'pgseg-hf[plots]'.", file=sys.stderr)
         return
     curves = list(dict.fromkeys(row["job"] for row in points))
     figure = Figure(figsize=(5 * len(curves), 4), layout="constrained")

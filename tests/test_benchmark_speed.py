@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -183,6 +184,7 @@ def test_a_whole_run(modules, tmp_path):
     compiled = [entry for entry in rows if entry["section"] == "compiled"]
     assert len(compiled) == (2 * 4 if can_compile else 0)
     assert all(entry["compile_seconds"] > 0 for entry in compiled if "compiled" in entry["contender"])
+    Image.open(tmp_path / "speed" / "curves.png").verify()
     assert "| image encoder, 32 px, batch 4, float32 | corrected |" in readme.read_text()
 
 
