@@ -113,12 +113,15 @@ def _curve_tables(rows: list[dict[str, Any]]) -> str:
     points = [row for row in rows if row["section"] == "curves"]
     for curve in dict.fromkeys(row["job"] for row in points):
         of_curve = [row for row in points if row["job"] == curve]
-        contenders = list(dict.fromkeys(row["contender"] for row in of_curve))
-        text += f"\n| {curve} | {' | '.join(f'{name}, ms' for name in contenders)} |\n"
-        text += "|---" * (len(contenders) + 1) + "|\n"
+        heads = [f"{name}, ms" for name in dict.fromkeys(row["contender"] for row in of_curve)]
+        heads += ["peak memory, MiB"] if "memory_MiB" in of_curve[0] else []
+        text += f"\n| {curve} | {' | '.join(heads)} |\n"
+        text += "|---" * (len(heads) + 1) + "|\n"
         for value in dict.fromkeys(row["value"] for row in of_curve):
-            times = [_short(1000 * row["seconds"]["median"]) for row in of_curve if row["value"] == value]
-            text += f"| {value} | {' | '.join(times)} |\n"
+            at_value = [row for row in of_curve if row["value"] == value]
+            cells = [_short(1000 * row["seconds"]["median"]) for row in at_value]
+            cells += [f"{row['memory_MiB']['peak']:.0f}" for row in at_value if "memory_MiB" in row]
+            text += f"| {value} | {' | '.join(cells)} |\n"
     return text
 
 
@@ -142,6 +145,7 @@ def draw_curves(rows: list[dict[str, Any]], path: Path) -> None:
         return
     try:
         from matplotlib.figure import Figure
+        from matplotlib.ticker import LogLocator
     except ImportError:
         print(f"{path} is not drawn: it needs matplotlib, pip install 'pgseg-hf[plots]'.", file=sys.stderr)
         return
@@ -153,8 +157,17 @@ def draw_curves(rows: list[dict[str, Any]], path: Path) -> None:
             own = [row for row in of_curve if row["contender"] == contender]
             values, times = [row["value"] for row in own], [1000 * row["seconds"]["median"] for row in own]
             axes.plot(values, times, marker="o", label=contender)
-        axes.set(xlabel=curve, ylabel="ms", xscale="log", yscale="log")
-        axes.set_xticks(values, [str(value) for value in values], minor=False)
+        axes.set(xlabel=curve, ylabel="ms", xscale="log")
+        if "memory_MiB" in of_curve[0]:
+            axes.plot(values, [row["memory_MiB"]["peak"] for row in own], "s--", label="peak memory, MiB")
+            axes.set(ylabel="ms, MiB")
+            axes.set_ylim(bottom=0)  # nearly flat: what is left is noise
+        else:
+            axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter("{x:g}")
+        axes.set_xticks(values, [str(value) for value in values])
+        axes.minorticks_off()
         axes.legend()
     file = io.BytesIO()
     figure.savefig(file, format="png")
