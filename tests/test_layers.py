@@ -58,6 +58,18 @@ def test_gumbel_noise_is_standard():
     assert noise.var().item() == pytest.approx(math.pi**2 / 6, rel=0.02)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_groups_are_drawn_evenly_in_16_bits(dtype):
+    torch.manual_seed(0)
+    assign = tiny_model().vision_model.encoder.stages[0].downsample.assign.to(dtype).train()
+    noise = assign.sample_noise(torch.zeros(20_000, 64, dtype=dtype))
+    assert noise.amax(1).mean().item() == pytest.approx(0.5772 + math.log(64), abs=0.03)
+    first_eight = (noise.argmax(1) < 8).double().mean().item()
+    assert first_eight == pytest.approx(1 / 8, abs=0.01)  # ties would favour them
+    pooled, _ = assign(torch.randn(2, 5, 16, dtype=dtype), torch.randn(2, 9, 16, dtype=dtype))
+    assert pooled.dtype == dtype
+
+
 def test_assignment_is_hard_with_the_gradient_of_the_soft_one():
     assign = tiny_model().vision_model.encoder.stages[0].downsample.assign.double().eval()
     with torch.no_grad():
