@@ -138,18 +138,20 @@ class Benchmark:
             }
             try:
                 of_batch = self._rows("training", title, jobs, max(self.rounds // 2, 1), dtype)
-            except torch.OutOfMemoryError:  # each fits alone, but not beside what the others hold
+            except torch.OutOfMemoryError:
                 of_batch = []
             for row in of_batch:
-                row |= _memory_of(row["contender"], memory[batch])
                 row["images_per_second"] = batch / row["seconds"]["median"]
-            rows += of_batch
             measured = {row["contender"] for row in of_batch}
             for name in memory[batch]:
                 if name not in measured:
-                    rows.append(
-                        {"section": "training", "job": title, "contender": name, "out_of_memory": True}
+                    reason = "not beside the others" if name in jobs else "out of memory"
+                    of_batch.append(
+                        {"section": "training", "job": title, "contender": name, "not_timed": reason}
                     )
+            for row in of_batch:
+                row |= _memory_of(row["contender"], memory[batch])
+            rows += of_batch
         return rows
 
     def _image_size(self) -> int:
@@ -264,11 +266,10 @@ class Benchmark:
 
 def _memory_of(contender: str, memory: dict[str, dict[str, Any]]) -> Row:
     """A training step's memory, and its ratios to GroupViT's: of all that the process holds, and of what the step adds
-    to what was held before it."""
-    own = memory[contender]
-    row: Row = {"memory_MiB": own}
-    theirs = memory[GROUPVIT]
-    if "peak" in theirs:
+    to what was held before it; nothing where it does not fit."""
+    own, theirs = memory[contender], memory[GROUPVIT]
+    row: Row = {"memory_MiB": own} if "peak" in own else {}
+    if "peak" in own and "peak" in theirs:
         row["memory_ratio"] = own["peak"] / theirs["peak"]
         row["step_memory_ratio"] = (own["peak"] - own["before"]) / (theirs["peak"] - theirs["before"])
     return row

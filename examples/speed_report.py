@@ -92,9 +92,6 @@ def markdown(results: dict[str, Any]) -> str:
     for row in results["rows"]:
         if row["section"] == "curves":
             continue
-        if "out_of_memory" in row:
-            lines.append(f"| {row['job']} | {row['contender']} | out of memory |" + "  |" * 6)
-            continue
         bounds = goals(row, on_cuda)
         ratio = _figure(row, "ratio", bounds) + (f" (of {row['of']})" if "of" in row else "")
         if "compile_seconds" in row:
@@ -102,7 +99,8 @@ def markdown(results: dict[str, Any]) -> str:
         rate = _short(row["images_per_second"]) if "images_per_second" in row else ""
         peak, memory_ratio = _memory(row, bounds)
         gflop = f"{row['gflop']:.1f}" if "gflop" in row else ""
-        cells = [row["job"], row["contender"], _short(1000 * row["seconds"]["median"]), rate, ratio, gflop]
+        time = _short(1000 * row["seconds"]["median"]) if "seconds" in row else row["not_timed"]
+        cells = [row["job"], row["contender"], time, rate, ratio, gflop]
         cells += [_figure(row, "share", bounds), peak, memory_ratio]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n" + _curve_tables(results["rows"])

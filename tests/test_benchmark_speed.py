@@ -139,7 +139,7 @@ def test_what_does_not_fit_and_what_was_compiled_are_in_the_table(modules):
     fitting = row(**step | {"contender": "corrected"}, images_per_second=4321.0)
     del fitting["ratio"]  # as GroupViT does not fit
     compiled = row(section="compiled", job="torch.compile", contender="x, compiled", compile_seconds=36.4)
-    rows = [step | {"out_of_memory": True}, fitting, compiled]
+    rows = [step | {"not_timed": "out of memory"}, fitting, compiled]
     lines = modules[1].markdown({"machine": machine, "rows": rows}).splitlines()
     assert "| training step, batch 4096, bfloat16 | released | out of memory |" in lines[-3]
     assert "| corrected | 500 | 4321 |" in lines[-2]
@@ -159,6 +159,32 @@ def test_the_table_goes_between_the_markers(modules, tmp_path):
     with pytest.raises(ValueError, match="once and in this order"):
         report.insert_table("| new |\n", readme)
     assert readme.read_text() == f"{report.END}\n{report.BEGIN}\n"
+
+
+def test_what_cannot_be_timed_keeps_the_memory_that_was_measured(modules, monkeypatch):
+    benchmark = importlib.import_module("benchmark_speed").Benchmark("quick", 1, "cpu")
+    sizes = {"none": 50.0, "corrected": 60.0, "released": 90.0, "corrected, gradient checkpointing": 40.0}
+
+    def memory(spec):
+        peak = sizes.get(spec["contender"])
+        return {"out_of_memory": True} if peak is None else {"before": 10.0, "peak": peak}
+
+    def too_much(*_):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(benchmark, "_memory", memory)
+    monkeypatch.setattr(benchmark, "_rows", too_much)
+    rows = {entry["contender"]: entry for entry in benchmark.training()[:5]}
+    assert rows["groupvit"]["not_timed"] == "out of memory"
+    assert "memory_MiB" not in rows["groupvit"]
+    assert rows["corrected"]["not_timed"] == "not beside the others"
+    assert rows["corrected"]["memory_MiB"]["peak"] == 60.0
+    sizes["groupvit"] = 110.0
+    rows = {entry["contender"]: entry for entry in benchmark.training()[:5]}
+    assert rows["corrected"]["memory_ratio"] == pytest.approx(60 / 110)
+    assert rows["corrected"]["step_memory_ratio"] == pytest.approx(50 / 100)
+    machine = {"device": "NVIDIA X", "threads": 2, "torch": "2", "transformers": "5"}
+    assert "| not beside the others |" in modules[1].markdown({"machine": machine, "rows": [*rows.values()]})
 
 
 @pytest.mark.slow
