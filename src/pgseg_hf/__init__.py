@@ -1,6 +1,6 @@
 """PGSeg for Hugging Face Transformers: segmenting anything one can name, learned from image-text pairs alone."""
 
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForTextEncoding, AutoProcessor
 
 from .checkpoint import DEFAULT_CHECKPOINT, load_segmenter
 from .configuration_pgseg import PGSegConfig, PGSegTextConfig, PGSegVisionConfig
@@ -11,6 +11,7 @@ from .modeling_pgseg import (
     PGSegOutput,
     PGSegPreTrainedModel,
     PGSegTextModel,
+    PGSegTextModelWithProjection,
     PGSegVisionModel,
     PGSegVisionOutput,
 )
@@ -27,6 +28,7 @@ AutoConfig.register("pgseg_vision_model", PGSegVisionConfig)
 AutoModel.register(PGSegConfig, PGSegModel)
 AutoModel.register(PGSegTextConfig, PGSegTextModel)
 AutoModel.register(PGSegVisionConfig, PGSegVisionModel)
+AutoModelForTextEncoding.register(PGSegConfig, PGSegTextModelWithProjection)
 AutoImageProcessor.register(
     PGSegConfig, image_processor_classes={"pil": PGSegImageProcessorPil, "torchvision": PGSegImageProcessor}
 )
@@ -37,6 +39,7 @@ register_pipeline()
 PGSegConfig.register_for_auto_class()
 for _model in (PGSegModel, PGSegVisionModel, PGSegTextModel):
     _model.register_for_auto_class("AutoModel")
+PGSegTextModelWithProjection.register_for_auto_class("AutoModelForTextEncoding")
 for _config in (PGSegTextConfig, PGSegVisionConfig):
     _config.register_for_auto_class()
 PGSegProcessor.register_for_auto_class("AutoProcessor")
@@ -55,6 +58,7 @@ __all__ = [
     "PGSegProcessor",
     "PGSegTextConfig",
     "PGSegTextModel",
+    "PGSegTextModelWithProjection",
     "PGSegVisionConfig",
     "PGSegVisionModel",
     "PGSegVisionOutput",

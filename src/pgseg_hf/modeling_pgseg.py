@@ -322,6 +322,51 @@ class PGSegTextModel(CLIPTextModel):
         super()._initialize_weights(module)
 
 
+class PGSegTextModelWithProjection(PGSegPreTrainedModel):
+    """The text tower with its projection: texts to the joint space, from a folder of its own or a whole model's."""
+
+    input_modalities = ("text",)
+    main_input_name = "input_ids"
+    _keys_to_ignore_on_load_unexpected = [
+        r"^vision_model",
+        r"^visual_projection",
+        r"logit_(scale|bias)$",
+        r"text_prototypes$",
+    ]
+
+    def __init__(self, config: PGSegConfig):
+        super().__init__(config)
+        text_config = config.text_config
+        self.text_model = PGSegTextModel._from_config(text_config)
+        self.text_projection = PGSegProjection(
+            text_config.hidden_size, config.projection_intermediate_dim, config.projection_dim
+        )
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.text_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.text_model.set_input_embeddings(value)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Embeddings [N, D] of texts, projected and not normalised, as `PGSegModel.get_text_features` gives them.
+
+        Args:
+            input_ids: [N, T], or [N, P, T] for P prompts of each of N labels, whose embeddings are averaged.
+            attention_mask: of the same shape.
+        """
+        if input_ids.ndim not in (2, 3):
+            raise ValueError(
+                f"input_ids has shape {list(input_ids.shape)}, expected token ids [texts, length] or "
+                "[labels, prompts, length]."
+            )
+        mask = None if attention_mask is None else attention_mask.flatten(0, -2)
+        outputs = self.text_model(input_ids.flatten(0, -2), attention_mask=mask, return_dict=True)
+        embeds = self.text_projection(outputs.pooler_output)
+        return embeds.unflatten(0, input_ids.shape[:2]).mean(1) if input_ids.ndim == 3 else embeds
+
+
 class PGSegModel(PGSegPreTrainedModel):
     """Both towers in one joint space, with the losses of the method."""
 
@@ -694,6 +739,7 @@ __all__ = [
     "PGSegOutput",
     "PGSegPreTrainedModel",
     "PGSegTextModel",
+    "PGSegTextModelWithProjection",
     "PGSegVisionModel",
     "PGSegVisionOutput",
 ]
