@@ -5,9 +5,17 @@ import hashlib
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer, CLIPTokenizer
+from transformers import AutoProcessor, AutoTokenizer, CLIPTokenizer
 
-from pgseg_hf.tokenization import END_TOKEN, START_TOKEN, build_vocabulary, default_tokenizer, load_merges
+from pgseg_hf import PGSegImageProcessorPil, PGSegProcessor
+from pgseg_hf.tokenization import (
+    END_TOKEN,
+    START_TOKEN,
+    build_vocabulary,
+    default_tokenizer,
+    load_merges,
+    merges_for_words,
+)
 
 START, END = 49406, 49407
 
@@ -92,6 +100,41 @@ def test_save_and_load_round_trip(tokenizer, tmp_path):
     texts = [*RECORDED, "a very long text " * 50]
     options = {"truncation": True, "padding": "max_length"}
     assert dict(loaded(texts, **options)) == dict(tokenizer(texts, **options))
+
+
+def test_fewer_merges_are_a_smaller_tokenizer_of_the_same_kind(tmp_path):
+    tokenizer = default_tokenizer(context_length=16, merges=1000)
+    assert len(tokenizer) == 1514
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (1512, 1513, 1513)
+    assert (
+        tokenizer.decode(tokenizer("a wombat in a café")["input_ids"], skip_special_tokens=True)
+        == "a wombat in a café"
+    )
+    PGSegProcessor(PGSegImageProcessorPil(), tokenizer).save_pretrained(tmp_path)
+    for loaded in (
+        CLIPTokenizer.from_pretrained(tmp_path),
+        AutoProcessor.from_pretrained(tmp_path).tokenizer,
+    ):
+        assert loaded.get_vocab() == tokenizer.get_vocab()
+        assert loaded.model_max_length == 16
+        assert loaded(list(RECORDED), truncation=True) == tokenizer(list(RECORDED), truncation=True)
+
+
+def test_merges_for_words_keep_the_tokens_of_the_words(tokenizer):
+    words = ["wombat", "kitchen", "café", "xylophone", "aardvark", "banana", "2nd"]
+    merges = merges_for_words(words, 1000)
+    assert len(merges) < 60
+    smaller = default_tokenizer(merges=merges)
+    for word in words:
+        assert smaller.tokenize(word) == tokenizer.tokenize(word)
+    kitchen = merges_for_words(["kitchen"], 1000)
+    assert merges_for_words(["kitchen", "wombat"], len(kitchen)) == kitchen
+
+
+@pytest.mark.parametrize("merges", [0, 48_895])
+def test_a_number_of_merges_that_clip_does_not_have_is_refused(merges):
+    with pytest.raises(ValueError, match=f"merges is {merges}, expected 1 to 48894"):
+        default_tokenizer(merges=merges)
 
 
 @settings(max_examples=100, deadline=None)

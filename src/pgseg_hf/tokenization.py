@@ -1,7 +1,9 @@
 """CLIP's byte-pair tokenizer, built from the merges shipped with the package: nothing is downloaded."""
 
 import gzip
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,29 +24,79 @@ def load_merges() -> tuple[tuple[str, str], ...]:
     return tuple((left, right) for left, right in (line.split(" ") for line in lines))
 
 
-def build_vocabulary() -> dict[str, int]:
-    """CLIP's 49,408 entries: 256 byte characters, the same as word ends, the merges, start and end of
-    text."""
+def build_vocabulary(merges: Sequence[tuple[str, str]] | None = None) -> dict[str, int]:
+    """256 byte characters, the same as word ends, the merges (all of CLIP's by default, which makes its 49,408
+    entries), start and end of text."""
     byte_characters = sorted(ByteLevel.alphabet())
     entries = byte_characters + [character + "</w>" for character in byte_characters]
-    entries += [left + right for left, right in load_merges()]
+    entries += [left + right for left, right in (load_merges() if merges is None else merges)]
     entries += [START_TOKEN, END_TOKEN]
     return {entry: index for index, entry in enumerate(entries)}
 
 
-def default_tokenizer(context_length: int = DEFAULT_CONTEXT_LENGTH) -> CLIPTokenizer:
-    """A new CLIP tokenizer, the one that PGSeg and GroupViT checkpoints were trained with.
+def merges_for_words(words: Iterable[str], count: int) -> list[tuple[str, str]]:
+    """The merges of CLIP's that make the tokens of the first of these words, for a smaller tokenizer.
+
+    A word whose merges are all kept has CLIP's own tokens, as merges that no step of it uses change nothing.
+
+    Args:
+        words: lower-case words without white space, the most important first.
+        count: largest number of merges; a word whose merges do not fit is left out.
+
+    Returns:
+        The merges in the order of their rank.
+    """
+    if count < 1:
+        raise ValueError(f"count is {count}, expected at least 1 merge")
+    ranks = {merge: rank for rank, merge in enumerate(load_merges())}
+    to_bytes = ByteLevel(add_prefix_space=False, use_regex=False)
+    kept: set[int] = set()
+    for word in words:
+        parts = list(to_bytes.pre_tokenize_str(word)[0][0])
+        parts[-1] += "</w>"
+        used = set()
+        while pairs := [pair for pair in pairwise(parts) if pair in ranks]:
+            left, right = min(pairs, key=ranks.__getitem__)
+            used.add(ranks[left, right])
+            parts = _merged(parts, left, right)
+        if len(kept | used) <= count:
+            kept |= used
+    return [load_merges()[rank] for rank in sorted(kept)]
+
+
+def _merged(parts: list[str], left: str, right: str) -> list[str]:
+    merged: list[str] = []
+    for part in parts:
+        if merged and (merged[-1], part) == (left, right):
+            merged[-1] = left + right
+        else:
+            merged.append(part)
+    return merged
+
+
+def default_tokenizer(
+    context_length: int = DEFAULT_CONTEXT_LENGTH,
+    merges: Sequence[tuple[str, str]] | int | None = None,
+) -> CLIPTokenizer:
+    """A new CLIP tokenizer, by default the one that PGSeg and GroupViT checkpoints were trained with.
 
     Args:
         context_length: tokens that the text tower takes, start and end token included (`model_max_length`).
+        merges: for a smaller vocabulary, how many of CLIP's merges (the most frequent come first), or which, see
+            `merges_for_words`; the vocabulary has 514 entries more.
 
     Returns:
         A `transformers.CLIPTokenizer`; padding is the end token, truncation keeps the end token.
 
     Raises:
-        ValueError: for a context too short for one token between start and end.
+        ValueError: for a context too short for one token between start and end, or a number of merges that CLIP does
+            not have.
     """
     if context_length < 3:
         raise ValueError(f"context_length must be at least 3 (start, one token, end), got {context_length}")
-    merges: Any = list(load_merges())
-    return CLIPTokenizer(vocab=build_vocabulary(), merges=merges, model_max_length=context_length)
+    if isinstance(merges, int):
+        if not 0 < merges <= len(load_merges()):
+            raise ValueError(f"merges is {merges}, expected 1 to {len(load_merges())}, as many as CLIP has")
+        merges = load_merges()[:merges]
+    chosen: Any = list(load_merges() if merges is None else merges)
+    return CLIPTokenizer(vocab=build_vocabulary(chosen), merges=chosen, model_max_length=context_length)
