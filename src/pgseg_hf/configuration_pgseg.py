@@ -4,14 +4,17 @@ import math
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
-from transformers import CLIPTextConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, CLIPTextConfig, PreTrainedConfig
 from transformers.activations import ACT2FN
+
+# Registers the backbone, for configurations that name it.
+from .efficientnet_lite import EfficientNetLiteConfig
 
 NPR_VARIANTS = ("none", "released", "corrected")
 PROTOTYPE_MATCHINGS = ("hungarian", "order")
 PROTOTYPE_MIXINGS = ("prototypes", "tokens")
 SEGMENT_SOURCES = ("groups", "patches")
-CONTRASTIVE_POOLINGS = ("mean", "groups", "mixture")
+CONTRASTIVE_POOLINGS = ("mean", "groups", "mixture", "patches")
 CONTRASTIVE_LOSSES = ("info_nce", "multi_positive", "sigmoid")
 
 
@@ -92,6 +95,17 @@ class PGSegTextConfig(CLIPTextConfig):
         _require_range("text_config.attention_dropout", self.attention_dropout or 0.0, 0.0, 1.0)
 
 
+def _backbone_config(fields: dict[str, Any]) -> PreTrainedConfig:
+    model_type = fields.get("model_type")
+    if model_type == EfficientNetLiteConfig.model_type:
+        return EfficientNetLiteConfig.from_dict(fields)
+    _require(
+        model_type in CONFIG_MAPPING,
+        f"vision_config.backbone_config has the model_type {model_type!r}, which transformers does not know.",
+    )
+    return CONFIG_MAPPING[model_type].from_dict(fields)
+
+
 @strict
 class PGSegVisionConfig(PreTrainedConfig):
     r"""
@@ -112,6 +126,11 @@ class PGSegVisionConfig(PreTrainedConfig):
             side in pixels of the square for which position embeddings are stored; other sizes interpolate them.
         patch_size (`int`, defaults to 16): side of a patch in pixels; divides `image_size`.
         num_channels (`int`, defaults to 3): colour channels.
+        backbone_config (`dict` or [`~transformers.PreTrainedConfig`], *optional*):
+            configuration of a pretrained backbone of [`~transformers.AutoBackbone`] whose features take the place of
+            the patch convolution. Its `out_features` may name several stages: they are brought to the finest one's
+            grid, normalised, joined and projected to `hidden_size`. `patch_size` is then the stride of the finest one.
+        freeze_backbone (`bool`, defaults to `True`): keep the backbone's weights and statistics as they are.
         hidden_act (`str`, defaults to `"gelu"`): activation of the MLPs.
         layer_norm_eps (`float`, defaults to 1e-5): epsilon of the layer normalisations.
         dropout (`float`, defaults to 0.0): dropout after the patch embedding.
@@ -154,6 +173,8 @@ class PGSegVisionConfig(PreTrainedConfig):
     image_size: int = 224
     patch_size: int = 16
     num_channels: int = 3
+    backbone_config: Any = None
+    freeze_backbone: bool = True
     hidden_act: str = "gelu"
     layer_norm_eps: float = 1e-5
     dropout: float | int = 0.0
@@ -171,6 +192,8 @@ class PGSegVisionConfig(PreTrainedConfig):
     segment_source: str = "groups"
 
     def __post_init__(self, **kwargs: Any) -> None:
+        if isinstance(self.backbone_config, dict):
+            self.backbone_config = _backbone_config(self.backbone_config)
         if self.num_hidden_layers is None:
             self.num_hidden_layers = sum(self.depths)
         if self.prototype_projection_dim is None:
@@ -291,7 +314,10 @@ class PGSegConfig(PreTrainedConfig):
             `"mixture"`, the log odds that a text is seen in `mixture_looks` looks at the picture as it would be
             segmented, where its share is the sum over groups of their area times the softmax of their scaled cosines
             over all texts (ours, for the sigmoid loss with tags that name everything that is to be told apart; a batch
-            needs two different texts at least).
+            needs two different texts at least), or `"patches"`, which trains names on the patches themselves and lets
+            inference join them with the groups (ours): with the sigmoid loss the same log odds with every patch a
+            group of its own, with the other losses the mean of a text's scaled cosines over the patches, weighted by
+            their softmax.
         mixture_looks (`float`, defaults to 1.0):
             n of $1-(1-s)^n$, the chance that at least one of n points drawn at random falls on what has the share s of
             a picture. At 1 the tags of a picture are driven to equal shares of it; with more looks a tag that has

@@ -527,10 +527,13 @@ class PGSegVisionEmbeddings(nn.Module):
     def __init__(self, config: PGSegVisionConfig):
         super().__init__()
         self.grid = config.image_size // config.patch_size
-        self.patch_embeddings = PGSegPatchEmbeddings(config)
+        self.patch_embeddings = self._make_patch_embeddings(config)
         self.position_embeddings = nn.Parameter(torch.zeros(1, self.grid**2, config.hidden_size))
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.dropout)
+
+    def _make_patch_embeddings(self, config: PGSegVisionConfig) -> nn.Module:
+        return PGSegPatchEmbeddings(config)
 
     def interpolated_positions(self, height: int, width: int) -> Tensor:
         """Position embeddings of a grid of `height` x `width` patches, [1, height * width, C]; bicubic."""
@@ -550,7 +553,10 @@ class PGSegVisionEmbeddings(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Returns tokens [B, h * w, C] and the patch grid (h, w)."""
-        patches = self.patch_embeddings(pixel_values)
+        return self.embed(self.patch_embeddings(pixel_values))
+
+    def embed(self, patches: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """Patches [B, C, h, w] as tokens with their positions, and the grid."""
         height, width = patches.shape[-2:]
         tokens = self.layernorm(patches.flatten(2).transpose(1, 2))
         return self.dropout(tokens + self.interpolated_positions(height, width)), (height, width)

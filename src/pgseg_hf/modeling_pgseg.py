@@ -16,6 +16,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput, logging
 from transformers.utils.generic import can_return_tuple
 
+from .backbone import PGSegBackboneEmbeddings, PGSegBackboneFeatures
 from .configuration_pgseg import PGSegConfig, PGSegTextConfig, PGSegVisionConfig
 from .groupvit import config_from_groupvit, read_groupvit
 from .layers import (
@@ -62,6 +63,8 @@ class PGSegVisionOutput(ModelOutput):
         last_hidden_state: [B, K, C], the segment tokens after the last stage and LayerNorm.
         pooler_output: [B, C], their mean; from `get_image_features` its projection [B, D], not normalised.
         segment_embeds: [B, K, D], projected segment tokens, not normalised; only from `get_image_features`.
+        patch_hidden_state: [B, L, C], the patches as the first stage groups them, after the same LayerNorm.
+        patch_embeds: [B, L, D], these projected, not normalised; only from `get_image_features` with patch pooling.
         grouping: [B, K, h, w], soft assignment of patches to the last stage's groups, on the true patch grid.
         image_sizes: int64 [B, 2], height and width of the input in pixels.
         hidden_states: the input of each stage and the output of the last, where asked for.
@@ -72,6 +75,8 @@ class PGSegVisionOutput(ModelOutput):
     last_hidden_state: Tensor | None = None
     pooler_output: Tensor | None = None
     segment_embeds: Tensor | None = None
+    patch_hidden_state: Tensor | None = None
+    patch_embeds: Tensor | None = None
     grouping: Tensor | None = None
     image_sizes: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
@@ -95,6 +100,7 @@ class PGSegOutput(ModelOutput):
         logits_per_image: [B, N], scaled similarity of images and texts.
         logits_per_text: [N, B].
         segment_logits: [B, K, N], scaled cosine of segment tokens and texts.
+        patch_logits: [B, N, h, w], scaled cosine of patches and texts; with patch pooling.
         image_embeds: [B, D], normalised.
         text_embeds: [N, D], normalised.
         segment_embeds: [B, K, D], normalised.
@@ -115,6 +121,7 @@ class PGSegOutput(ModelOutput):
     logits_per_image: Tensor | None = None
     logits_per_text: Tensor | None = None
     segment_logits: Tensor | None = None
+    patch_logits: Tensor | None = None
     image_embeds: Tensor | None = None
     text_embeds: Tensor | None = None
     segment_embeds: Tensor | None = None
@@ -135,6 +142,7 @@ class PGSegPreTrainedModel(PreTrainedModel):
     input_modalities: tuple[str, ...] = ("image", "text")
     _no_split_modules = [
         "PGSegVisionEmbeddings",
+        "PGSegBackboneEmbeddings",
         "PGSegLayer",
         "PGSegStage",
         "CLIPTextEmbeddings",
@@ -173,6 +181,8 @@ class PGSegPreTrainedModel(PreTrainedModel):
                 bound = linear.in_features**-0.5
                 init.uniform_(linear.weight, -bound, bound)
                 init.uniform_(linear.bias, -bound, bound)
+        elif isinstance(module, PGSegBackboneFeatures):
+            init.trunc_normal_(module.projection.weight, std=std)
         elif isinstance(module, PGSegStagePrototypes):
             init_prototypes(module.prototypes)
 
@@ -215,7 +225,8 @@ class PGSegVisionModel(PGSegPreTrainedModel):
         super().__init__(config)
         if config.npr_variant != "none":
             self._keep_in_fp32_modules_strict = ["npr.prototypes"]
-        self.embeddings = PGSegVisionEmbeddings(config)
+        embeddings = PGSegVisionEmbeddings if config.backbone_config is None else PGSegBackboneEmbeddings
+        self.embeddings = embeddings(config)
         self.encoder = PGSegVisionEncoder(config)
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.post_init()
@@ -240,7 +251,9 @@ class PGSegVisionModel(PGSegPreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         output_npr: bool = False,
+        output_patches: bool = False,
         move_prototypes: bool = True,
+        backbone_features: Tensor | None = None,
         **kwargs: Any,
     ) -> PGSegVisionOutput:
         """Encodes images of any size of at least one patch.
@@ -250,19 +263,22 @@ class PGSegVisionModel(PGSegPreTrainedModel):
             output_attentions: return each stage's soft assignment.
             output_hidden_states: return the stages' inputs and the last output.
             output_npr: return what the prototype losses need.
+            output_patches: return the patches that were grouped.
             move_prototypes: in training with gradient, move the prototypes to the mean of this batch; False where the
                 batch is a part of one, see [`~PGSegVisionModel.move_prototypes`].
+            backbone_features: [B, channels, h, w] instead of `pixel_values`, from `embeddings.features` of a model with
+                a backbone; `image_sizes` are then those of the grid times `patch_size`.
 
         Raises:
             ValueError: wrong shape, images smaller than a patch, NaN or infinite pixels.
         """
-        if not torch.compiler.is_compiling():
+        if backbone_features is None and not torch.compiler.is_compiling():
             _refuse_bad_pixels(pixel_values, self.config.patch_size, self.config.num_channels)
         output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
         output_hidden_states = (
             self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         )
-        tokens, (height, width) = self.embeddings(pixel_values)
+        tokens, (height, width) = self._embed(pixel_values, backbone_features)
         hidden_states, assignments, npr = [tokens], [], []
         group_tokens = patch_groups = patches = None
         for stage in self.encoder.stages:
@@ -284,12 +300,27 @@ class PGSegVisionModel(PGSegPreTrainedModel):
         return PGSegVisionOutput(
             last_hidden_state=tokens,
             pooler_output=tokens.mean(dim=1),
+            patch_hidden_state=self.layernorm(patches) if output_patches else None,
             grouping=patch_groups.unflatten(2, (height, width)),
-            image_sizes=_image_sizes(pixel_values),
+            image_sizes=(
+                _image_sizes(pixel_values)
+                if backbone_features is None
+                else _image_sizes(backbone_features) * self.config.patch_size
+            ),
             hidden_states=tuple(hidden_states) if output_hidden_states else None,
             attentions=tuple(assignments) if output_attentions else None,
             npr=tuple(npr) if output_npr else None,
         )
+
+    def _embed(
+        self, pixel_values: Tensor | None, backbone_features: Tensor | None
+    ) -> tuple[Tensor, tuple[int, int]]:
+        if backbone_features is None:
+            return self.embeddings(pixel_values)
+        if pixel_values is not None or self.config.backbone_config is None:
+            reason = "this model has no backbone" if pixel_values is None else "pixel_values are given too"
+            raise ValueError(f"backbone_features are given, but {reason}; expected one of the two inputs.")
+        return self.embeddings(backbone_features=backbone_features)
 
     def move_prototypes(self, prototypes: Sequence[Tensor]) -> None:
         """Moves each grouping stage's prototypes to the mean of a batch's, [B, P, C]."""
@@ -505,12 +536,18 @@ class PGSegModel(PGSegPreTrainedModel):
         return outputs, estimate
 
     @can_return_tuple
-    def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> PGSegVisionOutput:
+    def get_image_features(self, pixel_values: Tensor | None = None, **kwargs: Any) -> PGSegVisionOutput:
         """Encodes images [B, 3, H, W]; `pooler_output` [B, D] and `segment_embeds` [B, K, D] are in the joint space,
         not normalised. All that segmentation needs of an image."""
-        outputs = self.vision_model(pixel_values, return_dict=True, **kwargs)
-        by_groups = self.config.contrastive_pooling != "mean"
-        outputs.pooler_output = self.visual_projection(outputs.pooler_output, use_running_stats=by_groups)
+        pooling = self.config.contrastive_pooling
+        by_patches, by_groups = pooling == "patches", pooling in ("groups", "mixture")
+        outputs = self.vision_model(pixel_values, return_dict=True, output_patches=by_patches, **kwargs)
+        if by_patches:
+            outputs.patch_embeds = self.visual_projection(outputs.patch_hidden_state)
+        # BatchNorm takes its statistics from what the contrastive loss compares with texts.
+        outputs.pooler_output = self.visual_projection(
+            outputs.pooler_output, use_running_stats=by_groups or by_patches
+        )
         outputs.segment_embeds = self.visual_projection(
             outputs.last_hidden_state, use_running_stats=not by_groups
         )
@@ -530,6 +567,16 @@ class PGSegModel(PGSegPreTrainedModel):
             pooled = images.logits(text, scale, self.config)
             return pooled, scale * (images.segments @ text.T)
 
+    def get_patch_logits(self, image_features: PGSegVisionOutput, text_embeds: Tensor) -> Tensor | None:
+        """Scaled cosines of the patches and texts, [B, N, h, w], in float32 or better; None without patch pooling.
+        Arguments as for [`~PGSegModel.get_logits`]."""
+        if image_features.patch_embeds is None:
+            return None
+        with full_precision(text_embeds.device.type):
+            scale = clamped_scale(self.logit_scale, self.config)
+            logits_BNL = scale * (normalized(text_embeds) @ normalized(image_features.patch_embeds).mT)
+            return logits_BNL.unflatten(2, image_features.grouping.shape[-2:])
+
     @can_return_tuple
     def forward(
         self,
@@ -543,6 +590,7 @@ class PGSegModel(PGSegPreTrainedModel):
         return_loss: bool | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
+        backbone_features: Tensor | None = None,
         **kwargs: Any,
     ) -> PGSegOutput:
         """Compares images with texts and, with `return_loss`, computes the losses of the method.
@@ -558,6 +606,7 @@ class PGSegModel(PGSegPreTrainedModel):
             return_loss: compute the losses. Hidden states of texts are then 0 after the longest text's end.
             output_attentions: return each stage's soft assignment (in `vision_model_output`).
             output_hidden_states: return the towers' hidden states.
+            backbone_features: instead of `pixel_values`, see [`PGSegVisionModel`].
 
         Raises:
             ValueError: pixels or texts of wrong shape, NaN pixels, or losses asked for without one text an image.
@@ -573,7 +622,11 @@ class PGSegModel(PGSegPreTrainedModel):
             )
         towers = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
         vision = self.get_image_features(
-            pixel_values=pixel_values, output_npr=bool(return_loss), return_dict=True, **towers
+            pixel_values=pixel_values,
+            backbone_features=backbone_features,
+            output_npr=bool(return_loss),
+            return_dict=True,
+            **towers,
         )
         all_ids, all_mask, owners = input_ids, attention_mask, None
         if return_loss:
@@ -587,10 +640,12 @@ class PGSegModel(PGSegPreTrainedModel):
         text.pooler_output = text.pooler_output[: len(input_ids)]
         text.last_hidden_state = text.last_hidden_state[: input_ids.shape[:-1].numel()]
         logits_per_image, segment_logits = self.get_logits(vision, text.pooler_output)
+        patch_logits = None if return_loss else self.get_patch_logits(vision, text.pooler_output)
         output = PGSegOutput(
             logits_per_image=logits_per_image,
             logits_per_text=logits_per_image.T,
             segment_logits=segment_logits,
+            patch_logits=patch_logits,
             image_embeds=normalized(vision.pooler_output),
             text_embeds=normalized(text.pooler_output),
             segment_embeds=normalized(vision.segment_embeds),
@@ -677,19 +732,24 @@ class PGSegModel(PGSegPreTrainedModel):
         stages = tuple(StageFeatures(*(npr if tied else npr[:2])) for npr in vision.npr or ())
         mixes = self.config.contrastive_pooling == "mixture"
         areas = vision.grouping.flatten(2).mean(2) if mixes else None
-        return ImageFeatures(vision.pooler_output, vision.segment_embeds, areas, stages)
+        return ImageFeatures(vision.pooler_output, vision.segment_embeds, areas, vision.patch_embeds, stages)
 
     def encode_part(
         self,
         pixel_values: Tensor | None = None,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        backbone_features: Tensor | None = None,
     ) -> ImageFeatures | TextFeatures:
         """Features for [`~pgseg_hf.objective.compute_losses`] of some of a batch's images [B, 3, H, W], or of some of
         its texts [N, T]; image prototypes stay where they are."""
-        if pixel_values is not None:
+        if input_ids is None:
             vision = self.get_image_features(
-                pixel_values=pixel_values, output_npr=True, move_prototypes=False, return_dict=True
+                pixel_values=pixel_values,
+                backbone_features=backbone_features,
+                output_npr=True,
+                move_prototypes=False,
+                return_dict=True,
             )
             return self._image_features(vision)
         return self._encode_texts(input_ids, attention_mask, for_losses=True)[1]

@@ -50,11 +50,12 @@ class StageFeatures:
 @dataclass
 class ImageFeatures:
     """Images in the joint space, not normalised: `embeds` [B, D], `segment_embeds` [B, K, D], for mixture pooling each
-    group's share of the image, `areas` [B, K], and the stages' parts."""
+    group's share of the image, `areas` [B, K], for patch pooling `patch_embeds` [B, L, D], and the stages' parts."""
 
     embeds: Tensor
     segment_embeds: Tensor
     areas: Tensor | None = None
+    patch_embeds: Tensor | None = None
     stages: tuple[StageFeatures, ...] = ()
 
 
@@ -142,31 +143,41 @@ def clamped_scale(log_scale: Tensor, config: Any) -> Tensor:
 
 @dataclass
 class JointImages:
-    """Images [B, D] and their groups [B, K, D] as unit vectors of the joint space, and for mixture pooling each group's
-    share of its image [B, K]."""
+    """Images [B, D] and their groups [B, K, D] as unit vectors of the joint space, for mixture pooling each group's
+    share of its image [B, K], and for patch pooling the patches [B, L, D]."""
 
     embeds: Tensor
     segments: Tensor
     areas: Tensor | None = None
+    patches: Tensor | None = None
 
     @classmethod
     def normalized(cls, features: ImageFeatures) -> "JointImages":
-        return cls(normalized(features.embeds), normalized(features.segment_embeds), features.areas)
+        patches = None if features.patch_embeds is None else normalized(features.patch_embeds)
+        return cls(normalized(features.embeds), normalized(features.segment_embeds), features.areas, patches)
 
     def gathered(self) -> "JointImages":
-        """Those of all processes, for the losses that need them; not for mixture pooling."""
-        return JointImages(gather_features(self.embeds), gather_features(self.segments))
+        """Those of all processes, for the losses that need them; not for mixtures."""
+        patches = None if self.patches is None else gather_features(self.patches)
+        return JointImages(gather_features(self.embeds), gather_features(self.segments), patches=patches)
 
     def logits(self, text_ND: Tensor, scale: Tensor, config: Any) -> Tensor:
-        """Scaled similarity [B, N] with normalised texts, by the configured pooling; by `"mixture"` it depends on what
+        """Scaled similarity [B, N] with normalised texts, by the configured pooling; by a mixture it depends on what
         other texts there are."""
         if config.contrastive_pooling == "mean":
             return scale * (self.embeds @ text_ND.T)
-        logits_BKN = scale * (self.segments @ text_ND.T)
+        parts_BPD = self.patches if config.contrastive_pooling == "patches" else self.segments
+        logits_BPN = scale * (parts_BPD @ text_ND.T)
         if config.contrastive_pooling == "groups":
-            return logits_BKN.logsumexp(dim=1) - math.log(logits_BKN.shape[1])
-        log_areas_BK = self.areas.to(logits_BKN.dtype).clamp(min=SMALLEST_SHARE).log()
-        log_shares_BN = (logits_BKN.log_softmax(dim=2) + log_areas_BK[..., None]).logsumexp(dim=1)
+            return logits_BPN.logsumexp(dim=1) - math.log(logits_BPN.shape[1])
+        if config.contrastive_pooling == "patches" and config.contrastive_loss != "sigmoid":
+            return (logits_BPN.softmax(dim=1) * logits_BPN).sum(dim=1)
+        log_shares_BPN = logits_BPN.log_softmax(dim=2)
+        if config.contrastive_pooling == "patches":
+            log_shares_BN = log_shares_BPN.logsumexp(dim=1) - math.log(parts_BPD.shape[1])
+        else:
+            log_areas_BP = self.areas.to(logits_BPN.dtype).clamp(min=SMALLEST_SHARE).log()
+            log_shares_BN = (log_shares_BPN + log_areas_BP[..., None]).logsumexp(dim=1)
         return log_odds_of_being_seen(log_shares_BN, config.mixture_looks)
 
 

@@ -12,7 +12,7 @@ from transformers.image_utils import ImageInput
 from transformers.processing_utils import ProcessorMixin, TextKwargs
 
 from .prompts import SEGMENTATION_TEMPLATES, build_prompts, validate_templates
-from .scoring import TOP_K, WindowScores, best_labels, group_map, group_scores, merge_windows
+from .scoring import TOP_K, WindowScores, best_labels, group_map, group_scores, merge_windows, patch_scores
 
 _MAX_CACHED_LABELS = 20_000
 _WeightSignature = tuple[tuple[Any, ...], ...]
@@ -35,9 +35,13 @@ class PGSegProcessor(ProcessorMixin):
         window_size: side in pixels of the sliding window on a resized image, by default the released
             evaluation's; None for the whole image at once.
         window_stride: pixels from one window to the next.
+        top_k: number of labels that one window may show, by default the released evaluation's.
+        patch_weight: share w of the patches' own scores in a pixel's, which are (1 - w) times those of its group
+            plus w times those of the patches around it; 0, the released recipe, for the groups alone. Only for models
+            with `contrastive_pooling="patches"`.
 
     Raises:
-        ValueError: for templates without exactly one `{}`.
+        ValueError: for templates without exactly one `{}`, or a weight outside 0 to 1.
     """
 
     text_kwargs: TextKwargs = {"padding": "max_length", "truncation": True}
@@ -49,8 +53,14 @@ class PGSegProcessor(ProcessorMixin):
         templates: Sequence[str] = SEGMENTATION_TEMPLATES,
         window_size: int | None = 448,
         window_stride: int = 224,
+        top_k: int = TOP_K,
+        patch_weight: float = 0.0,
     ) -> None:
         super().__init__(image_processor, tokenizer)
+        if not 0 <= patch_weight <= 1:
+            raise ValueError(f"patch_weight is {patch_weight}, expected a number from 0 to 1")
+        self.top_k = top_k
+        self.patch_weight = patch_weight
         self.templates = validate_templates(templates)
         self.window_size = window_size
         self.window_stride = window_stride
@@ -255,7 +265,8 @@ class PGSegProcessor(ProcessorMixin):
         outputs: Any,
         target_sizes: Sequence[tuple[int, int]] | torch.Tensor | None = None,
         background_threshold: float | None = None,
-        top_k: int = TOP_K,
+        top_k: int | None = None,
+        patch_weight: float | None = None,
     ) -> list[torch.Tensor]:
         """Label maps of whole images, by the released inference recipe.
 
@@ -263,7 +274,8 @@ class PGSegProcessor(ProcessorMixin):
             outputs: of `PGSegModel` on B images and N labels.
             target_sizes: (height, width) for each image, usually of the original; the input's by default.
             background_threshold: where no label scores this much there is background; None for no background.
-            top_k: number of labels that one image may show.
+            top_k: number of labels that one image may show; the processor's by default.
+            patch_weight: of the patches' scores in a pixel's; the processor's by default.
 
         Returns:
             B tensors int64 [H, W]. Without a background, values index the labels; with one, 0 is background and
@@ -272,36 +284,50 @@ class PGSegProcessor(ProcessorMixin):
         Raises:
             ValueError: target sizes for another number of images, or a threshold outside 0 to 1.
         """
-        return [
-            labels for labels, _, _ in self._label_maps(outputs, target_sizes, background_threshold, top_k)
-        ]
+        how = (background_threshold, top_k, patch_weight)
+        return [labels for labels, _, _ in self._label_maps(outputs, target_sizes, *how)]
 
     def get_label_scores(
         self,
         outputs: Any,
         background_threshold: float | None = None,
-        top_k: int = TOP_K,
+        top_k: int | None = None,
+        patch_weight: float | None = None,
     ) -> torch.Tensor:
         """How sure the masks are: for each image and value of its label map the mean score of the pixels that have it.
 
         Args:
-            outputs, background_threshold, top_k: as for `post_process_semantic_segmentation`.
+            outputs, background_threshold, top_k, patch_weight: as for `post_process_semantic_segmentation`.
 
         Returns:
             [B, N], or [B, 1 + N] with the background first; 0 for labels without pixels.
         """
         rows = []
-        for labels, scores, count in self._label_maps(outputs, None, background_threshold, top_k):
+        for labels, scores, count in self._label_maps(
+            outputs, None, background_threshold, top_k, patch_weight
+        ):
             totals = scores.new_zeros(count).scatter_add_(0, labels.flatten(), scores.flatten())
             rows.append(totals / labels.flatten().bincount(minlength=count).clamp(min=1))
         return torch.stack(rows)
 
-    @staticmethod
     def _label_maps(
-        outputs: Any, target_sizes: Any, background_threshold: float | None, top_k: int
+        self,
+        outputs: Any,
+        target_sizes: Any,
+        background_threshold: float | None,
+        top_k: int | None,
+        patch_weight: float | None,
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
         """Label map [H, W], its scores [H, W] and the number of values, for each image."""
         batch = len(outputs.grouping)
+        top_k = self.top_k if top_k is None else top_k
+        patch_weight = self.patch_weight if patch_weight is None else patch_weight
+        patch_logits = getattr(outputs, "patch_logits", None)
+        if patch_weight and patch_logits is None:
+            raise ValueError(
+                f"patch_weight is {patch_weight}, but the outputs have no patch_logits, which models with "
+                "contrastive_pooling='patches' return without return_loss; expected 0"
+            )
         if target_sizes is not None and len(target_sizes) != batch:
             raise ValueError(f"target_sizes are for {len(target_sizes)} images, the outputs for {batch}")
         if target_sizes is not None and any(min(int(side) for side in size) < 1 for size in target_sizes):
@@ -311,14 +337,12 @@ class PGSegProcessor(ProcessorMixin):
         for index in range(batch):
             height, width = (int(side) for side in outputs.image_sizes[index])
             size = (height, width)
+            how = (outputs.logits_per_image[index], background_threshold, top_k)
             window = WindowScores(
                 group_map(outputs.grouping[index], size),
-                group_scores(
-                    outputs.segment_logits[index],
-                    outputs.logits_per_image[index],
-                    background_threshold,
-                    top_k,
-                ),
+                group_scores(outputs.segment_logits[index], *how),
+                patch_scores=patch_scores(patch_logits[index], *how) if patch_weight else None,
+                patch_weight=patch_weight,
             )
             scores, channels, count = merge_windows([window], size)
             target = (

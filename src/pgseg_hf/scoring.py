@@ -8,8 +8,8 @@ Shapes: K groups, N labels, H x W pixels of a window or an image, h x w patches.
 Source: released `segmentation/evaluation/pgseg_seg.py`, the same as GroupViT's `group_vit_seg.py`.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -23,23 +23,61 @@ _CACHED_ENTRIES = 2**20
 
 @dataclass
 class WindowScores:
-    """One window's scores.
+    """One window's scores: of a pixel's group and, with a weight above 0, of the patches around it.
 
     Args:
         groups: uint8 [H, W] (int32 above 256 groups), the group of each pixel.
         scores: [K, N], or [K, N + 1] with the background as channel 0.
         top: row of the window's first pixel in the image.
         left: column of it.
+        patch_scores: [N, h, w] or [N + 1, h, w], the same of each patch; None where the groups alone decide.
+        patch_weight: share of the patches in a pixel's score, 0 to 1.
     """
 
     groups: Tensor
     scores: Tensor
     top: int = 0
     left: int = 0
+    patch_scores: Tensor | None = None
+    patch_weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not self.patch_weight:
+            self.patch_scores = None
+
+    def with_background(self, threshold: float) -> "WindowScores":
+        """The same with a background channel in front, from scores without one."""
+        patches = self.patch_scores
+        if patches is not None:
+            patches = add_background(patches.flatten(1).T, threshold).T.unflatten(1, patches.shape[1:])
+        return replace(self, scores=add_background(self.scores, threshold), patch_scores=patches)
+
+    def used(self) -> Tensor:
+        """Which channels are not 0 everywhere, bool [N]."""
+        used = (self.scores != 0).any(dim=0)
+        return used if self.patch_scores is None else used | (self.patch_scores != 0).flatten(1).any(dim=1)
+
+    def reader(self, channels: Sequence[int]) -> Callable[[slice], Tensor]:
+        """A function from a slice of the window's rows to the scores [C, rows, W] of its pixels: (1 - w) times those
+        of the pixel's group plus w times those of the patches, stretched bilinearly over the window."""
+        of_groups = self.scores[:, channels].T
+        stretched = None
+        if self.patch_scores is not None:
+            stretched = stretch(self.patch_scores[channels], tuple(self.groups.shape))
+
+        def of_rows(rows: slice) -> Tensor:
+            groups = self.groups[rows].long()
+            places = groups.reshape(1, -1).expand(len(channels), -1)
+            scores_CHW = of_groups.gather(1, places).unflatten(1, groups.shape)
+            if stretched is None:
+                return scores_CHW
+            return torch.lerp(scores_CHW, stretched[:, rows], self.patch_weight)
+
+        return of_rows
 
     def dense(self) -> Tensor:
         """The scores of each pixel, [N, H, W] or [N + 1, H, W]; for small maps only."""
-        return self.scores.T[:, self.groups.long()]
+        return self.reader(range(self.scores.shape[1]))(slice(None))
 
 
 def group_scores(
@@ -66,12 +104,26 @@ def group_scores(
     return scores_KN if background_threshold is None else add_background(scores_KN, background_threshold)
 
 
-def add_background(scores_KN: Tensor, threshold: float) -> Tensor:
-    """Class scores of a window's groups with the background channel in front, [K, 1 + N], see [`group_scores`]."""
+def patch_scores(
+    patch_logits_Nhw: Tensor,
+    image_logits_N: Tensor,
+    background_threshold: float | None = None,
+    top_k: int = TOP_K,
+) -> Tensor:
+    """Class scores of each patch of one window, [N, h, w], or [1 + N, h, w] with a background channel in front: those
+    of [`group_scores`] with every patch a group of its own."""
+    rows_LN = patch_logits_Nhw.flatten(1).T
+    scores_LN = group_scores(rows_LN, image_logits_N, background_threshold, top_k)
+    return scores_LN.T.unflatten(1, patch_logits_Nhw.shape[1:])
+
+
+def add_background(scores_KN: Tensor, threshold: float, always_shows: bool = True) -> Tensor:
+    """Class scores of a window's groups with the background channel in front, [K, 1 + N], see [`group_scores`]; without
+    `always_shows` all of a window may be background."""
     if not 0 <= threshold <= 1:
         raise ValueError(f"background_threshold is {threshold}, expected None or a number from 0 to 1.")
     best_K = scores_KN.amax(dim=-1)
-    is_background_K = best_K < best_K.amax().clamp(max=threshold)
+    is_background_K = best_K < (best_K.amax().clamp(max=threshold) if always_shows else threshold)
     return torch.cat([is_background_K.to(scores_KN.dtype)[:, None], scores_KN], dim=-1)
 
 
@@ -129,24 +181,25 @@ def merge_windows(windows: Sequence[WindowScores], size: tuple[int, int]) -> tup
         ValueError: scores that are not finite.
     """
     num_channels = windows[0].scores.shape[1]
-    if not torch.stack([window.scores for window in windows]).isfinite().all():
+    parts = [window.scores for window in windows] + [
+        window.patch_scores for window in windows if window.patch_scores is not None
+    ]
+    if not all(part.isfinite().all() for part in parts):
         raise ValueError(
             "the scores of a window are NaN or infinite, expected finite numbers; a model that overflows in float16 "
             "needs dtype float32 or bfloat16."
         )
-    used = torch.stack([(window.scores != 0).any(dim=0) for window in windows]).any(dim=0)
+    used = torch.stack([window.used() for window in windows]).any(dim=0)
     channels = used.nonzero()[:, 0]
     total = windows[0].scores.new_zeros(len(channels), *size)
     count = windows[0].scores.new_zeros(1, *size)
     for window in windows:
         height, width = window.groups.shape
         rows, columns = slice(window.top, window.top + height), slice(window.left, window.left + width)
-        per_channel = window.scores[:, channels].T
-        for row in range(rows.start, rows.stop, 64):
-            part = slice(row, min(row + 64, rows.stop))
-            groups = window.groups[part.start - rows.start : part.stop - rows.start].long()
-            of_pixels = groups.reshape(1, -1).expand(len(channels), -1)
-            total[:, part, columns] += per_channel.gather(1, of_pixels).unflatten(1, groups.shape)
+        of_pixels = window.reader(channels.tolist())
+        for row in range(0, height, 64):
+            part = slice(row, min(row + 64, height))
+            total[:, window.top + part.start : window.top + part.stop, columns] += of_pixels(part)
         count[:, rows, columns] += 1
     return total.div_(count), channels.tolist(), num_channels
 

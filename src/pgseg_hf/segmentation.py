@@ -15,13 +15,12 @@ from .modeling_pgseg import PGSegModel, PGSegVisionOutput
 from .processing_pgseg import PGSegProcessor
 from .prompts import validate_labels
 from .scoring import (
-    TOP_K,
     WindowScores,
-    add_background,
     best_labels,
     group_map,
     group_scores,
     merge_windows,
+    patch_scores,
     window_starts,
 )
 
@@ -37,7 +36,8 @@ class SegmentationOptions:
         background_threshold: where no label scores this much there is background; None for no background.
         templates: prompt templates for the labels; the processor's by default.
         batch_size: images that are prepared together, and windows in one pass of the image encoder.
-        top_k: number of labels that one window may show.
+        top_k: number of labels that one window may show; `"auto"` for what the processor was saved with.
+        patch_weight: share of the patches' own scores in a pixel's, beside its group's, 0 to 1; `"auto"` as above.
         shortest_edge: pixels that an image's short side is resized to; what the processor was saved with by default.
         longest_edge: pixels that the long side may have then, with `shortest_edge`; None for any number.
     """
@@ -47,7 +47,8 @@ class SegmentationOptions:
     background_threshold: float | None = None
     templates: tuple[str, ...] | None = None
     batch_size: int = 8
-    top_k: int = TOP_K
+    top_k: int | Literal["auto"] = "auto"
+    patch_weight: float | Literal["auto"] = "auto"
     shortest_edge: int | None = None
     longest_edge: int | None = None
 
@@ -56,7 +57,7 @@ class SegmentationOptions:
             ("window_size", ("auto", None)),
             ("window_stride", ("auto",)),
             ("batch_size", ()),
-            ("top_k", ()),
+            ("top_k", ("auto",)),
             ("shortest_edge", (None,)),
             ("longest_edge", (None,)),
         ):
@@ -69,6 +70,12 @@ class SegmentationOptions:
         if isinstance(size, int) and isinstance(stride, int) and stride > size:
             raise ValueError(
                 f"window_stride is {stride}, expected at most the window's {size} pixels, or pixels are left out."
+            )
+        if self.patch_weight != "auto" and not (
+            isinstance(self.patch_weight, (int, float)) and 0 <= self.patch_weight <= 1
+        ):
+            raise ValueError(
+                f"patch_weight is {self.patch_weight!r}, expected 'auto' or a number from 0 to 1."
             )
         threshold = self.background_threshold
         if threshold is not None and not (isinstance(threshold, (int, float)) and 0 <= threshold <= 1):
@@ -140,6 +147,7 @@ class WindowFeatures:
         grouping: [K, h, w], soft assignment of the patches.
         segments: [K, D], the groups in the joint space, not normalised.
         pooled: [D], the window as a whole.
+        patches: [L, D], the patches in the joint space, not normalised; None for models that do not name them.
         top: row of the window's first pixel in the resized image.
         left: column of it.
     """
@@ -150,6 +158,7 @@ class WindowFeatures:
     pooled: Tensor = field(repr=False)
     top: int = 0
     left: int = 0
+    patches: Tensor | None = field(repr=False, default=None)
 
 
 @dataclass
@@ -183,10 +192,7 @@ class ScoredImage:
 
     def with_background(self, threshold: float) -> "ScoredImage":
         """The same with a background channel in front, from scores without one."""
-        windows = [
-            replace(window, scores=add_background(window.scores, threshold)) for window in self.windows
-        ]
-        return replace(self, windows=windows)
+        return replace(self, windows=[window.with_background(threshold) for window in self.windows])
 
     def label_map(self) -> tuple[Tensor, Tensor]:
         """The best label of each pixel of the original, int64 [H, W], and its score [H, W]."""
@@ -265,20 +271,53 @@ class Segmenter:
             options: threshold and `top_k` are used.
         """
         options = options or self.options
+        scored = ScoredImage(image.size, image.resized)
+        for window in image.windows:
+            image_logits, segment_logits, patch_logits = self._window_logits(window, class_embeds)
+            how = (image_logits, options.background_threshold, self._top_k(options))
+            weight = self._patch_weight(options)
+            scored.windows.append(
+                WindowScores(
+                    window.groups,
+                    group_scores(segment_logits, *how),
+                    window.top,
+                    window.left,
+                    patch_scores(patch_logits, *how) if weight and patch_logits is not None else None,
+                    weight,
+                )
+            )
+        return scored
+
+    def _window_logits(
+        self, window: WindowFeatures, class_embeds: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Scaled similarities with N labels: of the window [N], its groups [K, N] and its patches [N, h, w]."""
         features = PGSegVisionOutput(
-            pooler_output=torch.stack([window.pooled for window in image.windows]),
-            # Windows may have grids of different sizes; similarity depends on the groups' areas alone.
-            grouping=torch.stack([window.grouping.mean((1, 2), keepdim=True) for window in image.windows]),
-            segment_embeds=torch.stack([window.segments for window in image.windows]),
+            pooler_output=window.pooled[None],
+            grouping=window.grouping[None],
+            segment_embeds=window.segments[None],
+            patch_embeds=None if window.patches is None else window.patches[None],
         )
         image_logits, segment_logits = self.model.get_logits(features, class_embeds)
-        scored = ScoredImage(image.size, image.resized)
-        for index, window in enumerate(image.windows):
-            scores = group_scores(
-                segment_logits[index], image_logits[index], options.background_threshold, options.top_k
+        patch_logits = self.model.get_patch_logits(features, class_embeds)
+        return image_logits[0], segment_logits[0], None if patch_logits is None else patch_logits[0]
+
+    def _top_k(self, options: SegmentationOptions) -> int:
+        return self.processor.top_k if options.top_k == "auto" else options.top_k
+
+    def _patch_weight(self, options: SegmentationOptions) -> float:
+        """The weight of patches.
+
+        Raises:
+            ValueError: it is above 0 for a model that does not name patches.
+        """
+        weight = self.processor.patch_weight if options.patch_weight == "auto" else options.patch_weight
+        if weight and self.model.config.contrastive_pooling != "patches":
+            raise ValueError(
+                f"patch_weight is {weight}, but the model was trained with contrastive_pooling "
+                f"{self.model.config.contrastive_pooling!r} and does not name patches; expected 0."
             )
-            scored.windows.append(WindowScores(window.groups, scores, window.top, window.left))
-        return scored
+        return weight
 
     def _pixel_values(self, image: Image.Image, options: SegmentationOptions) -> Tensor:
         """Resized and normalised pixels [1, 3, h, w]."""
@@ -327,6 +366,7 @@ class Segmenter:
                             pooled=features.pooler_output[index],
                             top=top,
                             left=left,
+                            patches=None if features.patch_embeds is None else features.patch_embeds[index],
                         )
                     )
         return encoded

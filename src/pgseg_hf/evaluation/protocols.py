@@ -36,7 +36,8 @@ class Protocol:
             for none.
         background_thresholds: by benchmark.
         synonyms: "none", "average" or "merge", see [`MaskOptions`].
-        top_k: labels that one window may show.
+        top_k: labels that one window may show; "auto" as the checkpoint says.
+        patch_weight: of the patches' scores in a pixel's; "auto" as the checkpoint says.
         refinement: "none" or "pamr".
         class_names: "plain" ("fire engine"), or "released" ("fire_engine"): the strings that the released code puts
             into its prompts, which differ for LVIS and ImageNet-S.
@@ -52,7 +53,8 @@ class Protocol:
     background_threshold: float | None = None
     background_thresholds: dict[str, float] = field(default_factory=dict)
     synonyms: SynonymRule = "none"
-    top_k: int = TOP_K
+    top_k: int | str = TOP_K
+    patch_weight: float | str = 0.0
     refinement: str = "none"
     class_names: str = "plain"
 
@@ -93,7 +95,8 @@ class Protocol:
             background_threshold=background_threshold,
             templates=self.templates,
             batch_size=batch_size,
-            top_k=self.top_k,
+            top_k=self.top_k,  # type: ignore[arg-type]
+            patch_weight=self.patch_weight,  # type: ignore[arg-type]
             shortest_edge=self.shortest_edge,
             longest_edge=self.longest_edge if self.shortest_edge is not None else None,
         )
@@ -108,6 +111,10 @@ class Protocol:
             changes["window"] = processor.window_size
         if self.stride == "auto":
             changes["stride"] = processor.window_stride
+        if self.top_k == "auto":
+            changes["top_k"] = processor.top_k
+        if self.patch_weight == "auto":
+            changes["patch_weight"] = processor.patch_weight
         return replace(self, **changes)
 
     def make_refinement(self) -> PixelAdaptiveRefinement | None:
@@ -160,6 +167,8 @@ PROTOCOLS: dict[str, Protocol] = {
             shortest_edge=None,
             window="auto",
             stride="auto",
+            top_k="auto",
+            patch_weight="auto",
         ),
     )
 }

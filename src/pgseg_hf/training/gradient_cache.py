@@ -26,7 +26,7 @@ from ..objective import compute_losses
 # Buffers that a forward in training changes.
 MOVING_BUFFERS = ("running_mean", "running_var", "released_text_prototypes")
 # Features that the losses have a gradient for; the others are constants.
-DIFFERENTIABLE = frozenset({"embeds", "segment_embeds", "areas", "centers", "logits"})
+DIFFERENTIABLE = frozenset({"embeds", "segment_embeds", "patch_embeds", "areas", "centers", "logits"})
 
 
 def split_evenly(count: int, chunk_size: int) -> list[slice]:

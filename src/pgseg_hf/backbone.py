@@ -1,0 +1,77 @@
+"""A pretrained backbone in the place of the patch convolution.
+
+Shapes: B batch, h x w the grid of the backbone's finest chosen stage, C width of the image tower.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoBackbone
+
+from .configuration_pgseg import PGSegVisionConfig
+from .layers import PGSegVisionEmbeddings
+
+
+class PGSegBackboneFeatures(nn.Module):
+    """Feature maps of a backbone's chosen stages to patches [B, C, h, w]: on the finest one's grid, each stage's
+    channels normalised by themselves, joined, projected."""
+
+    def __init__(self, config: PGSegVisionConfig):
+        super().__init__()
+        self.is_frozen = config.freeze_backbone
+        self.backbone: Any = AutoBackbone.from_config(config.backbone_config)
+        self.channels = [int(size) for size in self.backbone.channels]
+        self.norms = nn.ModuleList(nn.LayerNorm(size, eps=config.layer_norm_eps) for size in self.channels)
+        self.projection = nn.Linear(sum(self.channels), config.hidden_size)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> nn.Module:
+        """As ever, but a frozen backbone stays in evaluation mode and without gradient, after loading too."""
+        super().train(mode)
+        if self.is_frozen:
+            self.backbone.eval().requires_grad_(False)
+        return self
+
+    def features(self, pixel_values: Tensor) -> Tensor:
+        """The chosen stages of images [B, 3, H, W] on the finest one's grid, joined and not normalised: [B, channels,
+        h, w]. Without gradient where the backbone is frozen."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.is_frozen):
+            maps = self.backbone(pixel_values.to(self.projection.weight.dtype)).feature_maps
+            size = max((features.shape[-2:] for features in maps), key=lambda shape: shape[0] * shape[1])
+            on_grid = [
+                features
+                if features.shape[-2:] == size
+                else nn.functional.interpolate(features, size=size, mode="bilinear", align_corners=False)
+                for features in maps
+            ]
+            return torch.cat(on_grid, dim=1)
+
+    def project(self, features: Tensor) -> Tensor:
+        """Features of [`~PGSegBackboneFeatures.features`], of any float type, to patches [B, C, h, w]."""
+        parts = features.to(self.projection.weight.dtype).permute(0, 2, 3, 1).split(self.channels, dim=-1)
+        normed = torch.cat([norm(part) for norm, part in zip(self.norms, parts)], dim=-1)
+        return self.projection(normed).permute(0, 3, 1, 2)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        return self.project(self.features(pixel_values))
+
+
+class PGSegBackboneEmbeddings(PGSegVisionEmbeddings):
+    """Patch tokens of a backbone, with position embeddings as ever."""
+
+    def _make_patch_embeddings(self, config: PGSegVisionConfig) -> nn.Module:
+        return PGSegBackboneFeatures(config)
+
+    def features(self, pixel_values: Tensor) -> Tensor:
+        """What [`~PGSegBackboneEmbeddings.forward`] takes as `backbone_features`, [B, channels, h, w]: computed once,
+        features of a frozen backbone can be used in every epoch."""
+        return self.patch_embeddings.features(pixel_values)
+
+    def forward(
+        self, pixel_values: Tensor | None = None, backbone_features: Tensor | None = None
+    ) -> tuple[Tensor, tuple[int, int]]:
+        """Returns tokens [B, h * w, C] and the grid (h, w)."""
+        if backbone_features is None:
+            return self.embed(self.patch_embeddings(pixel_values))
+        return self.embed(self.patch_embeddings.project(backbone_features))
