@@ -88,7 +88,9 @@ class Run:
             model = sync_batchnorm(model)
         self.total_steps = run.max_steps or max(1, math.ceil(run.num_epochs * self.stream.batches_per_epoch))
         self.ema = ExponentialMovingAverage(model, run.ema_decay) if run.ema_decay else None
-        optimizer = build_optimizer(model, run.learning_rate, run.weight_decay, run.betas)
+        optimizer = build_optimizer(
+            model, run.learning_rate, run.weight_decay, run.betas, run.backbone_learning_rate_factor
+        )
         schedule = cosine_schedule(
             optimizer,
             warmup_steps=int(run.warmup_ratio * self.total_steps),

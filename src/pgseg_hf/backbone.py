@@ -7,10 +7,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoBackbone
+from transformers import AutoBackbone, AutoConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING
 
 from .configuration_pgseg import PGSegVisionConfig
 from .layers import PGSegVisionEmbeddings
+
+
+def load_backbone(name_or_path: str, **fields: Any) -> Any:
+    """A pretrained backbone in float32; `fields` of its configuration, such as `out_features`, may be changed."""
+    config = AutoConfig.from_pretrained(name_or_path, **fields)
+    # AutoBackbone itself asks the Hub for the name, and takes a folder for a model of timm.
+    return MODEL_FOR_BACKBONE_MAPPING[type(config)].from_pretrained(
+        name_or_path, config=config, dtype="float32"
+    )
 
 
 class PGSegBackboneFeatures(nn.Module):

@@ -334,6 +334,7 @@ class PGSegConfig(PreTrainedConfig):
             as all other images; at 0 every pair of image and text counts the same, so that frequent texts are given
             larger shares; between them in between.
         logit_bias_init_value (`float`, defaults to 0.0): initial bias of the sigmoid loss.
+        freeze_text (`bool`, defaults to `False`): keep the text tower and its projection as they are in training.
         guard_prototype_losses (`bool`, defaults to `False`):
             for training the released variant, whose prototype losses are NaN where no pair is kept: leave those out of
             the total, and cut the text prototypes' gradient to the group centres, which is 0 but for rounding that is
@@ -364,6 +365,7 @@ class PGSegConfig(PreTrainedConfig):
     contrastive_loss: str = "info_nce"
     label_balance: float | int = 1.0
     logit_bias_init_value: float = 0.0
+    freeze_text: bool = False
     guard_prototype_losses: bool = False
     initializer_range: float = 0.02
     initializer_factor: float = 1.0

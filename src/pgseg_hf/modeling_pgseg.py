@@ -16,7 +16,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput, logging
 from transformers.utils.generic import can_return_tuple
 
-from .backbone import PGSegBackboneEmbeddings, PGSegBackboneFeatures
+from .backbone import PGSegBackboneEmbeddings, PGSegBackboneFeatures, load_backbone
 from .configuration_pgseg import PGSegConfig, PGSegTextConfig, PGSegVisionConfig
 from .groupvit import config_from_groupvit, read_groupvit
 from .layers import (
@@ -422,6 +422,14 @@ class PGSegModel(PGSegPreTrainedModel):
             self._keep_in_fp32_modules_strict = [self._text_prototype_name]
         self.post_init()
 
+    def train(self, mode: bool = True) -> "PGSegModel":
+        """As ever, but a frozen text tower stays in evaluation mode and without gradient, after loading too."""
+        super().train(mode)
+        if self.config.freeze_text:
+            for module in (self.text_model, self.text_projection):
+                module.eval().requires_grad_(False)
+        return self
+
     def _text_prototypes_shape(self) -> tuple[int, int]:
         vision = self.config.vision_config
         num_groups = vision.num_output_groups[sum(tokens > 0 for tokens in vision.num_group_tokens) - 1]
@@ -762,6 +770,43 @@ class PGSegModel(PGSegPreTrainedModel):
         if not kwargs.get("create_pr") and not api.file_exists(repo_id, "README.md"):
             generate_model_card(self.config, repo_id).push_to_hub(repo_id, token=token)
         return super().push_to_hub(repo_id, **kwargs)
+
+    @classmethod
+    def from_parts(
+        cls, backbone_name_or_path: str | None = None, text_name_or_path: str | None = None, **kwargs: Any
+    ) -> "PGSegModel":
+        """A new model on pretrained parts; the rest has random weights.
+
+        Args:
+            backbone_name_or_path: folder or Hub name of a backbone of [`~transformers.AutoBackbone`]; fields of its
+                configuration may be changed by `vision_config={"backbone_config": {"out_features": ...}}`.
+            text_name_or_path: of a [`PGSegTextModelWithProjection`] or [`PGSegModel`], whose text tower, projection and
+                joint space are taken.
+            kwargs: fields of [`PGSegConfig`].
+
+        Raises:
+            ValueError: the parts do not fit the fields.
+        """
+        backbone = text = None
+        if backbone_name_or_path is not None:
+            vision = dict(kwargs.pop("vision_config", None) or {})
+            fields = vision.pop("backbone_config", None) or {}
+            backbone = load_backbone(backbone_name_or_path, **fields)
+            kwargs["vision_config"] = vision | {"backbone_config": backbone.config}
+        if text_name_or_path is not None:
+            text = PGSegTextModelWithProjection.from_pretrained(text_name_or_path, dtype="float32")
+            names = ("text_config", "projection_dim", "projection_intermediate_dim")
+            if given := [name for name in names if name in kwargs]:
+                raise ValueError(f"{', '.join(given)} come from {text_name_or_path}; leave them out.")
+            kwargs |= {name: getattr(text.config, name) for name in names}
+        model = cls(PGSegConfig(**kwargs))
+        if backbone is not None:
+            target: Any = model.vision_model.embeddings.patch_embeddings
+            target.backbone.load_state_dict(backbone.state_dict())
+        if text is not None:
+            model.text_model.load_state_dict(text.text_model.state_dict())
+            model.text_projection.load_state_dict(text.text_projection.state_dict())
+        return model.eval()
 
     @classmethod
     def from_groupvit(cls, name_or_path: str, npr_variant: str = "corrected", **kwargs: Any) -> "PGSegModel":

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from ..images import ImageSource
 
 
@@ -15,6 +17,8 @@ class Record:
         tags: words or phrases without a template; may be empty.
         mask: label map of the picture's size, or None; only ever used to tell which tags a crop has.
         name: what messages call the record.
+        views: features of a backbone [C, h, w] for several views of the image, which then is not read.
+        view_tags: the tags that each view shows, or None for the record's.
     """
 
     image: ImageSource
@@ -22,6 +26,8 @@ class Record:
     tags: list[str] = field(default_factory=list)
     mask: ImageSource | None = None
     name: str = ""
+    views: list[np.ndarray] | None = None
+    view_tags: list[list[str] | None] | None = None
 
 
 class UnusableRecord(ValueError):

@@ -36,6 +36,22 @@ class ModelArguments:
     groupvit_name_or_path: str | None = field(
         default=None, metadata={"help": "GroupViT checkpoint of transformers for a warm start."}
     )
+    backbone_name_or_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "Pretrained backbone of AutoBackbone for a new model: a folder or a name on the Hub."
+        },
+    )
+    text_name_or_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder of a PGSegTextModelWithProjection or PGSegModel: a new model starts from its text tower, "
+            "joint space and tokenizer."
+        },
+    )
+    freeze_text: bool | None = field(
+        default=None, metadata={"help": "Keep the text tower and its projection as they are."}
+    )
     model_config: str | None = field(
         default=None,
         metadata={"help": "Fields of PGSegConfig: a mapping in YAML, or the path of a JSON or YAML file."},
@@ -48,7 +64,9 @@ class ModelArguments:
             "positives. sigmoid: tags, every pair on its own."
         },
     )
-    contrastive_pooling: str | None = field(default=None, metadata={"help": "mean, groups or mixture."})
+    contrastive_pooling: str | None = field(
+        default=None, metadata={"help": "mean, groups, mixture or patches."}
+    )
     assignment_weight: float | None = field(default=None, metadata={"help": "Weight of the assignment term."})
     freeze_token_embeddings: bool = field(
         default=False,
@@ -94,6 +112,19 @@ class DataArguments:
         default=None,
         metadata={"help": "labels.json that names the masks' values; by default found beside the data."},
     )
+    synonyms: str | None = field(
+        default=None,
+        metadata={
+            "help": "JSON file with names and their synonyms; a batch calls each tag by one of them. For tags alone."
+        },
+    )
+    cache_features: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder in which the features of a frozen backbone are kept; training then reads them."
+        },
+    )
+    cache_views: int = field(default=2, metadata={"help": "Random crops of each image in the cache."})
     image_size: int | None = field(
         default=None, metadata={"help": "Side of the crops in pixels; the model's own."}
     )
@@ -106,6 +137,15 @@ class DataArguments:
     short_side: int | None = field(
         default=None,
         metadata={"help": "Short side of photos in segmentation, and what crop_sides are meant for."},
+    )
+    whole_image: bool = field(
+        default=False, metadata={"help": "Segment images as a whole instead of in windows."}
+    )
+    patch_weight: float = field(
+        default=0.0, metadata={"help": "In segmentation, share of the patches' own scores in a pixel's."}
+    )
+    top_k: int | None = field(
+        default=None, metadata={"help": "In segmentation, labels that one window may show."}
     )
     horizontal_flip: float = field(default=0.5, metadata={"help": "Probability of mirroring."})
     color_jitter: float = field(default=0.0, metadata={"help": "Strength of changes of colour, 0 to 1."})
@@ -179,6 +219,10 @@ class RunArguments:
     learning_rate: float = field(default=1e-4, metadata={"help": "Peak of the learning rate."})
     warmup_learning_rate: float | None = field(
         default=None, metadata={"help": "Its start; 1/100 of the peak."}
+    )
+    backbone_learning_rate_factor: float = field(
+        default=0.1,
+        metadata={"help": "Learning rate of a backbone that is not frozen, as a part of the others'."},
     )
     min_learning_rate: float | None = field(default=None, metadata={"help": "Its end; 1/10 of the peak."})
     warmup_ratio: float = field(default=1 / 3, metadata={"help": "Share of the steps until the peak."})

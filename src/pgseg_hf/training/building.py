@@ -11,6 +11,7 @@ import yaml
 from accelerate import InitProcessGroupKwargs
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from transformers import AutoTokenizer
 from transformers.utils import logging
 
 from ..configuration_pgseg import PGSegConfig, PGSegTextConfig, PGSegVisionConfig
@@ -18,13 +19,16 @@ from ..data.augmentation import AugmentationOptions
 from ..data.records import Record, UnusableRecord
 from ..data.scenes import SceneSource
 from ..data.sources import MapSource, Source, SourceSpec, open_source
+from ..efficientnet_lite import IMAGE_MEAN, IMAGE_STD, EfficientNetLiteConfig
 from ..image_processing_pil_pgseg import PGSegImageProcessorPil
 from ..losses import world_size
 from ..modeling_pgseg import PGSegModel
 from ..processing_pgseg import PGSegProcessor
+from ..prompts import build_prompts
 from ..tokenization import default_tokenizer
 from .arguments import DataArguments, ModelArguments, RunArguments
 from .collator import PGSegCollator
+from .feature_cache import CacheOptions, cache_features
 from .preparation import Preparation
 from .streams import StreamOptions, TrainingStream
 from .texts import TextOptions
@@ -35,7 +39,7 @@ logger = logging.get_logger(__name__)
 SCALARS = ("logit_scale", "logit_bias", "prototype_logit_scale")
 PEEKED_RECORDS = 8
 ALL_TAGS = 10_000
-OVERRIDES = ("npr_variant", "contrastive_loss", "contrastive_pooling", "assignment_weight")
+OVERRIDES = ("npr_variant", "contrastive_loss", "contrastive_pooling", "assignment_weight", "freeze_text")
 
 
 def build_model(arguments: ModelArguments) -> PGSegModel:
@@ -46,6 +50,12 @@ def build_model(arguments: ModelArguments) -> PGSegModel:
     """
     given = {name: getattr(arguments, name) for name in OVERRIDES if getattr(arguments, name) is not None}
     fields = _read_config(arguments.model_config) | given
+    parts = arguments.backbone_name_or_path or arguments.text_name_or_path
+    if parts and (arguments.model_name_or_path or arguments.groupvit_name_or_path):
+        raise ValueError(
+            "backbone_name_or_path and text_name_or_path are for a new model; leave out model_name_or_path and "
+            "groupvit_name_or_path."
+        )
     if arguments.model_name_or_path and arguments.groupvit_name_or_path:
         raise ValueError("model_name_or_path and groupvit_name_or_path exclude each other; give one.")
     if arguments.model_name_or_path:
@@ -53,7 +63,7 @@ def build_model(arguments: ModelArguments) -> PGSegModel:
     elif arguments.groupvit_name_or_path:
         model = PGSegModel.from_groupvit(arguments.groupvit_name_or_path, **fields)
     else:
-        model = PGSegModel(PGSegConfig(**fields))
+        model = PGSegModel.from_parts(arguments.backbone_name_or_path, arguments.text_name_or_path, **fields)
     if model.config.contrastive_pooling == "mixture" and model.config.contrastive_loss != "sigmoid":
         if "contrastive_pooling" in fields:
             raise ValueError(
@@ -107,16 +117,28 @@ def build_processor(arguments: ModelArguments, data: DataArguments, config: PGSe
     if arguments.model_name_or_path and data.short_side is None:
         return PGSegProcessor.from_pretrained(arguments.model_name_or_path)
     side = data.image_size or config.vision_config.image_size
+    options: dict[str, Any] = {"patch_weight": data.patch_weight}
+    options |= {"top_k": data.top_k} if data.top_k else {}
     window = 2 * side if data.short_side is None else side
     short_side = data.short_side or window
     size = {"shortest_edge": short_side, "longest_edge": max(2048, short_side)}
-    tokenizer = default_tokenizer(config.text_config.max_position_embeddings)
+    if arguments.text_name_or_path:
+        tokenizer = AutoTokenizer.from_pretrained(arguments.text_name_or_path)
+    else:
+        tokenizer = default_tokenizer(config.text_config.max_position_embeddings)
     if len(tokenizer) > config.text_config.vocab_size:
         raise ValueError(
             f"text_config.vocab_size is {config.text_config.vocab_size}, the tokenizer has {len(tokenizer)} tokens."
         )
+    normalised = {}
+    if isinstance(config.vision_config.backbone_config, EfficientNetLiteConfig):
+        normalised = {"image_mean": list(IMAGE_MEAN), "image_std": list(IMAGE_STD)}
     return PGSegProcessor(
-        PGSegImageProcessorPil(size=size), tokenizer, window_size=window, window_stride=max(window // 2, 1)
+        PGSegImageProcessorPil(size=size, **normalised),
+        tokenizer,
+        window_size=None if data.whole_image else window,
+        window_stride=max(window // 2, 1),
+        **options,
     )
 
 
@@ -165,6 +187,7 @@ def build_stream(
         layout="shared" if shared else "paired",
         padding="longest" if shared else "max_length",
         num_labels=None if shared else data.max_labels * has_labels,
+        synonyms=_synonyms(data.synonyms) if data.synonyms else None,
     )
     options = StreamOptions(
         batch_size=run.batch_size,
@@ -175,7 +198,25 @@ def build_stream(
     )
     weights = [spec.weight for spec in specs]
     prepare = Preparation(augmentation, texts, mask_labels)
+    if data.cache_features:
+        cache = CacheOptions(data.cache_features, data.cache_views, run.seed)
+        sources = list(cache_features(sources, prepare, model, cache))
     return TrainingStream(sources, weights, prepare, collator, options, rank, world_size)
+
+
+def _synonyms(path: str) -> dict[str, list[str]]:
+    """Prompts of names, and the prompts of their synonyms."""
+    try:
+        names = json.loads(Path(path).read_text(encoding="utf-8"))["names"]
+        return {
+            build_prompts([name])[0][0]: [of_word[0] for of_word in build_prompts(others)]
+            for name, others in names.items()
+            if others
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"synonyms is {path}, expected a JSON file {{'names': {{name: [synonyms]}}}}: {error}"
+        ) from error
 
 
 def _mask_labels(data: DataArguments, specs: Sequence[SourceSpec], sources: Sequence[Source]) -> list[str]:

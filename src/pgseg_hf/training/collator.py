@@ -1,5 +1,6 @@
 """From examples to the arguments of `PGSegModel.forward`."""
 
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -35,6 +36,8 @@ class PGSegCollator:
             the largest number in the batch.
         texts: in the shared layout the texts of every batch, which the examples' are among: words that no picture of
             a batch has are then negatives too.
+        synonyms: in the shared layout, other texts for a text. A batch has one of them for all of its images, drawn by
+            the batch's content, so that no text of an image is a negative of another that shows the same.
 
     Raises:
         ValueError: naming the argument that makes no sense.
@@ -48,6 +51,7 @@ class PGSegCollator:
         padding: Literal["max_length", "longest"] = "max_length",
         num_labels: int | None = None,
         texts: Sequence[str] | None = None,
+        synonyms: Mapping[str, Sequence[str]] | None = None,
     ):
         if layout not in LAYOUTS:
             raise ValueError(f"layout is {layout!r}, expected one of {', '.join(LAYOUTS)}.")
@@ -68,7 +72,10 @@ class PGSegCollator:
         self.layout = layout
         self.padding = padding
         self.num_labels = num_labels
+        if synonyms and layout != "shared":
+            raise ValueError(f"synonyms are for the shared layout, and layout is {layout!r}.")
         self.texts = texts
+        self.synonyms = dict(synonyms or {})
 
     def __call__(self, examples: Sequence[Example | Mapping[str, Any]]) -> dict[str, Any]:
         """
@@ -76,9 +83,11 @@ class PGSegCollator:
             examples: B of them, or mappings with the same keys (`labels` may be missing).
 
         Returns:
-            `pixel_values` [B, 3, S, S] and `return_loss` True. Paired: `input_ids` and `attention_mask` [B, T], and
-            where there are labels `label_input_ids` and `label_attention_mask` [B, M, T], absent labels with a mask of
-            zeros. Shared: `input_ids` and `attention_mask` [N, T], `text_targets` bool [B, N].
+            `pixel_values` [B, 3, S, S], or `backbone_features` [B, C, h, w], and `return_loss` True.
+
+            Paired: `input_ids` and `attention_mask` [B, T], and where there are labels `label_input_ids` and
+            `label_attention_mask` [B, M, T], absent labels with a mask of zeros. Shared: `input_ids` and
+            `attention_mask` [N, T], `text_targets` bool [B, N].
 
         Raises:
             ValueError: no examples, or in the shared layout a text that is not among the given ones.
@@ -88,9 +97,10 @@ class PGSegCollator:
         rows = [vars(example) if isinstance(example, Example) else example for example in examples]
         captions = [row["caption"] for row in rows]
         labels = [list(row.get("labels") or []) for row in rows]
-        pixels = torch.stack([torch.as_tensor(np.asarray(row["pixel_values"])) for row in rows])
+        name = "pixel_values" if rows[0].get("backbone_features") is None else "backbone_features"
+        images = torch.stack([torch.as_tensor(np.asarray(row[name])) for row in rows])
         texts = self._paired(captions, labels) if self.layout == "paired" else self._shared(captions, labels)
-        return {"pixel_values": pixels, **texts, "return_loss": True}
+        return {name: images, **texts, "return_loss": True}
 
     def _paired(self, captions: list[str], labels: list[list[str]]) -> dict[str, Tensor]:
         most = max(map(len, labels)) if self.num_labels is None else self.num_labels
@@ -109,6 +119,8 @@ class PGSegCollator:
 
     def _shared(self, captions: list[str], labels: list[list[str]]) -> dict[str, Tensor]:
         of_images = [of_image or [caption] for caption, of_image in zip(captions, labels)]
+        if self.synonyms:
+            of_images = self._in_other_words(of_images)
         wanted = [text for of_image in of_images for text in of_image]
         texts = list(dict.fromkeys([*(self.texts or []), *wanted]))
         encoded = self._encode(texts)
@@ -127,6 +139,16 @@ class PGSegCollator:
         for row, of_image in enumerate(of_images):
             targets[row, [column_of[text] for text in of_image]] = True
         return {**{name: values[first] for name, values in encoded.items()}, "text_targets": targets}
+
+    def _in_other_words(self, of_images: list[list[str]]) -> list[list[str]]:
+        """The same texts, half of those that have synonyms replaced by one of them."""
+        content = "\n".join(text for of_image in of_images for text in of_image)
+        rng = np.random.default_rng(zlib.crc32(content.encode()))
+        chosen: dict[str, str] = {}
+        for text in dict.fromkeys(text for of_image in of_images for text in of_image):
+            others = self.synonyms.get(text)
+            chosen[text] = others[rng.integers(len(others))] if others and rng.random() < 0.5 else text
+        return [[chosen[text] for text in of_image] for of_image in of_images]
 
     def _encode(self, texts: list[str]) -> dict[str, Tensor]:
         """Token ids and attention mask [N, T], equal texts tokenised once."""

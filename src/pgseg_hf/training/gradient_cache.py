@@ -78,10 +78,11 @@ class GradientCache:
             the parts of the loss of the whole batch (see `Losses`). Where the total is not finite there is no second
             pass, and only the scales have a gradient.
         """
-        model, device = self.model, inputs["pixel_values"].device
-        texts = {name: value for name, value in inputs.items() if name not in ("pixel_values", "return_loss")}
+        images = {name: inputs[name] for name in ("pixel_values", "backbone_features") if name in inputs}
+        model, device = self.model, next(iter(images.values())).device
+        texts = {name: value for name, value in inputs.items() if name not in {*images, "return_loss"}}
         ids, mask, owners = model.gather_texts(**texts)
-        image_chunks = self._chunks({"pixel_values": inputs["pixel_values"]})
+        image_chunks = self._chunks(dict(images))
         text_chunks = self._chunks({"input_ids": ids, "attention_mask": mask})
         buffers = {name: value for name, value in model.named_buffers() if name.endswith(MOVING_BUFFERS)}
         start = {name: value.clone() for name, value in buffers.items()}

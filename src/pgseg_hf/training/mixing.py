@@ -16,6 +16,7 @@ class Draw(IntEnum):
     BLOCK = 3
     DEAL = 4
     EXAMPLE = 5
+    VIEW = 6
 
 
 def seeded(draw: Draw, *numbers: int) -> np.random.Generator:

@@ -12,28 +12,34 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+BACKBONE = "vision_model.embeddings.patch_embeddings.backbone."
 
-def parameter_groups(model: nn.Module, weight_decay: float = 0.05) -> list[dict[str, Any]]:
+
+def parameter_groups(
+    model: nn.Module, weight_decay: float = 0.05, backbone_learning_rate: float | None = None
+) -> list[dict[str, Any]]:
     """Groups for an optimizer, in the order of the model's parameters: `"decayed"`, and without weight decay
-    `"not decayed"`, the biases and whatever has fewer than two dimensions. Frozen parameters are in neither.
+    `"not decayed"`, the biases and whatever has fewer than two dimensions. Frozen parameters are in neither. With a
+    `backbone_learning_rate` those of a backbone are in two groups of their own.
 
     Raises:
         ValueError: every parameter is frozen.
     """
-    decayed: list[nn.Parameter] = []
-    others: list[nn.Parameter] = []
+    names = ["decayed", "not decayed", "backbone, decayed", "backbone, not decayed"]
+    groups: list[dict[str, Any]] = [
+        {"name": name, "params": [], "weight_decay": 0.0 if "not" in name else weight_decay} for name in names
+    ]
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             is_decayed = parameter.ndim > 1 and name.rpartition(".")[2] != "bias"
-            (decayed if is_decayed else others).append(parameter)
-    if not decayed and not others:
+            is_backbone = backbone_learning_rate is not None and name.startswith(BACKBONE)
+            groups[2 * is_backbone + (not is_decayed)]["params"].append(parameter)
+    if not any(group["params"] for group in groups):
         raise ValueError(
             "no parameter of the model needs a gradient, so there is nothing to train; unfreeze some."
         )
-    groups = [
-        {"name": "decayed", "params": decayed, "weight_decay": weight_decay},
-        {"name": "not decayed", "params": others, "weight_decay": 0.0},
-    ]
+    for group in groups[2:]:
+        group["lr"] = backbone_learning_rate
     return [group for group in groups if group["params"]]
 
 
@@ -42,13 +48,16 @@ def build_optimizer(
     learning_rate: float = 1e-4,
     weight_decay: float = 0.05,
     betas: tuple[float, float] = (0.9, 0.999),
+    backbone_factor: float | None = None,
 ) -> AdamW:
-    """AdamW over [`parameter_groups`], with the fused kernel if the model is on CUDA already.
+    """AdamW over [`parameter_groups`], with the fused kernel if the model is on CUDA already. A backbone that is not
+    frozen learns at `backbone_factor` times the learning rate, by default at all of it.
 
     With that kernel and a gradient scaler, a step that is skipped for infinite gradients is skipped inside the
     kernel, and `accelerator.optimizer_step_was_skipped` does not tell.
     """
-    groups = parameter_groups(model, weight_decay)
+    backbone_rate = None if backbone_factor is None else backbone_factor * learning_rate
+    groups = parameter_groups(model, weight_decay, backbone_rate)
     on_cuda = all(parameter.is_cuda for group in groups for parameter in group["params"])
     return AdamW(groups, lr=learning_rate, betas=betas, fused=on_cuda or None)
 

@@ -21,14 +21,16 @@ class Example:
     """One picture as the collator takes it.
 
     Args:
-        pixel_values: float32 [3, S, S], normalised.
+        pixel_values: float32 [3, S, S], normalised; None where there are features instead.
         caption: the picture's text.
         labels: prompts of its tags and nouns; may be none.
+        backbone_features: [C, h, w] of a backbone, instead of pixels.
     """
 
-    pixel_values: np.ndarray
+    pixel_values: np.ndarray | None
     caption: str
     labels: list[str]
+    backbone_features: np.ndarray | None = None
 
 
 class Preparation:
@@ -70,7 +72,23 @@ class Preparation:
             UnusableRecord: for "broken image", "broken mask" or "no text"; the last too where several crops showed no
                 label and there is no caption.
         """
+        if record.views is not None:
+            view = int(rng.integers(len(record.views)))
+            tags = record.view_tags[view] if record.view_tags else None
+            texts = choose_texts(record if tags is None else replace(record, tags=tags), self.texts, rng)
+            return Example(None, texts.caption, texts.labels, np.array(record.views[view]))
+        pixels, tags = self.view(record, rng)
+        texts = choose_texts(record if tags is None else replace(record, tags=tags), self.texts, rng)
+        return Example(pixels, texts.caption, texts.labels)
+
+    def view(self, record: Record, rng: np.random.Generator) -> tuple[np.ndarray, list[str] | None]:
+        """A random crop float32 [3, S, S], normalised, and the tags that it shows where a mask tells, else None.
+
+        Raises:
+            UnusableRecord: for "broken image" or "broken mask".
+        """
         name = record.name or "a record"
+        tags: list[str] | None = None
         try:
             image = load_image(record.image)
         except ValueError as error:
@@ -81,9 +99,7 @@ class Preparation:
                 crop, tags = self._crop_with_tags(_load_mask(record.mask), crop, rng)
             except ValueError as error:
                 raise UnusableRecord("broken mask", f"{name}: {error}") from error
-            record = replace(record, tags=tags)
-        texts = choose_texts(record, self.texts, rng)
-        return Example(self.augmentation.crop_pixels(image, crop, rng), texts.caption, texts.labels)
+        return self.augmentation.crop_pixels(image, crop, rng), tags
 
     def _crop_with_tags(
         self, mask: Image.Image, crop: Crop, rng: np.random.Generator
