@@ -29,6 +29,7 @@ from text_tower_texts import (
     read_captions,
     read_glove,
     read_wordnet,
+    word_groups,
 )
 from torch import Tensor
 from torch.nn.functional import kl_div, normalize
@@ -201,19 +202,36 @@ def in_template(bank: TextBank, label: int, rng: random.Random) -> str:
     return rng.choice(rng.choice((NEUTRAL_FORMS, TEMPLATES))).replace("{}", bank.labels[label])
 
 
+def word_vectors(
+    bank: TextBank, teacher: Teacher, tokenizer: CLIPTokenizer, glove: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """The teacher's embedding of each word that is a token and stands in a training text; for other words of GloVe what
+    a ridge regression from GloVe to the teacher expects of it."""
+    seen = {
+        word for text in [*bank.labels, *bank.plurals, *bank.texts] for word in word_groups(text, longest=1)
+    }
+    tokens = [token[: -len("</w>")] for token in tokenizer.get_vocab() if token.endswith("</w>")]
+    known = sorted(seen.intersection(tokens))
+    vectors = dict(zip(known, teacher.embed_labels(known, "tokens")))
+    common = [word for word in known if word in glove]
+    if not common:
+        return vectors
+    inputs, targets = (torch.stack([of[word] for word in common]) for of in (glove, vectors))
+    centre, mean = inputs.mean(0), targets.mean(0)
+    inputs = inputs - centre
+    ridge = 0.01 * inputs.square().sum(0).mean() * torch.eye(inputs.shape[1])
+    weights = torch.linalg.solve(inputs.T @ inputs + ridge, inputs.T @ (targets - mean))
+    return {word: mean + (glove[word] - centre) @ weights for word in tokens if word in glove} | vectors
+
+
 def new_student(
-    args: argparse.Namespace, bank: TextBank, teacher: Teacher, glove: tuple[list[str], np.ndarray]
+    args: argparse.Namespace, bank: TextBank, teacher: Teacher, glove: dict[str, Tensor]
 ) -> Student:
     """A tower that has learned nothing yet but, where asked for, the start of its token embeddings."""
     tokenizer = default_tokenizer(args.context, merges_for_words(bank.tokenizer_words, args.merges))
     model = build_tower(args, tokenizer, teacher.size)
-    vectors = dict(zip(glove[0], torch.from_numpy(glove[1])))
-    if args.token_embeddings == "teacher":
-        known = {word for label in [*bank.labels, *bank.plurals] for word in label.split()}
-        words = [token[: -len("</w>")] for token in tokenizer.get_vocab() if token.endswith("</w>")]
-        words = sorted(known.intersection(words))
-        vectors = dict(zip(words, teacher.embed_labels(words, "tokens")))
     if args.token_embeddings != "random":
+        vectors = glove if args.token_embeddings == "glove" else word_vectors(bank, teacher, tokenizer, glove)
         found = start_token_embeddings(model, tokenizer, vectors, args.token_std)
         print(f"{found} of {len(tokenizer)} token embeddings start from {args.token_embeddings}", flush=True)
     return Student(model, tokenizer)
@@ -237,7 +255,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             CLIPTokenizer.from_pretrained(args.evaluate),
         )
     else:
-        student = new_student(args, bank, teacher, glove)
+        vectors = dict(zip(glove[0], torch.from_numpy(glove[1])))
+        student = new_student(args, bank, teacher, vectors)
         loss = train(student, bank, teacher, args)
         print(f"{args.steps} steps of {args.batch_size} texts, loss {loss:.3f}", flush=True)
     figures = measure(student, teacher, bank, "none", args.shrinkage)

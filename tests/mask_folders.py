@@ -53,7 +53,7 @@ class KnownGroups:
             window = WindowFeatures(groups.int(), grouping, torch.eye(4), torch.zeros(4))
             yield EncodedImage((height, width), (height, width), [window])
 
-    def score(self, image, class_embeds, options):
+    def score(self, image, class_embeds, options, may_have_background=False):
         (window,) = image.windows
         scores = self.scores @ class_embeds.T
         return ScoredImage(image.size, image.resized, [WindowScores(window.groups, scores)])

@@ -48,14 +48,14 @@ class PGSegBackboneFeatures(nn.Module):
         h, w]. Without gradient where the backbone is frozen."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.is_frozen):
             maps = self.backbone(pixel_values.to(self.projection.weight.dtype)).feature_maps
-            size = max((features.shape[-2:] for features in maps), key=lambda shape: shape[0] * shape[1])
+            # Stages go from fine to coarse. Their sizes are not compared, so that a graph holds for all of them; to its
+            # own size a map is stretched as it is.
+            size = maps[0].shape[-2:]
             on_grid = [
-                features
-                if features.shape[-2:] == size
-                else nn.functional.interpolate(features, size=size, mode="bilinear", align_corners=False)
-                for features in maps
+                nn.functional.interpolate(features, size=size, mode="bilinear", align_corners=False)
+                for features in maps[1:]
             ]
-            return torch.cat(on_grid, dim=1)
+            return torch.cat([maps[0], *on_grid], dim=1)
 
     def project(self, features: Tensor) -> Tensor:
         """Features of [`~PGSegBackboneFeatures.features`], of any float type, to patches [B, C, h, w]."""

@@ -11,7 +11,7 @@ from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import ImageInput
 from transformers.processing_utils import ProcessorMixin, TextKwargs
 
-from .prompts import SEGMENTATION_TEMPLATES, build_prompts, validate_templates
+from .prompts import SEGMENTATION_TEMPLATES, build_prompts, validate_labels, validate_templates
 from .scoring import TOP_K, WindowScores, best_labels, group_map, group_scores, merge_windows, patch_scores
 
 _MAX_CACHED_LABELS = 20_000
@@ -39,6 +39,8 @@ class PGSegProcessor(ProcessorMixin):
         patch_weight: share w of the patches' own scores in a pixel's, which are (1 - w) times those of its group
             plus w times those of the patches around it; 0, the released recipe, for the groups alone. Only for models
             with `contrastive_pooling="patches"`.
+        vocabulary: words that the checkpoint was trained with. With a background threshold those that mean something
+            else than the labels compete with them, so that even a single label need not cover the image.
 
     Raises:
         ValueError: for templates without exactly one `{}`, or a weight outside 0 to 1.
@@ -55,12 +57,14 @@ class PGSegProcessor(ProcessorMixin):
         window_stride: int = 224,
         top_k: int = TOP_K,
         patch_weight: float = 0.0,
+        vocabulary: Sequence[str] | None = None,
     ) -> None:
         super().__init__(image_processor, tokenizer)
         if not 0 <= patch_weight <= 1:
             raise ValueError(f"patch_weight is {patch_weight}, expected a number from 0 to 1")
         self.top_k = top_k
         self.patch_weight = patch_weight
+        self.vocabulary = None if vocabulary is None else validate_labels(vocabulary)
         self.templates = validate_templates(templates)
         self.window_size = window_size
         self.window_stride = window_stride

@@ -32,6 +32,9 @@ class WindowScores:
         left: column of it.
         patch_scores: [N, h, w] or [N + 1, h, w], the same of each patch; None where the groups alone decide.
         patch_weight: share of the patches in a pixel's score, 0 to 1.
+        known: [K], the chance that a group is any of the labels and not one of the other words that the checkpoint
+            knows; None where there are no such words, or nobody asked.
+        patch_known: [h, w], the same of each patch.
     """
 
     groups: Tensor
@@ -40,17 +43,22 @@ class WindowScores:
     left: int = 0
     patch_scores: Tensor | None = None
     patch_weight: float = 0.0
+    known: Tensor | None = None
+    patch_known: Tensor | None = None
 
     def __post_init__(self) -> None:
         if not self.patch_weight:
             self.patch_scores = None
 
     def with_background(self, threshold: float) -> "WindowScores":
-        """The same with a background channel in front, from scores without one."""
+        """The same with a background channel in front, from scores without one: where other words are known, it is 1
+        where the labels together are less likely than the threshold, else see [`add_background`]."""
         patches = self.patch_scores
         if patches is not None:
-            patches = add_background(patches.flatten(1).T, threshold).T.unflatten(1, patches.shape[1:])
-        return replace(self, scores=add_background(self.scores, threshold), patch_scores=patches)
+            known = None if self.patch_known is None else self.patch_known.flatten()
+            patches = add_background(patches.flatten(1).T, threshold, known).T.unflatten(1, patches.shape[1:])
+        scores = add_background(self.scores, threshold, self.known)
+        return replace(self, scores=scores, patch_scores=patches)
 
     def used(self) -> Tensor:
         """Which channels are not 0 everywhere, bool [N]."""
@@ -104,6 +112,11 @@ def group_scores(
     return scores_KN if background_threshold is None else add_background(scores_KN, background_threshold)
 
 
+def chance_of_labels(label_logits: Tensor, other_logits: Tensor, dim: int) -> Tensor:
+    """The share of a softmax over labels and other words, along `dim`, that falls on the labels."""
+    return (label_logits.logsumexp(dim) - other_logits.logsumexp(dim)).sigmoid()
+
+
 def patch_scores(
     patch_logits_Nhw: Tensor,
     image_logits_N: Tensor,
@@ -117,13 +130,13 @@ def patch_scores(
     return scores_LN.T.unflatten(1, patch_logits_Nhw.shape[1:])
 
 
-def add_background(scores_KN: Tensor, threshold: float, always_shows: bool = True) -> Tensor:
-    """Class scores of a window's groups with the background channel in front, [K, 1 + N], see [`group_scores`]; without
-    `always_shows` all of a window may be background."""
+def add_background(scores_KN: Tensor, threshold: float, known_K: Tensor | None = None) -> Tensor:
+    """Class scores of a window's groups with the background channel in front, [K, 1 + N], see [`group_scores`]. With
+    `known_K`, the chance that a group is any of the labels, background is where it is below the threshold."""
     if not 0 <= threshold <= 1:
         raise ValueError(f"background_threshold is {threshold}, expected None or a number from 0 to 1.")
     best_K = scores_KN.amax(dim=-1)
-    is_background_K = best_K < (best_K.amax().clamp(max=threshold) if always_shows else threshold)
+    is_background_K = best_K < best_K.amax().clamp(max=threshold) if known_K is None else known_K < threshold
     return torch.cat([is_background_K.to(scores_KN.dtype)[:, None], scores_KN], dim=-1)
 
 

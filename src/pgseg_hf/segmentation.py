@@ -17,12 +17,16 @@ from .prompts import validate_labels
 from .scoring import (
     WindowScores,
     best_labels,
+    chance_of_labels,
     group_map,
     group_scores,
     merge_windows,
     patch_scores,
     window_starts,
 )
+
+# Words whose embeddings have at least this cosine are taken for one meaning, and do not compete.
+SAME_MEANING = 0.5
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,9 @@ class SegmentationOptions:
         window_size: side in pixels of the sliding window, on the resized image; None for the whole image at once;
             `"auto"` for what the processor was saved with.
         window_stride: pixels from one window to the next; `"auto"` as above.
-        background_threshold: where no label scores this much there is background; None for no background.
+        background_threshold: where no label scores this much there is background; None for no background. With a
+            processor that has a vocabulary: where the labels together are less likely than this against all words of
+            the vocabulary that mean something else.
         templates: prompt templates for the labels; the processor's by default.
         batch_size: images that are prepared together, and windows in one pass of the image encoder.
         top_k: number of labels that one window may show; `"auto"` for what the processor was saved with.
@@ -261,55 +267,72 @@ class Segmenter:
 
     @torch.inference_mode()
     def score(
-        self, image: EncodedImage, class_embeds: Tensor, options: SegmentationOptions | None = None
+        self,
+        image: EncodedImage,
+        class_embeds: Tensor,
+        options: SegmentationOptions | None = None,
+        may_have_background: bool = False,
     ) -> ScoredImage:
         """How well labels fit the groups of an encoded image.
 
         Args:
             image: from [`~Segmenter.encode`].
             class_embeds: [N, D], from [`~Segmenter.class_embeddings`].
-            options: threshold and `top_k` are used.
+            options: threshold, `top_k`, `patch_weight` and, with a threshold, `templates` are used.
+            may_have_background: [`~ScoredImage.with_background`] will be called on the result.
         """
         options = options or self.options
+        threshold, weight, top_k = options.background_threshold, *self._weight_and_top_k(options)
+        others = None
+        if threshold is not None or may_have_background:
+            others = self._other_words(class_embeds, options)
         scored = ScoredImage(image.size, image.resized)
         for window in image.windows:
-            image_logits, segment_logits, patch_logits = self._window_logits(window, class_embeds)
-            how = (image_logits, options.background_threshold, self._top_k(options))
-            weight = self._patch_weight(options)
-            scored.windows.append(
-                WindowScores(
-                    window.groups,
-                    group_scores(segment_logits, *how),
-                    window.top,
-                    window.left,
-                    patch_scores(patch_logits, *how) if weight and patch_logits is not None else None,
-                    weight,
-                )
+            features = self._features(window)
+            (image_logits,), (segment_logits,) = self.model.get_logits(features, class_embeds)
+            scores = WindowScores(
+                window.groups,
+                group_scores(segment_logits, image_logits, top_k=top_k),
+                window.top,
+                window.left,
+                patch_weight=weight,
             )
+            if others is not None:
+                scores.known = chance_of_labels(
+                    segment_logits, self.model.get_logits(features, others)[1][0], 1
+                )
+            if weight:
+                patch_logits = self.model.get_patch_logits(features, class_embeds)[0]
+                scores.patch_scores = patch_scores(patch_logits, image_logits, top_k=top_k)
+                if others is not None:
+                    other_logits = self.model.get_patch_logits(features, others)[0]
+                    scores.patch_known = chance_of_labels(patch_logits, other_logits, 0)
+            scored.windows.append(scores if threshold is None else scores.with_background(threshold))
         return scored
 
-    def _window_logits(
-        self, window: WindowFeatures, class_embeds: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Scaled similarities with N labels: of the window [N], its groups [K, N] and its patches [N, h, w]."""
-        features = PGSegVisionOutput(
+    def _features(self, window: WindowFeatures) -> PGSegVisionOutput:
+        """A window's features as the model takes them, a batch of one."""
+        return PGSegVisionOutput(
             pooler_output=window.pooled[None],
             grouping=window.grouping[None],
             segment_embeds=window.segments[None],
             patch_embeds=None if window.patches is None else window.patches[None],
         )
-        image_logits, segment_logits = self.model.get_logits(features, class_embeds)
-        patch_logits = self.model.get_patch_logits(features, class_embeds)
-        return image_logits[0], segment_logits[0], None if patch_logits is None else patch_logits[0]
 
-    def _top_k(self, options: SegmentationOptions) -> int:
-        return self.processor.top_k if options.top_k == "auto" else options.top_k
+    def _other_words(self, class_embeds: Tensor, options: SegmentationOptions) -> Tensor | None:
+        """Embeddings [M, D] of the words that the checkpoint knows and that mean something else than all labels."""
+        words = self.processor.vocabulary if self.processor is not None else None
+        if not words:
+            return None
+        embeds = self.processor.get_class_embeddings(self.model, words, options.templates)
+        different = (embeds @ class_embeds.T.to(embeds.dtype)).amax(dim=1) < SAME_MEANING
+        return embeds[different] if different.any() else None
 
-    def _patch_weight(self, options: SegmentationOptions) -> float:
-        """The weight of patches.
+    def _weight_and_top_k(self, options: SegmentationOptions) -> tuple[float, int]:
+        """How much the patches count, and how many labels a window may show.
 
         Raises:
-            ValueError: it is above 0 for a model that does not name patches.
+            ValueError: patches count for a model that does not name them.
         """
         weight = self.processor.patch_weight if options.patch_weight == "auto" else options.patch_weight
         if weight and self.model.config.contrastive_pooling != "patches":
@@ -317,7 +340,7 @@ class Segmenter:
                 f"patch_weight is {weight}, but the model was trained with contrastive_pooling "
                 f"{self.model.config.contrastive_pooling!r} and does not name patches; expected 0."
             )
-        return weight
+        return weight, self.processor.top_k if options.top_k == "auto" else options.top_k
 
     def _pixel_values(self, image: Image.Image, options: SegmentationOptions) -> Tensor:
         """Resized and normalised pixels [1, 3, h, w]."""

@@ -305,7 +305,8 @@ class MaskEvaluator:
             )
         threshold = self.segmentation.background_threshold
         plain = replace(self.segmentation, background_threshold=None)
-        scored = self.segmenter.score(features, self.class_embeds, plain)
+        has_background = threshold is not None or bool(scores.by_threshold)
+        scored = self.segmenter.score(features, self.class_embeds, plain, has_background)
         predicted = self._label_map(scored, threshold, image)
         scores.confusion.add(truth, predicted)
         for other, matrix in scores.by_threshold.items():

@@ -119,6 +119,7 @@ def build_processor(arguments: ModelArguments, data: DataArguments, config: PGSe
     side = data.image_size or config.vision_config.image_size
     options: dict[str, Any] = {"patch_weight": data.patch_weight}
     options |= {"top_k": data.top_k} if data.top_k else {}
+    options |= {"vocabulary": list(read_names(data.synonyms))} if data.synonyms else {}
     window = 2 * side if data.short_side is None else side
     short_side = data.short_side or window
     size = {"shortest_edge": short_side, "longest_edge": max(2048, short_side)}
@@ -187,7 +188,7 @@ def build_stream(
         layout="shared" if shared else "paired",
         padding="longest" if shared else "max_length",
         num_labels=None if shared else data.max_labels * has_labels,
-        synonyms=_synonyms(data.synonyms) if data.synonyms else None,
+        synonyms=_prompts_of_synonyms(read_names(data.synonyms)) if data.synonyms else None,
     )
     options = StreamOptions(
         batch_size=run.batch_size,
@@ -204,19 +205,27 @@ def build_stream(
     return TrainingStream(sources, weights, prepare, collator, options, rank, world_size)
 
 
-def _synonyms(path: str) -> dict[str, list[str]]:
-    """Prompts of names, and the prompts of their synonyms."""
+def read_names(path: str) -> dict[str, list[str]]:
+    """Names and their synonyms, from a JSON file `{"names": {name: [synonyms]}}`.
+
+    Raises:
+        ValueError: there is no such file, or it holds something else.
+    """
     try:
         names = json.loads(Path(path).read_text(encoding="utf-8"))["names"]
-        return {
-            build_prompts([name])[0][0]: [of_word[0] for of_word in build_prompts(others)]
-            for name, others in names.items()
-            if others
-        }
+        return {str(name): [str(other) for other in others] for name, others in names.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"synonyms is {path}, expected a JSON file {{'names': {{name: [synonyms]}}}}: {error}"
         ) from error
+
+
+def _prompts_of_synonyms(names: dict[str, list[str]]) -> dict[str, list[str]]:
+    return {
+        build_prompts([name])[0][0]: [prompt for (prompt,) in build_prompts(others)]
+        for name, others in names.items()
+        if others
+    }
 
 
 def _mask_labels(data: DataArguments, specs: Sequence[SourceSpec], sources: Sequence[Source]) -> list[str]:
