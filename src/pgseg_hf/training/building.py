@@ -200,7 +200,7 @@ def build_stream(
     weights = [spec.weight for spec in specs]
     prepare = Preparation(augmentation, texts, mask_labels)
     if data.cache_features:
-        cache = CacheOptions(data.cache_features, data.cache_views, run.seed)
+        cache = CacheOptions(data.cache_features, data.cache_views)
         sources = list(cache_features(sources, prepare, model, cache))
     return TrainingStream(sources, weights, prepare, collator, options, rank, world_size)
 

@@ -38,7 +38,7 @@ class CacheOptions:
     Args:
         folder: of the cache; made if it does not exist.
         views: random crops of each image.
-        seed: of the crops.
+        seed: of the crops; not that of a run, so that runs of several seeds share a cache.
     """
 
     folder: str
