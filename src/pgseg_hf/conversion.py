@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers.utils import logging
 
 from .configuration_pgseg import PGSegConfig, PGSegTextConfig, PGSegVisionConfig
+from .efficientnet_lite import IMAGE_MEAN, IMAGE_STD, EfficientNetLiteBackbone
 from .files import folder_written_whole
 from .image_processing_pil_pgseg import PGSegImageProcessorPil
 from .model_cards import RELEASED_LICENSE, generate_model_card
@@ -348,15 +349,16 @@ _SAFE_PICKLE = types.SimpleNamespace(
 )
 
 
-def read_released_checkpoint(path: str | os.PathLike) -> dict[str, Tensor]:
-    """The tensors under `model` of a released `.pth` file, with nothing in the file executed.
+def read_state_dict(path: str | os.PathLike) -> dict[str, Tensor]:
+    """The tensors of a `.pth` file, bare or under `model`, with nothing in the file executed; whatever else it holds is
+    left out.
 
     Raises:
-        ValueError: no such file, not a torch checkpoint, or one without a state dict of a PGSeg.
+        ValueError: no such file, not a torch checkpoint, or one that is no mapping.
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"{path} is no file; expected a released PGSeg checkpoint (.pth).")
+        raise ValueError(f"{path} is no file; expected a released checkpoint (.pth).")
     try:
         with warnings.catch_warnings():
             # torch.load only warns that it hands such a file to torch.jit.load, which runs code of the file.
@@ -366,18 +368,29 @@ def read_released_checkpoint(path: str | os.PathLike) -> dict[str, Tensor]:
         raise ValueError(f"{path} cannot be read as a PyTorch checkpoint: {error}") from error
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} holds a {type(content).__name__}, expected a dict with the entry 'model'.")
-    return _released_tensors(content, str(path))
+    return _tensors_of(content)
 
 
-def _released_tensors(content: Mapping[Any, Any], origin: str) -> dict[str, Tensor]:
-    """The tensors of a state dict with released names, bare or under `model`; whatever else it holds is left out."""
+def _tensors_of(content: Mapping[Any, Any]) -> dict[str, Tensor]:
     if isinstance(content.get("model"), Mapping):
         content = content["model"]
-    tensors = {
+    return {
         name.removeprefix("module."): value
         for name, value in content.items()
         if isinstance(name, str) and isinstance(value, Tensor)
     }
+
+
+def read_released_checkpoint(path: str | os.PathLike) -> dict[str, Tensor]:
+    """The tensors of a released PGSeg's `.pth` file, see [`read_state_dict`].
+
+    Raises:
+        ValueError: no such file, not a torch checkpoint, or one without a state dict of a PGSeg.
+    """
+    return _of_pgseg(read_state_dict(path), str(path))
+
+
+def _of_pgseg(tensors: dict[str, Tensor], origin: str) -> dict[str, Tensor]:
     if not any("downsample_spatial.mu" in name for name in tensors):
         first = ", ".join(list(tensors)[:3]) or "no tensors"
         raise ValueError(
@@ -410,7 +423,7 @@ def convert_released(
             or makes no sense.
     """
     if isinstance(checkpoint, Mapping):
-        released = _released_tensors(checkpoint, "the state dict")
+        released = _of_pgseg(_tensors_of(checkpoint), "the state dict")
     else:
         released = read_released_checkpoint(checkpoint)
     converted, unknown = convert_state_dict(released)
@@ -477,3 +490,16 @@ def write_converted(model: PGSegModel, output: str | os.PathLike) -> None:
             license_text=f"{RELEASED_LICENSE}.",
         )
         card.save(folder / "README.md")
+
+
+def write_backbone(backbone: EfficientNetLiteBackbone, output: str | os.PathLike) -> None:
+    """Writes a backbone, as [`~PGSegModel.from_parts`] takes it, with the processor of its pixels to a new folder,
+    whole or not at all.
+
+    Raises:
+        ValueError: the folder exists and is not empty, or cannot be written to.
+    """
+    processor = PGSegImageProcessorPil(image_mean=list(IMAGE_MEAN), image_std=list(IMAGE_STD))
+    with folder_written_whole(output) as folder:
+        backbone.save_pretrained(folder)
+        processor.save_pretrained(folder)

@@ -4,6 +4,7 @@ Source: Tan and Le, "EfficientNet" (2019); the Lite variants leave out squeeze-a
 size of the stem and the depth of the first and last stage. Pixels are (x - 127) / 128.
 """
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -86,8 +87,9 @@ class EfficientNetLiteConfig(BackboneConfigMixin, PreTrainedConfig):
 class EfficientNetLiteConv(nn.Module):
     """Convolution with "same" padding, BatchNorm and, where it activates, ReLU6.
 
-    An input of H pixels gives ceil(H / stride); where the padding is odd, the larger part comes after. In evaluation
-    the normalisation is folded into the convolution's weights.
+    An input of H pixels gives ceil(H / stride); where the padding is odd, the larger part comes after. The public
+    package pads every input as one of 224 pixels, which is the same for multiples of 32. In evaluation the
+    normalisation is folded into the convolution's weights.
     """
 
     def __init__(self, config: EfficientNetLiteConfig, sizes: tuple[int, int], **kwargs: Any):
@@ -99,7 +101,8 @@ class EfficientNetLiteConv(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        conv, norm = self.convolution, self.normalization
+        conv = self.convolution
+        norm: Any = self.normalization
         height, width = (self._missing(side) for side in x.shape[-2:])
         if conv.kernel_size[0] > 1:
             x = nn.functional.pad(x, (width // 2, width - width // 2, height // 2, height - height // 2))
@@ -215,6 +218,7 @@ AutoBackbone.register(EfficientNetLiteConfig, EfficientNetLiteBackbone, exist_ok
 
 
 _PARTS = {"_expand_conv": "expand", "_depthwise_conv": "depthwise", "_project_conv": "project"}
+_PROJECTION = "_blocks.{}._project_conv.weight"
 _HEAD = {
     "_conv_head.weight": "convolution.weight",
     "_fc.weight": "classifier.weight",
@@ -226,6 +230,11 @@ _HEAD = {
 }
 
 
+def is_efficientnet_lite(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether a state dict has the names of [`convert_efficientnet_lite`]."""
+    return "_conv_stem.weight" in tensors and any(name.startswith("_blocks.") for name in tensors)
+
+
 def convert_efficientnet_lite(
     public: Mapping[str, Tensor],
 ) -> tuple[EfficientNetLiteBackbone, dict[str, Tensor]]:
@@ -233,25 +242,27 @@ def convert_efficientnet_lite(
 
     Returns:
         the backbone in evaluation mode, and the tensors of its ImageNet head: `convolution`, `normalization`,
-        `classifier`.
+        `classifier`; none where there is no head.
 
     Raises:
         ValueError: tensors are missing, too many, or of another shape.
     """
-    blocks = sorted({int(name.split(".")[1]) for name in public if name.startswith("_blocks.")})
-    outputs = [public.get(f"_blocks.{block}._project_conv.weight") for block in blocks]
-    if (
-        not blocks
-        or blocks != list(range(len(blocks)))
-        or any(out is None or out.ndim != 4 for out in outputs)
-    ):
+    numbers = {int(found[1]) for name in public if (found := re.match(r"_blocks\.(\d+)\.", name))}
+    # Up to the first gap, of which the first tensor is then missing.
+    count = next((number for number in range(len(numbers)) if number not in numbers), len(numbers))
+    shown = ["_conv_stem.weight", *(_PROJECTION.format(block) for block in range(max(count, 1)))]
+    shown += [_PROJECTION.format(count)] if count < len(numbers) else []
+    absent = [name for name in shown if name not in public or public[name].ndim != 4]
+    if absent:
         raise ValueError(
-            "these are no weights of EfficientNet-Lite: expected tensors _blocks.0... without gaps."
+            f"these are no weights of EfficientNet-Lite: {absent[0]} is missing or no convolution's weight."
         )
-    depths, sizes = _stages(public, len(blocks))
-    stem = public.get("_conv_stem.weight")
+    depths, sizes = _stages(public, count)
     config = EfficientNetLiteConfig(
-        stem_size=0 if stem is None else len(stem), hidden_sizes=sizes, depths=depths
+        num_channels=public["_conv_stem.weight"].shape[1],
+        stem_size=len(public["_conv_stem.weight"]),
+        hidden_sizes=sizes,
+        depths=depths,
     )
     backbone = EfficientNetLiteBackbone(config)
     places = [(stage, block) for stage, depth in enumerate(depths) for block in range(depth)]
@@ -263,6 +274,7 @@ def convert_efficientnet_lite(
             renamed[_renamed(name, places)] = tensor
     expected = backbone.state_dict()
     problems = [f"{name} is missing" for name in expected if name not in renamed]
+    problems += [f"{name} is missing" for name, ours in _HEAD.items() if head and ours not in head]
     problems += [f"{name} is unknown" for name in renamed if name not in expected]
     problems += [
         f"{name} is {list(renamed[name].shape)}, expected {list(tensor.shape)}"
@@ -301,7 +313,7 @@ def _renamed(name: str, places: list[tuple[int, int]]) -> str:
         return "stem.convolution.weight"
     if parts[0] == "_bn0" and len(parts) == 2:
         return f"stem.normalization.{parts[1]}"
-    if parts[0] != "_blocks" or len(parts) != 4:
+    if parts[0] != "_blocks" or len(parts) != 4 or not parts[1].isdigit() or int(parts[1]) >= len(places):
         return name
     stage, block = places[int(parts[1])]
     if parts[2] in _PARTS:
@@ -311,4 +323,9 @@ def _renamed(name: str, places: list[tuple[int, int]]) -> str:
     return f"stages.{stage}.{block}.{order.get(parts[2], parts[2])}.normalization.{parts[3]}"
 
 
-__all__ = ["EfficientNetLiteBackbone", "EfficientNetLiteConfig", "convert_efficientnet_lite"]
+__all__ = [
+    "EfficientNetLiteBackbone",
+    "EfficientNetLiteConfig",
+    "convert_efficientnet_lite",
+    "is_efficientnet_lite",
+]
