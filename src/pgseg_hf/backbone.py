@@ -3,6 +3,8 @@
 Shapes: B batch, h x w the grid of the backbone's finest chosen stage, C width of the image tower.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -36,7 +38,7 @@ class PGSegBackboneFeatures(nn.Module):
         self.projection = nn.Linear(sum(self.channels), config.hidden_size)
         self.train(self.training)
 
-    def train(self, mode: bool = True) -> nn.Module:
+    def train(self, mode: bool = True) -> "PGSegBackboneFeatures":
         """As ever, but a frozen backbone stays in evaluation mode and without gradient, after loading too."""
         super().train(mode)
         if self.is_frozen:
@@ -67,8 +69,24 @@ class PGSegBackboneFeatures(nn.Module):
         return self.project(self.features(pixel_values))
 
 
+@contextmanager
+def backbones_set_aside(model: nn.Module) -> Iterator[list[Any]]:
+    """Takes the backbones out of a model, for what not every backbone can do and the model around it can."""
+    parts = [module for module in model.modules() if isinstance(module, PGSegBackboneFeatures)]
+    backbones = [part.backbone for part in parts]
+    for part in parts:
+        part.backbone = nn.Identity()
+    try:
+        yield backbones
+    finally:
+        for part, backbone in zip(parts, backbones):
+            part.backbone = backbone
+
+
 class PGSegBackboneEmbeddings(PGSegVisionEmbeddings):
     """Patch tokens of a backbone, with position embeddings as ever."""
+
+    patch_embeddings: PGSegBackboneFeatures
 
     def _make_patch_embeddings(self, config: PGSegVisionConfig) -> nn.Module:
         return PGSegBackboneFeatures(config)

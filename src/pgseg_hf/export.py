@@ -9,6 +9,9 @@ from torch import Tensor, nn
 from .files import folder_written_whole
 from .modeling_pgseg import PGSegModel
 
+# Pixels between neighbours of the coarsest stage of most backbones, which is computed even where it is not used.
+BACKBONE_STRIDE = 32
+
 
 class ImageEncoder(nn.Module):
     """Pixels [B, 3, H, W] to image embeddings [B, D] and segment embeddings [B, K, D], both not normalised, and the
@@ -37,14 +40,15 @@ class TextEncoder(nn.Module):
 def export_image_encoder(model: PGSegModel) -> torch.export.ExportedProgram:
     """A graph of [`ImageEncoder`] with dynamic batch, height and width.
 
-    Height and width are at least two patches.
+    Height and width are at least two patches, with a backbone at least 64 pixels. Not every backbone of transformers
+    can be exported for any size: EfficientNet-Lite, DINOv2, ConvNeXt and PVTv2 can, Swin cannot.
     """
     vision = model.config.vision_config
-    patch = vision.patch_size
+    unit = vision.patch_size if vision.backbone_config is None else max(vision.patch_size, BACKBONE_STRIDE)
     example = torch.zeros(
-        2, vision.num_channels, 3 * patch + 1, 5 * patch + 2, dtype=model.dtype, device=model.device
+        2, vision.num_channels, 3 * unit + 1, 5 * unit + 2, dtype=model.dtype, device=model.device
     )
-    sides = {2: torch.export.Dim("height", min=2 * patch), 3: torch.export.Dim("width", min=2 * patch)}
+    sides = {2: torch.export.Dim("height", min=2 * unit), 3: torch.export.Dim("width", min=2 * unit)}
     shapes = {"pixel_values": {0: torch.export.Dim("batch", min=1), **sides}}
     with torch.no_grad():
         return torch.export.export(ImageEncoder(model.eval()), (example,), dynamic_shapes=shapes)

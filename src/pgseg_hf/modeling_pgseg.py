@@ -16,7 +16,12 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput, logging
 from transformers.utils.generic import can_return_tuple
 
-from .backbone import PGSegBackboneEmbeddings, PGSegBackboneFeatures, load_backbone
+from .backbone import (
+    PGSegBackboneEmbeddings,
+    PGSegBackboneFeatures,
+    backbones_set_aside,
+    load_backbone,
+)
 from .configuration_pgseg import PGSegConfig, PGSegTextConfig, PGSegVisionConfig
 from .groupvit import config_from_groupvit, read_groupvit
 from .layers import (
@@ -156,6 +161,25 @@ class PGSegPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
 
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
+    def set_attn_implementation(self, attn_implementation: Any, allow_all_kernels: bool = False) -> None:
+        """As ever, but a backbone that cannot attend like this, or is not named where implementations are given by
+        part, goes on as it does."""
+        with backbones_set_aside(self) as backbones:
+            super().set_attn_implementation(attn_implementation, allow_all_kernels)
+        for backbone in backbones:
+            if isinstance(attn_implementation, str):
+                try:
+                    backbone.set_attn_implementation(attn_implementation, allow_all_kernels)
+                except (ValueError, ImportError) as error:
+                    logger.warning(
+                        f"{type(backbone).__name__} goes on without {attn_implementation}: {error}"
+                    )
+
+    def enable_input_require_grads(self) -> None:
+        """As ever, but for backbones, whose embeddings may give more than a tensor."""
+        with backbones_set_aside(self):
+            super().enable_input_require_grads()
+
         # For code outside its tree transformers leaves out modules without tensors of their own, such as an MLP, in
         # case `_init_weights` overwrites what was loaded; `transformers.initialization` does not.
         super()._initialize_weights(module)
@@ -214,6 +238,18 @@ class PGSegVisionModel(PGSegPreTrainedModel):
     base_model_prefix = "vision_model"
     main_input_name = "pixel_values"
     input_modalities = ("image",)
+def _refuse_bad_features(features: Tensor, channels: int) -> None:
+    if features.ndim != 4 or features.shape[1] != channels or not features.is_floating_point():
+        raise ValueError(
+            f"backbone_features has shape {list(features.shape)} and type {features.dtype}, expected [batch, "
+            f"{channels}, height, width] of floats, as this model's embeddings.features gives them."
+        )
+    if features.device.type == "meta" or features.numel() == 0:
+        return
+    if not all_finite(features):
+        raise ValueError("backbone_features holds NaN or infinite values; expected finite features.")
+
+
     _keys_to_ignore_on_load_unexpected = [
         r"^text_",
         r"^visual_projection",
@@ -270,7 +306,7 @@ class PGSegVisionModel(PGSegPreTrainedModel):
                 a backbone; `image_sizes` are then those of the grid times `patch_size`.
 
         Raises:
-            ValueError: wrong shape, images smaller than a patch, NaN or infinite pixels.
+            ValueError: wrong shape, images smaller than a patch, NaN or infinite pixels or features, both inputs.
         """
         if backbone_features is None and not torch.compiler.is_compiling():
             _refuse_bad_pixels(pixel_values, self.config.patch_size, self.config.num_channels)
@@ -328,6 +364,9 @@ class PGSegVisionModel(PGSegPreTrainedModel):
         for stage, of_stage in zip(stages, prototypes):
             stage.move(of_stage)
 
+        if not torch.compiler.is_compiling():
+            part: Any = self.embeddings.patch_embeddings
+            _refuse_bad_features(backbone_features, sum(part.channels))
 
 def _image_sizes(pixel_values: Tensor) -> Tensor:
     batch, _, height, width = pixel_values.shape
