@@ -202,13 +202,13 @@ class PGSegVisionConfig(PreTrainedConfig):
 
     def validate_architecture(self) -> None:
         """Checks fields against each other (called by `@strict`)."""
-        for name in ("hidden_size", "intermediate_size", "num_attention_heads", "patch_size", "num_channels"):
-            _require(
         _require(
             self.backbone_config is None or isinstance(self.backbone_config, PreTrainedConfig),
             f"vision_config.backbone_config is {self.backbone_config!r}, expected the configuration of a backbone, or "
             "its fields with model_type.",
         )
+        for name in ("hidden_size", "intermediate_size", "num_attention_heads", "patch_size", "num_channels"):
+            _require(
                 getattr(self, name) > 0,
                 f"vision_config.{name} is {getattr(self, name)}, expected at least 1.",
             )

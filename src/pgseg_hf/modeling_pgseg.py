@@ -160,7 +160,6 @@ class PGSegPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
 
-    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
     def set_attn_implementation(self, attn_implementation: Any, allow_all_kernels: bool = False) -> None:
         """As ever, but a backbone that cannot attend like this, or is not named where implementations are given by
         part, goes on as it does."""
@@ -180,6 +179,7 @@ class PGSegPreTrainedModel(PreTrainedModel):
         with backbones_set_aside(self):
             super().enable_input_require_grads()
 
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
         # For code outside its tree transformers leaves out modules without tensors of their own, such as an MLP, in
         # case `_init_weights` overwrites what was loaded; `transformers.initialization` does not.
         super()._initialize_weights(module)
@@ -211,6 +211,12 @@ class PGSegPreTrainedModel(PreTrainedModel):
             init_prototypes(module.prototypes)
 
 
+def all_finite(values: Tensor) -> Tensor:
+    """Whether no value is NaN or infinite; the minimum and maximum of what holds a NaN are NaN."""
+    low, high = values.aminmax()
+    return low.isfinite() & high.isfinite()
+
+
 def _refuse_bad_pixels(pixel_values: Tensor | None, patch_size: int, channels: int) -> None:
     if pixel_values is None:
         raise ValueError("pixel_values is None, expected a tensor [batch, channels, height, width].")
@@ -226,18 +232,11 @@ def _refuse_bad_pixels(pixel_values: Tensor | None, patch_size: int, channels: i
         )
     if pixel_values.device.type == "meta" or pixel_values.numel() == 0:
         return
-    # Minimum and maximum of what holds a NaN are NaN.
-    if not torch.stack(pixel_values.aminmax()).isfinite().all():
+
+    if not all_finite(pixel_values):
         raise ValueError("pixel_values holds NaN or infinite values; expected normalised finite pixels.")
 
 
-class PGSegVisionModel(PGSegPreTrainedModel):
-    """The image tower: a photo to segment tokens and the grouping of its patches."""
-
-    config: PGSegVisionConfig
-    base_model_prefix = "vision_model"
-    main_input_name = "pixel_values"
-    input_modalities = ("image",)
 def _refuse_bad_features(features: Tensor, channels: int) -> None:
     if features.ndim != 4 or features.shape[1] != channels or not features.is_floating_point():
         raise ValueError(
@@ -250,6 +249,13 @@ def _refuse_bad_features(features: Tensor, channels: int) -> None:
         raise ValueError("backbone_features holds NaN or infinite values; expected finite features.")
 
 
+class PGSegVisionModel(PGSegPreTrainedModel):
+    """The image tower: a photo to segment tokens and the grouping of its patches."""
+
+    config: PGSegVisionConfig
+    base_model_prefix = "vision_model"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
     _keys_to_ignore_on_load_unexpected = [
         r"^text_",
         r"^visual_projection",
@@ -356,6 +362,9 @@ def _refuse_bad_features(features: Tensor, channels: int) -> None:
         if pixel_values is not None or self.config.backbone_config is None:
             reason = "this model has no backbone" if pixel_values is None else "pixel_values are given too"
             raise ValueError(f"backbone_features are given, but {reason}; expected one of the two inputs.")
+        if not torch.compiler.is_compiling():
+            part: Any = self.embeddings.patch_embeddings
+            _refuse_bad_features(backbone_features, sum(part.channels))
         return self.embeddings(backbone_features=backbone_features)
 
     def move_prototypes(self, prototypes: Sequence[Tensor]) -> None:
@@ -364,9 +373,6 @@ def _refuse_bad_features(features: Tensor, channels: int) -> None:
         for stage, of_stage in zip(stages, prototypes):
             stage.move(of_stage)
 
-        if not torch.compiler.is_compiling():
-            part: Any = self.embeddings.patch_embeddings
-            _refuse_bad_features(backbone_features, sum(part.channels))
 
 def _image_sizes(pixel_values: Tensor) -> Tensor:
     batch, _, height, width = pixel_values.shape
