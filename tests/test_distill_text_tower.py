@@ -210,7 +210,8 @@ def test_whole_run_and_a_second_look(modules, sources, tmp_path, capsys, start):
 def test_a_tower_without_a_folder_is_refused(modules, capsys):
     with pytest.raises(SystemExit):
         modules["distill_text_tower"].parse_arguments(
-            "--teacher t --wordnet w --captions c --glove g --cache c --evaluate e --fold centre".split()
+            [f"--{name}=x" for name in ("teacher", "wordnet", "captions", "glove", "cache", "evaluate")]
+            + ["--fold=centre"]
         )
     assert "--output_dir is missing" in capsys.readouterr().err
 
