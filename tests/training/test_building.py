@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
+from pgseg_hf.efficientnet_lite import EfficientNetLiteBackbone, EfficientNetLiteConfig
 from pgseg_hf.layers import PGSegStage
 from pgseg_hf.training.arguments import DataArguments, ModelArguments
 from pgseg_hf.training.building import build_model, build_processor, full_weights, without_scalars
@@ -52,6 +53,53 @@ def test_processors_see_photos_as_training_does(tiny_folder):
     assert processor.window_size == 64
     with pytest.raises(ValueError, match="vocab_size is 50, the tokenizer has 49408 tokens"):
         build_processor(ModelArguments(), DataArguments(), tiny_config())
+
+
+@pytest.fixture
+def backbone_folder(tmp_path):
+    torch.manual_seed(0)
+    config = EfficientNetLiteConfig(stem_size=4, hidden_sizes=[4, 4, 6, 6, 8, 8, 10], depths=[1] * 7)
+    folder = tmp_path / "backbone"
+    EfficientNetLiteBackbone(config).save_pretrained(folder)
+    return str(folder)
+
+
+def test_models_on_a_pretrained_backbone(backbone_folder):
+    saved = EfficientNetLiteBackbone.from_pretrained(backbone_folder).state_dict()
+    fields = tiny_config().to_dict()
+    fields["vision_config"] |= {"patch_size": 16, "image_size": 64, "backbone_config": None}
+    chosen = {
+        "patch_size": 4,
+        "backbone_config": {"out_features": ["stage2", "stage7"]},
+        "freeze_backbone": False,
+    }
+    for vision, stages in (({}, ["stage5", "stage7"]), (chosen, ["stage2", "stage7"])):
+        given = fields | {"vision_config": fields["vision_config"] | vision}
+        model = build_model(ModelArguments(model_config=given, backbone_name_or_path=backbone_folder))
+        backbone = model.vision_model.embeddings.patch_embeddings.backbone
+        assert model.config.vision_config.backbone_config.out_features == stages
+        assert backbone.out_features == stages
+        for name, tensor in backbone.state_dict().items():
+            assert torch.equal(tensor, saved[name]), name
+        frozen = not vision
+        assert model.training and backbone.training != frozen
+        assert all(parameter.requires_grad != frozen for parameter in backbone.parameters())
+    with pytest.raises(ValueError, match=r"backbone_name_or_path .* are for a new model"):
+        build_model(ModelArguments(model_name_or_path="x", backbone_name_or_path=backbone_folder))
+
+
+def test_processors_normalise_as_the_backbone_was_trained(backbone_folder):
+    config = tiny_config()
+    config.text_config.vocab_size = 49_408
+    config.vision_config.backbone_config = EfficientNetLiteConfig()
+    processor = build_processor(
+        ModelArguments(backbone_name_or_path=backbone_folder), DataArguments(whole_image=True), config
+    )
+    assert processor.window_size is None
+    image = processor.image_processor
+    pixels = torch.tensor([0.0, 127.0, 255.0])
+    expected = (pixels - 127) / 128
+    torch.testing.assert_close((pixels / 255 - image.image_mean[0]) / image.image_std[0], expected)
 
 
 def one_of_two_processes(rank, folder):

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from tiny_models import tiny_images, tiny_model
 from torch import nn
 
+from pgseg_hf.efficientnet_lite import EfficientNetLiteConfig
 from pgseg_hf.training.optimization import (
     ExponentialMovingAverage,
     build_optimizer,
@@ -52,6 +53,35 @@ def test_the_optimizer_has_the_recipes_numbers():
     assert optimizer.defaults["betas"] == (0.9, 0.999)
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.05, 0.0]
     assert not optimizer.defaults["fused"]
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_backbone_learns_at_a_rate_of_its_own(frozen):
+    backbone = EfficientNetLiteConfig(stem_size=4, hidden_sizes=[4] * 7, depths=[1] * 7)
+    vision = {"backbone_config": backbone, "freeze_backbone": frozen, "patch_size": 16, "image_size": 64}
+    model = tiny_model(vision_config=vision)
+    optimizer = build_optimizer(model, 1e-3, backbone_factor=0.1)
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    part = model.vision_model.embeddings.patch_embeddings
+    slow = {id(p) for p in part.backbone.parameters()}
+    assert id(part.projection.weight) not in slow
+    for name, parameter in model.named_parameters():
+        if frozen and id(parameter) in slow:
+            assert id(parameter) not in rates, name
+        else:
+            assert rates[id(parameter)] == pytest.approx(1e-4 if id(parameter) in slow else 1e-3), name
+    if not frozen:
+        stem = part.backbone.stem
+        assert (decays[id(stem.convolution.weight)], decays[id(stem.normalization.weight)]) == (0.05, 0.0)
+        schedule = cosine_schedule(optimizer, 2, 10)
+        for _ in range(5):
+            optimizer.step()
+            schedule.step()
+            fast, *_, last = (group["lr"] for group in optimizer.param_groups)
+            assert last == pytest.approx(0.1 * fast)
+        # By default there is no such difference.
+        assert {group["lr"] for group in build_optimizer(model, 1e-3).param_groups} == {1e-3}
 
 
 @pytest.mark.gpu
