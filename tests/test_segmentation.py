@@ -27,22 +27,26 @@ def test_whole_image_equals_model_and_post_processing(shipped_segmenter, street_
     assert len(np.unique(label_map)) > 1, "the test needs a model that shows several labels"
 
 
-@pytest.mark.parametrize("pooling", ["mean", "groups", "mixture"])
+@pytest.mark.parametrize("pooling", ["mean", "groups", "mixture", "patches"])
 def test_labels_are_picked_by_the_configured_pooling(shipped_segmenter, street_photo, pooling, monkeypatch):
     """Two of seven, from the logits of the whole image that the model itself gives."""
     processor, model = shipped_segmenter.processor, shipped_segmenter.model
     monkeypatch.setattr(model.config, "contrastive_pooling", pooling)
     with torch.no_grad():
         outputs = model(**processor(images=street_photo, labels=STREET, return_tensors="pt"))
-    options = SegmentationOptions(window_size=None, top_k=2)
+    weight = 0.5 if pooling == "patches" else 0.0
+    options = SegmentationOptions(window_size=None, top_k=2, patch_weight=weight)
     result = shipped_segmenter(street_photo, STREET, options)
-    (label_map,) = processor.post_process_semantic_segmentation(outputs, [(146, 96)], top_k=2)
+    (label_map,) = processor.post_process_semantic_segmentation(
+        outputs, [(146, 96)], top_k=2, patch_weight=weight
+    )
     np.testing.assert_array_equal(result.label_map, label_map)
     assert set(np.unique(label_map)) <= set(outputs.logits_per_image[0].topk(2).indices.tolist())
 
 
-def test_post_processing_with_background(shipped_segmenter, street_photo):
+def test_post_processing_with_background(shipped_segmenter, street_photo, monkeypatch):
     processor, model = shipped_segmenter.processor, shipped_segmenter.model
+    monkeypatch.setattr(processor, "vocabulary", None)  # outputs know nothing of other words
     with torch.no_grad():
         outputs = model(**processor(images=street_photo, labels=STREET, return_tensors="pt"))
     scores = shipped_segmenter(street_photo, STREET, SegmentationOptions(window_size=None)).scores

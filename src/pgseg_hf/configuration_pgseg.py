@@ -13,7 +13,7 @@ from .efficientnet_lite import EfficientNetLiteConfig
 NPR_VARIANTS = ("none", "released", "corrected")
 PROTOTYPE_MATCHINGS = ("hungarian", "order")
 PROTOTYPE_MIXINGS = ("prototypes", "tokens")
-SEGMENT_SOURCES = ("groups", "patches")
+SEGMENT_SOURCES = ("groups", "patches", "inputs")
 CONTRASTIVE_POOLINGS = ("mean", "groups", "mixture", "patches")
 CONTRASTIVE_LOSSES = ("info_nce", "multi_positive", "sigmoid")
 
@@ -157,7 +157,9 @@ class PGSegVisionConfig(PreTrainedConfig):
         segment_source (`str`, defaults to `"groups"`):
             what the last grouping stage makes segment tokens of: `"groups"`, its input tokens and the group tokens
             (GroupViT's and the paper's), or `"patches"`, the mean of the first stage's patches over each group by the
-            soft assignment (ours): what a group is called then depends on nothing but the patches in it.
+            soft assignment (ours): what a group is called then depends on nothing but the patches in it; or `"inputs"`,
+            the same mean of the patches as they enter the first stage, so that a name depends on what the patch
+            embeddings, or the backbone, see there, and not on what attention brings from elsewhere in the image.
     """
 
     model_type = "pgseg_vision_model"

@@ -68,7 +68,8 @@ class PGSegVisionOutput(ModelOutput):
         last_hidden_state: [B, K, C], the segment tokens after the last stage and LayerNorm.
         pooler_output: [B, C], their mean; from `get_image_features` its projection [B, D], not normalised.
         segment_embeds: [B, K, D], projected segment tokens, not normalised; only from `get_image_features`.
-        patch_hidden_state: [B, L, C], the patches as the first stage groups them, after the same LayerNorm.
+        patch_hidden_state: [B, L, C], the patches that groups are named by (as the first stage groups them, or as they
+            enter it where `segment_source` says so), after the same LayerNorm.
         patch_embeds: [B, L, D], these projected, not normalised; only from `get_image_features` with patch pooling.
         grouping: [B, K, h, w], soft assignment of patches to the last stage's groups, on the true patch grid.
         image_sizes: int64 [B, 2], height and width of the input in pixels.
@@ -322,7 +323,8 @@ class PGSegVisionModel(PGSegPreTrainedModel):
         )
         tokens, (height, width) = self._embed(pixel_values, backbone_features)
         hidden_states, assignments, npr = [tokens], [], []
-        group_tokens = patch_groups = patches = None
+        group_tokens = patch_groups = None
+        patches = tokens if self.config.segment_source == "inputs" else None
         for stage in self.encoder.stages:
             prototypes: Any = stage.npr
             seeds = prototypes.seeds() if prototypes is not None else None
