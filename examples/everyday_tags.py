@@ -1,0 +1,222 @@
+"""Everyday words for images: what captions, class folders, tags and an ImageNet classifier say, in one vocabulary."""
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import batch_norm, conv2d, linear, relu6
+
+from pgseg_hf.efficientnet_lite import convert_efficientnet_lite
+
+WORDS_FILE = Path(__file__).with_name("everyday_words.json")
+# Labels and WordNet ids of the classifier's classes, in its order.
+IMAGENET_FILE = Path(__file__).parents[1] / "src/pgseg_hf/evaluation/class_names/imagenet.json"
+LONGEST_PHRASE = 3
+SIDE = 256
+IRREGULAR = {"leaves": "leaf", "knives": "knife", "shelves": "shelf", "calves": "calf"}
+
+
+def plain(text: str) -> list[str]:
+    """The words of a text, in small letters; a hyphen parts words."""
+    return re.findall(r"[a-z]+", text.lower())
+
+
+def singulars(phrase: str) -> Iterable[str]:
+    """A phrase, and what it may be the plural of."""
+    yield phrase
+    if phrase in IRREGULAR:
+        yield IRREGULAR[phrase]
+    for ending, instead in (("ies", "y"), ("es", ""), ("s", "")):
+        if phrase.endswith(ending) and len(phrase) > len(ending) + 1:
+            yield phrase.removesuffix(ending) + instead
+
+
+class EverydayWords:
+    """The vocabulary of `everyday_words.json`, whose first entry says what each part means.
+
+    Raises:
+        ValueError: a word of two names, an unknown name, or one with a held-out word.
+    """
+
+    def __init__(self, content: dict[str, Any]):
+        self.synonyms: dict[str, list[str]] = content["names"]
+        self.folders: dict[str, dict[str, list[str]]] = content["folders"]
+        self.licences: dict[str, str] = content["licences"]
+        self._classes: dict[str, str | None] = content["classes"]
+        self._held_out = re.compile(rf"\b(?:{'|'.join(content['held_out'])})(?:e?s)?\b", re.IGNORECASE)
+        self._names: dict[str, str] = {}
+        for name, others in self.synonyms.items():
+            for word in (name, *others):
+                key = " ".join(plain(word))
+                if self._names.setdefault(key, name) != name:
+                    raise ValueError(f"{word!r} stands for {self._names[key]!r} and for {name!r}, expected one name.")
+        self._phrases = {" ".join(plain(phrase)): names for phrase, names in content["phrases"].items()}
+        self._tags = {
+            source: {tag.lower(): names for tag, names in table.items()}
+            for source, table in content["tags"].items()
+        }
+        self._check(content)
+
+    @classmethod
+    def read(cls, path: Path = WORDS_FILE) -> "EverydayWords":
+        """The words of a file."""
+        return cls(json.loads(path.read_text(encoding="utf-8")))
+
+    def _check(self, content: dict[str, Any]) -> None:
+        tables = [content["phrases"], *self.folders.values(), *content["tags"].values()]
+        shown = [name for table in tables for names in table.values() for name in names]
+        if unknown := sorted(set(shown) - set(self.synonyms)):
+            raise ValueError(f"{unknown} are no names; expected some of 'names', for instance 'dog'.")
+        words = [word for name, others in self.synonyms.items() for word in (name, *others)]
+        words += [name for name in self._classes.values() if name]
+        if held := [word for word in words if self.holds_out(word)]:
+            raise ValueError(f"{held} hold words that no training text may have, expected others.")
+
+    def holds_out(self, text: str) -> bool:
+        """Whether a text has a word that is kept for tests of unseen words."""
+        return self._held_out.search(text) is not None
+
+    def name(self, phrase: str) -> str | None:
+        """The everyday name that a word or its plural stands for."""
+        key = " ".join(plain(phrase))
+        return next((self._names[word] for word in singulars(key) if word in self._names), None)
+
+    def of_captions(self, captions: Iterable[str]) -> list[str]:
+        """Names of what captions mention; the longest phrases first, so that a hot dog is no dog."""
+        found: dict[str, None] = {}
+        for caption in captions:
+            words, start = plain(caption), 0
+            while start < len(words):
+                for length in range(min(LONGEST_PHRASE, len(words) - start), 0, -1):
+                    names = self._shown(" ".join(words[start : start + length]))
+                    if names is not None:
+                        found.update(dict.fromkeys(names))
+                        break
+                start += length
+        return list(found)
+
+    def _shown(self, phrase: str) -> list[str] | None:
+        for word in singulars(phrase):
+            if word in self._phrases:
+                return self._phrases[word]
+            if word in self._names:
+                return [self._names[word]]
+        return None
+
+    def of_tags(self, source: str, tags: Iterable[str]) -> list[str]:
+        """Names of a source's own tags; a tag without one is left out."""
+        table, found = self._tags.get(source, {}), {}
+        for tag in tags:
+            key = tag.strip().lower()
+            names = table[key] if key in table else [self.name(key)]
+            found.update(dict.fromkeys(name for name in names if name))
+        return list(found)
+
+    def of_classes(self, labels: Sequence[str], wnids: Sequence[str], wordnet: Path) -> list[str]:
+        """A name for each ImageNet class: its own, that of its nearest hypernym with one, or the label itself.
+
+        Args:
+            labels, wnids: the classes, with WordNet ids as "n02084071".
+            wordnet: folder of WordNet 3.0's `data.noun`.
+        """
+        nouns = read_nouns(wordnet)
+        return [self._of_class(label, wnid[1:], nouns) for label, wnid in zip(labels, wnids)]
+
+    def _of_class(self, label: str, synset: str, nouns: dict[str, tuple[list[str], list[str]]]) -> str:
+        own = re.split(r" \(| / ", label)[0]
+        name = self._classes[label] if label in self._classes else self.name(own)
+        if name is None and label not in self._classes:
+            words = (word for above in hypernyms(synset, nouns) for word in nouns[above][0])
+            name = next((self._names[word] for word in words if word in self._names), None)
+        if name is None and self.holds_out(own):
+            raise ValueError(f"class {label!r} holds a held-out word; expected a name for it in 'classes'.")
+        return name or own
+
+
+def read_nouns(wordnet: Path) -> dict[str, tuple[list[str], list[str]]]:
+    """Words and hypernyms of each noun synset of WordNet.
+
+    Raises:
+        ValueError: no `data.noun`.
+    """
+    path = wordnet / "data.noun"
+    if not path.is_file():
+        raise ValueError(f"{path} is no file; expected WordNet 3.0's (Debian: wordnet-base), see --wordnet.")
+    nouns = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if line.startswith(" "):  # the licence
+            continue
+        fields = line.split(" | ")[0].split()
+        end = 4 + 2 * int(fields[3], 16)
+        words = [" ".join(plain(word)) for word in fields[4:end:2]]
+        pointers = fields[end + 1 : end + 1 + 4 * int(fields[end])]
+        above = [pointers[at + 1] for at in range(0, len(pointers), 4) if pointers[at] in ("@", "@i")]
+        nouns[fields[0]] = (words, above)
+    return nouns
+
+
+def hypernyms(synset: str, nouns: dict[str, tuple[list[str], list[str]]]) -> list[str]:
+    """A synset and all above it, the nearest first; none for an unknown one."""
+    found = [synset] if synset in nouns else []
+    for each in found:
+        found += [above for above in nouns[each][1] if above not in found]
+    return found
+
+
+class Classifier:
+    """EfficientNet-Lite with its ImageNet head, whose classes are summed by name.
+
+    Args:
+        weights: file of the public state dict.
+        names: the name of each class.
+
+    Raises:
+        ValueError: other weights, or another number of classes.
+    """
+
+    def __init__(self, weights: Path, names: Sequence[str]):
+        public = torch.load(weights, map_location="cpu", weights_only=True)
+        self._backbone, self._head = convert_efficientnet_lite(public)
+        classes = len(self._head["classifier.bias"])
+        if classes != len(names):
+            raise ValueError(f"{weights} has {classes} classes, expected {len(names)}.")
+        self.names = list(dict.fromkeys(names))
+        self._sums = torch.zeros(classes, len(self.names))
+        self._sums[range(classes), [self.names.index(name) for name in names]] = 1
+
+    @torch.inference_mode()
+    def shares(self, images: Sequence[Image.Image]) -> Tensor:
+        """How much of an image, or of the quadrant with most of it, each name has.
+
+        Args:
+            images: RGB, each resized to a square of 256 px.
+
+        Returns:
+            [B, names] in 0 to 1: the largest of five, the four quadrants' mean over their cells' softmax, and the
+            softmax of the mean logits.
+        """
+        squares = [np.asarray(image.resize((SIDE, SIDE), Image.Resampling.BICUBIC)) for image in images]
+        pixels = torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2).float().sub_(127).div_(128)
+        head = self._head
+        x = self._backbone(pixels.contiguous(memory_format=torch.channels_last)).feature_maps[-1]
+        statistics = (head[f"normalization.{name}"] for name in ("running_mean", "running_var", "weight", "bias"))
+        x = relu6(batch_norm(conv2d(x, head["convolution.weight"]), *statistics, eps=1e-3))
+        logits = linear(x.permute(0, 2, 3, 1), head["classifier.weight"], head["classifier.bias"])
+        whole = logits.mean((1, 2)).softmax(-1)
+        cells = logits.softmax(-1)
+        half = cells.shape[1] // 2
+        quadrants = [cells[:, a : a + half, b : b + half].mean((1, 2)) for a in (0, half) for b in (0, half)]
+        return (torch.stack([*quadrants, whole]) @ self._sums).amax(0)
+
+    def tags(self, images: Sequence[Image.Image], least: float) -> list[list[str]]:
+        """For each image the names with a share above `least`, the largest first."""
+        return [
+            [self.names[at] for at in row.argsort(descending=True).tolist() if row[at] > least]
+            for row in self.shares(images)
+        ]

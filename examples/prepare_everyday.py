@@ -1,0 +1,293 @@
+"""A folder of images with everyday words, out of public sources: captions, class folders, tags, and what an ImageNet
+classifier recognises. No mask is ever read.
+
+    python examples/prepare_everyday.py --output everyday-data --efficientnet efficientnet-lite0-57934424.pth \
+        --flickr8k images --flickr8k_captions Flickr8k.token.txt --intel seg_train --caltech 101_ObjectCategories \
+        --imagenette imagenette/train --clothing clothing/train --food food --ccp ccp/train
+
+Each source is optional. `OUTPUT/everyday` appears when it is whole: `images/`, `metadata.jsonl` (file_name, tags,
+captions, source) and `words.json` (names with their synonyms, licences, counts). Train on it as on any folder:
+`--data OUTPUT/everyday`.
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import stat
+import time
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from everyday_tags import IMAGENET_FILE, Classifier, EverydayWords
+from PIL import Image
+
+from pgseg_hf.files import folder_written_whole, path_inside, write_json, write_text
+from pgseg_hf.images import load_image
+
+ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
+MAX_SIDE = 512
+BATCH = 16
+SOURCES = ("flickr8k", "intel", "caltech", "imagenette", "clothing", "food", "ccp")
+PER_CLASS = {"caltech": 45, "imagenette": 200, "clothing": 200}
+
+
+@dataclass
+class Item:
+    """An image of a source, with what the source says of it."""
+
+    source: str
+    path: Path
+    tags: list[str]
+    captions: list[str] = field(default_factory=list)
+
+    @property
+    def file_name(self) -> str:
+        """Its place in the new folder; names of files repeat among classes."""
+        folder = f"{self.path.parent.name}/" if self.source in PER_CLASS or self.source == "intel" else ""
+        return f"images/{self.source}/{folder}{self.path.name}"
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--output", type=Path, required=True, help="folder in which everyday/ is made")
+    add("--flickr8k", type=Path, help="folder of the images")
+    add("--flickr8k_captions", type=Path, help="Flickr8k.token.txt")
+    add("--intel", type=Path, help="seg_train, folders of scenes")
+    add("--caltech", type=Path, help="101_ObjectCategories")
+    add("--imagenette", type=Path, help="train, folders of WordNet ids")
+    add("--clothing", type=Path, help="train, folders of garments")
+    add("--food", type=Path, help="folder with images/*.jpg and tags/*.jpg.txt")
+    add("--ccp", type=Path, help="folder with metadata.jsonl, of which file_name and tags are read")
+    add("--efficientnet", type=Path, help="state dict of EfficientNet-Lite, for automatic words")
+    add("--wordnet", type=Path, default=Path("/usr/share/wordnet"), help="WordNet 3.0's data.noun")
+    add("--word_share", type=float, default=0.25, help="share of an image or quadrant that makes a word")
+    add("--per_class", type=int, default=400, help="images of each scene of Intel; others have less at most")
+    add("--threads", type=int, default=1)
+    add("--seed", type=int, default=0, help="chooses the images of large classes")
+    options = parser.parse_args(arguments)
+    if (options.flickr8k is None) != (options.flickr8k_captions is None):
+        parser.error("--flickr8k and --flickr8k_captions belong together; expected both or neither.")
+    if not 0 <= options.word_share < 1:
+        parser.error(f"--word_share is {options.word_share}, expected 0 to 1.")
+    if min(options.per_class, options.threads) < 1:
+        parser.error("--per_class and --threads are expected to be 1 or more.")
+    return options
+
+
+def images_in(folder: Path) -> list[Path]:
+    """The images of a folder, in order.
+
+    Raises:
+        ValueError: no such folder.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is no folder; expected one of images.")
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() in ENDINGS)
+
+
+def flickr8k(images: Path, captions: Path, words: EverydayWords) -> list[Item]:
+    """Every image with captions; those with a held-out word only leave the names of their other words."""
+    sentences: dict[str, list[str]] = {}
+    for line in captions.read_text(encoding="utf-8").splitlines():
+        name, _, caption = line.partition("\t")
+        sentences.setdefault(name.split("#")[0], []).append(" ".join(caption.split()))
+    items = []
+    for path in images_in(images):
+        texts = sentences.get(path.name, [])
+        kept = [text for text in texts if not words.holds_out(text)]
+        items.append(Item("flickr8k", path, words.of_captions(texts), kept))
+    return items
+
+
+def class_folders(source: str, root: Path, words: EverydayWords, most: int, seed: int) -> list[Item]:
+    """Images of the class folders that `everyday_words.json` lists; no other folder is looked into.
+
+    Raises:
+        ValueError: none of them is there.
+    """
+    table = words.folders[source]
+    known = [name for name in table if (root / name).is_dir()]
+    if not known:
+        raise ValueError(f"{root} has no class folder of {source}, expected some of {', '.join(table)}.")
+    if missing := [name for name in table if name not in known]:
+        print(f"{source}: {root} has no folders {', '.join(missing)}", flush=True)
+    items = []
+    for name in known:
+        paths = images_in(root / name)
+        chosen = random.Random(f"{seed} {name}").sample(paths, min(most, len(paths)))
+        items += [Item(source, path, table[name]) for path in sorted(chosen)]
+    return items
+
+
+def food(root: Path, words: EverydayWords) -> list[Item]:
+    """Images with a file of tags each."""
+    items = []
+    for path in images_in(root / "images"):
+        file = root / "tags" / f"{path.name}.txt"
+        tags = file.read_text(encoding="utf-8").split(",") if file.is_file() else []
+        items.append(Item("food", path, words.of_tags("food", tags)))
+    return items
+
+
+def ccp(root: Path, words: EverydayWords) -> list[Item]:
+    """Images of a folder in our own layout; columns other than their tags are not read."""
+    items = []
+    for line in (root / "metadata.jsonl").read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        path = path_inside(root, row["file_name"])
+        items.append(Item("ccp", path, words.of_tags("ccp", row["tags"])))
+    return items
+
+
+def collect(options: argparse.Namespace, words: EverydayWords) -> list[Item]:
+    """The images of all sources on the command line; the others are said."""
+    items: list[Item] = []
+    for source in SOURCES:
+        root = getattr(options, source)
+        if root is None:
+            print(f"{source}: left out, no --{source}", flush=True)
+            continue
+        if source == "flickr8k":
+            found = flickr8k(root, options.flickr8k_captions, words)
+        elif source == "food":
+            found = food(root, words)
+        elif source == "ccp":
+            found = ccp(root, words)
+        else:
+            most = PER_CLASS.get(source, options.per_class)
+            found = class_folders(source, root, words, most, options.seed)
+        print(f"{source}: {len(found):,} images", flush=True)
+        items += found
+    if not items:
+        raise ValueError("there are no images; expected at least one source, for instance --intel seg_train.")
+    return items
+
+
+def place(item: Item, image: Image.Image, folder: Path) -> str:
+    """Puts an image into the new folder, and says under which name.
+
+    A link where that is possible and the file is not read-only, for a link would share what somebody protects; an image
+    of more than 512 px is saved smaller, as JPEG.
+    """
+    target = folder / item.file_name
+    if max(image.size) > MAX_SIDE:
+        target = target.with_suffix(".jpg")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        small = image.copy()
+        small.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS)
+        small.save(target, quality=90)
+        return target.relative_to(folder).as_posix()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        if not item.path.stat().st_mode & stat.S_IWUSR or item.path.is_symlink():
+            raise PermissionError(item.path)
+        os.link(item.path, target)
+    except OSError:
+        shutil.copyfile(item.path, target)
+    return item.file_name
+
+
+def batches(items: Sequence[Item]) -> Iterable[list[tuple[Item, Image.Image]]]:
+    """Groups of images that can be read; the others are said."""
+    for start in range(0, len(items), BATCH):
+        batch = []
+        for item in items[start : start + BATCH]:
+            try:
+                batch.append((item, load_image(item.path)))
+            except ValueError as error:
+                print(f"left out: {error}", flush=True)
+        yield batch
+
+
+def write_images(
+    items: Sequence[Item], classifier: Classifier | None, least: float, folder: Path
+) -> list[dict[str, Any]]:
+    """Writes images into a folder; gives the rows of its metadata, those without any word left out."""
+    rows: list[dict[str, Any]] = []
+    began = said = time.monotonic()
+    for number, batch in enumerate(batches(items), 1):
+        seen = classifier.tags([image for _, image in batch], least) if classifier and batch else [[]] * BATCH
+        for (item, image), automatic in zip(batch, seen):
+            tags = list(dict.fromkeys([*item.tags, *automatic]))
+            if tags or item.captions:
+                row = {"file_name": place(item, image, folder), "tags": tags, "captions": item.captions}
+                rows.append({**row, "source": item.source})
+        now, done = time.monotonic(), min(number * BATCH, len(items))
+        if now - said > 15 or done == len(items):
+            left = (now - began) / done * (len(items) - done)
+            print(f"{done:,} of {len(items):,} images, {left / 60:.1f} minutes left", flush=True)
+            said = now
+    return rows
+
+
+def summary(
+    rows: Sequence[dict[str, Any]], words: EverydayWords, options: argparse.Namespace
+) -> dict[str, Any]:
+    """What `words.json` holds: names with synonyms, everyday ones first; licences; counts."""
+    tags = Counter(tag for row in rows for tag in row["tags"])
+    others = sorted(set(tags) - set(words.synonyms))
+    used = [*(source for source in SOURCES if getattr(options, source) is not None)]
+    used += ["efficientnet", "wordnet"] if options.efficientnet else []
+    return {
+        "names": {**words.synonyms, **{name: [] for name in others}},
+        "licences": {source: words.licences[source] for source in used},
+        "counts": {
+            "images": dict(Counter(row["source"] for row in rows)),
+            "captions": sum(len(row["captions"]) for row in rows),
+            "tags": dict(tags.most_common()),
+        },
+    }
+
+
+def run(options: argparse.Namespace) -> Path:
+    """Makes the folder, whole or not at all.
+
+    Raises:
+        ValueError: a source or the weights cannot be read, there is no word at all, or the folder exists.
+    """
+    torch.set_num_threads(options.threads)
+    words = EverydayWords.read()
+    with folder_written_whole(options.output / "everyday") as folder:
+        items = collect(options, words)
+        classifier = None
+        if options.efficientnet:
+            classes = json.loads(IMAGENET_FILE.read_text(encoding="utf-8"))
+            names = words.of_classes(classes["labels"], classes["wnids"], options.wordnet)
+            classifier = Classifier(options.efficientnet, names)
+        else:
+            print("automatic words: left out, no --efficientnet", flush=True)
+        rows = write_images(items, classifier, options.word_share, folder)
+        if not rows:
+            raise ValueError(f"none of the {len(items)} images has a word; expected captions, tags or classes.")
+        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        write_text("".join(lines), folder / "metadata.jsonl")
+        result = summary(rows, words, options)
+        write_json(result, folder / "words.json")
+    counts = result["counts"]
+    print(f"{len(rows):,} images, {counts['captions']:,} captions, {len(counts['tags'])} names in use")
+    print(", ".join(f"{name} {count}" for name, count in list(counts["tags"].items())[:60]), flush=True)
+    return options.output / "everyday"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the script; SIGTERM removes what is half made, as Ctrl-C does."""
+    signal.signal(signal.SIGTERM, lambda *_: exit(143))
+    try:
+        print(run(parse_arguments(arguments)))
+    except ValueError as error:
+        raise SystemExit(f"prepare_everyday.py: {error}") from error
+
+
+if __name__ == "__main__":
+    main()
