@@ -141,7 +141,7 @@ def wrong_inputs():
     yield {"backbone_features": features / 0}, "backbone_features holds NaN or infinite"
 
 
-@pytest.mark.parametrize(("inputs", "message"), wrong_inputs())
+@pytest.mark.parametrize(("inputs", "message"), list(wrong_inputs()))
 def test_wrong_inputs_are_named(inputs, message):
     model = tiny_backbone_model()
     for encode in (model.vision_model, model.get_image_features, model.encode_part):
@@ -287,6 +287,22 @@ def test_configurations_round_trip(tmp_path, name):
 def test_configurations_that_are_no_backbones_are_refused(value, message):
     with pytest.raises((ValueError, StrictDataclassError), match=message):
         PGSegVisionConfig(backbone_config=value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"patch_size": 16},
+            "patch_size is 16, expected 8, the stride of the finest of the backbone's stage3, stage5",
+        ),
+        ({"patch_size": 4}, "patch_size is 4, expected 8"),
+        ({"num_channels": 1}, "num_channels is 1, and backbone_config has 3"),
+    ],
+)
+def test_a_backbone_that_does_not_fit_the_tower_is_refused(fields, message):
+    with pytest.raises(StrictDataclassError, match=message):
+        PGSegVisionConfig(**backbone_fields(**fields))
 
 
 def test_a_model_that_is_no_backbone_is_refused():

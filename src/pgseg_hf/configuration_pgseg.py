@@ -202,6 +202,22 @@ class PGSegVisionConfig(PreTrainedConfig):
             self.prototype_projection_dim = max(self.intermediate_size * 8 // 3, 1)
         super().__post_init__(**kwargs)
 
+    def _validate_backbone(self) -> None:
+        channels = getattr(self.backbone_config, "num_channels", self.num_channels)
+        _require(
+            channels == self.num_channels,
+            f"vision_config.num_channels is {self.num_channels}, and backbone_config has {channels}.",
+        )
+        # Of stages by their names, as EfficientNet-Lite's; what others call strides are those between stages.
+        strides = getattr(self.backbone_config, "strides", None)
+        if isinstance(strides, dict):
+            finest = min(strides[name] for name in self.backbone_config.out_features)
+            _require(
+                self.patch_size == finest,
+                f"vision_config.patch_size is {self.patch_size}, expected {finest}, the stride of the finest of the "
+                f"backbone's {', '.join(self.backbone_config.out_features)}.",
+            )
+
     def validate_architecture(self) -> None:
         """Checks fields against each other (called by `@strict`)."""
         _require(
@@ -223,6 +239,7 @@ class PGSegVisionConfig(PreTrainedConfig):
             self.image_size > 0 and self.image_size % self.patch_size == 0,
             f"vision_config.image_size is {self.image_size}, expected a multiple of patch_size = {self.patch_size}.",
         )
+        self._validate_backbone()
         stages = len(self.depths)
         _require(stages > 0, "vision_config.depths is empty, expected one depth for each stage.")
         _require(
