@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 import time
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from PIL import Image
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
@@ -230,13 +232,19 @@ def _fingerprint(backbone: torch.nn.Module) -> str:
 
 
 def _contents(table: MapSource) -> str:
-    """A hash of which images a table has, by name where they have one."""
+    """A hash of a table's images, in their order."""
     digest = hashlib.sha256(str(len(table)).encode())
     for index in range(len(table)):
         try:
-            digest.update(Path(table[index].name).name.encode() + b"\0")
+            image = table[index].image
         except UnusableRecord as error:
-            digest.update(error.reason.encode() + b"\0")
+            digest.update(error.reason.encode())
+            continue
+        if isinstance(image, (str, os.PathLike)) and Path(image).is_file():
+            image = Path(image).read_bytes()
+        elif isinstance(image, Image.Image):
+            image = image.tobytes()
+        digest.update(hashlib.sha256(image if isinstance(image, bytes) else str(image).encode()).digest())
     return digest.hexdigest()
 
 

@@ -1,0 +1,124 @@
+"""Features that are computed once: what training reads is what the backbone would give."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from data_files import numbered_folder
+from tiny_backbones import tiny_backbone_model
+from tiny_models import tiny_model
+
+from pgseg_hf.data.augmentation import AugmentationOptions
+from pgseg_hf.data.sources import SourceSpec, open_source
+from pgseg_hf.training.collator import PGSegCollator
+from pgseg_hf.training.feature_cache import DONE, CacheOptions, cache_features
+from pgseg_hf.training.mixing import Draw, seeded
+from pgseg_hf.training.preparation import Preparation
+
+
+@pytest.fixture
+def source(tmp_path):
+    return open_source(SourceSpec(path=numbered_folder(tmp_path / "data", 5)))
+
+
+@pytest.fixture
+def prepare():
+    return Preparation(AugmentationOptions(image_size=32))
+
+
+@pytest.fixture
+def options(tmp_path):
+    return CacheOptions(str(tmp_path / "cache"), views=2)
+
+
+def test_views_are_the_backbones_features_of_crops(source, prepare, options):
+    model = tiny_backbone_model().eval()
+    (cached,) = cache_features([source], prepare, model, options)
+    assert len(cached) == len(source)
+    for index in range(len(source)):
+        record = cached[index]
+        assert record.captions == source[index].captions and len(record.views) == 2
+        for view, features in enumerate(record.views):
+            pixels, _ = prepare.view(source[index], seeded(Draw.VIEW, 0, 0, index, view))
+            with torch.no_grad():
+                expected = model.vision_model.embeddings.features(torch.from_numpy(pixels)[None])[0]
+            np.testing.assert_allclose(features, expected.half().numpy(), rtol=2e-3, atol=2e-3)
+
+
+def test_examples_carry_features_into_a_batch(source, prepare, options):
+    (cached,) = cache_features([source], prepare, tiny_backbone_model().eval(), options)
+    example = prepare(cached[0], np.random.default_rng(0))
+    assert (
+        example.pixel_values is None and example.labels == prepare(source[0], np.random.default_rng(0)).labels
+    )
+    collate = PGSegCollator(FakeTokenizer(), context_length=8)
+    batch = collate([example, example])
+    assert "pixel_values" not in batch
+    assert batch["backbone_features"].shape == (2, *example.backbone_features.shape)
+
+
+class FakeTokenizer:
+    model_max_length, pad_token_id = 8, 0
+
+    def __call__(self, texts, **kwargs):
+        ids = torch.arange(len(texts))[:, None].expand(-1, 8)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def test_what_is_there_is_not_computed_again(source, prepare, options, monkeypatch):
+    model = tiny_backbone_model().eval()
+    (cached,) = cache_features([source], prepare, model, options)
+    states = np.load(cached.folder / "states.npy", mmap_mode="r+")
+    assert (states == DONE).all()
+    states[3, 1] = 0  # as if the run had ended before this view
+    states.flush()
+    seen = []
+    view = prepare.view
+    monkeypatch.setattr(prepare, "view", lambda record, rng: seen.append(record.name) or view(record, rng))
+    cache_features([source], prepare, model, options)
+    assert seen == [source[3].name]
+    cache_features([source], prepare, model, options)
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize("change", ["backbone", "augmentation", "source"])
+def test_a_cache_of_something_else_is_refused(tmp_path, source, prepare, options, change):
+    cache_features([source], prepare, tiny_backbone_model().eval(), options)
+    model = tiny_backbone_model().eval()
+    if change == "backbone":
+        with torch.no_grad():
+            next(model.vision_model.embeddings.patch_embeddings.backbone.parameters()).add_(1)
+    elif change == "augmentation":
+        prepare = Preparation(AugmentationOptions(image_size=32, min_scale=0.5))
+    else:
+        lines = (tmp_path / "data" / "metadata.jsonl").read_text().splitlines()
+        (tmp_path / "data" / "metadata.jsonl").write_text("\n".join([*lines[1:], lines[0]]) + "\n")
+        source = open_source(SourceSpec(path=str(tmp_path / "data")))
+    with pytest.raises(ValueError, match=f"holds features with {change}"):
+        cache_features([source], prepare, model, options)
+
+
+def test_images_that_cannot_be_read_are_left_out(tmp_path, prepare, options):
+    folder = Path(numbered_folder(tmp_path / "data", 4))
+    name = json.loads((folder / "metadata.jsonl").read_text().splitlines()[2])["file_name"]
+    (folder / name).write_bytes(b"no image")
+    source = open_source(SourceSpec(path=str(folder)))
+    (cached,) = cache_features([source], prepare, tiny_backbone_model().eval(), options)
+    with pytest.raises(ValueError, match="no usable view"):
+        cached[2]
+    assert len(cached[1].views) == 2
+
+
+def test_only_frozen_backbones_and_tables(source, prepare, options):
+    with pytest.raises(ValueError, match="frozen backbone"):
+        cache_features([source], prepare, tiny_model(), options)
+    with pytest.raises(ValueError, match="frozen backbone"):
+        cache_features([source], prepare, tiny_backbone_model(vision={"freeze_backbone": False}), options)
+
+
+def test_a_disk_that_is_too_small_is_told_first(source, prepare, options, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: type("Usage", (), {"free": 10})())
+    with pytest.raises(ValueError, match="GiB are free"):
+        cache_features([source], prepare, tiny_backbone_model().eval(), options)
