@@ -350,18 +350,28 @@ def test_attention_can_be_chosen_whatever_the_backbone_can_do(tmp_path, name, im
         assert each.text_model.config._attn_implementation == implementation
         torch.testing.assert_close(each.get_image_features(pixels).grouping, expected, rtol=1e-4, atol=1e-5)
         assert isinstance(backbone_of(each), type(AutoBackbone.from_config(backbone_of(each).config)))
-    if name == "dinov2":
-        assert backbone_of(model).config._attn_implementation == implementation
+        if name == "dinov2":
+            assert backbone_of(each).config._attn_implementation == implementation
+        elif name == "convnextv2":
+            assert backbone_of(each).config._attn_implementation == "eager"
 
 
-def test_attention_by_part_leaves_the_backbone_alone():
+def test_attention_can_be_chosen_by_part():
     model = tiny_backbone_model("dinov2")
-    before = backbone_of(model).config._attn_implementation
-    assert before == "sdpa"
-    model.set_attn_implementation({"": "eager", "vision_config": "eager", "text_config": "sdpa"})
-    assert model.vision_model.config._attn_implementation == "eager"
-    assert model.text_model.config._attn_implementation == "sdpa"
-    assert backbone_of(model).config._attn_implementation == before
+    assert backbone_of(model).config._attn_implementation == "sdpa"
+    for of_backbone, of_tower in (("sdpa", "eager"), ("eager", "sdpa")):
+        by_part = {"": of_tower, "backbone_config": of_backbone}
+        model.set_attn_implementation({"": "eager", "vision_config": by_part, "text_config": "sdpa"})
+        assert model.vision_model.config._attn_implementation == of_tower
+        assert model.text_model.config._attn_implementation == "sdpa"
+        assert backbone_of(model).config._attn_implementation == of_backbone
+
+
+def test_an_attention_that_the_backbone_cannot_do_is_not_written_down_for_it():
+    model = tiny_backbone_model("swin")
+    model.set_attn_implementation("flex_attention")
+    assert model.vision_model.config._attn_implementation == "flex_attention"
+    assert backbone_of(model).config._attn_implementation == "sdpa"
 
 
 def test_an_attention_that_nothing_can_do_leaves_the_backbone_in_place():

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoBackbone, AutoConfig
+from transformers import AutoBackbone, AutoConfig, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING
 
 from .configuration_pgseg import PGSegVisionConfig
@@ -25,6 +25,17 @@ def load_backbone(name_or_path: str, **fields: Any) -> Any:
     )
 
 
+def _new_backbone(config: PreTrainedConfig) -> Any:
+    """A backbone that attends as its configuration says or, where it cannot, as it does by itself."""
+    try:
+        return AutoBackbone.from_config(config)
+    except (ValueError, ImportError):
+        if config._attn_implementation is None:
+            raise
+        config._attn_implementation = None
+        return AutoBackbone.from_config(config)
+
+
 class PGSegBackboneFeatures(nn.Module):
     """Feature maps of a backbone's chosen stages to patches [B, C, h, w]: on the finest one's grid, each stage's
     channels normalised by themselves, joined, projected."""
@@ -32,7 +43,7 @@ class PGSegBackboneFeatures(nn.Module):
     def __init__(self, config: PGSegVisionConfig):
         super().__init__()
         self.is_frozen = config.freeze_backbone
-        self.backbone: Any = AutoBackbone.from_config(config.backbone_config)
+        self.backbone: Any = _new_backbone(config.backbone_config)
         self.channels = [int(size) for size in self.backbone.channels]
         self.norms = nn.ModuleList(nn.LayerNorm(size, eps=config.layer_norm_eps) for size in self.channels)
         self.projection = nn.Linear(sum(self.channels), config.hidden_size)

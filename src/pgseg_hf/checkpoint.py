@@ -12,7 +12,7 @@ from .processing_pgseg import PGSegProcessor
 from .segmentation import SegmentationOptions, Segmenter
 
 # A `from_pretrained` name like any other: a folder inside the installed package.
-DEFAULT_CHECKPOINT = str(Path(__file__).parent / "checkpoints" / "pgseg-small-street")
+DEFAULT_CHECKPOINT = str(Path(__file__).parent / "checkpoints" / "pgseg-small-everyday")
 
 # What transformers raises on folders that are no checkpoint, or a broken one.
 _LOADING_ERRORS = (

@@ -4,8 +4,9 @@ import math
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
-from transformers import CONFIG_MAPPING, CLIPTextConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, CLIPTextConfig, PreTrainedConfig
 from transformers.activations import ACT2FN
+from transformers.configuration_utils import SubConfigSpec
 
 # Registers the backbone, for configurations that name it.
 from .efficientnet_lite import EfficientNetLiteConfig
@@ -164,6 +165,9 @@ class PGSegVisionConfig(PreTrainedConfig):
 
     model_type = "pgseg_vision_model"
     base_config_key = "vision_config"
+    sub_configs_defaults = {
+        "backbone_config": SubConfigSpec(AutoConfig, EfficientNetLiteConfig.model_type, optional=True)
+    }
 
     hidden_size: int = 384
     intermediate_size: int = 1536

@@ -162,18 +162,18 @@ class PGSegPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
 
     def set_attn_implementation(self, attn_implementation: Any, allow_all_kernels: bool = False) -> None:
-        """As ever, but a backbone that cannot attend like this, or is not named where implementations are given by
-        part, goes on as it does."""
+        """As ever, but a backbone that cannot attend like this goes on as it did."""
         with backbones_set_aside(self) as backbones:
+            before = [backbone.config._attn_implementation for backbone in backbones]
             super().set_attn_implementation(attn_implementation, allow_all_kernels)
-        for backbone in backbones:
-            if isinstance(attn_implementation, str):
-                try:
-                    backbone.set_attn_implementation(attn_implementation, allow_all_kernels)
-                except (ValueError, ImportError) as error:
-                    logger.warning(
-                        f"{type(backbone).__name__} goes on without {attn_implementation}: {error}"
-                    )
+        for backbone, known in zip(backbones, before):
+            # Written down for it without asking whether it can.
+            asked = backbone.config._attn_implementation
+            backbone.config._attn_implementation = known
+            try:
+                backbone.set_attn_implementation(asked, allow_all_kernels)
+            except (ValueError, ImportError) as error:
+                logger.warning(f"{type(backbone).__name__} goes on with {known}: {error}")
 
     def enable_input_require_grads(self) -> None:
         """As ever, but for backbones, whose embeddings may give more than a tensor."""

@@ -38,7 +38,7 @@ def asked(street_file):
     values = dict.fromkeys((field.name for field in fields(Asked)), None)
     values |= {"path": street_file, "words": "road, tree", "background": False, "threshold": 0.3}
     values |= {
-        "model": "pgseg-small-street",
+        "model": "pgseg-small-everyday",
         "other": "none",
         "window": "sliding",
         "short_side": 0,
@@ -79,17 +79,17 @@ def test_the_window_that_one_looks_at_stays(handlers, asked):
 def test_two_models_stand_side_by_side(handlers, asked):
     shown = handlers.show_masks(*asked(other="tiny"))
     assert shown[FIRST].visible and shown[SECOND].visible and shown[OTHER].choices.model == "tiny"
-    assert [shown[FIRST].label, shown[SECOND].label] == ["pgseg-small-street", "tiny"]
+    assert [shown[FIRST].label, shown[SECOND].label] == ["pgseg-small-everyday", "tiny"]
     assert shown[FIRST].value == shown[MASKS].value != shown[SECOND].value
     alone = handlers.show_masks(*asked())
     assert not alone[FIRST].visible and not alone[SECOND].visible and alone[OTHER] is None
     with pytest.raises(ValueError, match="is the model already"):
-        handlers.show_masks(*asked(other="pgseg-small-street"))
+        handlers.show_masks(*asked(other="pgseg-small-everyday"))
 
 
 def test_a_model_is_called_by_its_name_wherever_it_is_named(handlers, street_file):
     _, found = handlers.segment(street_file, "road, tree", False, 0, "", "whole", 0)
-    assert found["model"] == "pgseg-small-street"
+    assert found["model"] == "pgseg-small-everyday"
     _, found = handlers.segment(street_file, "road, tree", False, 0, " tiny ", "whole", 0)
     assert found["model"] == "tiny"
 

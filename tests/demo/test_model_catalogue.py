@@ -18,8 +18,8 @@ from transformers import GroupViTConfig, GroupViTModel, GroupViTTextConfig, Grou
 class TestNames:
     def test_the_shipped_model_is_first_and_the_default(self, tiny_folder):
         models = Catalogue(Settings(models=(tiny_folder,)))
-        assert models.names == ["pgseg-small-street", Path(tiny_folder).name]
-        assert models.load("") is models.load("pgseg-small-street")
+        assert models.names == ["pgseg-small-everyday", Path(tiny_folder).name]
+        assert models.load("") is models.load("pgseg-small-everyday")
 
     def test_a_folder_of_checkpoints_offers_each(self, tiny_folder, tmp_path):
         for name in ("one", "two"):

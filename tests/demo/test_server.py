@@ -32,7 +32,7 @@ def client(server, tmp_path_factory):
 
 
 def call(client, path, labels="building, road, tree, sky", background=False, threshold=0.3, **options):
-    asked = {"window": "sliding", "short_side": 0, "model": "pgseg-small-street"} | options
+    asked = {"window": "sliding", "short_side": 0, "model": "pgseg-small-everyday"} | options
     return client.predict(
         image=gradio_client.handle_file(path) if isinstance(path, (str, Path)) else path,
         labels=labels,
@@ -64,7 +64,7 @@ class TestSegment:
         assert [(f["label"], f["area"]) for f in found["labels"]] == [(s.label, s.area) for s in segments]
         assert found["options"]["background_threshold"] == threshold
         assert found["options"]["short_side"] == (short_side or None)
-        assert found["model"] == "pgseg-small-street"
+        assert found["model"] == "pgseg-small-everyday"
 
     def test_another_resolution_gives_another_mask(self, client, street_file):
         masks = [np.asarray(Image.open(call(client, street_file, short_side=side)[0])) for side in (0, 256)]

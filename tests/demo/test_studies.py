@@ -43,7 +43,7 @@ def upload(street_file):
     return read_upload(street_file, 10**6)
 
 
-WHOLE = Choices("pgseg-small-street", sliding=False)
+WHOLE = Choices("pgseg-small-everyday", sliding=False)
 
 
 class TestStudy:

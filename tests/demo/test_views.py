@@ -28,7 +28,7 @@ def studied(street_file):
     upload = read_upload(street_file, 10**6)
     laboratory = Laboratory(Catalogue(Settings()))
     labels = ["building", "road", "pavement", "tree", "sky", "car", "`pedestrian`"]
-    return upload, laboratory.study(upload, labels, Choices("pgseg-small-street"))
+    return upload, laboratory.study(upload, labels, Choices("pgseg-small-everyday"))
 
 
 def test_masks_are_in_the_labels_own_colours_the_largest_first():
@@ -87,7 +87,7 @@ def test_below_the_threshold_a_group_became_background(studied):
 def test_many_labels_do_not_make_a_heat_map_of_all(studied, street_file):
     upload, _ = studied
     labels = [f"word {i}" for i in range(200)]
-    study = Laboratory(Catalogue(Settings())).study(upload, labels, Choices("pgseg-small-street", False))
+    study = Laboratory(Catalogue(Settings())).study(upload, labels, Choices("pgseg-small-everyday", False))
     _, heat, words = views.group_views(upload.image, study, None)
     assert f"Shown are the {views.MAX_HEAT_MAP_ROWS} labels" in words
     assert heat.height < 1200

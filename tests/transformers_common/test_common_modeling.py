@@ -23,7 +23,6 @@ class VisionModelTester:
     is_training = True
     batch_size = 12
     num_channels = 3
-    patch_size = 2
     hidden_size = 32
     depths = (2, 1, 1)
     num_attention_heads = 4
@@ -36,9 +35,15 @@ class VisionModelTester:
         image_size: int = 30,
         input_size: tuple[int, int] | None = None,
         segment_source: str = "groups",
+        backbone: dict | None = None,
+        patch_size: int = 2,
+        freeze_backbone: bool = True,
     ):
         self.npr_variant = npr_variant
         self.segment_source = segment_source
+        self.backbone = backbone
+        self.patch_size = patch_size
+        self.freeze_backbone = freeze_backbone
         self.image_size = image_size
         self.input_size = input_size or (image_size, image_size)
         self.num_hidden_layers = max(self.depths)
@@ -59,6 +64,8 @@ class VisionModelTester:
             attention_dropout=0.1,
             npr_variant=self.npr_variant,
             segment_source=self.segment_source,
+            backbone_config=self.backbone,
+            freeze_backbone=self.freeze_backbone,
         )
 
     def prepare_config_and_inputs_for_common(self) -> tuple[PGSegVisionConfig, dict]:
@@ -303,6 +310,20 @@ class PGSegVisionModelWithoutPrototypesTest(PGSegVisionModelTest):
     settings = {"npr_variant": "none", "input_size": (27, 44)}
 
 
+class PGSegVisionModelWithBackboneTest(PGSegVisionModelTest):
+    settings = {
+        "image_size": 32,
+        "patch_size": 8,
+        "backbone": {
+            "model_type": "efficientnet_lite",
+            "stem_size": 4,
+            "hidden_sizes": [4, 6, 8, 10, 12, 14, 16],
+            "depths": [1, 1, 2, 1, 1, 1, 1],
+            "out_features": ["stage3", "stage5"],
+        },
+    }
+
+
 class ReleasedPGSegVisionModelTest(PGSegVisionModelTest):
     settings = {"npr_variant": "released", "image_size": 32}
 
@@ -319,6 +340,27 @@ class PGSegModelWithoutPrototypesTest(PGSegModelTest):
         "input_size": (27, 44),
         "contrastive_pooling": "groups",
         "segment_source": "patches",
+    }
+
+
+class PGSegModelWithBackboneTest(PGSegModelTest):
+    """On a pretrained backbone that learns, with names on its patches."""
+
+    settings = {
+        "image_size": 16,
+        "patch_size": 4,
+        "freeze_backbone": False,
+        "contrastive_pooling": "patches",
+        "backbone": {
+            "model_type": "dinov2",
+            "image_size": 16,
+            "patch_size": 4,
+            "hidden_size": 12,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "mlp_ratio": 2,
+            "out_features": ["stage1", "stage2"],
+        },
     }
 
 

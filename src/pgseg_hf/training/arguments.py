@@ -115,7 +115,8 @@ class DataArguments:
     synonyms: str | None = field(
         default=None,
         metadata={
-            "help": "JSON file with names and their synonyms; a batch calls each tag by one of them. For tags alone."
+            "help": "JSON file with names and their synonyms; a batch calls each tag by one of them, captions are read "
+            "for images without tags only. The names become the checkpoint's vocabulary."
         },
     )
     cache_features: str | None = field(

@@ -177,7 +177,7 @@ def build_stream(
     mask_labels = _mask_labels(data, specs, sources) if data.crop_tags else None
     # Tags alone are shared between pictures; the released text prototypes need a text for each.
     shared = config.contrastive_loss != "info_nce" and config.npr_variant != "released"
-    shared = shared and not any(has_texts(source, "captions") for source in sources)
+    shared = shared and (bool(data.synonyms) or not any(has_texts(source, "captions") for source in sources))
     has_labels = bool(data.num_nouns or mask_labels) or any(has_texts(source, "tags") for source in sources)
     texts = TextOptions(
         max_tags=ALL_TAGS if shared else data.max_labels, num_nouns=data.num_nouns, noun_model=data.noun_model
