@@ -200,6 +200,11 @@ class PGSegVisionConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         if isinstance(self.backbone_config, dict):
             self.backbone_config = _backbone_config(self.backbone_config)
+        _require(
+            self.backbone_config is None or isinstance(self.backbone_config, PreTrainedConfig),
+            f"vision_config.backbone_config is {self.backbone_config!r}, expected the configuration of a backbone, or "
+            "its fields with model_type.",
+        )
         if self.num_hidden_layers is None:
             self.num_hidden_layers = sum(self.depths)
         if self.prototype_projection_dim is None:
@@ -224,11 +229,6 @@ class PGSegVisionConfig(PreTrainedConfig):
 
     def validate_architecture(self) -> None:
         """Checks fields against each other (called by `@strict`)."""
-        _require(
-            self.backbone_config is None or isinstance(self.backbone_config, PreTrainedConfig),
-            f"vision_config.backbone_config is {self.backbone_config!r}, expected the configuration of a backbone, or "
-            "its fields with model_type.",
-        )
         for name in ("hidden_size", "intermediate_size", "num_attention_heads", "patch_size", "num_channels"):
             _require(
                 getattr(self, name) > 0,
