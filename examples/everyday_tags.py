@@ -55,7 +55,8 @@ class EverydayWords:
             for word in (name, *others):
                 key = " ".join(plain(word))
                 if self._names.setdefault(key, name) != name:
-                    raise ValueError(f"{word!r} stands for {self._names[key]!r} and for {name!r}, expected one name.")
+                    first = self._names[key]
+                    raise ValueError(f"{word!r} stands for {first!r} and for {name!r}, expected one name.")
         self._phrases = {" ".join(plain(phrase)): names for phrase, names in content["phrases"].items()}
         self._tags = {
             source: {tag.lower(): names for tag, names in table.items()}
@@ -205,7 +206,8 @@ class Classifier:
         pixels = torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2).float().sub_(127).div_(128)
         head = self._head
         x = self._backbone(pixels.contiguous(memory_format=torch.channels_last)).feature_maps[-1]
-        statistics = (head[f"normalization.{name}"] for name in ("running_mean", "running_var", "weight", "bias"))
+        order = ("running_mean", "running_var", "weight", "bias")
+        statistics = (head[f"normalization.{name}"] for name in order)
         x = relu6(batch_norm(conv2d(x, head["convolution.weight"]), *statistics, eps=1e-3))
         logits = linear(x.permute(0, 2, 3, 1), head["classifier.weight"], head["classifier.bias"])
         whole = logits.mean((1, 2)).softmax(-1)

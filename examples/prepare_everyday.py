@@ -17,6 +17,7 @@ import random
 import shutil
 import signal
 import stat
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -269,7 +270,7 @@ def run(options: argparse.Namespace) -> Path:
             print("automatic words: left out, no --efficientnet", flush=True)
         rows = write_images(items, classifier, options.word_share, folder)
         if not rows:
-            raise ValueError(f"none of the {len(items)} images has a word; expected captions, tags or classes.")
+            raise ValueError(f"{len(items)} images have no word; expected captions, tags or classes.")
         lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         write_text("".join(lines), folder / "metadata.jsonl")
         result = summary(rows, words, options)
@@ -281,8 +282,7 @@ def run(options: argparse.Namespace) -> Path:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs the script; SIGTERM removes what is half made, as Ctrl-C does."""
-    signal.signal(signal.SIGTERM, lambda *_: exit(143))
+    """Runs the script."""
     try:
         print(run(parse_arguments(arguments)))
     except ValueError as error:
@@ -290,4 +290,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    # Half a result is removed on SIGTERM too, as on Ctrl-C.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     main()
