@@ -186,7 +186,8 @@ def test_shares_are_the_largest_of_quadrants_and_whole(modules, tmp_path):
     shares = classifier.shares(images)
     single = torch.cat([classifier.shares([image]) for image in images])
     torch.testing.assert_close(shares, single)
-    assert shares.shape == (2, 3) and (shares.sum(1) >= 1 - 1e-5).all() and (shares <= 1 + 1e-5).all()
+    assert shares.shape == (2, 3) and shares.max() <= 1 + 1e-5
+    assert shares[0].sum() > 1.001, "not the largest of several shares"
     found = classifier.tags(images, 0.3)
     for row, names in zip(shares, found):
         assert set(names) == {name for name, share in zip(classifier.names, row) if share > 0.3}
