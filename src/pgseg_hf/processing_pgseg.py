@@ -43,7 +43,7 @@ class PGSegProcessor(ProcessorMixin):
             else than the labels compete with them, so that even a single label need not cover the image.
 
     Raises:
-        ValueError: for templates without exactly one `{}`, or a weight outside 0 to 1.
+        ValueError: for templates without exactly one `{}`, a weight outside 0 to 1, or a `top_k` below 1.
     """
 
     text_kwargs: TextKwargs = {"padding": "max_length", "truncation": True}
@@ -60,8 +60,9 @@ class PGSegProcessor(ProcessorMixin):
         vocabulary: Sequence[str] | None = None,
     ) -> None:
         super().__init__(image_processor, tokenizer)
-        if not 0 <= patch_weight <= 1:
-            raise ValueError(f"patch_weight is {patch_weight}, expected a number from 0 to 1")
+        _check_patch_weight(patch_weight)
+        if top_k < 1:
+            raise ValueError(f"top_k is {top_k}, expected at least 1")
         self.top_k = top_k
         self.patch_weight = patch_weight
         self.vocabulary = None if vocabulary is None else validate_labels(vocabulary)
@@ -286,7 +287,8 @@ class PGSegProcessor(ProcessorMixin):
             label i has value i + 1.
 
         Raises:
-            ValueError: target sizes for another number of images, or a threshold outside 0 to 1.
+            ValueError: target sizes for another number of images, a threshold or weight outside 0 to 1, or a weight of
+                patches that the outputs do not have.
         """
         how = (background_threshold, top_k, patch_weight)
         return [labels for labels, _, _ in self._label_maps(outputs, target_sizes, *how)]
@@ -326,6 +328,7 @@ class PGSegProcessor(ProcessorMixin):
         batch = len(outputs.grouping)
         top_k = self.top_k if top_k is None else top_k
         patch_weight = self.patch_weight if patch_weight is None else patch_weight
+        _check_patch_weight(patch_weight)
         patch_logits = getattr(outputs, "patch_logits", None)
         if patch_weight and patch_logits is None:
             raise ValueError(
@@ -353,6 +356,11 @@ class PGSegProcessor(ProcessorMixin):
                 None if target_sizes is None else (int(target_sizes[index][0]), int(target_sizes[index][1]))
             )
             yield *best_labels(scores, channels, count, target), count
+
+
+def _check_patch_weight(weight: float) -> None:
+    if not 0 <= weight <= 1:
+        raise ValueError(f"patch_weight is {weight}, expected a number from 0 to 1")
 
 
 def _embed_prompts(model: Any, ids: torch.Tensor, mask: torch.Tensor, batch_size: int) -> torch.Tensor:

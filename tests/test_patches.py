@@ -1,0 +1,362 @@
+"""Names on patches: the logits by hand, the two losses, and inference that joins patches and groups."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from tiny_models import (
+    CLIP_TEXT,
+    make_photo,
+    tiny_images,
+    tiny_model,
+    tiny_texts,
+    with_fixed_statistics,
+    without_noise,
+)
+from torch.nn.functional import interpolate, normalize
+
+from pgseg_hf import PGSegImageProcessorPil, PGSegProcessor, SegmentationOptions, Segmenter, default_tokenizer
+from pgseg_hf.scoring import WindowScores, best_labels, group_map, group_scores, merge_windows, window_starts
+from pgseg_hf.training.gradient_cache import GradientCache, average_gradients
+
+LABELS = ["cat", "dog", "grass", "sky", "road", "tree", "car"]
+WEIGHTS = [0, 0.4, 1]
+# Between the scores of the tiny model's groups.
+THRESHOLD = 0.09
+PATCHES_SIGMOID = {"contrastive_pooling": "patches", "contrastive_loss": "sigmoid"}
+
+
+def embeddings_of(model, ids, pixels):
+    """The model's patches [B, L, D] and texts [N, D], as unit vectors, and the factor on their cosines."""
+    patches = normalize(model.get_image_features(pixels).patch_embeds, dim=-1)
+    texts = normalize(model.get_text_features(ids).pooler_output, dim=-1)
+    return patches, texts, min(float(model.logit_scale.exp()), model.config.max_logit_scale)
+
+
+# Training
+
+
+@torch.no_grad()
+def test_patches_are_those_that_the_first_stage_groups():
+    model, grouped = tiny_model(contrastive_pooling="patches"), []
+    first = model.vision_model.encoder.stages[0].downsample
+    first.register_forward_pre_hook(lambda module, inputs: grouped.append(inputs[0]))
+    output = model.get_image_features(tiny_images(2, 20, 16))
+    hidden = model.vision_model.layernorm(grouped[0])
+    torch.testing.assert_close(output.patch_hidden_state, hidden)
+    torch.testing.assert_close(output.patch_embeds, model.visual_projection(hidden))
+    assert output.patch_embeds.shape == (2, 5 * 4, 8)
+    assert tiny_model().get_image_features(tiny_images(2)).patch_embeds is None
+
+
+@pytest.mark.parametrize("looks", [1.0, 3.0, 8.5])
+@torch.no_grad()
+def test_sigmoid_logits_are_the_log_odds_that_a_text_is_seen(looks):
+    model = tiny_model(mixture_looks=looks, **PATCHES_SIGMOID).double()
+    ids, pixels = tiny_texts(4), tiny_images(3, 20, 16).double()
+    patches, texts, scale = (np.asarray(value) for value in embeddings_of(model, ids, pixels))
+    expected = np.empty((3, 4))
+    for image in range(3):
+        cosines = scale * patches[image] @ texts.T
+        chances = np.exp(cosines) / np.exp(cosines).sum(axis=1, keepdims=True)
+        seen = 1 - (1 - chances.mean(axis=0)) ** looks
+        expected[image] = np.log(seen / (1 - seen))
+    logits = model(ids, pixels).logits_per_image
+    np.testing.assert_allclose(logits, expected, rtol=1e-6, atol=1e-9)
+    assert np.ptp(expected, axis=0).min() > 1e-3, "the test needs images that differ"
+
+
+@pytest.mark.parametrize("loss", ["info_nce", "multi_positive"])
+@torch.no_grad()
+def test_softmax_logits_are_means_over_patches_weighted_by_their_softmax(loss):
+    model = tiny_model(contrastive_pooling="patches", contrastive_loss=loss).double()
+    ids, pixels = tiny_texts(4), tiny_images(3, 20, 16).double()
+    patches, texts, scale = (np.asarray(value) for value in embeddings_of(model, ids, pixels))
+    expected = np.empty((3, 4))
+    for image in range(3):
+        for text in range(4):
+            cosines = scale * patches[image] @ texts[text]
+            weights = np.exp(cosines) / np.exp(cosines).sum()
+            expected[image, text] = (weights * cosines).sum()
+    output = model(ids, pixels)
+    np.testing.assert_allclose(output.logits_per_image, expected, rtol=1e-9)
+    np.testing.assert_allclose(output.logits_per_text, expected.T, rtol=1e-9)
+
+
+@torch.no_grad()
+def test_patch_logits_are_scaled_cosines_on_the_grid():
+    model = tiny_model(contrastive_pooling="patches").double()
+    ids, pixels = tiny_texts(4), tiny_images(3, 20, 16).double()
+    patches, texts, scale = embeddings_of(model, ids, pixels)
+    output = model(ids, pixels)
+    assert output.patch_logits.shape == (3, 4, 5, 4)
+    for row, column in ((0, 0), (0, 3), (4, 1)):
+        expected = scale * patches[:, row * 4 + column] @ texts.T
+        torch.testing.assert_close(output.patch_logits[:, :, row, column], expected)
+    assert model(ids[:3], pixels, return_loss=True).patch_logits is None
+    assert tiny_model()(ids, pixels.float()).patch_logits is None
+
+
+@pytest.mark.parametrize("fields", [PATCHES_SIGMOID, {"contrastive_pooling": "patches"}])
+def test_the_loss_reaches_the_patches_alone_where_there_are_no_prototypes(fields):
+    model = with_fixed_statistics(tiny_model(npr_variant="none", **fields))
+    output = model(tiny_texts(4), tiny_images(4), return_loss=True)
+    output.loss.backward()
+    stages = model.vision_model.encoder.stages
+    assert stages[0].layers[0].mlp.fc1.weight.grad.any()
+    assert model.visual_projection[3].weight.grad.any()
+    # What groups learn from is left to the prototype losses.
+    assert not any(
+        parameter.grad is not None and parameter.grad.any() for parameter in stages[1].parameters()
+    )
+
+
+def two_process_inputs():
+    labels = tiny_texts(5, words=4, seed=1)[torch.arange(16) % 5].unflatten(0, (8, 2))
+    return {
+        "pixel_values": tiny_images(8).double(),
+        "input_ids": tiny_texts(8, words=6),
+        "label_input_ids": labels,
+        "label_attention_mask": torch.ones_like(labels),
+    }
+
+
+def two_process_model(loss):
+    model = tiny_model(contrastive_pooling="patches", contrastive_loss=loss)
+    return with_fixed_statistics(without_noise(model.double()))
+
+
+def one_of_two_processes(rank, folder, loss):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    model, part = two_process_model(loss), slice(rank * 4, (rank + 1) * 4)
+    GradientCache(model, 2).backward({name: value[part] for name, value in two_process_inputs().items()})
+    average_gradients(model.parameters())
+    torch.save({name: parameter.grad for name, parameter in model.named_parameters()}, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("loss", ["info_nce", "sigmoid"])
+def test_two_processes_learn_as_one(tmp_path, loss):
+    mp.spawn(one_of_two_processes, args=(str(tmp_path), loss), nprocs=2)
+    model = two_process_model(loss)
+    model(**two_process_inputs(), return_loss=True).loss.backward()
+    largest = max(
+        parameter.grad.abs().max() for parameter in model.parameters() if parameter.grad is not None
+    )
+    for rank in (0, 1):
+        gradients = torch.load(tmp_path / f"{rank}.pt")
+        for name, parameter in model.named_parameters():
+            expected = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            torch.testing.assert_close(gradients[name], expected, rtol=1e-7, atol=1e-9 * largest, msg=name)
+
+
+# Inference
+
+
+def segmenter_of(model, **fields):
+    image_processor = PGSegImageProcessorPil(size={"shortest_edge": 64, "longest_edge": 256})
+    fields = {"window_size": 48, "window_stride": 24, "top_k": 4} | fields
+    return Segmenter(model, PGSegProcessor(image_processor, default_tokenizer(), **fields))
+
+
+@pytest.fixture(scope="module")
+def segmenter():
+    """Of a model that shows several labels in one image."""
+    model = tiny_model(seed=5, text_config=CLIP_TEXT, contrastive_pooling="patches").double()
+    with torch.no_grad():
+        model.logit_scale.fill_(3.5)
+    return segmenter_of(model)
+
+
+@pytest.fixture(scope="module")
+def plain_segmenter():
+    return segmenter_of(tiny_model(text_config=CLIP_TEXT))
+
+
+def softmax(values, axis):
+    exponentials = np.exp(values - values.max(axis=axis, keepdims=True))
+    return exponentials / exponentials.sum(axis=axis, keepdims=True)
+
+
+def scores_by_hand(segmenter, pixels, weight, threshold=None):
+    """Scores [N, H, W] or [1 + N, H, W] of one window's pixels, from the model's logits."""
+    model, processor = segmenter.model, segmenter.processor
+    embeds = processor.get_class_embeddings(model, LABELS)
+    with torch.no_grad():
+        features = model.get_image_features(pixels)
+        (image,), (segments,) = model.get_logits(features, embeds)
+        (patches,) = model.get_patch_logits(features, embeds)
+    kept = np.isin(np.arange(len(LABELS)), image.topk(processor.top_k).indices)
+
+    def scores(rows):
+        values = softmax(rows, 1) * softmax(np.where(kept, rows, -np.inf), 1)
+        if threshold is None:
+            return values
+        best = values.max(axis=1)
+        background = best < min(threshold, best.max())
+        return np.concatenate([background[:, None], values], axis=1)
+
+    size = tuple(pixels.shape[-2:])
+    of_groups = torch.from_numpy(scores(segments.numpy()))[group_map(features.grouping[0], size).long()]
+    of_patches = torch.from_numpy(scores(patches.flatten(1).T.numpy())).T.unflatten(1, patches.shape[1:])
+    stretched = interpolate(of_patches[None], size=size, mode="bilinear", align_corners=False)[0]
+    return (1 - weight) * of_groups.permute(2, 0, 1) + weight * stretched
+
+
+@pytest.mark.parametrize("threshold", [None, THRESHOLD])
+@pytest.mark.parametrize("weight", WEIGHTS)
+def test_a_pixels_scores_mix_its_groups_and_its_patches(segmenter, weight, threshold):
+    options = SegmentationOptions(window_size=None, patch_weight=weight, background_threshold=threshold)
+    (image,) = segmenter.encode([make_photo(90, 70)], options)
+    pixels = segmenter._pixel_values(make_photo(90, 70), options)
+    embeds = segmenter.class_embeddings(LABELS, options)
+    scored = segmenter.score(image, embeds, options)
+    expected = scores_by_hand(segmenter, pixels, weight, threshold)
+    torch.testing.assert_close(scored.windows[0].dense(), expected, rtol=1e-9, atol=1e-12)
+    if threshold is not None:
+        assert 0 < expected[0].mean() < 1, "the test needs some background"
+        later = segmenter.score(image, embeds, SegmentationOptions(window_size=None, patch_weight=weight))
+        again = later.with_background(threshold)
+        assert all(torch.equal(one, other) for one, other in zip(again.label_map(), scored.label_map()))
+
+
+def test_without_weight_the_recipe_is_what_it_was(segmenter):
+    """Bit for bit, from the groups alone."""
+    photo, options = make_photo(90, 70), SegmentationOptions(window_size=None, patch_weight=0)
+    embeds = segmenter.class_embeddings(LABELS)
+    with torch.no_grad():
+        features = segmenter.model.get_image_features(segmenter._pixel_values(photo, options))
+        (image,), (segments,) = segmenter.model.get_logits(features, embeds)
+    size = tuple(features.image_sizes[0].tolist())
+    alone = WindowScores(group_map(features.grouping[0], size), group_scores(segments, image, top_k=4))
+    label_map, scores = best_labels(*merge_windows([alone], size), (70, 90))
+    result = segmenter(photo, LABELS, options)
+    np.testing.assert_array_equal(result.label_map, label_map)
+    np.testing.assert_array_equal(result.scores, scores)
+    assert len(np.unique(result.label_map)) > 1, "the test needs a model that shows several labels"
+    by_default = segmenter(photo, LABELS, SegmentationOptions(window_size=None))
+    np.testing.assert_array_equal(by_default.scores, result.scores)
+
+
+@pytest.mark.parametrize("threshold", [None, THRESHOLD])
+@pytest.mark.parametrize("weight", WEIGHTS)
+def test_segmenter_and_processor_agree(segmenter, weight, threshold):
+    photo, processor = make_photo(90, 70), segmenter.processor
+    with torch.no_grad():
+        outputs = segmenter.model(**processor(images=photo, labels=LABELS, return_tensors="pt"))
+    options = SegmentationOptions(window_size=None, patch_weight=weight, background_threshold=threshold)
+    result = segmenter(photo, LABELS, options)
+    how = {"background_threshold": threshold, "patch_weight": weight}
+    (label_map,) = processor.post_process_semantic_segmentation(outputs, [(70, 90)], **how)
+    np.testing.assert_array_equal(result.label_map, label_map)
+    scores = processor.get_label_scores(outputs, **how)
+    assert scores.shape == (1, len(LABELS) + (threshold is not None))
+    saved = segmenter_of(segmenter.model, patch_weight=weight)
+    (by_default,) = saved.processor.post_process_semantic_segmentation(
+        outputs, [(70, 90)], background_threshold=threshold
+    )
+    assert torch.equal(by_default, label_map)
+    own = saved(photo, LABELS, SegmentationOptions(window_size=None, background_threshold=threshold))
+    np.testing.assert_array_equal(own.label_map, result.label_map)
+
+
+def test_the_weight_changes_what_is_shown(segmenter):
+    maps = [
+        segmenter(
+            make_photo(90, 70), LABELS, SegmentationOptions(window_size=None, patch_weight=weight)
+        ).label_map
+        for weight in WEIGHTS
+    ]
+    assert (maps[0] != maps[2]).any() and (maps[0] != maps[1]).any() and (maps[1] != maps[2]).any()
+
+
+@pytest.mark.parametrize("threshold", [None, THRESHOLD])
+@pytest.mark.parametrize("weight", WEIGHTS)
+def test_sliding_windows_average_the_mixed_scores(segmenter, weight, threshold):
+    photo = make_photo(120, 90)
+    options = SegmentationOptions(patch_weight=weight, background_threshold=threshold, batch_size=3)
+    pixels = segmenter._pixel_values(photo, options)
+    height, width = pixels.shape[-2:]
+    total = torch.zeros(len(LABELS) + (threshold is not None), height, width, dtype=torch.float64)
+    count, windows = torch.zeros(height, width), 0
+    for top in window_starts(height, 48, 24):
+        for left in window_starts(width, 48, 24):
+            place = (slice(top, top + 48), slice(left, left + 48))
+            total[:, *place] += scores_by_hand(segmenter, pixels[..., *place], weight, threshold)
+            count[place] += 1
+            windows += 1
+    assert windows > 4
+    mean = interpolate((total / count)[None], size=(90, 120), mode="bilinear", align_corners=False)[0]
+    result = segmenter(photo, LABELS, options)
+    np.testing.assert_allclose(result.scores, mean.amax(0), rtol=1e-9, atol=1e-12)
+    # Where two labels are equally likely rounding decides.
+    first, second = mean.topk(2, dim=0).values
+    clear = first - second > 1e-9
+    np.testing.assert_array_equal(result.label_map[clear], mean.argmax(0)[clear])
+    assert clear.double().mean() > 0.9
+
+
+def test_one_window_shows_no_more_labels_with_patches(segmenter):
+    options = SegmentationOptions(window_size=None, patch_weight=1, top_k=2)
+    result = segmenter(make_photo(90, 70), LABELS, options)
+    assert len(np.unique(result.label_map)) <= 2
+
+
+# What is refused, and what is saved
+
+
+def test_models_that_do_not_name_patches_have_no_weight(plain_segmenter):
+    photo = make_photo(64, 64)
+    with pytest.raises(ValueError, match=r"patch_weight is 0\.5, .* contrastive_pooling 'mean'"):
+        plain_segmenter(photo, LABELS, SegmentationOptions(patch_weight=0.5))
+    saved = segmenter_of(plain_segmenter.model, patch_weight=0.5)
+    with pytest.raises(ValueError, match=r"patch_weight is 0\.5"):
+        saved(photo, LABELS)
+    assert saved(photo, LABELS, SegmentationOptions(patch_weight=0)).label_map.shape == (64, 64)
+    with torch.no_grad():
+        inputs = saved.processor(images=photo, labels=LABELS, return_tensors="pt")
+        outputs = saved.model(**inputs)
+    with pytest.raises(ValueError, match=r"patch_weight is 0\.5, but the outputs have no patch_logits"):
+        saved.processor.post_process_semantic_segmentation(outputs)
+    assert len(saved.processor.post_process_semantic_segmentation(outputs, patch_weight=0)) == 1
+
+
+@pytest.mark.parametrize("weight", [-0.1, 1.1, float("nan")])
+def test_weights_out_of_range_are_refused(segmenter, weight):
+    with pytest.raises(ValueError, match="patch_weight is"):
+        SegmentationOptions(patch_weight=weight)
+    with pytest.raises(ValueError, match="patch_weight is"):
+        segmenter_of(segmenter.model, patch_weight=weight)
+    with torch.no_grad():
+        inputs = segmenter.processor(images=make_photo(64, 64), labels=LABELS, return_tensors="pt")
+        outputs = segmenter.model(**inputs)
+    with pytest.raises(ValueError, match="patch_weight is"):
+        segmenter.processor.post_process_semantic_segmentation(outputs, patch_weight=weight)
+
+
+@pytest.mark.parametrize("top_k", [0, -1])
+def test_windows_show_a_label_at_least(segmenter, top_k):
+    with pytest.raises(ValueError, match=f"top_k is {top_k}"):
+        segmenter_of(segmenter.model, top_k=top_k)
+    with pytest.raises(ValueError, match=f"top_k is {top_k}"):
+        SegmentationOptions(top_k=top_k)
+
+
+def test_the_processor_saves_how_to_segment(segmenter, tmp_path):
+    segmenter_of(segmenter.model, patch_weight=0.25, top_k=3).processor.save_pretrained(tmp_path)
+    loaded = PGSegProcessor.from_pretrained(tmp_path)
+    assert (loaded.top_k, loaded.patch_weight) == (3, 0.25)
+    stored = json.loads((tmp_path / "processor_config.json").read_text())
+    assert (stored["top_k"], stored["patch_weight"]) == (3, 0.25)
+    overridden = PGSegProcessor.from_pretrained(tmp_path, patch_weight=0.5)
+    assert (overridden.top_k, overridden.patch_weight) == (3, 0.5)
+    # Processors that were saved before there were these fields go on as they did.
+    for name in ("top_k", "patch_weight"):
+        stored.pop(name)
+    (tmp_path / "processor_config.json").write_text(json.dumps(stored))
+    old = PGSegProcessor.from_pretrained(tmp_path)
+    assert (old.top_k, old.patch_weight) == (5, 0.0)
