@@ -10,8 +10,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 
-IMAGE ?= examples/images/pagoda.jpg
-LABELS ?= building, road, pavement, tree, sky, car, pedestrian
+IMAGE ?= examples/images/horses.jpg
+LABELS ?= horse, person, sand, sea, rock
 OUTPUT ?= segmented.png
 PYTEST_ARGS ?=
 DEMO_ARGS ?=

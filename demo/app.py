@@ -22,7 +22,15 @@ from model_catalogue import Catalogue
 from settings import MAX_SHORT_SIDE, Settings, read_settings
 
 EXAMPLES = Path(__file__).parent / "examples"
-EXAMPLE_LABELS = "building, road, pavement, tree, sky, car, pedestrian"
+EXAMPLE_LABELS = {
+    "horses.jpg": "horse, person, sand, sea, rock",
+    "dog.jpg": "dog, ground, tree",
+    "cat.jpg": "cat",
+    "pizza.jpg": "pizza, person, bottle, table",
+    "bus.jpg": "bus, car, road, tree, grass",
+    "pagoda.jpg": "building, tree, sky, road, person",
+    "green-jacket.jpg": "jacket, pants, shoe, hair, building, road, tree",
+}
 WINDOWS = [("sliding window", "sliding"), ("whole picture", "whole")]
 # The system's own letters: fonts of the web would need a network.
 FONTS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"]
@@ -35,8 +43,8 @@ CSS = """
 #heat img { width: 100%; min-width: 600px; max-width: none; }
 """
 INTRODUCTION = """# PGSeg: segment by words
-Type what may be in a picture and get a mask for each word. The model learned from pictures and their texts, never from
-a mask. The one that ships knows eleven words of street scenes, and those in part: it is there to try everything out."""
+Type what may be in an image and get a mask for each word. The model learned from images and their texts, never from a
+mask. The one that ships is small: it knows everyday things and places, finds large ones best, and misses thin ones."""
 
 
 # Components by what they are for, in the order in which handlers take and give their values.
@@ -100,10 +108,12 @@ def _what_is_asked(catalogue: Catalogue, settings: Settings) -> Parts:
         elem_id="picture",
     )
     image.preprocess = file_as_it_is(image.GRADIO_CACHE, str(EXAMPLES))
-    words = gr.Textbox(EXAMPLE_LABELS, label="Words, separated by commas or lines", lines=2, max_lines=8)
+    words = gr.Textbox(
+        next(iter(EXAMPLE_LABELS.values())), label="Words, separated by commas or lines", lines=2, max_lines=8
+    )
     preset = gr.Dropdown(list(presets()), value=None, label="Words of a benchmark")
     background = gr.Checkbox(False, label="Leave out what no word fits (background)")
-    threshold = gr.Slider(0, 1, 0.3, step=0.01, label="Background where no word scores", elem_id="threshold")
+    threshold = gr.Slider(0, 1, 0.5, step=0.01, label="Background where no word scores", elem_id="threshold")
     threshold.preprocess = as_it_is
     button = gr.Button("Segment", variant="primary")
     with gr.Accordion("Model and resolution", open=False):
@@ -117,7 +127,8 @@ def _what_is_asked(catalogue: Catalogue, settings: Settings) -> Parts:
             0, MAX_SHORT_SIDE, 0, step=16, label="Short side in pixels (0: the model's own)"
         )
     short_side.preprocess = as_it_is
-    gr.Examples(sorted(str(path) for path in EXAMPLES.glob("*.jpg")), image, label="Pictures to try")
+    examples = [[str(EXAMPLES / name), labels] for name, labels in EXAMPLE_LABELS.items()]
+    gr.Examples(examples, [image, words], label="Images to try")
     return {
         "asked": [image, words, background, threshold, model, other, window, short_side],
         "asking": [button, preset],

@@ -109,7 +109,7 @@ class Study:
     @property
     def made_at(self) -> tuple[int, int]:
         """Height and width that the masks are made at: the picture's, or less where that would take too long."""
-        shown = torch.stack([(window.scores != 0).any(dim=0) for window in self.scored.windows]).any(dim=0)
+        shown = torch.stack([window.used() for window in self.scored.windows]).any(dim=0)
         return map_size(self.scored.size, int(shown.sum()))
 
     def segmentation(self, threshold: float | None) -> Segmentation:
@@ -183,7 +183,7 @@ def _study(
         encoded = next(iter(segmenter.encode([upload.image], options)))
     else:
         encoded = _moved(before.encoded, device)
-    scored = segmenter.score(encoded, class_embeds, options)
+    scored = segmenter.score(encoded, class_embeds, options, may_have_background=True)
     return Study(
         digest=upload.digest,
         choices=choices,

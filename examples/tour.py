@@ -28,8 +28,8 @@ from pgseg_hf.visualization import (
     side_by_side,
 )
 
-PHOTO = Path(__file__).parent / "images" / "green-jacket.jpg"
-LABELS = ["building", "road", "pavement", "tree", "sky", "car", "pedestrian"]
+PHOTO = Path(__file__).parent / "images" / "horses.jpg"
+LABELS = ["horse", "person", "sand", "sea", "rock"]
 WHOLE = SegmentationOptions(window_size=None)
 
 
@@ -72,7 +72,7 @@ def segment(segmenter: Segmenter, output: Path) -> None:
     draw_contours(image, result.label_map, LABELS).save(output / "contours.png")
 
     encoded = next(segmenter.encode([image]))
-    scored = segmenter.score(encoded, segmenter.class_embeddings(LABELS))
+    scored = segmenter.score(encoded, segmenter.class_embeddings(LABELS), may_have_background=True)
     pictures = []
     for threshold in (0.1, 0.3, 0.5):
         label_map, _ = scored.with_background(threshold).label_map()

@@ -355,8 +355,8 @@ class PGSegConfig(PreTrainedConfig):
             `"multi_positive"`: equal texts of the global batch count as one, and all texts equal to one of an image's
             own are its positives, by a softmax with soft targets; for tags and repeated captions.
             `"sigmoid"`: the same positives, every pair of image and text judged on its own, with one bias for all (none
-            with `"mixture"`, whose odds need none); for tags, where an image has any number of them. The multi-label
-            loss is of the same kind.
+            with `"mixture"` and `"patches"`, whose odds need none); for tags, where an image has any number of them.
+            The multi-label loss is of the same kind.
         label_balance (`float`, defaults to 1.0):
             weights of the sigmoid loss: at 1 every text counts the same however frequent it is, and its images as much
             as all other images; at 0 every pair of image and text counts the same, so that frequent texts are given

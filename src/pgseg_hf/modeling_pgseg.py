@@ -458,7 +458,7 @@ class PGSegModel(PGSegPreTrainedModel):
         self.text_projection = PGSegProjection(text_config.hidden_size, hidden, joint)
         self.logit_scale = nn.Parameter(torch.tensor(config.logit_scale_init_value))
         self.logit_bias: nn.Parameter | None = None
-        if config.contrastive_loss == "sigmoid" and config.contrastive_pooling != "mixture":
+        if config.contrastive_loss == "sigmoid" and config.contrastive_pooling not in ("mixture", "patches"):
             self.logit_bias = nn.Parameter(torch.tensor(config.logit_bias_init_value))
         self.prototype_logit_scale: nn.Parameter | None = None
         if config.npr_variant != "none":

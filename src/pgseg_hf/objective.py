@@ -21,6 +21,7 @@ from .losses import (
     pad_to_longest,
     share_texts,
     sigmoid_loss,
+    sum_over_processes,
     world_size,
 )
 from .prototypes import Matching, assignment_loss, estimate_prototypes, ordered_matching, prototype_loss
@@ -273,10 +274,15 @@ class Objective:
         shared = share_texts(texts_ND, keys_NT, owners_BN)
         logits_BU = self._logits(self.joint, shared.embeds)
         if self.config.contrastive_loss == "sigmoid":
+            targets_BU = shared.image_targets
             if self.model.logit_bias is not None:
                 logits_BU = logits_BU + self.model.logit_bias
-            loss = sigmoid_loss(logits_BU, shared.image_targets, self.config.label_balance)
-            return loss, shared.image_targets
+            if self.config.contrastive_pooling == "patches":
+                # Words that no image of the batch has compete for the patches already.
+                shown_U = sum_over_processes(targets_BU.sum(0)) > 0
+                logits_BU, targets_BU = logits_BU[:, shown_U], targets_BU[:, shown_U]
+            loss = sigmoid_loss(logits_BU, targets_BU, self.config.label_balance)
+            return loss, targets_BU
         images = self.joint.gathered()
         logits_per_text = self._logits(images, shared.embeds[shared.own]).T
         loss = multi_positive_loss(logits_BU, logits_per_text, shared.image_targets, shared.text_targets)

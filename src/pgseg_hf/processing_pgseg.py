@@ -348,7 +348,7 @@ class PGSegProcessor(ProcessorMixin):
             window = WindowScores(
                 group_map(outputs.grouping[index], size),
                 group_scores(outputs.segment_logits[index], *how),
-                patch_scores=patch_scores(patch_logits[index], *how) if patch_weight else None,
+                patch_scores=None if patch_logits is None else patch_scores(patch_logits[index], *how),
                 patch_weight=patch_weight,
             )
             scores, channels, count = merge_windows([window], size)

@@ -312,12 +312,14 @@ class Segmenter:
 
     def _features(self, window: WindowFeatures) -> PGSegVisionOutput:
         """A window's features as the model takes them, a batch of one."""
-        return PGSegVisionOutput(
+        features = PGSegVisionOutput(
             pooler_output=window.pooled[None],
             grouping=window.grouping[None],
             segment_embeds=window.segments[None],
-            patch_embeds=None if window.patches is None else window.patches[None],
         )
+        if window.patches is not None:
+            features.patch_embeds = window.patches[None]
+        return features
 
     def _other_words(self, class_embeds: Tensor, options: SegmentationOptions) -> Tensor | None:
         """Embeddings [M, D] of the words that the checkpoint knows and that mean something else than all labels."""

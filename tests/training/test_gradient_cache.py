@@ -8,6 +8,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny_backbones import tiny_backbone_model
 from tiny_models import tiny_images, tiny_model, tiny_texts, with_fixed_statistics, without_noise
 
 from pgseg_hf.training.gradient_cache import GradientCache, average_gradients, split_evenly
@@ -22,6 +23,8 @@ VARIANTS = {
     "multi_positive": {"contrastive_loss": "multi_positive"},
     "sigmoid": {"contrastive_loss": "sigmoid", "contrastive_pooling": "groups"},
     "mixture": {"contrastive_loss": "sigmoid", "contrastive_pooling": "mixture", "label_balance": 0.3},
+    "named patches": {"contrastive_pooling": "patches"},
+    "named patches, sigmoid": {"contrastive_loss": "sigmoid", "contrastive_pooling": "patches"},
 }
 
 
@@ -75,6 +78,16 @@ def test_chunks_give_the_gradients_of_the_whole_batch(variant, layout):
     plain = state_after(model, inputs)
     for chunk_size in (2, 3, 100):
         assert_same(plain, state_after(model, inputs, chunk_size), 1e-9)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "patches"])
+def test_chunks_of_backbone_features(pooling):
+    model = tiny_backbone_model(contrastive_pooling=pooling)
+    model = with_fixed_statistics(without_noise(model.double()))
+    inputs = inputs_of("labels") | {"pixel_values": tiny_images(BATCH, 32, 32).double()}
+    plain = state_after(model, inputs)
+    features = model.vision_model.embeddings.features(inputs.pop("pixel_values"))
+    assert_same(plain, state_after(model, inputs | {"backbone_features": features}, 3), 1e-9)
 
 
 def test_chunks_in_float32():

@@ -182,13 +182,15 @@ def build_stream(
     texts = TextOptions(
         max_tags=ALL_TAGS if shared else data.max_labels, num_nouns=data.num_nouns, noun_model=data.noun_model
     )
+    names = read_names(data.synonyms) if data.synonyms else {}
     collator = PGSegCollator(
         processor.tokenizer,
         config.text_config.max_position_embeddings,
         layout="shared" if shared else "paired",
         padding="longest" if shared else "max_length",
         num_labels=None if shared else data.max_labels * has_labels,
-        synonyms=_prompts_of_synonyms(read_names(data.synonyms)) if data.synonyms else None,
+        synonyms=_prompts_of_synonyms(names),
+        negatives=[prompt for (prompt,) in build_prompts(list(names))] if names else (),
     )
     options = StreamOptions(
         batch_size=run.batch_size,

@@ -13,6 +13,8 @@ from .preparation import Example
 
 LAYOUTS = ("paired", "shared")
 PADDINGS = ("max_length", "longest")
+# Texts beside a batch's own, where there are any to draw from.
+NEGATIVES = 150
 # Tokenizers that know no limit say 10^30.
 _NO_LIMIT = 1_000_000
 
@@ -38,6 +40,8 @@ class PGSegCollator:
             a batch has are then negatives too.
         synonyms: in the shared layout, other texts for a text. A batch has one of them for all of its images, drawn by
             the batch's content, so that no text of an image is a negative of another that shows the same.
+        negatives: in the shared layout, texts of which every batch has `NEGATIVES` more, drawn by its content, so that
+            words compete that are seldom in one batch.
 
     Raises:
         ValueError: naming the argument that makes no sense.
@@ -52,6 +56,7 @@ class PGSegCollator:
         num_labels: int | None = None,
         texts: Sequence[str] | None = None,
         synonyms: Mapping[str, Sequence[str]] | None = None,
+        negatives: Sequence[str] = (),
     ):
         if layout not in LAYOUTS:
             raise ValueError(f"layout is {layout!r}, expected one of {', '.join(LAYOUTS)}.")
@@ -76,6 +81,7 @@ class PGSegCollator:
             raise ValueError(f"synonyms are for the shared layout, and layout is {layout!r}.")
         self.texts = texts
         self.synonyms = dict(synonyms or {})
+        self.negatives = list(negatives)
 
     def __call__(self, examples: Sequence[Example | Mapping[str, Any]]) -> dict[str, Any]:
         """
@@ -119,10 +125,11 @@ class PGSegCollator:
 
     def _shared(self, captions: list[str], labels: list[list[str]]) -> dict[str, Tensor]:
         of_images = [of_image or [caption] for caption, of_image in zip(captions, labels)]
-        if self.synonyms:
-            of_images = self._in_other_words(of_images)
+        more: list[str] = []
+        if self.synonyms or self.negatives:
+            of_images, more = self._in_other_words(of_images)
         wanted = [text for of_image in of_images for text in of_image]
-        texts = list(dict.fromkeys([*(self.texts or []), *wanted]))
+        texts = list(dict.fromkeys([*(self.texts or []), *wanted, *more]))
         encoded = self._encode(texts)
         # Texts that the tokenizer does not tell apart are one.
         columns: dict[tuple[int, ...], int] = {}
@@ -140,15 +147,17 @@ class PGSegCollator:
             targets[row, [column_of[text] for text in of_image]] = True
         return {**{name: values[first] for name, values in encoded.items()}, "text_targets": targets}
 
-    def _in_other_words(self, of_images: list[list[str]]) -> list[list[str]]:
-        """The same texts, half of those that have synonyms replaced by one of them."""
+    def _in_other_words(self, of_images: list[list[str]]) -> tuple[list[list[str]], list[str]]:
+        """The same texts, half of those that have synonyms replaced by one of them, and further texts."""
         content = "\n".join(text for of_image in of_images for text in of_image)
         rng = np.random.default_rng(zlib.crc32(content.encode()))
         chosen: dict[str, str] = {}
         for text in dict.fromkeys(text for of_image in of_images for text in of_image):
             others = self.synonyms.get(text)
-            chosen[text] = others[rng.integers(len(others))] if others and rng.random() < 0.5 else text
-        return [[chosen[text] for text in of_image] for of_image in of_images]
+            chosen[text] = others[int(rng.integers(len(others)))] if others and rng.random() < 0.5 else text
+        others = [text for text in self.negatives if text not in chosen]
+        more = [others[place] for place in rng.permutation(len(others))[:NEGATIVES]]
+        return [[chosen[text] for text in of_image] for of_image in of_images], more
 
     def _encode(self, texts: list[str]) -> dict[str, Tensor]:
         """Token ids and attention mask [N, T], equal texts tokenised once."""

@@ -78,11 +78,11 @@ class GradientCache:
             the parts of the loss of the whole batch (see `Losses`). Where the total is not finite there is no second
             pass, and only the scales have a gradient.
         """
-        images = {name: inputs[name] for name in ("pixel_values", "backbone_features") if name in inputs}
-        model, device = self.model, next(iter(images.values())).device
-        texts = {name: value for name, value in inputs.items() if name not in {*images, "return_loss"}}
+        name = "pixel_values" if "pixel_values" in inputs else "backbone_features"
+        model, device = self.model, inputs[name].device
+        texts = {key: value for key, value in inputs.items() if key not in (name, "return_loss")}
         ids, mask, owners = model.gather_texts(**texts)
-        image_chunks = self._chunks(dict(images))
+        image_chunks = self._chunks({name: inputs[name]})
         text_chunks = self._chunks({"input_ids": ids, "attention_mask": mask})
         buffers = {name: value for name, value in model.named_buffers() if name.endswith(MOVING_BUFFERS)}
         start = {name: value.clone() for name, value in buffers.items()}
