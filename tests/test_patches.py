@@ -24,8 +24,8 @@ from pgseg_hf.training.gradient_cache import GradientCache, average_gradients
 
 LABELS = ["cat", "dog", "grass", "sky", "road", "tree", "car"]
 WEIGHTS = [0, 0.4, 1]
-# Between the scores of the tiny model's groups.
-THRESHOLD = 0.09
+# Between the scores of the tiny model's groups, and below them all but not below all of the patches'.
+THRESHOLD, BELOW_GROUPS = 0.09, 0.06
 PATCHES_SIGMOID = {"contrastive_pooling": "patches", "contrastive_loss": "sigmoid"}
 
 
@@ -274,7 +274,7 @@ def test_the_weight_changes_what_is_shown(segmenter):
     assert (maps[0] != maps[2]).any() and (maps[0] != maps[1]).any() and (maps[1] != maps[2]).any()
 
 
-@pytest.mark.parametrize("threshold", [None, THRESHOLD])
+@pytest.mark.parametrize("threshold", [None, BELOW_GROUPS, THRESHOLD])
 @pytest.mark.parametrize("weight", WEIGHTS)
 def test_sliding_windows_average_the_mixed_scores(segmenter, weight, threshold):
     photo = make_photo(120, 90)
@@ -298,6 +298,16 @@ def test_sliding_windows_average_the_mixed_scores(segmenter, weight, threshold):
     clear = first - second > 1e-9
     np.testing.assert_array_equal(result.label_map[clear], mean.argmax(0)[clear])
     assert clear.double().mean() > 0.9
+
+
+def test_windows_of_many_rows(segmenter):
+    """They are worked on some rows at a time."""
+    photo, options = make_photo(70, 170), SegmentationOptions(window_size=None, patch_weight=0.4)
+    pixels = segmenter._pixel_values(photo, options)
+    assert pixels.shape[2] > 2 * 64
+    scores = scores_by_hand(segmenter, pixels, 0.4)
+    expected = interpolate(scores[None], size=(170, 70), mode="bilinear", align_corners=False)[0].amax(0)
+    np.testing.assert_allclose(segmenter(photo, LABELS, options).scores, expected, rtol=1e-9, atol=1e-12)
 
 
 def test_one_window_shows_no_more_labels_with_patches(segmenter):
