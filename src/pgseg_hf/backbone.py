@@ -20,9 +20,11 @@ def load_backbone(name_or_path: str, **fields: Any) -> Any:
     """A pretrained backbone in float32; `fields` of its configuration, such as `out_features`, may be changed."""
     config = AutoConfig.from_pretrained(name_or_path, **fields)
     # AutoBackbone itself asks the Hub for the name, and takes a folder for a model of timm.
-    return MODEL_FOR_BACKBONE_MAPPING[type(config)].from_pretrained(
+    backbone = MODEL_FOR_BACKBONE_MAPPING[type(config)].from_pretrained(
         name_or_path, config=config, dtype="float32"
     )
+    backbone.config.name_or_path = ""  # a checkpoint should not tell where its backbone once lay
+    return backbone
 
 
 def _new_backbone(config: PreTrainedConfig) -> Any:

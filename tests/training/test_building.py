@@ -79,6 +79,7 @@ def test_models_on_a_pretrained_backbone(backbone_folder):
         backbone = model.vision_model.embeddings.patch_embeddings.backbone
         assert model.config.vision_config.backbone_config.out_features == stages
         assert backbone.out_features == stages
+        assert backbone_folder not in model.config.to_json_string()
         for name, tensor in backbone.state_dict().items():
             assert torch.equal(tensor, saved[name]), name
         frozen = not vision
