@@ -9,7 +9,7 @@ import sys
 
 from transformers import Trainer, TrainingArguments
 
-from pgseg_hf import DEFAULT_CHECKPOINT, PGSegModel, PGSegProcessor
+from pgseg_hf import DEFAULT_CHECKPOINT, PGSegConfig, PGSegModel, PGSegProcessor
 from pgseg_hf.data.augmentation import AugmentationOptions
 from pgseg_hf.data.sources import SourceSpec, open_source
 from pgseg_hf.training.collator import PGSegCollator
@@ -17,14 +17,17 @@ from pgseg_hf.training.map_dataset import RecordDataset
 from pgseg_hf.training.preparation import Preparation
 
 # For captions and tags that repeat between pictures, whatever the checkpoint was trained with.
-LOSS = {"contrastive_loss": "multi_positive", "contrastive_pooling": "groups"}
+LOSS = "multi_positive"
 
 
 def train(
     data: str, output: str, steps: int = 100, batch_size: int = 32, start: str = DEFAULT_CHECKPOINT
 ) -> Trainer:
     """Fine-tunes the checkpoint `start` on the folder `data`, and writes a `from_pretrained` folder."""
-    model = PGSegModel.from_pretrained(start, dtype="float32", **LOSS)
+    pooling = "patches" if PGSegConfig.from_pretrained(start).contrastive_pooling == "patches" else "groups"
+    model = PGSegModel.from_pretrained(
+        start, dtype="float32", contrastive_loss=LOSS, contrastive_pooling=pooling
+    )
     processor = PGSegProcessor.from_pretrained(start)
     augmentation = AugmentationOptions(image_size=model.config.vision_config.image_size)
     dataset = RecordDataset(open_source(SourceSpec(path=data)), Preparation(augmentation))

@@ -69,11 +69,13 @@ def test_a_colour_stays_with_its_label(handlers, asked):
 
 
 def test_the_window_that_one_looks_at_stays(handlers, asked):
-    first = handlers.show_masks(*asked())
-    assert first[NUMBER].value == 100  # the middle one of 11 x 18
+    first = handlers.show_masks(*asked(model="tiny"))
+    assert first[NUMBER].value == 2  # the middle one of three
     study = first[STUDY]
-    assert handlers.show_masks(*asked(number=3, threshold=0.5, study=study))[NUMBER].value == 3
-    assert handlers.show_masks(*asked(number=3, window="whole", study=study))[NUMBER].visible is False
+    shown = handlers.show_masks(*asked(model="tiny", number=3, threshold=0.5, study=study))
+    assert shown[NUMBER].value == 3
+    shown = handlers.show_masks(*asked(model="tiny", number=3, window="whole", study=study))
+    assert shown[NUMBER].visible is False
 
 
 def test_two_models_stand_side_by_side(handlers, asked):

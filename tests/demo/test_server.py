@@ -157,7 +157,8 @@ class TestManyVisitors:
         first = round_of_visits()
         last = round_of_visits()
         print(f"after 40 requests {first / 2**20:.0f} MiB, after 60 {last / 2**20:.0f} MiB")
-        assert last < first + 100 * 2**20
+        # oneDNN keeps what it prepared for each size of a convolution's input, a thousand of them at most.
+        assert last < first + 200 * 2**20
 
 
 def _memory(pid: int) -> int:

@@ -84,9 +84,9 @@ class TestStudy:
 
     def test_prototypes_are_looked_for_once(self, laboratory, upload, passes):
         study = laboratory.with_prototypes(upload, laboratory.study(upload, LABELS, WHOLE))
-        assert [stage.count for stage in study.prototypes] == [32, 8]
+        assert [stage.count for stage in study.prototypes] == [32, 16]
         height, width = study.encoded.resized
-        assert study.prototypes[0].patches.shape == (height // 8, width // 8)
+        assert study.prototypes[0].patches.shape == (-(-height // 16), -(-width // 16))
         again = laboratory.with_prototypes(upload, laboratory.study(upload, ["sky"], WHOLE, study))
         assert again.prototypes is study.prototypes
         assert len(passes) == 2
@@ -94,7 +94,7 @@ class TestStudy:
     def test_a_study_holds_no_pixels(self, laboratory, upload):
         study = laboratory.study(upload, LABELS, WHOLE)
         tensors = [value for window in study.encoded.windows for value in vars(window).values()]
-        assert all(value.ndim < 3 or value.shape[0] == 8 for value in tensors if torch.is_tensor(value))
+        assert all(value.ndim < 3 or value.shape[0] == 16 for value in tensors if torch.is_tensor(value))
 
 
 class TestLabels:

@@ -115,7 +115,10 @@ def build_processor(arguments: ModelArguments, data: DataArguments, config: PGSe
     """The checkpoint's processor, or a new one that sees photos as the crops of training show them: by default at a
     short side of twice the image size in windows as large, as the released evaluation does."""
     if arguments.model_name_or_path and data.short_side is None:
-        return PGSegProcessor.from_pretrained(arguments.model_name_or_path)
+        processor = PGSegProcessor.from_pretrained(arguments.model_name_or_path)
+        if config.contrastive_pooling != "patches":
+            processor.patch_weight = 0.0  # the new pooling names no patches
+        return processor
     side = data.image_size or config.vision_config.image_size
     options: dict[str, Any] = {"patch_weight": data.patch_weight}
     options |= {"top_k": data.top_k} if data.top_k else {}
