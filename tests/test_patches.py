@@ -303,7 +303,10 @@ def test_sliding_windows_average_the_mixed_scores(segmenter, weight, threshold):
 def test_background_that_only_patches_have_is_shown():
     patches = torch.tensor([[[0.9, 0.1], [0.2, 0.0]], [[0.0, 0.8], [0.1, 0.0]]])
     window = WindowScores(
-        torch.zeros(2, 2, dtype=torch.uint8), torch.tensor([[0.7, 0.6]]), patch_scores=patches, patch_weight=1.0
+        torch.zeros(2, 2, dtype=torch.uint8),
+        torch.tensor([[0.7, 0.6]]),
+        patch_scores=patches,
+        patch_weight=1.0,
     ).with_background(0.5)
     assert not window.scores[:, 0].any()
     labels, scores = best_labels(*merge_windows([window], (2, 2)))
