@@ -278,7 +278,8 @@ class PGSegProcessor(ProcessorMixin):
         Args:
             outputs: of `PGSegModel` on B images and N labels.
             target_sizes: (height, width) for each image, usually of the original; the input's by default.
-            background_threshold: where no label scores this much there is background; None for no background.
+            background_threshold: where no label scores this much there is background; None for no background. Outputs
+                know nothing of other words, so that `vocabulary` is not used here; [`Segmenter`] uses it.
             top_k: number of labels that one image may show; the processor's by default.
             patch_weight: of the patches' scores in a pixel's; the processor's by default.
 
