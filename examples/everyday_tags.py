@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn.functional import batch_norm, conv2d, linear, relu6
 
 from pgseg_hf.efficientnet_lite import convert_efficientnet_lite
+from pgseg_hf.training.patch_names import CellNamer
 
 WORDS_FILE = Path(__file__).with_name("everyday_words.json")
 # Labels and WordNet ids of the classifier's classes, in its order.
@@ -183,13 +183,9 @@ class Classifier:
 
     def __init__(self, weights: Path, names: Sequence[str]):
         public = torch.load(weights, map_location="cpu", weights_only=True)
-        self._backbone, self._head = convert_efficientnet_lite(public)
-        classes = len(self._head["classifier.bias"])
-        if classes != len(names):
-            raise ValueError(f"{weights} has {classes} classes, expected {len(names)}.")
-        self.names = list(dict.fromkeys(names))
-        self._sums = torch.zeros(classes, len(self.names))
-        self._sums[range(classes), [self.names.index(name) for name in names]] = 1
+        self._backbone, head = convert_efficientnet_lite(public)
+        self.namer = CellNamer(head, names)
+        self.names = self.namer.names
 
     @torch.inference_mode()
     def shares(self, images: Sequence[Image.Image]) -> Tensor:
@@ -204,17 +200,12 @@ class Classifier:
         """
         squares = [np.asarray(image.resize((SIDE, SIDE), Image.Resampling.BICUBIC)) for image in images]
         pixels = torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2).float().sub_(127).div_(128)
-        head = self._head
-        x = self._backbone(pixels.contiguous(memory_format=torch.channels_last)).feature_maps[-1]
-        order = ("running_mean", "running_var", "weight", "bias")
-        statistics = (head[f"normalization.{name}"] for name in order)
-        x = relu6(batch_norm(conv2d(x, head["convolution.weight"]), *statistics, eps=1e-3))
-        logits = linear(x.permute(0, 2, 3, 1), head["classifier.weight"], head["classifier.bias"])
-        whole = logits.mean((1, 2)).softmax(-1)
-        cells = logits.softmax(-1)
+        features = self._backbone(pixels.contiguous(memory_format=torch.channels_last)).feature_maps[-1]
+        logits = self.namer.logits(features)
+        whole, cells = self.namer.shares(logits.mean((1, 2))), self.namer.shares(logits)
         half = cells.shape[1] // 2
         quadrants = [cells[:, a : a + half, b : b + half].mean((1, 2)) for a in (0, half) for b in (0, half)]
-        return (torch.stack([*quadrants, whole]) @ self._sums).amax(0)
+        return torch.stack([*quadrants, whole]).amax(0)
 
     def tags(self, images: Sequence[Image.Image], least: float) -> list[list[str]]:
         """For each image the names with a share above `least`, the largest first."""

@@ -6,8 +6,8 @@ classifier recognises. No mask is ever read.
         --imagenette imagenette/train --clothing clothing/train --food food --ccp ccp/train
 
 Each source is optional. `OUTPUT/everyday` appears when it is whole: `images/`, `metadata.jsonl` (file_name, tags,
-captions, source) and `words.json` (names with their synonyms, licences, counts). Train on it as on any folder:
-`--data OUTPUT/everyday`.
+captions, source) and `words.json` (names with their synonyms, licences, counts), and with `--efficientnet` its
+classifier as `classifier.safetensors`. Train on it as on any folder: `--data OUTPUT/everyday`.
 """
 
 import argparse
@@ -275,6 +275,8 @@ def run(options: argparse.Namespace) -> Path:
         write_text("".join(lines), folder / "metadata.jsonl")
         result = summary(rows, words, options)
         write_json(result, folder / "words.json")
+        if classifier is not None:
+            classifier.namer.save(folder / "classifier.safetensors")
     counts = result["counts"]
     print(f"{len(rows):,} images, {counts['captions']:,} captions, {len(counts['tags'])} names in use")
     print(", ".join(f"{name} {count}" for name, count in list(counts["tags"].items())[:60]), flush=True)

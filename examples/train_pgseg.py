@@ -228,7 +228,14 @@ class Run:
         else:
             outputs = self.model(**batch)
             accelerator.backward(outputs.loss)
-            names = ("contrastive", "multi_label", "image_prototype", "text_prototype", "assignment")
+            names = (
+                "contrastive",
+                "multi_label",
+                "image_prototype",
+                "text_prototype",
+                "assignment",
+                "patch_text",
+            )
             values = {name: getattr(outputs, f"{name}_loss") for name in names}
             parts = {name: value for name, value in values.items() if value is not None}
             parts |= {"total": outputs.loss, "negatives": outputs.num_negatives}

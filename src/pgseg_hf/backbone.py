@@ -61,8 +61,16 @@ class PGSegBackboneFeatures(nn.Module):
     def features(self, pixel_values: Tensor) -> Tensor:
         """The chosen stages of images [B, 3, H, W] on the finest one's grid, joined and not normalised: [B, channels,
         h, w]. Without gradient where the backbone is frozen."""
+        return self.on_one_grid(self.maps(pixel_values))
+
+    def maps(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
+        """The chosen stages of images [B, 3, H, W], each on its own grid."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.is_frozen):
-            maps = self.backbone(pixel_values.to(self.projection.weight.dtype)).feature_maps
+            return self.backbone(pixel_values.to(self.projection.weight.dtype)).feature_maps
+
+    def on_one_grid(self, maps: tuple[Tensor, ...]) -> Tensor:
+        """Maps of the chosen stages on the finest one's grid, joined."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.is_frozen):
             # Stages go from fine to coarse. Their sizes are not compared, so that a graph holds for all of them; to its
             # own size a map is stretched as it is.
             size = maps[0].shape[-2:]

@@ -350,6 +350,9 @@ class PGSegConfig(PreTrainedConfig):
             n of $1-(1-s)^n$, the chance that at least one of n points drawn at random falls on what has the share s of
             a picture. At 1 the tags of a picture are driven to equal shares of it; with more looks a tag that has
             some share already is driven no further, while what is no tag gets none.
+        patch_text_weight (`float`, defaults to 1.0):
+            weight of the cross-entropy between the patches' softmax over texts and `patch_targets`, where there are
+            any.
         contrastive_loss (`str`, defaults to `"info_nce"`):
             `"info_nce"`: one positive text an image (the paper's), all others are negatives; for captions that differ.
             `"multi_positive"`: equal texts of the global batch count as one, and all texts equal to one of an image's
@@ -390,6 +393,7 @@ class PGSegConfig(PreTrainedConfig):
     assignment_weight: float | int = 0.0
     contrastive_pooling: str = "mean"
     mixture_looks: float | int = 1.0
+    patch_text_weight: float | int = 1.0
     contrastive_loss: str = "info_nce"
     label_balance: float | int = 1.0
     logit_bias_init_value: float = 0.0
@@ -424,6 +428,7 @@ class PGSegConfig(PreTrainedConfig):
             "text_prototype_weight",
             "multi_label_weight",
             "assignment_weight",
+            "patch_text_weight",
         ):
             value: Any = getattr(self, name)
             _require(

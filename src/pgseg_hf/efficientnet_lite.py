@@ -213,6 +213,29 @@ class EfficientNetLiteBackbone(BackboneMixin, PreTrainedModel):
         )
 
 
+class EfficientNetLiteHead(nn.Module):
+    """The ImageNet classifier on the last stage, for each cell of its grid.
+
+    Args:
+        tensors: of [`convert_efficientnet_lite`].
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor]):
+        super().__init__()
+        width, channels = tensors["convolution.weight"].shape[:2]
+        self.num_classes = len(tensors["classifier.bias"])
+        self.convolution = nn.Conv2d(channels, width, 1, bias=False)
+        self.normalization = nn.BatchNorm2d(width, eps=1e-3)
+        self.classifier = nn.Linear(width, self.num_classes)
+        self.load_state_dict(dict(tensors))
+        self.eval().requires_grad_(False)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """[B, C, h, w] to logits [B, h, w, classes]; the classifier of an image takes their mean over its cells."""
+        hidden = nn.functional.relu6(self.normalization(self.convolution(features)))
+        return self.classifier(hidden.permute(0, 2, 3, 1))
+
+
 AutoConfig.register("efficientnet_lite", EfficientNetLiteConfig, exist_ok=True)
 AutoBackbone.register(EfficientNetLiteConfig, EfficientNetLiteBackbone, exist_ok=True)
 
@@ -326,6 +349,7 @@ def _renamed(name: str, places: list[tuple[int, int]]) -> str:
 __all__ = [
     "EfficientNetLiteBackbone",
     "EfficientNetLiteConfig",
+    "EfficientNetLiteHead",
     "convert_efficientnet_lite",
     "is_efficientnet_lite",
 ]

@@ -102,6 +102,7 @@ class PGSegOutput(ModelOutput):
         image_prototype_losses: the stages' parts of it, a scalar for each grouping stage.
         text_prototype_loss: T-NPR, before its weight.
         assignment_loss: sum over grouping stages, before its weight; where the weight is not 0.
+        patch_text_loss: of `patch_targets`, before its weight.
         num_negatives: texts of all processes that an image is told apart from in the contrastive loss, on average.
         logits_per_image: [B, N], scaled similarity of images and texts.
         logits_per_text: [N, B].
@@ -123,6 +124,7 @@ class PGSegOutput(ModelOutput):
     image_prototype_losses: tuple[Tensor, ...] | None = None
     text_prototype_loss: Tensor | None = None
     assignment_loss: Tensor | None = None
+    patch_text_loss: Tensor | None = None
     num_negatives: Tensor | None = None
     logits_per_image: Tensor | None = None
     logits_per_text: Tensor | None = None
@@ -646,6 +648,7 @@ class PGSegModel(PGSegPreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         backbone_features: Tensor | None = None,
+        patch_targets: Tensor | None = None,
         **kwargs: Any,
     ) -> PGSegOutput:
         """Compares images with texts and, with `return_loss`, computes the losses of the method.
@@ -662,6 +665,8 @@ class PGSegModel(PGSegPreTrainedModel):
             output_attentions: return each stage's soft assignment (in `vision_model_output`).
             output_hidden_states: return the towers' hidden states.
             backbone_features: instead of `pixel_values`, see [`PGSegVisionModel`].
+            patch_targets: [B, h, w, N], what share of each cell of an image's grid shows each text, 0 where nothing is
+                known: another loss on the patches, where `contrastive_pooling` is `"patches"`.
 
         Raises:
             ValueError: pixels or texts of wrong shape, NaN pixels, or losses asked for without one text an image.
@@ -686,7 +691,12 @@ class PGSegModel(PGSegPreTrainedModel):
         all_ids, all_mask, owners = input_ids, attention_mask, None
         if return_loss:
             all_ids, all_mask, owners = self.gather_texts(
-                input_ids, attention_mask, label_input_ids, label_attention_mask, text_targets
+                input_ids,
+                attention_mask,
+                label_input_ids,
+                label_attention_mask,
+                text_targets,
+                patch_targets,
             )
         # Captions and labels pass the text tower together, so that BatchNorm sees them together.
         text, text_features = self._encode_texts(
@@ -719,6 +729,7 @@ class PGSegModel(PGSegPreTrainedModel):
             output.image_prototype_losses = losses.image_prototype_by_stage
             output.text_prototype_loss = losses.text_prototype
             output.assignment_loss = losses.assignment
+            output.patch_text_loss = losses.patch_text
             output.num_negatives = losses.negatives
         return output
 
@@ -729,10 +740,11 @@ class PGSegModel(PGSegPreTrainedModel):
         label_input_ids: Tensor | None = None,
         label_attention_mask: Tensor | None = None,
         text_targets: Tensor | None = None,
+        patch_targets: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None, TextOwners]:
         """The captions and then the label texts of a batch, [N, T], their attention mask, and whom they belong to;
         arguments as in `forward`."""
-        owners = TextOwners(len(input_ids), text_targets=text_targets)
+        owners = TextOwners(len(input_ids), text_targets=text_targets, patch_targets=patch_targets)
         if label_input_ids is None:
             return input_ids, attention_mask, owners
         if label_input_ids.ndim != 3 or label_input_ids.shape[-1] != input_ids.shape[-1]:

@@ -87,11 +87,13 @@ class TextOwners:
     num_captions: the first so many texts are captions, the rest the images' label texts, image by image.
     label_mask: bool [B, M], which labels each image has.
     text_targets: bool [B, num_captions], where captions are shared; None: caption i belongs to image i.
+    patch_targets: [B, h, w, num_captions], how much of a cell of each image shows each caption, where that is known.
     """
 
     num_captions: int
     label_mask: Tensor | None = None
     text_targets: Tensor | None = None
+    patch_targets: Tensor | None = None
 
     def caption_owners(self, device: torch.device) -> Tensor:
         """bool [B, num_captions]."""
@@ -122,6 +124,7 @@ class Losses:
     image_prototype_by_stage: tuple[Tensor, ...] | None = None
     text_prototype: Tensor | None = None
     assignment: Tensor | None = None
+    patch_text: Tensor | None = None
     negatives: Tensor | None = None
     """How many texts an image is told apart from in the contrastive loss, on average; not part of the total."""
 
@@ -221,6 +224,9 @@ class Objective:
         if self.owners.label_mask is not None:
             losses.multi_label = self._labels_loss(texts[count:])
             losses.total = losses.total + config.multi_label_weight * losses.multi_label
+        if self.owners.patch_targets is not None:
+            losses.patch_text = self._patch_texts_loss(texts[:count], self.owners.patch_targets)
+            losses.total = losses.total + config.patch_text_weight * losses.patch_text
         if self.images.stages:
             self._add_prototype_losses(losses)
             losses.text_prototype = self._text_prototype_loss()
@@ -287,6 +293,21 @@ class Objective:
         logits_per_text = self._logits(images, shared.embeds[shared.own]).T
         loss = multi_positive_loss(logits_BU, logits_per_text, shared.image_targets, shared.text_targets)
         return loss, shared.image_targets
+
+    def _patch_texts_loss(self, texts_ND: Tensor, targets_BhwN: Tensor) -> Tensor:
+        """Cross-entropy of the patches' softmax over this process's texts, by how much of their cell a text has."""
+        patches_BLD = self.joint.patches
+        if patches_BLD is None:
+            raise ValueError(
+                f"patch_targets are given and contrastive_pooling is {self.config.contrastive_pooling!r}, expected "
+                "'patches'."
+            )
+        height = round(math.sqrt(patches_BLD.shape[1] * targets_BhwN.shape[1] / targets_BhwN.shape[2]))
+        size = (height, patches_BLD.shape[1] // height)
+        targets_BNhw = targets_BhwN.to(self.scale.dtype).permute(0, 3, 1, 2)
+        targets_BLN = nn.functional.interpolate(targets_BNhw, size=size).flatten(2).mT
+        log_shares_BLN = (self.scale * (patches_BLD @ texts_ND.T)).log_softmax(dim=2)
+        return -(targets_BLN * log_shares_BLN).sum() / targets_BLN.sum().clamp(min=1)
 
     def _guarded(self, loss: Tensor) -> Tensor:
         return torch.where(loss.isfinite(), loss, 0.0) if self.config.guard_prototype_losses else loss

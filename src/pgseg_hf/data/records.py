@@ -19,6 +19,7 @@ class Record:
         name: what messages call the record.
         views: features of a backbone [C, h, w] for several views of the image, which then is not read.
         view_tags: the tags that each view shows, or None for the record's.
+        view_names: for each view how much of each cell of a grid has a name, {name: [h, w]}, where something knows.
     """
 
     image: ImageSource
@@ -28,6 +29,7 @@ class Record:
     name: str = ""
     views: list[np.ndarray] | None = None
     view_tags: list[list[str] | None] | None = None
+    view_names: list[dict[str, np.ndarray]] | None = None
 
 
 class UnusableRecord(ValueError):

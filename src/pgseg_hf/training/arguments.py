@@ -125,6 +125,13 @@ class DataArguments:
             "help": "Folder in which the features of a frozen backbone are kept; training then reads them."
         },
     )
+    cell_names: str | None = field(
+        default=None,
+        metadata={
+            "help": "classifier.safetensors of prepare_everyday.py: what the frozen backbone's own classifier calls "
+            "the cells of an image teaches its patches too. Needs cache_features."
+        },
+    )
     cache_views: int = field(default=2, metadata={"help": "Random crops of each image in the cache."})
     image_size: int | None = field(
         default=None, metadata={"help": "Side of the crops in pixels; the model's own."}

@@ -29,6 +29,7 @@ from ..tokenization import default_tokenizer
 from .arguments import DataArguments, ModelArguments, RunArguments
 from .collator import PGSegCollator
 from .feature_cache import CacheOptions, cache_features
+from .patch_names import CellNamer
 from .preparation import Preparation
 from .streams import StreamOptions, TrainingStream
 from .texts import TextOptions
@@ -205,7 +206,8 @@ def build_stream(
     weights = [spec.weight for spec in specs]
     prepare = Preparation(augmentation, texts, mask_labels)
     if data.cache_features:
-        cache = CacheOptions(data.cache_features, data.cache_views)
+        namer = CellNamer.read(data.cell_names) if data.cell_names else None
+        cache = CacheOptions(data.cache_features, data.cache_views, namer=namer)
         sources = list(cache_features(sources, prepare, model, cache))
     return TrainingStream(sources, weights, prepare, collator, options, rank, world_size)
 

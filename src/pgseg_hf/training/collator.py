@@ -93,7 +93,8 @@ class PGSegCollator:
 
             Paired: `input_ids` and `attention_mask` [B, T], and where there are labels `label_input_ids` and
             `label_attention_mask` [B, M, T], absent labels with a mask of zeros. Shared: `input_ids` and
-            `attention_mask` [N, T], `text_targets` bool [B, N].
+            `attention_mask` [N, T], `text_targets` bool [B, N], and `patch_targets` [B, h, w, N] where examples have
+            `patch_texts`.
 
         Raises:
             ValueError: no examples, or in the shared layout a text that is not among the given ones.
@@ -105,7 +106,10 @@ class PGSegCollator:
         labels = [list(row.get("labels") or []) for row in rows]
         name = "pixel_values" if rows[0].get("backbone_features") is None else "backbone_features"
         images = torch.stack([torch.as_tensor(np.asarray(row[name])) for row in rows])
-        texts = self._paired(captions, labels) if self.layout == "paired" else self._shared(captions, labels)
+        if self.layout == "paired":
+            texts = self._paired(captions, labels)
+        else:
+            texts = self._shared(captions, labels, [row.get("patch_texts") or {} for row in rows])
         return {name: images, **texts, "return_loss": True}
 
     def _paired(self, captions: list[str], labels: list[list[str]]) -> dict[str, Tensor]:
@@ -123,13 +127,13 @@ class PGSegCollator:
                 texts[f"label_{name}"] = padded
         return texts
 
-    def _shared(self, captions: list[str], labels: list[list[str]]) -> dict[str, Tensor]:
+    def _shared(
+        self, captions: list[str], labels: list[list[str]], patches: list[dict[str, np.ndarray]]
+    ) -> dict[str, Tensor]:
         of_images = [of_image or [caption] for caption, of_image in zip(captions, labels)]
-        more: list[str] = []
-        if self.synonyms or self.negatives:
-            of_images, more = self._in_other_words(of_images)
-        wanted = [text for of_image in of_images for text in of_image]
-        texts = list(dict.fromkeys([*(self.texts or []), *wanted, *more]))
+        wanted = [text for of_image in [*of_images, *patches] for text in of_image]
+        called, more = self._in_other_words(wanted)
+        texts = list(dict.fromkeys([*(self.texts or []), *called.values(), *more]))
         encoded = self._encode(texts)
         # Texts that the tokenizer does not tell apart are one.
         columns: dict[tuple[int, ...], int] = {}
@@ -144,20 +148,24 @@ class PGSegCollator:
             column_of[text] = columns[tuple(tokens)]
         targets = torch.zeros(len(captions), len(first), dtype=torch.bool)
         for row, of_image in enumerate(of_images):
-            targets[row, [column_of[text] for text in of_image]] = True
-        return {**{name: values[first] for name, values in encoded.items()}, "text_targets": targets}
+            targets[row, [column_of[called[text]] for text in of_image]] = True
+        batch = {**{name: values[first] for name, values in encoded.items()}, "text_targets": targets}
+        if grids := [grid for of_image in patches for grid in of_image.values()]:
+            batch["patch_targets"] = torch.zeros(len(captions), *grids[0].shape, len(first))
+            for row, shown in enumerate(patches):
+                for text, grid in shown.items():
+                    batch["patch_targets"][row, ..., column_of[called[text]]] += torch.as_tensor(grid)
+        return batch
 
-    def _in_other_words(self, of_images: list[list[str]]) -> tuple[list[list[str]], list[str]]:
-        """The same texts, half of those that have synonyms replaced by one of them, and further texts."""
-        content = "\n".join(text for of_image in of_images for text in of_image)
-        rng = np.random.default_rng(zlib.crc32(content.encode()))
-        chosen: dict[str, str] = {}
-        for text in dict.fromkeys(text for of_image in of_images for text in of_image):
+    def _in_other_words(self, texts: list[str]) -> tuple[dict[str, str], list[str]]:
+        """What each text is called in this batch, half of those with synonyms by one of them; and further texts."""
+        rng = np.random.default_rng(zlib.crc32("\n".join(texts).encode()))
+        called: dict[str, str] = {}
+        for text in dict.fromkeys(texts):
             others = self.synonyms.get(text)
-            chosen[text] = others[int(rng.integers(len(others)))] if others and rng.random() < 0.5 else text
-        others = [text for text in self.negatives if text not in chosen]
-        more = [others[place] for place in rng.permutation(len(others))[:NEGATIVES]]
-        return [[chosen[text] for text in of_image] for of_image in of_images], more
+            called[text] = others[int(rng.integers(len(others)))] if others and rng.random() < 0.5 else text
+        others = [text for text in self.negatives if text not in called]
+        return called, [others[place] for place in rng.permutation(len(others))[:NEGATIVES]]
 
     def _encode(self, texts: list[str]) -> dict[str, Tensor]:
         """Token ids and attention mask [N, T], equal texts tokenised once."""

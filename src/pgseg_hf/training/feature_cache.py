@@ -22,6 +22,7 @@ from ..data.sources import MapSource, Source
 from ..files import write_json
 from ..modeling_pgseg import PGSegModel
 from .mixing import Draw, seeded
+from .patch_names import LEAST_SHARE, CellNamer
 from .preparation import Preparation
 
 logger = logging.get_logger(__name__)
@@ -41,11 +42,13 @@ class CacheOptions:
         folder: of the cache; made if it does not exist.
         views: random crops of each image.
         seed: of the crops; not that of a run, so that runs of several seeds share a cache.
+        namer: names the cells of the backbone's last stage; their names are kept too.
     """
 
     folder: str
     views: int = 2
     seed: int = 0
+    namer: CellNamer | None = None
 
 
 class CachedSource:
@@ -53,12 +56,15 @@ class CachedSource:
 
     Args:
         source: the table.
-        folder: with `features.npy` [records, views, C, h, w], `tags.npy` and `states.npy`.
+        folder: with `features.npy` [records, views, C, h, w], `tags.npy`, `states.npy`, and with names `cell_names.npy`
+            and `cell_shares.npy` [records, views, h, w, names].
+        names: what the numbers in `cell_names.npy` mean.
     """
 
-    def __init__(self, source: MapSource, folder: Path):
+    def __init__(self, source: MapSource, folder: Path, names: Sequence[str] = ()):
         self.source, self.folder, self.name = source, folder, source.name
-        self._arrays: tuple[np.ndarray, ...] | None = None
+        self.names = list(names)
+        self._arrays: dict[str, np.ndarray] | None = None
 
     def __len__(self) -> int:
         return len(self.source)
@@ -69,15 +75,27 @@ class CachedSource:
 
     def __getitem__(self, index: int) -> Record:
         if self._arrays is None:
-            names = ("features", "tags", "states")
-            self._arrays = tuple(np.load(self.folder / f"{name}.npy", mmap_mode="r") for name in names)
-        features, tags, states = self._arrays
+            self._arrays = _map(self.folder, bool(self.names), "r")
+        features, tags, states = (self._arrays[name] for name in ("features", "tags", "states"))
         views = np.flatnonzero(states[index] == DONE)
         if not len(views):
             raise UnusableRecord("not cached", f"record {index} of {self.name} has no usable view.")
         record = self.source[index]
         own = [json.loads(bytes(tags[index, view])) if tags[index, view] else None for view in views]
-        return replace(record, image=b"", views=[features[index, view] for view in views], view_tags=own)
+        named = [self._names_of(index, int(view)) for view in views] if self.names else None
+        found = [features[index, view] for view in views]
+        return replace(record, image=b"", views=found, view_tags=own, view_names=named)
+
+    def _names_of(self, index: int, view: int) -> dict[str, np.ndarray]:
+        """How much of each cell has a name, of cells that have one that is likely enough."""
+        arrays: Any = self._arrays
+        names, shares = (
+            arrays["cell_names"][index, view],
+            arrays["cell_shares"][index, view].astype(np.float32),
+        )
+        shares = np.where(shares.max(-1, keepdims=True) > LEAST_SHARE, shares, 0)
+        likely = np.unique(names[shares > LEAST_SHARE])
+        return {self.names[name]: np.where(names == name, shares, 0).sum(-1) for name in likely}
 
 
 def cache_features(
@@ -103,10 +121,14 @@ def cache_features(
         raise ValueError("cache_features needs tables, and one of the sources is streamed.")
     side = prepare.augmentation.options.image_size
     embeddings: Any = model.vision_model.embeddings
+    namer = options.namer
+    backbone = embeddings.patch_embeddings
     with torch.no_grad():
-        shape = tuple(embeddings.features(torch.zeros(1, 3, side, side, device=model.device)).shape[1:])
+        blank = torch.zeros(1, 3, side, side, device=model.device)
+        shape = tuple(backbone.on_one_grid(maps := backbone.maps(blank)).shape[1:])
+        grid = tuple(maps[-1].shape[-2:])
     sizes = [(len(table), options.views, *shape) for table in tables]
-    weights = _fingerprint(embeddings.patch_embeddings.backbone)
+    weights = _fingerprint(backbone.backbone)
     cached = []
     for number, (table, size) in enumerate(zip(tables, sizes)):
         folder = Path(options.folder) / f"{number:02d}-{_safe(table.name)}"
@@ -117,16 +139,22 @@ def cache_features(
             "seed": options.seed,
             "backbone": weights,
             "shape": list(size),
+            "namer": namer and _fingerprint(namer.head, *namer.classes),
         }
-        _open(folder, made_with)
+        _open(folder, made_with, None if namer is None else (*size[:2], *grid, namer.kept))
         _wait()
-        _fill(table, number, folder, prepare, model, options.seed)
+        _fill(table, number, folder, prepare, model, options)
         _wait()
-        cached.append(CachedSource(table, folder))
+        cached.append(CachedSource(table, folder, namer.names if namer else ()))
     return cached
 
 
-def _open(folder: Path, made_with: dict[str, Any]) -> None:
+def _map(folder: Path, named: bool, mode: Any) -> dict[str, np.ndarray]:
+    names = ["features", "tags", "states", *(("cell_names", "cell_shares") if named else ())]
+    return {name: np.load(folder / f"{name}.npy", mmap_mode=mode) for name in names}
+
+
+def _open(folder: Path, made_with: dict[str, Any], cells: tuple[int, ...] | None) -> None:
     """Makes the files of a cache, or checks that they hold what is wanted."""
     record = folder / "made_with.json"
     if record.is_file():
@@ -152,29 +180,37 @@ def _open(folder: Path, made_with: dict[str, Any]) -> None:
             f"{folder} would take {size / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free; give another folder "
             "or fewer views."
         )
-    for name, dtype, dims in (
-        ("features", np.float16, shape),
-        ("tags", f"S{_TAG_BYTES}", shape[:2]),
-        ("states", np.uint8, shape[:2]),
-    ):
+    arrays: dict[str, tuple[Any, tuple[int, ...]]] = {
+        "features": (np.float16, shape),
+        "tags": (f"S{_TAG_BYTES}", shape[:2]),
+        "states": (np.uint8, shape[:2]),
+    }
+    if cells is not None:
+        arrays |= {"cell_names": (np.uint16, cells), "cell_shares": (np.float16, cells)}
+    for name, (dtype, dims) in arrays.items():
         np.lib.format.open_memmap(folder / f"{name}.npy", mode="w+", dtype=dtype, shape=dims).flush()
     write_json(made_with, record)
 
 
 def _fill(
-    table: MapSource, number: int, folder: Path, prepare: Preparation, model: PGSegModel, seed: int
+    table: MapSource,
+    number: int,
+    folder: Path,
+    prepare: Preparation,
+    model: PGSegModel,
+    options: CacheOptions,
 ) -> None:
     """Computes the views of this process that are missing."""
-    features, tags, states = (
-        np.load(folder / f"{name}.npy", mmap_mode="r+") for name in ("features", "tags", "states")
-    )
+    namer = options.namer
+    arrays = _map(folder, namer is not None, "r+")
+    tags, states = arrays["tags"], arrays["states"]
     world = dist.get_world_size() if dist.is_initialized() else 1
     rows, views = np.nonzero(states == MISSING)
     own = rows % world == _rank()
     missing = list(zip(rows[own].tolist(), views[own].tolist()))
     if not missing:
         return
-    embeddings: Any = model.vision_model.embeddings
+    backbone: Any = model.vision_model.embeddings.patch_embeddings
     start = time.monotonic()
     waiting: list[tuple[int, int, np.ndarray]] = []
     unusable = 0
@@ -182,15 +218,20 @@ def _fill(
     def write() -> None:
         pixels = torch.from_numpy(np.stack([pixels for *_, pixels in waiting])).to(model.device)
         with torch.inference_mode():
-            found = embeddings.features(pixels).half().cpu().numpy()
-        for (row, view, _), of_view in zip(waiting, found):
-            features[row, view] = of_view
+            maps = backbone.maps(pixels)
+            found = {"features": backbone.on_one_grid(maps)}
+            if namer is not None:
+                found["cell_names"], found["cell_shares"] = namer.likeliest(maps[-1])
+        values = {name: value.cpu().numpy() for name, value in found.items()}
+        for place, (row, view, _) in enumerate(waiting):
+            for name, value in values.items():
+                arrays[name][row, view] = value[place]
             states[row, view] = DONE
         waiting.clear()
 
     for row, view in tqdm(missing, desc=f"features of {table.name}", disable=_rank() != 0):
         try:
-            pixels, own_tags = prepare.view(table[row], seeded(Draw.VIEW, seed, number, row, view))
+            pixels, own_tags = prepare.view(table[row], seeded(Draw.VIEW, options.seed, number, row, view))
         except UnusableRecord as error:
             logger.info(f"left out: {error}")
             states[row, view] = UNUSABLE
@@ -206,8 +247,8 @@ def _fill(
             write()
     if waiting:
         write()
-    for array in (features, tags, states):
-        array.flush()
+    for array in arrays.values():
+        array.flush()  # type: ignore[attr-defined]
     logger.warning(
         f"{len(missing) - unusable:,} views of {table.name} in {(time.monotonic() - start) / 60:.1f} minutes, "
         f"{unusable} unusable; they are in {folder}."
@@ -223,9 +264,9 @@ def _wait() -> None:
         dist.barrier()
 
 
-def _fingerprint(backbone: torch.nn.Module) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(backbone.state_dict().items()):
+def _fingerprint(module: torch.nn.Module, *texts: str) -> str:
+    digest = hashlib.sha256("\n".join(texts).encode())
+    for name, tensor in sorted(module.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.detach().float().cpu().numpy().tobytes())
     return digest.hexdigest()

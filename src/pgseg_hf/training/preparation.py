@@ -10,6 +10,7 @@ from PIL import Image
 from ..data.augmentation import Augmentation, AugmentationOptions, Crop
 from ..data.records import Record, UnusableRecord
 from ..images import ImageSource, load_image, load_label_map
+from ..prompts import build_prompts
 from .texts import TextOptions, choose_texts, load_noun_model
 
 IGNORED = 255
@@ -25,12 +26,14 @@ class Example:
         caption: the picture's text.
         labels: prompts of its tags and nouns; may be none.
         backbone_features: [C, h, w] of a backbone, instead of pixels.
+        patch_texts: for some texts how much of each cell of a grid shows them, {text: [h, w]}.
     """
 
     pixel_values: np.ndarray | None
     caption: str
     labels: list[str]
     backbone_features: np.ndarray | None = None
+    patch_texts: dict[str, np.ndarray] | None = None
 
 
 class Preparation:
@@ -76,7 +79,10 @@ class Preparation:
             view = int(rng.integers(len(record.views)))
             tags = record.view_tags[view] if record.view_tags else None
             texts = choose_texts(record if tags is None else replace(record, tags=tags), self.texts, rng)
-            return Example(None, texts.caption, texts.labels, np.array(record.views[view]))
+            features, names = np.array(record.views[view]), record.view_names and record.view_names[view]
+            prompts = [prompt for (prompt,) in build_prompts(list(names))] if names else []
+            patch_texts = dict(zip(prompts, names.values())) if names else None
+            return Example(None, texts.caption, texts.labels, features, patch_texts)
         pixels, tags = self.view(record, rng)
         texts = choose_texts(record if tags is None else replace(record, tags=tags), self.texts, rng)
         return Example(pixels, texts.caption, texts.labels)

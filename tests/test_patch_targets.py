@@ -1,0 +1,176 @@
+"""Names that are known for cells of an image: the loss by hand, and the way from a backbone's classifier to a batch."""
+
+import numpy as np
+import pytest
+import torch
+from data_files import numbered_folder
+from tiny_backbones import BACKBONES, tiny_backbone_model
+from tiny_models import tiny_images, tiny_model, tiny_texts, without_noise
+from torch.nn.functional import normalize
+
+from pgseg_hf import default_tokenizer
+from pgseg_hf.data.augmentation import AugmentationOptions
+from pgseg_hf.data.sources import SourceSpec, open_source
+from pgseg_hf.training.collator import PGSegCollator
+from pgseg_hf.training.feature_cache import CacheOptions, cache_features
+from pgseg_hf.training.gradient_cache import GradientCache
+from pgseg_hf.training.patch_names import LEAST_SHARE, CellNamer
+from pgseg_hf.training.preparation import Example, Preparation
+
+PATCHES = {"contrastive_pooling": "patches", "contrastive_loss": "sigmoid"}
+CLASSES = ["dog", "cat", "dog", "tree", "dog"]
+
+
+def batch(model, targets):
+    ids = tiny_texts(4)
+    own = torch.eye(4)[[0, 1, 1]].bool()
+    return {
+        "input_ids": ids,
+        "pixel_values": tiny_images(3, 20, 16).to(model.dtype),
+        "text_targets": own,
+        "patch_targets": targets,
+        "return_loss": True,
+    }
+
+
+@pytest.mark.parametrize("grid", [(5, 4), (1, 1), (10, 8)])
+@torch.no_grad()
+def test_the_loss_is_the_cross_entropy_of_the_named_cells(grid):
+    model = without_noise(tiny_model(**PATCHES, patch_text_weight=0.7)).double().eval()
+    targets = torch.rand(3, *grid, 4, generator=torch.Generator().manual_seed(0)).double()
+    targets[1] = 0
+    output = model(**batch(model, targets))
+    patches = normalize(output.vision_model_output.patch_embeds, dim=-1).view(3, 5, 4, -1)
+    texts = normalize(model.get_text_features(tiny_texts(4)).pooler_output, dim=-1)
+    log_shares = (model.logit_scale.exp() * patches @ texts.T).log_softmax(-1)
+    expected = total = 0.0
+    for image in range(3):
+        for row in range(5):
+            for column in range(4):
+                cell = targets[image, row * grid[0] // 5, column * grid[1] // 4]
+                expected, total = (
+                    expected - float(cell @ log_shares[image, row, column]),
+                    total + float(cell.sum()),
+                )
+    assert float(output.patch_text_loss) == pytest.approx(expected / total)
+    without = model(**{**batch(model, targets), "patch_targets": None})
+    assert without.patch_text_loss is None
+    assert float(output.loss - without.loss) == pytest.approx(0.7 * expected / total)
+
+
+@torch.no_grad()
+def test_cells_without_a_name_cost_nothing():
+    model = without_noise(tiny_model(**PATCHES)).eval()
+    output = model(**batch(model, torch.zeros(3, 2, 2, 4)))
+    assert float(output.patch_text_loss) == 0
+
+
+def test_a_model_that_names_no_patches_says_so():
+    model = tiny_model(contrastive_loss="sigmoid")
+    with pytest.raises(ValueError, match="patch_targets"):
+        model(**batch(model, torch.zeros(3, 2, 2, 4)))
+
+
+def test_a_cached_gradient_is_the_gradient():
+    targets = torch.rand(3, 5, 4, 4, generator=torch.Generator().manual_seed(1)).double()
+    model = without_noise(tiny_model(npr_variant="none", **PATCHES)).double().eval()
+    inputs = batch(model, targets)
+    model(**inputs).loss.backward()
+    expected = {
+        name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None
+    }
+    model.zero_grad()
+    parts = GradientCache(model, 2).backward(inputs)
+    assert float(parts["patch_text"]) > 0
+    for name, weight in model.named_parameters():
+        if name in expected:
+            torch.testing.assert_close(weight.grad, expected[name], rtol=1e-6, atol=1e-9)
+
+
+# From the classifier to the batch
+
+
+def tiny_namer(channels, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    sizes = {
+        "convolution.weight": (6, channels, 1, 1),
+        "normalization.weight": (6,),
+        "normalization.bias": (6,),
+        "normalization.running_mean": (6,),
+        "classifier.weight": (len(CLASSES), 6),
+        "classifier.bias": (len(CLASSES),),
+    }
+    head = {name: torch.randn(size, generator=generator).half().float() for name, size in sizes.items()}
+    head |= {
+        "normalization.running_var": torch.ones(6),
+        "normalization.num_batches_tracked": torch.tensor(1),
+    }
+    return CellNamer(head, CLASSES)
+
+
+def test_shares_are_summed_by_name_and_a_file_brings_them_back(tmp_path):
+    namer = tiny_namer(3)
+    features = torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(0))
+    chances = namer.logits(features).softmax(-1)
+    shares = namer.shares(namer.logits(features))
+    assert namer.names == ["dog", "cat", "tree"]
+    torch.testing.assert_close(shares[..., 0], chances[..., [0, 2, 4]].sum(-1))
+    torch.testing.assert_close(shares[..., 1:], chances[..., [1, 3]])
+    namer.save(tmp_path / "classifier.safetensors")
+    again = CellNamer.read(tmp_path / "classifier.safetensors")
+    assert again.names == namer.names
+    torch.testing.assert_close(again.shares(again.logits(features)), shares)
+
+
+@pytest.mark.parametrize("content", [b"", b"no safetensors at all", None])
+def test_files_of_something_else_are_named(tmp_path, content):
+    path = tmp_path / "other"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match=str(path)):
+        CellNamer.read(path)
+
+
+def test_cells_of_a_view_are_named_in_the_cache(tmp_path):
+    source = open_source(SourceSpec(path=numbered_folder(tmp_path / "data", 3)))
+    prepare = Preparation(AugmentationOptions(image_size=32))
+    model = tiny_backbone_model().eval()
+    backbone = model.vision_model.embeddings.patch_embeddings
+    namer = tiny_namer(backbone.channels[-1])
+    options = CacheOptions(str(tmp_path / "cache"), views=2, namer=namer)
+    (cached,) = cache_features([source], prepare, model, options)
+    maps = backbone.backbone(torch.zeros(1, 3, 32, 32)).feature_maps
+    assert BACKBONES["efficientnet_lite"][1] == 8 and maps[-1].shape[-2:] == (2, 2)
+    again = cache_features([source], prepare, model, options)[0]
+    for index in range(3):
+        for names, same in zip(cached[index].view_names, again[index].view_names):
+            assert set(names) <= set(namer.names) and names.keys() == same.keys()
+            for grid in names.values():
+                assert grid.shape == (2, 2) and grid.max() > LEAST_SHARE and grid.max() <= 1
+    example = prepare(cached[0], np.random.default_rng(0))
+    assert set(example.patch_texts) <= {f"a photo of a {name}." for name in namer.names}
+    options.namer = tiny_namer(backbone.channels[-1], seed=1)
+    with pytest.raises(ValueError, match="namer"):
+        cache_features([source], prepare, model, options)
+
+
+def test_a_batch_has_the_texts_of_its_cells_by_their_words_in_this_batch():
+    collate = PGSegCollator(
+        default_tokenizer(16), 16, layout="shared", padding="longest", synonyms={"a dog": ["a hound"]}
+    )
+    shown = np.array([[0.5, 0], [0, 0.25]], np.float32)
+    found = set()
+    for number in range(8):
+        examples = [
+            Example(np.zeros((3, 4, 4), np.float32), "", [f"{number} trees"], patch_texts={"a dog": shown}),
+            Example(np.zeros((3, 4, 4), np.float32), "", ["a cat"]),
+        ]
+        made = collate(examples)
+        targets = made["patch_targets"]
+        assert targets.shape == (2, 2, 2, len(made["input_ids"])) and not targets[1].any()
+        column = int(targets[0, 0, 0].argmax())
+        np.testing.assert_array_equal(targets[0, ..., column], shown)
+        assert targets.sum() == shown.sum() and not made["text_targets"][:, column].any()
+        found.add(collate.tokenizer.decode(made["input_ids"][column], skip_special_tokens=True))
+    assert found == {"a dog", "a hound"}
+    assert "patch_targets" not in collate([Example(np.zeros((3, 4, 4), np.float32), "", ["a cat"])] * 2)
