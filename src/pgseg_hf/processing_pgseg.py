@@ -35,6 +35,8 @@ class PGSegProcessor(ProcessorMixin):
         window_size: side in pixels of the sliding window on a resized image, by default the released
             evaluation's; None for the whole image at once.
         window_stride: pixels from one window to the next.
+        window_features: cut windows from the features that a backbone has of the whole image, not from its pixels; for
+            models that were trained so. Size and stride are then multiples of the model's `patch_size`.
         top_k: number of labels that one window may show, by default the released evaluation's.
         patch_weight: share w of the patches' own scores in a pixel's, which are (1 - w) times those of its group
             plus w times those of the patches around it; 0, the released recipe, for the groups alone. Only for models
@@ -58,6 +60,7 @@ class PGSegProcessor(ProcessorMixin):
         top_k: int = TOP_K,
         patch_weight: float = 0.0,
         vocabulary: Sequence[str] | None = None,
+        window_features: bool = False,
     ) -> None:
         super().__init__(image_processor, tokenizer)
         _check_patch_weight(patch_weight)
@@ -69,6 +72,7 @@ class PGSegProcessor(ProcessorMixin):
         self.templates = validate_templates(templates)
         self.window_size = window_size
         self.window_stride = window_stride
+        self.window_features = window_features
 
     def __call__(
         self,

@@ -351,41 +351,66 @@ class Segmenter:
         sized = {"size": size} if size else {}
         return self.processor.image_processor(image, return_tensors="pt", **sized)["pixel_values"]
 
-    def _windows(
-        self, pixel_values: Tensor, options: SegmentationOptions
-    ) -> Iterator[tuple[int, int, Tensor]]:
-        """Top, left and pixels [1, 3, h, w] of each window."""
+    def _window_sizes(self, options: SegmentationOptions) -> tuple[int | None, int]:
+        """Side and stride of the windows in pixels; no side for the whole image at once.
+
+        Raises:
+            ValueError: windows of features that are no whole patches.
+        """
         size = self.processor.window_size if options.window_size == "auto" else options.window_size
         stride = self.processor.window_stride if options.window_stride == "auto" else options.window_stride
-        height, width = pixel_values.shape[-2:]
+        patch = self.model.config.vision_config.patch_size
+        if self.processor.window_features and size is not None and (size % patch or stride % patch):
+            raise ValueError(
+                f"window_size is {size} and window_stride {stride}; the windows of this model are cut from features, "
+                f"expected multiples of {patch}."
+            )
+        return size, stride
+
+    def _windows(self, pixel_values: Tensor, options: SegmentationOptions) -> tuple[int, Tensor, list[Any]]:
+        """What the windows are cut from: pixels [1, 3, H, W] or, for the windows of features, what the backbone makes
+        of them [1, C, H, W]; how many pixels a step on its grid is; and the windows' places on it, (rows, columns)."""
+        size, stride = self._window_sizes(options)
+        pixel_values, step = pixel_values.to(self.model.device), 1
+        if size is not None and self.processor.window_features:
+            embeddings: Any = self.model.vision_model.embeddings
+            pixel_values, step = embeddings.features(pixel_values), self.model.config.vision_config.patch_size
         if size is None:
-            yield 0, 0, pixel_values
-            return
-        for top in window_starts(height, size, stride):
-            for left in window_starts(width, size, stride):
-                yield top, left, pixel_values[:, :, top : top + size, left : left + size]
+            return step, pixel_values, [(slice(0, None), slice(0, None))]
+        rows, columns = (
+            [
+                slice(start, start + size // step)
+                for start in window_starts(length, size // step, stride // step)
+            ]
+            for length in pixel_values.shape[-2:]
+        )
+        return step, pixel_values, [(row, column) for row in rows for column in columns]
 
     @torch.inference_mode()
     def _encode_batch(self, images: list[Image.Image], options: SegmentationOptions) -> list[EncodedImage]:
         """Cuts images into windows and encodes those of one shape together."""
         encoded: list[EncodedImage] = []
         by_shape: dict[tuple[int, ...], list[tuple[EncodedImage, int, int, Tensor]]] = {}
+        step = 1
         for image in images:
-            pixel_values = self._pixel_values(image, options)
-            height, width = pixel_values.shape[-2:]
-            encoded.append(EncodedImage((image.height, image.width), (height, width)))
-            for top, left, pixels in self._windows(pixel_values, options):
-                by_shape.setdefault(tuple(pixels.shape), []).append((encoded[-1], top, left, pixels))
+            step, source, places = self._windows(self._pixel_values(image, options), options)
+            height, width = source.shape[-2:]
+            encoded.append(EncodedImage((image.height, image.width), (height * step, width * step)))
+            for rows, columns in places:
+                window = source[:, :, rows, columns]
+                place = (encoded[-1], rows.start * step, columns.start * step, window)
+                by_shape.setdefault(tuple(window.shape), []).append(place)
+        name = "pixel_values" if step == 1 else "backbone_features"
         for same_shape in by_shape.values():
             for start in range(0, len(same_shape), options.batch_size):
                 batch = same_shape[start : start + options.batch_size]
-                pixel_values = torch.cat([pixels for *_, pixels in batch]).to(self.model.device)
-                features = self.model.get_image_features(pixel_values)
-                for index, (owner, top, left, pixels) in enumerate(batch):
+                windows = torch.cat([window for *_, window in batch])
+                features = self.model.get_image_features(**{name: windows})
+                for index, (owner, top, left, window) in enumerate(batch):
                     grouping = features.grouping[index]
                     owner.windows.append(
                         WindowFeatures(
-                            groups=group_map(grouping, (pixels.shape[2], pixels.shape[3])),
+                            groups=group_map(grouping, (window.shape[2] * step, window.shape[3] * step)),
                             grouping=grouping,
                             segments=features.segment_embeds[index],
                             pooled=features.pooler_output[index],

@@ -75,8 +75,8 @@ def test_what_is_there_is_not_computed_again(source, prepare, options, monkeypat
     states[3, 1] = 0  # as if the run had ended before this view
     states.flush()
     seen = []
-    view = prepare.view
-    monkeypatch.setattr(prepare, "view", lambda record, rng: seen.append(record.name) or view(record, rng))
+    draw = prepare.draw
+    monkeypatch.setattr(prepare, "draw", lambda record, rng: seen.append(record.name) or draw(record, rng))
     cache_features([source], prepare, model, options)
     assert seen == [source[3].name]
     cache_features([source], prepare, model, options)

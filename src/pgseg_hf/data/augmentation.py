@@ -167,6 +167,13 @@ class Augmentation:
             pixels[:, top:bottom, left:right] = 0
         return pixels
 
+    def whole_pixels(self, image: Image.Image) -> np.ndarray:
+        """An RGB image resized to `short_side`, as it is and normalised: float32 [3, H, W]."""
+        scale = self.options.short_side / min(image.size)
+        size = (round(image.width * scale), round(image.height * scale))
+        pixels = np.asarray(image.resize(size, self._resample, reducing_gap=2.0), np.float32)
+        return pixels.transpose(2, 0, 1) * self._scale + self._shift
+
     def crop_mask(self, mask: Image.Image, crop: Crop) -> np.ndarray:
         """The same crop of a label map (mode L): uint8 [S, S]. Erased pixels keep their label."""
         return np.array(self._cut(mask, crop, Image.Resampling.NEAREST))

@@ -132,6 +132,13 @@ class DataArguments:
             "the cells of an image teaches its patches too. Needs cache_features."
         },
     )
+    cache_whole_images: bool = field(
+        default=False,
+        metadata={
+            "help": "The backbone sees whole images, of whose features the views are crops; segmentation then cuts its "
+            "windows from features too."
+        },
+    )
     cache_views: int = field(default=2, metadata={"help": "Random crops of each image in the cache."})
     image_size: int | None = field(
         default=None, metadata={"help": "Side of the crops in pixels; the model's own."}

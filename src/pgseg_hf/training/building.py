@@ -143,6 +143,7 @@ def build_processor(arguments: ModelArguments, data: DataArguments, config: PGSe
         tokenizer,
         window_size=None if data.whole_image else window,
         window_stride=max(window // 2, 1),
+        window_features=data.cache_whole_images,
         **options,
     )
 
@@ -207,7 +208,7 @@ def build_stream(
     prepare = Preparation(augmentation, texts, mask_labels)
     if data.cache_features:
         namer = CellNamer.read(data.cell_names) if data.cell_names else None
-        cache = CacheOptions(data.cache_features, data.cache_views, namer=namer)
+        cache = CacheOptions(data.cache_features, data.cache_views, 0, namer, data.cache_whole_images)
         sources = list(cache_features(sources, prepare, model, cache))
     return TrainingStream(sources, weights, prepare, collator, options, rank, world_size)
 

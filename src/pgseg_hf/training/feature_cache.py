@@ -14,9 +14,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image
+from torch import Tensor
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
+from ..data.augmentation import Crop
 from ..data.records import Record, UnusableRecord
 from ..data.sources import MapSource, Source
 from ..files import write_json
@@ -43,12 +45,15 @@ class CacheOptions:
         views: random crops of each image.
         seed: of the crops; not that of a run, so that runs of several seeds share a cache.
         namer: names the cells of the backbone's last stage; their names are kept too.
+        whole_images: the backbone sees an image as a whole, at the short side of its crops, and a view is cut from its
+            features; else it sees the crop alone. Views then differ in place, size and mirroring only.
     """
 
     folder: str
     views: int = 2
     seed: int = 0
     namer: CellNamer | None = None
+    whole_images: bool = False
 
 
 class CachedSource:
@@ -116,6 +121,8 @@ def cache_features(
     config = model.config.vision_config
     if config.backbone_config is None or not config.freeze_backbone:
         raise ValueError("cache_features needs a frozen backbone; give vision_config a backbone_config.")
+    if options.whole_images and options.namer is not None:
+        raise ValueError("cell_names are of crops; leave them out, or cache_whole_images.")
     tables = [source for source in sources if isinstance(source, MapSource)]
     if len(tables) != len(sources):
         raise ValueError("cache_features needs tables, and one of the sources is streamed.")
@@ -139,6 +146,7 @@ def cache_features(
             "seed": options.seed,
             "backbone": weights,
             "shape": list(size),
+            "whole_images": options.whole_images or None,
             "namer": namer and _fingerprint(namer.head, *namer.classes),
         }
         _open(folder, made_with, None if namer is None else (*size[:2], *grid, namer.kept))
@@ -213,6 +221,7 @@ def _fill(
     backbone: Any = model.vision_model.embeddings.patch_embeddings
     start = time.monotonic()
     waiting: list[tuple[int, int, np.ndarray]] = []
+    whole: tuple[int, Tensor | None] = (-1, None)
     unusable = 0
 
     def write() -> None:
@@ -231,7 +240,8 @@ def _fill(
 
     for row, view in tqdm(missing, desc=f"features of {table.name}", disable=_rank() != 0):
         try:
-            pixels, own_tags = prepare.view(table[row], seeded(Draw.VIEW, options.seed, number, row, view))
+            rng = seeded(Draw.VIEW, options.seed, number, row, view)
+            image, crop, own_tags = prepare.draw(table[row], rng)
         except UnusableRecord as error:
             logger.info(f"left out: {error}")
             states[row, view] = UNUSABLE
@@ -242,7 +252,13 @@ def _fill(
             if len(content) > _TAG_BYTES:
                 raise ValueError(f"{table.name}, record {row}: its tags take {len(content)} bytes, too many.")
             tags[row, view] = content
-        waiting.append((row, view, pixels))
+        if options.whole_images:
+            if whole[0] != row:
+                whole = (row, _of_whole_image(backbone, prepare.augmentation.whole_pixels(image)))
+            arrays["features"][row, view] = _cut(whole[1], crop, arrays["features"].shape[-2:])
+            states[row, view] = DONE
+            continue
+        waiting.append((row, view, prepare.augmentation.crop_pixels(image, crop, rng)))
         if len(waiting) == BATCH_SIZE:
             write()
     if waiting:
@@ -253,6 +269,27 @@ def _fill(
         f"{len(missing) - unusable:,} views of {table.name} in {(time.monotonic() - start) / 60:.1f} minutes, "
         f"{unusable} unusable; they are in {folder}."
     )
+
+
+@torch.inference_mode()
+def _of_whole_image(backbone: Any, pixels: np.ndarray) -> Tensor:
+    """Features [1, C, h, w] of an image [3, H, W]."""
+    device = backbone.projection.weight.device
+    return backbone.features(torch.from_numpy(pixels)[None].to(device)).float()
+
+
+def _cut(features_1Chw: Any, crop: Crop, size: tuple[int, int]) -> np.ndarray:
+    """A crop of an image from its features, at a size of its own: [C, *size]."""
+    (left, top, right, bottom), (width, height) = crop.box, crop.size
+    x_S, y_S = (
+        2 * (low + (torch.arange(count) + 0.5) / count * (high - low)) / length - 1
+        for low, high, count, length in ((left, right, size[1], width), (top, bottom, size[0], height))
+    )
+    places_1SS2 = torch.stack(torch.meshgrid(x_S, y_S, indexing="xy"), dim=-1)[None].to(features_1Chw.device)
+    sampled = torch.nn.functional.grid_sample(
+        features_1Chw, places_1SS2, padding_mode="border", align_corners=False
+    )[0]
+    return (sampled.flip(-1) if crop.flip else sampled).cpu().numpy()
 
 
 def _rank() -> int:

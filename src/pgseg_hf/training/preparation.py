@@ -93,6 +93,15 @@ class Preparation:
         Raises:
             UnusableRecord: for "broken image" or "broken mask".
         """
+        image, crop, tags = self.draw(record, rng)
+        return self.augmentation.crop_pixels(image, crop, rng), tags
+
+    def draw(self, record: Record, rng: np.random.Generator) -> tuple[Image.Image, Crop, list[str] | None]:
+        """A record's image, a random crop of it, and the tags that the crop shows where a mask tells, else None.
+
+        Raises:
+            UnusableRecord: for "broken image" or "broken mask".
+        """
         name = record.name or "a record"
         tags: list[str] | None = None
         try:
@@ -105,7 +114,7 @@ class Preparation:
                 crop, tags = self._crop_with_tags(_load_mask(record.mask), crop, rng)
             except ValueError as error:
                 raise UnusableRecord("broken mask", f"{name}: {error}") from error
-        return self.augmentation.crop_pixels(image, crop, rng), tags
+        return image, crop, tags
 
     def _crop_with_tags(
         self, mask: Image.Image, crop: Crop, rng: np.random.Generator
