@@ -75,7 +75,7 @@ def memory() -> None:
 def one_step(batch: int) -> None:
     """A training step of the full-size model, the second of two; prints its figures as JSON."""
     torch.manual_seed(0)
-    model = PGSegModel(PGSegConfig()).train()
+    model = PGSegModel(PGSegConfig.paper()).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     texts = default_tokenizer()(
         [f"a photo of thing number {index}" for index in range(batch)],

@@ -33,6 +33,27 @@ def test_defaults_are_the_papers():
     assert config.npr_variant == vision.npr_variant == "corrected"
 
 
+OURS, PAPER = ("patches", "groups", 0.2), ("groups", "mean", 0.0)
+
+
+def details(config):
+    return config.vision_config.segment_source, config.contrastive_pooling, config.assignment_weight
+
+
+def test_details_follow_the_variant_and_the_papers_are_a_word_away():
+    assert details(PGSegConfig()) == details(PGSegConfig(npr_variant="corrected")) == OURS
+    assert details(PGSegConfig.paper()) == PAPER and PGSegConfig.paper().npr_variant == "corrected"
+    for variant in ("none", "released"):
+        assert details(PGSegConfig(npr_variant=variant)) == PAPER
+        assert details(PGSegConfig(vision_config={"npr_variant": variant})) == PAPER
+    given = PGSegConfig.paper(
+        vision_config={"image_size": 32, "segment_source": "inputs"}, assignment_weight=0.1
+    )
+    assert details(given) == ("inputs", "mean", 0.1) and given.vision_config.image_size == 32
+    kept = PGSegConfig.from_dict(PGSegConfig.paper().to_dict())
+    assert details(kept) == PAPER
+
+
 VISION_ERRORS = [
     ({"hidden_size": 10, "num_attention_heads": 3}, "hidden_size is 10.*num_attention_heads = 3"),
     ({"hidden_size": 0}, "hidden_size is 0"),

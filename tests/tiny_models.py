@@ -69,7 +69,7 @@ def tiny_config(
         "drop_path_rate": 0.0,
     }
     fields = {"projection_dim": 8, "projection_intermediate_dim": 24}
-    return PGSegConfig(
+    return PGSegConfig.paper(
         text_config=text | (text_config or {}),
         vision_config=vision | (vision_config or {}),
         **(fields | kwargs),

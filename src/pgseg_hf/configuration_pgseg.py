@@ -155,7 +155,8 @@ class PGSegVisionConfig(PreTrainedConfig):
             projected and then mixed by its responsibilities, whose size does not depend on the number of tokens;
             `"tokens"`, mixed by weights that sum to 1 over the tokens and then projected, as the released code does.
             Not read by the other variants.
-        segment_source (`str`, defaults to `"groups"`):
+        segment_source (`str`, *optional*):
+            by default `"patches"` for the corrected variant, else `"groups"`:
             what the last grouping stage makes segment tokens of: `"groups"`, its input tokens and the group tokens
             (GroupViT's and the paper's), or `"patches"`, the mean of the first stage's patches over each group by the
             soft assignment (ours): what a group is called then depends on nothing but the patches in it; or `"inputs"`,
@@ -195,7 +196,7 @@ class PGSegVisionConfig(PreTrainedConfig):
     prototype_momentum: float = 0.9
     prototype_projection_dim: int | None = None
     prototype_mixing: str = "prototypes"
-    segment_source: str = "groups"
+    segment_source: str | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         if isinstance(self.backbone_config, dict):
@@ -209,6 +210,8 @@ class PGSegVisionConfig(PreTrainedConfig):
             self.num_hidden_layers = sum(self.depths)
         if self.prototype_projection_dim is None:
             self.prototype_projection_dim = max(self.intermediate_size * 8 // 3, 1)
+        if self.segment_source is None:
+            self.segment_source = "patches" if self.npr_variant == "corrected" else "groups"
         super().__post_init__(**kwargs)
 
     def _validate_backbone(self) -> None:
@@ -333,10 +336,12 @@ class PGSegConfig(PreTrainedConfig):
         prototype_matching (`str`, defaults to `"hungarian"`):
             which prototype each group learns from in the corrected variant: `"hungarian"`, the matching of largest
             similarity, or `"order"`, group i from prototype i. Not read by the other variants.
-        assignment_weight (`float`, defaults to 0.0):
+        assignment_weight (`float`, *optional*):
+            by default 0.2 for the corrected variant, else 0;
             weight of a term of ours: the cross-entropy between the prototypes' responsibilities for each token and
             the soft assignment of tokens to the matched groups.
-        contrastive_pooling (`str`, defaults to `"mean"`):
+        contrastive_pooling (`str`, *optional*):
+            by default `"groups"` for the corrected variant, else `"mean"`:
             what an image is compared with texts by: `"mean"`, the projected mean of its segment tokens (the paper's),
             `"groups"`, the log-mean-exp over its groups of their scaled cosines (ours, a multiple-instance loss), or
             `"mixture"`, the log odds that a text is seen in `mixture_looks` looks at the picture as it would be
@@ -390,8 +395,8 @@ class PGSegConfig(PreTrainedConfig):
     multi_label_weight: float | int = 1.0
     rejection_threshold: float | int = 0.1
     prototype_matching: str = "hungarian"
-    assignment_weight: float | int = 0.0
-    contrastive_pooling: str = "mean"
+    assignment_weight: float | int | None = None
+    contrastive_pooling: str | None = None
     mixture_looks: float | int = 1.0
     patch_text_weight: float | int = 1.0
     contrastive_loss: str = "info_nce"
@@ -404,9 +409,26 @@ class PGSegConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         npr_variant = kwargs.pop("npr_variant", None)
+        if npr_variant is not None and not isinstance(self.vision_config, PGSegVisionConfig):
+            self.vision_config = {**(self.vision_config or {}), "npr_variant": npr_variant}
         super().__post_init__(**kwargs)
         if npr_variant is not None:
             self.npr_variant = npr_variant
+        # What three seeds of examples/ablate_npr.py support, see examples/README.md.
+        corrected = self.npr_variant == "corrected"
+        if self.assignment_weight is None:
+            self.assignment_weight = 0.2 if corrected else 0.0
+        if self.contrastive_pooling is None:
+            self.contrastive_pooling = "groups" if corrected else "mean"
+
+    @classmethod
+    def paper(cls, **fields: Any) -> "PGSegConfig":
+        """The corrected variant as the paper has it, without the details of ours that are the default: no assignment
+        term, images compared with texts by their mean, and segments named by their tokens. Other fields as given."""
+        vision = fields.pop("vision_config", None) or {}
+        vision = vision.to_dict() if isinstance(vision, PGSegVisionConfig) else vision
+        defaults = {"contrastive_pooling": "mean", "assignment_weight": 0.0}
+        return cls(vision_config={"segment_source": "groups"} | vision, **(defaults | fields))
 
     @property
     def npr_variant(self) -> str:

@@ -39,7 +39,7 @@ def config_from_groupvit(
         name: getattr(config, name)
         for name in ("projection_dim", "projection_intermediate_dim", "logit_scale_init_value")
     }
-    return PGSegConfig(
+    return PGSegConfig.paper(  # the heads were trained for segment tokens and their mean
         text_config={**text, **text_overrides},
         vision_config={**vision, "npr_variant": npr_variant, **vision_overrides},
         **{**shared, **kwargs},
