@@ -1,19 +1,22 @@
-"""Figures of an everyday checkpoint on photographs with masks: COCO instances, and Oxford Pets trimaps.
+"""Figures of an everyday checkpoint on photographs with masks: COCO instances, Oxford Pets trimaps, street frames.
 
-    python examples/evaluate_everyday.py --coco COCO-MINI --pets Sample_Pets_dataset --output everyday.json
+    python examples/evaluate_everyday.py --coco COCO-MINI --pets Sample_Pets_dataset --street camvid/val \
+        --output everyday.json
 
 Protocols, each by the checkpoint's own sizes and settings:
 
 - `present`: the names that an image's masks hold compete in that image; pixels without a mask do not count.
 - `all`: COCO's 80 names and 50 of stuff compete in every image; the same pixels.
 - `pets`: cat and dog against the background at `--threshold`; the trimaps' borders do not count.
-- `unseen`: as `present`, with words that no training text holds in the place of their name; IoU of the word over that
-  of the name.
+- `street`: the names that a frame's masks hold compete in it, of a folder with `labels.json` above it.
+- `unseen`: as `present` or `street`, with words that no training text holds in the place of their name; IoU of the word
+  over that of the name.
 
 IoU is of a class over all images, mIoU their mean over the classes that occur.
 """
 
 import argparse
+import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -28,7 +31,7 @@ from tqdm.auto import tqdm
 from pgseg_hf import DEFAULT_CHECKPOINT, SegmentationOptions, load_segmenter
 from pgseg_hf.evaluation.confusion import ConfusionMatrix
 from pgseg_hf.files import write_json
-from pgseg_hf.images import load_image
+from pgseg_hf.images import load_image, load_label_map
 from pgseg_hf.segmentation import EncodedImage, Segmenter
 
 IGNORED = 255
@@ -97,7 +100,8 @@ STUFF = [
     "railroad tracks",
     "table cloth",
 ]
-UNSEEN = {"cat": "kitten", "car": "automobile", "sofa": "couch", "person": "infant"}
+UNSEEN = {"cat": "kitten", "car": "automobile", "sofa": "couch", "person": "infant", "sidewalk": "pavement"}
+STREET = {"pavement": "sidewalk", "pedestrian": "person", "bicyclist": "cyclist"}
 
 
 @dataclass
@@ -188,6 +192,17 @@ class Evaluation:
         return found
 
 
+def street_photos(folder: Path) -> tuple[list[str], list[Photo]]:
+    """The labels of a folder in our own layout by everyday names, and its images with their masks."""
+    labels = json.loads((folder.parent / "labels.json").read_text(encoding="utf-8"))["labels"]
+    rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines()]
+    photos = [
+        Photo(folder / row["file_name"], load_label_map(str(folder / row["mask_file_name"])).astype(np.uint8))
+        for row in rows
+    ]
+    return [STREET.get(label, label) for label in labels], photos
+
+
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -197,6 +212,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--checkpoint", default=DEFAULT_CHECKPOINT)
     add("--coco", type=Path, help="folder with annotations/, train2017/ and val2017/")
     add("--pets", type=Path, help="folder with images/ and trimaps/")
+    add("--street", type=Path, help="folder with metadata.jsonl and masks, as camvid/val")
     add("--pets_count", type=int, default=200)
     add("--patch_weights", type=float, nargs="+", help="by default the checkpoint's own")
     add("--thresholds", type=float, nargs="+", default=[0.5], help="of the background in `pets`")
@@ -219,11 +235,36 @@ def count_coco(evaluation: Evaluation, folder: Path, settings: Sequence[Segmenta
             how = (photo, encoded, options)
             evaluation.count("present" + suffix, *how, words, present, names)
             evaluation.count("all" + suffix, *how, everything, range(len(everything)), everything)
-            for seen, unseen in UNSEEN.items():
-                if seen in words:
-                    others = [unseen if word == seen else word for word in words]
-                    evaluation.count(f"{seen} as {seen}{suffix}", *how, words, present, names)
-                    evaluation.count(f"{seen} as {unseen}{suffix}", *how, others, present, names)
+            count_unseen(evaluation, how, words, present, names)
+
+
+def count_street(evaluation: Evaluation, folder: Path, settings: Sequence[SegmentationOptions]) -> None:
+    """The protocols `street` and, of its names, `unseen`."""
+    names, photos = street_photos(folder)
+    for photo in tqdm(photos, desc="street"):
+        (encoded,) = evaluation.segmenter.encode([load_image(str(photo.path))])
+        present = np.unique(photo.truth[photo.truth != IGNORED]).tolist()
+        words = [names[value] for value in present]
+        for options in settings:
+            how = (photo, encoded, options)
+            evaluation.count(f"street, patch weight {options.patch_weight}", *how, words, present, names)
+            count_unseen(evaluation, how, words, present, names, ("sidewalk",))
+
+
+def count_unseen(
+    evaluation: Evaluation,
+    how: tuple[Photo, EncodedImage, SegmentationOptions],
+    words: Sequence[str],
+    present: Sequence[int],
+    names: Sequence[str],
+    among: Sequence[str] = tuple(UNSEEN),
+) -> None:
+    """An image that holds a name with an unseen word, by its name and by that word."""
+    for seen in set(words) & set(among):
+        for word in (seen, UNSEEN[seen]):
+            others = [word if other == seen else other for other in words]
+            protocol = f"{seen} as {word}, patch weight {how[2].patch_weight}"
+            evaluation.count(protocol, *how, others, present, names)
 
 
 def main() -> None:
@@ -236,6 +277,8 @@ def main() -> None:
     evaluation = Evaluation(segmenter)
     if args.coco:
         count_coco(evaluation, args.coco, settings)
+    if args.street:
+        count_street(evaluation, args.street, settings)
     for photo in tqdm(pets_photos(args.pets, args.pets_count) if args.pets else [], desc="Pets"):
         (encoded,) = segmenter.encode([load_image(str(photo.path))])
         for threshold in args.thresholds:
