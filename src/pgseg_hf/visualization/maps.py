@@ -161,10 +161,11 @@ def side_by_side(images: Sequence[Image.Image], titles: Sequence[str] | None = N
     width = sum(picture.width for picture in pictures) + gap * (len(pictures) - 1)
     canvas = Image.new("RGB", (width, top + max(picture.height for picture in pictures)), PAPER)
     draw = ImageDraw.Draw(canvas)
+    texts = drawable(titles or (), "image")
     x = 0
     for i, picture in enumerate(pictures):
         if titles is not None:
-            title = fitted(drawable(titles[i], f"image {i + 1}"), font, picture.width)
+            title = fitted(texts[i], font, picture.width)
             draw.text((x, top // 2), title, fill=INK, font=font, anchor="lm")
         canvas.paste(picture, (x, top))
         x += picture.width + gap
