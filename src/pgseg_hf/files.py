@@ -5,7 +5,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -71,8 +71,9 @@ def remove_unfinished(folder: Path) -> None:
     """Removes what stopped runs left half written in a folder and its subfolders; what another run is writing stays."""
     prefix, suffix = _UNFINISHED
     for path in folder.rglob(f"{prefix}*{suffix}"):
-        if time.time() - path.stat().st_mtime > _LEFT_SECONDS:
-            path.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):  # finished meanwhile
+            if time.time() - path.stat().st_mtime > _LEFT_SECONDS:
+                path.unlink()
 
 
 def image_format(path: str | os.PathLike, is_mask: bool = False) -> str:

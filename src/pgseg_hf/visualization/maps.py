@@ -32,7 +32,8 @@ def overlay(
         background: whether 0 is background; it stays uncoloured.
         alpha: weight of the colour over the picture, from 0 (picture alone) to 1 (colour alone).
         legend: whether to add a panel with the labels present, the largest first, each with its share of the pixels.
-            It stands to the right of a tall picture and under a wide one.
+            It stands to the right of a tall picture and under a wide one. Labels in letters that the font lacks have
+            their number, from 1.
         contours: whether to draw a light line between regions.
 
     Returns:
