@@ -187,6 +187,11 @@ class TestOverlay:
         expected = ["label 1: car", "dog", "label 3: car", "label 4: cote", "label 5: cote", "label 6"]
         assert drawn_text[::2] == expected
 
+    def test_long_labels_stay_distinct(self, drawn_text):
+        labels = [f"{'word ' * 20}{colour}" for colour in ("red", "blue")]
+        overlay(picture(60, 60), np.arange(3600).reshape(60, 60) % 2, labels)
+        assert [text[:12] for text in drawn_text[::2]] == ["label 1: wor", "label 2: wor"]
+
     def test_a_long_label_is_shortened(self, drawn_text):
         drawn = overlay(picture(30, 30), np.zeros((30, 30), dtype=int), ["word " * 100_000])
         assert drawn_text[0].startswith("word word") and drawn_text[0].endswith("…")

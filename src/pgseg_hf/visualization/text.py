@@ -11,6 +11,8 @@ PAPER = (255, 255, 255)
 INK = (32, 32, 32)
 FAINT_INK = (112, 112, 112)
 
+_ROOM = 24  # letters of a text that are seen, see `fitted`
+
 # Letters that Pillow's font lacks and Unicode does not decompose.
 _PLAIN_LETTERS = str.maketrans(
     {"ß": "ss", "æ": "ae", "Æ": "Ae", "œ": "oe", "Œ": "Oe", "ø": "o", "Ø": "O", "ł": "l", "Ł": "L", "đ": "d"}
@@ -40,12 +42,13 @@ def _has_glyph(character: str) -> bool:
 
 def drawable(texts: Sequence[str], kind: str) -> list[str]:
     """Texts on one line each in letters that the font has: accents dropped, what has no likeness left out. A text that
-    lost letters, or that looks like another one now, has its number in front, as `label 2: car`."""
+    lost letters, or that looks like another one now, or begins like one as far as there is room, has its number in
+    front, as `label 2: car`."""
     found = [_drawable(text) for text in texts]
-    alike = Counter(text for text, _ in found)
+    alike = Counter(text[:_ROOM] for text, _ in found)
     numbered = [f"{kind} {number}".strip() for number in range(1, len(found) + 1)]
     return [
-        text if whole and alike[text] == 1 else f"{number}: {text}" if text else number
+        text if whole and alike[text[:_ROOM]] == 1 else f"{number}: {text}" if text else number
         for number, (text, whole) in zip(numbered, found)
     ]
 
