@@ -189,6 +189,12 @@ def test_a_folder_is_continued_with_the_same_contents_only(tiny_folder, tmp_path
     (output / "overlays" / "1.png").unlink()
     assert "1 pictures segmented, 1 done before" in again(tiny_folder)[1].out
 
+    picture.write_bytes(b"no picture")
+    code, captured = again(tiny_folder)
+    assert code == 1 and "0 pictures segmented, 1 done before, 1 broken, in" in captured.out
+    assert "its mask is of what was there before" in captured.err
+    make_photo(seed=5).save(picture)
+
     weights = torch.load(elsewhere / "pytorch_model.bin")
     weights["logit_scale"] += 1e-3
     torch.save(weights, elsewhere / "pytorch_model.bin")

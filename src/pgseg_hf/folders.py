@@ -103,20 +103,17 @@ def segment_folder(
         for path in images
         if made_from[path] != digests[path] or (overlays and not (output / "overlays" / names[path]).exists())
     ]
-    renewed = sum(made_from[path] not in (None, digests[path]) for path in waiting)
-    summary = FolderSummary(skipped=len(images) - len(waiting), renewed=renewed)
+    summary = FolderSummary(skipped=len(images) - len(waiting))
     remove_unfinished(output)
     write_json(record, output / RECORD_NAME)
     with logging.tqdm(total=len(waiting), desc="Segmenting", unit="image") as progress:
         for first in range(0, len(waiting), options.batch_size):
-            batch = {}
-            for path in waiting[first : first + options.batch_size]:
-                try:
-                    batch[path] = load_image(path)
-                except ValueError as error:
-                    summary.broken[str(path.relative_to(folder))] = str(error)
-                    logger.warning(f"skipped {path.name}: {error}")
-                    progress.update()
+            paths = waiting[first : first + options.batch_size]
+            batch, broken = _load_images(paths)
+            for path, reason in broken.items():
+                stale = "; its mask is of what was there before" if made_from[path] is not None else ""
+                summary.broken[str(path.relative_to(folder))] = f"{reason}{stale}"
+            progress.update(len(broken))
             results = segmenter.stream(batch.values(), labels, options)
             for (path, image), result in zip(batch.items(), results, strict=True):
                 if overlays:
@@ -125,11 +122,25 @@ def segment_folder(
                 mask = indexed_png(result.label_map, num_labels=len(labels), background=result.background)
                 write_mask(mask, output / "masks" / names[path], digests[path])
                 summary.segmented += 1
+                summary.renewed += made_from[path] not in (None, digests[path])
                 for segment in result.segments():
                     summary.pixels[segment.label] += int(np.count_nonzero(result.mask(segment)))
                 progress.update()
     summary.seconds = time.monotonic() - start
     return summary
+
+
+def _load_images(paths: Sequence[Path]) -> tuple[dict[Path, Image.Image], dict[Path, str]]:
+    """The images that can be read, and what is wrong with the others."""
+    images: dict[Path, Image.Image] = {}
+    broken: dict[Path, str] = {}
+    for path in paths:
+        try:
+            images[path] = load_image(path)
+        except ValueError as error:
+            broken[path] = str(error)
+            logger.warning(f"skipped {path.name}: {error}")
+    return images, broken
 
 
 def _images_apart_from(folder: Path, output: Path) -> list[Path]:
