@@ -24,6 +24,8 @@ from pgseg_hf import (
     default_tokenizer,
     load_segmenter,
 )
+from pgseg_hf.evaluation.mask_dataset import digest
+from pgseg_hf.run_records import model_record
 
 # Owner and name as the Hub allows them: no dots in a row, nothing that leads into or out of a folder.
 _HUB_NAME = re.compile(r"(?!.*\.\.)[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
@@ -54,7 +56,8 @@ class Catalogue:
                     raise ValueError(f"two models are called {name}: {self._places[name]} and {place}.")
         self._offered: dict[str, Segmenter] = {}
         self._visitors: OrderedDict[str, Segmenter] = OrderedDict()  # the one used last at the end
-        self._lock = threading.Lock()  # of the two, never held while a model is loaded
+        self._digests: dict[str, str] = {}  # of all that were loaded, the last under each name
+        self._lock = threading.Lock()  # of the three, never held while a model is loaded
         # Of a model while it is loaded: nobody waits for another one's download, and nothing is loaded twice.
         self._loading: WeakValueDictionary[str, threading.Lock] = WeakValueDictionary()
 
@@ -83,6 +86,12 @@ class Catalogue:
             found = self._found(name) or self._load(name)
             self._keep(name, found)
         return found
+
+    def digest(self, name: str) -> str:
+        """What stands for the weights and processor of a model that was loaded: on the Hub a name may become another
+        model."""
+        with self._lock:
+            return self._digests[self.real_name(name)]
 
     def real_name(self, name: str) -> str:
         """What a model is called that a visitor named; the shipped one for nothing."""
@@ -113,6 +122,8 @@ class Catalogue:
                 segmenter = load_any(place, device)
             except (ValueError, OSError, HfHubHTTPError, httpx.HTTPError) as error:
                 raise ValueError(f"{name} cannot be loaded: {_without(place, str(error))}") from error
+        with self._lock:
+            self._digests[name] = digest(model_record(segmenter))
         watch(segmenter.model)
         return segmenter
 

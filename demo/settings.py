@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from pgseg_hf.command_line import CommandParser
+
 # The longest preset that is offered has as many (ImageNet-S-300).
 MAX_LABELS = 300
 MAX_LABEL_LETTERS = 100
@@ -61,7 +63,7 @@ _WHOLE_NUMBERS = {
 
 def read_settings(arguments: Sequence[str] | None = None) -> Settings:
     """The settings of a command line; the environment variables that `--help` names are its defaults."""
-    parser = argparse.ArgumentParser(description="Segment pictures by words, in the browser.")
+    parser = CommandParser(description="Segment pictures by words, in the browser.")
     models = [name for name in os.environ.get("PGSEG_DEMO_MODELS", "").split(os.pathsep) if name]
     parser.add_argument(
         "--models",

@@ -91,6 +91,7 @@ class Study:
     Args:
         digest: of the picture's file.
         choices: it was encoded with.
+        model: what stands for the model's weights and processor then.
         encoded: its features.
         labels: N labels.
         class_embeds: [N, D], these in the joint space.
@@ -100,6 +101,7 @@ class Study:
 
     digest: str
     choices: Choices
+    model: str
     encoded: EncodedImage = field(repr=False)
     labels: tuple[str, ...]
     class_embeds: torch.Tensor = field(repr=False)
@@ -136,22 +138,33 @@ class Laboratory:
     def study(
         self, upload: Upload, labels: list[str], choices: Choices, before: Study | None = None
     ) -> Study:
-        """A study of a picture; the image encoder only runs where `before` is of another picture or other choices.
+        """A study of a picture; the image encoder only runs where `before` is of another picture, other choices or
+        other weights.
 
         Raises:
             ValueError: a model that cannot be loaded, or that takes too long.
         """
-        if before is not None and (before.digest, before.choices) != (upload.digest, choices):
+        segmenter = self._model(choices)
+        model = self.catalogue.digest(choices.model)
+        if before is not None and (before.digest, before.choices, before.model) != (
+            upload.digest,
+            choices,
+            model,
+        ):
             before = None
         if before is not None and before.labels == tuple(labels):
             return before
-        return self._study_on_gpu(self._model(choices), self._device, upload, labels, choices, before)
+        study = self._study_on_gpu(segmenter, self._device, upload, labels, choices, before)
+        return replace(study, model=model)
 
     def with_prototypes(self, upload: Upload, study: Study) -> Study:
         """The same study with the prototypes of the whole picture; empty for a model without any."""
         if study.prototypes is not None and study.digest == upload.digest:
             return study
-        found = self._prototypes_on_gpu(self._model(study.choices), self._device, upload, study.choices)
+        segmenter = self._model(study.choices)
+        if self.catalogue.digest(study.choices.model) != study.model:
+            raise ValueError(f"{study.choices.model} has changed since; press Segment again.")
+        found = self._prototypes_on_gpu(segmenter, self._device, upload, study.choices)
         return replace(study, prototypes=found)
 
     def _model(self, choices: Choices) -> Segmenter:
@@ -187,6 +200,7 @@ def _study(
     return Study(
         digest=upload.digest,
         choices=choices,
+        model="",
         encoded=_moved(encoded, "cpu") if before is None else before.encoded,
         labels=tuple(labels),
         class_embeds=class_embeds.cpu(),

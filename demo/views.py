@@ -87,7 +87,6 @@ def report(result: Segmentation, study: Study, threshold: float | None) -> dict[
                 "label": segment.label,
                 "area": segment.area,
                 "score": segment.score,
-                # Looked up by value: a label may be called "background" too.
                 "colour": "#000000"
                 if result.background and segment.value == 0
                 else colours[result.labels[segment.value - result.background]],

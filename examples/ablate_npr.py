@@ -31,6 +31,7 @@ from PIL import Image
 
 import pgseg_hf
 from pgseg_hf import Segmenter, load_segmenter
+from pgseg_hf.command_line import CommandParser
 from pgseg_hf.data.scenes import GROUNDS, SHAPES, SceneOptions, SceneSource
 from pgseg_hf.evaluation.mask_dataset import MaskDataset, Picture
 from pgseg_hf.evaluation.masks import MaskOptions, evaluate_masks
@@ -428,9 +429,7 @@ def write_results(output: Path, variants: Sequence[str] = tuple(VARIANTS)) -> No
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder of records and results")
     parser.add_argument("--config", type=Path, default=Ablation.config, help="YAML file of `corrected`")
     parser.add_argument(

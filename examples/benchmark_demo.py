@@ -21,15 +21,15 @@ from typing import Any
 from gradio_client import Client, handle_file
 from PIL import Image
 
+from pgseg_hf.command_line import CommandParser
+
 DEMO = Path(__file__).parent.parent / "demo"
 START_SECONDS = 300
 
 
 def main() -> None:
     """Starts a server, asks it, and prints the times."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=10, help="results after the first one")
     parser.add_argument("--short_side", type=int, default=448, help="pixels; 0 for the model's own")
     parser.add_argument("--window", choices=["whole", "sliding"], default="whole")

@@ -47,6 +47,7 @@ from speed_measuring import (
 )
 from speed_report import draw_curves, insert_table, markdown
 
+from pgseg_hf.command_line import CommandParser
 from pgseg_hf.files import write_json, write_text
 
 CONTENDERS = (GROUPVIT, *VARIANTS)
@@ -328,7 +329,7 @@ def describe_machine(device: str) -> dict[str, Any]:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = CommandParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("speed"), help="folder for the results")
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
     parser.add_argument("--rounds", type=int, default=20)

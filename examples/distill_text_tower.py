@@ -36,6 +36,7 @@ from torch.nn.functional import kl_div, normalize
 from transformers import CLIPTokenizer, get_cosine_schedule_with_warmup
 
 from pgseg_hf import PGSegConfig, PGSegTextModelWithProjection, default_tokenizer
+from pgseg_hf.command_line import CommandParser
 from pgseg_hf.tokenization import merges_for_words
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
@@ -43,9 +44,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--teacher", required=True, help="folder of the sentence encoder")
     add("--wordnet", type=Path, required=True, help="folder of WordNet 3.0's data.noun, index.noun, ...")

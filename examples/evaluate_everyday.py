@@ -29,6 +29,7 @@ from pycocotools.coco import COCO
 from tqdm.auto import tqdm
 
 from pgseg_hf import DEFAULT_CHECKPOINT, SegmentationOptions, load_segmenter
+from pgseg_hf.command_line import CommandParser
 from pgseg_hf.evaluation.confusion import ConfusionMatrix
 from pgseg_hf.files import write_json
 from pgseg_hf.images import load_image, load_label_map
@@ -212,9 +213,7 @@ def street_photos(folder: Path) -> tuple[list[str], list[Photo]]:
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--checkpoint", default=DEFAULT_CHECKPOINT)
     add("--coco", type=Path, help="folder with annotations/, train2017/ and val2017/")

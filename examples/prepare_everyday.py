@@ -29,6 +29,7 @@ import torch
 from everyday_tags import IMAGENET_FILE, Classifier, EverydayWords
 from PIL import Image
 
+from pgseg_hf.command_line import CommandParser
 from pgseg_hf.files import folder_written_whole, path_inside, write_json, write_text
 from pgseg_hf.images import load_image
 
@@ -57,9 +58,7 @@ class Item:
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--output", type=Path, required=True, help="folder in which everyday/ is made")
     add("--flickr8k", type=Path, help="folder of the images")

@@ -15,6 +15,7 @@ import torch
 from train_with_trainer import train
 
 from pgseg_hf import DEFAULT_CHECKPOINT, SegmentationOptions, Segmenter, load_segmenter
+from pgseg_hf.command_line import CommandParser
 from pgseg_hf.data.scenes import SceneOptions, SceneSource
 from pgseg_hf.evaluation import MaskFolder, MaskOptions, evaluate_masks
 from pgseg_hf.images import load_image
@@ -35,9 +36,7 @@ WHOLE = SegmentationOptions(window_size=None)
 
 def main() -> None:
     """Walks the tour."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("tour"))
     parser.add_argument("--model_name_or_path", default=DEFAULT_CHECKPOINT)
     parser.add_argument("--data", type=Path, help="a folder of pictures with captions or tags")

@@ -1,7 +1,12 @@
+import functools
+import http.server
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +15,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from tiny_models import make_photo
+from transformers import pipeline
 
-from pgseg_hf.cli import main
+from pgseg_hf import Segmenter
+from pgseg_hf.cli import build_parser, main
+from pgseg_hf.files import write_image
+from pgseg_hf.images import load_label_map
+from pgseg_hf.visualization import indexed_png
 
 
 def run(*arguments: str) -> int:
@@ -72,6 +82,7 @@ def test_segment_as_a_program(tiny_folder, photo_file, tmp_path):
         (["--labels", "cat, cat"], "cat"),
         (["--labels", "cat", "--model", "no/such/folder"], "no PGSeg checkpoint"),
         (["--labels", "cat", "--background-threshold", "7"], "7.0"),
+        (["--labels", "cat,background", "--background-threshold", ".5"], "labels have 'background', and"),
         (["--labels", "cat", "--batch-size", "0"], "batch_size is 0"),
         (["--labels", "cat", "--output", "picture.xyz"], "ending"),
         (["--labels", "cat", "--window", "8", "--stride", "9"], "stride is 9"),
@@ -96,6 +107,29 @@ def test_missing_and_broken_pictures(tiny_folder, tmp_path, capsys):
     assert "absent.jpg" in errors and "broken.jpg" in errors
 
 
+def test_a_web_address_is_a_picture_as_everywhere(tiny_folder, photo_file, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        arguments = ["--labels", "cat,dog", "--model", tiny_folder, "--mask"]
+        assert run("segment", f"{address}/photo.png?size=1", *arguments, "web.png") == 0
+        assert run("segment", photo_file, *arguments, "file.png", "--output", "o.png") == 0
+        assert Path("web.png").read_bytes() == Path("file.png").read_bytes()
+        assert Path("photo-segmented.png").read_bytes() == Path("o.png").read_bytes()
+        assert run("segment", f"{address}/absent.jpg", *arguments, "m.png") == 2
+        server.shutdown()
+    assert run("segment", "ftp://example.org/a.jpg", *arguments, "m.png") == 2
+    errors = capsys.readouterr().err
+    segment = pipeline("open-vocabulary-segmentation", model=tiny_folder)
+    for source in (f"{address}/absent.jpg", "ftp://example.org/a.jpg"):
+        for segmenter in (segment, Segmenter(segment.model, segment.processor)):
+            with pytest.raises(ValueError) as error:
+                segmenter(source, ["cat", "dog"])
+            assert str(error.value).partition(": ")[0] in errors
+
+
 def test_a_folder_is_continued_and_broken_pictures_are_reported(tiny_folder, tmp_path, capsys):
     photos, output = tmp_path / "photos", tmp_path / "out"
     (photos / "sub").mkdir(parents=True)
@@ -113,13 +147,99 @@ def test_a_folder_is_continued_and_broken_pictures_are_reported(tiny_folder, tmp
 
     make_photo(seed=3).save(photos / "c.png")
     stamp = (output / "masks" / "a.png.png").stat().st_mtime_ns
+    left = output / "masks" / "sub" / ".pgseg-x1.part"
+    left.write_bytes(b"half a mask")
+    os.utime(left, (0, 0))
     assert run(*arguments) == 0
     assert "1 pictures segmented, 3 done before, 0 broken" in capsys.readouterr().out
     assert (output / "masks" / "a.png.png").stat().st_mtime_ns == stamp
+    assert not left.exists(), "what a killed run left behind"
     assert json.loads((output / "segmentation.json").read_text())["labels"] == ["cat", "dog"]
 
     assert run(*arguments[:3], "cat,horse", *arguments[4:]) == 2
-    assert "labels" in capsys.readouterr().err
+    assert "labels = ['cat', 'dog'] there and ['cat', 'horse'] now" in capsys.readouterr().err
+
+
+def test_a_folder_is_continued_with_the_same_contents_only(tiny_folder, tmp_path, capsys):
+    photos, output = tmp_path / "photos", tmp_path / "out"
+    photos.mkdir()
+    for number in range(2):
+        make_photo(seed=number).save(photos / f"{number}.png")
+    elsewhere = Path(shutil.copytree(tiny_folder, tmp_path / "elsewhere"))
+
+    def again(model):
+        code = run("segment", photos, "--labels", "cat,dog", "--model", model, "--output", output)
+        return code, capsys.readouterr()
+
+    assert again(tiny_folder)[0] == 0
+    assert "0 pictures segmented, 2 done before" in again(elsewhere)[1].out, "a path is no content"
+    # The same weights in the older format are the same; the folder holds no safetensors then.
+    torch.save(load_file(elsewhere / "model.safetensors"), elsewhere / "pytorch_model.bin")
+    (elsewhere / "model.safetensors").unlink()
+    assert "0 pictures segmented, 2 done before" in again(elsewhere)[1].out
+
+    stamp = (output / "masks" / "1.png").stat().st_mtime_ns
+    picture = photos / "0.png"
+    times = picture.stat()
+    make_photo(seed=5).save(picture)
+    os.utime(picture, ns=(times.st_atime_ns, times.st_mtime_ns))
+    out = again(tiny_folder)[1].out
+    assert "1 pictures segmented, 1 done before, 0 broken, 1 had changed since they were done" in out
+    assert (output / "masks" / "1.png").stat().st_mtime_ns == stamp
+    (output / "overlays" / "1.png").unlink()
+    assert "1 pictures segmented, 1 done before" in again(tiny_folder)[1].out
+
+    picture.write_bytes(b"no picture")
+    code, captured = again(tiny_folder)
+    assert code == 1 and "0 pictures segmented, 1 done before, 1 broken, in" in captured.out
+    assert "its mask is of what was there before" in captured.err
+    make_photo(seed=5).save(picture)
+
+    weights = torch.load(elsewhere / "pytorch_model.bin")
+    weights["logit_scale"] += 1e-3
+    torch.save(weights, elsewhere / "pytorch_model.bin")
+    code, captured = again(elsewhere)
+    assert code == 2 and re.search("weights = '[0-9a-f]{16}' there and '[0-9a-f]{16}' now", captured.err)
+    processor = json.loads((elsewhere / "processor_config.json").read_text())
+    shutil.copy(Path(tiny_folder) / "model.safetensors", elsewhere)
+    (elsewhere / "processor_config.json").write_text(json.dumps({**processor, "top_k": 1}))
+    code, captured = again(elsewhere)
+    assert code == 2 and f"processor top_k = {processor['top_k']} there and 1 now" in captured.err
+
+
+def test_pictures_of_nearly_one_name_have_masks_of_their_own(tiny_folder, tmp_path, capsys):
+    photos, output = tmp_path / "photos", tmp_path / "out"
+    photos.mkdir()
+    names = ["a.jpg", "a.png", "a.jpg.png", "a.jpg.png.webp", "b.jpg", "C.png", "c.bmp"]
+    for number, name in enumerate(names):
+        make_photo(30 + number, 20, seed=number).save(photos / name)
+    assert run("segment", photos, "--labels", "cat,dog", "--model", tiny_folder, "--output", output) == 0
+    assert "7 pictures segmented" in capsys.readouterr().out
+    sizes = {path.name: Image.open(path).width for path in (output / "masks").iterdir()}
+    assert sizes == {
+        "a.jpg.png": 30,
+        "a.png.png": 31,
+        "a.jpg.png.png": 32,
+        "a.jpg.png.webp.png": 33,
+        "b.png": 34,
+        "C.png.png": 35,
+        "c.bmp.png": 36,
+    }
+
+
+def test_results_above_the_pictures(tiny_folder, tmp_path, capsys):
+    photos = tmp_path / "album" / "photos"
+    photos.mkdir(parents=True)
+    make_photo().save(photos / "a.png")
+    arguments = ["segment", photos, "--labels", "cat,dog", "--model", tiny_folder, "--output"]
+    assert run(*arguments, tmp_path / "album") == 0
+    assert (tmp_path / "album" / "masks" / "a.png").is_file()
+    (tmp_path / "album" / "masks" / "more").mkdir()
+    make_photo().save(tmp_path / "album" / "masks" / "more" / "b.png")
+    capsys.readouterr()
+    arguments[1] = tmp_path / "album" / "masks" / "more"
+    assert run(*arguments, tmp_path / "album") == 2
+    assert "would lie among the pictures of" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -161,10 +281,56 @@ def test_a_mask_that_cannot_be_written_leaves_no_overlay(tiny_folder, photo_file
         "--output",
         tmp_path / "o.png",
     ]
-    assert run(*arguments, "--mask", tmp_path / "mask.xyz") == 2
+    for name in ("mask.xyz", "mask.gif", "mask.webp", "mask.avif", "mask.jpg", "mask.bmp"):
+        assert run(*arguments, "--mask", tmp_path / name) == 2
+        assert f"{name} would not keep the numbers of a mask's labels" in capsys.readouterr().err
     assert os.listdir(tmp_path) == ["photo.png"]
     assert run(*arguments[:-1], photo_file) == 2
     assert "picture itself" in capsys.readouterr().err
+    assert run(*arguments, "--mask", tmp_path / "x" / ".." / "o.png") == 2
+    assert "--output and --mask are both" in capsys.readouterr().err
+    (tmp_path / "o.png").write_bytes(b"of an earlier run")
+    (tmp_path / "mask.png").mkdir()
+    assert run(*arguments, "--mask", tmp_path / "mask.png") == 2
+    assert (tmp_path / "o.png").read_bytes() == b"of an earlier run"
+
+
+@pytest.mark.parametrize("name", ["m.png", "m.tif"])
+@pytest.mark.parametrize("num_labels", [3, 300])
+def test_masks_keep_their_numbers(tmp_path, name, num_labels):
+    label_map = np.arange(num_labels)[::-1].reshape(3, -1)
+    path = write_image(indexed_png(label_map, num_labels), tmp_path / name)
+    assert load_label_map(path).tolist() == label_map.tolist()
+
+
+@pytest.mark.parametrize("option", ["--output", "--output-dir", "--output_dir", "--outp"])
+def test_options_in_all_spellings(option):
+    for arguments in (
+        ["segment", "a.png", "--labels", "x", option, "here", "--batch_size=3"],
+        ["evaluate", "--data", "x", "--benchmark", "voc", option, "here", "--batch-size", "3"],
+    ):
+        args = build_parser().parse_args(arguments)
+        assert (args.output, args.batch_size) == (Path("here"), 3)
+
+
+def test_values_keep_their_signs():
+    args = build_parser().parse_args(["segment", "a_b.png", "--labels=a_b", "--template", "a_{}"])
+    assert (args.image, args.labels, args.template) == ("a_b.png", "a_b", ["a_{}"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "nearest"),
+    [
+        (["segment", "a.png", "--lables", "x"], "--lables; did you mean --labels?"),
+        (["evaluate", "--benchmrk", "voc"], "--benchmrk; did you mean --benchmark?"),
+        (["evaluate", "--skip_brokn"], "--skip_brokn; did you mean --skip-broken?"),
+        (["prepare", "lvis", ".", "--spilt", "x"], "--spilt; did you mean --split?"),
+    ],
+)
+def test_a_wrong_option_names_the_nearest(arguments, nearest, capsys):
+    with pytest.raises(SystemExit) as error:
+        run(*arguments)
+    assert error.value.code == 2 and f"there is no option {nearest}" in capsys.readouterr().err
 
 
 def test_no_such_device(tiny_folder, photo_file, capsys):

@@ -3,7 +3,7 @@ import os
 import pytest
 from PIL import Image
 
-from pgseg_hf.files import folder_written_whole, write_atomically, write_image, write_json
+from pgseg_hf.files import folder_written_whole, remove_unfinished, write_atomically, write_image, write_json
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -18,6 +18,20 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
         write_atomically(path, fail)
     assert os.listdir(tmp_path) == ["a.json"]
     assert '"a": 1' in path.read_text()
+
+
+def test_what_killed_runs_left_is_removed(tmp_path):
+    names = []
+    path = write_atomically(tmp_path / ("a" * 250), lambda file: names.extend(os.listdir(tmp_path)))
+    (name,) = names
+    (tmp_path / "sub").mkdir()
+    old, new, other = tmp_path / "sub" / name, tmp_path / name, tmp_path / ".hidden.part"
+    for file in (old, new, other):
+        file.write_bytes(b"half")
+    os.utime(old, (0, 0))
+    os.utime(other, (0, 0))
+    remove_unfinished(tmp_path)
+    assert not old.exists() and new.exists() and other.exists() and path.exists()
 
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path):

@@ -8,6 +8,7 @@ import logging
 import threading
 import warnings
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -91,9 +92,32 @@ def test_reads_from_an_address(tmp_path):
         threading.Thread(target=server.serve_forever, daemon=True).start()
         address = f"http://127.0.0.1:{server.server_port}"
         assert load_image(f"{address}/picture.png").tobytes() == quadrants().tobytes()
-        with pytest.raises(ValueError, match=r"absent\.png' cannot be fetched.*404"):
-            load_image(f"{address}/absent.png")
+        (tmp_path / "drei Bären.png").write_bytes(encoded(quadrants()))
+        assert load_image(f"{address}/drei Bären.png").tobytes() == quadrants().tobytes()
+        (tmp_path / "page.html").write_text("<!DOCTYPE html><img src=picture.png>")
+        for name, message in (
+            ("absent.png", "cannot be fetched: .*404.*; download it and give the file"),
+            ("page.html", "is a web page, not an image: give the address of the image itself"),
+        ):
+            with pytest.raises(ValueError, match=rf"{name}' {message}"):
+                load_image(f"{address}/{name}")
         server.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("s3://bucket/a.png", "is an address of kind s3, only http and https are fetched: download it first"),
+        ("http://[a.png", "cannot be fetched"),
+        (
+            Path("https://example.org/a.png"),
+            "a web address must be a string, a path loses one of its slashes",
+        ),
+    ],
+)
+def test_addresses_that_are_not_fetched(source, message):
+    with pytest.raises(ValueError, match=message):
+        load_image(source)
 
 
 def test_a_photo_with_a_second_view_is_not_an_animation(caplog):

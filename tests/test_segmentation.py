@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_models import make_photo
 
-from pgseg_hf import SegmentationOptions, load_segmenter
+from pgseg_hf import Segmentation, SegmentationOptions, load_segmenter
 
 STREET = ["building", "road", "pavement", "tree", "sky", "car", "pedestrian"]
 LABELS = ["cat", "dog", "grass", "sky", "road", "tree", "car"]
@@ -159,6 +159,17 @@ def test_segments_cover_the_image_once(tiny_segmenter, photo):
     assert [segment.label for segment in every] == ["background", *LABELS]
     for segment in segments:
         assert segment.score == pytest.approx(result.scores[result.mask(segment)].mean(), abs=1e-6)
+
+
+def test_there_is_one_background(tiny_segmenter, photo):
+    labels = ["cat", " Background "]
+    assert tiny_segmenter(photo, labels).segments(include_absent=True)[1].label == "Background"
+    options = SegmentationOptions(background_threshold=0.2)
+    message = "labels have 'Background', and background_threshold makes a background of its own"
+    with pytest.raises(ValueError, match=message):
+        tiny_segmenter(photo, labels, options)
+    with pytest.raises(ValueError, match=message):
+        Segmentation(np.zeros((2, 2), int), np.zeros((2, 2)), ["cat", "Background"], True)
 
 
 @pytest.mark.parametrize("labels", [[], ["cat", " "], ["cat", "Cat"], ["cat", 3], "cat, dog", None])

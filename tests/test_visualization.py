@@ -170,16 +170,27 @@ class TestOverlay:
             ("Käse\nund\tBröt\x00chen", "Kase und Brot chen"),
             ("  wide   gaps ", "wide gaps"),
             ("smørrebrød", "smorrebrod"),
-            ("cat 🐱", "cat"),
+            ("cat 🐱", "label 1: cat"),
             ("猫", "label 1"),
             ("", "label 1"),
-            ("\ud800lone", "lone"),
+            ("\ud800lone", "label 1: lone"),
             ("½ \u202eabc", "1⁄2 abc"),
         ],
     )
     def test_labels_are_drawn_in_letters_that_the_font_has(self, label, expected, drawn_text):
         overlay(picture(30, 30), np.zeros((30, 30), dtype=int), [label])
         assert drawn_text[0] == expected
+
+    def test_labels_stay_distinct(self, drawn_text):
+        labels = ["日本 car", "dog", "中国 car", "côte", "coté", "猫"]
+        overlay(picture(60, 60), np.arange(3600).reshape(60, 60) % 6, labels)
+        expected = ["label 1: car", "dog", "label 3: car", "label 4: cote", "label 5: cote", "label 6"]
+        assert drawn_text[::2] == expected
+
+    def test_long_labels_stay_distinct(self, drawn_text):
+        labels = [f"{'word ' * 20}{colour}" for colour in ("red", "blue")]
+        overlay(picture(60, 60), np.arange(3600).reshape(60, 60) % 2, labels)
+        assert [text[:12] for text in drawn_text[::2]] == ["label 1: wor", "label 2: wor"]
 
     def test_a_long_label_is_shortened(self, drawn_text):
         drawn = overlay(picture(30, 30), np.zeros((30, 30), dtype=int), ["word " * 100_000])

@@ -6,18 +6,20 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 from transformers.utils import logging
 
 from . import DEFAULT_CHECKPOINT, __version__
 from .checkpoint import load_segmenter
+from .command_line import CommandParser
 from .conversion import convert_released, read_overrides, read_state_dict, write_backbone, write_converted
 from .efficientnet_lite import convert_efficientnet_lite, is_efficientnet_lite
 from .evaluation.arguments import add_evaluate_arguments, add_prepare_arguments
-from .files import write_image
+from .files import image_format, write_image
 from .folders import segment_folder
-from .images import load_image
+from .images import is_web_address, load_image
 from .segmentation import Segmentation, SegmentationOptions, Segmenter
 from .visualization import indexed_png, overlay
 
@@ -31,8 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         the exit code: 0, or 1 where some pictures of a folder were broken, or 2 for an error in what was asked for.
     """
-    given = sys.argv[1:] if arguments is None else list(arguments)
-    args = build_parser().parse_args([_with_hyphens(argument) for argument in given])
+    args = build_parser().parse_args(arguments)
     logging.set_verbosity_warning()
     try:
         return args.run(args)
@@ -41,15 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
 
 
-def _with_hyphens(argument: str) -> str:
-    """Options may be written with underscores too, as scripts of the field have them."""
-    name, equals, value = argument.partition("=")
-    return f"{name.replace('_', '-')}{equals}{value}" if name.startswith("--") else argument
-
-
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
-    parser = argparse.ArgumentParser(prog="pgseg", description="Segment anything you can name, with PGSeg.")
+    parser = CommandParser(prog="pgseg", description="Segment anything you can name, with PGSeg.")
     parser.add_argument("--version", action="version", version=f"pgseg_hf {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_segment(commands)
@@ -68,7 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
 def _add_segment(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("segment", help="segment a picture or a folder of pictures by words")
     parser.set_defaults(run=_segment)
-    parser.add_argument("image", type=Path, help="a picture, or a folder of pictures")
+    parser.add_argument("image", help="a picture, its http(s) address, or a folder of pictures")
     parser.add_argument(
         "--labels", required=True, help='words separated by commas, for instance "hair, coat, shoes"'
     )
@@ -76,10 +71,13 @@ def _add_segment(commands: argparse._SubParsersAction) -> None:
         "--model", default=DEFAULT_CHECKPOINT, help="folder or Hub name (default: the shipped model)"
     )
     parser.add_argument(
-        "--output", type=Path, help="the overlay, or the folder of results for a folder of pictures"
+        "--output",
+        "--output-dir",
+        type=Path,
+        help="the overlay, or the folder of results for a folder of pictures",
     )
     parser.add_argument(
-        "--mask", type=Path, help="also write the label map as an indexed PNG (one picture only)"
+        "--mask", type=Path, help="also write the label map as an indexed PNG or TIFF (one picture only)"
     )
     parser.add_argument(
         "--background-threshold",
@@ -122,30 +120,46 @@ def _segment(args: argparse.Namespace) -> int:
         templates=tuple(args.template) if args.template else None,
         batch_size=args.batch_size,
     )
+    is_folder = Path(args.image).is_dir()
+    stem = Path(urlsplit(args.image).path).stem if is_web_address(args.image) else Path(args.image).stem
+    output = args.output or Path(f"{stem}-segmented.png")
+    if not is_folder:
+        _check_places(Path(args.image), output, args.mask)
+    elif args.mask is not None:
+        raise ValueError("--mask is for one picture; a folder's masks are in OUTPUT/masks.")
     segmenter = load_segmenter(args.model, options, device=args.device, dtype=DTYPES[args.dtype])
-    if args.image.is_dir():
+    if is_folder:
         return _segment_folder(args, segmenter, labels)
-    output = args.output or Path(f"{args.image.stem}-segmented.png")
-    for place in (output, args.mask):
-        if place is not None and place.resolve() == args.image.resolve():
-            raise ValueError(f"{place} is the picture itself; choose another output path.")
     start = time.monotonic()
     image = load_image(args.image)
     result = segmenter(image, labels)
     assert isinstance(result, Segmentation)
-    write_image(overlay(image, result.label_map, labels, background=result.background), output)
     if args.mask is not None:
         mask = indexed_png(result.label_map, num_labels=len(labels), background=result.background)
-        try:
-            write_image(mask, args.mask)
-        except ValueError:
-            output.unlink()
-            raise
+        write_image(mask, args.mask)
+    write_image(overlay(image, result.label_map, labels, background=result.background), output)
     print(_table(result))
-    print(
-        f"{args.image.name}: {image.width} x {image.height} pixels in {time.monotonic() - start:.1f} s -> {output}"
-    )
+    seconds = time.monotonic() - start
+    print(f"{Path(args.image).name}: {image.width} x {image.height} pixels in {seconds:.1f} s -> {output}")
     return 0
+
+
+def _check_places(image: Path, output: Path, mask: Path | None) -> None:
+    """Refuses files that could not be written, or would lie over one another, before any work starts."""
+    image_format(output)
+    if mask is not None:
+        image_format(mask, is_mask=True)
+        if _same_file(mask, output):
+            raise ValueError(f"--output and --mask are both {mask}; give them different names.")
+    for place in (output, mask):
+        if place is not None and _same_file(place, image):
+            raise ValueError(f"{place} is the picture itself; choose another output path.")
+
+
+def _same_file(one: Path, other: Path) -> bool:
+    if one.exists() and other.exists():
+        return one.samefile(other)
+    return one.resolve() == other.resolve()
 
 
 def _table(result: Segmentation) -> str:
@@ -160,18 +174,17 @@ def _table(result: Segmentation) -> str:
 
 
 def _segment_folder(args: argparse.Namespace, segmenter: Segmenter, labels: list[str]) -> int:
-    if args.mask is not None:
-        raise ValueError("--mask is for one picture; a folder's masks are in OUTPUT/masks.")
-    output = args.output or Path(f"{args.image.resolve().name}-segmented")
+    output = args.output or Path(f"{Path(args.image).resolve().name}-segmented")
     summary = segment_folder(segmenter, args.image, output, labels)
     total = sum(summary.pixels.values())
     for label, pixels in summary.pixels.most_common():
         print(f"{label}: {pixels / total:.1%}")
     for name, reason in summary.broken.items():
         print(f"broken: {name}: {reason}", file=sys.stderr)
+    renewed = f"{summary.renewed} had changed since they were done, " if summary.renewed else ""
     print(
         f"{summary.segmented} pictures segmented, {summary.skipped} done before, {len(summary.broken)} broken, "
-        f"in {summary.seconds:.1f} s -> {output}"
+        f"{renewed}in {summary.seconds:.1f} s -> {output}"
     )
     return 1 if summary.broken else 0
 

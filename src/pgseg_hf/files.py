@@ -3,12 +3,24 @@
 import json
 import os
 import tempfile
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+# Names of files that are being written, and how long one has to lie untouched to be one that was left behind.
+_UNFINISHED = (".pgseg-", ".part")
+_LEFT_SECONDS = 60
+
+# Text of a PNG with the digest of what the mask was made from.
+_SOURCE = "pgseg_source"
+
+# Formats of masks that keep every number: others change them, by their loss or by sorting the palette.
+MASK_FORMATS = ("PNG", "TIFF")
 
 
 def path_inside(folder: Path, name: str) -> Path:
@@ -35,7 +47,8 @@ def write_atomically(path: str | os.PathLike, write: Callable[[BinaryIO], None])
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir():
             raise IsADirectoryError(f"{path} is a folder")
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        prefix, suffix = _UNFINISHED
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=prefix, suffix=suffix)
         with os.fdopen(handle, "wb") as file:
             write(file)
         os.chmod(temporary, 0o666 & ~_umask())
@@ -54,16 +67,54 @@ def _umask() -> int:
     return mask
 
 
-def write_image(image: Image.Image, path: str | os.PathLike) -> Path:
-    """Writes a picture in the format of its ending, whole or not at all."""
-    path = Path(path)
+def remove_unfinished(folder: Path) -> None:
+    """Removes what stopped runs left half written in a folder and its subfolders; what another run is writing stays."""
+    prefix, suffix = _UNFINISHED
+    for path in folder.rglob(f"{prefix}*{suffix}"):
+        with suppress(FileNotFoundError):  # finished meanwhile
+            if time.time() - path.stat().st_mtime > _LEFT_SECONDS:
+                path.unlink()
+
+
+def image_format(path: str | os.PathLike, is_mask: bool = False) -> str:
+    """The format that a file's ending stands for.
+
+    Raises:
+        ValueError: none that can be written, or, for a mask, one that does not keep its numbers.
+    """
     Image.init()
-    image_format = Image.EXTENSION.get(path.suffix.lower())
-    if image_format is None or image_format not in Image.SAVE:
+    found = Image.EXTENSION.get(Path(path).suffix.lower())
+    if is_mask and found not in MASK_FORMATS:
+        raise ValueError(
+            f"{path} would not keep the numbers of a mask's labels, expected the ending .png or .tif."
+        )
+    if found is None or found not in Image.SAVE:
         raise ValueError(
             f"{path} has no ending of a picture format that can be written, for instance .png or .jpg."
         )
-    return write_atomically(path, lambda file: image.save(file, format=image_format))
+    return found
+
+
+def write_image(image: Image.Image, path: str | os.PathLike, **options: Any) -> Path:
+    """Writes a picture in the format of its ending, whole or not at all; `options` are those of `Image.save`."""
+    found = image_format(path)
+    return write_atomically(path, lambda file: image.save(file, format=found, **options))
+
+
+def write_mask(mask: Image.Image, path: str | os.PathLike, source: str) -> Path:
+    """Writes a PNG that says what it was made from, see [`mask_source`]."""
+    info = PngInfo()
+    info.add_text(_SOURCE, source)
+    return write_image(mask, path, pnginfo=info)
+
+
+def mask_source(path: Path) -> str | None:
+    """What a mask says that it was made from; None for one that says nothing, or none that can be read."""
+    try:
+        with Image.open(path, formats=("PNG",)) as mask:
+            return mask.info.get(_SOURCE)
+    except OSError:
+        return None
 
 
 def write_json(content: Any, path: str | os.PathLike) -> Path:

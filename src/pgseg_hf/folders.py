@@ -1,6 +1,5 @@
 """Segmenting a folder of pictures: progress, continuing where a run stopped, broken pictures reported and not fatal."""
 
-import json
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -11,8 +10,9 @@ import numpy as np
 from PIL import Image
 from transformers.utils import logging
 
-from .files import write_image, write_json
+from .files import mask_source, remove_unfinished, write_image, write_json, write_mask
 from .images import IMAGE_EXTENSIONS, load_image
+from .run_records import differences, file_digest, model_record, read_record
 from .segmentation import SegmentationOptions, Segmenter
 from .visualization import indexed_png, overlay
 
@@ -28,6 +28,7 @@ class FolderSummary:
     Args:
         segmented: pictures of this run.
         skipped: pictures that an earlier run had done.
+        renewed: how many of the segmented ones an earlier run had done before they were changed.
         broken: file names and what was wrong with them.
         seconds: wall time.
         pixels: pixels of each label, over the pictures of this run.
@@ -35,6 +36,7 @@ class FolderSummary:
 
     segmented: int = 0
     skipped: int = 0
+    renewed: int = 0
     broken: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
     pixels: Counter = field(default_factory=Counter)
@@ -73,49 +75,54 @@ def segment_folder(
     overlays: bool = True,
 ) -> FolderSummary:
     """Segments all pictures of a folder into `output`: `masks/NAME.png` (indexed, values as in [`Segmentation`]),
-    `overlays/NAME.png` with a legend, and the labels and options in `segmentation.json`. Pictures that are done are
-    skipped, so a stopped run is continued by the same call.
+    `overlays/NAME.png` with a legend, and in `segmentation.json` what they depend on: labels, options, the model's
+    weights and its processor. Pictures that are done are skipped, so a stopped run is continued by the same call; one
+    whose file has changed since is segmented anew.
 
     Raises:
-        ValueError: no pictures, labels that make no sense, or an output folder that holds a run with other labels or
-            options.
+        ValueError: no pictures, labels that make no sense, or an output folder that holds a run with other labels,
+            options or another model.
     """
     folder, output = Path(folder), Path(output)
-    if output.resolve() == folder.resolve():
-        raise ValueError(f"{output} is the folder of the pictures; choose another output folder.")
     options = options or segmenter.options
-    images = find_images(folder, leave_out=output)
+    images = _images_apart_from(folder, output)
     # Fails on labels and options that make no sense before anything is written.
     next(segmenter.stream([Image.new("RGB", (64, 64))], labels, options))
+    start = time.monotonic()
     record = {
-        "model": str(segmenter.model.config._name_or_path),
         "labels": list(labels),
         "options": {**asdict(options), "batch_size": None},
+        **model_record(segmenter),
     }
     _check_record(record, output)
     names = _output_names(images, folder)
-    waiting = [path for path in images if not (output / "masks" / names[path]).exists()]
+    digests = {path: _digest(path) for path in images}
+    made_from = {path: mask_source(output / "masks" / names[path]) for path in images}
+    waiting = [
+        path
+        for path in images
+        if made_from[path] != digests[path] or (overlays and not (output / "overlays" / names[path]).exists())
+    ]
     summary = FolderSummary(skipped=len(images) - len(waiting))
-    start = time.monotonic()
+    remove_unfinished(output)
     write_json(record, output / RECORD_NAME)
     with logging.tqdm(total=len(waiting), desc="Segmenting", unit="image") as progress:
         for first in range(0, len(waiting), options.batch_size):
-            batch = {}
-            for path in waiting[first : first + options.batch_size]:
-                try:
-                    batch[path] = load_image(path)
-                except ValueError as error:
-                    summary.broken[str(path.relative_to(folder))] = str(error)
-                    logger.warning(f"skipped {path.name}: {error}")
-                    progress.update()
+            paths = waiting[first : first + options.batch_size]
+            batch, broken = _load_images(paths)
+            for path, reason in broken.items():
+                stale = "; its mask is of what was there before" if made_from[path] is not None else ""
+                summary.broken[str(path.relative_to(folder))] = f"{reason}{stale}"
+            progress.update(len(broken))
             results = segmenter.stream(batch.values(), labels, options)
             for (path, image), result in zip(batch.items(), results, strict=True):
                 if overlays:
                     picture = overlay(image, result.label_map, labels, background=result.background)
                     write_image(picture, output / "overlays" / names[path])
                 mask = indexed_png(result.label_map, num_labels=len(labels), background=result.background)
-                write_image(mask, output / "masks" / names[path])
+                write_mask(mask, output / "masks" / names[path], digests[path])
                 summary.segmented += 1
+                summary.renewed += made_from[path] not in (None, digests[path])
                 for segment in result.segments():
                     summary.pixels[segment.label] += int(np.count_nonzero(result.mask(segment)))
                 progress.update()
@@ -123,31 +130,53 @@ def segment_folder(
     return summary
 
 
-def _check_record(record: dict, output: Path) -> None:
-    path = output / RECORD_NAME
-    if not path.exists():
-        return
+def _load_images(paths: Sequence[Path]) -> tuple[dict[Path, Image.Image], dict[Path, str]]:
+    """The images that can be read, and what is wrong with the others."""
+    images: dict[Path, Image.Image] = {}
+    broken: dict[Path, str] = {}
+    for path in paths:
+        try:
+            images[path] = load_image(path)
+        except ValueError as error:
+            broken[path] = str(error)
+            logger.warning(f"skipped {path.name}: {error}")
+    return images, broken
+
+
+def _images_apart_from(folder: Path, output: Path) -> list[Path]:
+    """The pictures of a folder without what runs write into `output`, which may lie in the folder, or above it.
+
+    Raises:
+        ValueError: results would lie among the pictures.
+    """
+    here, there = folder.resolve(), output.resolve()
+    if here == there or any(here.is_relative_to(there / kind) for kind in ("masks", "overlays")):
+        raise ValueError(
+            f"results in {output} would lie among the pictures of {folder}; choose another output folder."
+        )
+    return find_images(folder, leave_out=output if there.is_relative_to(here) else None)
+
+
+def _digest(path: Path) -> str:
+    """Of a picture's file; nothing for one that cannot be read, which is reported when its turn comes."""
     try:
-        known = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} cannot be read: {error}; choose another output folder.") from error
-    if not isinstance(known, dict):
-        raise ValueError(f"{path} is no record of a run; choose another output folder.")
-    for key, value in json.loads(json.dumps(record)).items():
-        if known.get(key) != value:
-            raise ValueError(
-                f"{output} holds results made with {key} = {known.get(key)}, this run has {value}; choose another "
-                "output folder."
-            )
+        return file_digest(path)
+    except OSError:
+        return ""
+
+
+def _check_record(record: dict, output: Path) -> None:
+    known = read_record(output / RECORD_NAME)
+    changes = [] if known is None else differences(known, record)
+    if changes:
+        raise ValueError(f"{output} holds results with {'; '.join(changes)}. Choose another output folder.")
 
 
 def _output_names(images: Sequence[Path], folder: Path) -> dict[Path, Path]:
-    """A name ending in .png for each picture, the old ending kept where two pictures differ only in it."""
+    """A name ending in .png for each picture, the old ending kept where another picture's name would be the same, also
+    on a disk that takes capitals for small letters."""
     relative = {path: path.relative_to(folder) for path in images}
-    stems = Counter(name.with_suffix("") for name in relative.values())
-    return {
-        path: name.with_suffix(".png")
-        if stems[name.with_suffix("")] == 1
-        else name.with_name(f"{name.name}.png")
-        for path, name in relative.items()
-    }
+    whole = {path: name.with_name(f"{name.name}.png") for path, name in relative.items()}
+    short = {path: name.with_suffix(".png") for path, name in relative.items()}
+    taken = Counter(str(name).casefold() for name in [*whole.values(), *short.values()])
+    return {path: name if taken[str(name).casefold()] == 1 else whole[path] for path, name in short.items()}

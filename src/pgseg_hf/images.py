@@ -2,11 +2,15 @@
 
 import base64
 import binascii
+import http.client
 import os
+import re
+import string
 from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO
-from urllib.request import urlopen
+from urllib.parse import quote
+from urllib.request import Request, urlopen
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
@@ -241,23 +245,48 @@ def _read_bytes(source: Any) -> tuple[bytes, str]:
             return base64.b64decode(source.partition(",")[2], validate=True), name
         except binascii.Error as error:
             raise ValueError(f"{name} is not valid base64: {error}") from error
-    if isinstance(source, str) and source.startswith(("http://", "https://")):
-        try:
-            with urlopen(source, timeout=_URL_TIMEOUT_SECONDS) as response:
-                return response.read(), repr(source)
-        except OSError as error:
-            raise ValueError(f"{source!r} cannot be fetched: {error}") from error
+    if isinstance(source, str) and is_web_address(source):
+        return _fetched(source), repr(source)
     if isinstance(source, (str, os.PathLike)):
         path = Path(source)
         try:
             return path.read_bytes(), repr(str(path))
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
+            if re.match("https?:/", str(path)):
+                reason = "a web address must be a string, a path loses one of its slashes"
             raise ValueError(f"{str(path)!r} cannot be read as an image file: {reason}") from error
     raise ValueError(
         "an image must be a path, an http(s) address, a binary file object, bytes or a PIL image, "
         f"got {type(source).__name__}: {source!r}"
     )
+
+
+def is_web_address(text: str) -> bool:
+    """Whether a text is an `http(s)://` address.
+
+    Raises:
+        ValueError: an address of another kind, such as `s3://`, which is not fetched.
+    """
+    kind = re.match("([A-Za-z][A-Za-z0-9+.-]+)://", text)
+    if kind is not None and kind[1].lower() not in ("http", "https"):
+        raise ValueError(
+            f"{text!r} is an address of kind {kind[1]}, only http and https are fetched: download it first"
+        )
+    return kind is not None
+
+
+def _fetched(address: str) -> bytes:
+    try:
+        # Letters beyond ASCII as browsers send them; some servers refuse Python's own agent.
+        request = Request(quote(address, safe=string.punctuation), headers={"User-Agent": "pgseg_hf"})
+        with urlopen(request, timeout=_URL_TIMEOUT_SECONDS) as response:
+            data, kind = response.read(), response.headers.get_content_type()
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        raise ValueError(f"{address!r} cannot be fetched: {error}; download it and give the file") from error
+    if kind == "text/html":
+        raise ValueError(f"{address!r} is a web page, not an image: give the address of the image itself")
+    return data
 
 
 def _open_image(stream: BinaryIO, signature: bytes, name: str) -> Image.Image:

@@ -28,6 +28,9 @@ from .scoring import (
 # Words whose embeddings have at least this cosine are taken for one meaning, and do not compete.
 SAME_MEANING = 0.5
 
+BACKGROUND = "background"
+"""What a background threshold leaves over is called so."""
+
 
 @dataclass(frozen=True)
 class SegmentationOptions:
@@ -115,6 +118,9 @@ class Segmentation:
         scores: float [H, W], the score of each pixel's label.
         labels: N label names.
         background: whether value 0 is background.
+
+    Raises:
+        ValueError: a background, and a label of that name.
     """
 
     label_map: np.ndarray = field(repr=False)
@@ -122,9 +128,12 @@ class Segmentation:
     labels: list[str]
     background: bool = False
 
+    def __post_init__(self) -> None:
+        check_one_background(self.labels, self.background)
+
     def segments(self, include_absent: bool = False) -> list[Segment]:
         """The labels that are present, largest area first; with `include_absent` all, in their order."""
-        names = ["background", *self.labels] if self.background else self.labels
+        names = [BACKGROUND, *self.labels] if self.background else self.labels
         counts = np.bincount(self.label_map.ravel(), minlength=len(names))
         totals = np.bincount(self.label_map.ravel(), weights=self.scores.ravel(), minlength=len(names))
         order = range(len(names)) if include_absent else np.argsort(-counts, kind="stable")
@@ -142,6 +151,16 @@ class Segmentation:
     def mask(self, segment: Segment) -> np.ndarray:
         """Where a segment is, bool [H, W]."""
         return self.label_map == segment.value
+
+
+def check_one_background(labels: Sequence[str], background: bool) -> None:
+    """Raises a ValueError where a label is called as what the background threshold leaves over."""
+    own = next((label for label in labels if label.casefold() == BACKGROUND), None)
+    if background and own is not None:
+        raise ValueError(
+            f"labels have {own!r}, and background_threshold makes a background of its own: leave one of the two out, "
+            "or say what the label means, such as 'wall'."
+        )
 
 
 @dataclass
@@ -245,8 +264,9 @@ class Segmenter:
         """Segments images one after the other, in their order, reading no more of them than a batch ahead."""
         options = options or self.options
         labels = validate_labels(labels)
-        class_embeds = self.class_embeddings(labels, options)
         background = options.background_threshold is not None
+        check_one_background(labels, background)
+        class_embeds = self.class_embeddings(labels, options)
         for image in self.encode(images, options):
             label_map, best = self.score(image, class_embeds, options).label_map()
             yield Segmentation(label_map.cpu().numpy(), best.cpu().numpy(), labels, background)

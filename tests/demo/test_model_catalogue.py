@@ -127,6 +127,7 @@ class TestWhatAVisitorTypes:
             Path(folder, "name").write_text(name)
 
         monkeypatch.setattr(model_catalogue, "load_any", load)
+        monkeypatch.setattr(model_catalogue, "model_record", lambda segmenter: {})
         monkeypatch.setattr(model_catalogue, "_download", download)
         return asked
 

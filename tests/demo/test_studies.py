@@ -3,6 +3,7 @@
 import base64
 import io
 import pickle
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 from model_catalogue import Catalogue
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from settings import MAX_LABELS, Settings
 from studies import Choices, Laboratory, read_labels, read_upload
 
@@ -81,6 +83,24 @@ class TestStudy:
         flipped = replace(upload, image=upload.image.transpose(Image.Transpose.ROTATE_180), digest="other")
         assert laboratory.study(flipped, LABELS, WHOLE, first).digest == "other"
         assert len(passes) == 3
+
+    def test_other_weights_of_the_same_name_do(self, upload, tiny_folder, tmp_path):
+        folder = shutil.copytree(tiny_folder, tmp_path / "own")
+        choices = Choices("own", sliding=False)
+
+        def laboratory() -> Laboratory:
+            return Laboratory(Catalogue(Settings(models=(str(folder),))))
+
+        first = laboratory().study(upload, LABELS, choices)
+        again = laboratory().study(upload, LABELS, choices, first)
+        assert again is first
+        weights = load_file(folder / "model.safetensors")
+        weights["visual_projection.3.bias"] += torch.linspace(-1, 1, len(weights["visual_projection.3.bias"]))
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        other = laboratory().study(upload, LABELS, choices, first)
+        assert not torch.equal(other.encoded.windows[0].segments, first.encoded.windows[0].segments)
+        with pytest.raises(ValueError, match="own has changed since; press Segment again"):
+            laboratory().with_prototypes(upload, first)
 
     def test_prototypes_are_looked_for_once(self, laboratory, upload, passes):
         study = laboratory.with_prototypes(upload, laboratory.study(upload, LABELS, WHOLE))

@@ -14,7 +14,7 @@ from studies import Choices, Laboratory, Prototypes, read_upload
 from pgseg_hf import Segmentation
 from pgseg_hf.visualization import palette
 
-LABELS = ["cat", "dog", "background"]
+LABELS = ["cat", "dog", "wall"]
 
 
 def result(background: bool = True) -> Segmentation:
@@ -50,7 +50,7 @@ def test_the_table_has_absent_labels_last():
         ["dog", "50.0%", "0.500"],
         ["background", "25.0%", "0.500"],
         ["cat", "25.0%", "0.500"],
-        ["background", "0.0%", "–"],
+        ["wall", "0.0%", "–"],
     ]
 
 

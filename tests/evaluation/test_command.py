@@ -14,6 +14,7 @@ import torch
 from data_files import picture
 from mask_folders import make_folder
 from PIL import Image
+from safetensors.torch import load_file
 
 from pgseg_hf import DEFAULT_CHECKPOINT, PGSegModel, __version__, evaluation
 from pgseg_hf.cli import build_parser, main
@@ -89,31 +90,41 @@ def test_results_with_all_that_they_depend_on(evaluate, tiny_folder, tmp_path, c
     assert evaluate("--overwrite")[1]["reused"] == 3, "what is the same need not give way"
     assert (tmp_path / "out" / "parts" / "000000.npz").stat().st_mtime_ns == stamp
     code, _ = evaluate("--background_threshold", 0.5)
-    assert code == 2 and "other background_threshold, protocol" in capsys.readouterr().err
+    assert code == 2 and "; background_threshold = None there and 0.5 now. Choose" in capsys.readouterr().err
     code, other = evaluate("--background_threshold", 0.5, "--overwrite")
     assert code == 0 and other["settings"]["background_threshold"] == 0.5
     assert other["settings"]["protocol"]["name"] == "checkpoint, changed"
 
 
-@pytest.mark.parametrize("change", ["mask", "picture", "labels", "processor", "other folder"])
+@pytest.mark.parametrize("change", ["mask", "picture", "labels", "processor", "weights"])
 def test_nothing_is_reused_that_has_changed(evaluate, data, tmp_path, tiny_folder, capsys, change):
     checkpoint = shutil.copytree(tiny_folder, tmp_path / "model")
+    bare = load_file(checkpoint / "model.safetensors")
+    torch.save(bare, checkpoint / "pytorch_model.bin")
+    (checkpoint / "model.safetensors").unlink()
     assert evaluate("--synonyms", "merge", checkpoint=str(checkpoint))[0] == 0
-    path = data
-    if change == "mask":
+    # The same elsewhere is the same.
+    path = shutil.copytree(data, tmp_path / "elsewhere", copy_function=shutil.copyfile)
+    code, again = evaluate("--synonyms", "merge", checkpoint=tiny_folder, path=path)
+    assert code == 0 and again["reused"] == 3
+    if change == "weights":
+        bare["logit_scale"] += 1e-3
+        torch.save(bare, checkpoint / "pytorch_model.bin")
+    elif change == "mask":
         Image.fromarray(np.zeros((40, 48), np.uint8)).save(data / "masks" / "000.png")
     elif change == "picture":
         Image.new("RGB", (48, 40), "red").save(data / "images" / "001.jpg")
     elif change == "labels":
         (data / "labels.json").write_text(json.dumps({**LABELS, "synonyms": {"road": ["street"]}}))
-    elif change == "processor":
+    else:
         file = checkpoint / "processor_config.json"
         file.write_text(re.sub(r'("image_mean": \[\s*)[\d.]+', r"\g<1>0.4", file.read_text()))
-    else:
-        path = shutil.copytree(data, tmp_path / "elsewhere" / "data")
     capsys.readouterr()
-    assert evaluate("--synonyms", "merge", checkpoint=str(checkpoint), path=path)[0] == 2
-    assert "holds an evaluation with other p" in capsys.readouterr().err
+    assert evaluate("--synonyms", "merge", checkpoint=str(checkpoint))[0] == 2
+    changed = {"weights": "weights", "processor": "processor image_processor image_mean"}.get(
+        change, "pictures"
+    )
+    assert re.search(f"holds an evaluation with {changed} = .* there and .* now", capsys.readouterr().err)
 
 
 def test_files_of_others_stay(evaluate, tmp_path, capsys):
@@ -235,6 +246,7 @@ def test_a_part_of_the_pictures_in_another_type(evaluate):
         (["--batch-size", "0"], "batch_size is 0"),
         (["--readers", "0"], "readers is 0"),
         (["--templates", "full"], "--templates has no effect on folder"),
+        (["--split", "test"], "has no folder 'test' for that split, expected one of images, masks"),
         (["--train", "."], "add --baselines"),
         (["--baselines", "--train", "./nowhere"], "nowhere does not exist"),
         (["--baselines", "--train", ".", "--crop-sides", "9", "3"], "crop_sides are (9.0, 3.0)"),
@@ -301,6 +313,38 @@ def test_values_outside_the_list_and_masks_of_another_size(evaluate, data, capsy
     assert re.search(r"001.png has \(42, 47\) pixels .*001.jpg \(42, 48\)", capsys.readouterr().err)
 
 
+def test_splits_of_a_folder(evaluate, data, tmp_path, capsys):
+    for name in ("val", "test"):
+        shutil.copytree(data, tmp_path / "own" / name)
+        (tmp_path / "own" / name / "labels.json").rename(tmp_path / "own" / "labels.json")
+    Image.fromarray(np.zeros((40, 48), np.uint8)).save(tmp_path / "own" / "test" / "masks" / "000.png")
+    _, whole = evaluate(path=tmp_path / "own" / "test", output="whole")
+    code, split = evaluate("--split", "test", path=tmp_path / "own", output="split")
+    assert code == 0 and split["rows"] == whole["rows"]
+    assert split["settings"]["data"] == "own test, 3 pictures, 3 labels"
+    assert evaluate("--split", "train", path=tmp_path / "own", output="none")[0] == 2
+    assert "has no folder 'train' for that split, expected one of test, val" in capsys.readouterr().err
+    assert evaluate(path=tmp_path / "own", output="none")[0] == 2
+    assert "of a folder with splits give one" in capsys.readouterr().err
+
+
+def test_masks_of_0_and_255(evaluate, tmp_path, capsys):
+    masks = [np.where(mask == 1, 255, 0) for mask in masks_of()]
+    folder = make_folder(tmp_path / "binary", masks, {"labels": ["background", "sky"]})
+    code, content = evaluate(path=folder, output="wrong")
+    assert code == 0 and content["ignored_share"] == pytest.approx(
+        np.mean(np.concatenate([*map(np.ravel, masks)]) > 0)
+    )
+    assert "1 of 2 labels are in none of the masks: sky" in content["warnings"][-2]
+    warning = "say so: --mask_values 0=background,255=sky"
+    assert warning in capsys.readouterr().out and warning in (tmp_path / "wrong" / "results.md").read_text()
+    code, content = evaluate("--mask_values", "0=background,255=sky", path=folder, output="right")
+    assert code == 0 and (content["ignored_share"], content["warnings"]) == (0, [])
+    assert content["settings"]["mask_values"] == "0=background,255=sky"
+    assert evaluate("--mask-values", "0=sky", benchmark="voc")[0] == 2
+    assert "--mask_values is '0=sky', but voc has its own" in capsys.readouterr().err
+
+
 def test_labels_with_signs_stay_in_their_cells(evaluate, tmp_path):
     names = ["a | b", "<img src=x onerror=alert(1)>", "c\\|d", "e `f` **g**"]
     folder = make_folder(tmp_path / "signs", masks_of(), {"labels": names})
@@ -340,7 +384,7 @@ def test_imagenet(evaluate, tmp_path, capsys, monkeypatch):
     assert again["rows"] == found["rows"] and again["reused"] == 6
     (tmp_path / "imagenet" / "val" / few["wnids"][0] / "a.png").write_bytes(picture(9))
     assert evaluate("--templates", "simple", benchmark="imagenet", path=tmp_path / "imagenet")[0] == 2
-    assert "holds an evaluation with other pictures" in capsys.readouterr().err
+    assert "holds an evaluation with pictures = " in capsys.readouterr().err
     assert 0 <= found["rows"]["model"]["top1"] <= found["rows"]["model"]["top5"] <= 1
     assert found["settings"]["templates"] == "simple, 1" and "8 classes" in found["settings"]["data"]
     (tmp_path / "imagenet" / "val" / few["wnids"][2] / "a.png").write_bytes(b"broken")

@@ -7,8 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from mask_folders import LABELS, make_folder
+from PIL import Image
 
 from pgseg_hf.evaluation import ConfusionMatrix, MaskFolder
+from pgseg_hf.evaluation.mask_dataset import parse_mask_values
 from pgseg_hf.images import load_label_map
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
@@ -95,6 +97,70 @@ def test_folders_that_make_no_sense(tmp_path):
     (folder / "masks").rename(folder / "annotations")
     with pytest.raises(ValueError, match=r"neither metadata.jsonl nor the folders"):
         MaskFolder(folder)
+
+
+BINARY = np.kron(np.array([[0, 255]]), np.ones((6, 4), int))
+
+
+@pytest.mark.parametrize("given", ["argument", "labels.json", "without labels.json"])
+def test_values_that_are_said(tmp_path, given):
+    values = {"0": "background", "255": "sky"}
+    labels = {"labels": ["sky", "background"]}
+    written = labels if given == "argument" else {**labels, "mask_values": values}
+    path = make_folder(tmp_path / "a", [BINARY], written)
+    if given == "without labels.json":
+        (path / "labels.json").unlink()
+    folder = MaskFolder(path, mask_values=None if given == "labels.json" else values)
+    expected = ["background", "sky"] if given == "without labels.json" else labels["labels"]
+    assert folder.labels == expected
+    truth = np.array(expected)[folder.truth(folder.pictures[0])]
+    assert (truth[:, :4] == "background").all() and (truth[:, 4:] == "sky").all()
+
+
+def test_colours_and_values_that_do_not_count(tmp_path):
+    path = make_folder(tmp_path / "a", [BINARY], {"labels": ["sky", "road"], "ignore_index": None})
+    colours = np.array([[(0, 0, 255), (255, 128, 0), (0, 0, 0)]], np.uint8).repeat(6, 0)
+    for mask in (Image.fromarray(colours), Image.fromarray(colours).quantize(3)):
+        mask.save(path / "masks" / "000.png")
+        folder = MaskFolder(path, mask_values=parse_mask_values("#0000FF=road, #ff8000=sky,#000000="))
+        truth = folder.truth(folder.pictures[0])
+        assert (truth == [1, 0, folder.ignore_index]).all() and folder.ignore_index not in (0, 1)
+    folder = MaskFolder(path, mask_values={"#0000ff": "road", "#ff8000": "sky"})
+    with pytest.raises(
+        ValueError, match=r"the value #000000, expected one of #0000ff, #ff8000: .*--mask_values"
+    ):
+        folder.truth(folder.pictures[0])
+    with pytest.raises(
+        ValueError, match=r"has the value 255, expected one of 0 to 1: .*from 0 to 255.*--mask_values"
+    ):
+        plain = MaskFolder(
+            make_folder(tmp_path / "b", [BINARY], {"labels": ["a", "b"], "ignore_index": None})
+        )
+        plain.truth(plain.pictures[0])
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"0": "moon"}, "'moon', which is none of sky, road, tree"),
+        ({"0": "sky", "#ff0000": "road"}, "'#ff0000', expected whole numbers, or else colours"),
+        ({"#ff00": "sky"}, "'#ff00', expected"),
+        ({"-1": "sky"}, "'-1', expected"),
+    ],
+)
+def test_values_that_make_no_sense(tmp_path, values, message):
+    path = make_folder(tmp_path / "a", MASKS[:1])
+    with pytest.raises(ValueError, match=message):
+        MaskFolder(path, mask_values=values)
+    (path / "labels.json").write_text(json.dumps({**LABELS, "mask_values": values}))
+    with pytest.raises(ValueError, match=f"labels.json: .*{message}"):
+        MaskFolder(path)
+
+
+@pytest.mark.parametrize("text", ["0", "0=a,0=b", "0:a", ""])
+def test_texts_that_say_no_values(text):
+    with pytest.raises(ValueError, match="expected each value once, such as 0=background,255=sky"):
+        parse_mask_values(text)
 
 
 @pytest.mark.parametrize(

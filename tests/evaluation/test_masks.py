@@ -52,6 +52,33 @@ def test_background_by_threshold_or_as_a_label(tmp_path):
     assert ordinary["iou"] == {"sky": 0.0, "road": 0.0, "tree": 1.0}
 
 
+def test_binary_masks_are_no_plausible_figures(tmp_path):
+    binary = np.kron(np.array([[0, 255], [255, 255]]), np.ones((4, 4), int))
+    path = make_folder(tmp_path / "a", [binary], {"labels": ["background", "sky"]})
+    segmenter = KnownGroups(one_hot(0, 1, 1, 1, count=2))
+    scores = evaluate_masks(segmenter, MaskFolder(path))
+    assert scores.to_dict()["ignored_share"] == 0.75
+    unknown, absent, binary = scores.doubts(MaskFolder(path))
+    assert unknown == "48 of the masks' 64 pixels (75.0%) are unknown and do not count."
+    assert absent == "1 of 2 labels are in none of the masks: sky."
+    assert "48 pixels (75.0%) do not count" in binary and "--mask_values 0=background,255=sky" in binary
+    said = MaskFolder(path, mask_values={"0": "background", "255": "sky"})
+    scores = evaluate_masks(segmenter, said)
+    assert (scores.confusion.mean_iou(), scores.confusion.ignored, scores.doubts(said)) == (1, 0, [])
+
+
+def test_what_does_not_count_is_kept_with_the_counts(tmp_path):
+    truth = QUADRANTS.copy()
+    truth[0, :4] = 255
+    folder = MaskFolder(make_folder(tmp_path / "a", [truth]))
+    scores = evaluate_masks(KnownGroups(one_hot(0, 1, 1, 2)), folder, MaskOptions(oracle=True))
+    read = type(scores).empty(folder, MaskOptions(oracle=True))
+    read.add_arrays(scores.to_arrays())
+    read.merge(scores)
+    assert [matrix.ignored for matrix in read._matrices()] == [8, 8]
+    assert read.confusion.ignored_share() == 4 / 64 and read.doubts(folder) == []
+
+
 def test_a_threshold_needs_a_background(tmp_path):
     folder = MaskFolder(make_folder(tmp_path / "a", [QUADRANTS]))
     with pytest.raises(ValueError, match=r"background_threshold is 0.5, but .* has no background"):

@@ -238,6 +238,15 @@ class TestCocoObject:
         before = files(tmp_path)
         assert counts(prepare_coco_object(tmp_path)) == (0, 3)
         assert files(tmp_path) == before
+        # Other annotations than those of the masks that are there.
+        (folder / "c_instanceTrainIds.png").unlink()
+        write_instances(tmp_path, images, good[:1])
+        before = files(tmp_path)
+        with pytest.raises(
+            ValueError, match=r"b_instanceTrainIds.png was made from instances_val2017.json with"
+        ):
+            prepare_coco_object(tmp_path)
+        assert files(tmp_path) == before
 
     def test_progress_is_shown(self, tmp_path, capsys):
         write_instances(tmp_path, [image()], [])

@@ -143,7 +143,8 @@ def test_a_run_of_something_else_is_not_mixed_in(tmp_path, folder):
     output = prepared(tmp_path / "out")
     evaluate_in_parts(Recorder(), folder, OPTIONS, output)
     assert json.loads((tmp_path / "out" / "run.json").read_text())["threshold"] is None
-    with pytest.raises(ValueError, match=r"with other dtype, threshold; choose another --output, or --overw"):
+    message = "with threshold = None there and 0.5 now; dtype = None there and 'bfloat16' now. Choose another"
+    with pytest.raises(ValueError, match=message):
         prepared(tmp_path / "out", threshold=0.5, dtype="bfloat16")
     segmenter = Recorder()
     evaluate_in_parts(segmenter, folder, OPTIONS, output)
@@ -164,7 +165,7 @@ def test_parts_without_a_record_are_left_alone(tmp_path, folder, content):
     record.unlink() if content is None else record.write_text(content)
     before = sorted((tmp_path / "out" / "parts").iterdir())
     message = "parts is there and of no evaluation" if content is None else "run.json cannot be read"
-    with pytest.raises(ValueError, match=f"{message}.*choose another --output"):
+    with pytest.raises(ValueError, match=f"{message}.*choose another"):
         prepared(tmp_path / "out")
     assert sorted((tmp_path / "out" / "parts").iterdir()) == before
 
@@ -265,6 +266,8 @@ def test_hash_of_weights_and_versions(tmp_path, tiny_folder):
     content = (Path(tiny_folder) / "model.safetensors").read_bytes()
     assert checkpoint_hash(tiny_folder) == hashlib.sha256(content).hexdigest()[:16]
     assert checkpoint_hash(str(tmp_path)) is None
+    (tmp_path / "pytorch_model.bin").write_bytes(content)
+    assert checkpoint_hash(str(tmp_path)) == checkpoint_hash(tiny_folder)
     halves = tmp_path / "halves"
     halves.mkdir()
     for number in (0, 1):

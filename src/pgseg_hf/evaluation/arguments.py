@@ -22,9 +22,18 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument(
         "--data", required=True, help="the benchmark's folder, or hub:NAME for a data set of the Hub"
     )
-    data.add_argument("--split", default="val", help="default: val")
+    data.add_argument(
+        "--split",
+        help="default: val; of a folder one of its subfolders, by default the folder itself",
+    )
     data.add_argument("--limit", type=int, metavar="N", help="only N pictures, spread over all")
     data.add_argument("--background", metavar="LABEL", help="of a folder: the label that means background")
+    data.add_argument(
+        "--mask-values",
+        metavar="VALUE=LABEL,...",
+        help="of a folder: what the masks' values or colours mean, such as 0=background,255=sky or #ff8000=sky; VALUE= "
+        "for what does not count",
+    )
     data.add_argument("--image-column", help="of a hub:NAME; default: the usual names")
     data.add_argument("--mask-column", help="of a hub:NAME; default: mask")
     data.add_argument("--label-column", help="for imagenet in shards or hub:NAME; default: cls or label")
@@ -67,7 +76,10 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
         "--visualize", type=int, default=0, metavar="N", help="draw N pictures beside their truth"
     )
     more.add_argument(
-        "--output", type=Path, help="folder of the results; default: CHECKPOINT-BENCHMARK-SPLIT"
+        "--output",
+        "--output-dir",
+        type=Path,
+        help="folder of the results; default: CHECKPOINT-BENCHMARK-SPLIT",
     )
     more.add_argument("--overwrite", action="store_true", help="drop what another evaluation counted there")
     speed = parser.add_argument_group("machine")

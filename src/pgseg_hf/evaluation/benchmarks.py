@@ -6,7 +6,7 @@ how pictures are segmented, is apart from the benchmark: see `protocols`.
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -159,7 +159,8 @@ class Benchmark:
         values = None
         if self.zero_is_unknown:
             assert self.ignore_index is not None
-            values = {0: self.ignore_index, **{value + 1: value for value in range(len(labels))}}
+            unknown = {0: self.ignore_index, self.ignore_index: self.ignore_index}
+            values = unknown | {value + 1: value for value in range(len(labels))}
         return MaskDataset(
             name=name,
             labels=labels,
@@ -167,7 +168,7 @@ class Benchmark:
             background=0 if self.has_background else None,
             ignore_index=self.ignore_index,
             values=values,
-            rgb_masks=self.rgb_masks,
+            rgb_weights=(1, 256, 0) if self.rgb_masks else None,
             synonyms={
                 label: names
                 for label, names in read_class_names(self.class_names).get("synonyms", {}).items()
@@ -308,23 +309,42 @@ BENCHMARKS: dict[str, Benchmark] = {
 
 
 def open_benchmark(
-    name: str, path: str | Path, split: str = "val", background: str | None = None
+    name: str,
+    path: str | Path,
+    split: str | None = None,
+    background: str | None = None,
+    mask_values: Mapping[str, str | None] | None = None,
 ) -> MaskDataset:
     """A benchmark's pictures, or those of a folder with masks.
 
     Args:
         name: one of `BENCHMARKS`, or "folder".
         path: its folder.
-        split: of a benchmark; a folder has none.
-        background: of a folder, see [`MaskFolder`].
+        split: of a benchmark, "val" by default; of a folder a subfolder, by default the folder itself.
+        background, mask_values: of a folder, see [`MaskFolder`].
 
     Raises:
         ValueError: no such benchmark, or files that are missing.
     """
     if name == "folder":
-        return MaskFolder(path, background)
+        return _open_folder(Path(path), split, background, mask_values)
     if name not in BENCHMARKS:
         raise ValueError(f"benchmark is {name!r}, expected one of {', '.join([*BENCHMARKS, 'folder'])}.")
     if background is not None:
         raise ValueError(f"background is {background!r}, but {name} has its own; expected None.")
-    return BENCHMARKS[name].open(path, split)
+    return BENCHMARKS[name].open(path, split or "val")
+
+
+def _open_folder(
+    path: Path, split: str | None, background: str | None, mask_values: Mapping[str, str | None] | None
+) -> MaskFolder:
+    if split is None:
+        return MaskFolder(path, background, mask_values)
+    if not (path / split).is_dir():
+        there = sorted(each.name for each in path.iterdir() if each.is_dir()) if path.is_dir() else []
+        raise ValueError(
+            f"{path} has no folder {split!r} for that split, expected one of {', '.join(there)}."
+        )
+    folder = MaskFolder(path / split, background, mask_values)
+    folder.name = f"{path.resolve().name} {split}"
+    return folder

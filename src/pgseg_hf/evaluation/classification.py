@@ -26,7 +26,7 @@ from ..processing_pgseg import PGSegProcessor
 from ..prompts import IMAGENET_TEMPLATES, SEGMENTATION_TEMPLATES, validate_labels
 from .benchmarks import read_class_names
 from .hub_masks import open_split
-from .mask_dataset import digest, file_state
+from .mask_dataset import digest, file_digests
 
 logger = logging.get_logger(__name__)
 
@@ -102,13 +102,13 @@ class Classes:
         name: for reports.
         labels: names of the classes.
         pictures: gives them, afresh at every call.
-        fingerprint: changes with the pictures.
+        fingerprint: gives what changes with the pictures; it may read them all.
     """
 
     name: str
     labels: list[str]
     pictures: Callable[[], Iterator[LabelledPicture | UnusableRecord]]
-    fingerprint: str = ""
+    fingerprint: Callable[[], str] = str
 
 
 def open_imagenet(path: str, split: str = "val", label_column: str | None = None) -> Classes:
@@ -138,7 +138,7 @@ def open_imagenet(path: str, split: str = "val", label_column: str | None = None
         if isinstance(source, TableSource):
             finder = ClassFinder(labels, ids, source.tag_names)
         pictures = partial(_from_source, source, finder)
-        return Classes(f"imagenet {split}", labels, pictures, source_fingerprint(source))
+        return Classes(f"imagenet {split}", labels, pictures, partial(source_fingerprint, source))
     root = next((place for place in (folder / split, folder) if place.is_dir()), None)
     if root is None:
         raise ValueError(f"{path} is no folder, no pattern of tar files and no hub:NAME.")
@@ -146,8 +146,10 @@ def open_imagenet(path: str, split: str = "val", label_column: str | None = None
         raise ValueError(f"{path} has no folder {split!r} for that split.")
     images = find_images(root)
     found = [LabelledPicture(str(image), image, finder([image.parent.name], str(image))) for image in images]
-    states = [file_state(image) for image in images]
-    return Classes(f"imagenet {split}", labels, lambda: iter(found), digest(states))
+    places = [image.relative_to(root).as_posix() for image in images]
+    return Classes(
+        f"imagenet {split}", labels, lambda: iter(found), lambda: digest([places, file_digests(images)])
+    )
 
 
 def source_fingerprint(source: Source) -> str:

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from accelerate import PartialState
 
-from .. import __version__
 from ..checkpoint import DEFAULT_CHECKPOINT, load_segmenter
 from ..data.augmentation import AugmentationOptions
+from ..run_records import model_record
 from ..segmentation import Segmenter
 from . import preparing
 from .arguments import parse_thresholds
@@ -22,8 +22,8 @@ from .benchmarks import BENCHMARKS, open_benchmark
 from .classification import Classifier, open_imagenet, template_sets
 from .confusion import ConfusionMatrix
 from .hub_masks import hub_pictures
-from .mask_dataset import MaskDataset
-from .masks import MaskOptions, MaskScores, evaluate_masks, without_nan
+from .mask_dataset import MaskDataset, parse_mask_values
+from .masks import MaskEvaluator, MaskOptions, MaskScores, without_nan
 from .protocols import Protocol, load_protocol
 from .reports import write_report
 from .running import Output, checkpoint_hash, classify_in_parts, evaluate_in_parts, versions
@@ -48,7 +48,9 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     args.checkpoint = args.checkpoint or DEFAULT_CHECKPOINT
     path = Path(args.checkpoint)
     name = path.resolve().name if path.is_dir() else path.name
-    folder = args.output or Path(f"{name}-{args.benchmark}-{args.split}")
+    folder = args.output or Path(f"{name}-{args.benchmark}-{args.split or 'val'}")
+    if args.benchmark != "folder":
+        args.split = args.split or "val"
     # Without an accelerator, `accelerate` shares the work among processes only where it is told to use the CPU.
     state = PartialState(cpu=args.device == "cpu" or not torch.accelerator.is_available())
     device = args.device or state.device
@@ -95,12 +97,15 @@ def _segment(args: argparse.Namespace, segmenter: Segmenter, folder: Path, name:
         "protocol": protocol.to_dict(),
         "background_threshold": threshold,
         **({"refinement": str(options.refinement)} if options.refinement else {}),
+        **({"mask_values": args.mask_values} if args.mask_values else {}),
         **_source_of_masks(args),
     }
     record = {
-        **settings,
-        **_model_record(args, segmenter),
-        "pictures": dataset.fingerprint(),
+        # What these two stand for is in the fingerprint, whatever the name of the folder.
+        **{key: value for key, value in settings.items() if key not in ("data", "mask_values")},
+        **model_record(segmenter),
+        "dtype": args.dtype,
+        "pictures": _on_main_process(dataset.fingerprint),
         "thresholds": options.thresholds,
         "analysis": args.analysis,
     }
@@ -123,21 +128,17 @@ def _segment(args: argparse.Namespace, segmenter: Segmenter, folder: Path, name:
             if key in found
         },
         "mean_iou_absent_as_zero": found["mean_iou_absent_as_zero"],
+        "ignored_share": found["ignored_share"],
+        "warnings": scores.doubts(dataset),
         "pictures": scores.pictures,
         "reused": scores.reused,
         "settings": {**settings, "seconds_of_all_calls": round(scores.seconds, 1)},
     }
 
 
-def _model_record(args: argparse.Namespace, segmenter: Segmenter) -> dict[str, Any]:
-    """What counts depend on beside the pictures and the protocol."""
-    return {
-        "version": __version__,
-        "checkpoint": checkpoint_hash(args.checkpoint) or args.checkpoint,
-        "config": segmenter.model.config.to_diff_dict(),
-        "processor": segmenter.processor.image_processor.to_dict(),
-        "dtype": args.dtype,
-    }
+def _on_main_process(fingerprint: Callable[[], str]) -> str:
+    """Of pictures, which are all read for it; the record is the main process's affair."""
+    return fingerprint() if PartialState().is_main_process else ""
 
 
 def _prepared(output: Output) -> Output:
@@ -175,7 +176,8 @@ def _open(args: argparse.Namespace) -> MaskDataset:
     else:
         if args.image_column or args.mask_column:
             raise ValueError("--image-column and --mask-column are for hub:NAME; leave them out.")
-        dataset = open_benchmark(args.benchmark, args.data, args.split, args.background)
+        values = parse_mask_values(args.mask_values) if args.mask_values else None
+        dataset = open_benchmark(args.benchmark, args.data, args.split, args.background, values)
     return dataset.spread(args.limit) if args.limit is not None else dataset
 
 
@@ -222,9 +224,8 @@ def _baselines(
     state = PartialState()
     part = dataset.part(state.process_index, state.num_processes)
     torch.manual_seed(args.seed)
-    scores = evaluate_masks(
-        untrained(segmenter), part, replace(options, oracle=True, groups=False, thresholds=())
-    )
+    plain = replace(options, oracle=True, groups=False, thresholds=())
+    scores = MaskEvaluator(untrained(segmenter), part, plain)(part.pictures)
     scores.sum_over_processes(state.device)
     rows = {
         "untrained model": _figures(scores.confusion),
@@ -266,11 +267,13 @@ _OF_CLASSES: dict[str, Any] = {"templates": None, "label_column": None}
 def _refuse_idle_options(args: argparse.Namespace) -> None:
     """Raises a ValueError for options that would have no effect."""
     idle = _OF_MASKS if args.benchmark == "imagenet" else _OF_CLASSES
-    if args.benchmark == "folder" and args.split != "val":
-        raise ValueError(f"--split is {args.split!r}, but a folder has none; leave it out.")
     given = [name for name, default in idle.items() if getattr(args, name) != default]
     if given:
         raise ValueError(f"--{given[0].replace('_', '-')} has no effect on {args.benchmark}; leave it out.")
+    if args.mask_values and args.benchmark != "folder":
+        raise ValueError(
+            f"--mask_values is {args.mask_values!r}, but {args.benchmark} has its own; leave it out."
+        )
     if (args.train or args.crop_sides) and not args.baselines:
         raise ValueError("--train and --crop-sides are for the position prior; add --baselines.")
 
@@ -294,8 +297,10 @@ def _classify(args: argparse.Namespace, segmenter: Segmenter, folder: Path, name
     }
     record = {
         **settings,
-        **_model_record(args, segmenter),
-        "pictures": classes.fingerprint,
+        **model_record(segmenter),
+        "dtype": args.dtype,
+        "label_column": args.label_column,
+        "pictures": _on_main_process(classes.fingerprint),
     }
     scores = classify_in_parts(classifier, classes, _prepared(Output(folder, record, args.overwrite)))
     return {

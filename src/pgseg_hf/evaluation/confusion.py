@@ -1,5 +1,6 @@
 """Counts of pixels by true and predicted label, and the figures made of them."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -12,6 +13,10 @@ IGNORE_INDEX = 255
 
 AbsentRule = Literal["skip", "zero"]
 
+# Share of pixels without a truth from which on figures are of a selection. Benchmarks of the field stay below, but for
+# Pascal VOC without its background.
+_MANY_UNKNOWN = 0.25
+
 
 class ConfusionMatrix:
     """Counts of pixels, int64 `counts` [true label, predicted label].
@@ -22,7 +27,7 @@ class ConfusionMatrix:
 
     Args:
         num_labels: N; labels are 0 to N - 1. A background is a label like the others.
-        ignore_index: value of the truth that does not count; None for none.
+        ignore_index: value of the truth that does not count; None for none. `ignored` counts its pixels.
     """
 
     def __init__(self, num_labels: int, ignore_index: int | None = IGNORE_INDEX):
@@ -35,6 +40,7 @@ class ConfusionMatrix:
             )
         self.ignore_index = ignore_index
         self.counts = np.zeros((num_labels, num_labels), dtype=np.int64)
+        self.ignored = 0
 
     def add(self, truth: np.ndarray, predicted: np.ndarray) -> None:
         """Counts the pixels of a picture, two integer arrays of one shape.
@@ -58,6 +64,7 @@ class ConfusionMatrix:
             pairs.append(values.astype(np.int64))
         present, places = np.unique(pairs[0] * num_labels + pairs[1], return_counts=True)
         self.counts.ravel()[present] += places
+        self.ignored += truth.size - int(np.count_nonzero(known))
 
     def merge(self, other: "ConfusionMatrix") -> None:
         """Adds what another one has counted of the same labels."""
@@ -66,11 +73,33 @@ class ConfusionMatrix:
                 f"counts of {len(self.counts)} labels cannot take those of {len(other.counts)} labels."
             )
         self.counts += other.counts
+        self.ignored += other.ignored
 
     def sum_over_processes(self, device: str | torch.device = "cpu") -> None:
         """Adds the counts of all processes of `torch.distributed`; `device` as its backend needs it."""
-        total = losses.sum_over_processes(torch.from_numpy(self.counts).to(device))
-        self.counts = total.cpu().numpy()
+        counts = torch.from_numpy(np.append(self.counts.ravel(), self.ignored)).to(device)
+        *total, self.ignored = losses.sum_over_processes(counts).tolist()
+        self.counts = np.array(total, dtype=np.int64).reshape(self.counts.shape)
+
+    def ignored_share(self) -> float:
+        """Share of the truth's pixels that do not count; NaN without pixels."""
+        total = self.counts.sum() + self.ignored
+        return float(self.ignored / total) if total else float("nan")
+
+    def doubts(self, labels: Sequence[str]) -> list[str]:
+        """What a reader of the figures has to know about the truth, in sentences with numbers: that a large part of its
+        pixels does not count, and which of the labels it lacks."""
+        found = []
+        if self.ignored_share() > _MANY_UNKNOWN:
+            found.append(
+                f"{self.ignored:,} of the masks' {self.counts.sum() + self.ignored:,} pixels "
+                f"({self.ignored_share():.1%}) are unknown and do not count."
+            )
+        absent = [label for label, pixels in zip(labels, self.counts.sum(1), strict=True) if not pixels]
+        if absent:
+            names = ", ".join(absent[:5]) + (f" and {len(absent) - 5} more" if len(absent) > 5 else "")
+            found.append(f"{len(absent)} of {len(labels)} labels are in none of the masks: {names}.")
+        return found
 
     def iou(self) -> np.ndarray:
         """IoU of each label, float [N]; NaN where it is neither in the truth nor predicted."""

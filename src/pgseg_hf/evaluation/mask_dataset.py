@@ -4,8 +4,10 @@ import copy
 import hashlib
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,13 @@ from ..files import path_inside
 from ..folders import find_images
 from ..images import ImageSource, NoLabelMap, load_image, load_label_map
 from ..prompts import validate_labels
+from ..run_records import file_digest
 from .confusion import IGNORE_INDEX
+
+_READERS = 4
+
+# Of the colours of masks: #rrggbb as a number.
+_COLOURS = (65536, 256, 1)
 
 Source = ImageSource | Callable[[], ImageSource]
 """A file, its bytes or an image; or a function that gives one, for pictures that lie in tables."""
@@ -77,8 +85,10 @@ class MaskDataset:
         pictures: all of them.
         background: the value that means background, None for none.
         ignore_index: value that does not count; None for none.
-        values: for each raw value of the files its label or `ignore_index`, where these are not the same.
-        rgb_masks: raw values are red + 256 * green of colour pictures, as in ImageNet-S.
+        values: for each raw value of the files its label or `ignore_index`, no others occur; by default labels and
+            `ignore_index` are themselves.
+        rgb_weights: raw values are the weighted sums of the colours of masks, (1, 256, 0) in ImageNet-S; None for masks
+            of one number a pixel.
         synonyms: other names of labels.
         released: the names of labels in the released code where they differ, such as `fire_engine`.
         origin: where the pictures come from, where that are no files.
@@ -90,7 +100,7 @@ class MaskDataset:
     background: int | None = None
     ignore_index: int | None = IGNORE_INDEX
     values: Mapping[int, int] | None = None
-    rgb_masks: bool = False
+    rgb_weights: tuple[int, int, int] | None = None
     synonyms: Mapping[str, Sequence[str]] = field(default_factory=dict)
     released: Mapping[str, str] = field(default_factory=dict)
     origin: str = ""
@@ -107,22 +117,37 @@ class MaskDataset:
         """
         try:
             source = picture.mask() if callable(picture.mask) else picture.mask
-            raw = _rgb_values(load_image(source)) if self.rgb_masks else load_label_map(source)
+            raw = load_label_map(source) if self.rgb_weights is None else self._rgb_values(source)
         except NoLabelMap as error:
-            raise ValueError(f"{picture.mask_place}: {error}") from error
+            raise ValueError(f"{picture.mask_place}: {error}{self._way_out}") from error
         except ValueError as error:
             raise BrokenPicture(picture.name, f"{picture.mask_place}: {error}") from error
-        table = dict(self.values or {value: value for value in range(len(self.labels))})
-        if self.ignore_index is not None:
-            table.setdefault(self.ignore_index, self.ignore_index)
+        table = self.values
+        if table is None:
+            unknown = [] if self.ignore_index is None else [self.ignore_index]
+            table = {value: value for value in [*range(len(self.labels)), *unknown]}
         present = np.unique(raw)
         strange = [int(value) for value in present if int(value) not in table]
         if strange:
             raise ValueError(
-                f"{picture.mask_place} has the value {strange[0]}, expected one of {_ranges(table)}: the values of "
-                f"{self.name} with its {len(self.labels)} labels."
+                f"{picture.mask_place} has the value {self._shown(strange[0])}, expected one of "
+                f"{self._expected(table)}: the values of {self.name} with its {len(self.labels)} labels. It holds "
+                f"{len(present)} values from {self._shown(present[0])} to {self._shown(present[-1])}.{self._way_out}"
             )
         return np.array([table[int(value)] for value in present])[np.searchsorted(present, raw)]
+
+    # What to do about values that no label has; nothing, where they are a benchmark's.
+    _way_out = ""
+
+    def _rgb_values(self, source: ImageSource) -> np.ndarray:
+        assert self.rgb_weights is not None
+        return np.asarray(load_image(source)).astype(np.int64) @ np.array(self.rgb_weights)
+
+    def _shown(self, value: int) -> str:
+        return f"#{value:06x}" if self.rgb_weights == _COLOURS else str(value)
+
+    def _expected(self, values: Iterable[int]) -> str:
+        return ", ".join(map(self._shown, values)) if self.rgb_weights == _COLOURS else _ranges(values)
 
     def check_threshold(self, background_threshold: float | None) -> None:
         """Raises a ValueError for a background threshold where there is no background."""
@@ -152,11 +177,12 @@ class MaskDataset:
         return other
 
     def fingerprint(self) -> str:
-        """Equal for the same files with the same meaning: labels and other names, and of each picture its name and
-        the place, size and time of its files. The pixels are not looked at."""
-        meaning = [self.labels, self.background, self.ignore_index, self.rgb_masks, self.origin]
+        """Equal for the same pictures with the same meaning, wherever they lie: labels and other names, and of each
+        picture its name and the contents of its files, which are all read for it."""
+        meaning = [self.labels, self.background, self.ignore_index, self.rgb_weights, self.origin]
         tables = [sorted((self.values or {}).items()), sorted((self.synonyms or {}).items())]
-        files = [(each.name, file_state(each.image), file_state(each.mask)) for each in self.pictures]
+        sources = [source for each in self.pictures for source in (each.image, each.mask)]
+        files = [[each.name for each in self.pictures], file_digests(sources)]
         return digest([meaning, tables, sorted(self.released.items()), files])
 
 
@@ -165,17 +191,14 @@ def digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, default=list).encode()).hexdigest()[:16]
 
 
-def file_state(source: Source) -> list | None:
-    """Place, size and time of change; None for what is no file."""
-    if not isinstance(source, (str, os.PathLike)):
-        return None
-    found = os.stat(source)
-    return [str(Path(source).resolve()), found.st_size, found.st_mtime_ns]
+def file_digests(sources: Sequence[Source]) -> list[str | None]:
+    """Of each source what stands for its contents; None for what is no file."""
 
+    def of(source: Source) -> str | None:
+        return file_digest(source) if isinstance(source, (str, os.PathLike)) else None
 
-def _rgb_values(image: Image.Image) -> np.ndarray:
-    channels = np.asarray(image).astype(np.int64)
-    return channels[..., 0] + 256 * channels[..., 1]
+    with ThreadPoolExecutor(_READERS) as pool:
+        return list(pool.map(of, sources))
 
 
 def _ranges(values: Iterable[int]) -> str:
@@ -195,21 +218,34 @@ class MaskFolder(MaskDataset):
 
     `labels.json`, there or in the folder above, holds `labels`, in the order of the masks' values, and may hold
     `ignore_index` (a value of the masks that does not count, 255 by default, or null), `background` (the value
-    that means background, null by default) and `synonyms` (lists of other names by label).
+    that means background, null by default), `synonyms` (lists of other names by label) and `mask_values`: for each
+    value of the masks, or colour such as "#ff8000", its label, or null for what does not count. Without these a value
+    is the number of its label.
 
     Args:
         path: the folder.
         background: the label that means background, instead of what `labels.json` says.
+        mask_values: instead of what `labels.json` says; where there is no such file, they name the labels too.
 
     Raises:
         ValueError: files that are missing or make no sense.
     """
 
-    def __init__(self, path: str | os.PathLike, background: str | None = None):
+    _way_out = (
+        " If other values are right, say what they mean: --mask_values 0=LABEL,255=LABEL (VALUE= for what does not "
+        'count, #ff8000=LABEL for a colour), or "mask_values" in labels.json.'
+    )
+
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        background: str | None = None,
+        mask_values: Mapping[str, str | None] | None = None,
+    ):
         folder = Path(path)
         if not folder.is_dir():
             raise ValueError(f"{folder} is no folder; expected one with pictures and masks.")
-        content = _read_labels(folder)
+        content = _read_labels(folder, mask_values)
         metadata = folder / "metadata.jsonl"
         pictures = _pairs_of_metadata(metadata) if metadata.is_file() else _pairs_of_names(folder)
         super().__init__(name=folder.resolve().name, pictures=pictures, **content)
@@ -240,19 +276,58 @@ def require_files(dataset: MaskDataset, hint: str = "") -> None:
         )
 
 
-def _read_labels(folder: Path) -> dict:
-    """Labels, ignore_index, background and synonyms."""
+def parse_mask_values(text: str) -> dict[str, str | None]:
+    """`0=background,255=sky,128=`: labels by value or colour, None for what does not count.
+
+    Raises:
+        ValueError: something else.
+    """
+    pairs = [part.partition("=") for part in text.split(",")]
+    values = {value.strip(): label.strip() or None for value, _, label in pairs}
+    if not all(equals for _, equals, _ in pairs) or len(values) < len(pairs):
+        raise ValueError(f"mask_values are {text!r}, expected each value once, such as 0=background,255=sky.")
+    return values
+
+
+def _label_table(mask_values: Mapping[str, str | None], content: dict) -> dict:
+    """`values`, `rgb_weights` and `ignore_index` of a data set whose masks have these values.
+
+    Raises:
+        ValueError: values that are none, or of two kinds, or labels that are not among those of the content.
+    """
+    is_colour = all(str(value).startswith("#") for value in mask_values)
+    unknown = -1 if content["ignore_index"] is None else content["ignore_index"]
+    table = {}
+    for value, label in mask_values.items():
+        if not re.fullmatch("#[0-9a-fA-F]{6}" if is_colour else "[0-9]+", str(value)):
+            raise ValueError(
+                f"mask_values has {value!r}, expected whole numbers, or else colours such as #ff8000."
+            )
+        if label is not None and label not in content["labels"]:
+            raise ValueError(f"mask_values has {label!r}, which is none of {', '.join(content['labels'])}.")
+        number = int(str(value).removeprefix("#"), 16 if is_colour else 10)
+        table[number] = unknown if label is None else content["labels"].index(label)
+    return {"values": table, "rgb_weights": _COLOURS if is_colour else None, "ignore_index": unknown}
+
+
+def _read_labels(folder: Path, mask_values: Mapping[str, str | None] | None) -> dict:
+    """Labels, ignore_index, background, synonyms, and the meaning of the masks' values."""
     places = [folder / "labels.json", folder.resolve().parent / "labels.json"]
     path = next((place for place in places if place.is_file()), None)
+    if path is None and mask_values:
+        names = dict.fromkeys(label for label in mask_values.values() if label is not None)
+        content = {"labels": validate_labels(list(names)), "ignore_index": IGNORE_INDEX}
+        return content | _label_table(mask_values, content)
     if path is None:
         raise ValueError(
-            f'{places[0]} is missing, expected {{"labels": [...]}} there or in the folder above.'
+            f'{places[0]} is missing, expected {{"labels": [...]}} there or in the folder above, or mask_values.'
         )
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         labels = validate_labels(content["labels"])
         ignore_index, background = content.get("ignore_index", IGNORE_INDEX), content.get("background")
         synonyms = _checked_synonyms(content.get("synonyms", {}), labels)
+        mask_values = mask_values or dict(content.get("mask_values") or {})
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f'{path} cannot be read, expected {{"labels": [...]}}: {error}') from error
     for name, value in (("ignore_index", ignore_index), ("background", background)):
@@ -264,12 +339,16 @@ def _read_labels(folder: Path) -> dict:
         raise ValueError(
             f"background {background} in {path} is no label, expected 0 to {len(labels) - 1} or null."
         )
-    return {
+    found = {
         "labels": labels,
         "ignore_index": ignore_index,
         "background": background,
         "synonyms": synonyms,
     }
+    try:
+        return found | (_label_table(mask_values, found) if mask_values else {})
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def _checked_synonyms(synonyms: dict, labels: list[str]) -> dict[str, list[str]]:
@@ -306,7 +385,9 @@ def _pairs_of_metadata(path: Path) -> list[Picture]:
 def _pairs_of_names(folder: Path) -> list[Picture]:
     images, masks = folder / "images", folder / "masks"
     if not images.is_dir() or not masks.is_dir():
-        raise ValueError(f"{folder} holds neither metadata.jsonl nor the folders images and masks.")
+        raise ValueError(
+            f"{folder} holds neither metadata.jsonl nor the folders images and masks; of a folder with splits give one."
+        )
     by_name: dict[Path, Path] = {}
     for mask in find_images(masks):
         other = by_name.setdefault(mask.relative_to(masks).with_suffix(""), mask)

@@ -18,7 +18,7 @@ from .. import losses
 from ..scoring import best_labels, merge_windows
 from ..segmentation import EncodedImage, ScoredImage, SegmentationOptions, Segmenter
 from .analysis import GroupStatistics
-from .confusion import ConfusionMatrix
+from .confusion import IGNORE_INDEX, ConfusionMatrix
 from .mask_dataset import BrokenPicture, MaskDataset, Picture
 from .oracle import oracle_map, resized_truth
 from .refinement import PixelAdaptiveRefinement
@@ -140,6 +140,7 @@ class MaskScores:
         arrays = {str(number): matrix.counts for number, matrix in enumerate(self._matrices())}
         if self.groups is not None:
             arrays["groups"] = self.groups.as_array()
+        arrays["ignored"] = np.array([matrix.ignored for matrix in self._matrices()])
         arrays["broken"] = np.array([list(pair) for pair in self.broken.items()], dtype=str)
         return {**arrays, "pictures": np.array(self.pictures), "seconds": np.array(self.seconds)}
 
@@ -147,6 +148,7 @@ class MaskScores:
         """Adds what [`~MaskScores.to_arrays`] gave for other pictures."""
         for number, matrix in enumerate(self._matrices()):
             matrix.counts = matrix.counts + arrays[str(number)]
+            matrix.ignored += int(arrays["ignored"][number])
         if self.groups is not None:
             self.groups.merge(GroupStatistics.from_array(arrays["groups"]))
         self.broken |= {str(name): str(reason) for name, reason in arrays["broken"]}
@@ -166,17 +168,32 @@ class MaskScores:
             self.by_threshold, key=lambda threshold: self.by_threshold[threshold].mean_iou(), default=None
         )
 
+    def doubts(self, dataset: MaskDataset) -> list[str]:
+        """What a reader of the figures has to know about the data set's masks, see [`ConfusionMatrix`]; above all that
+        they look like masks of 0 and 255 whose 255 is taken for unknown."""
+        found = self.confusion.doubts(self.labels)
+        only_zeros = not self.confusion.counts[1:].any()
+        as_they_are = dataset.values is None and dataset.ignore_index == IGNORE_INDEX
+        if as_they_are and only_zeros and self.confusion.ignored and len(self.labels) > 1:
+            found.append(
+                f"The masks hold 0 and 255 only, as masks of two values do, and here 255 is unknown: "
+                f"{self.confusion.ignored:,} pixels ({self.confusion.ignored_share():.1%}) do not count. If it is a "
+                f"label, say so: --mask_values 0={self.labels[0]},255={self.labels[1]}, or mask_values in labels.json."
+            )
+        return found
+
     def to_dict(self) -> dict[str, Any]:
         """`mean_iou` (labels left out that are neither in the masks nor predicted; `mean_iou_absent_as_zero` counts
         them as 0), `pixel_accuracy`, `mean_accuracy`, `frequency_weighted_iou`, `iou` of each label (None where it is
-        absent), and what else was asked for: `thresholds`, `oracle_mean_iou`, `oracle_pixel_accuracy`, `groups`;
-        `pictures`, `broken`, `seconds`. NaN becomes None."""
+        absent), `ignored_share` of the truth's pixels, and what else was asked for: `thresholds`, `oracle_mean_iou`,
+        `oracle_pixel_accuracy`, `groups`; `pictures`, `broken`, `seconds`. NaN becomes None."""
         scores: dict[str, Any] = {
             "mean_iou": self.confusion.mean_iou(),
             "mean_iou_absent_as_zero": self.confusion.mean_iou(absent="zero"),
             "pixel_accuracy": self.confusion.pixel_accuracy(),
             "mean_accuracy": self.confusion.mean_accuracy(),
             "frequency_weighted_iou": self.confusion.frequency_weighted_iou(),
+            "ignored_share": self.confusion.ignored_share(),
             "iou": dict(zip(self.labels, self.confusion.iou().tolist())),
         }
         if self.by_threshold:
@@ -368,7 +385,11 @@ def evaluate_masks(
         ValueError: broken files, masks of another size than their picture, values that are no labels, or a
             background threshold for a data set without a background.
     """
-    return MaskEvaluator(segmenter, dataset, options)(dataset.pictures)
+    scores = MaskEvaluator(segmenter, dataset, options)(dataset.pictures)
+    # A part of several processes has to be seen with the others.
+    for doubt in scores.doubts(dataset) if losses.world_size() == 1 else ():
+        logger.warning_once(doubt)
+    return scores
 
 
 def segmentation_labels(dataset: MaskDataset, options: SegmentationOptions) -> tuple[list[str], np.ndarray]:

@@ -7,8 +7,11 @@ import datasets
 import evaluate
 import numpy as np
 import torch
+from transformers.utils import logging
 
 from .confusion import IGNORE_INDEX, AbsentRule, ConfusionMatrix
+
+logger = logging.get_logger(__name__)
 
 _DESCRIPTION = """Mean intersection over union of label maps, with pixel accuracy, frequency-weighted IoU and each
 label's figures, from one confusion matrix over all pictures; equal to mmsegmentation's."""
@@ -101,6 +104,8 @@ class MeanIoU(evaluate.Metric):
         counted = self.confusion
         self.confusion = ConfusionMatrix(len(counted.counts), counted.ignore_index)
         counted.sum_over_processes(self.device)
+        for doubt in counted.doubts([f"label {number}" for number in range(len(counted.counts))]):
+            logger.warning_once(doubt)
         return {
             "mean_iou": counted.mean_iou(self.absent),
             "mean_accuracy": counted.mean_accuracy(self.absent),

@@ -1,23 +1,25 @@
 """Masks that the benchmarks are measured on and that the downloads do not hold as such.
 
 Every function writes masks beside what was downloaded, never over it. Masks that are there are left as they are, so a
-stopped run is continued by the same call; to make them anew, remove them first.
+stopped run is continued by the same call; to make them anew, as where the annotations have changed, remove them first.
 """
 
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 from transformers.utils import logging
 
-from ..files import write_image, write_text
+from ..files import mask_source, remove_unfinished, write_mask, write_text
 from ..images import MAX_IMAGE_PIXELS, load_label_map
+from ..run_records import file_digest
 from .coco_masks import decode_segmentation
 
 COCO_CATEGORY_IDS: tuple[int, ...] = tuple(
@@ -77,12 +79,14 @@ def prepare_coco_object(root: str | Path, split: str = "val2017") -> Preparation
     root = Path(root)
     _refuse_mixing(root, split, "instances")
     layout = _Layout(labels={number: label for label, number in enumerate(COCO_CATEGORY_IDS, start=1)})
+    source = root / "annotations" / f"instances_{split}.json"
     jobs = [
-        (
+        _Job(
             root / "annotations" / split / f"{Path(picture.name).stem}_instanceTrainIds.png",
             partial(_semantic_map, picture, np.uint8),
+            source,
         )
-        for picture in _read_pictures(root / "annotations" / f"instances_{split}.json", layout)
+        for picture in _read_pictures(source, layout)
     ]
     return _write_masks(jobs, marker=(_coco_object_marker(root, split), "instances"))
 
@@ -168,7 +172,7 @@ def prepare_context(root: str | Path, annotations: str = "trainval_merged.json")
         stems[phase].append(stem)
         if phase != "test":
             target = root / "SegmentationClassContext" / f"{stem}.png"
-            jobs.append((target, partial(_semantic_map, picture, np.uint8)))
+            jobs.append(_Job(target, partial(_semantic_map, picture, np.uint8), root / annotations))
     lists = {
         root / "ImageSets" / "SegmentationContext" / f"{phase}.txt": sorted(stems[phase])
         for phase in ("train", "val")
@@ -219,7 +223,7 @@ def prepare_lvis(root: str | Path, annotations: str = "lvis_v1_val.json") -> Pre
     for picture in _read_pictures(root / annotations, layout):
         names.append(picture.name)
         target = root / "annotations" / result / f"{Path(picture.name).stem}.png"
-        jobs.append((target, partial(_semantic_map, picture, np.uint16)))
+        jobs.append(_Job(target, partial(_semantic_map, picture, np.uint16), root / annotations))
     return _write_masks(jobs, {root / f"{result}.txt": sorted(names)})
 
 
@@ -385,7 +389,9 @@ def _relabel(
     table: Mapping[int, int],
     marker: tuple[Path, str] | None = None,
 ) -> PreparationSummary:
-    jobs = [(target, partial(_relabelled, source, table)) for source, target in zip(sources, targets)]
+    jobs = [
+        _Job(target, partial(_relabelled, source, table), source) for source, target in zip(sources, targets)
+    ]
     return _write_masks(jobs, marker=marker)
 
 
@@ -405,29 +411,49 @@ def _relabelled(path: Path, table: Mapping[int, int]) -> np.ndarray:
     return labels.astype(np.uint8)
 
 
+class _Job(NamedTuple):
+    """A mask, what makes it, and the file that it is made from."""
+
+    target: Path
+    make: Callable[[], np.ndarray]
+    source: Path
+
+
 def _write_masks(
-    jobs: Sequence[tuple[Path, Callable[[], np.ndarray]]],
+    jobs: Sequence[_Job],
     lists: Mapping[Path, Sequence[str]] | None = None,
     marker: tuple[Path, str] | None = None,
 ) -> PreparationSummary:
     """Makes and writes the masks that are not there, then the lists: where there is a list, there are its masks. The
-    marker, a file and its text, comes before the first mask, unless masks of unknown making are there."""
+    marker, a file and its text, comes before the first mask, unless masks of unknown making are there.
+
+    Raises:
+        ValueError: two masks of one name, or masks that were made from other files than those that are there now.
+    """
     start = time.monotonic()
-    targets: set[Path] = set()
-    for target, _ in jobs:
-        if target in targets:
-            raise ValueError(f"two pictures have the mask {target}, expected pictures of different names.")
-        targets.add(target)
+    name, count = Counter(job.target for job in jobs).most_common(1)[0] if jobs else (None, 0)
+    if count > 1:
+        raise ValueError(f"two pictures have the mask {name}, expected pictures of different names.")
+    digests = {source: file_digest(source) for source in {job.source for job in jobs}}
+    for target, _, source in jobs:
+        made_from = mask_source(target) if target.is_file() else None
+        if made_from not in (None, digests[source]):
+            raise ValueError(
+                f"{target} was made from {source.name} with the SHA-256 {made_from}..., which now has "
+                f"{digests[source]}...; remove the masks to make them anew."
+            )
+    for folder in {job.target.parent for job in jobs}:
+        remove_unfinished(folder)
     texts = {path: "".join(f"{line}\n" for line in lines) for path, lines in (lists or {}).items()}
     for path, text in texts.items():
         if path.exists() and path.read_bytes() != text.encode():
             raise ValueError(f"{path} lists other pictures than the annotations; move it out of the way.")
-    waiting = [(target, make) for target, make in jobs if not target.is_file()]
-    for target, make in logging.tqdm(waiting, desc="Preparing masks", unit="mask"):
+    waiting = [job for job in jobs if not job.target.is_file()]
+    for target, make, source in logging.tqdm(waiting, desc="Preparing masks", unit="mask"):
         mask = Image.fromarray(make())
         if marker is not None and len(waiting) == len(jobs) and not marker[0].exists():
             write_text(f"{marker[1]}\n", marker[0])
-        write_image(mask, target)
+        write_mask(mask, target, digests[source])
     for path, text in texts.items():
         if not path.exists():
             write_text(text, path)

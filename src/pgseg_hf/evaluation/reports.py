@@ -21,9 +21,11 @@ def to_markdown(content: dict[str, Any]) -> str:
 
     Args:
         content: of `results.json`: `title`, `rows` (figures by name), `settings`, and where there are any
-            `thresholds`, `groups`, `iou`, `broken`.
+            `warnings`, `thresholds`, `groups`, `iou`, `broken`.
     """
     parts = [f"# {content['title']}", _figures(content["rows"])]
+    if content.get("warnings"):
+        parts += ["## Warnings", "\n".join(f"- {cell(warning)}" for warning in content["warnings"])]
     if content.get("thresholds"):
         parts += ["## Background thresholds, in the same pass", _thresholds(content["thresholds"])]
     if content.get("groups"):

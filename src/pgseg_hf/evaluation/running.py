@@ -20,11 +20,18 @@ import torch
 import transformers
 from accelerate import PartialState
 from PIL import Image
-from transformers.utils import logging
+from transformers.utils import (
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    WEIGHTS_INDEX_NAME,
+    WEIGHTS_NAME,
+    logging,
+)
 from transformers.utils.hub import cached_file
 
 from .. import __version__
-from ..files import write_atomically, write_image, write_json
+from ..files import remove_unfinished, write_atomically, write_image, write_json
+from ..run_records import differences, read_record
 from ..segmentation import Segmenter
 from ..visualization import indexed_png, overlay, side_by_side
 from .classification import Classes, ClassificationScores, Classifier
@@ -66,7 +73,8 @@ class Output:
         """
         path = self.folder / "run.json"
         record = json.loads(json.dumps(self.record))
-        known = self._known(path)
+        known = read_record(path)
+        remove_unfinished(self.folder)
         if known == record:
             return
         if known is None:
@@ -76,10 +84,9 @@ class Output:
                     f"{self.folder / foreign[0]} is there and of no evaluation; choose another --output."
                 )
         elif not self.overwrite:
-            keys = [key for key in {**known, **record} if known.get(key) != record.get(key)]
+            changes = "; ".join(differences(known, record))
             raise ValueError(
-                f"{self.folder} holds an evaluation with other {', '.join(sorted(keys))}; choose another --output, or "
-                "--overwrite."
+                f"{self.folder} holds an evaluation with {changes}. Choose another --output, or --overwrite."
             )
         for name in _WRITTEN:
             written = self.folder / name
@@ -88,19 +95,6 @@ class Output:
             else:
                 written.unlink(missing_ok=True)
         write_json(record, path)
-
-    @staticmethod
-    def _known(path: Path) -> dict[str, Any] | None:
-        """The record of an earlier run; None where there is none."""
-        if not path.is_file():
-            return None
-        try:
-            known = json.loads(path.read_text(encoding="utf-8"))
-            if not isinstance(known, dict):
-                raise ValueError("it is no record")
-        except ValueError as error:
-            raise ValueError(f"{path} cannot be read: {error}; choose another --output.") from error
-        return known
 
     def part(self, number: int) -> Path:
         """File of a chunk's counts."""
@@ -250,12 +244,12 @@ def _read_classification(path: Path) -> ClassificationScores | None:
 
 
 def checkpoint_hash(name_or_path: str) -> str | None:
-    """SHA-256 of a checkpoint's weights (of their index where there are several files), the first 16 digits; None where
-    there is no safetensors file."""
+    """SHA-256 of the files that a checkpoint's weights are loaded from (on the Hub of their index, where there are
+    several), the first 16 digits; None where there are none."""
     folder = Path(name_or_path)
-    files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
     if not folder.is_dir():
-        for name in ("model.safetensors", "model.safetensors.index.json"):
+        for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME):
             found = cached_file(name_or_path, name, _raise_exceptions_for_missing_entries=False)
             files += [Path(found)] if found and not files else []
     if not files:

@@ -52,8 +52,8 @@ def heat_map(
         if given is not None and len(given) != count:
             raise ValueError(f"{kind} has {len(given)} entries, expected {count}.")
     size, font = _HEAT_MAP_LETTERS, font_of(_HEAT_MAP_LETTERS)
-    names = [fitted(drawable(row, f"row {i + 1}"), font, 12 * size) for i, row in enumerate(rows)]
-    heads = [drawable(column, f"{i + 1}") for i, column in enumerate(columns)]
+    names = [fitted(row, font, 12 * size) for row in drawable(rows, "row")]
+    heads = drawable(columns, "")
     grid = _Grid(
         left=round(max(map(font.getlength, names))) + 3 * size,
         top=round(2.6 * size),

@@ -27,10 +27,8 @@ def legend_entries(
 ) -> list[_Entry]:
     """The labels that are there, the largest first."""
     order = [i for i in np.argsort(-counts, kind="stable").tolist() if counts[i]]
-    entries = [
-        _Entry(drawable(names[i], f"label {i + 1}"), counts[i] / total, tuple(colours[i].tolist()))
-        for i in order
-    ]
+    texts = drawable(names, "label")
+    entries = [_Entry(texts[i], counts[i] / total, tuple(colours[i].tolist())) for i in order]
     return entries or [_Entry("nothing found")]
 
 

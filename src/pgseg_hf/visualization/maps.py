@@ -32,7 +32,8 @@ def overlay(
         background: whether 0 is background; it stays uncoloured.
         alpha: weight of the colour over the picture, from 0 (picture alone) to 1 (colour alone).
         legend: whether to add a panel with the labels present, the largest first, each with its share of the pixels.
-            It stands to the right of a tall picture and under a wide one.
+            It stands to the right of a tall picture and under a wide one. Labels in letters that the font lacks have
+            their number, from 1.
         contours: whether to draw a light line between regions.
 
     Returns:
@@ -161,10 +162,11 @@ def side_by_side(images: Sequence[Image.Image], titles: Sequence[str] | None = N
     width = sum(picture.width for picture in pictures) + gap * (len(pictures) - 1)
     canvas = Image.new("RGB", (width, top + max(picture.height for picture in pictures)), PAPER)
     draw = ImageDraw.Draw(canvas)
+    texts = drawable(titles or (), "image")
     x = 0
     for i, picture in enumerate(pictures):
         if titles is not None:
-            title = fitted(drawable(titles[i], f"image {i + 1}"), font, picture.width)
+            title = fitted(texts[i], font, picture.width)
             draw.text((x, top // 2), title, fill=INK, font=font, anchor="lm")
         canvas.paste(picture, (x, top))
         x += picture.width + gap

@@ -2,12 +2,16 @@
 
 import functools
 import unicodedata
+from collections import Counter
+from collections.abc import Sequence
 
 from PIL import Image, ImageFont
 
 PAPER = (255, 255, 255)
 INK = (32, 32, 32)
 FAINT_INK = (112, 112, 112)
+
+_ROOM = 24  # letters of a text that are seen, see `fitted`
 
 # Letters that Pillow's font lacks and Unicode does not decompose.
 _PLAIN_LETTERS = str.maketrans(
@@ -36,11 +40,27 @@ def _has_glyph(character: str) -> bool:
     return character == " " or bytes(font.getmask(character)) != bytes(font.getmask("\U0010fffd"))
 
 
-def drawable(text: str, fallback: str) -> str:
-    """The text on one line in letters that the font has: accents dropped, what has no likeness left out."""
+def drawable(texts: Sequence[str], kind: str) -> list[str]:
+    """Texts on one line each in letters that the font has: accents dropped, what has no likeness left out. A text that
+    lost letters, or that looks like another one now, or begins like one as far as there is room, has its number in
+    front, as `label 2: car`."""
+    found = [_drawable(text) for text in texts]
+    alike = Counter(text[:_ROOM] for text, _ in found)
+    numbered = [f"{kind} {number}".strip() for number in range(1, len(found) + 1)]
+    return [
+        text if whole and alike[text[:_ROOM]] == 1 else f"{number}: {text}" if text else number
+        for number, (text, whole) in zip(numbered, found)
+    ]
+
+
+def _drawable(text: str) -> tuple[str, bool]:
+    """The text in letters of the font, and whether it has lost none."""
     text = unicodedata.normalize("NFKD", text[:500].translate(_PLAIN_LETTERS))
-    text = "".join(" " if c.isspace() or unicodedata.category(c) == "Cc" else c for c in text)
-    return " ".join("".join(filter(_has_glyph, text)).split()) or fallback
+    letters = "".join(" " if c.isspace() or unicodedata.category(c) == "Cc" else c for c in text)
+    kept = "".join(filter(_has_glyph, letters))
+    lost = any(unicodedata.category(c) not in ("Mn", "Cf") for c in set(letters) - set(kept))
+    drawn = " ".join(kept.split())
+    return drawn, bool(drawn) and not lost
 
 
 def fitted(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:

@@ -1,0 +1,40 @@
+"""How all commands read their options."""
+
+import argparse
+import difflib
+import sys
+from typing import Any
+
+
+class CommandParser(argparse.ArgumentParser):
+    """Takes `--output_dir` for `--output-dir` and the other way round, and names the nearest option for a wrong one."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As `argparse.ArgumentParser`, whose subcommands come by here too."""
+        given = sys.argv[1:] if args is None else list(args)
+        # Options of a subcommand are its own parser's affair.
+        for place, argument in enumerate(given if self._subparsers is None else ()):
+            if argument == "--":
+                break
+            if argument.startswith("--"):
+                name, equals, value = argument.partition("=")
+                given[place] = f"{self._option(name)}{equals}{value}"
+        return super().parse_known_args(given, namespace)
+
+    def _option(self, name: str) -> str:
+        """The option that a name stands for: in another spelling, or by what it begins with."""
+        known = {_with_hyphens(option): option for option in self._option_string_actions}
+        hyphens = _with_hyphens(name)
+        if hyphens in known:
+            return known[hyphens]
+        begun = [option for spelt, option in known.items() if spelt.startswith(hyphens)]
+        if len({id(self._option_string_actions[option]) for option in begun}) == 1:
+            return begun[0]
+        nearest = difflib.get_close_matches(hyphens, known, n=1)
+        if nearest and not begun:
+            self.error(f"there is no option {name}; did you mean {nearest[0]}?")
+        return name
+
+
+def _with_hyphens(option: str) -> str:
+    return option.replace("_", "-")
