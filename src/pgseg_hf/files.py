@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from PIL import Image
+from safetensors import SafetensorError
 
 
 def path_inside(folder: Path, name: str) -> Path:
@@ -72,10 +73,11 @@ def write_json(content: Any, path: str | os.PathLike) -> Path:
 
 
 def write_text(text: str, path: str | os.PathLike) -> Path:
-    """Writes text in UTF-8, whole or not at all."""
+    """Writes text in UTF-8, whole or not at all. What is no character, as in a file name of another encoding, is
+    escaped as JSON does it."""
 
     def write(file: BinaryIO) -> None:
-        file.write(text.encode("utf-8"))
+        file.write(text.encode("utf-8", errors="backslashreplace"))
 
     return write_atomically(path, write)
 
@@ -108,5 +110,5 @@ def folder_written_whole(path: str | os.PathLike, replace: bool = False) -> Iter
             if replace and path.exists():
                 os.replace(path, Path(name) / "replaced")
             os.replace(inner, path)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:  # the latter for a full disk
             raise ValueError(f"{path} cannot be written: {error}; choose another output folder.") from error

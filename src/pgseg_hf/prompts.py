@@ -3,6 +3,8 @@
 import unicodedata
 from collections.abc import Sequence
 
+from .text_files import check_characters
+
 SEGMENTATION_TEMPLATES: tuple[str, ...] = ("a photo of a {}.",)
 """The one template of the released segmentation results."""
 
@@ -49,7 +51,7 @@ def validate_labels(labels: Sequence[str]) -> list[str]:
     for index, label in enumerate(labels):
         if not isinstance(label, str):
             raise ValueError(f"labels[{index}] must be a string, got {type(label).__name__}: {label!r}")
-        stripped.append(label.strip())
+        stripped.append(check_characters(label.strip()))
         if not stripped[-1]:
             raise ValueError(f"labels[{index}] is empty ({label!r}): every label needs a word")
         same_to_tokenizer = unicodedata.normalize("NFC", " ".join(label.split())).casefold()
@@ -84,6 +86,7 @@ def validate_templates(templates: Sequence[str]) -> list[str]:
             raise ValueError(
                 f"templates[{index}] must be a string, got {type(template).__name__}: {template!r}"
             )
+        check_characters(template)
         if template.count(PLACEHOLDER) != 1:
             raise ValueError(f"templates[{index}] must hold {PLACEHOLDER!r} exactly once, got {template!r}")
     return list(templates)

@@ -12,9 +12,10 @@ import numpy as np
 
 from ..images import load_image
 from .columns import Columns
+from .metadata import find_metadata
 from .records import Record, UnusableRecord
 from .scenes import SceneOptions, SceneSource
-from .tables import METADATA_FILES, open_folder, open_hub
+from .tables import open_folder, open_hub
 from .tars import TarSource
 
 KINDS = ("auto", "folder", "hub", "webdataset", "synthetic")
@@ -119,7 +120,7 @@ def _kind_of(path: str) -> str:
     if path.partition(":")[0] == "synthetic":
         return "synthetic"
     folder = Path(path).expanduser()
-    if any((folder / name).is_file() for name in METADATA_FILES):
+    if find_metadata(folder):
         return "folder"
     if ".tar" in path or ".tgz" in path:
         return "webdataset"
