@@ -13,6 +13,7 @@ from transformers.processing_utils import ProcessorMixin, TextKwargs
 
 from .prompts import SEGMENTATION_TEMPLATES, build_prompts, validate_labels, validate_templates
 from .scoring import TOP_K, WindowScores, best_labels, group_map, group_scores, merge_windows, patch_scores
+from .tokenization import check_distinct_labels, warn_of_cut_texts
 
 _MAX_CACHED_LABELS = 20_000
 _WeightSignature = tuple[tuple[Any, ...], ...]
@@ -100,7 +101,8 @@ class PGSegProcessor(ProcessorMixin):
 
         Raises:
             ValueError: without any input, for text and labels together, empty text, bad labels, tags or
-                templates (see `validate_labels`), and tags that are not one list for each image or text.
+                templates (see `validate_labels`), labels that are the same where they are cut, and tags that are
+                not one list for each image or text.
         """
         templates = kwargs.pop("templates", None)
         self._check_inputs(images, text, labels, tags, templates)
@@ -112,6 +114,9 @@ class PGSegProcessor(ProcessorMixin):
         data: dict[str, Any] = {}
         if images is not None or text is not None:
             data.update(super().__call__(images=images, text=text, **kwargs))
+        if text is not None:
+            texts = [text] if isinstance(text, str) else list(text)
+            warn_of_cut_texts(self.tokenizer(texts, **text_kwargs), texts, self._context(text_kwargs))
         if labels is not None:
             data.update(self._encode_labels(labels, templates, text_kwargs))
         if tags is not None:
@@ -146,6 +151,7 @@ class PGSegProcessor(ProcessorMixin):
         """Token ids and the like, [N][L] or [N][T][L] with several templates."""
         prompts = build_prompts(labels, templates)
         encoded = self.tokenizer([prompt for of_label in prompts for prompt in of_label], **text_kwargs)
+        check_distinct_labels(encoded, labels, prompts, self._context(text_kwargs))
         count = len(templates)
         if count == 1:
             return dict(encoded)
@@ -168,6 +174,7 @@ class PGSegProcessor(ProcessorMixin):
 
         text_kwargs = {**text_kwargs, "padding": text_kwargs.get("padding") or "longest"}
         encoded = self.tokenizer(flat or [""], return_attention_mask=True, **text_kwargs)
+        warn_of_cut_texts(encoded, flat, self._context(text_kwargs))
         length = len(encoded["input_ids"][0])
         most = max(1, *(len(of_image) for of_image in prompts))
         batch: dict[str, list] = {}
@@ -218,8 +225,8 @@ class PGSegProcessor(ProcessorMixin):
             [N, D] unit rows, without gradient, on the model's device and in its features' dtype.
 
         Raises:
-            ValueError: for bad labels or templates, a batch size below 1, or a model in training mode, whose
-                BatchNorm would learn from the prompts.
+            ValueError: for bad labels or templates, labels that are the same where they are cut, a batch size
+                below 1, or a model in training mode, whose BatchNorm would learn from the prompts.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
@@ -227,7 +234,7 @@ class PGSegProcessor(ProcessorMixin):
             raise ValueError("class embeddings need the model in evaluation mode: call model.eval() first")
         templates = self.templates if templates is None else validate_templates(templates)
         prompts = build_prompts(labels, templates)
-        rows = self._token_rows([prompt for of_label in prompts for prompt in of_label])
+        rows = self._token_rows(labels, prompts)
         padding = (self.tokenizer.padding_side, self.tokenizer.pad_token_id)
         count = len(templates)
         keys = [(padding, *rows[n : n + count]) for n in range(0, len(rows), count)]
@@ -250,9 +257,15 @@ class PGSegProcessor(ProcessorMixin):
             _class_embeddings[model] = (signature, merged)
         return result
 
-    def _token_rows(self, prompts: list[str]) -> list[tuple[int, ...]]:
+    def _context(self, text_kwargs: dict) -> int:
+        """Tokens that a text may have."""
+        return text_kwargs.get("max_length") or self.tokenizer.model_max_length
+
+    def _token_rows(self, labels: Sequence[str], prompts: list[list[str]]) -> list[tuple[int, ...]]:
         """Token ids of prompts without padding, which takes most of a tokenizer's time."""
-        encoded = self.tokenizer(prompts, **{**self.text_kwargs, "padding": False})
+        text_kwargs: dict = {**self.text_kwargs, "padding": False}
+        encoded = self.tokenizer([prompt for of_label in prompts for prompt in of_label], **text_kwargs)
+        check_distinct_labels(encoded, labels, prompts, self._context(text_kwargs))
         return [tuple(row) for row in encoded["input_ids"]]
 
     def _padded(self, rows: list[tuple[int, ...]]) -> tuple[torch.Tensor, torch.Tensor]:
