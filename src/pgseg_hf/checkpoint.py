@@ -1,5 +1,6 @@
 """The checkpoint that ships with the package, and loading a model with its processor."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ _OF_ALL_FILES = (
 
 
 def load_segmenter(
-    name_or_path: str = DEFAULT_CHECKPOINT,
+    name_or_path: str | os.PathLike = DEFAULT_CHECKPOINT,
     options: SegmentationOptions | None = None,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
@@ -39,6 +40,7 @@ def load_segmenter(
     Raises:
         ValueError: there is no such checkpoint, or it is none of PGSeg.
     """
+    name_or_path = os.fspath(name_or_path)
     if Path(name_or_path).is_absolute() and not Path(name_or_path).is_dir():
         raise ValueError(
             f"{name_or_path} is no folder; expected one made by save_pretrained or `pgseg convert`."

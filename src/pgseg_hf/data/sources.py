@@ -1,6 +1,7 @@
 """Where training data come from: one description for folders, data sets of the Hub, tar shards and synthetic scenes."""
 
 import math
+import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -82,6 +83,7 @@ class SourceSpec:
     mask_column: str | None = None
 
     def __post_init__(self) -> None:
+        self.path = os.fspath(self.path)
         if self.kind not in KINDS:
             raise ValueError(f"kind is {self.kind!r}, expected one of {', '.join(KINDS)}.")
         if not self.path:

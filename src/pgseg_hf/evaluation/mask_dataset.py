@@ -19,6 +19,7 @@ from ..folders import find_images
 from ..images import ImageSource, NoLabelMap, load_image, load_label_map
 from ..prompts import validate_labels
 from ..text_files import read_json
+from ..values import is_whole
 from .confusion import IGNORE_INDEX
 
 Source = ImageSource | Callable[[], ImageSource]
@@ -258,7 +259,7 @@ def _read_labels(folder: Path) -> dict:
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f'{path} cannot be read, expected {{"labels": [...]}}: {error}') from error
     for name, value in (("ignore_index", ignore_index), ("background", background)):
-        if value is not None and not isinstance(value, int):
+        if value is not None and not is_whole(value):
             raise ValueError(f"{name} in {path} is {value!r}, expected a whole number or null.")
     if ignore_index is not None and 0 <= ignore_index < len(labels):
         raise ValueError(f"ignore_index {ignore_index} in {path} is a label; give null or another number.")

@@ -105,7 +105,7 @@ class PGSegCollator:
             raise ValueError("no examples to collate: a batch needs at least one.")
         rows = [vars(example) if isinstance(example, Example) else example for example in examples]
         captions = [row["caption"] for row in rows]
-        labels = [list(row.get("labels") or []) for row in rows]
+        labels = [[] if row.get("labels") is None else list(row["labels"]) for row in rows]
         name = "pixel_values" if rows[0].get("backbone_features") is None else "backbone_features"
         images = torch.stack([torch.as_tensor(np.asarray(row[name])) for row in rows])
         texts = self._paired(captions, labels) if self.layout == "paired" else self._shared(captions, labels)
