@@ -1,3 +1,6 @@
+import re
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,6 +26,21 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nothing_is_left_behind() -> Iterator[None]:
+    """No test leaves folders under names of random digits, as Gradio makes them, in the temporary folder."""
+    places = [Path(tempfile.gettempdir()), Path(tempfile.gettempdir(), "gradio")]
+
+    def nameless() -> set[Path]:
+        return {
+            path for place in places for path in place.glob("*") if re.fullmatch("[0-9a-f]{40,}", path.name)
+        }
+
+    before = nameless()
+    yield
+    assert not nameless() - before
 
 
 @pytest.fixture(scope="session")

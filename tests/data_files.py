@@ -104,11 +104,18 @@ def records_of(source):
     if hasattr(source, "read_shard"):
         items = itertools.chain.from_iterable(map(source.read_shard, range(source.num_shards)))
     else:
-        items = (source[index] for index in range(len(source)))
+        items = (_item(source, index) for index in range(len(source)))
     return [
         item.reason if isinstance(item, UnusableRecord) else (number_of(item), *item.captions)
         for item in items
     ]
+
+
+def _item(source, index):
+    try:
+        return source[index]
+    except UnusableRecord as error:
+        return error
 
 
 def numbered(first, count):

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import resource
 import zipfile
 from collections import OrderedDict, defaultdict
 from enum import Enum
@@ -20,7 +21,9 @@ from pgseg_hf.conversion import (
     infer_config,
     read_overrides,
     read_released_checkpoint,
+    read_state_dict,
     rename_key,
+    write_converted,
 )
 from pgseg_hf.modeling_pgseg import PGSegModel
 
@@ -435,6 +438,95 @@ def test_truncated_files(tmp_path, share, zipped):
     path.write_bytes(content[: int(share * len(content))])
     with pytest.raises(ValueError, match=r"file\.pth"):
         convert_released(path)
+
+
+def hostile_state(kind):
+    stage = "img_encoder.layers.0.blocks.0.norm1.weight"
+    changed = dict(STATE)
+    if kind == "stage":
+        changed[stage.replace("layers.0", "layers.900000000")] = changed[stage]
+    elif kind == "block":
+        changed[stage.replace("blocks.0", "blocks.90000000")] = changed[stage]
+    elif kind == "text layer":
+        name = next(name for name in changed if "resblocks.0." in name)
+        changed[name.replace("resblocks.0", "resblocks.90000000")] = changed[name]
+    elif kind == "stride":
+        changed[stage] = torch.zeros(1).expand(10**6, 10**6)
+    elif kind == "shared":
+        changed |= {
+            f"img_encoder.mapping_text.{n}": changed["text_encoder.token_embedding.weight"]
+            for n in range(999)
+        }
+    elif kind == "width":
+        changed["img_encoder.patch_embed.proj.weight"] = torch.zeros(10**6, 1, 1, 1)
+    return changed
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("stage", r"stages\.900000000\.\.\.\. but none of number 3"),
+        ("block", r"90000000.* none of number"),
+        ("text layer", r"90000000.* none of number"),
+        ("stride", r"a tensor of shape \[1000000, 1000000\] has 4 of its 4,000,000,000,000 bytes"),
+        ("shared", r"bytes for tensors of .*, which share them"),
+        ("width", r"has shape|missing"),
+    ],
+)
+def test_a_small_file_does_not_make_a_large_model(tmp_path, kind, message, zipped):
+    path = tmp_path / "file.pth"
+    torch.save({"model": hostile_state(kind)}, path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(ValueError, match=message):
+        convert_released(path)
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_a_storage_is_no_larger_than_its_part_of_the_file(tmp_path, zipped):
+    path = tmp_path / "file.pth"
+    torch.save({"model": {"x": torch.zeros(7)}}, path, _use_new_zipfile_serialization=zipped)
+    # The number of floats, as 1 byte and as 4.
+    content = path.read_bytes()
+    parts = {path.name: content}
+    if zipped:
+        with zipfile.ZipFile(path) as file:
+            parts = {name: file.read(name) for name in file.namelist()}
+    changed = {name: part.replace(b"K\x07", b"J\xff\xff\xff\x0f") for name, part in parts.items()}
+    assert changed != parts
+    path.write_bytes(changed.get(path.name, b""))
+    if zipped:
+        with zipfile.ZipFile(path, "w") as file:
+            for name, part in changed.items():
+                file.writestr(name, part)
+    with pytest.raises(ValueError, match="a storage of 268435455 numbers is larger than the file"):
+        read_state_dict(path)
+
+
+def test_memory_that_a_pickle_asks_for(tmp_path):
+    # LONG_BINPUT: the unpickler in C makes room for all objects up to this number.
+    program = b"\x80\x02}r\xff\xff\xff\x7f."
+    with pytest.raises(ValueError, match="no PGSeg checkpoint"):
+        convert_released(file_of(program, tmp_path / "raw.pth"))
+
+
+def test_packed_files(tmp_path):
+    path = tmp_path / "file.pth"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("archive/data/0", bytes(10**7))
+    with pytest.raises(ValueError, match="its parts are larger than the file"):
+        read_state_dict(path)
+
+
+def test_a_disk_that_is_full(tmp_path, state):
+    model, _ = convert_released(state, OVERRIDES)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limit[1]))
+        with pytest.raises(ValueError, match=r"converted cannot be written: .*choose another output folder"):
+            write_converted(model, tmp_path / "converted")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert os.listdir(tmp_path) == []
 
 
 def test_missing_file_and_folder(tmp_path):

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import logging
 import pickle
 from unittest import mock
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_models import CLIP_TEXT, tiny_model
 from transformers import AutoProcessor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
@@ -84,6 +86,32 @@ def test_long_text_keeps_its_end_token(processor):
     inputs = processor(labels=["very " * 50 + "long"], return_tensors="pt")
     assert inputs["input_ids"][0, -1] == END
     assert inputs["input_ids"].shape == (1, CONTEXT)
+
+
+def test_texts_and_labels_that_are_cut_are_told(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("pgseg_hf"), "propagate", True)
+    processor = PGSegProcessor(PGSegImageProcessorPil(), default_tokenizer(18))
+    processor(text=["a cat"], labels=None)
+    processor(labels=["cat", "dog " * 11])
+    assert not caplog.records
+    processor(text=["a cat", "dog " * 17])
+    assert "texts of more than 18 tokens are cut" in caplog.text
+    processor(labels=["cat", "dog " * 17])
+    assert (
+        "1 of 2 labels are cut, as their prompts have more than 18 tokens; the first is 'dog dog"
+        in caplog.text
+    )
+
+
+@pytest.mark.parametrize("templates", [["a photo of a {}."], ["a photo of a {}.", "{}"]])
+def test_labels_that_are_the_same_where_they_are_cut_are_refused(processor, templates):
+    model = tiny_model(text_config=CLIP_TEXT)
+    labels = ["cat", *("very " * 20 + last for last in ("old", "young"))]
+    message = "old' and '.*young' are the same to the model, of whose prompts 16 tokens count: shorten"
+    with pytest.raises(ValueError, match=message):
+        processor(labels=labels, templates=templates)
+    with pytest.raises(ValueError, match=message):
+        processor.get_class_embeddings(model, labels, templates)
 
 
 def test_labels_with_one_template(processor):

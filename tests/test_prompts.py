@@ -38,6 +38,7 @@ def test_labels_are_stripped_and_keep_their_order_and_case():
         (iter(["cat"]), "list of strings"),
         (["cat", ""], r"labels\[1\] is empty"),
         (["cat", " \t"], r"labels\[1\] is empty"),
+        (["cat", "caf\udce9"], r"'caf\\udce9' has '\\udce9', which is no character"),
         (["cat", 3], r"labels\[1\].*int: 3"),
         ([b"cat"], r"labels\[0\].*bytes"),
         ([["cat"]], r"labels\[0\].*list"),
@@ -63,6 +64,7 @@ def test_bad_labels_are_named(labels, message):
         (["{} and {}"], "exactly once"),
         (["a photo of a {}.", 5], r"templates\[1\].*int"),
         (["a photo of a {label}."], "exactly once"),
+        (["{} \ud800"], "which is no character"),
     ],
 )
 def test_bad_templates_are_named(templates, message):

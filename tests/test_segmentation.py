@@ -1,5 +1,6 @@
 import io
 import json
+import pickle
 import shutil
 from dataclasses import replace
 
@@ -228,13 +229,56 @@ def broken_checkpoint(tiny_folder, folder, kind):
         content = json.loads(config.read_text())
         content["vision_config"]["num_attention_heads"] = 7
         config.write_text(json.dumps(content))
+    elif kind == "empty index":
+        weights.rename(folder / "model-00001-of-00001.safetensors")
+        (folder / "model.safetensors.index.json").write_text('{"weight_map": {}}')
+    elif kind == "pickle":
+        weights.unlink()
+        (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Executed(folder / "executed"), protocol=2))
+    elif kind == "nested":
+        config.write_text("[" * 100_000)
+    elif kind == "tokenizer of something else":
+        (folder / "tokenizer.json").write_text('{"model": {"type": "BPE"}}')
 
 
-@pytest.mark.parametrize("kind", ["truncated", "incomplete", "no tokenizer", "other shapes", "other heads"])
+class Executed:
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return type(self.marker).touch, (self.marker,)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *("truncated", "incomplete", "no tokenizer", "other shapes", "other heads"),
+        *("empty index", "pickle", "nested", "tokenizer of something else"),
+    ],
+)
 def test_broken_checkpoints_are_refused(tiny_folder, tmp_path, kind):
     broken_checkpoint(tiny_folder, tmp_path / "broken", kind)
     with pytest.raises(ValueError, match="broken"):
         load_segmenter(str(tmp_path / "broken"))
+    assert not (tmp_path / "broken" / "executed").exists()
+
+
+@pytest.mark.parametrize("file", ["config.json", "processor_config.json", "tokenizer_config.json"])
+def test_code_that_a_folder_names_is_neither_run_nor_asked_for(tiny_folder, tmp_path, monkeypatch, file):
+    folder = tmp_path / "foreign"
+    shutil.copytree(tiny_folder, folder)
+    content = json.loads((folder / file).read_text())
+    classes = ("AutoConfig", "AutoModel", "AutoProcessor", "AutoImageProcessor")
+    content["auto_map"] = {**dict.fromkeys(classes, "foreign.Any"), "AutoTokenizer": ["foreign.Any", None]}
+    content |= {"tokenizer_class": "Foreign"} if file == "tokenizer_config.json" else {}
+    (folder / file).write_text(json.dumps(content))
+    (folder / "foreign.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w')\nclass Any: pass\n")
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked on the terminal"))
+    try:
+        load_segmenter(str(folder))
+    except ValueError as error:
+        assert "foreign is no PGSeg checkpoint" in str(error)
+    assert not (tmp_path / "executed").exists()
 
 
 def test_bf16_inference(tiny_folder, photo):

@@ -1,11 +1,10 @@
 """The checkpoint that ships with the package, and loading a model with its processor."""
 
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 
 from .modeling_pgseg import PGSegModel
 from .processing_pgseg import PGSegProcessor
@@ -14,25 +13,34 @@ from .segmentation import SegmentationOptions, Segmenter
 # A `from_pretrained` name like any other: a folder inside the installed package.
 DEFAULT_CHECKPOINT = str(Path(__file__).parent / "checkpoints" / "pgseg-small-everyday")
 
-# What transformers raises on folders that are no checkpoint, or a broken one.
-_LOADING_ERRORS = (
-    *(OSError, KeyError, TypeError, AttributeError, RuntimeError, ValueError),
-    *(SafetensorError, StrictDataclassError),
+# Of the options of `PGSegModel.from_pretrained` those that say where the files are.
+_OF_ALL_FILES = (
+    *("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token"),
+    "trust_remote_code",
 )
 
 
 def load_segmenter(
-    name_or_path: str = DEFAULT_CHECKPOINT,
+    name_or_path: str | os.PathLike = DEFAULT_CHECKPOINT,
     options: SegmentationOptions | None = None,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     **kwargs: Any,
 ) -> Segmenter:
-    """A [`Segmenter`] with the model and processor of a folder or Hub name.
+    """A [`Segmenter`] with the model and processor of a folder or Hub name. No code of a folder is executed unless
+    `trust_remote_code` says so.
+
+    Args:
+        name_or_path: of the checkpoint.
+        options: defaults of the segmenter's calls.
+        device, dtype: of the model.
+        kwargs: of `PGSegModel.from_pretrained`; where the files are (`revision`, `token` ...) holds for the processor
+            too.
 
     Raises:
         ValueError: there is no such checkpoint, or it is none of PGSeg.
     """
+    name_or_path = os.fspath(name_or_path)
     if Path(name_or_path).is_absolute() and not Path(name_or_path).is_dir():
         raise ValueError(
             f"{name_or_path} is no folder; expected one made by save_pretrained or `pgseg convert`."
@@ -41,16 +49,21 @@ def load_segmenter(
         device = torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {device!r} cannot be used: {error}") from error
+    # Else transformers asks on the terminal whether to run the code that a folder names.
+    kwargs = {"trust_remote_code": False, **kwargs}
     try:
         model, report = PGSegModel.from_pretrained(
             name_or_path, dtype=dtype, output_loading_info=True, **kwargs
         )
-        processor = PGSegProcessor.from_pretrained(name_or_path)
+        places = {name: kwargs[name] for name in _OF_ALL_FILES if name in kwargs}
+        processor = PGSegProcessor.from_pretrained(name_or_path, **places)
         size = processor.image_processor.size
-    except _LOADING_ERRORS as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # on broken files, transformers and its libraries raise nearly anything
         raise ValueError(
-            f"{name_or_path} is no PGSeg checkpoint: {error} Expected a folder made by save_pretrained or "
-            "`pgseg convert`, or a name on the Hub."
+            f"{name_or_path} is no PGSeg checkpoint: {type(error).__name__}: {error} Expected a folder made by "
+            "save_pretrained or `pgseg convert`, or a name on the Hub."
         ) from error
     if report["missing_keys"]:
         missing = ", ".join(sorted(report["missing_keys"]))

@@ -1,15 +1,17 @@
 """Conversion of released PGSeg checkpoints to Transformers folders, without executing anything in them."""
 
-import json
 import math
 import os
 import pickle
 import re
+import tarfile
 import types
 import warnings
+import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from .image_processing_pil_pgseg import PGSegImageProcessorPil
 from .model_cards import RELEASED_LICENSE, generate_model_card
 from .modeling_pgseg import PGSegModel
 from .processing_pgseg import PGSegProcessor
+from .text_files import read_json
 from .tokenization import default_tokenizer
 
 logger = logging.get_logger(__name__)
@@ -177,8 +180,11 @@ def infer_config(converted: Mapping[str, Tensor], overrides: Mapping[str, Any] |
         return found
 
     def count(pattern: str) -> int:
-        numbers = {int(found.group(1)) for name in converted if (found := re.match(pattern, name))}
-        return max(numbers) + 1 if numbers else 0
+        names = {int(found[1]): found[0] for name in converted if (found := re.match(pattern, name))}
+        if names and max(names) >= len(names):
+            first = min(set(range(len(names))) - set(names))
+            raise ValueError(f"the checkpoint has tensors {names[max(names)]}... but none of number {first}.")
+        return len(names)
 
     stage = "vision_model.encoder.stages."
     width, channels, patch, _ = shape("vision_model.embeddings.patch_embeddings.projection.weight", 4)
@@ -319,17 +325,44 @@ def _inert_class(*args: Any) -> type[_Inert]:
     return _Inert
 
 
-_TENSOR_REBUILDERS = ("_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_parameter")
+_TENSOR_REBUILDERS = ("_rebuild_tensor", "_rebuild_tensor_v2")
 
 
-class _TensorUnpickler(pickle.Unpickler):
+def _checked(rebuild: Callable, storage: Any, offset: int, shape: tuple, *others: Any) -> Tensor:
+    """A tensor whose numbers are all there; strides of 0 would make any number of them out of one."""
+    size, there = math.prod(shape) * storage.dtype.itemsize, storage._untyped_storage.nbytes()
+    if size > there:
+        raise ValueError(f"a tensor of shape {list(shape)} has {there:,} of its {size:,} bytes")
+    return rebuild(storage, offset, shape, *others)
+
+
+# Python's own and not the one in C, which takes memory for as many objects as the file says that it has.
+class _TensorUnpickler(pickle._Unpickler):
     """Builds tensors and plain containers; every other class or function of the file becomes [`_Inert`]."""
+
+    storage_bytes: Callable[[str], int]
+    """How much of the file is there for a storage."""
+
+    def load(self) -> Any:
+        read = getattr(self, "persistent_load", None)  # torch's, made for the file
+
+        def persistent_load(saved_id: tuple) -> Any:
+            if saved_id[0] == "storage":
+                _, kind, key, _, count, *_ = saved_id
+                if not 0 <= count * kind.dtype.itemsize <= self.storage_bytes(key):
+                    raise ValueError(f"a storage of {count} numbers is larger than the file")
+            return read(saved_id) if read else None
+
+        self.persistent_load = persistent_load  # type: ignore[assignment]
+        return super().load()
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("collections", "OrderedDict"):
             return OrderedDict
         if module == "torch._utils" and name in _TENSOR_REBUILDERS:
-            return _Function(getattr(torch._utils, name))
+            return _Function(partial(_checked, getattr(torch._utils, name)))
+        if (module, name) == ("torch._utils", "_rebuild_parameter"):
+            return _Function(torch._utils._rebuild_parameter)
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
         if (module, name) == ("torch", "Size"):
@@ -339,14 +372,29 @@ class _TensorUnpickler(pickle.Unpickler):
         return _Inert
 
 
-def _safe_load(file: Any, **kwargs: Any) -> Any:
-    return _TensorUnpickler(file, **kwargs).load()
+def _safe_pickle(path: Path) -> types.SimpleNamespace:
+    """What torch.load needs of a pickle module, for one file.
 
+    Raises:
+        ValueError: the file is packed, so that nobody knows how much is in it.
+    """
+    size = path.stat().st_size
+    records: dict[str, int] = {}
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            records = {entry.filename.partition("/data/")[2]: entry.file_size for entry in archive.infolist()}
+            if sum(entry.file_size for entry in archive.infolist()) > size:
+                raise ValueError("its parts are larger than the file; expected it as torch.save writes it")
 
-# What torch.load needs of a pickle module.
-_SAFE_PICKLE = types.SimpleNamespace(
-    Unpickler=_TensorUnpickler, load=_safe_load, __name__="pgseg_hf.conversion"
-)
+    class Unpickler(_TensorUnpickler):
+        def storage_bytes(self, key: str) -> int:
+            return records.get(key, 0) if records else size
+
+    return types.SimpleNamespace(
+        Unpickler=Unpickler,
+        load=lambda file, **options: Unpickler(file, **options).load(),
+        __name__="pgseg_hf.conversion",
+    )
 
 
 def read_state_dict(path: str | os.PathLike) -> dict[str, Tensor]:
@@ -363,12 +411,22 @@ def read_state_dict(path: str | os.PathLike) -> dict[str, Tensor]:
         with warnings.catch_warnings():
             # torch.load only warns that it hands such a file to torch.jit.load, which runs code of the file.
             warnings.filterwarnings("error", message=".*TorchScript archive.*")
-            content = torch.load(path, map_location="cpu", pickle_module=_SAFE_PICKLE, weights_only=False)
+            if tarfile.is_tarfile(path):
+                raise ValueError("it is a tar file, as torch before 0.2 wrote it")
+            content = torch.load(
+                path, map_location="cpu", pickle_module=_safe_pickle(path), weights_only=False
+            )
     except Exception as error:  # torch and pickle raise all kinds of errors on foreign files
         raise ValueError(f"{path} cannot be read as a PyTorch checkpoint: {error}") from error
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} holds a {type(content).__name__}, expected a dict with the entry 'model'.")
-    return _tensors_of(content)
+    tensors = _tensors_of(content)
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    if size > path.stat().st_size:
+        raise ValueError(
+            f"{path} has {path.stat().st_size:,} bytes for tensors of {size:,}, which share them."
+        )
+    return tensors
 
 
 def _tensors_of(content: Mapping[Any, Any]) -> dict[str, Tensor]:
@@ -433,10 +491,8 @@ def convert_released(
             f"override npr_variant is {config.npr_variant!r}, but converted checkpoints are 'released'; choose another "
             "variant when loading the result: PGSegModel.from_pretrained(folder, npr_variant=...)."
         )
-    model = PGSegModel(config)
-    if any(tensor.dtype == torch.float64 for tensor in converted.values()):
-        model = model.double()
-    expected = model.state_dict()
+    with torch.device("meta"):  # nothing is allocated before it is known to fit
+        expected = PGSegModel(config).state_dict()
     report = ConversionReport(
         unknown=unknown,
         missing=sorted(set(expected) - set(converted)),
@@ -449,16 +505,16 @@ def convert_released(
             raise ValueError(f"{name} has shape {list(tensor.shape)}, expected {list(expected[name].shape)}.")
     surplus = sorted(set(converted) - set(expected))
     report.unknown.extend(surplus)
+    model = PGSegModel(config)
+    if any(tensor.dtype == torch.float64 for tensor in converted.values()):
+        model = model.double()
     model.load_state_dict({name: tensor for name, tensor in converted.items() if name in expected})
     return model.eval(), report
 
 
 def read_overrides(path: str | os.PathLike) -> dict[str, Any]:
     """Reads a JSON file of configuration overrides."""
-    try:
-        overrides = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as JSON: {error}") from error
+    overrides = read_json(path)
     if not isinstance(overrides, dict):
         raise ValueError(
             f"{path} holds a {type(overrides).__name__}, expected an object of configuration fields."

@@ -287,7 +287,8 @@ def convert_efficientnet_lite(
         hidden_sizes=sizes,
         depths=depths,
     )
-    backbone = EfficientNetLiteBackbone(config)
+    with torch.device("meta"):  # nothing is allocated before it is known to fit
+        expected = EfficientNetLiteBackbone(config).state_dict()
     places = [(stage, block) for stage, depth in enumerate(depths) for block in range(depth)]
     renamed, head = {}, {}
     for name, tensor in public.items():
@@ -295,7 +296,6 @@ def convert_efficientnet_lite(
             head[_HEAD[name]] = tensor
         else:
             renamed[_renamed(name, places)] = tensor
-    expected = backbone.state_dict()
     problems = [f"{name} is missing" for name in expected if name not in renamed]
     problems += [f"{name} is missing" for name, ours in _HEAD.items() if head and ours not in head]
     problems += [f"{name} is unknown" for name in renamed if name not in expected]
@@ -306,6 +306,7 @@ def convert_efficientnet_lite(
     ]
     if problems:
         raise ValueError(f"these weights do not fit EfficientNet-Lite: {'; '.join(problems[:5])}.")
+    backbone = EfficientNetLiteBackbone(config)
     backbone.load_state_dict(renamed)
     return backbone.eval(), head
 

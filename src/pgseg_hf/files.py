@@ -11,6 +11,7 @@ from typing import Any, BinaryIO
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from safetensors import SafetensorError
 
 # Names of files that are being written, and how long one has to lie untouched to be one that was left behind.
 _UNFINISHED = (".pgseg-", ".part")
@@ -123,10 +124,11 @@ def write_json(content: Any, path: str | os.PathLike) -> Path:
 
 
 def write_text(text: str, path: str | os.PathLike) -> Path:
-    """Writes text in UTF-8, whole or not at all."""
+    """Writes text in UTF-8, whole or not at all. What is no character, as in a file name of another encoding, is
+    escaped as JSON does it."""
 
     def write(file: BinaryIO) -> None:
-        file.write(text.encode("utf-8"))
+        file.write(text.encode("utf-8", errors="backslashreplace"))
 
     return write_atomically(path, write)
 
@@ -159,5 +161,5 @@ def folder_written_whole(path: str | os.PathLike, replace: bool = False) -> Iter
             if replace and path.exists():
                 os.replace(path, Path(name) / "replaced")
             os.replace(inner, path)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:  # the latter for a full disk
             raise ValueError(f"{path} cannot be written: {error}; choose another output folder.") from error

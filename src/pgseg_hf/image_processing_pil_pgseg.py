@@ -20,6 +20,7 @@ from transformers.image_utils import (
 from transformers.utils import logging
 
 from .images import load_image, resized_size, to_rgb
+from .values import are_images
 
 logger = logging.get_logger(__name__)
 
@@ -49,7 +50,7 @@ class PGSegImageInputs:
         Lists may be nested. A 2-D array is a greyscale image.
         """
         source = image_url_or_urls
-        if isinstance(source, (list, tuple)):
+        if are_images(source):
             return [self.fetch_images(item) for item in source]
         if is_valid_image(source):
             return _greyscale_to_pil(source) if getattr(source, "ndim", 3) == 2 else source

@@ -160,7 +160,7 @@ def load_label_map(source: ImageSource) -> np.ndarray:
 
     Args:
         source: a path, a binary file object or its bytes (PNG, TIFF, BMP, GIF or PPM, which lose nothing), a PIL image
-            (of an indexed one the indices count) or an integer array [H, W].
+            (of an indexed one the indices count) or an integer array or tensor [H, W].
 
     Returns:
         int64 [H, W].
@@ -170,7 +170,7 @@ def load_label_map(source: ImageSource) -> np.ndarray:
     """
     name = "the mask"
     try:
-        if isinstance(source, (Image.Image, np.ndarray)):
+        if isinstance(source, (Image.Image, np.ndarray)) or hasattr(source, "numpy"):  # a tensor
             values = np.asarray(source)
         else:
             data, name = _read_bytes(source)

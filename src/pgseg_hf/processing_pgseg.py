@@ -13,6 +13,8 @@ from transformers.processing_utils import ProcessorMixin, TextKwargs
 
 from .prompts import SEGMENTATION_TEMPLATES, build_prompts, validate_labels, validate_templates
 from .scoring import TOP_K, WindowScores, best_labels, group_map, group_scores, merge_windows, patch_scores
+from .tokenization import check_distinct_labels, warn_of_cut_texts
+from .values import are_images, is_list, share, whole_number
 
 _MAX_CACHED_LABELS = 20_000
 _WeightSignature = tuple[tuple[Any, ...], ...]
@@ -63,15 +65,12 @@ class PGSegProcessor(ProcessorMixin):
         window_features: bool = False,
     ) -> None:
         super().__init__(image_processor, tokenizer)
-        _check_patch_weight(patch_weight)
-        if top_k < 1:
-            raise ValueError(f"top_k is {top_k}, expected at least 1")
-        self.top_k = top_k
-        self.patch_weight = patch_weight
+        self.top_k = whole_number(top_k, "top_k")
+        self.patch_weight = share(patch_weight, "patch_weight")
         self.vocabulary = None if vocabulary is None else validate_labels(vocabulary)
         self.templates = validate_templates(templates)
-        self.window_size = window_size
-        self.window_stride = window_stride
+        self.window_size = None if window_size is None else whole_number(window_size, "window_size")
+        self.window_stride = None if window_stride is None else whole_number(window_stride, "window_stride")
         self.window_features = window_features
 
     def __call__(
@@ -104,9 +103,14 @@ class PGSegProcessor(ProcessorMixin):
 
         Raises:
             ValueError: without any input, for text and labels together, empty text, bad labels, tags or
-                templates (see `validate_labels`), and tags that are not one list for each image or text.
+                templates (see `validate_labels`), labels that are the same where they are cut, and tags that are
+                not one list for each image or text.
         """
         templates = kwargs.pop("templates", None)
+        if are_images(images):
+            images = list(images)
+        if is_list(text):
+            text = list(text)
         self._check_inputs(images, text, labels, tags, templates)
         templates = self.templates if templates is None else validate_templates(templates)
         merged_kwargs = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
@@ -116,6 +120,9 @@ class PGSegProcessor(ProcessorMixin):
         data: dict[str, Any] = {}
         if images is not None or text is not None:
             data.update(super().__call__(images=images, text=text, **kwargs))
+        if text is not None:
+            texts = [text] if isinstance(text, str) else text
+            warn_of_cut_texts(self.tokenizer(texts, **text_kwargs), texts, self._context(text_kwargs))
         if labels is not None:
             data.update(self._encode_labels(labels, templates, text_kwargs))
         if tags is not None:
@@ -138,7 +145,7 @@ class PGSegProcessor(ProcessorMixin):
         if text is not None and not isinstance(text, str) and len(text) == 0:
             raise ValueError("text is an empty list: give at least one caption")
         if tags is not None:
-            if isinstance(tags, str) or not isinstance(tags, (list, tuple)) or len(tags) == 0:
+            if not is_list(tags) or len(tags) == 0:
                 raise ValueError(f"tags must be a list with one list of strings for each image, got {tags!r}")
             texts = [text] if isinstance(text, str) else text
             if texts is not None and len(texts) != len(tags):
@@ -150,6 +157,7 @@ class PGSegProcessor(ProcessorMixin):
         """Token ids and the like, [N][L] or [N][T][L] with several templates."""
         prompts = build_prompts(labels, templates)
         encoded = self.tokenizer([prompt for of_label in prompts for prompt in of_label], **text_kwargs)
+        check_distinct_labels(encoded, labels, prompts, self._context(text_kwargs))
         count = len(templates)
         if count == 1:
             return dict(encoded)
@@ -164,7 +172,7 @@ class PGSegProcessor(ProcessorMixin):
         prompts = []
         for index, of_image in enumerate(tags):
             try:
-                has_none = isinstance(of_image, (list, tuple)) and not of_image
+                has_none = is_list(of_image) and len(of_image) == 0
                 prompts.append([] if has_none else build_prompts(of_image, [template]))
             except ValueError as error:
                 raise ValueError(f"tags of image {index}: {error}") from error
@@ -172,6 +180,7 @@ class PGSegProcessor(ProcessorMixin):
 
         text_kwargs = {**text_kwargs, "padding": text_kwargs.get("padding") or "longest"}
         encoded = self.tokenizer(flat or [""], return_attention_mask=True, **text_kwargs)
+        warn_of_cut_texts(encoded, flat, self._context(text_kwargs))
         length = len(encoded["input_ids"][0])
         most = max(1, *(len(of_image) for of_image in prompts))
         batch: dict[str, list] = {}
@@ -222,16 +231,15 @@ class PGSegProcessor(ProcessorMixin):
             [N, D] unit rows, without gradient, on the model's device and in its features' dtype.
 
         Raises:
-            ValueError: for bad labels or templates, a batch size below 1, or a model in training mode, whose
-                BatchNorm would learn from the prompts.
+            ValueError: for bad labels or templates, labels that are the same where they are cut, a batch size
+                below 1, or a model in training mode, whose BatchNorm would learn from the prompts.
         """
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        batch_size = whole_number(batch_size, "batch_size")
         if model.training:
             raise ValueError("class embeddings need the model in evaluation mode: call model.eval() first")
         templates = self.templates if templates is None else validate_templates(templates)
         prompts = build_prompts(labels, templates)
-        rows = self._token_rows([prompt for of_label in prompts for prompt in of_label])
+        rows = self._token_rows(labels, prompts)
         padding = (self.tokenizer.padding_side, self.tokenizer.pad_token_id)
         count = len(templates)
         keys = [(padding, *rows[n : n + count]) for n in range(0, len(rows), count)]
@@ -254,9 +262,15 @@ class PGSegProcessor(ProcessorMixin):
             _class_embeddings[model] = (signature, merged)
         return result
 
-    def _token_rows(self, prompts: list[str]) -> list[tuple[int, ...]]:
+    def _context(self, text_kwargs: dict) -> int:
+        """Tokens that a text may have."""
+        return text_kwargs.get("max_length") or self.tokenizer.model_max_length
+
+    def _token_rows(self, labels: Sequence[str], prompts: list[list[str]]) -> list[tuple[int, ...]]:
         """Token ids of prompts without padding, which takes most of a tokenizer's time."""
-        encoded = self.tokenizer(prompts, **{**self.text_kwargs, "padding": False})
+        text_kwargs: dict = {**self.text_kwargs, "padding": False}
+        encoded = self.tokenizer([prompt for of_label in prompts for prompt in of_label], **text_kwargs)
+        check_distinct_labels(encoded, labels, prompts, self._context(text_kwargs))
         return [tuple(row) for row in encoded["input_ids"]]
 
     def _padded(self, rows: list[tuple[int, ...]]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -332,8 +346,7 @@ class PGSegProcessor(ProcessorMixin):
         """Label map [H, W], its scores [H, W] and the number of values, for each image."""
         batch = len(outputs.grouping)
         top_k = self.top_k if top_k is None else top_k
-        patch_weight = self.patch_weight if patch_weight is None else patch_weight
-        _check_patch_weight(patch_weight)
+        patch_weight = self.patch_weight if patch_weight is None else share(patch_weight, "patch_weight")
         patch_logits = getattr(outputs, "patch_logits", None)
         if patch_weight and patch_logits is None:
             raise ValueError(
@@ -361,11 +374,6 @@ class PGSegProcessor(ProcessorMixin):
                 None if target_sizes is None else (int(target_sizes[index][0]), int(target_sizes[index][1]))
             )
             yield *best_labels(scores, channels, count, target), count
-
-
-def _check_patch_weight(weight: float) -> None:
-    if not 0 <= weight <= 1:
-        raise ValueError(f"patch_weight is {weight}, expected a number from 0 to 1")
 
 
 def _embed_prompts(model: Any, ids: torch.Tensor, mask: torch.Tensor, batch_size: int) -> torch.Tensor:

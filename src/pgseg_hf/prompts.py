@@ -3,6 +3,9 @@
 import unicodedata
 from collections.abc import Sequence
 
+from .text_files import check_characters
+from .values import is_list
+
 SEGMENTATION_TEMPLATES: tuple[str, ...] = ("a photo of a {}.",)
 """The one template of the released segmentation results."""
 
@@ -24,13 +27,13 @@ def validate_labels(labels: Sequence[str]) -> list[str]:
     """Check class labels given by a user and strip white space around them.
 
     Args:
-        labels: a list or tuple of words or phrases, at least one.
+        labels: a list, tuple, array or column of words or phrases, at least one.
 
     Returns:
         The labels in the order given, stripped.
 
     Raises:
-        ValueError: for anything but a list or tuple of strings (a bare string too), for no labels, an empty
+        ValueError: for anything but a list of strings (a bare string too), for no labels, an empty
             label, or labels that differ only in case or white space, which the tokenizer cannot tell apart.
     """
     if isinstance(labels, str):
@@ -39,8 +42,9 @@ def validate_labels(labels: Sequence[str]) -> list[str]:
             f"labels must be a list of strings, got the string {labels!r}: write labels={parts!r}. "
             "Only the command line splits at commas."
         )
-    if not isinstance(labels, (list, tuple)):
+    if not is_list(labels):
         raise ValueError(f"labels must be a list of strings, got {type(labels).__name__}: {labels!r}")
+    labels = list(labels)
     if not labels:
         raise ValueError("no labels: give at least one word or phrase, for example labels=['cat', 'grass']")
 
@@ -49,7 +53,7 @@ def validate_labels(labels: Sequence[str]) -> list[str]:
     for index, label in enumerate(labels):
         if not isinstance(label, str):
             raise ValueError(f"labels[{index}] must be a string, got {type(label).__name__}: {label!r}")
-        stripped.append(label.strip())
+        stripped.append(check_characters(str(label).strip()))
         if not stripped[-1]:
             raise ValueError(f"labels[{index}] is empty ({label!r}): every label needs a word")
         same_to_tokenizer = unicodedata.normalize("NFC", " ".join(label.split())).casefold()
@@ -64,7 +68,7 @@ def validate_labels(labels: Sequence[str]) -> list[str]:
 
 
 def validate_templates(templates: Sequence[str]) -> list[str]:
-    """Check prompt templates: a non-empty list or tuple of strings that each hold `{}` exactly once.
+    """Check prompt templates: a list of strings, at least one, that each hold `{}` exactly once.
 
     Returns:
         The templates as a list.
@@ -72,11 +76,12 @@ def validate_templates(templates: Sequence[str]) -> list[str]:
     Raises:
         ValueError: for anything else, naming the template.
     """
-    if isinstance(templates, str) or not isinstance(templates, (list, tuple)):
+    if not is_list(templates):
         raise ValueError(
             f"templates must be a list of strings such as {list(SEGMENTATION_TEMPLATES)}, "
             f"got {type(templates).__name__}: {templates!r}"
         )
+    templates = list(templates)
     if not templates:
         raise ValueError(f"no templates: give at least one, for example {list(SEGMENTATION_TEMPLATES)}")
     for index, template in enumerate(templates):
@@ -84,9 +89,10 @@ def validate_templates(templates: Sequence[str]) -> list[str]:
             raise ValueError(
                 f"templates[{index}] must be a string, got {type(template).__name__}: {template!r}"
             )
+        check_characters(template)
         if template.count(PLACEHOLDER) != 1:
             raise ValueError(f"templates[{index}] must hold {PLACEHOLDER!r} exactly once, got {template!r}")
-    return list(templates)
+    return [str(template) for template in templates]
 
 
 def build_prompts(

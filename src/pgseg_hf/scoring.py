@@ -14,6 +14,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from .values import share
+
 TOP_K = 5
 # Entries of a chunk of [classes, H, W] floats, 128 MB.
 _CHUNK_ENTRIES = 2**25
@@ -133,8 +135,7 @@ def patch_scores(
 def add_background(scores_KN: Tensor, threshold: float, known_K: Tensor | None = None) -> Tensor:
     """Class scores of a window's groups with the background channel in front, [K, 1 + N], see [`group_scores`]. With
     `known_K`, the chance that a group is any of the labels, background is where it is below the threshold."""
-    if not 0 <= threshold <= 1:
-        raise ValueError(f"background_threshold is {threshold}, expected None or a number from 0 to 1.")
+    threshold = share(threshold, "background_threshold", "None or ")
     best_K = scores_KN.amax(dim=-1)
     is_background_K = best_K < best_K.amax().clamp(max=threshold) if known_K is None else known_K < threshold
     return torch.cat([is_background_K.to(scores_KN.dtype)[:, None], scores_KN], dim=-1)

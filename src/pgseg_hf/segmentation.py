@@ -24,6 +24,7 @@ from .scoring import (
     patch_scores,
     window_starts,
 )
+from .values import are_images, share, whole_number
 
 # Words whose embeddings have at least this cosine are taken for one meaning, and do not compete.
 SAME_MEANING = 0.5
@@ -71,8 +72,9 @@ class SegmentationOptions:
             ("longest_edge", (None,)),
         ):
             value = getattr(self, name)
-            if value not in special and (not isinstance(value, int) or value < 1):
-                raise ValueError(f"{name} is {value!r}, expected a whole number of at least 1.")
+            if isinstance(value, str | None) and value in special:
+                continue
+            object.__setattr__(self, name, whole_number(value, name))
         if self.longest_edge is not None and self.shortest_edge is None:
             raise ValueError(f"longest_edge is {self.longest_edge}, but shortest_edge is None; give both.")
         size, stride = self.window_size, self.window_stride
@@ -80,15 +82,12 @@ class SegmentationOptions:
             raise ValueError(
                 f"window_stride is {stride}, expected at most the window's {size} pixels, or pixels are left out."
             )
-        if self.patch_weight != "auto" and not (
-            isinstance(self.patch_weight, (int, float)) and 0 <= self.patch_weight <= 1
-        ):
-            raise ValueError(
-                f"patch_weight is {self.patch_weight!r}, expected 'auto' or a number from 0 to 1."
-            )
-        threshold = self.background_threshold
-        if threshold is not None and not (isinstance(threshold, (int, float)) and 0 <= threshold <= 1):
-            raise ValueError(f"background_threshold is {threshold!r}, expected None or a number from 0 to 1.")
+        if not isinstance(self.patch_weight, str) or self.patch_weight != "auto":
+            weight = share(self.patch_weight, "patch_weight", "'auto' or ")
+            object.__setattr__(self, "patch_weight", weight)
+        if self.background_threshold is not None:
+            threshold = share(self.background_threshold, "background_threshold", "None or ")
+            object.__setattr__(self, "background_threshold", threshold)
 
 
 @dataclass
@@ -247,14 +246,15 @@ class Segmenter:
         """Segments one image, or a list of them.
 
         Args:
-            images: path, bytes, file object, PIL image or array [H, W, 3], or a list or tuple of these.
+            images: path, bytes, file object, PIL image or array [H, W, 3], or a list, tuple, column of `datasets` or
+                pandas series of these.
             labels: names of what may be in the images.
             options: instead of the segmenter's.
 
         Raises:
             ValueError: labels, options or an image that make no sense.
         """
-        if isinstance(images, (list, tuple)):
+        if are_images(images):
             return list(self.stream(images, labels, options))
         return next(self.stream([images], labels, options))
 

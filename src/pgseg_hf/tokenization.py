@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers.pre_tokenizers import ByteLevel
-from transformers import CLIPTokenizer
+from transformers import BatchEncoding, CLIPTokenizer
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 START_TOKEN = "<|startoftext|>"
 END_TOKEN = "<|endoftext|>"
@@ -72,6 +75,56 @@ def _merged(parts: list[str], left: str, right: str) -> list[str]:
         else:
             merged.append(part)
     return merged
+
+
+def cut_texts(encoded: BatchEncoding, texts: Sequence[str]) -> list[str]:
+    """Those of the texts that a tokenizer cut, as they have more tokens than the text tower takes."""
+    encodings = getattr(encoded, "encodings", None) or ()
+    return [text for text, encoding in zip(texts, encodings) if encoding.overflowing]
+
+
+def warn_of_cut_texts(encoded: BatchEncoding, texts: Sequence[str], limit: int) -> int:
+    """Says once that there are texts which are cut; returns how many of these are."""
+    cut = cut_texts(encoded, texts)
+    if cut:
+        logger.warning_once(
+            f"texts of more than {limit} tokens are cut, and what comes after them is not seen; shorten them."
+        )
+        logger.info(f"cut: {cut}")
+    return len(cut)
+
+
+def check_distinct_labels(
+    encoded: BatchEncoding, labels: Sequence[str], prompts: Sequence[Sequence[str]], limit: int
+) -> None:
+    """Warns of labels that are cut.
+
+    Args:
+        encoded: the prompts of all labels, one label's after the other's.
+        labels: N names.
+        prompts: of each label.
+        limit: tokens that the text tower takes, for messages.
+
+    Raises:
+        ValueError: labels whose prompts are the same tokens.
+    """
+    flat = [prompt for of_label in prompts for prompt in of_label]
+    rows = iter(encoded["input_ids"])
+    cut = set(cut_texts(encoded, flat))
+    first: dict[tuple[tuple[int, ...], ...], str] = {}
+    for label, of_label in zip(labels, prompts):
+        other = first.setdefault(tuple(tuple(next(rows)) for _ in of_label), label)
+        if other != label:
+            why = f", of whose prompts {limit} tokens count" if cut.intersection(of_label) else ""
+            raise ValueError(
+                f"{other!r} and {label!r} are the same to the model{why}: shorten or change one of them."
+            )
+    shortened = [label for label, of_label in zip(labels, prompts) if cut.intersection(of_label)]
+    if shortened:
+        logger.warning_once(
+            f"{len(shortened)} of {len(labels)} labels are cut, as their prompts have more than {limit} tokens; the "
+            f"first is {shortened[0]!r}."
+        )
 
 
 def default_tokenizer(

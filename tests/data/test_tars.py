@@ -154,7 +154,7 @@ def test_what_endings_mean():
         ({"a.png": b"x"}, "no text", "no caption and no tags: png"),
         ({"a.png": b"x", "a.json": b'{"alt": "x"}'}, "no text", "png, json with the keys alt"),
         ({"a.png": b"x", "a.txt": b" \n"}, "no text", "no caption"),
-        ({"a.png": b"x", "a.txt": b"\xff\xfe"}, "broken text", "utf-8"),
+        ({"a.png": b"x", "a.txt": b"caf\xe9"}, "broken text", "its .txt is no UTF-8 text: line 1"),
         ({"a.png": b"x", "a.json": b"{"}, "broken text", "Expecting property name"),
         ({"a.png": b"x", "a.json": b"[1]"}, "broken text", "its json is a list"),
         ({"a.png": b"x", "a.json": b"[" * 100_000}, "broken text", ""),

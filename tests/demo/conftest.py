@@ -1,5 +1,6 @@
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 
 import pytest
@@ -7,6 +8,16 @@ from demo_server import DEMO, Server, start_server, stop
 
 # A Space runs with its own folder in front.
 sys.path.insert(0, str(DEMO))
+
+
+@pytest.fixture(scope="package", autouse=True)
+def temporary_folder(tmp_path_factory) -> Iterator[None]:
+    """Where Gradio keeps pictures, and its client leaves an empty folder for each file that it fetches."""
+    folder = tmp_path_factory.mktemp("temporary")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tempfile, "tempdir", str(folder))
+        patch.setenv("GRADIO_TEMP_DIR", str(folder / "gradio"))
+        yield
 
 
 @pytest.fixture(scope="session")

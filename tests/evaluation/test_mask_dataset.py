@@ -29,6 +29,20 @@ def test_folders_with_metadata_and_with_equal_names(tmp_path):
             assert load_label_map(mask).tolist() == MASKS[number].tolist()
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_folders_with_metadata_and_labels_of_spreadsheets_and_editors(tmp_path, encoding):
+    folder = make_folder(tmp_path / "a", MASKS, {"labels": ["Himmel\u2028", "Straße", "Baum"]})
+    labels = (folder / "labels.json").read_text()
+    (folder / "labels.json").write_bytes(json.dumps(json.loads(labels), ensure_ascii=False).encode(encoding))
+    rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    (folder / "metadata.jsonl").unlink()
+    lines = [";file_name;mask_file_name", *(f"{n};" + ";".join(row.values()) for n, row in enumerate(rows))]
+    (folder / "metadata.csv").write_bytes("\r\n".join([*lines, ";;", ""]).encode(encoding))
+    found = MaskFolder(folder)
+    assert (found.labels, len(found)) == (["Himmel", "Straße", "Baum"], 7)
+    assert found.truth(found.pictures[4]).tolist() == MASKS[4].tolist()
+
+
 def test_labels_may_be_in_the_folder_above(tmp_path):
     folder = make_folder(tmp_path / "val", MASKS[:1], {**LABELS, "ignore_index": None, "background": 0})
     (folder / "labels.json").rename(tmp_path / "labels.json")
@@ -88,7 +102,7 @@ def test_folders_that_make_no_sense(tmp_path):
         with pytest.raises(ValueError, match=message):
             MaskFolder(folder)
     (folder / "metadata.jsonl").write_text("\n")
-    with pytest.raises(ValueError, match="is empty"):
+    with pytest.raises(ValueError, match="has no records"):
         MaskFolder(folder)
     (folder / "metadata.jsonl").unlink()
     (folder / "masks" / "001.png").unlink()

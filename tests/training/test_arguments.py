@@ -67,6 +67,7 @@ def test_without_a_file():
         ("output_dir: run\nmax_step: 3\n", "unknown options: max_step"),
         ("- 1\n", "holds list, expected a mapping"),
         ("a: [\n", "cannot be read as YAML"),
+        ("[" * 100_000, "cannot be read as YAML"),
     ],
 )
 def test_files_that_make_no_sense(tmp_path, text, message):

@@ -1,5 +1,6 @@
 """Batches for the model: both layouts, by hand and through a tiny model."""
 
+import logging
 import pickle
 
 import numpy as np
@@ -94,6 +95,16 @@ def test_padding_and_truncation(tokenizer):
     batch = PGSegCollator(tokenizer, context_length=16)([long])
     assert batch["input_ids"].shape == (1, 16) and batch["label_input_ids"].shape == (1, 1, 16)
     assert batch["input_ids"][0, -1] == tokenizer.eos_token_id and batch["attention_mask"].all()
+
+
+def test_texts_that_are_cut_are_counted_and_told(tokenizer, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("pgseg_hf"), "propagate", True)
+    collator = PGSegCollator(tokenizer, context_length=17)
+    collator([example("a dog", "a photo of a hat.")])
+    assert (collator.cut_texts, caplog.records) == (0, [])
+    collator([example("dog " * 200, "hat " * 16), example("dog " * 200, "a dog")])
+    assert collator.cut_texts == 2  # equal texts count once
+    assert "texts of more than 17 tokens are cut" in caplog.text
 
 
 def test_shared(tokenizer):

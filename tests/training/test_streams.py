@@ -55,7 +55,7 @@ def collate(examples):
     return {"numbers": torch.tensor(numbers), "draws": torch.tensor(draws, dtype=torch.float64)}
 
 
-def stream_of(sources, weights=None, rank=0, world_size=1, prepare=prepare, **options):
+def stream_of(sources, weights=None, rank=0, world_size=1, prepare=prepare, collate=collate, **options):
     options = StreamOptions(**{"batch_size": 4, "seed": 5, "shuffle_block": 3, **options})
     return TrainingStream(sources, weights or [1] * len(sources), prepare, collate, options, rank, world_size)
 
@@ -315,6 +315,20 @@ def test_unusable_records_are_replaced_and_counted(workers):
     assert stream.counts["read"] - stream.counts["broken image"] == 100
     assert stream.counts["broken image"] >= 40
     assert set(stream.counts) == {"read", "broken image"}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_cut_texts_are_counted(workers):
+    class Collator:
+        cut_texts = 0
+
+        def __call__(self, examples):
+            self.cut_texts += 3
+            return collate(examples)
+
+    stream = stream_of([Table(10)], collate=Collator(), num_workers=workers)
+    take(stream, 4)
+    assert stream.counts == {"read": 16, "cut text": 12}
 
 
 def test_counts_are_of_batches_that_were_yielded():

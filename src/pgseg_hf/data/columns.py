@@ -1,11 +1,14 @@
 """Which columns of a dataset hold the picture and its texts, and what their values mean."""
 
 import ast
-import contextlib
+import json
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from ..text_files import check_characters
+from ..values import is_list
 
 IMAGE_NAMES = (
     "image",
@@ -24,6 +27,10 @@ CAPTION_NAMES = ("captions", "caption", "text", "texts", "txt", "sentences", "se
 TAG_NAMES = ("tags", "keywords")
 MASK_NAMES = ("mask_file_name", "mask")
 
+# A list of texts as Python or NumPy (without commas) prints it.
+_TEXT = r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\""""
+_PRINTED_LIST = re.compile(rf"\[\s*(?:(?:{_TEXT}|None|nan)[\s,]*)*\]", re.DOTALL)
+
 
 @dataclass(frozen=True)
 class Columns:
@@ -37,18 +44,21 @@ class Columns:
     tags: str | None = None
     mask: str | None = None
 
-    def among(self, names: Collection[str], source: str) -> "Columns":
+    def among(self, names: Sequence[str], source: str) -> "Columns":
         """The columns that a table has; None for captions, tags or masks that it has not.
 
         Raises:
-            ValueError: a column that was named is missing, there is no picture, or neither captions nor tags (and no
-                mask that was asked for by name).
+            ValueError: a column that was named is missing or there twice, there is no picture, or neither captions nor
+                tags (and no mask that was asked for by name).
         """
 
         def find(given: str | None, usual: Iterable[str]) -> str | None:
             if given is not None and given not in names:
                 raise ValueError(f"{source} has no column {given!r}; its columns are {', '.join(names)}.")
-            return given or next((name for name in usual if name in names), None)
+            name = given or next((name for name in usual if name in names), None)
+            if name is not None and names.count(name) > 1:
+                raise ValueError(f"{source} has {names.count(name)} columns {name!r}, expected one.")
+            return name
 
         found = Columns(
             find(self.image, IMAGE_NAMES),
@@ -70,17 +80,40 @@ class Columns:
 
 
 def captions_of(value: Any) -> list[str]:
-    """Captions out of a string or a list of strings; anything else and empty strings are left out."""
-    values = value if isinstance(value, (list, tuple)) else [value]
-    return [text for item in values if isinstance(item, str) and (text := " ".join(item.split()))]
+    """Captions out of a string or a list of strings; anything else and empty strings are left out.
+
+    Raises:
+        ValueError: a string that is no Unicode text.
+    """
+    values = value if is_list(value) else [value]
+    texts = (" ".join(item.split()) for item in values if isinstance(item, str))
+    return [check_characters(text) for text in texts if text]
 
 
 def tags_of(value: Any) -> list[str]:
-    """Tags out of a list of strings, of a string split at commas, semicolons and `|`, or of one that writes a Python or
-    JSON list, as tables of pandas do; each one once."""
-    if isinstance(value, str) and value.startswith("["):
-        with contextlib.suppress(ValueError, SyntaxError):
-            value = ast.literal_eval(value)
+    """Tags out of a list of strings, of a string split at commas, semicolons and `|`, or of one that writes a JSON,
+    Python or NumPy list, as tables of pandas do; each one once.
+
+    Raises:
+        ValueError: a string that is no Unicode text, or brackets nested too deep.
+    """
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        value = _listed(" ".join(value.split()))
     if isinstance(value, str):
         value = re.split(r"[,;|]", value)
     return list(dict.fromkeys(captions_of(value)))
+
+
+def _listed(text: str) -> Any:
+    """The list that a text writes, or the text itself."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError(f"{text[:20]!r}... is nested too deep") from error
+    except ValueError:
+        if not _PRINTED_LIST.fullmatch(text):
+            return text
+    try:
+        return [ast.literal_eval(part) for part in re.findall(_TEXT, text, re.DOTALL)]
+    except SyntaxError as error:  # an escape that is none
+        raise ValueError(f"{text[:80]!r} is no list that can be read: {error}") from error

@@ -1,6 +1,7 @@
 """Where training data come from: one description for folders, data sets of the Hub, tar shards and synthetic scenes."""
 
 import math
+import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,9 +13,10 @@ import numpy as np
 
 from ..images import load_image
 from .columns import Columns
+from .metadata import find_metadata
 from .records import Record, UnusableRecord
 from .scenes import SceneOptions, SceneSource
-from .tables import METADATA_FILES, open_folder, open_hub
+from .tables import open_folder, open_hub
 from .tars import TarSource
 
 KINDS = ("auto", "folder", "hub", "webdataset", "synthetic")
@@ -81,6 +83,7 @@ class SourceSpec:
     mask_column: str | None = None
 
     def __post_init__(self) -> None:
+        self.path = os.fspath(self.path)
         if self.kind not in KINDS:
             raise ValueError(f"kind is {self.kind!r}, expected one of {', '.join(KINDS)}.")
         if not self.path:
@@ -119,7 +122,7 @@ def _kind_of(path: str) -> str:
     if path.partition(":")[0] == "synthetic":
         return "synthetic"
     folder = Path(path).expanduser()
-    if any((folder / name).is_file() for name in METADATA_FILES):
+    if find_metadata(folder):
         return "folder"
     if ".tar" in path or ".tgz" in path:
         return "webdataset"

@@ -1,5 +1,7 @@
 """Tables of records: local folders with a metadata file, and whatever `datasets` loads or streams."""
 
+import hashlib
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -8,22 +10,17 @@ from typing import Any, cast
 
 import datasets
 import fsspec
-import pyarrow
-import pyarrow.csv
-import pyarrow.json
-import pyarrow.parquet
 
 from ..files import path_inside
 from ..images import ImageSource
+from ..values import is_list, is_whole
 from .columns import Columns, captions_of, tags_of
+from .metadata import METADATA_FILES, Rows, find_metadata, read_metadata
 from .records import Record, UnusableRecord
 from .shards import until_broken
 
-METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 SAVED_DATASET_FILES = ("dataset_dict.json", "state.json")
 
-# A record must fit into one block, and may hold many captions.
-_BLOCK_BYTES = 1 << 26
 # Only these addresses are read here, those that `datasets` makes for the files of a repository that it streams; a
 # data set must not choose any other protocol of fsspec.
 _HUB_ADDRESS = re.compile(r"(?:zip://[^:]*::)?hf://")
@@ -48,34 +45,43 @@ class RowReader:
         """One row's record.
 
         Raises:
-            UnusableRecord: "no picture", or "bad path" for a file name that leads out of the folder.
+            UnusableRecord: "no picture", "broken text", or "bad path" for a file name that leads out of the folder.
         """
         columns = self.columns
-        image = self._picture(row[cast(str, columns.image)], name)
+        image = self._picture(row.get(cast(str, columns.image)), name)
         if image is None:
             raise UnusableRecord("no picture", f"{name}: its {columns.image} is empty.")
-        return Record(
-            image=image,
-            captions=captions_of(row[columns.caption]) if columns.caption else [],
-            tags=self._tags(row[columns.tags]) if columns.tags else [],
-            mask=self._picture(row[columns.mask], name) if columns.mask else None,
-            name=name,
-        )
+        try:
+            captions = captions_of(row.get(columns.caption)) if columns.caption else []
+            tags = self._tags(row.get(columns.tags)) if columns.tags else []
+        except ValueError as error:
+            raise UnusableRecord("broken text", f"{name}: {error}") from error
+        mask = self._picture(row.get(columns.mask), name) if columns.mask else None
+        return Record(image, captions, tags, mask, name)
 
     def _tags(self, value: Any) -> list[str]:
         if self.tag_names:
-            values = value if isinstance(value, list) else [value]
-            value = [self.tag_names[item] for item in values if item is not None and item >= 0]
-        if isinstance(value, int) and not isinstance(value, bool):
+            values = value if is_list(value) else [value]
+            value = [self._class_name(item) for item in values if item is not None and item >= 0]
+        if is_whole(value):
             value = str(value)  # the number of a class without a name
         return tags_of(value)
 
+    def _class_name(self, number: int) -> str:
+        if number >= len(self.tag_names):
+            raise ValueError(f"class {number} has no name, there are {len(self.tag_names)}")
+        return self.tag_names[number]
+
     def _picture(self, value: Any, name: str) -> ImageSource | None:
         """What `load_image` takes; None for an empty cell."""
+        if isinstance(value, float) and math.isnan(value):  # how pandas writes an empty cell
+            return None
         if isinstance(value, dict):  # how `datasets` holds a picture that is not decoded
             value = value.get("bytes") or value.get("path")
         if isinstance(value, str) and self.folder is not None:
             return self._inside_folder(value, name) if value else None
+        if self.folder is not None and not isinstance(value, (bytes, type(None))):
+            raise UnusableRecord("bad path", f"{name}: {value!r:.80} is no file name.")
         if isinstance(value, str) and _HUB_ADDRESS.match(value):
             return _fetched(value, name)
         return None if value in ("", b"") else value
@@ -99,31 +105,42 @@ class TableSource:
     """A table with random access.
 
     Args:
-        dataset: a map-style `datasets.Dataset`.
+        rows: a map-style `datasets.Dataset`, or what `read_metadata` gives.
         columns: as the user named them.
         name: what messages call the source.
         folder: where file names are looked up; None where the values are what `load_image` takes.
+        fingerprint: changes with the content; by default as `datasets` counts it.
 
     Raises:
         ValueError: missing columns.
     """
 
-    def __init__(self, dataset: datasets.Dataset, columns: Columns, name: str, folder: Path | None = None):
+    def __init__(
+        self,
+        rows: datasets.Dataset | Rows,
+        columns: Columns,
+        name: str,
+        folder: Path | None = None,
+        fingerprint: str = "",
+    ):
         self.name = name
-        found = columns.among(dataset.column_names, name)
-        for column in (found.image, found.mask):
-            if column and isinstance(dataset.features[column], datasets.Image):
-                dataset = dataset.cast_column(column, datasets.Image(decode=False))
-        self._reader = RowReader(found, folder, _class_names(dataset.features, found.tags))
-        self._dataset = dataset.with_format(None).select_columns(_names(found))
+        found = columns.among(rows.column_names, name)
+        class_names: Sequence[str] = ()
+        self.fingerprint = fingerprint
+        if isinstance(rows, datasets.Dataset):
+            for column in (found.image, found.mask):
+                if column and isinstance(rows.features[column], datasets.Image):
+                    rows = rows.cast_column(column, datasets.Image(decode=False))
+            class_names = _class_names(rows.features, found.tags)
+            rows = rows.with_format(None).select_columns(_names(found))
+            self.fingerprint = fingerprint or str(rows._fingerprint)
+        else:
+            rows = rows.select_columns(_names(found))
+        self._reader = RowReader(found, folder, class_names)
+        self._rows = rows
 
     def __len__(self) -> int:
-        return len(self._dataset)
-
-    @property
-    def fingerprint(self) -> str:
-        """Changes with the content, as `datasets` counts it."""
-        return str(self._dataset._fingerprint)
+        return len(self._rows)
 
     @property
     def tag_names(self) -> Sequence[str]:
@@ -134,9 +151,13 @@ class TableSource:
         """The record of a row.
 
         Raises:
-            UnusableRecord: as [`RowReader.record`].
+            UnusableRecord: as [`RowReader.record`], or "broken row".
         """
-        return self._reader.record(self._dataset[int(index)], f"{self.name}[{index}]")
+        try:
+            row = self._rows[int(index)]
+        except ValueError as error:
+            raise UnusableRecord("broken row", str(error)) from error
+        return self._reader.record(row, f"{self.name}[{index}]")
 
 
 class StreamedTable:
@@ -196,34 +217,14 @@ def open_folder(path: str, columns: Columns) -> TableSource:
         ValueError: no such folder or metadata file, metadata that cannot be read, or missing columns.
     """
     folder = Path(path).expanduser()
-    file = next((folder / name for name in METADATA_FILES if (folder / name).is_file()), None)
+    file = find_metadata(folder)
     if file is None:
         state = "has no metadata file" if folder.is_dir() else "is no folder"
         raise ValueError(f"{path} {state}; expected a folder with {', '.join(METADATA_FILES)}.")
-    try:
-        table = _read_metadata(file)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{file} cannot be read: {error}") from error
-    if not table.num_rows:
-        raise ValueError(f"{file} has no records.")
-    # With a fingerprint of its own, `datasets` need not hash the whole table.
-    dataset = datasets.Dataset(table.replace_schema_metadata(None), fingerprint="metadata")
-    return TableSource(dataset, columns, path, folder)
-
-
-def _read_metadata(file: Path) -> pyarrow.Table:
-    if file.suffix == ".parquet":
-        return pyarrow.parquet.read_table(file)
-    if file.stat().st_size == 0:
-        raise OSError("it is empty")
-    if file.suffix == ".jsonl":
-        return pyarrow.json.read_json(file, pyarrow.json.ReadOptions(block_size=_BLOCK_BYTES))
-    # Everything stays text: a file name such as 0001 is no number.
-    reading = pyarrow.csv.ReadOptions(block_size=_BLOCK_BYTES)
-    parsing = pyarrow.csv.ParseOptions(newlines_in_values=True)
-    names = pyarrow.csv.open_csv(file, reading, parsing).schema.names
-    conversion = pyarrow.csv.ConvertOptions(column_types=dict.fromkeys(names, pyarrow.string()))
-    return pyarrow.csv.read_csv(file, reading, parsing, conversion)
+    rows = read_metadata(file)
+    with file.open("rb") as content:
+        fingerprint = hashlib.file_digest(content, "sha256").hexdigest()
+    return TableSource(rows, columns, path, folder, fingerprint)
 
 
 def open_hub(

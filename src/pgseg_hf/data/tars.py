@@ -1,6 +1,5 @@
 """WebDataset shards: tar files, local or remote, read from front to end without unpacking them."""
 
-import json
 import re
 import tarfile
 from collections.abc import Iterator
@@ -10,6 +9,7 @@ from typing import Any
 import fsspec
 
 from ..images import IMAGE_EXTENSIONS
+from ..text_files import decode_text, parse_json
 from .columns import CAPTION_NAMES, TAG_NAMES, Columns, captions_of, tags_of
 from .records import Record, UnusableRecord
 from .shards import until_broken
@@ -160,10 +160,11 @@ class TarSource:
             fields = _json_fields(files.get("json"))
             captions = self._texts(files, fields, columns.caption, (*_CAPTION_ENDINGS, *CAPTION_NAMES))
             tags = self._texts(files, fields, columns.tags, TAG_NAMES)
-        except (ValueError, RecursionError) as error:
+            record = Record(image, captions_of(captions), tags_of(tags), name=name)
+        except ValueError as error:
             return UnusableRecord("broken text", f"{name}: {error}")
         mask_ending = columns.mask or next((end for end in files if end.startswith("mask.")), "")
-        record = Record(image, captions_of(captions), tags_of(tags), files.get(mask_ending), name)
+        record.mask = files.get(mask_ending)
         if not (record.captions or record.tags or record.mask):
             keys = f" with the keys {', '.join(fields)}" if fields else ""
             return UnusableRecord("no text", f"{name} has no caption and no tags: {', '.join(files)}{keys}.")
@@ -176,7 +177,7 @@ class TarSource:
         """The first text there is, out of a file or a field of the JSON."""
         for name in (column,) if column else usual:
             content = files.get(name)
-            value = content.decode("utf-8") if content is not None else fields.get(name)
+            value = decode_text(content, f"its .{name}") if content is not None else fields.get(name)
             if value:
                 return value
         return None
@@ -198,7 +199,7 @@ class _StrictMember(tarfile.TarInfo):
 def _json_fields(content: bytes | None) -> dict[str, Any]:
     if content is None:
         return {}
-    fields = json.loads(content)
+    fields = parse_json(decode_text(content, "its .json"))
     if not isinstance(fields, dict):
         raise ValueError(f"its json is a {type(fields).__name__}, expected an object with captions or tags")
     return fields

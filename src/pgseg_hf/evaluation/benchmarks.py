@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import path_inside
+from ..text_files import read_text, split_lines
 from .confusion import IGNORE_INDEX
 from .mask_dataset import MaskDataset, MaskFolder, Picture, picture_name, require_files
 
@@ -67,7 +68,7 @@ class Layout:
                 if not path.name.startswith(".")
             )
         listing = root / self.listing.format(split=split)
-        lines = listing.read_text(encoding="utf-8").splitlines()
+        lines = split_lines(read_text(listing))
         names = [line.split()[0].removesuffix(self.image_suffix) for line in lines if line.strip()]
         for name in names:
             try:

@@ -15,11 +15,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ..data.metadata import find_metadata, read_metadata
 from ..files import path_inside
 from ..folders import find_images
 from ..images import ImageSource, NoLabelMap, load_image, load_label_map
 from ..prompts import validate_labels
 from ..run_records import file_digest
+from ..text_files import read_json
+from ..values import is_whole
 from .confusion import IGNORE_INDEX
 
 _READERS = 4
@@ -213,8 +216,8 @@ def _ranges(values: Iterable[int]) -> str:
 
 
 class MaskFolder(MaskDataset):
-    """A folder of one's own: `metadata.jsonl` with `file_name` and `mask_file_name`, or `images/` and `masks/` with
-    files of equal names but for their endings.
+    """A folder of one's own: `metadata.jsonl` (`.csv`, `.parquet`) with `file_name` and `mask_file_name`, or `images/`
+    and `masks/` with files of equal names but for their endings.
 
     `labels.json`, there or in the folder above, holds `labels`, in the order of the masks' values, and may hold
     `ignore_index` (a value of the masks that does not count, 255 by default, or null), `background` (the value
@@ -246,8 +249,8 @@ class MaskFolder(MaskDataset):
         if not folder.is_dir():
             raise ValueError(f"{folder} is no folder; expected one with pictures and masks.")
         content = _read_labels(folder, mask_values)
-        metadata = folder / "metadata.jsonl"
-        pictures = _pairs_of_metadata(metadata) if metadata.is_file() else _pairs_of_names(folder)
+        metadata = find_metadata(folder)
+        pictures = _pairs_of_metadata(metadata) if metadata else _pairs_of_names(folder)
         super().__init__(name=folder.resolve().name, pictures=pictures, **content)
         if background is not None:
             if background not in self.labels:
@@ -323,7 +326,7 @@ def _read_labels(folder: Path, mask_values: Mapping[str, str | None] | None) -> 
             f'{places[0]} is missing, expected {{"labels": [...]}} there or in the folder above, or mask_values.'
         )
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
         labels = validate_labels(content["labels"])
         ignore_index, background = content.get("ignore_index", IGNORE_INDEX), content.get("background")
         synonyms = _checked_synonyms(content.get("synonyms", {}), labels)
@@ -331,7 +334,7 @@ def _read_labels(folder: Path, mask_values: Mapping[str, str | None] | None) -> 
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f'{path} cannot be read, expected {{"labels": [...]}}: {error}') from error
     for name, value in (("ignore_index", ignore_index), ("background", background)):
-        if value is not None and not isinstance(value, int):
+        if value is not None and not is_whole(value):
             raise ValueError(f"{name} in {path} is {value!r}, expected a whole number or null.")
     if ignore_index is not None and 0 <= ignore_index < len(labels):
         raise ValueError(f"ignore_index {ignore_index} in {path} is a label; give null or another number.")
@@ -366,19 +369,16 @@ def _checked_synonyms(synonyms: dict, labels: list[str]) -> dict[str, list[str]]
 
 def _pairs_of_metadata(path: Path) -> list[Picture]:
     pictures = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
+    rows = read_metadata(path)
+    for index in range(len(rows)):
         try:
-            row = json.loads(line)
+            row = rows[index]
             image, mask = (path_inside(path.parent, row[key]) for key in ("file_name", "mask_file_name"))
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(
-                f"line {number} of {path} has no file_name and mask_file_name: {error!r}."
+                f"{rows.place(index)} has no file_name and mask_file_name: {error!r}."
             ) from error
         pictures.append(Picture(picture_name(row["file_name"]), image, mask))
-    if not pictures:
-        raise ValueError(f"{path} is empty, expected a line for each picture.")
     return pictures
 
 

@@ -6,12 +6,11 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ..processing_pgseg import PGSegProcessor
 from ..prompts import SEGMENTATION_TEMPLATES, validate_templates
 from ..scoring import TOP_K
 from ..segmentation import SegmentationOptions
+from ..text_files import read_yaml
 from .benchmarks import BENCHMARKS
 from .mask_dataset import MaskDataset
 from .masks import SynonymRule
@@ -190,7 +189,7 @@ def load_protocol(name_or_path: str) -> Protocol:
             f"protocol is {name_or_path!r}, expected one of {', '.join(PROTOCOLS)} or a YAML file."
         )
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = read_yaml(path)
         if not isinstance(content, dict):
             raise ValueError("it holds no fields")
         base = content.pop("base", "pgseg")
@@ -210,5 +209,5 @@ def load_protocol(name_or_path: str) -> Protocol:
         if made.name in PROTOCOLS and made != PROTOCOLS[made.name]:
             raise ValueError(f"name is {made.name!r}, which is that of another protocol; choose another")
         return made
-    except (yaml.YAMLError, OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path} is no protocol: {error}") from error

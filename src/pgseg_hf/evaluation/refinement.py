@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..values import is_whole, whole_number
+
 # The affinity's bandwidth as a share of the local standard deviation, and what keeps it above 0 where there is none:
 # `models/mods/pamr.py` of the released code.
 _BANDWIDTH = 0.1
@@ -42,10 +44,9 @@ class PixelAdaptiveRefinement:
     dilations: tuple[int, ...] = (8, 16)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.iterations, int) or self.iterations < 0:
-            raise ValueError(f"iterations is {self.iterations!r}, expected a whole number of at least 0.")
+        object.__setattr__(self, "iterations", whole_number(self.iterations, "iterations", least=0))
         object.__setattr__(self, "dilations", tuple(self.dilations))
-        if not self.dilations or not all(isinstance(value, int) and value >= 1 for value in self.dilations):
+        if not self.dilations or not all(is_whole(value) and value >= 1 for value in self.dilations):
             raise ValueError(
                 f"dilations is {self.dilations!r}, expected at least one whole number from 1 on."
             )

@@ -6,10 +6,10 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
 from transformers import HfArgumentParser
 
 from ..data.sources import SourceSpec
+from ..text_files import read_yaml
 
 POSITIVE = (
     *(
@@ -342,8 +342,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
 
 def _read_yaml(path: Path, parser: HfArgumentParser) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        values = read_yaml(path)
+    except ValueError as error:
         raise ValueError(f"{path} cannot be read as YAML: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds {type(values).__name__}, expected a mapping of options.")

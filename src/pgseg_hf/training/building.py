@@ -1,13 +1,11 @@
 """From arguments to a model, its processor and its stream of batches."""
 
-import json
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import yaml
 from accelerate import InitProcessGroupKwargs
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -25,6 +23,7 @@ from ..losses import world_size
 from ..modeling_pgseg import PGSegModel
 from ..processing_pgseg import PGSegProcessor
 from ..prompts import build_prompts
+from ..text_files import read_json, read_yaml
 from ..tokenization import default_tokenizer
 from .arguments import DataArguments, ModelArguments, RunArguments
 from .collator import PGSegCollator
@@ -95,8 +94,8 @@ def _read_config(value: Any) -> dict[str, Any]:
         return {}
     if not isinstance(value, dict):
         try:
-            value = yaml.safe_load(Path(value).read_text(encoding="utf-8"))  # JSON is YAML too
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            value = read_yaml(value)
+        except ValueError as error:
             raise ValueError(f"model_config {value!r} cannot be read: {error}") from error
     if not isinstance(value, dict):
         raise ValueError(f"model_config is {value!r}, expected a mapping of fields of PGSegConfig.")
@@ -220,9 +219,9 @@ def read_names(path: str) -> dict[str, list[str]]:
         ValueError: there is no such file, or it holds something else.
     """
     try:
-        names = json.loads(Path(path).read_text(encoding="utf-8"))["names"]
+        names = read_json(path)["names"]
         return {str(name): [str(other) for other in others] for name, others in names.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"synonyms is {path}, expected a JSON file {{'names': {{name: [synonyms]}}}}: {error}"
         ) from error
@@ -246,7 +245,7 @@ def _mask_labels(data: DataArguments, specs: Sequence[SourceSpec], sources: Sequ
     try:
         if path is None:
             raise FileNotFoundError(f"no labels.json in {', '.join(map(str, places))} or the folder above")
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
         labels = [str(label) for label in content["labels"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(

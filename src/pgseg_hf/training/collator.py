@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from ..tokenization import warn_of_cut_texts
 from .preparation import Example
 
 LAYOUTS = ("paired", "shared")
@@ -82,6 +83,8 @@ class PGSegCollator:
         self.texts = texts
         self.synonyms = dict(synonyms or {})
         self.negatives = list(negatives)
+        self.cut_texts = 0
+        """How many texts were cut so far, in this process."""
 
     def __call__(self, examples: Sequence[Example | Mapping[str, Any]]) -> dict[str, Any]:
         """
@@ -103,7 +106,7 @@ class PGSegCollator:
             raise ValueError("no examples to collate: a batch needs at least one.")
         rows = [vars(example) if isinstance(example, Example) else example for example in examples]
         captions = [row["caption"] for row in rows]
-        labels = [list(row.get("labels") or []) for row in rows]
+        labels = [[] if row.get("labels") is None else list(row["labels"]) for row in rows]
         name = "pixel_values" if rows[0].get("backbone_features") is None else "backbone_features"
         images = torch.stack([torch.as_tensor(np.asarray(row[name])) for row in rows])
         if self.layout == "paired":
@@ -178,5 +181,6 @@ class PGSegCollator:
             return_attention_mask=True,
             return_tensors="pt",
         )
+        self.cut_texts += warn_of_cut_texts(encoded, list(unique), self.context_length)
         rows = torch.tensor([unique[text] for text in texts])
         return {name: encoded[name][rows] for name in ("input_ids", "attention_mask")}

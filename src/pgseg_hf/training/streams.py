@@ -131,7 +131,8 @@ class TrainingStream:
         self._batch = 0
         self._states: list[list[State | None] | None] = [None] * self._workers
         self.counts: Counter[str] = Counter()
-        """Records of this process that were "read", and how many of them were left out for which reason."""
+        """Records of this process that were "read", how many of them were left out for which reason, and how many texts
+        were longer than the text tower takes ("cut text")."""
         self._made, self._seconds = 0, 0.0
         self._streaming = [source for source in sources if isinstance(source, StreamSource)]
         readers = world_size * self._workers
@@ -317,7 +318,11 @@ class _BatchMaker:
             place = places[slot]
             rng = seeded(Draw.EXAMPLE, seed, number, slot)
             examples.append(self._example(int(sources[place]), int(positions[place]), rng))
-        return recipe.collate(examples)
+        before = getattr(recipe.collate, "cut_texts", 0)
+        batch = recipe.collate(examples)
+        if cut := getattr(recipe.collate, "cut_texts", 0) - before:
+            self._counts["cut text"] += cut
+        return batch
 
     def progress(self, seconds: float) -> _Progress:
         """Where the readers stand, what happened since the last call and how long the batch took."""
