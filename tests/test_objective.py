@@ -32,7 +32,7 @@ def test_parts_of_the_loss_add_up(variant, labels):
     ).double()
     arguments = inputs_of(pixel_values=tiny_images(3).double())
     if labels:
-        arguments["label_input_ids"] = tiny_texts(6, words=2, seed=1).unflatten(0, (3, 2))
+        arguments["tag_input_ids"] = tiny_texts(6, words=2, seed=1).unflatten(0, (3, 2))
     output = model(**arguments, return_loss=True)
     expected = output.contrastive_loss
     assert (output.multi_label_loss is not None) == labels
@@ -70,7 +70,7 @@ def test_equal_texts_pass_the_transformer_once(variant):
             captions,
             tiny_images(3).double(),
             attention_mask=torch.ones_like(captions),
-            label_input_ids=labels,
+            tag_input_ids=labels,
             return_loss=True,
             output_hidden_states=details,
         )
@@ -148,8 +148,8 @@ def test_absent_labels_do_not_matter(models):
     outputs = [
         models["corrected"](
             **inputs_of(pixel_values=tiny_images(3).double()),
-            label_input_ids=ids,
-            label_attention_mask=used,
+            tag_input_ids=ids,
+            tag_attention_mask=used,
             return_loss=True,
         )
         for ids, used in ((labels, mask), (more, more_mask), (garbage, mask))
@@ -158,7 +158,7 @@ def test_absent_labels_do_not_matter(models):
         for name in ("loss", "multi_label_loss", "contrastive_loss", "text_prototype_loss"):
             torch.testing.assert_close(output[name], outputs[0][name])
     unmasked = models["corrected"](
-        **inputs_of(pixel_values=tiny_images(3).double()), label_input_ids=labels, return_loss=True
+        **inputs_of(pixel_values=tiny_images(3).double()), tag_input_ids=labels, return_loss=True
     )
     assert not torch.isclose(unmasked.multi_label_loss, outputs[0].multi_label_loss)
 

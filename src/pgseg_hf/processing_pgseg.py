@@ -95,7 +95,7 @@ class PGSegProcessor(ProcessorMixin):
             - `pixel_values` [B, 3, H, W] for images;
             - `input_ids` and `attention_mask` [B, L] for text, [N, L] for labels with one template, [N, T, L]
               with T of them (the model averages their embeddings);
-            - `label_input_ids` and `label_attention_mask` [B, M, L] for tags, M the largest number of tags of
+            - `tag_input_ids` and `tag_attention_mask` [B, M, L] for tags, M the largest number of tags of
               an image; rows beyond an image's own tags are padding with an attention mask of zeros.
 
         Raises:
@@ -156,7 +156,7 @@ class PGSegProcessor(ProcessorMixin):
     def _encode_tags(
         self, tags: Sequence[Sequence[str]], template: str, text_kwargs: dict
     ) -> dict[str, list]:
-        """`label_input_ids` and `label_attention_mask`, [B][M][L]."""
+        """`tag_input_ids` and `tag_attention_mask`, [B][M][L]."""
         prompts = []
         for index, of_image in enumerate(tags):
             try:
@@ -173,7 +173,7 @@ class PGSegProcessor(ProcessorMixin):
         batch: dict[str, list] = {}
         for name, filler in (("input_ids", self.tokenizer.pad_token_id), ("attention_mask", 0)):
             rows = iter(encoded[name])
-            batch[f"label_{name}"] = [
+            batch[f"tag_{name}"] = [
                 [next(rows) for _ in of_image] + [[filler] * length] * (most - len(of_image))
                 for of_image in prompts
             ]

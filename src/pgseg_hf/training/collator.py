@@ -91,9 +91,9 @@ class PGSegCollator:
         Returns:
             `pixel_values` [B, 3, S, S], or `backbone_features` [B, C, h, w], and `return_loss` True.
 
-            Paired: `input_ids` and `attention_mask` [B, T], and where there are labels `label_input_ids` and
-            `label_attention_mask` [B, M, T], absent labels with a mask of zeros. Shared: `input_ids` and
-            `attention_mask` [N, T], `text_targets` bool [B, N].
+            Paired: `input_ids` and `attention_mask` [B, T], and where there are labels `tag_input_ids` and
+            `tag_attention_mask` [B, M, T], absent labels with a mask of zeros. Shared: `input_ids` and
+            `attention_mask` [N, T], `text_targets` [B, N] of 0 and 1.
 
         Raises:
             ValueError: no examples, or in the shared layout a text that is not among the given ones.
@@ -120,7 +120,7 @@ class PGSegCollator:
             for name, filler in (("input_ids", self.tokenizer.pad_token_id), ("attention_mask", 0)):
                 padded = encoded[name].new_full((*is_label.shape, encoded[name].shape[1]), filler)
                 padded[is_label] = encoded[name][batch:]
-                texts[f"label_{name}"] = padded
+                texts[f"tag_{name}"] = padded
         return texts
 
     def _shared(self, captions: list[str], labels: list[list[str]]) -> dict[str, Tensor]:
@@ -142,9 +142,10 @@ class PGSegCollator:
                 columns[tuple(tokens)] = len(first)
                 first.append(index)
             column_of[text] = columns[tuple(tokens)]
-        targets = torch.zeros(len(captions), len(first), dtype=torch.bool)
+        # No bools: Trainer pads what it takes for labels with -100.
+        targets = torch.zeros(len(captions), len(first), dtype=torch.int64)
         for row, of_image in enumerate(of_images):
-            targets[row, [column_of[text] for text in of_image]] = True
+            targets[row, [column_of[text] for text in of_image]] = 1
         return {**{name: values[first] for name, values in encoded.items()}, "text_targets": targets}
 
     def _in_other_words(self, of_images: list[list[str]]) -> tuple[list[list[str]], list[str]]:
