@@ -15,7 +15,9 @@ from tiny_models import (
     tiny_texts,
     without_noise,
 )
+from transformers.utils import logging
 
+from pgseg_hf import objective
 from pgseg_hf.objective import log_odds_of_being_seen
 
 
@@ -203,3 +205,17 @@ def test_corrected_text_loss_teaches_the_segment_tokens(models):
 def test_released_text_prototypes_need_as_many_groups():
     with pytest.raises(ValueError, match=r"\[3, 4\] images x groups, \[3, 8\] texts x prototypes"):
         tiny_model(npr_variant="released")(**inputs_of(), return_loss=True)
+
+
+def test_nan_prototype_losses_of_the_released_variant_are_said_once_in_training(caplog):
+    logging.enable_propagation()
+    objective.logger.warning_once.cache_clear()
+    model = tiny_model(npr_variant="released", num_text_prototypes=4).train()
+    try:
+        with caplog.at_level("WARNING"):
+            assert model(**inputs_of(4), return_loss=True).loss.isnan()
+            assert "set the configuration's guard_prototype_losses to True" in caplog.text
+            model.config.guard_prototype_losses = True
+            assert model(**inputs_of(4), return_loss=True).loss.isfinite()
+    finally:
+        logging.disable_propagation()

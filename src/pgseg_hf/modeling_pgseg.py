@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, ModelCard
 from torch import Tensor, nn
 from transformers import CLIPTextModel, PreTrainedModel
 from transformers import initialization as init
@@ -39,7 +39,7 @@ from .layers import (
     init_prototypes,
     mean_of_groups,
 )
-from .model_cards import generate_model_card
+from .model_cards import generate_model_card, is_processor_card
 from .objective import (
     ImageFeatures,
     JointImages,
@@ -814,7 +814,10 @@ class PGSegModel(PGSegPreTrainedModel):
         token, private = kwargs.get("token"), kwargs.get("private")
         api = HfApi(token=token)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        if not kwargs.get("create_pr") and not api.file_exists(repo_id, "README.md"):
+        has_card = api.file_exists(repo_id, "README.md")
+        if has_card and is_processor_card(ModelCard.load(repo_id, token=token)):
+            has_card = False
+        if not kwargs.get("create_pr") and not has_card:
             generate_model_card(self.config, repo_id).push_to_hub(repo_id, token=token)
         return super().push_to_hub(repo_id, **kwargs)
 

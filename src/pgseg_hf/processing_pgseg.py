@@ -6,11 +6,13 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+from huggingface_hub import HfApi
 from transformers import PreTrainedModel
 from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import ImageInput
 from transformers.processing_utils import ProcessorMixin, TextKwargs
 
+from .model_cards import processor_card
 from .prompts import SEGMENTATION_TEMPLATES, build_prompts, validate_labels, validate_templates
 from .scoring import TOP_K, WindowScores, best_labels, group_map, group_scores, merge_windows, patch_scores
 
@@ -178,6 +180,15 @@ class PGSegProcessor(ProcessorMixin):
                 for of_image in prompts
             ]
         return batch
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
+        """As for every processor; a repository without a model card gets one that waits for the model's."""
+        token, private = kwargs.get("token"), kwargs.get("private")
+        api = HfApi(token=token)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if not kwargs.get("create_pr") and not api.file_exists(repo_id, "README.md"):
+            processor_card(repo_id).push_to_hub(repo_id, token=token)
+        return super().push_to_hub(repo_id, **kwargs)
 
     def save_pretrained(
         self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any

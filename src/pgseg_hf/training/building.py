@@ -1,7 +1,9 @@
 """From arguments to a model, its processor and its stream of batches."""
 
 import json
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from datetime import timedelta
 from itertools import islice
 from pathlib import Path
@@ -28,6 +30,7 @@ from ..prompts import build_prompts
 from ..tokenization import default_tokenizer
 from .arguments import DataArguments, ModelArguments, RunArguments
 from .collator import PGSegCollator
+from .continuing import flat, hash_of
 from .feature_cache import CacheOptions, cache_features
 from .preparation import Preparation
 from .streams import StreamOptions, TrainingStream
@@ -161,6 +164,7 @@ def build_stream(
     """
     specs = data.source_specs()
     sources: list[Source] = [open_source(spec) for spec in specs]
+    _refuse_small_sources(sources, specs, run.batch_size, world_size)
     config = model.config
     images = processor.image_processor
     augmentation = AugmentationOptions(
@@ -207,7 +211,31 @@ def build_stream(
     if data.cache_features:
         cache = CacheOptions(data.cache_features, data.cache_views)
         sources = list(cache_features(sources, prepare, model, cache))
-    return TrainingStream(sources, weights, prepare, collator, options, rank, world_size)
+    depends_on = flat(asdict(augmentation) | asdict(texts)) | {
+        "mask_labels": mask_labels,
+        "synonyms": hash_of(names),
+        "layout": collator.layout,
+        "padding": collator.padding,
+        "num_labels": collator.num_labels,
+    }
+    return TrainingStream(sources, weights, prepare, collator, options, rank, world_size, depends_on)
+
+
+def _refuse_small_sources(
+    sources: Sequence[Source], specs: Sequence[SourceSpec], batch_size: int, world_size: int
+) -> None:
+    """Copies of an image in a batch would be negatives of each other's texts."""
+    total = sum(spec.weight for spec in specs)
+    for source, spec in zip(sources, specs):
+        share = spec.weight / total
+        records = len(source) if isinstance(source, MapSource) else math.inf
+        if records < math.floor(share * batch_size * world_size):
+            most = math.floor(records / share / world_size)
+            raise ValueError(
+                f"{source.name} has {records} images, and a batch of {batch_size} x {world_size} takes "
+                f"{share * batch_size * world_size:.0f} of them: copies of an image would be negatives of each other. "
+                f"Give --batch_size {most} at most, or more images."
+            )
 
 
 def read_names(path: str) -> dict[str, list[str]]:
