@@ -1,5 +1,7 @@
 """Model cards: what they inherit, and what a push leaves on the Hub."""
 
+from pathlib import Path
+
 import pytest
 from huggingface_hub import ModelCard
 from tiny_models import CLIP_TEXT, tiny_config, tiny_model
@@ -8,7 +10,7 @@ from transformers.processing_utils import ProcessorMixin
 
 import pgseg_hf.modeling_pgseg
 import pgseg_hf.processing_pgseg
-from pgseg_hf import DEFAULT_CHECKPOINT
+from pgseg_hf import DEFAULT_CHECKPOINT, PGSegModel
 from pgseg_hf.model_cards import generate_model_card
 
 CARD = """---
@@ -100,7 +102,10 @@ def hub(monkeypatch):
     for owner in (PreTrainedModel, ProcessorMixin):
         monkeypatch.setattr(owner, "push_to_hub", lambda self, repo_id, **kwargs: repo_id)
     monkeypatch.setattr(ModelCard, "push_to_hub", lambda self, repo_id, **kwargs: setattr(Hub, "card", self))
-    monkeypatch.setattr(ModelCard, "load", classmethod(lambda cls, *args, **kwargs: Hub.card))
+    load = ModelCard.load
+    monkeypatch.setattr(
+        ModelCard, "load", lambda name, **kwargs: load(name) if Path(name).exists() else Hub.card
+    )
     return Hub
 
 
@@ -114,3 +119,9 @@ def test_neither_order_of_pushing_leaves_a_blank_card(hub, tiny_segmenter):
     processor.push_to_hub("owner/name")
     model.push_to_hub("owner/name")
     assert hub.card is whole
+
+
+def test_a_model_that_was_loaded_is_pushed_with_its_terms(hub, start):
+    tiny_model().save_pretrained(start)
+    PGSegModel.from_pretrained(start).push_to_hub("owner/other")
+    assert (hub.card.data.license, hub.card.data.base_model) == ("mit", ["my-start"])

@@ -810,7 +810,8 @@ class PGSegModel(PGSegPreTrainedModel):
         return self._encode_texts(input_ids, attention_mask, for_losses=True)[1]
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
-        """As for every transformers model; a repository without a model card gets a generated one first."""
+        """As for every transformers model; a repository without a model card gets a generated one first, with what
+        that of the checkpoint says which was loaded."""
         token, private = kwargs.get("token"), kwargs.get("private")
         api = HfApi(token=token)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
@@ -818,7 +819,8 @@ class PGSegModel(PGSegPreTrainedModel):
         if has_card and is_processor_card(ModelCard.load(repo_id, token=token)):
             has_card = False
         if not kwargs.get("create_pr") and not has_card:
-            generate_model_card(self.config, repo_id).push_to_hub(repo_id, token=token)
+            starts = [self.name_or_path] if self.name_or_path else []
+            generate_model_card(self.config, repo_id, starts=starts).push_to_hub(repo_id, token=token)
         return super().push_to_hub(repo_id, **kwargs)
 
     @classmethod

@@ -211,3 +211,11 @@ def test_a_tokenizer_without_a_limit_needs_a_context_length():
 def test_an_empty_batch(tokenizer):
     with pytest.raises(ValueError, match="no examples"):
         PGSegCollator(tokenizer)([])
+
+
+def test_several_processes_have_batches_of_one_kind(tokenizer, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="num_labels is None, and several processes need it"):
+        PGSegCollator(tokenizer)(BATCH)
+    assert "tag_input_ids" in PGSegCollator(tokenizer, num_labels=2)(BATCH)
+    assert "text_targets" in PGSegCollator(tokenizer, layout="shared")(BATCH)

@@ -256,6 +256,8 @@ def prepare_output_dir(
         if overwrite:
             for checkpoint in _checkpoints(output_dir):
                 _remove(checkpoint)
+            for damaged in output_dir.glob(f"{_DAMAGED}checkpoint-*"):
+                _delete(damaged)
             for name in _RUN_FOLDERS:
                 shutil.rmtree(output_dir / name, ignore_errors=True)
             for name in _RUN_FILES:

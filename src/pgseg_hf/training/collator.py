@@ -1,5 +1,6 @@
 """From examples to the arguments of `PGSegModel.forward`."""
 
+import os
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -27,7 +28,7 @@ class PGSegCollator:
     collected, equal ones once, and each picture's positives are its labels, or its caption where it has none.
 
     On several processes the paired layout needs `num_labels` where pictures have labels, so that every process makes
-    batches of the same kind.
+    batches of the same kind: they would wait for each other.
 
     Args:
         tokenizer: of the model's text tower.
@@ -96,7 +97,8 @@ class PGSegCollator:
             `attention_mask` [N, T], `text_targets` [B, N] of 0 and 1.
 
         Raises:
-            ValueError: no examples, or in the shared layout a text that is not among the given ones.
+            ValueError: no examples, in the shared layout a text that is not among the given ones, or in the paired one
+                labels without `num_labels` on several processes.
         """
         if not examples:
             raise ValueError("no examples to collate: a batch needs at least one.")
@@ -110,6 +112,11 @@ class PGSegCollator:
 
     def _paired(self, captions: list[str], labels: list[list[str]]) -> dict[str, Tensor]:
         most = max(map(len, labels)) if self.num_labels is None else self.num_labels
+        # Workers of a data loader know their run by its environment only.
+        if most and self.num_labels is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise ValueError(
+                "num_labels is None, and several processes need it: give the labels of every image."
+            )
         labels = [of_image[:most] for of_image in labels]
         # In one call, so that captions and labels are padded to one length.
         encoded = self._encode([*captions, *(label for of_image in labels for label in of_image)])

@@ -74,7 +74,7 @@ def contents_of(source: Source) -> str:
             continue
         digest.update(json.dumps([item.captions, item.tags, item.view_tags]).encode())
         for part in (item.image, item.mask, *(item.views or ())):
-            digest.update(hashlib.sha256(_bytes_of(part)).digest())
+            digest.update(hashlib.sha256(bytes_of(part)).digest())
     return digest.hexdigest()[:16]
 
 
@@ -91,8 +91,8 @@ def _sample(source: Source) -> Iterator[Record | UnusableRecord]:
             yield error
 
 
-def _bytes_of(part: Any) -> bytes:
-    """Of an image, a mask or features."""
+def bytes_of(part: Any) -> bytes:
+    """What an image, a mask or features consist of, whether in memory or in a file."""
     if isinstance(part, (str, os.PathLike)) and Path(part).is_file():
         return Path(part).read_bytes()
     if isinstance(part, (Image.Image, np.ndarray)):

@@ -311,9 +311,10 @@ class _BatchMaker:
         ]
         # A batch may begin in one epoch of a source and end in the next.
         self._order = lru_cache(maxsize=2 * len(recipe.sources))(_epoch_order)
-        # More than a batch has of each source.
+        # As many as a batch may have of each source, see `Mixture`.
         shares = recipe.mixture.shares
-        self._apart = np.ceil(shares * (recipe.records + len(shares)) + 1).astype(int).tolist()
+        uneven = 1 + len(shares) * shares if len(shares) > 1 else 0
+        self._apart = (shares * recipe.records + uneven).astype(int).tolist()
 
     def batch(self, number: int) -> dict[str, Any]:
         """Batch `number` of this process, collated."""
