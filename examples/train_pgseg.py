@@ -1,6 +1,6 @@
 """Train PGSeg on images and their texts, on one CPU or many GPUs.
 
-    accelerate launch examples/train_pgseg.py examples/configs/own_folder.yaml --data photos --output_dir run
+    accelerate launch --quiet examples/train_pgseg.py examples/configs/own_folder.yaml --data photos --output_dir run
 
 The first argument may be a YAML file; options override it, `--help` lists them all. A stopped run goes on with the same
 command and `--resume_from_checkpoint latest`. The output folder ends as one for `from_pretrained`, with checkpoints,

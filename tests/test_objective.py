@@ -210,7 +210,8 @@ def test_released_text_prototypes_need_as_many_groups():
 def test_nan_prototype_losses_of_the_released_variant_are_said_once_in_training(caplog):
     logging.enable_propagation()
     objective.logger.warning_once.cache_clear()
-    model = tiny_model(npr_variant="released", num_text_prototypes=4).train()
+    groups = {"num_group_tokens": [6, 8, 0], "num_output_groups": [6, 8, 0]}
+    model = tiny_model(npr_variant="released", vision_config=groups).train()
     try:
         with caplog.at_level("WARNING"):
             assert model(**inputs_of(4), return_loss=True).loss.isnan()

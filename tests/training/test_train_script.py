@@ -20,7 +20,7 @@ import psutil
 import pytest
 import torch
 import yaml
-from accelerate.commands.launch import launch_command_parser
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils.launch import prepare_simple_launcher_cmd_env
 from PIL import Image
@@ -333,17 +333,9 @@ def test_a_mistake_is_one_line(tmp_path, photo_folder, monkeypatch, capsys):
 def test_several_processes_that_accelerate_does_not_start_are_no_single_one(
     tmp_path, photo_folder, monkeypatch
 ):
-    arguments = [
-        "--cpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-        "--mixed_precision",
-        "no",
-        str(SCRIPT),
-    ]
-    _, environment = prepare_simple_launcher_cmd_env(launch_command_parser().parse_args(arguments))
+    options = ["--cpu", "--num_processes", "2", str(SCRIPT)]
+    arguments, *_ = _validate_launch_command(launch_command_parser().parse_args(options))
+    _, environment = prepare_simple_launcher_cmd_env(arguments)
     for name in environment.keys() - os.environ.keys():
         monkeypatch.setenv(name, environment[name])
     with pytest.raises(

@@ -126,7 +126,7 @@ def _kind_of(path: str) -> str:
     if folder.is_file():
         raise ValueError(
             f"{path} is a file; expected a folder with {', '.join(METADATA_FILES)}, a data set of the Hub or a pattern "
-            f"of tar files. For a table with images in it give its folder, {folder.parent}."
+            f"of tar files. For a table with images in it give its folder, {str(folder.parent)!r}."
         )
     if not folder.is_dir() and (path.startswith(("/", ".", "~")) or path.count("/") > 1):
         raise ValueError(
