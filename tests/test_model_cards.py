@@ -11,7 +11,7 @@ from transformers.processing_utils import ProcessorMixin
 import pgseg_hf.modeling_pgseg
 import pgseg_hf.processing_pgseg
 from pgseg_hf import DEFAULT_CHECKPOINT, PGSegModel
-from pgseg_hf.model_cards import generate_model_card
+from pgseg_hf.model_cards import generate_model_card, processor_card
 
 CARD = """---
 license: mit
@@ -67,9 +67,14 @@ def test_several_starts_keep_their_terms_apart(start, tmp_path):
     assert generate_model_card(tiny_config()).data.base_model is None
 
 
-@pytest.mark.parametrize("starts", [[], [DEFAULT_CHECKPOINT]])
-def test_the_hub_takes_the_cards(starts):
-    card = generate_model_card(tiny_config(), "owner/name", starts=starts)
+@pytest.mark.parametrize("kind", ["new", "fine-tuned", "shipped", "processor"])
+def test_the_hub_takes_the_cards(kind):
+    card = {
+        "new": lambda: generate_model_card(tiny_config(), "owner/name"),
+        "fine-tuned": lambda: generate_model_card(tiny_config(), "owner/name", starts=[DEFAULT_CHECKPOINT]),
+        "shipped": lambda: ModelCard.load(Path(DEFAULT_CHECKPOINT) / "README.md"),
+        "processor": lambda: processor_card("owner/name"),
+    }[kind]()
     try:
         card.validate(repo_type="model")
     except ValueError:

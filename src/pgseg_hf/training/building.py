@@ -166,21 +166,7 @@ def build_stream(
     sources: list[Source] = [open_source(spec) for spec in specs]
     _refuse_small_sources(sources, specs, run.batch_size, world_size)
     config = model.config
-    images = processor.image_processor
-    augmentation = AugmentationOptions(
-        image_size=data.image_size or config.vision_config.image_size,
-        min_scale=data.min_scale,
-        max_scale=data.max_scale,
-        crop_sides=(data.crop_sides[0], data.crop_sides[-1]) if data.crop_sides else None,
-        short_side=images.size["shortest_edge"],
-        horizontal_flip=data.horizontal_flip,
-        color_jitter=data.color_jitter,
-        grayscale=data.grayscale,
-        blur=data.blur,
-        erasing=data.erasing,
-        image_mean=tuple(images.image_mean),
-        image_std=tuple(images.image_std),
-    )
+    augmentation = _augmentation(data, config, processor.image_processor)
     mask_labels = _mask_labels(data, specs, sources) if data.crop_tags else None
     # Tags alone are shared between pictures; the released text prototypes need a text for each.
     shared = config.contrastive_loss != "info_nce" and config.npr_variant != "released"
@@ -219,6 +205,23 @@ def build_stream(
         "num_labels": collator.num_labels,
     }
     return TrainingStream(sources, weights, prepare, collator, options, rank, world_size, depends_on)
+
+
+def _augmentation(data: DataArguments, config: PGSegConfig, images: Any) -> AugmentationOptions:
+    return AugmentationOptions(
+        image_size=data.image_size or config.vision_config.image_size,
+        min_scale=data.min_scale,
+        max_scale=data.max_scale,
+        crop_sides=(data.crop_sides[0], data.crop_sides[-1]) if data.crop_sides else None,
+        short_side=images.size["shortest_edge"],
+        horizontal_flip=data.horizontal_flip,
+        color_jitter=data.color_jitter,
+        grayscale=data.grayscale,
+        blur=data.blur,
+        erasing=data.erasing,
+        image_mean=tuple(images.image_mean),
+        image_std=tuple(images.image_std),
+    )
 
 
 def _refuse_small_sources(

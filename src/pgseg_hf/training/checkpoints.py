@@ -95,11 +95,7 @@ def save_checkpoint(
         if ema is not None:
             save_model(ema, str(partial / AVERAGE_NAME))
         progress = {**(extra or {}), "step": step, "world_size": accelerator.num_processes}
-        progress["files"] = {
-            path.relative_to(partial).as_posix(): _sha256(path)
-            for path in sorted(partial.rglob("*"))
-            if path.is_file()
-        }
+        progress["files"] = _hashes(partial)
         write_json(progress, partial / PROGRESS_NAME)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
@@ -304,6 +300,11 @@ def _damage_of(checkpoint: Path) -> str | None:
     except (ValueError, OSError, AttributeError) as error:
         return str(error)
     return None
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): _sha256(path) for path in files}
 
 
 def _sha256(path: Path) -> str:
