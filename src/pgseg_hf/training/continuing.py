@@ -42,7 +42,7 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def config_fields(config: PreTrainedConfig) -> dict[str, Any]:
     """The fields of a configuration on which training depends, see [`flat`]."""
     fields = flat(json.loads(config.to_json_string(use_diff=False)))
-    return {name: value for name, value in fields.items() if name.rpartition(".")[2] not in _NO_FIELDS}
+    return {name: value for name, value in fields.items() if _NO_FIELDS.isdisjoint(name.split("."))}
 
 
 def vocabulary_of(tokenizer: PreTrainedTokenizerBase) -> str:
