@@ -240,7 +240,10 @@ class Ablation:
         if not path.exists():
             return False
         record = json.loads(path.read_text(encoding="utf-8"))
-        if different := changes(record.get("depends_on", {}), self.depends_on(variant)):
+        known = record.get("depends_on")
+        if known is None:  # a record from before contents were recorded
+            known = flat({name: record[name] for name in ("settings", "scenes")}) | self._contents
+        if different := changes(known, self.depends_on(variant)):
             raise ValueError(f"{path} is of another run: {', '.join(different)}. Choose another --output.")
         if other := changes(record["versions"], _versions()):
             print(f"{path} is of other versions: {', '.join(other)}.", file=sys.stderr)

@@ -54,6 +54,11 @@ def test_yaml_as_people_write_it(tmp_path):
         ("max_steps: 7\n", ["--num_epochs", "2"], {"max_steps": None, "num_epochs": 2.0}),
         ("max_steps: 7\nsources: [{path: a}]\n", ["--data=b"], {"data": ["b"], "sources": None}),
         (
+            "max_steps: 7\nsources: [{path: a}]\n",
+            ["--seed=1", "--output_dir", "data"],
+            {"sources": [{"path": "a"}]},
+        ),
+        (
             "max_steps: 7\nbackbone_name_or_path: a\n",
             ["--model_name_or_path", "b"],
             {"model_name_or_path": "b", "backbone_name_or_path": None},

@@ -340,7 +340,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
     )
     if arguments and arguments[0].endswith((".yaml", ".yml")):
         values = _read_yaml(Path(arguments.pop(0)), parser)
-        for argument in arguments:
+        for argument in filter(lambda argument: argument.startswith("--"), arguments):
             for name in _INSTEAD_OF.get(_option(argument), ()):
                 values.pop(name, None)
         parser.set_defaults(**values)
