@@ -3,8 +3,9 @@
     python examples/ablate_npr.py --output ablation --threads 1
 
 Runs go seed by seed, each one `train_pgseg.py` in a process of its own. A run that has a record in `records/` is not
-done again, so that the same command goes on after a stop. At the end, and with `--table` without any training, the
-records become `table.md`, `table.json` and, with matplotlib, `curves.png`.
+done again, so that the same command goes on after a stop; a record of other settings, data or scenes is refused. At the
+end, and with `--table` without any training, the records become `table.md`, `table.json` and, with matplotlib,
+`curves.png`.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from statistics import mean, stdev
 from tempfile import TemporaryDirectory
@@ -33,12 +35,14 @@ import pgseg_hf
 from pgseg_hf import Segmenter, load_segmenter
 from pgseg_hf.command_line import CommandParser
 from pgseg_hf.data.scenes import GROUNDS, SHAPES, SceneOptions, SceneSource
+from pgseg_hf.data.sources import open_source
 from pgseg_hf.evaluation.mask_dataset import MaskDataset, Picture
 from pgseg_hf.evaluation.masks import MaskOptions, evaluate_masks
 from pgseg_hf.files import write_atomically, write_image, write_json, write_text
 from pgseg_hf.segmentation import SegmentationOptions
 from pgseg_hf.training.arguments import parse_arguments
 from pgseg_hf.training.building import build_model, build_processor
+from pgseg_hf.training.continuing import changes, contents_of, flat, hash_of, hash_of_files
 from pgseg_hf.training.evaluating import evaluation_mode
 from pgseg_hf.training.reporting import read_log
 
@@ -203,6 +207,27 @@ class Ablation:
             config[name] = config.get(name, {}) | value if isinstance(value, dict) else value
         return settings
 
+    def depends_on(self, variant: str) -> dict[str, Any]:
+        """All that decides a record's figures, by contents."""
+        return flat({"settings": self.settings_of(variant), "scenes": self.scenes}) | self._contents
+
+    @cached_property
+    def _contents(self) -> dict[str, Any]:
+        with TemporaryDirectory(prefix="ablation-") as name:
+            write_text(yaml.safe_dump(self.settings), Path(name) / "settings.yaml")
+            data = parse_arguments([str(Path(name) / "settings.yaml"), "--output_dir", name])[1]
+        try:
+            sources = [contents_of(open_source(spec)) for spec in data.source_specs()]
+        except ValueError as error:  # which training says as well
+            sources = [str(error)]
+        scenes = [picture.tobytes().hex() for each in self.sets.values() for picture in each.images]
+        files = {
+            f"files of {name}": hash_of_files(Path(str(value)))
+            for name, value in self.settings.items()
+            if name.endswith("_name_or_path") or name in ("synonyms", "mask_labels")
+        }
+        return {"contents of the sources": sources, "scenes to measure on": hash_of(scenes)} | files
+
     def record_path(self, variant: str, seed: int) -> Path:
         return self.output / "records" / f"{variant}-seed{seed}.json"
 
@@ -210,15 +235,19 @@ class Ablation:
         """Whether a run has a record.
 
         Raises:
-            ValueError: it has one of other settings.
+            ValueError: it has one of other settings, data or scenes.
         """
         path = self.record_path(variant, seed)
         if not path.exists():
             return False
         record = json.loads(path.read_text(encoding="utf-8"))
-        for name, value in (("settings", self.settings_of(variant)), ("scenes", self.scenes)):
-            if record[name] != value:
-                raise ValueError(f"{path} has other {name} than this command; choose another --output.")
+        known = record.get("depends_on")
+        if known is None:  # a record from before contents were recorded
+            known = flat({name: record[name] for name in ("settings", "scenes")}) | self._contents
+        if different := changes(known, self.depends_on(variant)):
+            raise ValueError(f"{path} is of another run: {', '.join(different)}. Choose another --output.")
+        if other := changes(record["versions"], _versions()):
+            print(f"{path} is of other versions: {', '.join(other)}.", file=sys.stderr)
         return True
 
     def run(self, variant: str, seed: int) -> dict[str, Any]:
@@ -252,10 +281,8 @@ class Ablation:
             "log": log,
             "seconds": {"training": trained - start, "measuring": time.monotonic() - trained},
             "settings": settings,
-            "versions": {
-                "python": platform.python_version(),
-                **{module.__name__: module.__version__ for module in (torch, transformers, np, pgseg_hf)},
-            },
+            "depends_on": self.depends_on(variant),
+            "versions": _versions(),
             "command": shlex.join(["python", *sys.argv]),
         }
         write_json(record, self.record_path(variant, seed))
@@ -276,6 +303,11 @@ class Ablation:
         if done.returncode:
             write_text(done.stdout, self.output / "failed" / f"{name}.txt")
             done.check_returncode()
+
+
+def _versions() -> dict[str, str]:
+    modules = (torch, transformers, np, pgseg_hf)
+    return {"python": platform.python_version(), **{each.__name__: each.__version__ for each in modules}}
 
 
 def _untrained(options: list[str]) -> Segmenter:

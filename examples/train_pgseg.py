@@ -1,14 +1,16 @@
 """Train PGSeg on images and their texts, on one CPU or many GPUs.
 
-    accelerate launch examples/train_pgseg.py examples/configs/own_folder.yaml --data photos --output_dir run
+    accelerate launch --quiet examples/train_pgseg.py examples/configs/own_folder.yaml --data photos --output_dir run
 
 The first argument may be a YAML file; options override it, `--help` lists them all. A stopped run goes on with the same
 command and `--resume_from_checkpoint latest`. The output folder ends as one for `from_pretrained`, with checkpoints,
-`log.jsonl`, pictures of the grouping and `all_results.json`.
+`log.jsonl`, pictures of the grouping and `all_results.json`. An error is one line; with `TRANSFORMERS_VERBOSITY=info`
+it comes with its traceback, and `accelerate launch --quiet` leaves out the launcher's own.
 """
 
 import math
 import os
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -24,6 +26,7 @@ from accelerate.utils import DistributedType, broadcast, gather_object, send_to_
 from huggingface_hub import HfApi
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from transformers.utils import logging
 
 from pgseg_hf import PGSegModel
 from pgseg_hf.losses import sum_over_processes
@@ -43,11 +46,23 @@ from pgseg_hf.training.checkpoints import (
     resolve_resume,
     save_checkpoint,
 )
+from pgseg_hf.training.continuing import changes, config_fields, vocabulary_of
 from pgseg_hf.training.evaluating import Evaluator, best_metric
 from pgseg_hf.training.finishing import model_card, publish, save_weights, upload
 from pgseg_hf.training.gradient_cache import GradientCache, average_gradients
-from pgseg_hf.training.optimization import ExponentialMovingAverage, build_optimizer, cosine_schedule
+from pgseg_hf.training.optimization import (
+    ExponentialMovingAverage,
+    build_optimizer,
+    cosine_schedule,
+    own_settings_kept,
+)
 from pgseg_hf.training.reporting import Clock, Meter, RunLog
+
+# What a run that goes on may change, and then says; what it learns from and by may not.
+CHANGEABLE = (
+    *("learning_rate", "warmup_learning_rate", "min_learning_rate", "backbone_learning_rate_factor"),
+    *("warmup_ratio", "weight_decay", "adam_beta1", "adam_beta2", "max_grad_norm", "chunk_size", "ema_decay"),
+)
 
 
 class Run:
@@ -76,7 +91,10 @@ class Run:
         if self.is_sharded:
             model = without_scalars(model)
         self.config = model.config
+        self.depends_on = config_fields(model.config)
+        self.depends_on |= {"freeze_token_embeddings": chosen.freeze_token_embeddings}
         self.processor = build_processor(chosen, data, model.config)
+        self.depends_on |= {"vocabulary of the tokenizer": vocabulary_of(self.processor.tokenizer)}
         self.stream = build_stream(
             data, run, model, self.processor, accelerator.process_index, accelerator.num_processes
         )
@@ -124,6 +142,12 @@ class Run:
             raise ValueError(
                 f"{launched} processes were launched, but each sees itself alone; on CPUs pass --cpu true."
             )
+        by_accelerate = os.environ.get("ACCELERATE_USE_CPU") == "True" and "MASTER_ADDR" in os.environ
+        if by_accelerate and "WORLD_SIZE" not in os.environ:
+            raise ValueError(
+                "accelerate launch was asked for several processes and starts one on CPUs; for N of them: "
+                "torchrun --nproc_per_node N examples/train_pgseg.py ... --cpu true"
+            )
         if accelerator.mixed_precision == "fp16" and accelerator.scaler is None:
             raise ValueError("mixed_precision fp16 needs a GPU; take bf16, or no.")
         wanted = set() if options.report_to == "none" else set(options.report_to.split(",")) - {"all"}
@@ -143,7 +167,8 @@ class Run:
         """Brings everything to where the checkpoint left it."""
         if self.resume is None:
             return
-        progress, position = load_checkpoint(self.accelerator, self.resume, self.ema)
+        with own_settings_kept(self.optimizer, self.schedule.scheduler):
+            progress, position = load_checkpoint(self.accelerator, self.resume, self.ema, self.depends_on)
         self.stream.load_state_dict(position["stream"])
         self.meter.load_state_dict(position["meter"])
         self.step, self.bad_steps = progress["step"], progress["bad_steps"]
@@ -152,6 +177,12 @@ class Run:
         self.seconds_before = progress["seconds"]
         self.meter.bad.update(progress["bad_parts"])
         self.accelerator.print(f"Going on from {self.resume}, step {self.step}.")
+        for change in changes(progress.get("settings", {}), self.settings):
+            self.accelerator.print(f"From here on another setting: {change}.")
+        other = changes(progress.get("measured_with", {}), self.evaluator.measured_with)
+        if self.best and other:
+            self.best, self.best_step = None, 0
+            self.accelerator.print(f"The best weights until here do not count: {', '.join(other)}.")
 
     def save(self) -> None:
         """Writes a checkpoint."""
@@ -162,6 +193,9 @@ class Run:
             "best": self.best,
             "best_step": self.best_step,
             "seconds": self.seconds,
+            "depends_on": self.depends_on,
+            "settings": self.settings,
+            "measured_with": self.evaluator.measured_with,
         }
         save_checkpoint(
             self.accelerator,
@@ -172,6 +206,13 @@ class Run:
             self.options.keep_checkpoints,
             self.ema,
         )
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What may change where a run goes on."""
+        settings = {name: getattr(self.options, name) for name in CHANGEABLE}
+        precision = self.accelerator.mixed_precision
+        return settings | {"steps of the run": self.total_steps, "mixed_precision": precision}
 
     @property
     def seconds(self) -> float:
@@ -372,17 +413,26 @@ class Run:
         counts = results["records"]
         left_out = {reason: count for reason, count in counts.items() if reason != "read"}
         reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items()) or "none"
+        bad = ", ".join(f"{name} {count} times" for name, count in results["bad_parts"].items())
         print(
             f"{self.step} steps in {self.seconds / 60:.1f} minutes, {results['train_images_per_second']:.1f} images/s; "
             f"loader {loader:.1f} images/s, model {model:.1f} images/s: {verdict}.\n"
             f"Records read: {counts.get('read', 0)}, left out: {reasons}. Steps left out: {self.bad_steps}.\n"
+            f"Parts of the loss that were not finite and did not count: {bad or 'none'}.\n"
             f"The result is in {self.output_dir}."
         )
 
 
-def main() -> None:
-    Run(parse_arguments()).train()
+def main() -> int:
+    try:
+        Run(parse_arguments()).train()
+    except (ValueError, OSError) as error:
+        if logging.get_verbosity() <= logging.INFO:
+            raise
+        print(f"train_pgseg.py: error: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

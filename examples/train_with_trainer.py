@@ -5,6 +5,7 @@
 For global contrast over processes, gradient caching, streaming data and exact resumption in it see `train_pgseg.py`.
 """
 
+import os
 import sys
 
 from transformers import Trainer, TrainingArguments
@@ -31,14 +32,15 @@ def train(
     processor = PGSegProcessor.from_pretrained(start)
     augmentation = AugmentationOptions(image_size=model.config.vision_config.image_size)
     dataset = RecordDataset(open_source(SourceSpec(path=data)), Preparation(augmentation))
-    if len(dataset) < 2:
-        raise ValueError(f"{data} has {len(dataset)} pictures, expected at least 2.")
+    most = len(dataset) // int(os.environ.get("WORLD_SIZE", "1"))
+    if most < 2:
+        raise ValueError(f"{data} has {len(dataset)} pictures, expected at least 2 for each process.")
     trainer = Trainer(
         model=model,
         args=TrainingArguments(
             output_dir=output,
             max_steps=steps,
-            per_device_train_batch_size=min(batch_size, len(dataset)),
+            per_device_train_batch_size=min(batch_size, most),
             learning_rate=5e-5,
             warmup_steps=max(1, steps // 10),
             lr_scheduler_type="cosine",

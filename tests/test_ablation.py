@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from data_files import write_folder
 from tiny_models import TINY_FIELDS
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "ablate_npr.py"
@@ -117,6 +118,27 @@ def test_changes_of_variants_are_put_into_the_configuration(script, tmp_path):
     assert ablation.settings_of("corrected")["model_config"] == plain  # nothing leaks from one to the next
 
 
+def test_a_record_of_other_data_or_scenes_is_refused_and_of_other_versions_said(script, tmp_path, capsys):
+    config = tmp_path / "settings.yaml"
+    photos = write_folder(
+        tmp_path / "photos", [{"file_name": f"{n}.png", "caption": f"photo {n}"} for n in range(4)]
+    )
+    config.write_text(yaml.safe_dump(SETTINGS | {"data": photos}))
+
+    def ablation():
+        return script.Ablation(tmp_path, config, scenes=2)
+
+    known = ablation()
+    versions = script._versions()
+    record = {"depends_on": known.depends_on("corrected"), "versions": versions | {"numpy": "1.0"}}
+    script.write_json(record, known.record_path("corrected", 0))
+    assert ablation().is_done("corrected", 0) and not known.is_done("corrected", 1)
+    assert f"of other versions: numpy was 1.0 and is {np.__version__}" in capsys.readouterr().err
+    (tmp_path / "photos" / "1.png").write_bytes((tmp_path / "photos" / "2.png").read_bytes())
+    with pytest.raises(ValueError, match=r"contents of the sources was .* and is"):
+        ablation().is_done("corrected", 0)
+
+
 def test_scenes_to_measure_on_are_not_those_of_training(script):
     scenes = script.make_scenes("test", 32, 5)
     again = script.make_scenes("test", 32, 5)
@@ -155,7 +177,9 @@ def test_two_variants_from_training_to_table(script, tmp_path, capsys):
     before = {path: path.stat().st_mtime_ns for path in (output / "records").iterdir()}
     assert script.main([*command, "--variants", *variants]) == 0
     assert {path: path.stat().st_mtime_ns for path in (output / "records").iterdir()} == before
-    with pytest.raises(ValueError, match="has other settings than this command; choose another --output"):
+    with pytest.raises(
+        ValueError, match=r"of another run: settings.max_steps was 2 and is 3\. Choose another --out"
+    ):
         script.main([*command, "--variants", "corrected", "--steps", "3"])
     capsys.readouterr()
 

@@ -207,7 +207,7 @@ def test_gradient_checkpointing_changes_nothing(reentrant, source):
             assert model.is_activation_checkpointing
         torch.manual_seed(3)
         arguments = inputs_of(pixel_values=tiny_images(3).double())
-        output = model(**arguments, label_input_ids=tiny_texts(6).unflatten(0, (3, 2)), return_loss=True)
+        output = model(**arguments, tag_input_ids=tiny_texts(6).unflatten(0, (3, 2)), return_loss=True)
         output.loss.backward()
         results.append((model, output.loss))
     (plain, loss), (checkpointed, other_loss) = results

@@ -231,7 +231,7 @@ def model_and_inputs(case, ranks=(0, 1)):
         inputs["text_targets"] = torch.block_diag(*owners).bool()
     else:
         inputs["input_ids"] = torch.cat([texts[list(CAPTIONS[rank])] for rank in ranks])
-        inputs["label_input_ids"] = torch.cat([texts[torch.tensor(LABEL_TEXTS[rank])] for rank in ranks])
+        inputs["tag_input_ids"] = torch.cat([texts[torch.tensor(LABEL_TEXTS[rank])] for rank in ranks])
     return with_fixed_statistics(without_noise(model)), inputs
 
 
@@ -322,7 +322,7 @@ def test_model_in_two_processes_learns_as_in_one(two_processes, case):
     model, inputs = model_and_inputs(case)
     before = {name: buffer.clone() for name, buffer in model.named_buffers() if "prototypes" in name}
     output = train_once(model, inputs)
-    if "label_input_ids" in inputs:
+    if "tag_input_ids" in inputs:
         assert output.multi_label_loss > 0
     results = [result[case] for result in two_processes]
     assert mean([result["loss"] for result in results]) == pytest.approx(output.loss.item())

@@ -109,8 +109,8 @@ def test_bad_pixels_are_refused(pixels, message):
     [
         ({"input_ids": None}, "input_ids has shape None"),
         ({"input_ids": tiny_texts(2)}, r"one text for each image.*\[3, 2\]"),
-        ({"label_input_ids": tiny_texts(3)}, r"label_input_ids has shape \[3, 12\]"),
-        ({"label_input_ids": tiny_texts(3)[:, None, :5]}, r"label_input_ids has shape \[3, 1, 5\]"),
+        ({"tag_input_ids": tiny_texts(3)}, r"tag_input_ids has shape \[3, 12\]"),
+        ({"tag_input_ids": tiny_texts(3)[:, None, :5]}, r"tag_input_ids has shape \[3, 1, 5\]"),
         ({"text_targets": torch.ones(2, 3)}, r"text targets have shape \[2, 3\]"),
     ],
 )

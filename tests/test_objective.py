@@ -15,7 +15,9 @@ from tiny_models import (
     tiny_texts,
     without_noise,
 )
+from transformers.utils import logging
 
+from pgseg_hf import objective
 from pgseg_hf.objective import log_odds_of_being_seen
 
 
@@ -32,7 +34,7 @@ def test_parts_of_the_loss_add_up(variant, labels):
     ).double()
     arguments = inputs_of(pixel_values=tiny_images(3).double())
     if labels:
-        arguments["label_input_ids"] = tiny_texts(6, words=2, seed=1).unflatten(0, (3, 2))
+        arguments["tag_input_ids"] = tiny_texts(6, words=2, seed=1).unflatten(0, (3, 2))
     output = model(**arguments, return_loss=True)
     expected = output.contrastive_loss
     assert (output.multi_label_loss is not None) == labels
@@ -70,7 +72,7 @@ def test_equal_texts_pass_the_transformer_once(variant):
             captions,
             tiny_images(3).double(),
             attention_mask=torch.ones_like(captions),
-            label_input_ids=labels,
+            tag_input_ids=labels,
             return_loss=True,
             output_hidden_states=details,
         )
@@ -148,8 +150,8 @@ def test_absent_labels_do_not_matter(models):
     outputs = [
         models["corrected"](
             **inputs_of(pixel_values=tiny_images(3).double()),
-            label_input_ids=ids,
-            label_attention_mask=used,
+            tag_input_ids=ids,
+            tag_attention_mask=used,
             return_loss=True,
         )
         for ids, used in ((labels, mask), (more, more_mask), (garbage, mask))
@@ -158,7 +160,7 @@ def test_absent_labels_do_not_matter(models):
         for name in ("loss", "multi_label_loss", "contrastive_loss", "text_prototype_loss"):
             torch.testing.assert_close(output[name], outputs[0][name])
     unmasked = models["corrected"](
-        **inputs_of(pixel_values=tiny_images(3).double()), label_input_ids=labels, return_loss=True
+        **inputs_of(pixel_values=tiny_images(3).double()), tag_input_ids=labels, return_loss=True
     )
     assert not torch.isclose(unmasked.multi_label_loss, outputs[0].multi_label_loss)
 
@@ -203,3 +205,18 @@ def test_corrected_text_loss_teaches_the_segment_tokens(models):
 def test_released_text_prototypes_need_as_many_groups():
     with pytest.raises(ValueError, match=r"\[3, 4\] images x groups, \[3, 8\] texts x prototypes"):
         tiny_model(npr_variant="released")(**inputs_of(), return_loss=True)
+
+
+def test_nan_prototype_losses_of_the_released_variant_are_said_once_in_training(caplog):
+    logging.enable_propagation()
+    objective.logger.warning_once.cache_clear()
+    groups = {"num_group_tokens": [6, 8, 0], "num_output_groups": [6, 8, 0]}
+    model = tiny_model(npr_variant="released", vision_config=groups).train()
+    try:
+        with caplog.at_level("WARNING"):
+            assert model(**inputs_of(4), return_loss=True).loss.isnan()
+            assert "set the configuration's guard_prototype_losses to True" in caplog.text
+            model.config.guard_prototype_losses = True
+            assert model(**inputs_of(4), return_loss=True).loss.isfinite()
+    finally:
+        logging.disable_propagation()

@@ -119,8 +119,8 @@ def two_process_inputs():
     return {
         "pixel_values": tiny_images(8).double(),
         "input_ids": tiny_texts(8, words=6),
-        "label_input_ids": labels,
-        "label_attention_mask": torch.ones_like(labels),
+        "tag_input_ids": labels,
+        "tag_attention_mask": torch.ones_like(labels),
     }
 
 

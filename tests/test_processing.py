@@ -76,7 +76,7 @@ def test_each_input_alone(processor, images):
     assert list(processor(images=images[0], return_tensors="pt")) == ["pixel_values"]
     assert set(processor(text="a cat", return_tensors="pt")) == {"input_ids", "attention_mask"}
     assert set(processor(labels=["cat"], return_tensors="pt")) == {"input_ids", "attention_mask"}
-    assert set(processor(tags=[["cat"]], return_tensors="pt")) == {"label_input_ids", "label_attention_mask"}
+    assert set(processor(tags=[["cat"]], return_tensors="pt")) == {"tag_input_ids", "tag_attention_mask"}
 
 
 def test_long_text_keeps_its_end_token(processor):
@@ -141,7 +141,7 @@ def test_labels_with_several_templates(processor, how, return_tensors):
 def test_tags_are_padded_to_the_image_with_most(processor, images):
     tags = [["cat"], [], ["sofa", "old lamp"]]
     inputs = processor(images=[images[0]] * 3, text=["x", "y", "z"], tags=tags, return_tensors="pt")
-    ids, mask = inputs["label_input_ids"], inputs["label_attention_mask"]
+    ids, mask = inputs["tag_input_ids"], inputs["tag_attention_mask"]
     assert ids.shape == mask.shape == (3, 2, CONTEXT)
     assert (mask.sum(-1) > 0).tolist() == [[True, False], [False, False], [True, True]]
     assert (ids[mask.sum(-1) == 0] == processor.tokenizer.pad_token_id).all()
@@ -150,9 +150,9 @@ def test_tags_are_padded_to_the_image_with_most(processor, images):
     assert inputs["input_ids"].shape == (3, CONTEXT)
 
     without_any = processor(tags=[[], []], return_tensors="pt")
-    assert without_any["label_input_ids"].shape == (2, 1, CONTEXT)
-    assert without_any["label_input_ids"].dtype == torch.int64
-    assert without_any["label_attention_mask"].sum() == 0
+    assert without_any["tag_input_ids"].shape == (2, 1, CONTEXT)
+    assert without_any["tag_input_ids"].dtype == torch.int64
+    assert without_any["tag_attention_mask"].sum() == 0
 
 
 def test_padding_and_size_can_be_chosen_in_the_call(processor, images):
@@ -162,7 +162,7 @@ def test_padding_and_size_can_be_chosen_in_the_call(processor, images):
     )  # fmt: skip
     assert inputs["input_ids"].shape == (2, 9)
     assert inputs["pixel_values"].shape == (2, 3, 4, 4)
-    tags = processor(tags=[["cat"], ["a", "b"]], padding=False, return_tensors="pt")["label_input_ids"]
+    tags = processor(tags=[["cat"], ["a", "b"]], padding=False, return_tensors="pt")["tag_input_ids"]
     assert tags.shape == (2, 2, 8)
     nested = processor(labels=["cat"], text_kwargs={"max_length": 5}, return_tensors="pt")["input_ids"]
     assert nested.tolist() == [[START, 320, 1125, 539, END]]

@@ -1,10 +1,17 @@
 """Model cards in the Hub's form."""
 
+import re
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.errors import HfHubHTTPError
+from transformers.utils import logging
 
 from .configuration_pgseg import PGSegConfig
+
+logger = logging.get_logger(__name__)
 
 RELEASED_LICENSE = "NVIDIA Source Code License (non-commercial), that of the released weights"
 
@@ -65,12 +72,104 @@ no probabilities. Not for decisions about people, nor where an error does harm.
 """
 
 
+_PROCESSOR_CARD = """---
+library_name: transformers
+tags:
+- pgseg
+---
+
+# {title}
+
+The processor of a PGSeg model. No weights were pushed here yet; with them comes the model's own card.
+"""
+
+
+def processor_card(repo_id: str) -> ModelCard:
+    """A card for a repository that has a processor and no model."""
+    return ModelCard(_PROCESSOR_CARD.format(title=repo_id.rsplit("/", 1)[-1]))
+
+
+def is_processor_card(card: ModelCard) -> bool:
+    """Whether a card waits for the model's."""
+    return card.text.strip() == processor_card(_title_of(card)).text.strip()
+
+
+def _title_of(card: ModelCard) -> str:
+    return next((line[2:] for line in card.text.splitlines() if line.startswith("# ")), "")
+
+
+def read_card(name_or_path: str) -> ModelCard | None:
+    """The card of a checkpoint in a folder or on the Hub; None where there is none that can be read."""
+    path = Path(name_or_path)
+    try:
+        return ModelCard.load(path / "README.md" if path.is_dir() else name_or_path)
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        logger.warning(f"{name_or_path} has no model card that can be read: {error}")
+        return None
+
+
+def public_name(name_or_path: str, card: ModelCard | None = None) -> str:
+    """A name on the Hub as it is; of a folder what its card calls it, or the folder's own name."""
+    if not Path(name_or_path).exists():
+        return name_or_path
+    name = (card and getattr(card.data, "model_name", None)) or Path(name_or_path).resolve().name
+    return re.sub(r"[^\w.-]+", "-", name)
+
+
+def inherited(starts: Sequence[str]) -> tuple[dict[str, Any], str, str]:
+    """What a model has from the checkpoints that its training started from, folders or names on the Hub.
+
+    Returns:
+        Metadata (base_model, licence, data sets), a text on the licence, and what their cards say of their data.
+    """
+    cards = {start: read_card(start) for start in starts}
+    fields = {start: card.data.to_dict() if card else {} for start, card in cards.items()}
+    names = {start: public_name(start, card) for start, card in cards.items()}
+    licenses = [
+        {key: of[key] for key in ("license", "license_name", "license_link") if of.get(key)}
+        for of in fields.values()
+    ]
+    several = {"license": "other", "license_name": "several-see-the-card"}
+    metadata: dict[str, Any] = {"base_model": list(names.values())} | (
+        licenses[0] if all(each == licenses[0] for each in licenses) else several
+    )
+    if data := sorted({name for of in fields.values() for name in _listed(of.get("datasets"))}):
+        metadata["datasets"] = data
+    texts = [
+        f"`{names[start]}`: {each.get('license_name') or each.get('license') or 'not stated'}"
+        for start, each in zip(starts, licenses)
+    ]
+    taught = [
+        f"What the card of `{names[start]}` says:\n\n{section}"
+        for start, card in cards.items()
+        if card is not None and (section := _section_on_data(card))
+    ]
+    license_text = (
+        f"These weights were trained on from others, whose terms hold for them too: {', '.join(texts)}."
+    )
+    return metadata, license_text, "\n\n".join(taught)
+
+
+def _listed(value: Any) -> list[str]:
+    return [value] if isinstance(value, str) else list(value or ())
+
+
+def _section_on_data(card: ModelCard) -> str:
+    """The first section whose title is on training or data, its own headings one level down."""
+    for section in re.split(r"(?m)^## ", card.text)[1:]:
+        title, _, body = section.partition("\n")
+        if re.search(r"\b(data|taught|training)\b", title.lower()):
+            return re.sub(r"(?m)^#", "##", body.strip())
+    return ""
+
+
 def generate_model_card(
     config: PGSegConfig,
     repo_id: str = "path/to/this/folder",
     training: str = "Not recorded by whoever published these weights.",
     license_text: str = "Not stated by whoever published these weights.",
     license_id: str | None = None,
+    starts: Sequence[str] = (),
 ) -> ModelCard:
     """A card that says what the configuration tells and what is passed in, and no more.
 
@@ -80,6 +179,8 @@ def generate_model_card(
         training: Markdown on data, recipe and figures.
         license_text: sentence on the weights' licence.
         license_id: the Hub's identifier of that licence, `"other"` by default.
+        starts: checkpoints that training started from, folders or names on the Hub: the card says so, and has their
+            licence and what their cards say of data.
     """
     data: dict[str, Any] = {
         "library_name": "transformers",
@@ -87,6 +188,10 @@ def generate_model_card(
         "pipeline_tag": "image-segmentation",
         "tags": ["pgseg", "groupvit", "open-vocabulary-segmentation", "weakly-supervised"],
     }
+    if starts:
+        metadata, license_text, taught = inherited(starts)
+        data |= metadata
+        training = f"{training}\n\n{taught}".strip()
     vision, text = config.vision_config, config.text_config
     rows = {
         "NPR variant": f"`{config.npr_variant}`",

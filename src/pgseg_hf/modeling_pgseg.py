@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, ModelCard
 from torch import Tensor, nn
 from transformers import CLIPTextModel, PreTrainedModel
 from transformers import initialization as init
@@ -39,7 +39,7 @@ from .layers import (
     init_prototypes,
     mean_of_groups,
 )
-from .model_cards import generate_model_card
+from .model_cards import generate_model_card, is_processor_card
 from .objective import (
     ImageFeatures,
     JointImages,
@@ -641,8 +641,8 @@ class PGSegModel(PGSegPreTrainedModel):
         pixel_values: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        label_input_ids: Tensor | None = None,
-        label_attention_mask: Tensor | None = None,
+        tag_input_ids: Tensor | None = None,
+        tag_attention_mask: Tensor | None = None,
         text_targets: Tensor | None = None,
         return_loss: bool | None = None,
         output_attentions: bool | None = None,
@@ -657,10 +657,10 @@ class PGSegModel(PGSegPreTrainedModel):
             input_ids: [N, T] texts, or [N, P, T] labels with P prompts each. For the losses text i belongs to image i.
             pixel_values: [B, 3, H, W], normalised.
             attention_mask: of the shape of `input_ids`.
-            label_input_ids: [B, M, T], prompts of each image's nouns or tags, for the multi-label loss.
-            label_attention_mask: [B, M, T]; a label whose mask is all 0 is absent.
-            text_targets: bool [B, N], which texts belong to which image, where they are shared between images: the
-                contrastive loss then has several positives.
+            tag_input_ids: [B, M, T], prompts of each image's nouns or tags, for the multi-label loss.
+            tag_attention_mask: [B, M, T]; a label whose mask is all 0 is absent.
+            text_targets: [B, N], bool or 0 and 1, which texts belong to which image, where they are shared between
+                images: the contrastive loss then has several positives.
             return_loss: compute the losses. Hidden states of texts are then 0 after the longest text's end.
             output_attentions: return each stage's soft assignment (in `vision_model_output`).
             output_hidden_states: return the towers' hidden states.
@@ -671,6 +671,9 @@ class PGSegModel(PGSegPreTrainedModel):
         Raises:
             ValueError: pixels or texts of wrong shape, NaN pixels, or losses asked for without one text an image.
         """
+        # Their names before; transformers' Trainer takes arguments with "label" in their names for targets.
+        tag_input_ids = kwargs.pop("label_input_ids", tag_input_ids)
+        tag_attention_mask = kwargs.pop("label_attention_mask", tag_attention_mask)
         if input_ids is None or input_ids.ndim not in (2, 3):
             shape = None if input_ids is None else list(input_ids.shape)
             raise ValueError(
@@ -693,8 +696,8 @@ class PGSegModel(PGSegPreTrainedModel):
             all_ids, all_mask, owners = self.gather_texts(
                 input_ids,
                 attention_mask,
-                label_input_ids,
-                label_attention_mask,
+                tag_input_ids,
+                tag_attention_mask,
                 text_targets,
                 patch_targets,
             )
@@ -737,28 +740,28 @@ class PGSegModel(PGSegPreTrainedModel):
     def gather_texts(
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
-        label_input_ids: Tensor | None = None,
-        label_attention_mask: Tensor | None = None,
+        tag_input_ids: Tensor | None = None,
+        tag_attention_mask: Tensor | None = None,
         text_targets: Tensor | None = None,
         patch_targets: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None, TextOwners]:
         """The captions and then the label texts of a batch, [N, T], their attention mask, and whom they belong to;
         arguments as in `forward`."""
         owners = TextOwners(len(input_ids), text_targets=text_targets, patch_targets=patch_targets)
-        if label_input_ids is None:
+        if tag_input_ids is None:
             return input_ids, attention_mask, owners
-        if label_input_ids.ndim != 3 or label_input_ids.shape[-1] != input_ids.shape[-1]:
+        if tag_input_ids.ndim != 3 or tag_input_ids.shape[-1] != input_ids.shape[-1]:
             raise ValueError(
-                f"label_input_ids has shape {list(label_input_ids.shape)}, expected [images, labels, "
+                f"tag_input_ids has shape {list(tag_input_ids.shape)}, expected [images, labels, "
                 f"{input_ids.shape[-1]}], padded to the length of input_ids."
             )
-        if label_attention_mask is None:
-            label_attention_mask = torch.ones_like(label_input_ids)
+        if tag_attention_mask is None:
+            tag_attention_mask = torch.ones_like(tag_input_ids)
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
-        owners.label_mask = present = label_attention_mask.any(-1)
-        ids = torch.cat([input_ids, label_input_ids[present]])
-        mask = torch.cat([attention_mask, label_attention_mask[present].to(attention_mask.dtype)])
+        owners.label_mask = present = tag_attention_mask.any(-1)
+        ids = torch.cat([input_ids, tag_input_ids[present]])
+        mask = torch.cat([attention_mask, tag_attention_mask[present].to(attention_mask.dtype)])
         return ids, mask, owners
 
     def _encode_texts(
@@ -822,12 +825,17 @@ class PGSegModel(PGSegPreTrainedModel):
         return self._encode_texts(input_ids, attention_mask, for_losses=True)[1]
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
-        """As for every transformers model; a repository without a model card gets a generated one first."""
+        """As for every transformers model; a repository without a model card gets a generated one first, with what
+        that of the checkpoint says which was loaded."""
         token, private = kwargs.get("token"), kwargs.get("private")
         api = HfApi(token=token)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        if not kwargs.get("create_pr") and not api.file_exists(repo_id, "README.md"):
-            generate_model_card(self.config, repo_id).push_to_hub(repo_id, token=token)
+        has_card = api.file_exists(repo_id, "README.md")
+        if has_card and is_processor_card(ModelCard.load(repo_id, token=token)):
+            has_card = False
+        if not kwargs.get("create_pr") and not has_card:
+            starts = [self.name_or_path] if self.name_or_path else []
+            generate_model_card(self.config, repo_id, starts=starts).push_to_hub(repo_id, token=token)
         return super().push_to_hub(repo_id, **kwargs)
 
     @classmethod

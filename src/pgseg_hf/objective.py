@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.utils import logging
 
 from .layers import estimation_dtype, full_precision, move_prototypes
 from .losses import (
@@ -25,6 +26,8 @@ from .losses import (
     world_size,
 )
 from .prototypes import Matching, assignment_loss, estimate_prototypes, ordered_matching, prototype_loss
+
+logger = logging.get_logger(__name__)
 
 # Areas of groups are at least this, and shares of texts this far from 1, so that log odds stay finite.
 SMALLEST_SHARE = 1e-4
@@ -310,7 +313,15 @@ class Objective:
         return -(targets_BLN * log_shares_BLN).sum() / targets_BLN.sum().clamp(min=1)
 
     def _guarded(self, loss: Tensor) -> Tensor:
-        return torch.where(loss.isfinite(), loss, 0.0) if self.config.guard_prototype_losses else loss
+        if self.config.guard_prototype_losses:
+            return torch.where(loss.isfinite(), loss, 0.0)
+        learns = self.model.training and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if learns and self.config.npr_variant == "released" and not loss.isfinite():
+            logger.warning_once(
+                "The released variant's prototype losses are NaN where no pair of a group and a prototype is kept, and "
+                "with them the total. For training set the configuration's guard_prototype_losses to True."
+            )
+        return loss
 
     def _prototype_scale(self) -> Tensor:
         return clamped_scale(self.model.prototype_logit_scale, self.config)

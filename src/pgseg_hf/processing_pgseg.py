@@ -6,11 +6,13 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+from huggingface_hub import HfApi
 from transformers import PreTrainedModel
 from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import ImageInput
 from transformers.processing_utils import ProcessorMixin, TextKwargs
 
+from .model_cards import processor_card
 from .prompts import SEGMENTATION_TEMPLATES, build_prompts, validate_labels, validate_templates
 from .scoring import TOP_K, WindowScores, best_labels, group_map, group_scores, merge_windows, patch_scores
 from .tokenization import check_distinct_labels, warn_of_cut_texts
@@ -98,7 +100,7 @@ class PGSegProcessor(ProcessorMixin):
             - `pixel_values` [B, 3, H, W] for images;
             - `input_ids` and `attention_mask` [B, L] for text, [N, L] for labels with one template, [N, T, L]
               with T of them (the model averages their embeddings);
-            - `label_input_ids` and `label_attention_mask` [B, M, L] for tags, M the largest number of tags of
+            - `tag_input_ids` and `tag_attention_mask` [B, M, L] for tags, M the largest number of tags of
               an image; rows beyond an image's own tags are padding with an attention mask of zeros.
 
         Raises:
@@ -168,7 +170,7 @@ class PGSegProcessor(ProcessorMixin):
     def _encode_tags(
         self, tags: Sequence[Sequence[str]], template: str, text_kwargs: dict
     ) -> dict[str, list]:
-        """`label_input_ids` and `label_attention_mask`, [B][M][L]."""
+        """`tag_input_ids` and `tag_attention_mask`, [B][M][L]."""
         prompts = []
         for index, of_image in enumerate(tags):
             try:
@@ -186,11 +188,20 @@ class PGSegProcessor(ProcessorMixin):
         batch: dict[str, list] = {}
         for name, filler in (("input_ids", self.tokenizer.pad_token_id), ("attention_mask", 0)):
             rows = iter(encoded[name])
-            batch[f"label_{name}"] = [
+            batch[f"tag_{name}"] = [
                 [next(rows) for _ in of_image] + [[filler] * length] * (most - len(of_image))
                 for of_image in prompts
             ]
         return batch
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
+        """As for every processor; a repository without a model card gets one that waits for the model's."""
+        token, private = kwargs.get("token"), kwargs.get("private")
+        api = HfApi(token=token)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if not kwargs.get("create_pr") and not api.file_exists(repo_id, "README.md"):
+            processor_card(repo_id).push_to_hub(repo_id, token=token)
+        return super().push_to_hub(repo_id, **kwargs)
 
     def save_pretrained(
         self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any

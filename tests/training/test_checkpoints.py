@@ -156,6 +156,56 @@ def test_leftovers_of_a_kill_are_no_part_of_a_checkpoint(tmp_path):
     run.load(path)
 
 
+# Damage
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "random_states_0.pkl", "ema.safetensors", "progress.json"]
+)
+def test_a_damaged_latest_checkpoint_gives_way_to_the_one_before(tmp_path, name, caplog):
+    run = Training()
+    first, last = (run.save(tmp_path, step) for step in (1, 2))
+    content = bytearray((last / name).read_bytes())
+    content[len(content) // 2] ^= 1  # one bit
+    if name == "progress.json":
+        content = content[:20]
+    (last / name).write_bytes(content)
+    checkpoints.logging.enable_propagation()
+    try:
+        assert prepare_output_dir(run.accelerator, tmp_path, "latest") == first
+    finally:
+        checkpoints.logging.disable_propagation()
+    assert "checkpoint-00000002 is damaged" in caplog.text
+    assert "checkpoint-00000001 the latest" in caplog.text
+    assert names(tmp_path) == [first.name, f"damaged-{last.name}"]
+    assert run.save(tmp_path, 2) == last
+
+
+def test_where_no_checkpoint_is_whole_nothing_is_renamed(tmp_path):
+    run = Training()
+    path = run.save(tmp_path, 1)
+    (path / "optimizer.bin").unlink()
+    for argument in ("latest", str(path)):
+        with pytest.raises(
+            ValueError, match=r"checkpoint-00000001 is damaged: .*optimizer.bin.*--overwrite_output"
+        ):
+            prepare_output_dir(run.accelerator, tmp_path, argument)
+    assert names(tmp_path) == [path.name]
+
+
+def test_a_checkpoint_of_other_dependencies_is_refused(tmp_path):
+    run = Training()
+    path = run.save(tmp_path, 1, extra={"depends_on": {"looks": 1, "loss": "info_nce"}})
+    run.step()
+    state = run.state()
+    with pytest.raises(
+        ValueError, match=r"is of another run: loss was info_nce and is sigmoid\. Change this back"
+    ):
+        load_checkpoint(run.accelerator, path, run.average, {"looks": 1, "loss": "sigmoid"})
+    assert_same(run.state(), state)
+    load_checkpoint(run.accelerator, path, run.average, {"looks": 1, "loss": "info_nce"})
+
+
 # What a checkpoint may be resumed by
 
 

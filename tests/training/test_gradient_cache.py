@@ -32,9 +32,9 @@ def inputs_of(layout, batch=BATCH, dtype=torch.float64):
     inputs = {"pixel_values": tiny_images(batch).to(dtype), "input_ids": tiny_texts(batch, words=6)}
     if layout == "labels":
         labels = tiny_texts(5, words=4, seed=1)[torch.arange(batch * 3) % 5].unflatten(0, (batch, 3))
-        inputs["label_input_ids"] = labels
-        inputs["label_attention_mask"] = torch.ones_like(labels)
-        inputs["label_attention_mask"][2, 1:] = 0
+        inputs["tag_input_ids"] = labels
+        inputs["tag_attention_mask"] = torch.ones_like(labels)
+        inputs["tag_attention_mask"][2, 1:] = 0
     if layout == "shared":
         inputs["input_ids"] = tiny_texts(5, words=6)
         inputs["text_targets"] = torch.randn(batch, 5, generator=torch.Generator().manual_seed(0)) > 0

@@ -16,6 +16,7 @@ from pgseg_hf.training.optimization import (
     build_optimizer,
     cosine_schedule,
     learning_rate_factor,
+    own_settings_kept,
     parameter_groups,
 )
 
@@ -253,3 +254,31 @@ def test_averages_that_make_no_sense():
         ExponentialMovingAverage(nn.Linear(2, 2, dtype=torch.bfloat16))
     with pytest.raises(ValueError, match=r"decay is 1\.5"):
         ExponentialMovingAverage(nn.Linear(2, 2), decay=1.5)
+
+
+def test_settings_of_its_own_win_over_those_of_a_loaded_state():
+    def parts(rate, decay):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 1))
+        optimizer = build_optimizer(model, rate, decay, betas=(0.9, 0.5 + rate))
+        return model, optimizer, cosine_schedule(optimizer, 2, 10, start=0.0, floor=0.0)
+
+    def run(model, optimizer, schedule, steps):
+        for _ in range(steps):
+            model(torch.ones(2, 3)).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+        return [(group["lr"], group["weight_decay"], group["betas"]) for group in optimizer.param_groups]
+
+    model, optimizer, schedule = parts(0.1, 0.05)
+    run(model, optimizer, schedule, 4)
+    states = optimizer.state_dict(), schedule.state_dict()
+    for rate, decay in ((0.1, 0.05), (0.4, 0.2)):
+        other, resumed, its_schedule = parts(rate, decay)
+        with own_settings_kept(resumed, its_schedule):
+            resumed.load_state_dict(copy.deepcopy(states[0]))
+            its_schedule.load_state_dict(states[1])
+        assert run(other, resumed, its_schedule, 3) == run(*parts(rate, decay), 7)
+        assert its_schedule.get_last_lr() == [group["lr"] for group in resumed.param_groups]
+        assert all(resumed.state[parameter]["step"] == 7 for parameter in other.parameters())

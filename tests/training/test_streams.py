@@ -267,6 +267,51 @@ def test_other_streams_do_not_go_on(changes, message):
         other.load_state_dict(state)
 
 
+@pytest.mark.parametrize("kind", [numbered_folder, numbered_tables, numbered_shards])
+def test_other_records_under_the_same_numbers_do_not_go_on_and_moved_ones_do(tmp_path, kind):
+    def stream(folder, first):
+        size = 6 if kind is numbered_folder else [3, 3]
+        path = folder / "records"
+        source = open_source(SourceSpec(str(path) if path.exists() else kind(path, size, first)))
+        return stream_of([source])
+
+    state = json.loads(json.dumps(stream(tmp_path / "here", 0).state_dict()))
+    if kind is not numbered_shards:
+        (tmp_path / "there").mkdir()
+        (tmp_path / "here" / "records").rename(tmp_path / "there" / "records")
+        stream(tmp_path / "there", 0).load_state_dict(state)
+    with pytest.raises(ValueError, match=r"contents of the sources was \['\w+'\] and is \['\w+'\]"):
+        stream(tmp_path / "other", 100).load_state_dict(state)
+
+
+@pytest.mark.parametrize(("lengths", "weights"), [([13], [1]), ([19, 40], [1, 2])])
+def test_no_record_is_twice_in_a_batch_and_each_once_an_epoch(lengths, weights):
+    tables = [Table(length, first=100 * number) for number, length in enumerate(lengths)]
+    batches = [batch for batch, _ in take(stream_of(tables, weights), 200)]
+    assert all(len(set(batch)) == len(batch) for batch in batches)
+    seen = Counter(each for table in tables for each in range(table.first, table.first + len(table)))
+    for batch in batches:
+        seen.update(batch)
+        counts = [[seen[table.first + index] for index in range(len(table))] for table in tables]
+        assert all(max(of_table) - min(of_table) <= 1 for of_table in counts)
+
+
+def test_one_other_image_or_another_preparation_does_not_go_on(tmp_path):
+    folder = numbered_folder(tmp_path, 5)
+    source, options = open_source(SourceSpec(folder)), StreamOptions(2)
+
+    def stream(**depends_on):
+        return TrainingStream([source], [1], prepare, list, options, depends_on=depends_on)
+
+    state = json.loads(json.dumps(stream(min_scale=0.08).state_dict()))
+    stream(min_scale=0.08).load_state_dict(state)
+    with pytest.raises(ValueError, match=r"min_scale was 0.08 and is 0.5"):
+        stream(min_scale=0.5).load_state_dict(state)
+    (tmp_path / "3.png").write_bytes((tmp_path / "4.png").read_bytes())
+    with pytest.raises(ValueError, match=r"contents of the sources was"):
+        stream(min_scale=0.08).load_state_dict(state)
+
+
 @pytest.mark.parametrize("state", [{}, {"batch": 1}, None, []])
 def test_what_is_no_state(state):
     with pytest.raises(ValueError, match="no state of a training stream"):

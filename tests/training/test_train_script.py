@@ -5,6 +5,7 @@ import importlib.util
 import json
 import math
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -19,14 +20,16 @@ import psutil
 import pytest
 import torch
 import yaml
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils.launch import prepare_simple_launcher_cmd_env
 from PIL import Image
 from safetensors.torch import load_file
 from tiny_models import TINY_FIELDS, make_photo
 
 from pgseg_hf import load_segmenter
 from pgseg_hf.evaluation import MaskFolder, evaluate_masks
-from pgseg_hf.training.arguments import parse_arguments
+from pgseg_hf.training.arguments import ModelArguments, parse_arguments
 from pgseg_hf.training.building import build_model, build_processor, build_stream, process_group_settings
 from pgseg_hf.training.reporting import read_log
 
@@ -294,6 +297,10 @@ def test_pictures_of_one_tag_train(tmp_path, photo_folder):
         ({"model_config": {"vision_config": {"deepth": [1]}}}, "vision_config has unknown fields: deepth"),
         ({"chunk_size": 0}, "chunk_size is 0, expected a positive number"),
         ({"warmup_learning_rate": 1.0}, "learning rates start at 1.0"),
+        (
+            {"batch_size": 256},
+            r"has 14 images, and a batch of 256 x 1 takes 256 .* Give --batch_size 14 at most",
+        ),
     ],
 )
 def test_mistakes_are_found_before_anything_is_written(tmp_path, photo_folder, settings, message):
@@ -304,6 +311,37 @@ def test_mistakes_are_found_before_anything_is_written(tmp_path, photo_folder, s
     with pytest.raises(ValueError, match=message):
         run_here(tmp_path, "--overwrite_output_dir", **settings)
     assert {path: path.stat().st_mtime_ns for path in output.rglob("*")} == before
+
+
+def test_a_mistake_is_one_line(tmp_path, photo_folder, monkeypatch, capsys):
+    table = tmp_path / "x.parquet"
+    table.write_bytes(b"PAR1")
+    options = ["--data", str(table), "--output_dir", str(tmp_path / "run"), "--max_steps", "1", "--cpu"]
+    script = load_script()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    monkeypatch.setattr(sys, "argv", ["train_pgseg.py", *options])
+    monkeypatch.setattr(
+        script, "build_model", lambda _: build_model(ModelArguments(model_config=TINY_FIELDS))
+    )
+    assert script.main() == 2
+    error = capsys.readouterr().err
+    assert f"train_pgseg.py: error: {table} is a file; expected a folder with metadata.jsonl" in error
+    assert "Traceback" not in error
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_several_processes_that_accelerate_does_not_start_are_no_single_one(
+    tmp_path, photo_folder, monkeypatch
+):
+    options = ["--cpu", "--num_processes", "2", str(SCRIPT)]
+    arguments, *_ = _validate_launch_command(launch_command_parser().parse_args(options))
+    _, environment = prepare_simple_launcher_cmd_env(arguments)
+    for name in environment.keys() - os.environ.keys():
+        monkeypatch.setenv(name, environment[name])
+    with pytest.raises(
+        ValueError, match=r"several processes and starts one on CPUs.*torchrun --nproc_per_node"
+    ):
+        run_here(tmp_path, data=[str(photo_folder)], output_dir=str(tmp_path / "run"), max_steps=1)
 
 
 def test_processes_read_different_records(photo_folder, tmp_path):
@@ -339,6 +377,42 @@ def test_an_output_folder_is_not_mixed_with_another_run(tmp_path, photo_folder):
         run_here(tmp_path, **plain)
     with pytest.raises(ValueError, match="holds a run that has ended, without checkpoints"):
         run_here(tmp_path, "--resume_from_checkpoint", "latest", **plain)
+
+
+def test_going_on_with_other_settings_says_so_and_follows_them(tmp_path, photo_folder, capsys):
+    settings = {"data": [str(photo_folder)], "output_dir": str(tmp_path / "run"), "checkpoint_steps": 2}
+    run_here(tmp_path, **settings, max_steps=2)
+    other = {"max_steps": 4, "learning_rate": 5e-4, "weight_decay": 0.3, "warmup_ratio": 0.0}
+    resume = ("--resume_from_checkpoint", "latest")
+    run_here(tmp_path, *resume, **settings, **other)
+    said = capsys.readouterr().out
+    assert "From here on another setting: learning_rate was 0.001 and is 0.0005." in said
+    assert "weight_decay was 0.05 and is 0.3" in said and "steps of the run was 2 and is 4" in said
+    rates = [line["learning_rate"] for line in read_log(tmp_path / "run" / "log.jsonl")]
+    assert rates[2] == pytest.approx(5e-5 + 4.5e-4 * (1 + math.cos(math.pi)) / 2)
+    lines = torch.load(tmp_path / "run" / "checkpoint-00000004" / "optimizer.bin", weights_only=True)
+    assert lines["param_groups"][0]["weight_decay"] == 0.3
+    with pytest.raises(
+        ValueError, match=r"contrastive_loss was info_nce and is multi_positive. Change this back"
+    ):
+        run_here(tmp_path, *resume, **settings, max_steps=6, contrastive_loss="multi_positive")
+    with pytest.raises(ValueError, match=r"min_scale was 0.08 and is 0.5; it would make others"):
+        run_here(tmp_path, *resume, **settings, max_steps=6, min_scale=0.5)
+
+
+def test_a_run_goes_on_with_moved_data_and_not_with_others(tmp_path, photo_folder):
+    first, moved, other = (tmp_path / name for name in ("first", "moved", "other"))
+    shutil.copytree(photo_folder, first)
+    shutil.copytree(photo_folder, other)
+    settings = {"output_dir": str(tmp_path / "run"), "checkpoint_steps": 1}
+    run_here(tmp_path, **settings, data=[str(first)], max_steps=1)
+    first.rename(moved)
+    resume = ("--resume_from_checkpoint", "latest")
+    assert run_here(tmp_path, *resume, **settings, data=[str(moved)], max_steps=2)["steps"] == 2
+    text = (other / "metadata.jsonl").read_text()
+    (other / "metadata.jsonl").write_text(text.replace("a cat beside", "no cat beside"))
+    with pytest.raises(ValueError, match=r"contents of the sources was .* and is"):
+        run_here(tmp_path, *resume, **settings, data=[str(other)], max_steps=3)
 
 
 @pytest.mark.slow

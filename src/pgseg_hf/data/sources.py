@@ -13,7 +13,7 @@ import numpy as np
 
 from ..images import load_image
 from .columns import Columns
-from .metadata import find_metadata
+from .metadata import METADATA_FILES, find_metadata
 from .records import Record, UnusableRecord
 from .scenes import SceneOptions, SceneSource
 from .tables import open_folder, open_hub
@@ -126,6 +126,11 @@ def _kind_of(path: str) -> str:
         return "folder"
     if ".tar" in path or ".tgz" in path:
         return "webdataset"
+    if folder.is_file():
+        raise ValueError(
+            f"{path} is a file; expected a folder with {', '.join(METADATA_FILES)}, a data set of the Hub or a pattern "
+            f"of tar files. For a table with images in it give its folder, {str(folder.parent)!r}."
+        )
     if not folder.is_dir() and (path.startswith(("/", ".", "~")) or path.count("/") > 1):
         raise ValueError(
             f"{path} does not exist; expected a folder, a data set of the Hub or a pattern of tar files."

@@ -1,8 +1,9 @@
 """Arguments of a training run, from the command line, from a YAML file, or from both."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,23 @@ POSITIVE = (
     ),
     *("log_steps", "checkpoint_steps", "keep_checkpoints", "eval_steps", "eval_limit"),
 )
+_STARTS = ("model_name_or_path", "groupvit_name_or_path")
+_PARTS = ("backbone_name_or_path", "text_name_or_path")
+# Options that stand for each other: one on the command line replaces the others in the file.
+_INSTEAD_OF = {
+    "data": ("sources",),
+    "max_steps": ("num_epochs",),
+    "num_epochs": ("max_steps",),
+    **dict.fromkeys(_STARTS, (*_STARTS, *_PARTS)),
+    **dict.fromkeys(_PARTS, _STARTS),
+}
 
 
 @dataclass
 class ModelArguments:
     """What is trained. Without a checkpoint the model starts from random weights."""
 
+    _argument_group_name = "model"
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "PGSeg checkpoint to go on from: a folder or a name on the Hub."}
     )
@@ -86,6 +98,7 @@ class ModelArguments:
 class DataArguments:
     """What it is trained on, and how pictures and texts are varied."""
 
+    _argument_group_name = "data"
     data: list[str] | None = field(
         default=None,
         metadata={
@@ -214,6 +227,7 @@ class DataArguments:
 class RunArguments:
     """How it is trained, measured and saved."""
 
+    _argument_group_name = "training, evaluation and results"
     output_dir: str | None = field(
         default=None, metadata={"help": "Folder of checkpoints, log and result. Needed."}
     )
@@ -311,6 +325,8 @@ class RunArguments:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"{name} is {value}, expected a positive number.")
+        if self.batch_size < 2:
+            raise ValueError(f"batch_size is {self.batch_size}, expected 2 or more: images are told apart.")
         if self.num_pictures < 0:
             raise ValueError(f"num_pictures is {self.num_pictures}, expected 0 or more.")
         if not 0 <= self.warmup_ratio < 1:
@@ -331,13 +347,34 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
         ValueError: the file cannot be read or has keys that are no option.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    parser: Any = HfArgumentParser((ModelArguments, DataArguments, RunArguments))
+    parser: Any = HfArgumentParser(
+        (ModelArguments, DataArguments, RunArguments),
+        usage="%(prog)s [FILE.yaml] [--option value ...]",
+        allow_abbrev=False,
+    )
     if arguments and arguments[0].endswith((".yaml", ".yml")):
         values = _read_yaml(Path(arguments.pop(0)), parser)
-        if "--data" in arguments:
-            values.pop("sources", None)
+        for argument in filter(lambda argument: argument.startswith("--"), arguments):
+            for name in _INSTEAD_OF.get(_option(argument), ()):
+                values.pop(name, None)
         parser.set_defaults(**values)
+    if unknown := parser.parse_known_args(arguments)[1]:
+        raise ValueError(f"unknown: {_with_nearest(unknown, parser)}; see --help for the options there are.")
     return parser.parse_args_into_dataclasses(args=arguments)
+
+
+def _option(argument: str) -> str:
+    return argument.partition("=")[0].removeprefix("--").replace("-", "_")
+
+
+def _with_nearest(names: Iterable[str], parser: HfArgumentParser) -> str:
+    """Names that are no options, each with the option that looks most like it."""
+    known = {action.dest for action in parser._actions}
+    shown = []
+    for name in names:
+        near = get_close_matches(_option(name), known, n=1)
+        shown.append(f"{name} (did you mean {near[0]}?)" if near else name)
+    return ", ".join(shown)
 
 
 def _read_yaml(path: Path, parser: HfArgumentParser) -> dict[str, Any]:
@@ -350,7 +387,9 @@ def _read_yaml(path: Path, parser: HfArgumentParser) -> dict[str, Any]:
     known = {action.dest: action for action in parser._actions}
     unknown = sorted(set(map(str, values)) - set(known))
     if unknown:
-        raise ValueError(f"{path} has unknown options: {', '.join(unknown)}; see --help for those there are.")
+        raise ValueError(
+            f"{path} has unknown options: {_with_nearest(unknown, parser)}; see --help for those there are."
+        )
     return {name: _for_parser(name, value, known[name]) for name, value in values.items()}
 
 

@@ -1,6 +1,8 @@
 """From arguments to a model, its processor and its stream of batches."""
 
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from datetime import timedelta
 from itertools import islice
 from pathlib import Path
@@ -27,6 +29,7 @@ from ..text_files import read_json, read_yaml
 from ..tokenization import default_tokenizer
 from .arguments import DataArguments, ModelArguments, RunArguments
 from .collator import PGSegCollator
+from .continuing import flat, hash_of, hash_of_files
 from .feature_cache import CacheOptions, cache_features
 from .patch_names import CellNamer
 from .preparation import Preparation
@@ -162,22 +165,9 @@ def build_stream(
     """
     specs = data.source_specs()
     sources: list[Source] = [open_source(spec) for spec in specs]
+    _refuse_small_sources(sources, specs, run.batch_size, world_size)
     config = model.config
-    images = processor.image_processor
-    augmentation = AugmentationOptions(
-        image_size=data.image_size or config.vision_config.image_size,
-        min_scale=data.min_scale,
-        max_scale=data.max_scale,
-        crop_sides=(data.crop_sides[0], data.crop_sides[-1]) if data.crop_sides else None,
-        short_side=images.size["shortest_edge"],
-        horizontal_flip=data.horizontal_flip,
-        color_jitter=data.color_jitter,
-        grayscale=data.grayscale,
-        blur=data.blur,
-        erasing=data.erasing,
-        image_mean=tuple(images.image_mean),
-        image_std=tuple(images.image_std),
-    )
+    augmentation = _augmentation(data, config, processor.image_processor)
     mask_labels = _mask_labels(data, specs, sources) if data.crop_tags else None
     # Tags alone are shared between pictures; the released text prototypes need a text for each.
     shared = config.contrastive_loss != "info_nce" and config.npr_variant != "released"
@@ -209,7 +199,50 @@ def build_stream(
         namer = CellNamer.read(data.cell_names) if data.cell_names else None
         cache = CacheOptions(data.cache_features, data.cache_views, 0, namer, data.cache_whole_images)
         sources = list(cache_features(sources, prepare, model, cache))
-    return TrainingStream(sources, weights, prepare, collator, options, rank, world_size)
+    depends_on = flat(asdict(augmentation) | asdict(texts)) | {
+        "mask_labels": mask_labels,
+        "synonyms": hash_of(names),
+        "layout": collator.layout,
+        "padding": collator.padding,
+        "num_labels": collator.num_labels,
+        "cached": [data.cache_views, data.cache_whole_images] if data.cache_features else None,
+        "cell_names": hash_of_files(Path(data.cell_names)) if data.cell_names else None,
+    }
+    return TrainingStream(sources, weights, prepare, collator, options, rank, world_size, depends_on)
+
+
+def _augmentation(data: DataArguments, config: PGSegConfig, images: Any) -> AugmentationOptions:
+    return AugmentationOptions(
+        image_size=data.image_size or config.vision_config.image_size,
+        min_scale=data.min_scale,
+        max_scale=data.max_scale,
+        crop_sides=(data.crop_sides[0], data.crop_sides[-1]) if data.crop_sides else None,
+        short_side=images.size["shortest_edge"],
+        horizontal_flip=data.horizontal_flip,
+        color_jitter=data.color_jitter,
+        grayscale=data.grayscale,
+        blur=data.blur,
+        erasing=data.erasing,
+        image_mean=tuple(images.image_mean),
+        image_std=tuple(images.image_std),
+    )
+
+
+def _refuse_small_sources(
+    sources: Sequence[Source], specs: Sequence[SourceSpec], batch_size: int, world_size: int
+) -> None:
+    """Copies of an image in a batch would be negatives of each other's texts."""
+    total = sum(spec.weight for spec in specs)
+    for source, spec in zip(sources, specs):
+        share = spec.weight / total
+        records = len(source) if isinstance(source, MapSource) else math.inf
+        if records < math.floor(share * batch_size * world_size):
+            most = math.floor(records / share / world_size)
+            raise ValueError(
+                f"{source.name} has {records} images, and a batch of {batch_size} x {world_size} takes "
+                f"{share * batch_size * world_size:.0f} of them: copies of an image would be negatives of each other. "
+                f"Give --batch_size {most} at most, or more images."
+            )
 
 
 def read_names(path: str) -> dict[str, list[str]]:

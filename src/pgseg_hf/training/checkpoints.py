@@ -4,12 +4,14 @@ A checkpoint is a folder `checkpoint-00001000` in the run's output folder, which
 `Accelerator.save_state` writes (weights, optimizer, schedule, gradient scaler, random states of each process), the
 averaged weights in `ema.safetensors`, each process's position in its data in `position-RANK.json`, and `progress.json`.
 It is written under a hidden name and renamed when it is whole; old ones are renamed before they are deleted.
+`progress.json` has the SHA-256 of the other files: a latest checkpoint that is damaged gives way to the one before.
 
 Load only checkpoints of your own. Accelerate reads the optimizer's, schedule's and random states with torch's
 `weights_only` unpickler, which builds tensors and numbers only; objects registered with
 `Accelerator.register_for_checkpointing` would be unpickled without that guard, so nothing is registered here.
 """
 
+import hashlib
 import json
 import os
 import pickle
@@ -29,6 +31,7 @@ from torch import nn
 from transformers.utils import logging
 
 from ..files import write_json
+from .continuing import changes
 
 logger = logging.get_logger(__name__)
 
@@ -38,7 +41,7 @@ AVERAGE_NAME = "ema.safetensors"
 _RUN_FILES = ("all_results.json", "log.jsonl")
 _RUN_FOLDERS = ("best", "pictures")
 _NAME = re.compile(r"checkpoint-(\d{8,})")
-_PARTIAL, _REMOVED = ".partial-", ".removed-"
+_PARTIAL, _REMOVED, _DAMAGED = ".partial-", ".removed-", "damaged-"
 # What torch, safetensors and Accelerate raise on broken files and on states of another model.
 _LOADING_ERRORS = (
     *(OSError, EOFError, RuntimeError, KeyError, ValueError),
@@ -87,10 +90,12 @@ def save_checkpoint(
     accelerator.wait_for_everyone()
     accelerator.save_state(str(partial))
     write_json(dict(stream_state), partial / _position_name(accelerator))
+    accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         if ema is not None:
             save_model(ema, str(partial / AVERAGE_NAME))
         progress = {**(extra or {}), "step": step, "world_size": accelerator.num_processes}
+        progress["files"] = _hashes(partial)
         write_json(progress, partial / PROGRESS_NAME)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
@@ -106,19 +111,27 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    accelerator: Accelerator, path: str | os.PathLike, ema: nn.Module | None = None
+    accelerator: Accelerator,
+    path: str | os.PathLike,
+    ema: nn.Module | None = None,
+    depends_on: Mapping[str, Any] | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Brings the prepared model, optimizer, schedule, the random states and `ema` to where a checkpoint left them;
     every process has to call it.
 
+    Args:
+        depends_on: values that have to equal the entry of this name in `progress.json`, if it has one.
+
     Returns:
-        The content of `progress.json`, and this process's `stream_state`.
+        The content of `progress.json` without the hashes, and this process's `stream_state`.
 
     Raises:
-        ValueError: no checkpoint or a broken one, another number of processes, or averaged weights on one side only.
+        ValueError: no checkpoint or a broken one, another number of processes, averaged weights on one side only, or
+            one of `depends_on` differs.
     """
     path = Path(path)
     progress = _read_json(path / PROGRESS_NAME)
+    progress.pop("files", None)
     if progress.get("world_size") != accelerator.num_processes:
         raise ValueError(
             f"{path} was written by {progress.get('world_size')} processes, this run has {accelerator.num_processes}; "
@@ -127,6 +140,12 @@ def load_checkpoint(
     if (path / AVERAGE_NAME).exists() != (ema is not None):
         has, wants = ("lacks", "needs them") if ema is not None else ("has", "does not average")
         raise ValueError(f"{path} {has} averaged weights, this run {wants}; resume with the same settings.")
+    known = progress.get("depends_on")
+    if depends_on is not None and known is not None and (different := changes(known, depends_on)):
+        raise ValueError(
+            f"{path} is of another run: {', '.join(different)}. Change this back, or start a run of its own in another "
+            "output folder."
+        )
     stream_state = _read_json(path / _position_name(accelerator))
     try:
         accelerator.load_state(str(path))
@@ -201,14 +220,16 @@ def prepare_output_dir(
     overwrite: bool = False,
 ) -> Path | None:
     """Makes the run's folder ready: what a kill left half written or half deleted goes, with `overwrite` also the
-    checkpoints. Every process has to call it.
+    checkpoints. Where the latest checkpoint is wanted and damaged, it is set aside under another name, which a warning
+    says, and the one before it is the latest. Every process has to call it.
 
     Args:
         resume: the argument of [`resolve_resume`], whose result is returned.
         overwrite: `--overwrite_output_dir`.
 
     Raises:
-        ValueError: as [`resolve_resume`], and for `resume` together with `overwrite`.
+        ValueError: as [`resolve_resume`], for `resume` together with `overwrite`, and where every checkpoint or the
+            one that is asked for is damaged.
     """
     output_dir = Path(output_dir)
     if overwrite and resume is not None:
@@ -216,12 +237,23 @@ def prepare_output_dir(
             f"resuming from {resume} and overwriting {output_dir} exclude each other; choose one."
         )
     path = None if overwrite else resolve_resume(output_dir, resume)
+    if path is not None and resume == "latest":
+        if accelerator.is_main_process:
+            _set_damaged_aside(output_dir)
+        accelerator.wait_for_everyone()
+        path = resolve_resume(output_dir, resume)
+    if path is not None and accelerator.is_main_process and (damage := _damage_of(path)):
+        raise ValueError(
+            f"{path} is damaged: {damage}. Resume from another checkpoint, or start anew with --overwrite_output_dir."
+        )
     if accelerator.is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(output_dir)
         if overwrite:
             for checkpoint in _checkpoints(output_dir):
                 _remove(checkpoint)
+            for damaged in output_dir.glob(f"{_DAMAGED}checkpoint-*"):
+                _delete(damaged)
             for name in _RUN_FOLDERS:
                 shutil.rmtree(output_dir / name, ignore_errors=True)
             for name in _RUN_FILES:
@@ -239,6 +271,45 @@ def _checkpoints(output_dir: Path) -> list[Path]:
         (int(step[1]), path) for path, step in steps.items() if step and (path / PROGRESS_NAME).is_file()
     ]
     return [path for _, path in sorted(whole)]
+
+
+def _set_damaged_aside(output_dir: Path) -> None:
+    """Renames the newest checkpoints that are damaged, if there is a whole one before them."""
+    damaged: dict[Path, str] = {}
+    for checkpoint in reversed(_checkpoints(output_dir)):
+        damage = _damage_of(checkpoint)
+        if damage is None:
+            for path, why in damaged.items():
+                aside = path.with_name(f"{_DAMAGED}{path.name}")
+                shutil.rmtree(aside, ignore_errors=True)
+                os.replace(path, aside)
+                logger.warning(
+                    f"{path} is damaged: {why}. It is {aside.name} now, and {checkpoint.name} the latest."
+                )
+            return
+        damaged[checkpoint] = damage
+
+
+def _damage_of(checkpoint: Path) -> str | None:
+    """What of a checkpoint is not as it was written, None if nothing is."""
+    try:
+        files = _read_json(checkpoint / PROGRESS_NAME).get("files", {})
+        for name, known in files.items():
+            if _sha256(checkpoint / name) != known:
+                return f"{name} is not as it was written"
+    except (ValueError, OSError, AttributeError) as error:
+        return str(error)
+    return None
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): _sha256(path) for path in files}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _remove(checkpoint: Path) -> None:

@@ -1,5 +1,6 @@
 """From examples to the arguments of `PGSegModel.forward`."""
 
+import os
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -28,7 +29,7 @@ class PGSegCollator:
     collected, equal ones once, and each picture's positives are its labels, or its caption where it has none.
 
     On several processes the paired layout needs `num_labels` where pictures have labels, so that every process makes
-    batches of the same kind.
+    batches of the same kind: they would wait for each other.
 
     Args:
         tokenizer: of the model's text tower.
@@ -94,13 +95,14 @@ class PGSegCollator:
         Returns:
             `pixel_values` [B, 3, S, S], or `backbone_features` [B, C, h, w], and `return_loss` True.
 
-            Paired: `input_ids` and `attention_mask` [B, T], and where there are labels `label_input_ids` and
-            `label_attention_mask` [B, M, T], absent labels with a mask of zeros. Shared: `input_ids` and
-            `attention_mask` [N, T], `text_targets` bool [B, N], and `patch_targets` [B, h, w, N] where examples have
-            `patch_texts`.
+            Paired: `input_ids` and `attention_mask` [B, T], and where there are labels `tag_input_ids` and
+            `tag_attention_mask` [B, M, T], absent labels with a mask of zeros. Shared: `input_ids` and
+            `attention_mask` [N, T], `text_targets` [B, N] of 0 and 1, and `patch_targets` [B, h, w, N]
+            where examples have `patch_texts`.
 
         Raises:
-            ValueError: no examples, or in the shared layout a text that is not among the given ones.
+            ValueError: no examples, in the shared layout a text that is not among the given ones, or in the paired one
+                labels without `num_labels` on several processes.
         """
         if not examples:
             raise ValueError("no examples to collate: a batch needs at least one.")
@@ -117,6 +119,11 @@ class PGSegCollator:
 
     def _paired(self, captions: list[str], labels: list[list[str]]) -> dict[str, Tensor]:
         most = max(map(len, labels)) if self.num_labels is None else self.num_labels
+        # Workers of a data loader know their run by its environment only.
+        if most and self.num_labels is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise ValueError(
+                "num_labels is None, and several processes need it: give the labels of every image."
+            )
         labels = [of_image[:most] for of_image in labels]
         # In one call, so that captions and labels are padded to one length.
         encoded = self._encode([*captions, *(label for of_image in labels for label in of_image)])
@@ -127,7 +134,7 @@ class PGSegCollator:
             for name, filler in (("input_ids", self.tokenizer.pad_token_id), ("attention_mask", 0)):
                 padded = encoded[name].new_full((*is_label.shape, encoded[name].shape[1]), filler)
                 padded[is_label] = encoded[name][batch:]
-                texts[f"label_{name}"] = padded
+                texts[f"tag_{name}"] = padded
         return texts
 
     def _shared(
@@ -149,9 +156,10 @@ class PGSegCollator:
                 columns[tuple(tokens)] = len(first)
                 first.append(index)
             column_of[text] = columns[tuple(tokens)]
-        targets = torch.zeros(len(captions), len(first), dtype=torch.bool)
+        # No bools: Trainer pads what it takes for labels with -100.
+        targets = torch.zeros(len(captions), len(first), dtype=torch.int64)
         for row, of_image in enumerate(of_images):
-            targets[row, [column_of[called[text]] for text in of_image]] = True
+            targets[row, [column_of[called[text]] for text in of_image]] = 1
         batch = {**{name: values[first] for name, values in encoded.items()}, "text_targets": targets}
         if grids := [grid for of_image in patches for grid in of_image.values()]:
             batch["patch_targets"] = torch.zeros(len(captions), *grids[0].shape, len(first))

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from ..processing_pgseg import PGSegProcessor
 from ..segmentation import SegmentationOptions, Segmenter
 from ..visualization import draw_groups, overlay, side_by_side
 from .arguments import RunArguments
+from .continuing import contents_of
 
 BEST_METRICS = ("mean_iou", "top1")
 """What decides which checkpoint is the best, the first of them that is measured."""
@@ -64,6 +66,15 @@ class Evaluator:
         if run.eval_tags:
             self.tagged = list(_one_tag_each(run.eval_tags))
             self.tags = sorted({tag for _, tag in self.tagged})
+
+    @cached_property
+    def measured_with(self) -> dict[str, Any]:
+        """On what and how; figures of other values are not comparable."""
+        names = ("eval_limit", "eval_background", "eval_background_threshold")
+        return {name: getattr(self.run, name) for name in names} | {
+            "eval_masks": self.masks and self.masks.fingerprint(),
+            "eval_tags": self.run.eval_tags and contents_of(open_source(SourceSpec(path=self.run.eval_tags))),
+        }
 
     def __bool__(self) -> bool:
         return self.masks is not None or bool(self.tagged)

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Sequence
@@ -13,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers.utils import logging
@@ -23,6 +21,7 @@ from ..data.records import Record, UnusableRecord
 from ..data.sources import MapSource, Source
 from ..files import write_json
 from ..modeling_pgseg import PGSegModel
+from .continuing import bytes_of
 from .mixing import Draw, seeded
 from .patch_names import LEAST_SHARE, CellNamer
 from .preparation import Preparation
@@ -310,19 +309,17 @@ def _fingerprint(module: torch.nn.Module, *texts: str) -> str:
 
 
 def _contents(table: MapSource) -> str:
-    """A hash of a table's images, in their order."""
+    """A hash of a table's images and masks, in their order."""
     digest = hashlib.sha256(str(len(table)).encode())
     for index in range(len(table)):
         try:
-            image = table[index].image
+            record = table[index]
         except UnusableRecord as error:
             digest.update(error.reason.encode())
             continue
-        if isinstance(image, (str, os.PathLike)) and Path(image).is_file():
-            image = Path(image).read_bytes()
-        elif isinstance(image, Image.Image):
-            image = image.tobytes()
-        digest.update(hashlib.sha256(image if isinstance(image, bytes) else str(image).encode()).digest())
+        for part in (record.image, record.mask):
+            if part is not None:
+                digest.update(hashlib.sha256(bytes_of(part)).digest())
     return digest.hexdigest()
 
 

@@ -39,12 +39,13 @@ def model_card(
 ) -> str:
     """The card of a trained model: data, recipe and figures of this run."""
     chosen, data, run = arguments
-    start = chosen.model_name_or_path or chosen.groupvit_name_or_path
+    given = (chosen.model_name_or_path, chosen.groupvit_name_or_path)
+    starts = [start for start in (*given, chosen.backbone_name_or_path, chosen.text_name_or_path) if start]
     rows = {
         "data": ", ".join(
             f"`{_public_name(spec.path)}` (weight {spec.weight:g})" for spec in data.source_specs()
         ),
-        "start": f"`{_public_name(start)}`" if start else "random weights",
+        "start": ", ".join(f"`{_public_name(start)}`" for start in starts) or "random weights",
         "loss": f"`{model.config.contrastive_loss}`, pooling `{model.config.contrastive_pooling}`",
         "batch": f"{results['global_batch_size']}",
         "steps": f"{results['steps']} ({results['epoch']:.1f} epochs)",
@@ -61,8 +62,8 @@ def model_card(
         where = ", ".join(f"`{_public_name(path)}`" for path in (run.eval_masks, run.eval_tags) if path)
         lines += ["", f"On {where}, with the settings of the processor:", "", "| figure | |", "|---|---|"]
         lines += [f"| {name} | {value:.4f} |" for name, value in figures.items()]
-    card = generate_model_card(model.config, repo_id or "path/to/this/folder", training="\n".join(lines))
-    return str(card)
+    name = repo_id or "path/to/this/folder"
+    return str(generate_model_card(model.config, name, training="\n".join(lines), starts=starts))
 
 
 def upload(output_dir: Path, repo_id: str) -> str:

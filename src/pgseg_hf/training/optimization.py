@@ -116,6 +116,22 @@ def cosine_schedule(
     return LambdaLR(optimizer, factor)
 
 
+@contextmanager
+def own_settings_kept(optimizer: Optimizer, schedule: LambdaLR) -> Iterator[None]:
+    """In the block an optimizer and its schedule may load states; afterwards they have their own rates, weight decay
+    and betas again, at the state's step. Those of the state would otherwise hold until the end of the run."""
+    own = [
+        {name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups
+    ]
+    peaks = list(schedule.base_lrs)
+    yield
+    schedule.base_lrs = peaks
+    rates = [peak * factor(schedule.last_epoch) for peak, factor in zip(peaks, schedule.lr_lambdas)]
+    schedule._last_lr = rates
+    for group, settings, rate in zip(optimizer.param_groups, own, rates, strict=True):
+        group.update(settings | {"lr": rate})
+
+
 class ExponentialMovingAverage(AveragedModel):
     """Exponential moving average of a model's weights; its buffers (BatchNorm statistics, prototypes) are copied.
 

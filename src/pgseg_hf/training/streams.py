@@ -3,9 +3,9 @@
 import itertools
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, cast
 
 import numpy as np
@@ -16,6 +16,7 @@ from transformers.utils import logging
 from ..data.records import Record, UnusableRecord
 from ..data.sources import MapSource, Source, StreamSource
 from .blocks import State, read_in_blocks
+from .continuing import changes, contents_of
 from .mixing import Draw, Mixture, seeded
 
 logger = logging.get_logger(__name__)
@@ -92,7 +93,8 @@ class TrainingStream:
 
     The places of all processes' batches are dealt to the sources by exact shares, mixed by a seed, and dealt to the
     processes. So with tables (sources with random access) neither the number of workers nor of processes changes what a
-    batch of all processes holds, and every record comes once an epoch. Streaming sources are divided among processes
+    batch of all processes holds, and every record comes once an epoch; no batch has one twice where a source has three
+    times the records that a batch takes of it. Streaming sources are divided among processes
     and workers by shards. A record that cannot be used is replaced by another of its source, and counted.
 
     Iterating again goes on after the batch that was yielded last.
@@ -105,6 +107,7 @@ class TrainingStream:
         collate: makes a batch of a list of examples.
         options: batch size, seed, workers.
         rank, world_size: this process and how many there are.
+        depends_on: what `prepare` and `collate` depend on, in plain values; a state of other ones is refused.
 
     Raises:
         ValueError: arguments that do not fit together; while iterating, where too many records in a row are unusable.
@@ -119,6 +122,7 @@ class TrainingStream:
         options: StreamOptions,
         rank: int = 0,
         world_size: int = 1,
+        depends_on: Mapping[str, Any] | None = None,
     ):
         if len(sources) != len(weights):
             raise ValueError(
@@ -128,6 +132,7 @@ class TrainingStream:
             raise ValueError(f"rank is {rank}, expected 0 to {world_size - 1} for {world_size} processes.")
         self._recipe = _Recipe(sources, Mixture(weights), prepare, collate, options, rank, world_size)
         self._workers = max(1, options.num_workers)
+        self._depends_on = dict(depends_on or {})
         self._batch = 0
         self._states: list[list[State | None] | None] = [None] * self._workers
         self.counts: Counter[str] = Counter()
@@ -206,7 +211,7 @@ class TrainingStream:
             "batch": self._batch,
             "readers": list(self._states) if self._streaming else None,
             "counts": dict(self.counts),
-            "made_with": self._made_with(),
+            "made_with": self._made_with,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -223,22 +228,21 @@ class TrainingStream:
             )
         except (KeyError, TypeError) as error:
             raise ValueError(f"This is no state of a training stream: {error} is missing.") from error
-        own = self._made_with()
-        different = [key for key in {**own, **made_with} if made_with.get(key) != own.get(key)]
-        if different:
-            changes = ", ".join(f"{key} was {made_with.get(key)} and is {own.get(key)}" for key in different)
+        if different := changes(made_with, self._made_with):
             why = (
                 "streaming sources go on only as they were divided"
                 if self._streaming
                 else "it would make others"
             )
             raise ValueError(
-                f"The data cannot go on with the same batches: {changes}; {why}. Start anew or change back."
+                f"The data cannot go on with the same batches: {', '.join(different)}; {why}. Start anew or change "
+                "back."
             )
         self._batch = batch
         self._states = list(readers) if self._streaming else [None] * self._workers
         self.counts = Counter(counts)
 
+    @cached_property
     def _made_with(self) -> dict[str, Any]:
         recipe = self._recipe
         made_with = {
@@ -249,6 +253,8 @@ class TrainingStream:
                 source.num_shards if isinstance(source, StreamSource) else len(source)
                 for source in recipe.sources
             ],
+            "contents of the sources": [contents_of(source) for source in recipe.sources],
+            **self._depends_on,
         }
         if self._streaming:
             made_with |= {
@@ -306,6 +312,10 @@ class _BatchMaker:
         ]
         # A batch may begin in one epoch of a source and end in the next.
         self._order = lru_cache(maxsize=2 * len(recipe.sources))(_epoch_order)
+        # As many as a batch may have of each source, see `Mixture`.
+        shares = recipe.mixture.shares
+        uneven = 1 + len(shares) * shares if len(shares) > 1 else 0
+        self._apart = (shares * recipe.records + uneven).astype(int).tolist()
 
     def batch(self, number: int) -> dict[str, Any]:
         """Batch `number` of this process, collated."""
@@ -361,11 +371,25 @@ class _BatchMaker:
         if position is None:
             return table[int(rng.integers(len(table)))]
         epoch, place = divmod(position, len(table))
-        return table[int(self._order(self._recipe.options.seed, number, epoch, len(table))[place])]
+        order = self._order(self._recipe.options.seed, number, epoch, len(table), self._apart[number])
+        return table[int(order[place])]
 
 
-def _epoch_order(seed: int, number: int, epoch: int, length: int) -> np.ndarray:
-    """In which order an epoch takes the records of a table."""
+def _epoch_order(seed: int, number: int, epoch: int, length: int, apart: int) -> np.ndarray:
+    """In which order an epoch takes the records of a table: none of the last `apart` of an epoch is among the first so
+    many of the next, so that no batch has a record twice, if the table has three times as many."""
+    order = _random_order(seed, number, epoch, length)
+    if epoch and length >= 3 * apart:
+        last = _random_order(seed, number, epoch - 1, length)[-apart:]
+        was_last = np.isin(order, last)
+        # Places in the middle only, so that the last ones are as drawn.
+        places = np.flatnonzero(was_last[:apart])
+        others = apart + np.flatnonzero(~was_last[apart : length - apart])[: len(places)]
+        order[places], order[others] = order[others], order[places]
+    return order
+
+
+def _random_order(seed: int, number: int, epoch: int, length: int) -> np.ndarray:
     return seeded(Draw.RECORDS, seed, number, epoch).permutation(np.arange(length, dtype=np.uint32))
 
 

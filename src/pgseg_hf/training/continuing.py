@@ -1,0 +1,100 @@
+"""What a run depends on, told by contents and not by paths, so that going on never means another run."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from ..data.records import Record, UnusableRecord
+from ..data.sources import Source, StreamSource
+
+SAMPLED_RECORDS = 256
+SAMPLED_SHARDS = 8
+# Fields of configurations that change no number.
+_NO_FIELDS = {"_name_or_path", "transformers_version", "architectures", "auto_map", "dtype", "torch_dtype"}
+
+
+def changes(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What differs, each as "name was VALUE and is VALUE"."""
+    return [
+        f"{name} was {was.get(name)} and is {now.get(name)}"
+        for name in {**now, **was}
+        if was.get(name) != now.get(name)
+    ]
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Mappings within mappings as one, with names such as `vision_config.depths`; tuples are lists, as in JSON."""
+    found: dict[str, Any] = {}
+    for name, value in json.loads(json.dumps(values)).items():
+        inner = isinstance(value, dict) and value
+        found |= flat(value, f"{prefix}{name}.") if inner else {f"{prefix}{name}": value}
+    return found
+
+
+def config_fields(config: PreTrainedConfig) -> dict[str, Any]:
+    """The fields of a configuration on which training depends, see [`flat`]."""
+    fields = flat(json.loads(config.to_json_string(use_diff=False)))
+    return {name: value for name, value in fields.items() if _NO_FIELDS.isdisjoint(name.split("."))}
+
+
+def vocabulary_of(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A hash of a tokenizer's vocabulary."""
+    return hash_of(sorted(tokenizer.get_vocab().items()))
+
+
+def hash_of(value: Any) -> str:
+    """A hash of what can be written as JSON."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+
+
+def hash_of_files(path: Path) -> str | None:
+    """A hash of a file, or of a folder's files with their names; None where there is neither."""
+    files = [path] if path.is_file() else sorted(each for each in path.rglob("*") if each.is_file())
+    hashes = [(str(each.relative_to(path)), hashlib.sha256(each.read_bytes()).hexdigest()) for each in files]
+    return hash_of(hashes) if files else None
+
+
+def contents_of(source: Source) -> str:
+    """A hash of a source's images, texts and masks, wherever they lie: of all records up to 256, of more records of so
+    many spread over them; of a stream, of as many from the beginnings of up to eight shards."""
+    digest = hashlib.sha256()
+    if not isinstance(source, StreamSource):
+        digest.update(str(len(source)).encode())
+    for item in _sample(source):
+        if isinstance(item, UnusableRecord):
+            digest.update(item.reason.encode())
+            continue
+        digest.update(json.dumps([item.captions, item.tags, item.view_tags]).encode())
+        for part in (item.image, item.mask, *(item.views or ())):
+            digest.update(hashlib.sha256(bytes_of(part)).digest())
+    return digest.hexdigest()[:16]
+
+
+def _sample(source: Source) -> Iterator[Record | UnusableRecord]:
+    if isinstance(source, StreamSource):
+        shards = np.unique(np.linspace(0, source.num_shards - 1, SAMPLED_SHARDS).astype(int))
+        for shard in shards:
+            yield from islice(source.read_shard(int(shard)), SAMPLED_RECORDS // len(shards))
+        return
+    for index in np.unique(np.linspace(0, len(source) - 1, SAMPLED_RECORDS).astype(int)):
+        try:
+            yield source[int(index)]
+        except UnusableRecord as error:
+            yield error
+
+
+def bytes_of(part: Any) -> bytes:
+    """What an image, a mask or features consist of, whether in memory or in a file."""
+    if isinstance(part, (str, os.PathLike)) and Path(part).is_file():
+        return Path(part).read_bytes()
+    if isinstance(part, (Image.Image, np.ndarray)):
+        return part.tobytes()
+    return part if isinstance(part, bytes) else str(part).encode()
