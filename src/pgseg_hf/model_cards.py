@@ -4,7 +4,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from .configuration_pgseg import PGSegConfig
+from .configuration_pgseg import HUB_TASK, PGSegConfig
 
 RELEASED_LICENSE = "NVIDIA Source Code License (non-commercial), that of the released weights"
 
@@ -30,8 +30,8 @@ outputs = model(**processor(images=image, labels=["cat", "dog"], return_tensors=
 label_map = processor.post_process_semantic_segmentation(outputs, [(image.height, image.width)])[0]
 ```
 
-With `pip install pgseg-hf` and `import pgseg_hf`, `trust_remote_code` is not needed, and
-`pipeline("open-vocabulary-segmentation", model="{repo_id}")` does it in one call.
+`pipeline(model="{repo_id}", trust_remote_code=True)("photo.jpg", labels=["cat", "dog"])` does it in one call. With
+`pip install pgseg-hf` and `import pgseg_hf`, `trust_remote_code` is not needed.
 
 ## Model
 
@@ -84,7 +84,7 @@ def generate_model_card(
     data: dict[str, Any] = {
         "library_name": "transformers",
         "license": license_id or "other",
-        "pipeline_tag": "image-segmentation",
+        "pipeline_tag": HUB_TASK,
         "tags": ["pgseg", "groupvit", "open-vocabulary-segmentation", "weakly-supervised"],
     }
     vision, text = config.vision_config, config.text_config

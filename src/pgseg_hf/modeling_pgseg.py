@@ -5,7 +5,7 @@ Shapes: B batch, L image tokens of a stage's input, K groups of a stage, C width
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import HfApi
@@ -52,6 +52,10 @@ from .objective import (
 )
 from .prototypes import PrototypeEstimate, estimate_prototypes, updated_prototypes
 from .token_ids import different_texts, find_words, up_to_ends
+
+if TYPE_CHECKING:
+    # Never run: what a file imports is saved beside the weights, and there `custom_pipelines` names this class.
+    from .pipeline import OpenVocabularySegmentationPipeline  # noqa: F401
 
 logger = logging.get_logger(__name__)
 
@@ -250,6 +254,21 @@ def _refuse_bad_features(features: Tensor, channels: int) -> None:
         raise ValueError("backbone_features holds NaN or infinite values; expected finite features.")
 
 
+def _name_unused(kwargs: dict[str, Any]) -> None:
+    """Says which arguments nothing is done with, a misspelt one for instance.
+
+    Raises:
+        ValueError: GroupViT's `output_segmentation`, whose output would be missed.
+    """
+    if kwargs.get("output_segmentation"):
+        raise ValueError(
+            "output_segmentation is True, an argument of GroupViT; segment_logits and grouping are always returned "
+            "here, and processor.post_process_semantic_segmentation(outputs, target_sizes) makes label maps of them."
+        )
+    if kwargs and not torch.compiler.is_compiling():
+        logger.warning_once(f"not used: {', '.join(sorted(kwargs))}; see the arguments of forward.")
+
+
 class PGSegVisionModel(PGSegPreTrainedModel):
     """The image tower: a photo to segment tokens and the grouping of its patches."""
 
@@ -315,6 +334,7 @@ class PGSegVisionModel(PGSegPreTrainedModel):
         Raises:
             ValueError: wrong shape, images smaller than a patch, NaN or infinite pixels or features, both inputs.
         """
+        _name_unused(kwargs)
         if backbone_features is None and not torch.compiler.is_compiling():
             _refuse_bad_pixels(pixel_values, self.config.patch_size, self.config.num_channels)
         output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
@@ -666,6 +686,7 @@ class PGSegModel(PGSegPreTrainedModel):
         Raises:
             ValueError: pixels or texts of wrong shape, NaN pixels, or losses asked for without one text an image.
         """
+        _name_unused(kwargs)
         if input_ids is None or input_ids.ndim not in (2, 3):
             shape = None if input_ids is None else list(input_ids.shape)
             raise ValueError(

@@ -193,6 +193,24 @@ class PGSegProcessor(ProcessorMixin):
         self.__dict__.pop("auto_map", None)
         return files
 
+    @classmethod
+    def get_processor_dict(
+        cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As `ProcessorMixin.get_processor_dict`; a folder without the processor's own file is refused.
+
+        Raises:
+            OSError: such a folder, whose other files do not tell templates, windows and the like.
+        """
+        fields, kwargs = super().get_processor_dict(pretrained_model_name_or_path, **kwargs)
+        if "processor_class" not in fields:
+            raise OSError(
+                f"{pretrained_model_name_or_path} has no processor_config.json with a processor_class, expected what "
+                "save_pretrained of a processor or pipeline writes; of a tokenizer and an image processor make one by "
+                "PGSegProcessor(image_processor, tokenizer)."
+            )
+        return fields, kwargs
+
     def get_class_embeddings(
         self,
         model: PreTrainedModel,
