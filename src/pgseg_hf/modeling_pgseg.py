@@ -51,7 +51,14 @@ from .objective import (
     normalized,
 )
 from .prototypes import PrototypeEstimate, estimate_prototypes, updated_prototypes
-from .token_ids import different_texts, find_words, up_to_ends
+from .token_ids import (
+    different_texts,
+    find_words,
+    padded_on_the_right,
+    rotated,
+    starts_of_texts,
+    up_to_ends,
+)
 
 if TYPE_CHECKING:
     # Never run: what a file imports is saved beside the weights, and there `custom_pipelines` names this class.
@@ -265,8 +272,9 @@ def _name_unused(kwargs: dict[str, Any]) -> None:
             "output_segmentation is True, an argument of GroupViT; segment_logits and grouping are always returned "
             "here, and processor.post_process_semantic_segmentation(outputs, target_sizes) makes label maps of them."
         )
-    if kwargs and not torch.compiler.is_compiling():
-        logger.warning_once(f"not used: {', '.join(sorted(kwargs))}; see the arguments of forward.")
+    unused = sorted(name for name, value in kwargs.items() if value is not None and value is not False)
+    if unused and not torch.compiler.is_compiling():
+        logger.warning_once(f"not used: {', '.join(unused)}; see the arguments of forward.")
 
 
 class PGSegVisionModel(PGSegPreTrainedModel):
@@ -418,6 +426,29 @@ class PGSegTextModel(CLIPTextModel):
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
         # As in `PGSegPreTrainedModel`.
         super()._initialize_weights(module)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPooling:
+        """As CLIP's, on whichever side texts [N, T] are padded: without `position_ids` each is encoded as if its
+        padding were on the right, where attentions have it too."""
+        kwargs["return_dict"] = True
+        starts_N = None
+        if input_ids is not None and position_ids is None:
+            starts_N = starts_of_texts(input_ids, attention_mask, self.config)
+        if starts_N is None:
+            return super().forward(input_ids, attention_mask, position_ids, **kwargs)
+        mask = None if attention_mask is None else rotated(attention_mask, starts_N)
+        outputs = super().forward(rotated(input_ids, starts_N), mask, **kwargs)
+        outputs.last_hidden_state = rotated(outputs.last_hidden_state, -starts_N)
+        if outputs.hidden_states is not None:
+            outputs.hidden_states = tuple(rotated(hidden, -starts_N) for hidden in outputs.hidden_states)
+        return outputs
 
 
 class PGSegTextModelWithProjection(PGSegPreTrainedModel):
@@ -774,6 +805,10 @@ class PGSegModel(PGSegPreTrainedModel):
         self, input_ids: Tensor, attention_mask: Tensor | None, for_losses: bool, **kwargs: Any
     ) -> tuple[BaseModelOutputWithPooling, TextFeatures | None]:
         """The text tower's output, `pooler_output` [N, D] projected, and what the losses need of it."""
+        if for_losses:
+            input_ids, attention_mask = padded_on_the_right(
+                input_ids, attention_mask, self.config.text_config
+            )
         # A batch's tags are a few words, many times; with dropout no two of them are equal.
         config = self.config.text_config
         asked = {name: kwargs.get(name) for name in ("output_attentions", "output_hidden_states")}

@@ -105,6 +105,9 @@ class PGSegProcessor(ProcessorMixin):
         templates = kwargs.pop("templates", None)
         self._check_inputs(images, text, labels, tags, templates)
         templates = self.templates if templates is None else validate_templates(templates)
+        # On the right whatever the tokenizer's own setting, which would take precedence over `text_kwargs`.
+        if "padding_side" not in kwargs.get("text_kwargs", {}):
+            kwargs.setdefault("padding_side", "right")
         merged_kwargs = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
         text_kwargs = merged_kwargs["text_kwargs"]
         return_tensors = text_kwargs.pop("return_tensors", None)
@@ -246,7 +249,7 @@ class PGSegProcessor(ProcessorMixin):
         templates = self.templates if templates is None else validate_templates(templates)
         prompts = build_prompts(labels, templates)
         rows = self._token_rows([prompt for of_label in prompts for prompt in of_label])
-        padding = (self.tokenizer.padding_side, self.tokenizer.pad_token_id)
+        padding = (self.tokenizer.pad_token_id,)
         count = len(templates)
         keys = [(padding, *rows[n : n + count]) for n in range(0, len(rows), count)]
 
@@ -280,7 +283,7 @@ class PGSegProcessor(ProcessorMixin):
         padding = {
             name: self.text_kwargs[name] for name in ("padding", "max_length") if name in self.text_kwargs
         }
-        padded = self.tokenizer.pad(lists, return_tensors="pt", **padding)
+        padded = self.tokenizer.pad(lists, return_tensors="pt", padding_side="right", **padding)
         return padded["input_ids"], padded["attention_mask"]
 
     def post_process_semantic_segmentation(
