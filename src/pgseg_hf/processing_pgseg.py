@@ -10,9 +10,12 @@ from transformers import PreTrainedModel
 from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import ImageInput
 from transformers.processing_utils import ProcessorMixin, TextKwargs
+from transformers.utils import logging
 
 from .prompts import SEGMENTATION_TEMPLATES, build_prompts, validate_labels, validate_templates
 from .scoring import TOP_K, WindowScores, best_labels, group_map, group_scores, merge_windows, patch_scores
+
+logger = logging.get_logger(__name__)
 
 _MAX_CACHED_LABELS = 20_000
 _WeightSignature = tuple[tuple[Any, ...], ...]
@@ -356,6 +359,11 @@ class PGSegProcessor(ProcessorMixin):
             raise ValueError(
                 f"patch_weight is {patch_weight}, but the outputs have no patch_logits, which models with "
                 "contrastive_pooling='patches' return without return_loss; expected 0"
+            )
+        if background_threshold is not None and outputs.segment_logits.shape[-1] == 1:
+            logger.warning_once(
+                f"background_threshold is {background_threshold} for outputs of a single label, which covers the whole "
+                "image as nothing else is compared with it; Segmenter and the pipeline compare it with other words."
             )
         if target_sizes is not None and len(target_sizes) != batch:
             raise ValueError(f"target_sizes are for {len(target_sizes)} images, the outputs for {batch}")
