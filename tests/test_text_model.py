@@ -1,5 +1,7 @@
 """The text tower with its projection: the same numbers as in a whole model, loading and saving."""
 
+import copy
+
 import pytest
 import torch
 from tiny_models import (
@@ -14,7 +16,13 @@ from tiny_models import (
 )
 from transformers import AutoModelForTextEncoding
 
-from pgseg_hf import PGSegModel, PGSegTextModelWithProjection
+from pgseg_hf import (
+    PGSegModel,
+    PGSegProcessor,
+    PGSegTextModelWithProjection,
+    default_tokenizer,
+    load_segmenter,
+)
 
 
 @VARIANTS
@@ -101,3 +109,49 @@ def test_losses_are_those_of_texts_padded_on_the_right(variant):
         output.loss.backward()
         losses.append((output.loss, output.text_prototype_loss, model.text_projection[0].weight.grad))
     torch.testing.assert_close(*losses, rtol=0, atol=0)
+
+
+@VARIANTS
+def test_tokens_can_be_added_to_the_joint_model(tmp_path, variant):
+    model = tiny_model(npr_variant=variant)
+    inputs = inputs_of()
+    with torch.no_grad():
+        expected = model(**inputs).logits_per_image
+    size = model.config.text_config.vocab_size
+    embeddings = model.resize_token_embeddings(size + 1, pad_to_multiple_of=8)
+    assert embeddings is model.get_input_embeddings() is model.text_model.get_input_embeddings()
+    assert embeddings.num_embeddings == model.config.text_config.vocab_size == 56 > size
+    inputs["input_ids"][0, 1] = size
+    model.save_pretrained(tmp_path)
+    loaded = PGSegModel.from_pretrained(tmp_path)
+    assert_same_tensors(loaded, model)
+    for each in (model, loaded):
+        with torch.no_grad():
+            logits = each.eval()(**inputs).logits_per_image
+        torch.testing.assert_close(logits[:, 1:], expected[:, 1:])
+        assert (logits[:, 0] - expected[:, 0]).abs().max() > 1e-3
+
+
+def test_a_frozen_text_tower_stays_frozen_with_more_tokens():
+    model = tiny_model(freeze_text=True).train()
+    model.resize_token_embeddings(60)
+    assert not model.get_input_embeddings().weight.requires_grad
+
+
+def test_a_segmenter_with_a_word_of_its_own(tiny_segmenter, tmp_path, photo):
+    model = copy.deepcopy(tiny_segmenter.model)
+    processor = PGSegProcessor(tiny_segmenter.processor.image_processor, default_tokenizer())
+    processor.tokenizer.add_tokens(["<stoat>"])
+    processor.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="resize_token_embeddings was not called"):
+        load_segmenter(str(tmp_path))
+    model.resize_token_embeddings(len(processor.tokenizer), pad_to_multiple_of=64)
+    model.save_pretrained(tmp_path)
+    segmenter = load_segmenter(str(tmp_path))
+    embeds = segmenter.class_embeddings(["<stoat>", "stoat"])
+    assert torch.equal(embeds, processor.get_class_embeddings(model, ["<stoat>", "stoat"]))
+    assert not torch.equal(embeds[0], embeds[1])
+    default_tokenizer(merges=100).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="the end token is 613, for a model of"):
+        load_segmenter(str(tmp_path))

@@ -59,6 +59,7 @@ from .token_ids import (
     starts_of_texts,
     up_to_ends,
 )
+from .weights import what_is_wrong_with
 
 if TYPE_CHECKING:
     # Never run: what a file imports is saved beside the weights, and there `custom_pipelines` names this class.
@@ -171,6 +172,23 @@ class PGSegPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As ever; of a folder that cannot be read the likely reason is named.
+
+        Raises:
+            OSError: such a folder: with a pointer of git-lfs or a web page for a file, a download that was cut off.
+        """
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        except Exception as error:
+            reason = (
+                what_is_wrong_with(pretrained_model_name_or_path) if pretrained_model_name_or_path else None
+            )
+            if reason is None:
+                raise
+            raise OSError(reason) from error
 
     def set_attn_implementation(self, attn_implementation: Any, allow_all_kernels: bool = False) -> None:
         """As ever, but a backbone that cannot attend like this goes on as it did."""
@@ -519,6 +537,13 @@ class PGSegModel(PGSegPreTrainedModel):
             self._init_text_prototypes()
             self._keep_in_fp32_modules_strict = [self._text_prototype_name]
         self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Those of the text tower's tokens."""
+        return self.text_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.text_model.set_input_embeddings(value)
 
     def train(self, mode: bool = True) -> "PGSegModel":
         """As ever, but a frozen text tower stays in evaluation mode and without gradient, after loading too."""

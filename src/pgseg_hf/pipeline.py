@@ -13,6 +13,7 @@ from transformers.utils import logging
 from .configuration_pgseg import PIPELINE_TASK, PGSegConfig
 from .images import load_image
 from .segmentation import Segmentation, SegmentationOptions, Segmenter
+from .weights import refuse_bad_weights
 
 logger = logging.get_logger(__name__)
 
@@ -36,7 +37,7 @@ class OpenVocabularySegmentationPipeline(Pipeline):
             [`SegmentationOptions`] given here hold for all calls that do not give their own.
 
     Raises:
-        ValueError: a model that is none of PGSeg, no processor, or options that make no sense.
+        ValueError: a model that is none of PGSeg or has NaN for weights, no processor, or options that make no sense.
     """
 
     _load_processor = True
@@ -58,6 +59,8 @@ class OpenVocabularySegmentationPipeline(Pipeline):
             raise ValueError(
                 f"the pipeline is for whole PGSeg models, got {type(self.model).__name__} of model_type {model_type!r}."
             )
+
+        refuse_bad_weights(self.model, self.model.config._name_or_path or type(self.model).__name__)
 
     def __call__(self, images: Any, labels: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """Segments one image or several.

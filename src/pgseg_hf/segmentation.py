@@ -328,7 +328,7 @@ class Segmenter:
                 if others is not None:
                     other_logits = self.model.get_patch_logits(features, others)[0]
                     scores.patch_known = chance_of_labels(patch_logits, other_logits, 0)
-            if is_alone:
+            if is_alone and scores.known is not None:
                 # Among the labels its share would be 1 everywhere.
                 scores.scores = scores.known[:, None]
                 scores.patch_scores = None if scores.patch_known is None else scores.patch_known[None]
