@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -89,8 +90,7 @@ def export_onnx(model: PGSegModel, output: str | os.PathLike) -> Path:
             ("image_encoder", export_image_encoder(model), ["image_embeds", "segment_embeds", "grouping"]),
             ("text_encoder", export_text_encoder(model), ["text_embeds"]),
         ):
-            onnx_program = torch.onnx.export(program, dynamo=True, output_names=outputs, verbose=False)
-            assert onnx_program is not None
+            onnx_program: Any = torch.onnx.export(program, dynamo=True, output_names=outputs, verbose=False)
             for value in (*onnx_program.model.graph.inputs, *onnx_program.model.graph.outputs):
                 axes = ONNX_AXES[value.name]
                 value.shape = type(value.shape)(axes.get(axis, size) for axis, size in enumerate(value.shape))
