@@ -22,9 +22,9 @@ from views import (
     colours_of,
     group_views,
     mask_file,
+    notes,
     prototype_views,
     report,
-    size_note,
     table,
 )
 
@@ -162,6 +162,7 @@ class Handlers:
         count = len(study.encoded.windows)
         seen_before = asked.study is not None and asked.study.encoded is study.encoded
         number = int(_number("window", asked.number)) if seen_before else count // 2 + 1
+        said = notes(study, limit)
         explained = json.dumps(report(result, study, limit), indent=1, ensure_ascii=False)
         return (
             self._masks(upload, result),
@@ -175,7 +176,7 @@ class Handlers:
             *group_views(upload.image, study, limit, number - 1),
             gr.Slider(maximum=max(2, count), value=number, visible=count > 1),
             *both,
-            gr.Markdown(size_note(study), visible=bool(size_note(study))),
+            gr.Markdown("\n\n".join(said), visible=bool(said)),
             study,
             other_study,
         )

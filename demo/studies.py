@@ -96,6 +96,7 @@ class Study:
         labels: N labels.
         class_embeds: [N, D], these in the joint space.
         scored: scores without a background.
+        remarks: on labels that are far from all that the model learned.
         prototypes: of each stage, once they were looked at.
     """
 
@@ -106,6 +107,7 @@ class Study:
     labels: tuple[str, ...]
     class_embeds: torch.Tensor = field(repr=False)
     scored: ScoredImage = field(repr=False)
+    remarks: tuple[str, ...] = ()
     prototypes: tuple[Prototypes, ...] | None = field(default=None, repr=False)
 
     @property
@@ -205,6 +207,7 @@ def _study(
         labels=tuple(labels),
         class_embeds=class_embeds.cpu(),
         scored=_moved(scored, "cpu"),
+        remarks=tuple(segmenter.remarks_on_far_labels(labels, class_embeds, options)),
         prototypes=None if before is None else before.prototypes,
     )
 

@@ -10,6 +10,7 @@ from PIL import Image
 from studies import Prototypes, Study
 
 from pgseg_hf import Segmentation
+from pgseg_hf.segmentation import remarks_on_one_label
 from pgseg_hf.visualization import draw_groups, heat_map, indexed_png, palette
 
 SHOWN_SIDE = 1024  # pixels of the longest side on the page; files have the picture's own size
@@ -57,14 +58,15 @@ def mask_file(result: Segmentation) -> bytes:
     return buffer.getvalue()
 
 
-def size_note(study: Study) -> str:
-    """What to say where masks have less detail than the picture; nothing where they have as much."""
-    if study.made_at == study.scored.size:
-        return ""
-    return (
-        f"The picture is large for as many labels: their borders were drawn on {study.made_at[1]:,} x "
-        f"{study.made_at[0]:,} pixels and enlarged."
-    )
+def notes(study: Study, threshold: float | None) -> list[str]:
+    """What to say of masks that mean less than they look like, or have less detail than the picture."""
+    said = [*remarks_on_one_label(study.labels, threshold), *study.remarks]
+    if study.made_at != study.scored.size:
+        said.append(
+            f"The picture is large for as many labels: their borders were drawn on {study.made_at[1]:,} x "
+            f"{study.made_at[0]:,} pixels and enlarged."
+        )
+    return said
 
 
 def report(result: Segmentation, study: Study, threshold: float | None) -> dict[str, Any]:
@@ -74,6 +76,7 @@ def report(result: Segmentation, study: Study, threshold: float | None) -> dict[
     return {
         "width": width,
         "height": height,
+        "notes": notes(study, threshold),
         "made_at": {"width": study.made_at[1], "height": study.made_at[0]},
         "model": study.choices.model,
         "options": {

@@ -13,6 +13,7 @@ from huggingface_hub.errors import StrictDataclassError
 from tiny_backbones import ANY_BACKBONE, BACKBONES, backbone_fields, tiny_backbone_model
 from tiny_models import (
     VARIANTS,
+    WITHOUT_THE_PACKAGE,
     assert_same_tensors,
     tiny_config,
     tiny_images,
@@ -438,15 +439,9 @@ def test_a_configuration_object_is_taken_as_it_is():
     assert backbone_of(model).config.to_dict() == backbone.to_dict()
 
 
-_WITHOUT_THE_PACKAGE = """
-import sys
-
-class Absent:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "pgseg_hf":
-            raise ModuleNotFoundError("pgseg_hf is not installed here", name=name)
-
-sys.meta_path.insert(0, Absent())
+_USE_SAVED_CODE = (
+    WITHOUT_THE_PACKAGE
+    + """
 import torch
 from transformers import AutoConfig, AutoModel
 
@@ -470,6 +465,7 @@ with torch.no_grad():
     assert torch.equal(again(**inputs).logits_per_image, output.logits_per_image)
 torch.save(output.logits_per_image, f"{folder}/logits.pt")
 """
+)
 
 
 @pytest.mark.slow
@@ -481,9 +477,7 @@ def test_saved_code_works_where_the_package_is_not_installed(tmp_path, monkeypat
     torch.save(inputs_of(), folder / "inputs.pt")
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    run = subprocess.run(
-        [sys.executable, "-c", _WITHOUT_THE_PACKAGE, str(folder)], capture_output=True, text=True
-    )
+    run = subprocess.run([sys.executable, "-c", _USE_SAVED_CODE, str(folder)], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     with torch.no_grad():
         assert torch.equal(torch.load(folder / "logits.pt"), model(**inputs_of()).logits_per_image)

@@ -38,6 +38,15 @@ def test_export_leaves_the_released_text_prototypes_alone():
     assert torch.equal(model.released_text_prototypes, before)
 
 
+def test_export_leaves_a_model_in_training_as_it_was():
+    model = tiny_model(freeze_text=True).train()
+    model.visual_projection[1].eval()
+    modes = [module.training for module in model.modules()]
+    export_image_encoder(model)
+    export_text_encoder(model)
+    assert [module.training for module in model.modules()] == modes
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", ["released", "corrected"])
 def test_onnx_files_equal_the_model_in_onnxruntime(variant, tmp_path):
@@ -48,6 +57,17 @@ def test_onnx_files_equal_the_model_in_onnxruntime(variant, tmp_path):
     image, text = (
         onnxruntime.InferenceSession(folder / f"{name}_encoder.onnx") for name in ("image", "text")
     )
+    assert [axis.shape for axis in (*image.get_inputs(), *image.get_outputs())] == [
+        ["batch", 3, "height", "width"],
+        ["batch", 8],
+        ["batch", 4, 8],
+        ["batch", 4, "patch_rows", "patch_columns"],
+    ]
+    assert [axis.shape for axis in (*text.get_inputs(), *text.get_outputs())] == [
+        ["texts", CONTEXT],
+        ["texts", CONTEXT],
+        ["texts", 8],
+    ]
     for shape in SIZES:
         pixels = torch.randn(shape[0], 3, *shape[1:])
         with torch.no_grad():

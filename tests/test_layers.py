@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from tiny_backbones import tiny_backbone_model
 from tiny_models import (
     inputs_of,
     tiny_config,
@@ -16,8 +17,8 @@ from torch import nn
 from pgseg_hf.configuration_pgseg import NPR_VARIANTS
 from pgseg_hf.layers import (
     PGSegDropPath,
-    PGSegLinear,
     PGSegMLP,
+    apply_linear,
     attention_in_parts,
 )
 from pgseg_hf.modeling_pgseg import PGSegVisionModel
@@ -118,24 +119,61 @@ def test_attention_in_parts_equals_attention(monkeypatch):
 @pytest.mark.parametrize("gelu", [False, True])
 def test_linear_layers_give_the_same_without_gradient(dtype, tolerance, gelu):
     torch.manual_seed(0)
-    layer = PGSegLinear(24, 40).to(dtype).eval()
+    layer = nn.Linear(24, 40).to(dtype).eval()
     for x in (torch.randn(2, 5, 24), torch.randn(24, 7).T, torch.randn(0, 24), torch.randn(24)):
         x = x.to(dtype)
-        with_gradient = layer(x, gelu=gelu)
+        with_gradient = apply_linear(layer, x, gelu=gelu)
         assert with_gradient.requires_grad
         with torch.no_grad():
-            torch.testing.assert_close(layer(x, gelu=gelu), with_gradient, rtol=0, atol=tolerance)
+            torch.testing.assert_close(
+                apply_linear(layer, x, gelu=gelu), with_gradient, rtol=0, atol=tolerance
+            )
             expected = nn.functional.linear(x.float(), layer.weight.float(), layer.bias.float())
             expected = nn.functional.gelu(expected) if gelu else expected
-            torch.testing.assert_close(layer(x, gelu=gelu).float(), expected, rtol=0, atol=2 * tolerance)
+            torch.testing.assert_close(
+                apply_linear(layer, x, gelu=gelu).float(), expected, rtol=0, atol=2 * tolerance
+            )
 
 
 def test_linear_layers_in_training_are_bit_for_bit_the_same_without_gradient():
     torch.manual_seed(0)
-    layer, x = PGSegLinear(24, 40), torch.randn(7, 24)
+    layer, x = nn.Linear(24, 40), torch.randn(7, 24)
     with torch.no_grad():
-        without_gradient = layer(x, gelu=True)
-    assert torch.equal(layer(x, gelu=True), without_gradient)
+        without_gradient = apply_linear(layer, x, gelu=True)
+    assert torch.equal(apply_linear(layer, x, gelu=True), without_gradient)
+
+
+def test_hooks_of_linear_layers_are_called():
+    layer, x, calls = nn.Linear(4, 3).eval(), torch.ones(2, 4), []
+    handles = [
+        layer.register_forward_hook(lambda *of: calls.append("after")),
+        layer.register_forward_pre_hook(lambda *of: calls.append("before")),
+    ]
+    with torch.no_grad():
+        expected = apply_linear(layer, x)
+        assert calls == ["before", "after"]
+        for handle in handles:
+            handle.remove()
+        layer.forward = lambda x: calls.append("instead") or expected  # as accelerate does where it offloads
+        assert apply_linear(layer, x) is expected and calls[-1] == "instead"
+
+
+@pytest.mark.parametrize("kind", ["none", "released", "corrected", "backbone"])
+def test_quantisation_finds_every_linear_layer(kind):
+    model = tiny_backbone_model() if kind == "backbone" else tiny_model(npr_variant=kind)
+    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    assert {type(module) for module in linears} == {nn.Linear}
+    assert model.get_input_embeddings().num_embeddings == model.config.text_config.vocab_size
+    quantised = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+    found = [
+        module for module in quantised.modules() if isinstance(module, torch.ao.nn.quantized.dynamic.Linear)
+    ]
+    assert len(found) == len(linears) > 30
+    with torch.no_grad():
+        logits = quantised(**inputs_of()).logits_per_image
+        expected = model(**inputs_of()).logits_per_image
+    correlation = torch.corrcoef(torch.stack([logits.flatten(), expected.flatten()]))[0, 1]
+    assert correlation > 0.8 and not torch.equal(logits, expected)
 
 
 def test_a_changed_layer_of_an_mlp_is_called_as_every_module():

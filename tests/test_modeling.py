@@ -1,5 +1,6 @@
 """The models: sizes, texts, loading and saving, learning."""
 
+import logging
 import math
 
 import pytest
@@ -365,3 +366,16 @@ def test_single_shared_text_gives_prototypes_of_its_words():
     torch.testing.assert_close(
         model(**inputs, text_targets=identity, return_loss=True).text_prototype_loss, by_captions
     )
+
+
+def test_arguments_that_are_not_used_are_named(caplog, monkeypatch):
+    model = tiny_model()
+    with pytest.raises(ValueError, match=r"output_segmentation is True.*post_process_semantic_segmentation"):
+        model(**inputs_of(), output_segmentation=True)
+    model(**inputs_of(), output_segmentation=False)
+    monkeypatch.setattr(logging.getLogger("pgseg_hf"), "propagate", True)
+    with caplog.at_level(logging.WARNING):
+        model(**inputs_of())
+        assert not caplog.records
+        model(**inputs_of(), return_los=True)
+    assert "not used: return_los" in caplog.text

@@ -398,3 +398,24 @@ def test_processor_can_be_copied_and_pickled_after_use(processor, images):
     for other in (copy.deepcopy(processor), pickle.loads(pickle.dumps(processor))):
         inputs = other(images=images, labels=["cat"], return_tensors="pt")
         assert all(torch.equal(inputs[key], expected[key]) for key in expected)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_texts_are_padded_on_the_right_whatever_the_tokenizer_says(tiny_segmenter, side):
+    labels = ["cat", "a very long-haired dog"]
+    asked = tiny_segmenter.processor(labels=labels, tags=[["sky"], ["sky", "wood"]])
+    expected = tiny_segmenter.processor.get_class_embeddings(tiny_segmenter.model, labels)
+    assert (expected[0] - expected[1]).abs().max() > 1e-3
+    tokenizer = default_tokenizer()
+    tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = side
+    processor = PGSegProcessor(tiny_segmenter.processor.image_processor, tokenizer)
+    found = processor(labels=labels, tags=[["sky"], ["sky", "wood"]])
+    for name, rows in asked.items():
+        assert found[name] == rows
+    assert torch.equal(processor.get_class_embeddings(tiny_segmenter.model, labels), expected)
+    # Who asks for it gets it, and the model the same text.
+    left = processor(labels=labels, padding_side="left", return_tensors="pt")
+    assert left["attention_mask"][0, 0] == 0
+    with torch.no_grad():
+        embeds = tiny_segmenter.model.get_text_features(**left).pooler_output
+    torch.testing.assert_close(torch.nn.functional.normalize(embeds, dim=-1), expected)

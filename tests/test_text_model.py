@@ -1,11 +1,28 @@
 """The text tower with its projection: the same numbers as in a whole model, loading and saving."""
 
+import copy
+
 import pytest
 import torch
-from tiny_models import VARIANTS, assert_same_tensors, tiny_config, tiny_model, tiny_texts
+from tiny_models import (
+    BOS,
+    EOS,
+    VARIANTS,
+    assert_same_tensors,
+    inputs_of,
+    tiny_config,
+    tiny_model,
+    tiny_texts,
+)
 from transformers import AutoModelForTextEncoding
 
-from pgseg_hf import PGSegModel, PGSegTextModelWithProjection
+from pgseg_hf import (
+    PGSegModel,
+    PGSegProcessor,
+    PGSegTextModelWithProjection,
+    default_tokenizer,
+    load_segmenter,
+)
 
 
 @VARIANTS
@@ -51,3 +68,90 @@ def test_whole_model_takes_its_tensors(tmp_path):
 def test_wrong_shape_is_refused():
     with pytest.raises(ValueError, match=r"input_ids has shape \[12\], expected"):
         PGSegTextModelWithProjection(tiny_config())(tiny_texts(1)[0])
+
+
+def padded_both_ways(words=(1, 3, 5, 7)):
+    """Texts and masks padded with the end token, on the right and on the left."""
+    ids = tiny_texts(len(words), words=list(words))
+    mask = ((ids == EOS).cumsum(1) <= 1).long()
+    padding = [len(row) - int(row.sum()) for row in mask]
+    to_left = [torch.stack([row.roll(by) for row, by in zip(part, padding)]) for part in (ids, mask)]
+    assert to_left[0][0, 0] == EOS and to_left[0][0, -1] == EOS and (to_left[0][0] == BOS).sum() == 1
+    return (ids, mask), to_left
+
+
+@VARIANTS
+@pytest.mark.parametrize("with_mask", [True, False])
+@torch.no_grad()
+def test_texts_are_pooled_at_their_ends_on_whichever_side_they_are_padded(variant, with_mask):
+    model = tiny_model(npr_variant=variant)
+    (ids, mask), (left_ids, left_mask) = padded_both_ways()
+    masks = (mask, left_mask) if with_mask else (None, None)
+    expected = model.get_text_features(ids, masks[0])
+    assert expected.pooler_output.std(0).min() > 1e-3
+    found = model.get_text_features(left_ids, masks[1], output_hidden_states=True)
+    assert torch.equal(found.pooler_output, expected.pooler_output)
+    for row, of_row in enumerate(mask):
+        length = int(of_row.sum())
+        own = expected.last_hidden_state[row, :length]
+        assert torch.equal(found.last_hidden_state[row, -length:], own)
+        assert torch.equal(found.hidden_states[0][row, -1], found.hidden_states[0][row].roll(1, 0)[0])
+
+
+@pytest.mark.parametrize("variant", ["none", "corrected"])
+def test_losses_are_those_of_texts_padded_on_the_right(variant):
+    losses = []
+    for ids, mask in padded_both_ways((2, 4, 6)):
+        model = tiny_model(npr_variant=variant)
+        labels = {"label_input_ids": ids[:, None], "label_attention_mask": mask[:, None]}
+        inputs = inputs_of(input_ids=ids, attention_mask=mask) | labels
+        output = model(**inputs, return_loss=True)
+        output.loss.backward()
+        losses.append((output.loss, output.text_prototype_loss, model.text_projection[0].weight.grad))
+    torch.testing.assert_close(*losses, rtol=0, atol=0)
+
+
+@VARIANTS
+def test_tokens_can_be_added_to_the_joint_model(tmp_path, variant):
+    model = tiny_model(npr_variant=variant)
+    inputs = inputs_of()
+    with torch.no_grad():
+        expected = model(**inputs).logits_per_image
+    size = model.config.text_config.vocab_size
+    embeddings = model.resize_token_embeddings(size + 1, pad_to_multiple_of=8)
+    assert embeddings is model.get_input_embeddings() is model.text_model.get_input_embeddings()
+    assert embeddings.num_embeddings == model.config.text_config.vocab_size == 56 > size
+    inputs["input_ids"][0, 1] = size
+    model.save_pretrained(tmp_path)
+    loaded = PGSegModel.from_pretrained(tmp_path)
+    assert_same_tensors(loaded, model)
+    for each in (model, loaded):
+        with torch.no_grad():
+            logits = each.eval()(**inputs).logits_per_image
+        torch.testing.assert_close(logits[:, 1:], expected[:, 1:])
+        assert (logits[:, 0] - expected[:, 0]).abs().max() > 1e-3
+
+
+def test_a_frozen_text_tower_stays_frozen_with_more_tokens():
+    model = tiny_model(freeze_text=True).train()
+    model.resize_token_embeddings(60)
+    assert not model.get_input_embeddings().weight.requires_grad
+
+
+def test_a_segmenter_with_a_word_of_its_own(tiny_segmenter, tmp_path, photo):
+    model = copy.deepcopy(tiny_segmenter.model)
+    processor = PGSegProcessor(tiny_segmenter.processor.image_processor, default_tokenizer())
+    processor.tokenizer.add_tokens(["<stoat>"])
+    processor.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="resize_token_embeddings was not called"):
+        load_segmenter(str(tmp_path))
+    model.resize_token_embeddings(len(processor.tokenizer), pad_to_multiple_of=64)
+    model.save_pretrained(tmp_path)
+    segmenter = load_segmenter(str(tmp_path))
+    embeds = segmenter.class_embeddings(["<stoat>", "stoat"])
+    assert torch.equal(embeds, processor.get_class_embeddings(model, ["<stoat>", "stoat"]))
+    assert not torch.equal(embeds[0], embeds[1])
+    default_tokenizer(merges=100).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="the end token is 613, for a model of"):
+        load_segmenter(str(tmp_path))

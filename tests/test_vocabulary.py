@@ -1,11 +1,15 @@
 """A background by the words that a checkpoint knows."""
 
+import logging
+
 import numpy as np
 import pytest
 import torch
+from torch.nn.functional import normalize
 
 from pgseg_hf import PGSegProcessor, SegmentationOptions, Segmenter, segmentation
 from pgseg_hf.scoring import WindowScores, add_background, chance_of_labels
+from pgseg_hf.segmentation import NEUTRAL_WORDS
 
 WORDS = ["cat", "dog", "sky", "road", "tree"]
 
@@ -44,7 +48,7 @@ def different(monkeypatch):
     monkeypatch.setattr(segmentation, "SAME_MEANING", 2.0)
 
 
-def test_one_label_need_not_cover_the_image(knowing, tiny_segmenter, photo, different):
+def test_one_label_need_not_cover_the_image(knowing, photo, different):
     everywhere = knowing(photo, ["elephant"])
     assert set(np.unique(everywhere.label_map)) == {0}
     share = {}
@@ -53,9 +57,80 @@ def test_one_label_need_not_cover_the_image(knowing, tiny_segmenter, photo, diff
         share[threshold] = (found.label_map == 1).mean()
     assert share[0.0] == 1 and share[1.0] == 0
     assert share[0.0] >= share[0.2] >= share[1.0]
-    # Without a vocabulary the one label wins against nothing.
-    options = SegmentationOptions(background_threshold=1.0)
-    assert (tiny_segmenter(photo, ["elephant"], options).label_map == 1).any()
+
+
+def test_one_label_without_a_vocabulary_is_compared_with_a_neutral_word(tiny_segmenter, photo):
+    embeds = tiny_segmenter.class_embeddings(["elephant"])
+    neutral = normalize(tiny_segmenter.class_embeddings(NEUTRAL_WORDS).mean(0, keepdim=True), dim=-1)
+    torch.testing.assert_close(tiny_segmenter._other_words(embeds, SegmentationOptions()), neutral)
+    assert (
+        tiny_segmenter._other_words(tiny_segmenter.class_embeddings(["a", "b"]), SegmentationOptions())
+        is None
+    )
+    (encoded,) = tiny_segmenter.encode([photo])
+    scored = tiny_segmenter.score(encoded, embeds)
+    for window, features in zip(scored.windows, encoded.windows, strict=True):
+        logits = tiny_segmenter.model.get_logits(
+            tiny_segmenter._features(features), torch.cat([embeds, neutral])
+        )[1][0]
+        torch.testing.assert_close(window.scores, logits.softmax(1)[:, :1])
+    everywhere = tiny_segmenter(photo, ["elephant"])
+    assert set(np.unique(everywhere.label_map)) == {0} and everywhere.scores.max() < 1
+    middle = float(np.median(everywhere.scores))
+    for threshold, expected in ((0.0, 1), (middle, None), (1.0, 0)):
+        options = SegmentationOptions(background_threshold=threshold)
+        share = (tiny_segmenter(photo, ["elephant"], options).label_map == 1).mean()
+        assert share == expected if expected is not None else 0 < share < 1
+
+
+def test_one_label_that_covers_the_image_is_remarked_on(tiny_segmenter, photo, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("pgseg_hf"), "propagate", True)
+    with caplog.at_level(logging.WARNING):
+        tiny_segmenter(photo, ["stoat", "weasel"])
+        tiny_segmenter(photo, ["stoat"], SegmentationOptions(background_threshold=0.5))
+        assert not caplog.records
+        tiny_segmenter(photo, ["stoat"])
+        assert "'stoat' is the only label and there is no background threshold" in caplog.text
+        with torch.no_grad():
+            inputs = tiny_segmenter.processor(photo, labels=["stoat"], return_tensors="pt")
+            outputs = tiny_segmenter.model(**inputs)
+        tiny_segmenter.processor.post_process_semantic_segmentation(outputs, background_threshold=0.51)
+    assert "background_threshold is 0.51 for outputs of a single label" in caplog.text
+
+
+def test_labels_far_from_all_that_was_learned_are_remarked_on(knowing, monkeypatch, photo, caplog):
+    # Unit vectors in a plane by their angle: the words are 10 degrees apart, so that the median is cos(10).
+    angles = {word: 10.0 * place for place, word in enumerate(WORDS)}
+    angles |= {"feline": 5.0, "pagoda": 80.0, "Cat": 180.0}
+
+    def class_embeddings(labels, options=None):
+        rad = torch.tensor([angles[label] for label in labels]).deg2rad()
+        return torch.stack([rad.cos(), rad.sin()], dim=1)
+
+    monkeypatch.setattr(knowing, "class_embeddings", class_embeddings)
+
+    def remarks(*labels):
+        return knowing.remarks_on_far_labels(labels, class_embeddings(labels))
+
+    assert remarks("Cat", "dog") == [] and remarks("feline", "tree") == []
+    (remark,) = remarks("feline", "pagoda")
+    assert "'pagoda' is far from the 5 words" in remark and "'tree' is the nearest" in remark
+    monkeypatch.setattr(knowing, "score", lambda *args: (_ for _ in ()).throw(StopAsyncIteration))
+    monkeypatch.setattr(logging.getLogger("pgseg_hf"), "propagate", True)
+    with caplog.at_level(logging.WARNING), pytest.raises(StopAsyncIteration):
+        knowing(photo, ["pagoda", "dog"])
+    assert remark in caplog.text
+    monkeypatch.setattr(knowing.processor, "vocabulary", None)
+    assert remarks("feline", "pagoda") == []
+
+
+def test_the_shipped_checkpoint_knows_what_it_does_not_know(shipped_segmenter):
+    def remarks(*labels):
+        return shipped_segmenter.remarks_on_far_labels(labels, shipped_segmenter.class_embeddings(labels))
+
+    assert remarks("couch", "automobile", "kitten", "jeans", "tree") == []
+    for word in ("stromatolite", "photosynthesis", "asdfgh"):
+        assert len(remarks(word, "dog")) == 1, word
 
 
 def test_words_of_the_same_meaning_do_not_compete(knowing):

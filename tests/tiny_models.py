@@ -45,6 +45,18 @@ CLIP_TEXT = {
     "pad_token_id": 49_407,
 }
 
+# The start of a program that works as if the package were not installed.
+WITHOUT_THE_PACKAGE = """
+import sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "pgseg_hf":
+            raise ModuleNotFoundError("pgseg_hf is not installed here", name=name)
+
+sys.meta_path.insert(0, Absent())
+"""
+
 
 def tiny_config(
     text_config: dict | None = None, vision_config: dict | None = None, **kwargs: Any

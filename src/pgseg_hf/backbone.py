@@ -52,11 +52,17 @@ class PGSegBackboneFeatures(nn.Module):
         self.train(self.training)
 
     def train(self, mode: bool = True) -> "PGSegBackboneFeatures":
-        """As ever, but a frozen backbone stays in evaluation mode and without gradient, after loading too."""
+        """As ever, but a frozen backbone, by its configuration or as below an adapter, stays in evaluation mode and
+        without gradient, after loading too."""
         super().train(mode)
-        if self.is_frozen:
+        if self.is_frozen or not any(parameter.requires_grad for parameter in self.backbone.parameters()):
             self.backbone.eval().requires_grad_(False)
         return self
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        # Not the projection's, which may be quantised.
+        return next(self.norms.parameters()).dtype
 
     def features(self, pixel_values: Tensor) -> Tensor:
         """The chosen stages of images [B, 3, H, W] on the finest one's grid, joined and not normalised: [B, channels,
@@ -66,7 +72,7 @@ class PGSegBackboneFeatures(nn.Module):
     def maps(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
         """The chosen stages of images [B, 3, H, W], each on its own grid."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.is_frozen):
-            return self.backbone(pixel_values.to(self.projection.weight.dtype)).feature_maps
+            return self.backbone(pixel_values.to(self._dtype)).feature_maps
 
     def on_one_grid(self, maps: tuple[Tensor, ...]) -> Tensor:
         """Maps of the chosen stages on the finest one's grid, joined."""
@@ -82,7 +88,7 @@ class PGSegBackboneFeatures(nn.Module):
 
     def project(self, features: Tensor) -> Tensor:
         """Features of [`~PGSegBackboneFeatures.features`], of any float type, to patches [B, C, h, w]."""
-        parts = features.to(self.projection.weight.dtype).permute(0, 2, 3, 1).split(self.channels, dim=-1)
+        parts = features.to(self._dtype).permute(0, 2, 3, 1).split(self.channels, dim=-1)
         normed = torch.cat([norm(part) for norm, part in zip(self.norms, parts)], dim=-1)
         return self.projection(normed).permute(0, 3, 1, 2)
 

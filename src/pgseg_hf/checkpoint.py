@@ -9,6 +9,7 @@ import torch
 from .modeling_pgseg import PGSegModel
 from .processing_pgseg import PGSegProcessor
 from .segmentation import SegmentationOptions, Segmenter
+from .weights import refuse_bad_weights
 
 # A `from_pretrained` name like any other: a folder inside the installed package.
 DEFAULT_CHECKPOINT = str(Path(__file__).parent / "checkpoints" / "pgseg-small-everyday")
@@ -70,9 +71,14 @@ def load_segmenter(
         raise ValueError(
             f"{name_or_path} is no whole PGSeg checkpoint, these tensors are missing: {missing}."
         )
-    if size is None or len(processor.tokenizer) < model.config.text_config.vocab_size:
+    text, tokenizer = model.config.text_config, processor.tokenizer
+    # 2 stands for the largest token, as in CLIP's first configurations. A vocabulary may have more rows than tokens.
+    has_end = text.eos_token_id in (2, tokenizer.eos_token_id)
+    if size is None or not has_end or len(tokenizer) > text.vocab_size:
         raise ValueError(
-            f"{name_or_path} has a tokenizer of {len(processor.tokenizer)} tokens for a model of "
-            f"{model.config.text_config.vocab_size}; files of the processor are missing."
+            f"{name_or_path} has a tokenizer of {len(tokenizer)} tokens, the end token is {tokenizer.eos_token_id}, "
+            f"for a model of {text.vocab_size} and {text.eos_token_id}; files of the processor are missing or "
+            "another's, or model.resize_token_embeddings was not called for new tokens."
         )
+    refuse_bad_weights(model, name_or_path)
     return Segmenter(model.to(device), processor, options)

@@ -83,7 +83,7 @@ def _add_segment(commands: argparse._SubParsersAction) -> None:
         "--background-threshold",
         type=float,
         metavar="T",
-        help="0 to 1: where no label scores T there is background",
+        help="0 to 1: where no label scores T there is background; without it a single label covers everything",
     )
     windows = parser.add_mutually_exclusive_group()
     windows.add_argument("--whole", action="store_true", help="the whole picture at once, no sliding window")

@@ -7,9 +7,14 @@ from huggingface_hub.dataclasses import strict
 from transformers import CONFIG_MAPPING, AutoConfig, CLIPTextConfig, PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import SubConfigSpec
+from transformers.pipelines import PIPELINE_REGISTRY
 
 # Registers the backbone, for configurations that name it.
 from .efficientnet_lite import EfficientNetLiteConfig
+
+# What `pipeline` knows the task by, and what the Hub's list of tasks, and so a card, calls it.
+PIPELINE_TASK = "open-vocabulary-segmentation"
+HUB_TASK = "image-segmentation"
 
 NPR_VARIANTS = ("none", "released", "corrected")
 PROTOTYPE_MATCHINGS = ("hungarian", "order")
@@ -30,6 +35,27 @@ def _require_known_activation(name: str, value: str) -> None:
 
 def _require_range(name: str, value: float, low: float, high: float) -> None:
     _require(low <= value <= high, f"{name} is {value}, expected a number from {low} to {high}.")
+
+
+class PipelineOfFolder(dict):
+    """`custom_pipelines` of a configuration: `pipeline(model=folder)` finds its task by it and, in the folder's code,
+    its class; the Hub's name of the task leads to it too. Where the package is imported its own class is registered,
+    and the folder's is not looked for."""
+
+    def __init__(self) -> None:
+        impl = "pipeline.OpenVocabularySegmentationPipeline"
+        super().__init__({PIPELINE_TASK: {"impl": impl, "pt": ["AutoModel"], "type": "multimodal"}})
+
+    def __contains__(self, task: object) -> bool:
+        is_registered = PIPELINE_TASK in PIPELINE_REGISTRY.supported_tasks
+        return task == HUB_TASK or (task == PIPELINE_TASK and not is_registered)
+
+    def __getitem__(self, task: str) -> dict[str, Any]:
+        # A copy, as transformers puts classes into it, which no JSON can hold.
+        return dict(super().__getitem__(PIPELINE_TASK))
+
+    def __reduce__(self) -> tuple:
+        return PipelineOfFolder, ()
 
 
 @strict
@@ -425,7 +451,7 @@ class PGSegConfig(PreTrainedConfig):
         npr_variant = kwargs.pop("npr_variant", None)
         if npr_variant is not None and not isinstance(self.vision_config, PGSegVisionConfig):
             self.vision_config = {**(self.vision_config or {}), "npr_variant": npr_variant}
-        super().__post_init__(**kwargs)
+        super().__post_init__(**kwargs | {"custom_pipelines": PipelineOfFolder()})
         if npr_variant is not None:
             self.npr_variant = npr_variant
         # What three seeds of examples/ablate_npr.py support, see examples/README.md.

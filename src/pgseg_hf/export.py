@@ -2,15 +2,28 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .files import folder_written_whole
 from .modeling_pgseg import PGSegModel
+from .weights import evaluation_mode
 
 # Pixels between neighbours of the coarsest stage of most backbones, which is computed even where it is not used.
 BACKBONE_STRIDE = 32
+
+# Names of the axes of any size; patches have a grid of their own.
+ONNX_AXES = {
+    "pixel_values": {0: "batch", 2: "height", 3: "width"},
+    "image_embeds": {0: "batch"},
+    "segment_embeds": {0: "batch"},
+    "grouping": {0: "batch", 2: "patch_rows", 3: "patch_columns"},
+    "input_ids": {0: "texts"},
+    "attention_mask": {0: "texts"},
+    "text_embeds": {0: "texts"},
+}
 
 
 class ImageEncoder(nn.Module):
@@ -50,8 +63,8 @@ def export_image_encoder(model: PGSegModel) -> torch.export.ExportedProgram:
     )
     sides = {2: torch.export.Dim("height", min=2 * unit), 3: torch.export.Dim("width", min=2 * unit)}
     shapes = {"pixel_values": {0: torch.export.Dim("batch", min=1), **sides}}
-    with torch.no_grad():
-        return torch.export.export(ImageEncoder(model.eval()), (example,), dynamic_shapes=shapes)
+    with torch.no_grad(), evaluation_mode(model):
+        return torch.export.export(ImageEncoder(model), (example,), dynamic_shapes=shapes)
 
 
 def export_text_encoder(model: PGSegModel) -> torch.export.ExportedProgram:
@@ -59,14 +72,13 @@ def export_text_encoder(model: PGSegModel) -> torch.export.ExportedProgram:
     text = model.config.text_config
     ids = torch.full((2, text.max_position_embeddings), text.eos_token_id, device=model.device)
     shapes = {name: {0: torch.export.Dim("texts", min=1)} for name in ("input_ids", "attention_mask")}
-    with torch.no_grad():
-        return torch.export.export(
-            TextEncoder(model.eval()), (ids, torch.ones_like(ids)), dynamic_shapes=shapes
-        )
+    with torch.no_grad(), evaluation_mode(model):
+        return torch.export.export(TextEncoder(model), (ids, torch.ones_like(ids)), dynamic_shapes=shapes)
 
 
 def export_onnx(model: PGSegModel, output: str | os.PathLike) -> Path:
-    """Writes `image_encoder.onnx` and `text_encoder.onnx` to a new folder, whole or not at all.
+    """Writes `image_encoder.onnx` and `text_encoder.onnx`, with the axes of `ONNX_AXES`, to a new folder, whole or not
+    at all.
 
     Needs the extra `export` (onnx, onnxscript).
 
@@ -78,7 +90,9 @@ def export_onnx(model: PGSegModel, output: str | os.PathLike) -> Path:
             ("image_encoder", export_image_encoder(model), ["image_embeds", "segment_embeds", "grouping"]),
             ("text_encoder", export_text_encoder(model), ["text_embeds"]),
         ):
-            onnx_program = torch.onnx.export(program, dynamo=True, output_names=outputs, verbose=False)
-            assert onnx_program is not None
+            onnx_program: Any = torch.onnx.export(program, dynamo=True, output_names=outputs, verbose=False)
+            for value in (*onnx_program.model.graph.inputs, *onnx_program.model.graph.outputs):
+                axes = ONNX_AXES[value.name]
+                value.shape = type(value.shape)(axes.get(axis, size) for axis, size in enumerate(value.shape))
             onnx_program.save(folder / f"{name}.onnx", external_data=False)
     return Path(output)

@@ -102,16 +102,29 @@ def _is_eager_cpu_inference(x: Tensor) -> bool:
     )
 
 
-class PGSegLinear(nn.Linear):
-    """Linear layer; in evaluation it is computed by [`linear_in_evaluation`], in training always in the same way, so
-    that a part that is computed again for the gradient comes out the same."""
+def apply_linear(layer: Any, x: Tensor, gelu: bool = False) -> Tensor:
+    """A linear layer with, if `gelu`, the exact GELU after it. In evaluation by [`linear_in_evaluation`], in training
+    always by itself, so that a part that is computed again for the gradient comes out the same; by itself too where it
+    is more than a plain layer: an adapter's, a quantised or an offloaded one, or one with hooks.
 
-    def forward(self, x: Tensor, gelu: bool = False) -> Tensor:
-        """`gelu` applies the exact GELU to the result."""
-        if not self.training:
-            return linear_in_evaluation(x, self.weight, self.bias, gelu)
-        x = super().forward(x)
-        return nn.functional.gelu(x) if gelu else x
+    No subclass, as tools that quantise take `nn.Linear` alone.
+    """
+    if not layer.training and not torch.compiler.is_compiling() and _is_plain(layer):
+        return linear_in_evaluation(x, layer.weight, layer.bias, gelu)
+    x = layer(x)
+    return nn.functional.gelu(x) if gelu else x
+
+
+def _is_plain(layer: Any) -> bool:
+    has_hooks = layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer)
+    return type(layer) is nn.Linear and not has_hooks
+
+
+def _as_convolution(layer: Any, x: Tensor) -> Tensor:
+    """A linear layer on [B, channels, L], as a convolution of width 1."""
+    if _is_plain(layer) and type(layer.weight) is nn.Parameter:
+        return nn.functional.conv1d(x, layer.weight[..., None], layer.bias)
+    return layer(x.transpose(1, 2)).transpose(1, 2)
 
 
 class PGSegAttention(nn.Module):
@@ -124,17 +137,17 @@ class PGSegAttention(nn.Module):
         self.scaling = self.head_dim**-0.5
         self.attention_dropout = config.attention_dropout
         self.is_causal = False
-        self.q_proj = PGSegLinear(config.hidden_size, config.hidden_size)
-        self.k_proj = PGSegLinear(config.hidden_size, config.hidden_size)
-        self.v_proj = PGSegLinear(config.hidden_size, config.hidden_size)
-        self.out_proj = PGSegLinear(config.hidden_size, config.hidden_size)
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.view(*x.shape[:-1], -1, self.head_dim).transpose(1, 2)
 
     def forward(self, queries: Tensor, context: Tensor) -> Tensor:
-        query = self._heads(self.q_proj(queries))
-        key, value = self._heads(self.k_proj(context)), self._heads(self.v_proj(context))
+        query = self._heads(apply_linear(self.q_proj, queries))
+        key, value = (self._heads(apply_linear(layer, context)) for layer in (self.k_proj, self.v_proj))
         implementation = self.config._attn_implementation
         inference = not self.training and not torch.is_grad_enabled()
         if inference and implementation == "eager" and self.config.npr_variant == "released":
@@ -150,7 +163,7 @@ class PGSegAttention(nn.Module):
             attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
             dropout = self.attention_dropout if self.training else 0.0
             out, _ = attend(self, query, key, value, None, scaling=self.scaling, dropout=dropout)
-        return self.out_proj(out.reshape(queries.shape))
+        return apply_linear(self.out_proj, out.reshape(queries.shape))
 
 
 class PGSegMLP(nn.Module):
@@ -160,26 +173,26 @@ class PGSegMLP(nn.Module):
         super().__init__()
         self.activation_fn = ACT2FN[config.hidden_act]
         self.fuses_gelu = config.hidden_act == "gelu"
-        self.fc1 = PGSegLinear(in_features, hidden_features)
-        self.fc2 = PGSegLinear(hidden_features, out_features)
+        self.fc1 = nn.Linear(in_features, hidden_features)
+        self.fc2 = nn.Linear(hidden_features, out_features)
 
     def forward(self, x: Tensor) -> Tensor:
         if self._forgets_activations():
             return checkpoint(
                 self._activate_and_project, self.fc1(x), use_reentrant=False, preserve_rng_state=False
             )
-        if self.fuses_gelu and type(self.fc1) is PGSegLinear:
-            return self.fc2(self.fc1(x, gelu=True))
-        return self._activate_and_project(self.fc1(x))
+        if self.fuses_gelu:
+            return apply_linear(self.fc2, apply_linear(self.fc1, x, gelu=True))
+        return self._activate_and_project(apply_linear(self.fc1, x))
 
     def _forgets_activations(self) -> bool:
         """Whether the activations, the largest tensors of a block, are made again for the gradient, which takes no
         product. Not with an adapter, which may have dropout, nor in a compiled graph, whose compiler decides."""
         learns = self.training and torch.is_grad_enabled()
-        return learns and type(self.fc2) is PGSegLinear and not torch.compiler.is_compiling()
+        return learns and type(self.fc2) is nn.Linear and not torch.compiler.is_compiling()
 
     def _activate_and_project(self, hidden: Tensor) -> Tensor:
-        return self.fc2(self.activation_fn(hidden))
+        return apply_linear(self.fc2, self.activation_fn(hidden))
 
 
 class PGSegMixerMLP(PGSegMLP):
@@ -244,11 +257,11 @@ class PGSegAssignAttention(nn.Module):
         self.pools = pools
         self.scaling = config.hidden_size**-0.5
         self.assign_eps = config.assign_eps
-        self.q_proj = PGSegLinear(config.hidden_size, config.hidden_size)
-        self.k_proj = PGSegLinear(config.hidden_size, config.hidden_size)
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
         if pools:
-            self.v_proj = PGSegLinear(config.hidden_size, config.hidden_size)
-            self.proj = PGSegLinear(config.hidden_size, config.hidden_size)
+            self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
+            self.proj = nn.Linear(config.hidden_size, config.hidden_size)
 
     def sample_noise(self, logits: Tensor) -> Tensor:
         """Standard Gumbel noise of the shape of the logits, in float32 or better: in 16 bits it would be cut off at 4.4
@@ -260,7 +273,9 @@ class PGSegAssignAttention(nn.Module):
 
     def forward(self, centers_BKC: Tensor, tokens_BLC: Tensor) -> tuple[Tensor | None, Tensor]:
         """Returns the groups' averaged tokens [B, K, C] and the logits of the soft assignment [B, K, L]."""
-        logits_BKL = self.q_proj(centers_BKC) @ self.k_proj(tokens_BLC).transpose(1, 2) * self.scaling
+        queries_BKC = apply_linear(self.q_proj, centers_BKC)
+        keys_BLC = apply_linear(self.k_proj, tokens_BLC)
+        logits_BKL = queries_BKC @ keys_BLC.transpose(1, 2) * self.scaling
         if not self.pools:
             return None, logits_BKL
         noisy_BKL = logits_BKL + self.sample_noise(logits_BKL) if self.training else logits_BKL
@@ -268,8 +283,8 @@ class PGSegAssignAttention(nn.Module):
         hard_BKL = torch.zeros_like(soft_BKL).scatter_(1, soft_BKL.argmax(dim=1, keepdim=True), 1.0)
         assignment_BKL = hard_BKL + (soft_BKL - soft_BKL.detach())
         weights_BKL = assignment_BKL / (assignment_BKL.sum(dim=-1, keepdim=True) + self.assign_eps)
-        values_BLC = self.v_proj(tokens_BLC)
-        return self.proj(weights_BKL.to(values_BLC.dtype) @ values_BLC), logits_BKL
+        values_BLC = apply_linear(self.v_proj, tokens_BLC)
+        return apply_linear(self.proj, weights_BKL.to(values_BLC.dtype) @ values_BLC), logits_BKL
 
 
 class PGSegGroupingBlock(nn.Module):
@@ -304,54 +319,56 @@ class PGSegGroupingBlock(nn.Module):
         return segments_BKC, centers_BKC, logits_BKL
 
 
-class PGSegProjectionLinear(PGSegLinear):
-    """Linear layer that can work as a convolution of width 1 on [B, channels, L]."""
-
-    def forward(self, x: Tensor, as_convolution: bool = False) -> Tensor:
-        if as_convolution:
-            return nn.functional.conv1d(x, self.weight[..., None], self.bias)
-        return super().forward(x)
-
-
 class PGSegProjection(nn.Sequential):
     """Linear, BatchNorm, ReLU, Linear over the last dimension of a tensor of any shape."""
 
     def __init__(self, in_features: int, hidden_features: int, out_features: int):
         super().__init__(
-            PGSegProjectionLinear(in_features, hidden_features),
+            nn.Linear(in_features, hidden_features),
             nn.BatchNorm1d(hidden_features),
             nn.ReLU(),
-            PGSegProjectionLinear(hidden_features, out_features),
+            nn.Linear(hidden_features, out_features),
         )
 
     def forward(self, x: Tensor, use_running_stats: bool = False) -> Tensor:
         """With `use_running_stats`, or for a single row, which has no statistics of its own, training too normalises by
         the running statistics and leaves them as they are."""
         shape = x.shape[:-1]
-        hidden = self[0](x.reshape(-1, x.shape[-1]))
+        hidden = apply_linear(self[0], x.reshape(-1, x.shape[-1]))
         if self.training and (use_running_stats or hidden.shape[0] == 1):
             norm: Any = self[1]
             # Copies, as the next forward changes the statistics in place before this one's backward.
             scale = norm.weight * torch.rsqrt(norm.running_var.clone() + norm.eps)
             hidden = (hidden - norm.running_mean.clone()) * scale + norm.bias
         else:
-            hidden = self[1](hidden)
-        return self[3](self[2](hidden)).reshape(*shape, self[3].out_features)
+            hidden = self._normalized(hidden)
+        hidden = apply_linear(self[3], self[2](hidden))
+        return hidden.reshape(*shape, hidden.shape[-1])
+
+    def _normalized(self, hidden: Tensor) -> Tensor:
+        """BatchNorm; frozen, in training too by its running statistics, which stay: below an adapter nothing is learned
+        that the adapter does not hold."""
+        norm: Any = self[1]
+        if not self.training or norm.weight.requires_grad:
+            return norm(hidden)
+        statistics = (norm.running_mean, norm.running_var, norm.weight, norm.bias)
+        return nn.functional.batch_norm(hidden, *statistics, training=False, eps=norm.eps)
 
     def of_mixtures(self, rows_BPC: Tensor, weights_BLP: Tensor) -> Tensor:
         """In evaluation the same of `weights_BLP @ rows_BPC`: the first layer and BatchNorm, affine together,
         take the P rows, and the mix comes after them."""
 
         def affine(rows: Tensor) -> Tensor:
-            return self[1](self[0](rows.flatten(0, -2))).unflatten(0, rows.shape[:-1])
+            return self[1](apply_linear(self[0], rows.flatten(0, -2))).unflatten(0, rows.shape[:-1])
 
         shift_H = affine(rows_BPC.new_zeros(1, rows_BPC.shape[-1]))[0]
-        return self[3](torch.baddbmm(shift_H, weights_BLP, affine(rows_BPC) - shift_H).relu_())
+        hidden = torch.baddbmm(shift_H, weights_BLP, affine(rows_BPC) - shift_H).relu_()
+        return apply_linear(self[3], hidden)
 
     def convolve(self, tokens_BLC: Tensor) -> Tensor:
         """The same on tokens, as the convolutions of width 1 of the released code, whose rounding this reproduces."""
-        hidden = self[2](self[1](self[0](tokens_BLC.transpose(1, 2), as_convolution=True)))
-        return self[3](hidden, as_convolution=True).transpose(1, 2)
+        hidden = self[2](self._normalized(_as_convolution(self[0], tokens_BLC.transpose(1, 2))))
+        return _as_convolution(self[3], hidden).transpose(1, 2)
 
 
 @torch.no_grad()
@@ -391,7 +408,9 @@ class PGSegStagePrototypes(nn.Module):
         return self.prototypes.clone() if self._moves() else self.prototypes
 
     def _moves(self) -> bool:
-        return self.training and torch.is_grad_enabled() and not self.released
+        # Frozen prototypes stay, as a frozen model's statistics do.
+        is_frozen = not self.projection[1].weight.requires_grad
+        return self.training and torch.is_grad_enabled() and not self.released and not is_frozen
 
     def move(self, estimates_BPC: Tensor) -> None:
         """In training with gradient, moves the seeds to the mean of the batch's prototypes."""

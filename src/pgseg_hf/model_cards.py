@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError
 from transformers.utils import logging
 
-from .configuration_pgseg import PGSegConfig
+from .configuration_pgseg import HUB_TASK, PGSegConfig
 
 logger = logging.get_logger(__name__)
 
@@ -37,8 +37,8 @@ outputs = model(**processor(images=image, labels=["cat", "dog"], return_tensors=
 label_map = processor.post_process_semantic_segmentation(outputs, [(image.height, image.width)])[0]
 ```
 
-With `pip install pgseg-hf` and `import pgseg_hf`, `trust_remote_code` is not needed, and
-`pipeline("open-vocabulary-segmentation", model="{repo_id}")` does it in one call.
+`pipeline(model="{repo_id}", trust_remote_code=True)("photo.jpg", labels=["cat", "dog"])` does it in one call. With
+`pip install pgseg-hf` and `import pgseg_hf`, `trust_remote_code` is not needed.
 
 ## Model
 
@@ -185,7 +185,7 @@ def generate_model_card(
     data: dict[str, Any] = {
         "library_name": "transformers",
         "license": license_id or "other",
-        "pipeline_tag": "image-segmentation",
+        "pipeline_tag": HUB_TASK,
         "tags": ["pgseg", "groupvit", "open-vocabulary-segmentation", "weakly-supervised"],
     }
     if starts:

@@ -5,7 +5,7 @@ Shapes: B batch, L image tokens of a stage's input, K groups of a stage, C width
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import HfApi, ModelCard
@@ -51,7 +51,19 @@ from .objective import (
     normalized,
 )
 from .prototypes import PrototypeEstimate, estimate_prototypes, updated_prototypes
-from .token_ids import different_texts, find_words, up_to_ends
+from .token_ids import (
+    different_texts,
+    find_words,
+    padded_on_the_right,
+    rotated,
+    starts_of_texts,
+    up_to_ends,
+)
+from .weights import what_is_wrong_with
+
+if TYPE_CHECKING:
+    # Never run: what a file imports is saved beside the weights, and there `custom_pipelines` names this class.
+    from .pipeline import OpenVocabularySegmentationPipeline  # noqa: F401
 
 logger = logging.get_logger(__name__)
 
@@ -163,6 +175,23 @@ class PGSegPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As ever; of a folder that cannot be read the likely reason is named.
+
+        Raises:
+            OSError: such a folder: with a pointer of git-lfs or a web page for a file, a download that was cut off.
+        """
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        except Exception as error:
+            reason = (
+                what_is_wrong_with(pretrained_model_name_or_path) if pretrained_model_name_or_path else None
+            )
+            if reason is None:
+                raise
+            raise OSError(reason) from error
+
     def set_attn_implementation(self, attn_implementation: Any, allow_all_kernels: bool = False) -> None:
         """As ever, but a backbone that cannot attend like this goes on as it did."""
         with backbones_set_aside(self) as backbones:
@@ -252,6 +281,22 @@ def _refuse_bad_features(features: Tensor, channels: int) -> None:
         raise ValueError("backbone_features holds NaN or infinite values; expected finite features.")
 
 
+def _name_unused(kwargs: dict[str, Any]) -> None:
+    """Says which arguments nothing is done with, a misspelt one for instance.
+
+    Raises:
+        ValueError: GroupViT's `output_segmentation`, whose output would be missed.
+    """
+    if kwargs.get("output_segmentation"):
+        raise ValueError(
+            "output_segmentation is True, an argument of GroupViT; segment_logits and grouping are always returned "
+            "here, and processor.post_process_semantic_segmentation(outputs, target_sizes) makes label maps of them."
+        )
+    unused = sorted(name for name, value in kwargs.items() if value is not None and value is not False)
+    if unused and not torch.compiler.is_compiling():
+        logger.warning_once(f"not used: {', '.join(unused)}; see the arguments of forward.")
+
+
 class PGSegVisionModel(PGSegPreTrainedModel):
     """The image tower: a photo to segment tokens and the grouping of its patches."""
 
@@ -317,6 +362,7 @@ class PGSegVisionModel(PGSegPreTrainedModel):
         Raises:
             ValueError: wrong shape, images smaller than a patch, NaN or infinite pixels or features, both inputs.
         """
+        _name_unused(kwargs)
         if backbone_features is None and not torch.compiler.is_compiling():
             _refuse_bad_pixels(pixel_values, self.config.patch_size, self.config.num_channels)
         output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
@@ -401,6 +447,29 @@ class PGSegTextModel(CLIPTextModel):
         # As in `PGSegPreTrainedModel`.
         super()._initialize_weights(module)
 
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPooling:
+        """As CLIP's, on whichever side texts [N, T] are padded: without `position_ids` each is encoded as if its
+        padding were on the right, where attentions have it too."""
+        kwargs["return_dict"] = True
+        starts_N = None
+        if input_ids is not None and position_ids is None:
+            starts_N = starts_of_texts(input_ids, attention_mask, self.config)
+        if starts_N is None:
+            return super().forward(input_ids, attention_mask, position_ids, **kwargs)
+        mask = None if attention_mask is None else rotated(attention_mask, starts_N)
+        outputs = super().forward(rotated(input_ids, starts_N), mask, **kwargs)
+        outputs.last_hidden_state = rotated(outputs.last_hidden_state, -starts_N)
+        if outputs.hidden_states is not None:
+            outputs.hidden_states = tuple(rotated(hidden, -starts_N) for hidden in outputs.hidden_states)
+        return outputs
+
 
 class PGSegTextModelWithProjection(PGSegPreTrainedModel):
     """The text tower with its projection: texts to the joint space, from a folder of its own or a whole model's."""
@@ -470,6 +539,13 @@ class PGSegModel(PGSegPreTrainedModel):
             self._init_text_prototypes()
             self._keep_in_fp32_modules_strict = [self._text_prototype_name]
         self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Those of the text tower's tokens."""
+        return self.text_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.text_model.set_input_embeddings(value)
 
     def train(self, mode: bool = True) -> "PGSegModel":
         """As ever, but a frozen text tower stays in evaluation mode and without gradient, after loading too."""
@@ -674,6 +750,7 @@ class PGSegModel(PGSegPreTrainedModel):
         # Their names before; transformers' Trainer takes arguments with "label" in their names for targets.
         tag_input_ids = kwargs.pop("label_input_ids", tag_input_ids)
         tag_attention_mask = kwargs.pop("label_attention_mask", tag_attention_mask)
+        _name_unused(kwargs)
         if input_ids is None or input_ids.ndim not in (2, 3):
             shape = None if input_ids is None else list(input_ids.shape)
             raise ValueError(
@@ -768,6 +845,10 @@ class PGSegModel(PGSegPreTrainedModel):
         self, input_ids: Tensor, attention_mask: Tensor | None, for_losses: bool, **kwargs: Any
     ) -> tuple[BaseModelOutputWithPooling, TextFeatures | None]:
         """The text tower's output, `pooler_output` [N, D] projected, and what the losses need of it."""
+        if for_losses:
+            input_ids, attention_mask = padded_on_the_right(
+                input_ids, attention_mask, self.config.text_config
+            )
         # A batch's tags are a few words, many times; with dropout no two of them are equal.
         config = self.config.text_config
         asked = {name: kwargs.get(name) for name in ("output_attentions", "output_hidden_states")}

@@ -368,7 +368,9 @@ class Objective:
             token_mask_BL=mask_BT,
             prototype_mask_BP=mask_BP,
         ).prototypes
-        if self.model.training and torch.is_grad_enabled():
+        # Below an adapter nothing moves that the adapter does not hold.
+        is_frozen = not any(parameter.requires_grad for parameter in self.model.parameters(recurse=False))
+        if self.model.training and torch.is_grad_enabled() and not is_frozen:
             move_prototypes(seeds, prototypes, vision.prototype_momentum, mask_BP)
         threshold = self.config.rejection_threshold
         return prototype_loss(

@@ -1,5 +1,6 @@
 """`pipeline("open-vocabulary-segmentation")`: images and words to a list of masks."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
@@ -7,11 +8,14 @@ from typing import Any
 from PIL import Image
 from transformers import AutoModel, Pipeline
 from transformers.pipelines import PIPELINE_REGISTRY
+from transformers.utils import logging
 
+from .configuration_pgseg import PIPELINE_TASK, PGSegConfig
 from .images import load_image
 from .segmentation import Segmentation, SegmentationOptions, Segmenter
+from .weights import refuse_bad_weights
 
-TASK = "open-vocabulary-segmentation"
+logger = logging.get_logger(__name__)
 
 
 class OpenVocabularySegmentationPipeline(Pipeline):
@@ -27,6 +31,13 @@ class OpenVocabularySegmentationPipeline(Pipeline):
     >>> segment("photo.jpg", labels=["hair", "trousers", "shoes"], background_threshold=0.3)
     [{'label': 'trousers', 'score': ..., 'mask': <PIL.Image.Image mode=L>}, ...]
     ```
+
+    Args:
+        args, kwargs: as for every pipeline; the processor is needed, parts of one are not taken. Labels and fields of
+            [`SegmentationOptions`] given here hold for all calls that do not give their own.
+
+    Raises:
+        ValueError: a model that is none of PGSeg or has NaN for weights, no processor, or options that make no sense.
     """
 
     _load_processor = True
@@ -34,13 +45,31 @@ class OpenVocabularySegmentationPipeline(Pipeline):
     _load_feature_extractor = False
     _load_tokenizer = False
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        names = ("processor", "tokenizer", "image_processor", "feature_extractor")
+        given = [name for name in names if kwargs.get(name) is not None]
+        if given != ["processor"]:
+            raise ValueError(
+                f"the pipeline takes a processor and no parts of one, got {', '.join(given) or 'none'}; expected "
+                "processor=PGSegProcessor(image_processor, tokenizer)."
+            )
+        super().__init__(*args, **_with_own_names(kwargs))
+        model_type = self.model.config.model_type
+        if model_type != PGSegConfig.model_type:
+            raise ValueError(
+                f"the pipeline is for whole PGSeg models, got {type(self.model).__name__} of model_type {model_type!r}."
+            )
+
+        refuse_bad_weights(self.model, self.model.config._name_or_path or type(self.model).__name__)
+
     def __call__(self, images: Any, labels: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """Segments one image or several.
 
         Args:
             images: path, URL, bytes, PIL image or array, or a list, generator or data set of these.
-            labels: names of what may be in the images.
-            kwargs: fields of [`SegmentationOptions`]; `batch_size` is that of the windows of an image.
+            labels: names of what may be in the images; `candidate_labels`, as zero-shot pipelines have it, is the same.
+            kwargs: fields of [`SegmentationOptions`]; `batch_size` is that of the windows of an image. What is not
+                given is as it was when the pipeline was made.
 
         Returns:
             for each image a list of {label, score, mask}, largest area first; `mask` is a PIL image of mode "L" of the
@@ -49,15 +78,12 @@ class OpenVocabularySegmentationPipeline(Pipeline):
         Raises:
             ValueError: no labels, or labels, options or images that make no sense.
         """
-        if labels is None and "labels" not in self._forward_params:
+        kwargs = _with_own_names(kwargs if labels is None else kwargs | {"labels": labels})
+        if kwargs.get("labels", self._forward_params.get("labels")) is None:
             raise ValueError('labels are missing: call it as segment(image, labels=["cat", "dog"]).')
         if isinstance(images, (list, tuple)) and not images:
             return []
-        window_batch = kwargs.pop("batch_size", None)
-        if window_batch is not None:
-            kwargs["window_batch_size"] = window_batch
-        given = {} if labels is None else {"labels": labels}
-        return super().__call__(images, **given, **kwargs)
+        return super().__call__(images, **kwargs)
 
     def _sanitize_parameters(
         self, labels: Sequence[str] | None = None, **kwargs: Any
@@ -74,19 +100,20 @@ class OpenVocabularySegmentationPipeline(Pipeline):
         if labels is not None:
             forward["labels"] = labels
         if kwargs:
-            forward["options"] = SegmentationOptions(**kwargs)
+            # When the pipeline is made there are none yet.
+            options = getattr(self, "_forward_params", {}).get("options", {}) | kwargs
+            SegmentationOptions(**options)
+            forward["options"] = options
         return {}, forward, {}
 
     def preprocess(self, image: Any) -> dict[str, Image.Image]:
         return {"image": load_image(image)}
 
     def _forward(
-        self,
-        inputs: dict[str, Image.Image],
-        labels: Sequence[str],
-        options: SegmentationOptions | None = None,
+        self, inputs: dict[str, Image.Image], labels: Sequence[str], options: dict[str, Any] | None = None
     ) -> Any:
-        return {"segmentation": Segmenter(self.model, self.processor, options)(inputs["image"], labels)}
+        segmenter = Segmenter(self.model, self.processor, SegmentationOptions(**(options or {})))
+        return {"segmentation": segmenter(inputs["image"], labels)}
 
     def postprocess(self, outputs: dict[str, Segmentation]) -> list[dict[str, Any]]:
         segmentation = outputs["segmentation"]
@@ -99,10 +126,43 @@ class OpenVocabularySegmentationPipeline(Pipeline):
             for segment in segmentation.segments()
         ]
 
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        """Saves the model and the processor; labels and options that the pipeline was made with are not saved."""
+        if self._forward_params:
+            logger.warning(
+                f"{self._forward_params} belong to this pipeline and not to its folder; give them again to the "
+                "pipeline that is made of it."
+            )
+        self.model.save_pretrained(save_directory, **kwargs)
+        self.processor.save_pretrained(save_directory)
+
+
+def _with_own_names(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments with `labels` for `candidate_labels`, and another name for `batch_size`, which is that of the images in
+    the base class.
+
+    Raises:
+        ValueError: both names of the labels.
+    """
+    kwargs = dict(kwargs)
+    candidates = kwargs.pop("candidate_labels", None)
+    if candidates is not None:
+        if kwargs.get("labels") is not None:
+            raise ValueError(
+                f"labels are {kwargs['labels']!r} and candidate_labels {candidates!r}, expected one of the two."
+            )
+        kwargs["labels"] = candidates
+    if (batch_size := kwargs.pop("batch_size", None)) is not None:
+        kwargs["window_batch_size"] = batch_size
+    return kwargs
+
 
 def register_pipeline() -> None:
     """Makes the task known to `transformers.pipeline`."""
-    if TASK not in PIPELINE_REGISTRY.get_supported_tasks():
+    if PIPELINE_TASK not in PIPELINE_REGISTRY.get_supported_tasks():
         PIPELINE_REGISTRY.register_pipeline(
-            TASK, pipeline_class=OpenVocabularySegmentationPipeline, pt_model=AutoModel, type="multimodal"
+            PIPELINE_TASK,
+            pipeline_class=OpenVocabularySegmentationPipeline,
+            pt_model=AutoModel,
+            type="multimodal",
         )

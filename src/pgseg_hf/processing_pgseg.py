@@ -11,12 +11,15 @@ from transformers import PreTrainedModel
 from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import ImageInput
 from transformers.processing_utils import ProcessorMixin, TextKwargs
+from transformers.utils import logging
 
 from .model_cards import processor_card
 from .prompts import SEGMENTATION_TEMPLATES, build_prompts, validate_labels, validate_templates
 from .scoring import TOP_K, WindowScores, best_labels, group_map, group_scores, merge_windows, patch_scores
 from .tokenization import check_distinct_labels, warn_of_cut_texts
 from .values import are_images, is_list, share, whole_number
+
+logger = logging.get_logger(__name__)
 
 _MAX_CACHED_LABELS = 20_000
 _WeightSignature = tuple[tuple[Any, ...], ...]
@@ -115,6 +118,9 @@ class PGSegProcessor(ProcessorMixin):
             text = list(text)
         self._check_inputs(images, text, labels, tags, templates)
         templates = self.templates if templates is None else validate_templates(templates)
+        # On the right whatever the tokenizer's own setting, which would take precedence over `text_kwargs`.
+        if "padding_side" not in kwargs.get("text_kwargs", {}):
+            kwargs.setdefault("padding_side", "right")
         merged_kwargs = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
         text_kwargs = merged_kwargs["text_kwargs"]
         return_tensors = text_kwargs.pop("return_tensors", None)
@@ -217,6 +223,24 @@ class PGSegProcessor(ProcessorMixin):
         self.__dict__.pop("auto_map", None)
         return files
 
+    @classmethod
+    def get_processor_dict(
+        cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As `ProcessorMixin.get_processor_dict`; a folder without the processor's own file is refused.
+
+        Raises:
+            OSError: such a folder, whose other files do not tell templates, windows and the like.
+        """
+        fields, kwargs = super().get_processor_dict(pretrained_model_name_or_path, **kwargs)
+        if "processor_class" not in fields:
+            raise OSError(
+                f"{pretrained_model_name_or_path} has no processor_config.json with a processor_class, expected what "
+                "save_pretrained of a processor or pipeline writes; of a tokenizer and an image processor make one by "
+                "PGSegProcessor(image_processor, tokenizer)."
+            )
+        return fields, kwargs
+
     def get_class_embeddings(
         self,
         model: PreTrainedModel,
@@ -251,7 +275,7 @@ class PGSegProcessor(ProcessorMixin):
         templates = self.templates if templates is None else validate_templates(templates)
         prompts = build_prompts(labels, templates)
         rows = self._token_rows(labels, prompts)
-        padding = (self.tokenizer.padding_side, self.tokenizer.pad_token_id)
+        padding = (self.tokenizer.pad_token_id,)
         count = len(templates)
         keys = [(padding, *rows[n : n + count]) for n in range(0, len(rows), count)]
 
@@ -291,7 +315,7 @@ class PGSegProcessor(ProcessorMixin):
         padding = {
             name: self.text_kwargs[name] for name in ("padding", "max_length") if name in self.text_kwargs
         }
-        padded = self.tokenizer.pad(lists, return_tensors="pt", **padding)
+        padded = self.tokenizer.pad(lists, return_tensors="pt", padding_side="right", **padding)
         return padded["input_ids"], padded["attention_mask"]
 
     def post_process_semantic_segmentation(
@@ -363,6 +387,11 @@ class PGSegProcessor(ProcessorMixin):
             raise ValueError(
                 f"patch_weight is {patch_weight}, but the outputs have no patch_logits, which models with "
                 "contrastive_pooling='patches' return without return_loss; expected 0"
+            )
+        if background_threshold is not None and outputs.segment_logits.shape[-1] == 1:
+            logger.warning_once(
+                f"background_threshold is {background_threshold} for outputs of a single label, which covers the whole "
+                "image as nothing else is compared with it; Segmenter and the pipeline compare it with other words."
             )
         if target_sizes is not None and len(target_sizes) != batch:
             raise ValueError(f"target_sizes are for {len(target_sizes)} images, the outputs for {batch}")

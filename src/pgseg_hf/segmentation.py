@@ -8,7 +8,8 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.utils import logging
 
 from .images import load_image
 from .modeling_pgseg import PGSegModel, PGSegVisionOutput
@@ -26,6 +27,10 @@ from .scoring import (
 )
 from .values import are_images, share, whole_number
 
+logger = logging.get_logger(__name__)
+
+# What a label is compared with that is alone and has no other words of a vocabulary: the mean of these.
+NEUTRAL_WORDS = ("object", "thing", "background", "scene")
 # Words whose embeddings have at least this cosine are taken for one meaning, and do not compete.
 SAME_MEANING = 0.5
 
@@ -43,7 +48,8 @@ class SegmentationOptions:
         window_stride: pixels from one window to the next; `"auto"` as above.
         background_threshold: where no label scores this much there is background; None for no background. With a
             processor that has a vocabulary: where the labels together are less likely than this against all words of
-            the vocabulary that mean something else.
+            the vocabulary that mean something else. A single label is compared with these words, or with
+            `NEUTRAL_WORDS` where there are none; that is its score, with a threshold or without.
         templates: prompt templates for the labels; the processor's by default.
         batch_size: images that are prepared together, and windows in one pass of the image encoder.
         top_k: number of labels that one window may show; `"auto"` for what the processor was saved with.
@@ -224,6 +230,16 @@ class ScoredImage:
         return best_labels(scores, channels, count, self.size)
 
 
+def remarks_on_one_label(labels: Sequence[str], background_threshold: float | None) -> list[str]:
+    """A sentence on a label that is alone and has no background to leave anything to."""
+    if len(labels) > 1 or background_threshold is not None:
+        return []
+    return [
+        f"{labels[0]!r} is the only label and there is no background threshold, so that it covers the whole image; "
+        "with one, for instance 0.5, it covers what is more like it than like anything else."
+    ]
+
+
 class Segmenter:
     """Segments images with a model and its processor.
 
@@ -267,6 +283,11 @@ class Segmenter:
         background = options.background_threshold is not None
         check_one_background(labels, background)
         class_embeds = self.class_embeddings(labels, options)
+        for remark in (
+            *remarks_on_one_label(labels, options.background_threshold),
+            *self.remarks_on_far_labels(labels, class_embeds, options),
+        ):
+            logger.warning_once(remark)
         for image in self.encode(images, options):
             label_map, best = self.score(image, class_embeds, options).label_map()
             yield Segmentation(label_map.cpu().numpy(), best.cpu().numpy(), labels, background)
@@ -303,8 +324,8 @@ class Segmenter:
         """
         options = options or self.options
         threshold, weight, top_k = options.background_threshold, *self._weight_and_top_k(options)
-        others = None
-        if threshold is not None or may_have_background:
+        others, is_alone = None, len(class_embeds) == 1
+        if threshold is not None or may_have_background or is_alone:
             others = self._other_words(class_embeds, options)
         scored = ScoredImage(image.size, image.resized)
         for window in image.windows:
@@ -327,6 +348,10 @@ class Segmenter:
                 if others is not None:
                     other_logits = self.model.get_patch_logits(features, others)[0]
                     scores.patch_known = chance_of_labels(patch_logits, other_logits, 0)
+            if is_alone and scores.known is not None:
+                # Among the labels its share would be 1 everywhere.
+                scores.scores = scores.known[:, None]
+                scores.patch_scores = None if scores.patch_known is None else scores.patch_known[None]
             scored.windows.append(scores if threshold is None else scores.with_background(threshold))
         return scored
 
@@ -342,13 +367,42 @@ class Segmenter:
         return features
 
     def _other_words(self, class_embeds: Tensor, options: SegmentationOptions) -> Tensor | None:
-        """Embeddings [M, D] of the words that the checkpoint knows and that mean something else than all labels."""
-        words = self.processor.vocabulary if self.processor is not None else None
-        if not words:
+        """Embeddings [M, D] of the words that the checkpoint knows and that mean something else than all labels; of a
+        single label without such words a neutral one [1, D]."""
+        words = None if self.processor is None else self.processor.vocabulary
+        if words:
+            embeds = self.class_embeddings(words, options)
+            different = (embeds @ class_embeds.T.to(embeds.dtype)).amax(dim=1) < SAME_MEANING
+            if different.any():
+                return embeds[different]
+        if len(class_embeds) > 1:
             return None
-        embeds = self.processor.get_class_embeddings(self.model, words, options.templates)
-        different = (embeds @ class_embeds.T.to(embeds.dtype)).amax(dim=1) < SAME_MEANING
-        return embeds[different] if different.any() else None
+        neutral = self.class_embeddings(NEUTRAL_WORDS, options)
+        return nn.functional.normalize(neutral.mean(dim=0, keepdim=True), dim=-1)
+
+    def remarks_on_far_labels(
+        self, labels: Sequence[str], class_embeds: Tensor, options: SegmentationOptions | None = None
+    ) -> list[str]:
+        """A sentence on each label that is farther from all words of the vocabulary than these, in the median, are from
+        each other; none without a vocabulary.
+
+        Args:
+            labels: N labels.
+            class_embeds: [N, D], from [`~Segmenter.class_embeddings`].
+            options: `templates` is used.
+        """
+        words = self.processor.vocabulary or ()
+        if len(words) < 2 or {label.casefold() for label in labels} <= {word.casefold() for word in words}:
+            return []
+        known = self.class_embeddings(words, options)
+        spacing = (known @ known.T).fill_diagonal_(-1).amax(dim=1).median()
+        nearest = (class_embeds.to(known.dtype) @ known.T).max(dim=1)
+        return [
+            f"{label!r} is far from the {len(words)} words that this checkpoint learned, of which {words[index]!r} is "
+            "the nearest; its mask may mean nothing."
+            for label, index, value in zip(labels, nearest.indices.tolist(), nearest.values)
+            if value < spacing
+        ]
 
     def _weight_and_top_k(self, options: SegmentationOptions) -> tuple[float, int]:
         """How much the patches count, and how many labels a window may show.

@@ -29,6 +29,38 @@ def different_texts(
     return different_U2T[:, :length], mask_UT, rows_N
 
 
+def starts_of_texts(input_ids: Tensor, attention_mask: Tensor | None, config: Any) -> Tensor | None:
+    """How many tokens of padding stand before each of N texts [N, T], by the attention mask or else by the start token,
+    [N]; None where texts are padded on the right only, which the end token's first place takes for granted."""
+    if attention_mask is not None:
+        starts_N = attention_mask.bool().int().argmax(1)
+    elif config.bos_token_id is None or config.eos_token_id == 2:
+        # The start token of CLIP's first configurations is a wrong one too.
+        return None
+    else:
+        starts_N = (input_ids == config.bos_token_id).int().argmax(1)
+    is_data_known = not torch.compiler.is_compiling() and input_ids.device.type != "meta"
+    return None if is_data_known and not starts_N.any() else starts_N
+
+
+def rotated(values: Tensor, by_N: Tensor) -> Tensor:
+    """The rows of [N, T, ...], each moved so many places to the left; what leaves there comes back on the right."""
+    length = values.shape[1]
+    places_NT = (torch.arange(length, device=values.device) + by_N[:, None]) % length
+    places = places_NT.view(*places_NT.shape, *[1] * (values.ndim - 2)).expand_as(values)
+    return values.gather(1, places)
+
+
+def padded_on_the_right(
+    input_ids: Tensor, attention_mask: Tensor | None, config: Any
+) -> tuple[Tensor, Tensor | None]:
+    """Texts [N, T] and their attention mask with all padding behind the text."""
+    starts_N = starts_of_texts(input_ids, attention_mask, config)
+    if starts_N is None:
+        return input_ids, attention_mask
+    return rotated(input_ids, starts_N), None if attention_mask is None else rotated(attention_mask, starts_N)
+
+
 def up_to_ends(input_ids: Tensor, attention_mask: Tensor | None, config: Any) -> tuple[Tensor, Tensor | None]:
     """Texts [N, T] and their attention mask up to where the longest one ends, as the transformer is causal and pools at
     the ends; all of them where one has no end."""

@@ -248,7 +248,6 @@ class PGSegModelTest(ModelTesterMixin, unittest.TestCase):
     skip_test_image_features_output_shape = True
     all_model_classes = (PGSegModel,)
     _is_composite = True
-    test_resize_embeddings = False
     additional_model_inputs = ["pixel_values"]
     test_attention_outputs = False  # tested for each tower
     test_can_init_all_missing_weights_before_2023 = True
@@ -300,10 +299,6 @@ class PGSegModelTest(ModelTesterMixin, unittest.TestCase):
 
     @unittest.skip("tested for each tower")
     def test_retain_grad_hidden_states_attentions(self):
-        pass
-
-    @unittest.skip("two towers have no one embedding")
-    def test_model_get_set_embeddings(self):
         pass
 
 

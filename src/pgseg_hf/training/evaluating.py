@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -22,27 +21,12 @@ from ..modeling_pgseg import PGSegModel
 from ..processing_pgseg import PGSegProcessor
 from ..segmentation import SegmentationOptions, Segmenter
 from ..visualization import draw_groups, overlay, side_by_side
+from ..weights import evaluation_mode
 from .arguments import RunArguments
 from .continuing import contents_of
 
 BEST_METRICS = ("mean_iou", "top1")
 """What decides which checkpoint is the best, the first of them that is measured."""
-
-
-@contextmanager
-def evaluation_mode(model: PGSegModel) -> Iterator[PGSegModel]:
-    """In the block the model is in evaluation mode. After it, torch's random state and the buffers are what they
-    were: the released text prototypes move in evaluation too."""
-    was_training, state = model.training, torch.get_rng_state()
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    model.eval()
-    try:
-        yield model
-    finally:
-        model.train(was_training)
-        torch.set_rng_state(state)
-        for name, buffer in model.named_buffers():
-            buffer.copy_(buffers[name])
 
 
 class Evaluator:

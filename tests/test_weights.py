@@ -1,0 +1,101 @@
+"""Weights that are no weights, and models that are as they were."""
+
+import copy
+import shutil
+
+import pytest
+import torch
+from tiny_models import VARIANTS, tiny_model
+from transformers import AutoModel, pipeline
+
+from pgseg_hf import PGSegModel, PGSegVisionModel, load_segmenter
+from pgseg_hf.weights import evaluation_mode, refuse_bad_weights, what_is_wrong_with
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 20983636\n"
+
+
+@pytest.fixture
+def folder(tiny_folder, tmp_path):
+    return shutil.copytree(tiny_folder, tmp_path / "checkpoint")
+
+
+def test_a_whole_folder_has_nothing_wrong(folder, tmp_path):
+    assert what_is_wrong_with(folder) is None
+    assert what_is_wrong_with("a/name-on-the-hub") is None
+    with pytest.raises(OSError, match=r"no file named|does not appear"):
+        PGSegModel.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "load", [PGSegModel.from_pretrained, PGSegVisionModel.from_pretrained, AutoModel.from_pretrained]
+)
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda data: POINTER, "pointer of git-lfs.*git lfs pull"),
+        (lambda data: b"<!DOCTYPE html><html>sign in</html>", "is a web page"),
+        (lambda data: b"", r"holds nothing \(0 bytes\)"),
+        (lambda data: data[:1000], "is cut off, 1,000 of"),
+        (lambda data: data[:-1], "is cut off"),
+        (lambda data: b"PK" + bytes(1000), "is no safetensors file"),
+    ],
+)
+def test_the_likely_cause_is_named(folder, load, change, reason):
+    file = folder / "model.safetensors"
+    file.write_bytes(change(file.read_bytes()))
+    with pytest.raises(OSError, match=f"model.safetensors.*{reason}"):
+        load(folder)
+
+
+def test_the_command_line_and_the_pipeline_say_it_too(folder):
+    (folder / "model.safetensors").write_bytes(POINTER)
+    with pytest.raises(ValueError, match="git lfs pull"):
+        load_segmenter(str(folder))
+    with pytest.raises((OSError, ValueError), match="git lfs pull"):
+        pipeline(model=str(folder))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_no_numbers_are_refused(folder, value):
+    model = PGSegModel.from_pretrained(folder)
+    refuse_bad_weights(model, "it")
+    with torch.no_grad():
+        model.visual_projection[0].weight[0, 0] = value
+        model.visual_projection[1].running_var[0] = value
+    model.save_pretrained(folder)
+    message = (
+        r"NaN or infinite values in visual_projection.0.weight, visual_projection.1.running_var: training"
+    )
+    for load in (load_segmenter, lambda name: pipeline(model=name)):
+        with pytest.raises(ValueError, match=message):
+            load(str(folder))
+
+
+def test_a_model_that_was_never_loaded_is_refused(folder):
+    with torch.device("meta"):
+        model = PGSegModel(PGSegModel.config_class.from_pretrained(folder))
+    with pytest.raises(ValueError, match=r"has no values in .* and \d+ further tensors: load the model"):
+        refuse_bad_weights(model, "it")
+
+
+@VARIANTS
+def test_evaluation_leaves_a_model_as_it_was(variant):
+    model = tiny_model(npr_variant=variant, freeze_text=True).train()
+    model.visual_projection[1].eval()
+    model.text_projection.requires_grad_(True)
+    model.text_projection[1].train()
+    state = torch.get_rng_state()
+
+    def whole_state():
+        modes = [module.training for module in model.modules()]
+        return modes, [p.requires_grad for p in model.parameters()], copy.deepcopy(model.state_dict())
+
+    before = whole_state()
+    with evaluation_mode(model):
+        assert not any(module.training for module in model.modules())
+        torch.rand(1)
+        for buffer in model.buffers():
+            buffer.zero_()
+    after = whole_state()
+    assert after[:2] == before[:2] and torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(after[2][name], tensor) for name, tensor in before[2].items())
