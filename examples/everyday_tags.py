@@ -47,6 +47,7 @@ class EverydayWords:
     def __init__(self, content: dict[str, Any]):
         self.synonyms: dict[str, list[str]] = content["names"]
         self.folders: dict[str, dict[str, list[str]]] = content["folders"]
+        self.implies: dict[str, list[str]] = content["implies"]
         self.licences: dict[str, str] = content["licences"]
         self._classes: dict[str, str | None] = content["classes"]
         self._held_out = re.compile(rf"\b(?:{'|'.join(content['held_out'])})(?:e?s)?\b", re.IGNORECASE)
@@ -70,9 +71,9 @@ class EverydayWords:
         return cls(json.loads(path.read_text(encoding="utf-8")))
 
     def _check(self, content: dict[str, Any]) -> None:
-        tables = [content["phrases"], *self.folders.values(), *content["tags"].values()]
+        tables = [content["phrases"], self.implies, *self.folders.values(), *content["tags"].values()]
         shown = [name for table in tables for names in table.values() for name in names]
-        if unknown := sorted(set(shown) - set(self.synonyms)):
+        if unknown := sorted({*shown, *self.implies} - set(self.synonyms)):
             raise ValueError(f"{unknown} are no names; expected some of 'names', for instance 'dog'.")
         words = [word for name, others in self.synonyms.items() for word in (name, *others)]
         words += [name for name in self._classes.values() if name]
@@ -109,6 +110,12 @@ class EverydayWords:
             if word in self._names:
                 return [self._names[word]]
         return None
+
+    def with_implied(self, names: Iterable[str]) -> list[str]:
+        """Names, each once, and after them what they imply."""
+        names = list(names)
+        implied = [other for name in names for other in self.implies.get(name, ())]
+        return list(dict.fromkeys([*names, *implied]))
 
     def of_tags(self, source: str, tags: Iterable[str]) -> list[str]:
         """Names of a source's own tags; a tag without one is left out."""

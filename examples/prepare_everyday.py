@@ -211,7 +211,11 @@ def batches(items: Sequence[Item]) -> Iterable[list[tuple[Item, Image.Image]]]:
 
 
 def write_images(
-    items: Sequence[Item], classifier: Classifier | None, least: float, folder: Path
+    items: Sequence[Item],
+    words: EverydayWords,
+    classifier: Classifier | None,
+    least: float,
+    folder: Path,
 ) -> list[dict[str, Any]]:
     """Writes images into a folder; gives the rows of its metadata, those without any word left out."""
     rows: list[dict[str, Any]] = []
@@ -219,7 +223,7 @@ def write_images(
     for number, batch in enumerate(batches(items), 1):
         seen = classifier.tags([image for _, image in batch], least) if classifier and batch else [[]] * BATCH
         for (item, image), automatic in zip(batch, seen):
-            tags = list(dict.fromkeys([*item.tags, *automatic]))
+            tags = words.with_implied([*item.tags, *automatic])
             if tags or item.captions:
                 row = {"file_name": place(item, image, folder), "tags": tags, "captions": item.captions}
                 rows.append({**row, "source": item.source})
@@ -267,7 +271,7 @@ def run(options: argparse.Namespace) -> Path:
             classifier = Classifier(options.efficientnet, names)
         else:
             print("automatic words: left out, no --efficientnet", flush=True)
-        rows = write_images(items, classifier, options.word_share, folder)
+        rows = write_images(items, words, classifier, options.word_share, folder)
         if not rows:
             raise ValueError(f"{len(items)} images have no word; expected captions, tags or classes.")
         lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
