@@ -187,7 +187,8 @@ class PhotoJobs:
         self.segmenter = Segmenter(model, processor, SegmentationOptions())
         self.photo = _photo(*scale.photo)
         windows: list[Tensor] = []
-        encode, model.get_image_features = model.get_image_features, lambda x: windows.append(x) or encode(x)
+        encode = model.get_image_features
+        model.get_image_features = lambda pixel_values: windows.append(pixel_values) or encode(pixel_values)
         self.segmenter(self.photo, self.names(1))
         model.get_image_features = encode
         self.windows = windows

@@ -434,19 +434,22 @@ class Segmenter:
         size = self.processor.window_size if options.window_size == "auto" else options.window_size
         stride = self.processor.window_stride if options.window_stride == "auto" else options.window_stride
         patch = self.model.config.vision_config.patch_size
-        if self.processor.window_features and size is not None and (size % patch or stride % patch):
+        if self._cuts_features(size) and (size % patch or stride % patch):
             raise ValueError(
                 f"window_size is {size} and window_stride {stride}; the windows of this model are cut from features, "
                 f"expected multiples of {patch}."
             )
         return size, stride
 
+    def _cuts_features(self, size: int | None) -> bool:
+        return size is not None and self.processor is not None and self.processor.window_features
+
     def _windows(self, pixel_values: Tensor, options: SegmentationOptions) -> tuple[int, Tensor, list[Any]]:
         """What the windows are cut from: pixels [1, 3, H, W] or, for the windows of features, what the backbone makes
         of them [1, C, H, W]; how many pixels a step on its grid is; and the windows' places on it, (rows, columns)."""
         size, stride = self._window_sizes(options)
         pixel_values, step = pixel_values.to(self.model.device), 1
-        if size is not None and self.processor.window_features:
+        if self._cuts_features(size):
             embeddings: Any = self.model.vision_model.embeddings
             pixel_values, step = embeddings.features(pixel_values), self.model.config.vision_config.patch_size
         if size is None:

@@ -94,7 +94,7 @@ def test_folders_that_make_no_sense(tmp_path):
     folder = make_folder(tmp_path / "a", MASKS[:3])
     for line, message in (
         ('{"file_name": "images/000.jpg"}', "line 2 of .*mask_file_name"),
-        ("[1]", "line 2 of"),
+        ("[1]", "line 1 of"),  # the first element of a list
         ("{", "line 2 of"),
         ('{"file_name": "images/9.jpg", "mask_file_name": "masks/000.png"}', "1 pictures or masks .*9.jpg"),
     ):
