@@ -206,3 +206,10 @@ def test_npr_variant_can_be_chosen_on_loading(tmp_path):
     assert not any("prototype" in name for name in model.state_dict())
     with pytest.raises(ValueError, match="npr_variant is 'paper'"):
         PGSegModel.from_pretrained(tmp_path, npr_variant="paper")
+
+
+def test_a_variant_set_later_can_be_saved_and_loaded(tmp_path):
+    config = PGSegConfig()
+    config.npr_variant = "released"
+    config.save_pretrained(tmp_path)
+    assert PGSegConfig.from_pretrained(tmp_path).vision_config.segment_source == "groups"

@@ -33,7 +33,7 @@ def batch(model, targets):
     }
 
 
-@pytest.mark.parametrize("grid", [(5, 4), (1, 1), (10, 8)])
+@pytest.mark.parametrize("grid", [(5, 4), (1, 1), (10, 8), (2, 2), (3, 2)])
 @torch.no_grad()
 def test_the_loss_is_the_cross_entropy_of_the_named_cells(grid):
     model = without_noise(tiny_model(**PATCHES, patch_text_weight=0.7)).double().eval()

@@ -15,6 +15,7 @@ from PIL import Image
 
 from pgseg_hf.data.sources import SourceSpec, open_source
 from pgseg_hf.efficientnet_lite import EfficientNetLiteBackbone, EfficientNetLiteConfig
+from pgseg_hf.training.patch_names import CellNamer
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 HELD_OUT = ("kitten", "automobile", "lawn", "couch", "infant", "pavement")
@@ -256,7 +257,8 @@ def test_the_classifiers_words_are_tags_too(modules, sources, wordnet, monkeypat
     script.main(command(sources, *more))
     folder = sources / "out/everyday"
     rows = rows_of(folder)
-    assert set(rows["images/flickr8k/no-words.jpg"]["tags"]) == {"idea", "mower", "boat"}
+    assert set(rows["images/flickr8k/no-words.jpg"]["tags"]) == {"idea", "mower", "boat", "water"}
+    assert CellNamer.read(folder / "classifier.safetensors").names == ["idea", "mower", "boat"]
     assert rows["images/food/1.jpg"]["tags"][:3] == ["tomato", "meat", "food"]
     about = json.loads((folder / "words.json").read_text())
     assert about["names"]["idea"] == [] and "efficientnet" in about["licences"]

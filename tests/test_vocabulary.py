@@ -154,3 +154,17 @@ def test_the_vocabulary_is_saved(knowing, tmp_path):
     assert PGSegProcessor.from_pretrained(tmp_path).vocabulary == WORDS
     with pytest.raises(ValueError, match="repeats"):
         PGSegProcessor(knowing.processor.image_processor, knowing.processor.tokenizer, vocabulary=["a", "A"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_far_labels_are_remarked_on_in_16_bits(knowing, dtype):
+    embeds = knowing.class_embeddings([*WORDS, "elephant"]).to(dtype)
+    known = {word: embeds[place] for place, word in enumerate([*WORDS, "elephant"])}
+    embeddings, knowing.class_embeddings = (
+        knowing.class_embeddings,
+        lambda labels, options=None: torch.stack([known[label] for label in labels]),
+    )
+    try:
+        assert len(knowing.remarks_on_far_labels(["elephant"], known["elephant"][None])) <= 1
+    finally:
+        knowing.class_embeddings = embeddings

@@ -112,3 +112,8 @@ def test_pixels_of_a_whole_image_have_the_short_side():
     pixels = augmentation.whole_pixels(Image.new("RGB", (60, 40), (255, 0, 0)))
     assert pixels.shape == (3, 30, 45) and pixels.dtype == np.float32
     np.testing.assert_array_equal(np.ptp(pixels, axis=(1, 2)), 0)
+
+
+def test_a_long_image_is_no_larger_than_in_segmentation():
+    augmentation = Augmentation(AugmentationOptions(short_side=576, image_size=8))
+    assert augmentation.whole_pixels(Image.new("RGB", (10, 700))).shape == (3, 2048, 29)

@@ -480,6 +480,8 @@ class PGSegConfig(PreTrainedConfig):
         if value not in NPR_VARIANTS:
             raise ValueError(f"npr_variant is {value!r}, expected one of {', '.join(NPR_VARIANTS)}.")
         self.vision_config.npr_variant = value
+        if value == "released":
+            self.vision_config.segment_source = "groups"  # it has no other
 
     def validate_architecture(self) -> None:
         """Checks fields against each other (called by `@strict`)."""

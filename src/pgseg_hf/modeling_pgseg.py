@@ -883,7 +883,12 @@ class PGSegModel(PGSegPreTrainedModel):
         stages = tuple(StageFeatures(*(npr if tied else npr[:2])) for npr in vision.npr or ())
         mixes = self.config.contrastive_pooling == "mixture"
         areas = vision.grouping.flatten(2).mean(2) if mixes else None
-        return ImageFeatures(vision.pooler_output, vision.segment_embeds, areas, vision.patch_embeds, stages)
+        grid = None
+        if vision.npr is not None and vision.patch_embeds is not None:
+            grid = torch.tensor([vision.grouping.shape[-2:]] * len(vision.grouping))
+        return ImageFeatures(
+            vision.pooler_output, vision.segment_embeds, areas, vision.patch_embeds, grid, stages
+        )
 
     def encode_part(
         self,

@@ -54,12 +54,14 @@ class StageFeatures:
 @dataclass
 class ImageFeatures:
     """Images in the joint space, not normalised: `embeds` [B, D], `segment_embeds` [B, K, D], for mixture pooling each
-    group's share of the image, `areas` [B, K], for patch pooling `patch_embeds` [B, L, D], and the stages' parts."""
+    group's share of the image, `areas` [B, K], for patch pooling `patch_embeds` [B, L, D] with the height and width of
+    their grid, `patch_grid` [B, 2], and the stages' parts."""
 
     embeds: Tensor
     segment_embeds: Tensor
     areas: Tensor | None = None
     patch_embeds: Tensor | None = None
+    patch_grid: Tensor | None = None
     stages: tuple[StageFeatures, ...] = ()
 
 
@@ -298,15 +300,20 @@ class Objective:
         return loss, shared.image_targets
 
     def _patch_texts_loss(self, texts_ND: Tensor, targets_BhwN: Tensor) -> Tensor:
-        """Cross-entropy of the patches' softmax over this process's texts, by how much of their cell a text has."""
+        """Cross-entropy of the patches' softmax over texts, by how much of their cell a text has; of several processes
+        each has that of its own patches and texts."""
         patches_BLD = self.joint.patches
         if patches_BLD is None:
             raise ValueError(
                 f"patch_targets are given and contrastive_pooling is {self.config.contrastive_pooling!r}, expected "
                 "'patches'."
             )
-        height = round(math.sqrt(patches_BLD.shape[1] * targets_BhwN.shape[1] / targets_BhwN.shape[2]))
-        size = (height, patches_BLD.shape[1] // height)
+        if targets_BhwN.ndim != 4 or targets_BhwN.shape[::3] != (len(patches_BLD), len(texts_ND)):
+            raise ValueError(
+                f"patch_targets has shape {list(targets_BhwN.shape)}, expected [{len(patches_BLD)}, height, width, "
+                f"{len(texts_ND)}]."
+            )
+        size = self.images.patch_grid[0].tolist()
         targets_BNhw = targets_BhwN.to(self.scale.dtype).permute(0, 3, 1, 2)
         targets_BLN = nn.functional.interpolate(targets_BNhw, size=size).flatten(2).mT
         log_shares_BLN = (self.scale * (patches_BLD @ texts_ND.T)).log_softmax(dim=2)

@@ -395,7 +395,7 @@ class Segmenter:
         if len(words) < 2 or {label.casefold() for label in labels} <= {word.casefold() for word in words}:
             return []
         known = self.class_embeddings(words, options)
-        spacing = (known @ known.T).fill_diagonal_(-1).amax(dim=1).quantile(0.1)
+        spacing = (known @ known.T).fill_diagonal_(-1).amax(dim=1).float().quantile(0.1)
         nearest = (class_embeds.to(known.dtype) @ known.T).max(dim=1)
         return [
             f"{label!r} is far from the {len(words)} words that this checkpoint learned, of which {words[index]!r} is "

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from data_files import numbered_folder
-from tiny_backbones import tiny_backbone_model
+from tiny_backbones import BACKBONES, tiny_backbone_model
 from tiny_models import tiny_model
 
 from pgseg_hf.data.augmentation import AugmentationOptions
@@ -122,3 +122,29 @@ def test_a_disk_that_is_too_small_is_told_first(source, prepare, options, monkey
     monkeypatch.setattr("shutil.disk_usage", lambda folder: type("Usage", (), {"free": 10})())
     with pytest.raises(ValueError, match="GiB are free"):
         cache_features([source], prepare, tiny_backbone_model().eval(), options)
+
+
+def test_a_cache_of_other_stages_of_the_same_weights_is_refused(source, options):
+    prepare = Preparation(AugmentationOptions(image_size=16))
+
+    def model(stage):
+        config = {"model_type": "dinov2", **BACKBONES["dinov2"][0], "out_features": [stage]}
+        return tiny_backbone_model("dinov2", vision={"backbone_config": config}).eval()
+
+    first, second = model("stage1"), model("stage2")
+    parts = [each.vision_model.embeddings.patch_embeddings.backbone for each in (first, second)]
+    parts[1].load_state_dict(parts[0].state_dict())
+    cache_features([source], prepare, first, options)
+    with pytest.raises(ValueError, match="backbone"):
+        cache_features([source], prepare, second, options)
+
+
+def test_values_beyond_float16_are_its_largest(source, prepare, options):
+    model = tiny_backbone_model().eval()
+    backbone = model.vision_model.embeddings.patch_embeddings.backbone
+    with torch.no_grad():
+        for module in backbone.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.weight.mul_(1e4)
+    (cached,) = cache_features([source], prepare, model, options)
+    assert all(np.isfinite(view).all() for index in range(len(cached)) for view in cached[index].views)

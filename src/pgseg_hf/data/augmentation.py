@@ -13,6 +13,8 @@ Box = tuple[float, float, float, float]
 
 INTERPOLATIONS = {resampling.name.lower(): resampling for resampling in Image.Resampling}
 
+# Of a whole image, in pixels.
+LONGEST_SIDE = 2048
 CROP_TRIES = 10
 # Random erasing as it is commonly set: share of the picture, and width over height.
 ERASED_SCALE = (0.02, 0.33)
@@ -168,9 +170,11 @@ class Augmentation:
         return pixels
 
     def whole_pixels(self, image: Image.Image) -> np.ndarray:
-        """An RGB image resized to `short_side`, as it is and normalised: float32 [3, H, W]."""
-        scale = self.options.short_side / min(image.size)
-        size = (round(image.width * scale), round(image.height * scale))
+        """An RGB image resized to `short_side`, its long side to `LONGEST_SIDE` at most, as it is and normalised:
+        float32 [3, H, W]."""
+        short_side = self.options.short_side
+        scale = min(short_side / min(image.size), max(LONGEST_SIDE, short_side) / max(image.size))
+        size = (max(round(image.width * scale), 1), max(round(image.height * scale), 1))
         pixels = np.asarray(image.resize(size, self._resample, reducing_gap=2.0), np.float32)
         return pixels.transpose(2, 0, 1) * self._scale + self._shift
 

@@ -195,6 +195,7 @@ def build_stream(
     )
     weights = [spec.weight for spec in specs]
     prepare = Preparation(augmentation, texts, mask_labels)
+    _refuse_unused(data, shared and config.contrastive_pooling == "patches")
     if data.cache_features:
         namer = CellNamer.read(data.cell_names) if data.cell_names else None
         cache = CacheOptions(data.cache_features, data.cache_views, 0, namer, data.cache_whole_images)
@@ -209,6 +210,17 @@ def build_stream(
         "cell_names": hash_of_files(Path(data.cell_names)) if data.cell_names else None,
     }
     return TrainingStream(sources, weights, prepare, collator, options, rank, world_size, depends_on)
+
+
+def _refuse_unused(data: DataArguments, names_patches: bool) -> None:
+    for name in ("cell_names", "cache_whole_images"):
+        if getattr(data, name) and not data.cache_features:
+            raise ValueError(f"{name} is {getattr(data, name)!r} without cache_features; give it a folder.")
+    if data.cell_names and not names_patches:
+        raise ValueError(
+            f"cell_names is {data.cell_names!r}, which needs tags shared between images and contrastive_pooling "
+            "'patches'; expected contrastive_loss 'sigmoid' or 'multi_positive' and, beside captions, synonyms."
+        )
 
 
 def _augmentation(data: DataArguments, config: PGSegConfig, images: Any) -> AugmentationOptions:

@@ -33,6 +33,7 @@ BATCH_SIZE = 16
 MISSING, DONE, UNUSABLE = 0, 1, 2
 # A cached view's tags, one JSON list a view, at most this long.
 _TAG_BYTES = 1024
+_LARGEST = float(np.finfo(np.float16).max)
 
 
 @dataclass
@@ -120,6 +121,8 @@ def cache_features(
     config = model.config.vision_config
     if config.backbone_config is None or not config.freeze_backbone:
         raise ValueError("cache_features needs a frozen backbone; give vision_config a backbone_config.")
+    if options.views < 1:
+        raise ValueError(f"cache_views is {options.views}, expected at least 1.")
     if options.whole_images and options.namer is not None:
         raise ValueError("cell_names are of crops; leave them out, or cache_whole_images.")
     tables = [source for source in sources if isinstance(source, MapSource)]
@@ -134,7 +137,9 @@ def cache_features(
         shape = tuple(backbone.on_one_grid(maps := backbone.maps(blank)).shape[1:])
         grid = tuple(maps[-1].shape[-2:])
     sizes = [(len(table), options.views, *shape) for table in tables]
-    weights = _fingerprint(backbone.backbone)
+    weights = _fingerprint(
+        backbone.backbone, json.dumps(backbone.backbone.config.to_dict(), sort_keys=True, default=str)
+    )
     cached = []
     for number, (table, size) in enumerate(zip(tables, sizes)):
         folder = Path(options.folder) / f"{number:02d}-{_safe(table.name)}"
@@ -227,7 +232,7 @@ def _fill(
         pixels = torch.from_numpy(np.stack([pixels for *_, pixels in waiting])).to(model.device)
         with torch.inference_mode():
             maps = backbone.maps(pixels)
-            found = {"features": backbone.on_one_grid(maps)}
+            found = {"features": backbone.on_one_grid(maps).clamp(-_LARGEST, _LARGEST)}
             if namer is not None:
                 found["cell_names"], found["cell_shares"] = namer.likeliest(maps[-1])
         values = {name: value.cpu().numpy() for name, value in found.items()}
@@ -274,7 +279,7 @@ def _fill(
 def _of_whole_image(backbone: Any, pixels: np.ndarray) -> Tensor:
     """Features [1, C, h, w] of an image [3, H, W]."""
     device = backbone.projection.weight.device
-    return backbone.features(torch.from_numpy(pixels)[None].to(device)).float()
+    return backbone.features(torch.from_numpy(pixels)[None].to(device)).float().clamp(-_LARGEST, _LARGEST)
 
 
 def _cut(features_1Chw: Any, crop: Crop, size: tuple[int, int]) -> np.ndarray:

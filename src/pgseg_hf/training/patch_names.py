@@ -34,6 +34,8 @@ class CellNamer:
         self.head, self.classes = EfficientNetLiteHead(head), list(classes)
         self.names = list(dict.fromkeys(classes))
         self.kept = min(KEPT, len(self.names))
+        if len(self.names) > 2**16:
+            raise ValueError(f"there are {len(self.names)} names of classes, expected {2**16} at most.")
         if self.head.num_classes != len(classes):
             raise ValueError(f"the head has {self.head.num_classes} classes, expected {len(classes)}.")
         self._sums = torch.zeros(len(classes), len(self.names))
