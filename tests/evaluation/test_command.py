@@ -430,7 +430,7 @@ def test_without_the_optional_dependencies(evaluate, capsys, monkeypatch):
 def test_the_script_on_two_processes(evaluate, tmp_path):
     """With the shipped model, whose maps have several labels."""
     folder = make_folder(tmp_path / "more", masks_of(5), LABELS)
-    extra = ["--background_threshold", "0.3", "--analysis", "--baselines", "--save_predictions"]
+    extra = ["--background_threshold", "0.05", "--analysis", "--baselines", "--save_predictions"]
     _, alone = evaluate(*extra, path=folder, output="alone", checkpoint=DEFAULT_CHECKPOINT)
     assert sum(value > 0 for value in alone["iou"].values()) > 1, "the test needs several labels"
 
