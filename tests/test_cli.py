@@ -363,3 +363,16 @@ def test_convert(tmp_path, capsys):
         == 2
     )
     assert "colour" in capsys.readouterr().err and not (tmp_path / "b").exists()
+
+
+def test_segmenting_needs_no_extra(tmp_path):
+    extras = "accelerate datasets evaluate pyarrow pandas gradio matplotlib spacy onnx onnxruntime peft pycocotools"
+    photo = make_photo()
+    photo.save(tmp_path / "photo.png")
+    code = (
+        f"import sys\nsys.modules.update(dict.fromkeys({extras.split()}))\n"
+        "from pgseg_hf.cli import main\nmain(['segment', 'photo.png', '--labels', 'cat, dog'])\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "photo-segmented.png").is_file()

@@ -181,8 +181,7 @@ class PGSegVisionConfig(PreTrainedConfig):
             projected and then mixed by its responsibilities, whose size does not depend on the number of tokens;
             `"tokens"`, mixed by weights that sum to 1 over the tokens and then projected, as the released code does.
             Not read by the other variants.
-        segment_source (`str`, *optional*):
-            by default `"patches"` for the corrected variant, else `"groups"`:
+        segment_source (`str`, *optional*, defaults to `"patches"` for the corrected variant, else `"groups"`):
             what the last grouping stage makes segment tokens of: `"groups"`, its input tokens and the group tokens
             (GroupViT's and the paper's), or `"patches"`, the mean of the first stage's patches over each group by the
             soft assignment (ours): what a group is called then depends on nothing but the patches in it; or `"inputs"`,
@@ -362,12 +361,10 @@ class PGSegConfig(PreTrainedConfig):
         prototype_matching (`str`, defaults to `"hungarian"`):
             which prototype each group learns from in the corrected variant: `"hungarian"`, the matching of largest
             similarity, or `"order"`, group i from prototype i. Not read by the other variants.
-        assignment_weight (`float`, *optional*):
-            by default 0.2 for the corrected variant, else 0;
+        assignment_weight (`float`, *optional*, defaults to 0.2 for the corrected variant, else 0):
             weight of a term of ours: the cross-entropy between the prototypes' responsibilities for each token and
             the soft assignment of tokens to the matched groups.
-        contrastive_pooling (`str`, *optional*):
-            by default `"groups"` for the corrected variant, else `"mean"`:
+        contrastive_pooling (`str`, *optional*, defaults to `"groups"` for the corrected variant, else `"mean"`):
             what an image is compared with texts by: `"mean"`, the projected mean of its segment tokens (the paper's),
             `"groups"`, the log-mean-exp over its groups of their scaled cosines (ours, a multiple-instance loss), or
             `"mixture"`, the log odds that a text is seen in `mixture_looks` looks at the picture as it would be

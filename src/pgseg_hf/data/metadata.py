@@ -1,18 +1,19 @@
-"""The metadata file of a folder, one row a picture, as a table with random access."""
+"""The metadata file of a folder, one row a picture, as a table with random access.
+
+Reading one needs pyarrow, of `pgseg-hf[train]`; looking for one does not, and the core imports this module.
+"""
 
 import json
 import re
 from collections.abc import Sequence
 from functools import reduce
 from pathlib import Path
-from typing import Any, Protocol, Self
-
-import pyarrow
-import pyarrow.compute
-import pyarrow.csv
-import pyarrow.parquet
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from ..text_files import parse_json, read_text, split_lines
+
+if TYPE_CHECKING:
+    import pyarrow
 
 METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 
@@ -48,6 +49,8 @@ class JsonRows:
     """
 
     def __init__(self, path: Path):
+        import pyarrow
+
         text = read_text(path)
         lines = [(number, line) for number, line in enumerate(split_lines(text), 1) if line.strip()]
         if lines and lines[0][1].lstrip().startswith("["):
@@ -105,7 +108,7 @@ class ArrowRows:
         path: of its file.
     """
 
-    def __init__(self, table: pyarrow.Table, path: Path):
+    def __init__(self, table: "pyarrow.Table", path: Path):
         self._table, self._path = table, path
         self.column_names = list(table.column_names)
 
@@ -134,6 +137,8 @@ def read_metadata(file: Path) -> Rows:
     Raises:
         ValueError: it cannot be read, or has no rows.
     """
+    import pyarrow.parquet
+
     rows: Rows
     try:
         if file.stat().st_size == 0:
@@ -151,8 +156,11 @@ def read_metadata(file: Path) -> Rows:
     return rows
 
 
-def _read_csv(file: Path) -> pyarrow.Table:
+def _read_csv(file: Path) -> "pyarrow.Table":
     """Comma, semicolon or tab between the values, whichever the header has most."""
+    import pyarrow.compute
+    import pyarrow.csv
+
     text = read_text(file)
     header = re.sub(r'"[^"]*"', "", next(iter(split_lines(text)), ""))
     parsing = pyarrow.csv.ParseOptions(delimiter=max(_SEPARATORS, key=header.count), newlines_in_values=True)
