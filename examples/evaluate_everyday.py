@@ -9,14 +9,13 @@ Protocols, each by the checkpoint's own sizes and settings:
 - `all`: COCO's 80 names and 50 of stuff compete in every image; the same pixels.
 - `pets`: cat and dog against the background at `--threshold`; the trimaps' borders do not count.
 - `street`: the names that a frame's masks hold compete in it, of a folder with `labels.json` above it.
-- `unseen`: as `present` or `street`, with words that no training text holds in the place of their name; IoU of the word
-  over that of the name.
+- `unseen`: as `present` or `street`, with words that no text of a training image holds in the place of their name (the
+  text tower has read them); IoU of the word over that of the name.
 
 IoU is of a class over all images, mIoU their mean over the classes that occur.
 """
 
 import argparse
-import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -31,6 +30,7 @@ from tqdm.auto import tqdm
 from pgseg_hf import DEFAULT_CHECKPOINT, SegmentationOptions, load_segmenter
 from pgseg_hf.command_line import CommandParser
 from pgseg_hf.evaluation.confusion import ConfusionMatrix
+from pgseg_hf.evaluation.mask_dataset import MaskFolder
 from pgseg_hf.files import write_json
 from pgseg_hf.images import load_image, load_label_map
 from pgseg_hf.segmentation import EncodedImage, Segmenter
@@ -101,7 +101,7 @@ STUFF = [
     "railroad tracks",
     "table cloth",
 ]
-# Words that no training text holds, after those of the same meaning that one holds.
+# Words that no text of a training image holds, after those of the same meaning that some do.
 UNSEEN = {
     "cat": ("cat", "kitten"),
     "car": ("car", "automobile"),
@@ -202,13 +202,11 @@ class Evaluation:
 
 def street_photos(folder: Path) -> tuple[list[str], list[Photo]]:
     """The labels of a folder in our own layout by everyday names, and its images with their masks."""
-    labels = json.loads((folder.parent / "labels.json").read_text(encoding="utf-8"))["labels"]
-    rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines()]
+    found = MaskFolder(folder)
     photos = [
-        Photo(folder / row["file_name"], load_label_map(str(folder / row["mask_file_name"])).astype(np.uint8))
-        for row in rows
+        Photo(Path(str(each.image)), load_label_map(each.mask).astype(np.uint8)) for each in found.pictures
     ]
-    return [STREET.get(label, label) for label in labels], photos
+    return [STREET.get(label, label) for label in found.labels], photos
 
 
 def parse_arguments() -> argparse.Namespace:
