@@ -223,7 +223,7 @@ def write_images(
     for number, batch in enumerate(batches(items), 1):
         seen = classifier.tags([image for _, image in batch], least) if classifier and batch else [[]] * BATCH
         for (item, image), automatic in zip(batch, seen):
-            tags = words.with_implied([*item.tags, *automatic])
+            tags = words.completed([*item.tags, *automatic])
             if tags or item.captions:
                 row = {"file_name": place(item, image, folder), "tags": tags, "captions": item.captions}
                 rows.append({**row, "source": item.source})
@@ -268,7 +268,7 @@ def run(options: argparse.Namespace) -> Path:
         if options.efficientnet:
             classes = json.loads(IMAGENET_FILE.read_text(encoding="utf-8"))
             names = words.of_classes(classes["labels"], classes["wnids"], options.wordnet)
-            classifier = Classifier(options.efficientnet, names)
+            classifier = Classifier(options.efficientnet, names, words.parts)
         else:
             print("automatic words: left out, no --efficientnet", flush=True)
         rows = write_images(items, words, classifier, options.word_share, folder)

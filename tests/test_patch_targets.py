@@ -140,6 +140,23 @@ def test_shares_are_summed_by_name_and_a_file_brings_them_back(tmp_path):
     torch.testing.assert_close(again.shares(again.logits(features)), shares)
 
 
+def test_a_cell_with_a_part_shows_half_of_the_whole_where_the_image_has_it():
+    namer = tiny_namer(3)
+    namer.parts = {"dog": ["tree", "cat"]}
+    numbers = {name: number for number, name in enumerate(namer.names)}
+    names = np.array([[[numbers["tree"], numbers["dog"]], [numbers["cat"], numbers["tree"]]]])
+    shares = np.array([[[0.6, 0.25], [0.1, 0.05]]], np.float16)
+    assert namer.names_of_cells(names, shares, ["cat"]).keys() == {"tree"}
+    found = namer.names_of_cells(names, shares, ["dog", "sea"])
+    np.testing.assert_allclose(found["tree"], [[0.3, 0]], rtol=1e-3)
+    np.testing.assert_allclose(found["dog"], [[0.3, 0]], rtol=1e-3)
+    names[0, 1] = numbers["dog"], numbers["tree"]
+    shares[0, 1] = 0.5, 0.4
+    found = namer.names_of_cells(names, shares, ["dog"])
+    np.testing.assert_allclose(found["tree"], [[0.3, 0.2]], rtol=1e-3)
+    np.testing.assert_allclose(found["dog"], [[0.25 + 0.3, 0.5 + 0.2]], rtol=1e-3)
+
+
 @pytest.mark.parametrize("content", [b"", b"no safetensors at all", None])
 def test_files_of_something_else_are_named(tmp_path, content):
     path = tmp_path / "other"
