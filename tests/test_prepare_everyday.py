@@ -128,8 +128,8 @@ def test_the_words_of_a_source_come_before_the_common_ones(words):
 
 def test_names_come_with_what_they_imply_and_without_what_says_less(words):
     assert words.completed(["beach", "sea", "dog"]) == ["beach", "sea", "dog", "sand", "water", "sky"]
-    assert words.completed(["food", "plate", "fruit", "banana"]) == ["plate", "banana"]
-    assert words.completed(["food", "plate"]) == ["food", "plate"]
+    assert words.completed(["food", "plate", "fruit", "banana"]) == ["plate", "banana", "table"]
+    assert words.completed(["food", "sheep"]) == ["food", "sheep"]
 
 
 def test_no_name_holds_a_held_out_word(modules, words):
