@@ -3,7 +3,8 @@ classifier recognises. No mask is ever read.
 
     python examples/prepare_everyday.py --output everyday-data --efficientnet efficientnet-lite0-57934424.pth \
         --flickr8k images --flickr8k_captions Flickr8k.token.txt --intel seg_train --rooms rooms/train \
-        --caltech 101_ObjectCategories --imagenette imagenette/train --clothing clothing/train --food food --ccp ccp/train
+        --caltech 101_ObjectCategories --imagenette imagenette/train --clothing clothing/train \
+        --food food --ccp ccp/train
 
 Each source is optional. `OUTPUT/everyday` appears when it is whole: `images/`, `metadata.jsonl` (file_name, tags,
 captions, source) and `words.json` (names with their synonyms, licences, counts), and with `--efficientnet` its
@@ -73,7 +74,12 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--efficientnet", type=Path, help="state dict of EfficientNet-Lite, for automatic words")
     add("--wordnet", type=Path, default=Path("/usr/share/wordnet"), help="WordNet 3.0's data.noun")
     add("--word_share", type=float, default=0.25, help="share of an image or quadrant that makes a word")
-    add("--per_class", type=int, default=400, help="images of each scene of Intel and of each room; others have less")
+    add(
+        "--per_class",
+        type=int,
+        default=400,
+        help="images of each scene of Intel and of each room; others have less",
+    )
     add("--threads", type=int, default=1)
     add("--seed", type=int, default=0, help="chooses the images of large classes")
     options = parser.parse_args(arguments)
