@@ -22,7 +22,7 @@ LARGE_IMAGE_GOALS = {"corrected": 0.97, "released": 1.10}
 CUDA_GOALS = {"corrected": 0.7, "released": 0.8}
 MANY_LABELS_GOAL, PHOTO_GOAL, PROTOTYPES_GOAL = 1.1, 1.1, 0.03
 START_GOALS = {
-    "import pgseg_hf": {"ratio": 1.3},
+    "import pgseg_hf, transformers": {"ratio": 1.3},
     "pgseg segment": {"ratio": 1.5},
     "pgseg --help": {"seconds": 1.0},
 }
