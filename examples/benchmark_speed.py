@@ -9,6 +9,7 @@ memory is that of a process of its own. On CUDA (`--device cuda`) the encoder ru
 """
 
 import argparse
+import copy
 import gc
 import json
 import platform
@@ -32,6 +33,7 @@ from speed_jobs import (
     encoding_job,
     pixels,
     prototype_job,
+    quantized,
     training_job,
 )
 from speed_measuring import (
@@ -192,6 +194,27 @@ class Benchmark:
                 rows.append(row)
         return rows
 
+    def int8(self) -> list[Row]:
+        """The image tower in int8, against GroupViT in float32 and in bfloat16."""
+        if self.device == "cuda":
+            return []
+        rows = []
+        for size, batch in self.scale.images:
+            images, theirs = pixels(size, batch), build_model(self.scale, GROUPVIT, size)
+            jobs = {
+                "float32": encoding_job(theirs, images),
+                "bfloat16": encoding_job(copy.deepcopy(theirs).to(torch.bfloat16), images),
+                "int8": encoding_job(quantized(build_model(self.scale, "corrected")), images),
+            }
+            title = f"image encoder, {size} px, batch {batch}, int8"
+            seconds = time_in_turn(jobs, self.rounds, self.device, title)
+            for reference in ("float32", "bfloat16"):
+                row: Row = {"section": "int8", "job": title, "contender": "corrected", "of": reference}
+                row["seconds"], row["ratio"] = spread(seconds["int8"]), ratio(seconds, "int8", reference)
+                row["images_per_second"] = batch / row["seconds"]["median"]
+                rows.append(row)
+        return rows
+
     def start(self) -> list[Row]:
         """Processes from their start to their end, against the import of what they cannot do without."""
         clip, passes = "import torch and transformers' CLIP", "encoder passes"
@@ -321,7 +344,7 @@ def _point(curve: str, value: int, contender: str, seconds: dict[str, list[float
 
 SECTIONS: dict[str, Callable[[Benchmark], list[Row]]] = {
     name: getattr(Benchmark, name)
-    for name in ("start", "encoder", "photo", "prototypes", "training", "compiled", "curves")
+    for name in ("start", "encoder", "int8", "photo", "prototypes", "training", "compiled", "curves")
 }
 
 

@@ -19,6 +19,7 @@ from pgseg_hf.groupvit import config_from_groupvit
 from pgseg_hf.image_processing_pil_pgseg import PGSegImageProcessorPil
 from pgseg_hf.processing_pgseg import PGSegProcessor
 from pgseg_hf.prototypes import estimate_prototypes, prototype_loss
+from pgseg_hf.quantization import PGSegInt8Config, PGSegInt8Quantizer
 
 GROUPVIT, VARIANTS = "groupvit", ("none", "corrected", "released")
 CONTEXT = 77
@@ -95,6 +96,12 @@ def build_model(scale: Scale, contender: str, image_size: int | None = None) -> 
     if contender == GROUPVIT:
         return GroupViTModel(config).eval()
     return PGSegModel(config_from_groupvit(config, npr_variant=contender)).eval()
+
+
+def quantized(model: PGSegModel) -> PGSegModel:
+    """The model, now in int8."""
+    PGSegInt8Quantizer(PGSegInt8Config(), pre_quantized=False).postprocess_model(model)
+    return model
 
 
 def pixels(size: int, batch: int) -> Tensor:

@@ -92,6 +92,8 @@ def test_peak_memory_sees_what_a_job_holds_for_a_while(modules):
         ({"contender": "released"}, {"ratio": 1.12, "share": 0.9}),
         ({"contender": "groupvit"}, {}),
         ({"section": "prototypes"}, {"ratio": 0.03}),
+        ({"section": "int8", "of": "float32"}, {"ratio": 0.5}),
+        ({"section": "int8", "of": "bfloat16"}, {"ratio": 0.9}),
         ({"section": "start", "contender": "import pgseg_hf, transformers"}, {"ratio": 1.3}),
         ({"section": "start", "contender": "pgseg --help"}, {"seconds": 1.0}),
         ({"section": "photo", "contender": "20 labels", "of": "encoder passes"}, {"ratio": 1.1}),
@@ -199,7 +201,7 @@ def test_a_whole_run(modules, tmp_path):
     subprocess.run([*command, "--output", tmp_path / "speed", "--readme", readme], check=True, timeout=900)
     results = json.loads((tmp_path / "speed" / "results.json").read_text())
     rows = results["rows"]
-    sections = {"start", "encoder", "photo", "prototypes", "training", "curves"}
+    sections = {"start", "encoder", "int8", "photo", "prototypes", "training", "curves"}
     can_compile = modules[0].can_compile("cpu")
     assert {entry["section"] for entry in rows} == sections | ({"compiled"} if can_compile else set())
     encoder = [entry for entry in rows if entry["section"] == "encoder"]

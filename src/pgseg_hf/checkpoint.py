@@ -1,7 +1,7 @@
 """Loading a model with its processor."""
 
 import os
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -10,6 +10,7 @@ from .files import refuse_missing_folder
 from .modeling_pgseg import PGSegModel
 from .options import SegmentationOptions
 from .processing_pgseg import PGSegProcessor
+from .quantization import PGSegInt8Config
 from .segmentation import Segmenter
 from .weights import refuse_bad_weights
 
@@ -24,7 +25,7 @@ def load_segmenter(
     name_or_path: str | os.PathLike = DEFAULT_CHECKPOINT,
     options: SegmentationOptions | None = None,
     device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | Literal["int8"] = torch.float32,
     **kwargs: Any,
 ) -> Segmenter:
     """A [`Segmenter`] with the model and processor of a folder or Hub name. No code of a folder is executed unless
@@ -33,7 +34,9 @@ def load_segmenter(
     Args:
         name_or_path: of the checkpoint.
         options: defaults of the segmenter's calls.
-        device, dtype: of the model.
+        device: of the model.
+        dtype: of the model; `"int8"`, on a CPU, makes it smaller and its blocks faster (see `quantization.py`). A
+            checkpoint that was saved in int8 is loaded so in any case.
         kwargs: of `PGSegModel.from_pretrained`; where the files are (`revision`, `token` ...) holds for the processor
             too.
 
@@ -46,6 +49,8 @@ def load_segmenter(
         device = torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {device!r} cannot be used: {error}") from error
+    if dtype in ("int8", torch.int8):
+        kwargs["quantization_config"], dtype = PGSegInt8Config(), torch.float32
     # Else transformers asks on the terminal whether to run the code that a folder names.
     kwargs = {"trust_remote_code": False, **kwargs}
     try:
@@ -77,4 +82,6 @@ def load_segmenter(
             "another's, or model.resize_token_embeddings was not called for new tokens."
         )
     refuse_bad_weights(model, name_or_path)
+    if device.type != "cpu" and getattr(model, "is_quantized", False):
+        raise ValueError(f"device is {str(device)!r}, expected 'cpu', where models in int8 run.")
     return Segmenter(model.to(device), processor, options)

@@ -51,6 +51,7 @@ from .objective import (
     normalized,
 )
 from .prototypes import PrototypeEstimate, estimate_prototypes, updated_prototypes
+from .quantization import METHOD  # noqa: F401 (from here on transformers knows the method)
 from .token_ids import (
     different_texts,
     find_words,
