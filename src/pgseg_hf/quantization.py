@@ -74,13 +74,13 @@ class Int8Linear(nn.Module):
 
     def pack(self) -> None:
         """Moves the weight into the layout of the machine's kernel, the only copy of it from then on."""
+        values: Any = self.weight
         scale: Any = self.weight_scale
         zeros = torch.zeros(self.out_features, dtype=torch.long)
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore", UserWarning
-            )  # that these tensors will go, by which the operators are fed
-            weight = torch._make_per_channel_quantized_tensor(self.weight, scale.double(), zeros, 0)
+            # That these tensors will go, by which the operators are fed.
+            warnings.simplefilter("ignore", UserWarning)
+            weight = torch._make_per_channel_quantized_tensor(values, scale.double(), zeros, 0)
         engine = torch.backends.quantized.engine
         if "fbgemm" in torch.backends.quantized.supported_engines:
             torch.backends.quantized.engine = "fbgemm"  # oneDNN's would keep two copies, and is no faster
@@ -152,19 +152,19 @@ class _StoredInFloat16(_Stored):
         return values.float()
 
 
-class StoredLinear(_Stored, nn.Linear):
+class StoredLinear(_Stored, nn.Linear):  # type: ignore[override]
     """A linear layer with a weight of 8 bits that computes in float32."""
 
 
-class Float16Linear(_StoredInFloat16, nn.Linear):
+class Float16Linear(_StoredInFloat16, nn.Linear):  # type: ignore[override]
     """A linear layer with a weight of 16 bits that computes in float32."""
 
 
-class Float16Conv2d(_StoredInFloat16, nn.Conv2d):
+class Float16Conv2d(_StoredInFloat16, nn.Conv2d):  # type: ignore[override]
     """A convolution with a weight of 16 bits that computes in float32."""
 
 
-class StoredEmbedding(_Stored, nn.Embedding):
+class StoredEmbedding(_Stored, nn.Embedding):  # type: ignore[override]
     """An embedding with a weight of 8 bits; what is looked up is float32."""
 
     def forward(self, ids: Tensor) -> Tensor:
