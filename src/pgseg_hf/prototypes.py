@@ -73,10 +73,9 @@ def estimate_prototypes(
         raise ValueError(f"num_iterations is {num_iterations}, expected at least 1.")
     if not torch.compiler.is_compiling() and tokens_BLC.shape[-1] != seeds_PC.shape[-1]:
         raise ValueError(f"tokens have {tokens_BLC.shape[-1]} channels, the seeds {seeds_PC.shape[-1]}.")
-    seeds_BPC = seeds_PC.to(tokens_BLC.dtype).expand(tokens_BLC.shape[0], -1, -1)
-    logits_BLP = tokens_BLC @ seeds_BPC.transpose(1, 2)
-    gram_BLL = tokens_BLC @ tokens_BLC.transpose(1, 2) if _has_small_gram(tokens_BLC, norm_dim) else None
-    for step in range(num_iterations):
+    prototypes_BPC = seeds_PC.to(tokens_BLC.dtype).expand(tokens_BLC.shape[0], -1, -1)
+    for _ in range(num_iterations):
+        logits_BLP = tokens_BLC @ prototypes_BPC.transpose(1, 2)
         if prototype_mask_BP is not None:
             logits_BLP = logits_BLP.masked_fill(~prototype_mask_BP[:, None, :], NEVER)
         responsibilities_BLP = logits_BLP.softmax(dim=-1)
@@ -86,24 +85,9 @@ def estimate_prototypes(
         if token_mask_BL is not None:
             counted_BLP = counted_BLP * token_mask_BL[:, :, None]
         weights_BLP = tokens_to_weights(counted_BLP)
-        if gram_BLL is not None and step < num_iterations - 1:
-            # The tokens' products with the new prototypes, and these prototypes' lengths, without the prototypes.
-            logits_BLP = gram_BLL @ weights_BLP
-            lengths_B1P = (weights_BLP * logits_BLP).sum(dim=1, keepdim=True).clamp(min=0).sqrt()
-            logits_BLP = logits_BLP / (EPS + lengths_B1P)
-            continue
         prototypes_BPC = weights_BLP.transpose(1, 2) @ tokens_BLC
         prototypes_BPC = prototypes_BPC / (EPS + prototypes_BPC.norm(dim=norm_dim, keepdim=True))
-        if step < num_iterations - 1:
-            logits_BLP = tokens_BLC @ prototypes_BPC.transpose(1, 2)
     return PrototypeEstimate(prototypes_BPC, responsibilities_BLP)
-
-
-def _has_small_gram(tokens_BLC: Tensor, norm_dim: int) -> bool:
-    """Whether the products of all pairs of tokens take less work than those of tokens and prototypes; an exported graph
-    has no number of tokens to tell by."""
-    _, length, width = tokens_BLC.shape
-    return norm_dim == -1 and not torch.compiler.is_exporting() and length <= width
 
 
 @torch.compiler.disable
