@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,8 @@ class EverydayWords:
         self.synonyms: dict[str, list[str]] = content["names"]
         self.folders: dict[str, dict[str, list[str]]] = content["folders"]
         self.implies: dict[str, list[str]] = content["implies"]
+        self.kinds: dict[str, list[str]] = content["kinds"]
+        self.parts: dict[str, list[str]] = content["parts"]
         self.licences: dict[str, str] = content["licences"]
         self._classes: dict[str, str | None] = content["classes"]
         self._held_out = re.compile(rf"\b(?:{'|'.join(content['held_out'])})(?:e?s)?\b", re.IGNORECASE)
@@ -71,9 +73,15 @@ class EverydayWords:
         return cls(json.loads(path.read_text(encoding="utf-8")))
 
     def _check(self, content: dict[str, Any]) -> None:
-        tables = [content["phrases"], self.implies, *self.folders.values(), *content["tags"].values()]
+        tables = [
+            content["phrases"],
+            self.implies,
+            self.kinds,
+            *self.folders.values(),
+            *content["tags"].values(),
+        ]
         shown = [name for table in tables for names in table.values() for name in names]
-        if unknown := sorted({*shown, *self.implies} - set(self.synonyms)):
+        if unknown := sorted({*shown, *self.implies, *self.kinds, *self.parts} - set(self.synonyms)):
             raise ValueError(f"{unknown} are no names; expected some of 'names', for instance 'dog'.")
         words = [word for name, others in self.synonyms.items() for word in (name, *others)]
         words += [name for name in self._classes.values() if name]
@@ -111,11 +119,12 @@ class EverydayWords:
                 return [self._names[word]]
         return None
 
-    def with_implied(self, names: Iterable[str]) -> list[str]:
-        """Names, each once, and after them what they imply."""
+    def completed(self, names: Iterable[str]) -> list[str]:
+        """Names, each once, and after them what they imply; without those that only say less than another one."""
         names = list(names)
         implied = [other for name in names for other in self.implies.get(name, ())]
-        return list(dict.fromkeys([*names, *implied]))
+        found = dict.fromkeys([*names, *implied])
+        return [name for name in found if found.keys().isdisjoint(self.kinds.get(name, ()))]
 
     def of_tags(self, source: str, tags: Iterable[str]) -> list[str]:
         """Names of a source's own tags; a tag without one is left out."""
@@ -183,15 +192,16 @@ class Classifier:
     Args:
         weights: file of the public state dict.
         names: the name of each class.
+        parts: names that belong to another, see `CellNamer`.
 
     Raises:
         ValueError: other weights, or another number of classes.
     """
 
-    def __init__(self, weights: Path, names: Sequence[str]):
+    def __init__(self, weights: Path, names: Sequence[str], parts: Mapping[str, Sequence[str]] | None = None):
         public = torch.load(weights, map_location="cpu", weights_only=True)
         self._backbone, head = convert_efficientnet_lite(public)
-        self.namer = CellNamer(head, names)
+        self.namer = CellNamer(head, names, parts)
         self.names = self.namer.names
 
     @torch.inference_mode()

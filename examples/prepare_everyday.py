@@ -2,8 +2,9 @@
 classifier recognises. No mask is ever read.
 
     python examples/prepare_everyday.py --output everyday-data --efficientnet efficientnet-lite0-57934424.pth \
-        --flickr8k images --flickr8k_captions Flickr8k.token.txt --intel seg_train --caltech 101_ObjectCategories \
-        --imagenette imagenette/train --clothing clothing/train --food food --ccp ccp/train
+        --flickr8k images --flickr8k_captions Flickr8k.token.txt --intel seg_train --rooms rooms/train \
+        --caltech 101_ObjectCategories --imagenette imagenette/train --clothing clothing/train \
+        --food food --ccp ccp/train
 
 Each source is optional. `OUTPUT/everyday` appears when it is whole: `images/`, `metadata.jsonl` (file_name, tags,
 captions, source) and `words.json` (names with their synonyms, licences, counts), and with `--efficientnet` its
@@ -36,7 +37,7 @@ from pgseg_hf.images import load_image
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
 MAX_SIDE = 512
 BATCH = 16
-SOURCES = ("flickr8k", "intel", "caltech", "imagenette", "clothing", "food", "ccp")
+SOURCES = ("flickr8k", "intel", "rooms", "caltech", "imagenette", "clothing", "food", "ccp")
 PER_CLASS = {"caltech": 45, "imagenette": 200, "clothing": 200}
 
 
@@ -52,7 +53,7 @@ class Item:
     @property
     def file_name(self) -> str:
         """Its place in the new folder; names of files repeat among classes."""
-        folder = f"{self.path.parent.name}/" if self.source in PER_CLASS or self.source == "intel" else ""
+        folder = f"{self.path.parent.name}/" if self.source in (*PER_CLASS, "intel", "rooms") else ""
         return f"images/{self.source}/{folder}{self.path.name}"
 
 
@@ -64,6 +65,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--flickr8k", type=Path, help="folder of the images")
     add("--flickr8k_captions", type=Path, help="Flickr8k.token.txt")
     add("--intel", type=Path, help="seg_train, folders of scenes")
+    add("--rooms", type=Path, help="train, folders of rooms of Places365")
     add("--caltech", type=Path, help="101_ObjectCategories")
     add("--imagenette", type=Path, help="train, folders of WordNet ids")
     add("--clothing", type=Path, help="train, folders of garments")
@@ -72,7 +74,12 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--efficientnet", type=Path, help="state dict of EfficientNet-Lite, for automatic words")
     add("--wordnet", type=Path, default=Path("/usr/share/wordnet"), help="WordNet 3.0's data.noun")
     add("--word_share", type=float, default=0.25, help="share of an image or quadrant that makes a word")
-    add("--per_class", type=int, default=400, help="images of each scene of Intel; others have less at most")
+    add(
+        "--per_class",
+        type=int,
+        default=400,
+        help="images of each scene of Intel and of each room; others have less",
+    )
     add("--threads", type=int, default=1)
     add("--seed", type=int, default=0, help="chooses the images of large classes")
     options = parser.parse_args(arguments)
@@ -223,7 +230,7 @@ def write_images(
     for number, batch in enumerate(batches(items), 1):
         seen = classifier.tags([image for _, image in batch], least) if classifier and batch else [[]] * BATCH
         for (item, image), automatic in zip(batch, seen):
-            tags = words.with_implied([*item.tags, *automatic])
+            tags = words.completed([*item.tags, *automatic])
             if tags or item.captions:
                 row = {"file_name": place(item, image, folder), "tags": tags, "captions": item.captions}
                 rows.append({**row, "source": item.source})
@@ -268,7 +275,7 @@ def run(options: argparse.Namespace) -> Path:
         if options.efficientnet:
             classes = json.loads(IMAGENET_FILE.read_text(encoding="utf-8"))
             names = words.of_classes(classes["labels"], classes["wnids"], options.wordnet)
-            classifier = Classifier(options.efficientnet, names)
+            classifier = Classifier(options.efficientnet, names, words.parts)
         else:
             print("automatic words: left out, no --efficientnet", flush=True)
         rows = write_images(items, words, classifier, options.word_share, folder)

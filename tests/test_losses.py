@@ -239,13 +239,16 @@ CASES = (
     "shared info_nce",
     "shared multi_positive",
     "shared sigmoid",
+    "shared sigmoid of patches",
 )
 
 
 def model_and_inputs(case, ranks=(0, 1)):
     """A model for the kind of loss, and the batch of the given processes together."""
-    kind = case.removeprefix("shared ")
-    model = tiny_model(assignment_weight=0.2, text_prototype_weight=0.1, contrastive_loss=kind).double()
+    kind = case.removeprefix("shared ").removesuffix(" of patches")
+    pooling = {"contrastive_pooling": "patches"} if "patches" in case else {}
+    options = {"assignment_weight": 0.2, "text_prototype_weight": 0.1, "contrastive_loss": kind, **pooling}
+    model = tiny_model(**options).double()
     texts = tiny_texts(9, words=7)
     images = tiny_images(2 * BATCH).double().unflatten(0, (2, BATCH))
     inputs = {"pixel_values": torch.cat([images[rank] for rank in ranks])}
@@ -253,6 +256,19 @@ def model_and_inputs(case, ranks=(0, 1)):
         inputs["input_ids"] = torch.cat([texts[list(SHARED_TEXTS[rank])] for rank in ranks])
         owners = [torch.tensor(SHARED_OWNERS[rank]).bool() for rank in ranks]
         inputs["text_targets"] = torch.block_diag(*owners).bool()
+        if pooling:
+            shown = draw(30, 2 * BATCH, 2, 2, 4).abs()
+            shown[BATCH:, ..., 2:] = 0
+            places = [torch.arange(BATCH) + rank * BATCH for rank in ranks]
+            inputs["patch_targets"] = torch.zeros(
+                len(inputs["text_targets"]), 2, 2, inputs["text_targets"].shape[1]
+            )
+            first = 0
+            for number, (rank, rows) in enumerate(zip(ranks, places)):
+                count = len(SHARED_TEXTS[rank])
+                own = slice(number * BATCH, (number + 1) * BATCH)
+                inputs["patch_targets"][own, ..., first : first + count] = shown[rows][..., :count]
+                first += count
     else:
         inputs["input_ids"] = torch.cat([texts[list(CAPTIONS[rank])] for rank in ranks])
         inputs["tag_input_ids"] = torch.cat([texts[torch.tensor(LABEL_TEXTS[rank])] for rank in ranks])

@@ -10,6 +10,7 @@ from torch.nn.functional import normalize
 
 from pgseg_hf import default_tokenizer
 from pgseg_hf.data.augmentation import AugmentationOptions
+from pgseg_hf.data.records import Record
 from pgseg_hf.data.sources import SourceSpec, open_source
 from pgseg_hf.training.collator import PGSegCollator
 from pgseg_hf.training.feature_cache import CacheOptions, cache_features
@@ -44,19 +45,35 @@ def test_the_loss_is_the_cross_entropy_of_the_named_cells(grid):
     patches = normalize(output.vision_model_output.patch_embeds, dim=-1).view(3, 5, 4, -1)
     texts = normalize(model.get_text_features(tiny_texts(4)).pooler_output, dim=-1)
     log_shares = (model.logit_scale.exp() * patches @ texts.T).log_softmax(-1)
-    expected = total = 0.0
-    for image in range(3):
-        for row in range(5):
-            for column in range(4):
-                cell = targets[image, row * grid[0] // 5, column * grid[1] // 4]
-                expected, total = (
-                    expected - float(cell @ log_shares[image, row, column]),
-                    total + float(cell.sum()),
-                )
+    expected = 0.0
+    for row, column in np.ndindex(grid):
+        # The patches that a cell lies on, wholly or in part.
+        rows, columns = (
+            slice(place * size // cells, -(-(place + 1) * size // cells))
+            for place, size, cells in zip((row, column), (5, 4), grid)
+        )
+        of_cell = log_shares[:, rows, columns].mean((1, 2))
+        expected -= float((targets[:, row, column] * of_cell).sum())
+    total = float(targets.sum())
     assert float(output.patch_text_loss) == pytest.approx(expected / total)
     without = model(**{**batch(model, targets), "patch_targets": None})
     assert without.patch_text_loss is None
     assert float(output.loss - without.loss) == pytest.approx(0.7 * expected / total)
+
+
+@torch.no_grad()
+def test_equal_texts_are_one_text():
+    model = without_noise(tiny_model(**PATCHES)).double().eval()
+    targets = torch.rand(3, 2, 2, 4, generator=torch.Generator().manual_seed(0)).double()
+    inputs = batch(model, targets)
+    expected = model(**inputs)
+    inputs["input_ids"] = inputs["input_ids"][[0, 1, 2, 3, 1]]
+    inputs["text_targets"] = inputs["text_targets"][:, [0, 1, 2, 3, 1]]
+    inputs["patch_targets"] = torch.cat([targets, targets[..., 1:2] * 0.25], dim=-1)
+    inputs["patch_targets"][..., 1] *= 0.75
+    output = model(**inputs)
+    torch.testing.assert_close(output.patch_text_loss, expected.patch_text_loss)
+    torch.testing.assert_close(output.contrastive_loss, expected.contrastive_loss)
 
 
 @torch.no_grad()
@@ -123,6 +140,23 @@ def test_shares_are_summed_by_name_and_a_file_brings_them_back(tmp_path):
     torch.testing.assert_close(again.shares(again.logits(features)), shares)
 
 
+def test_a_cell_with_a_part_shows_half_of_the_whole_where_the_image_has_it():
+    namer = tiny_namer(3)
+    namer.parts = {"dog": ["tree", "cat"]}
+    numbers = {name: number for number, name in enumerate(namer.names)}
+    names = np.array([[[numbers["tree"], numbers["dog"]], [numbers["cat"], numbers["tree"]]]])
+    shares = np.array([[[0.6, 0.25], [0.1, 0.05]]], np.float16)
+    assert namer.names_of_cells(names, shares, ["cat"]).keys() == {"tree"}
+    found = namer.names_of_cells(names, shares, ["dog", "sea"])
+    np.testing.assert_allclose(found["tree"], [[0.3, 0]], rtol=1e-3)
+    np.testing.assert_allclose(found["dog"], [[0.3, 0]], rtol=1e-3)
+    names[0, 1] = numbers["dog"], numbers["tree"]
+    shares[0, 1] = 0.5, 0.4
+    found = namer.names_of_cells(names, shares, ["dog"])
+    np.testing.assert_allclose(found["tree"], [[0.3, 0.2]], rtol=1e-3)
+    np.testing.assert_allclose(found["dog"], [[0.25 + 0.3, 0.5 + 0.2]], rtol=1e-3)
+
+
 @pytest.mark.parametrize("content", [b"", b"no safetensors at all", None])
 def test_files_of_something_else_are_named(tmp_path, content):
     path = tmp_path / "other"
@@ -181,3 +215,23 @@ def test_a_batch_has_the_texts_of_its_cells_by_their_words_in_this_batch():
         found.add(collate.tokenizer.decode(made["input_ids"][column], skip_special_tokens=True))
     assert found == {"a dog", "a hound"}
     assert "patch_targets" not in collate([Example(np.zeros((3, 4, 4), np.float32), "", ["a cat"])] * 2)
+    nothing_known = [Example(np.zeros((3, 4, 4), np.float32), "", ["a cat"], patch_texts={})] * 2
+    assert not collate(nothing_known)["patch_targets"].any()
+
+
+@pytest.mark.parametrize("stride", [1, 2, 3, 9])
+def test_patches_of_a_view_a_stride_apart(stride):
+    features = np.arange(2 * 5 * 7).reshape(2, 5, 7).astype(np.float16)
+    record = Record(b"", ["a dog"], views=[features], view_tags=None)
+    prepare = Preparation(patch_stride=stride)
+    seen = set()
+    for seed in range(200):
+        found = prepare(record, np.random.default_rng(seed)).backbone_features
+        step = min(stride, 5)
+        assert found.shape == (2, 5 // step, 7 // step)
+        np.testing.assert_array_equal(np.diff(found, axis=1), 7 * step)
+        np.testing.assert_array_equal(np.diff(found, axis=2), step)
+        seen.add(float(found[0, 0, 0]))
+    assert len(seen) == min(stride, 5) ** 2
+    with pytest.raises(ValueError, match="patch_stride"):
+        Preparation(patch_stride=0)

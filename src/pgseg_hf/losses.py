@@ -152,12 +152,14 @@ class SharedTexts(NamedTuple):
 
     embeds: [U, D].
     image_targets: bool [B, U], which of them belong to this process's images.
+    places: int64 [N], where this process's texts are among them.
     own: int64 [M], those that this process answers for; over all processes each text once.
     text_targets: bool [M, G * B], which images of all processes they belong to.
     """
 
     embeds: Tensor
     image_targets: Tensor
+    places: Tensor
     own: Tensor
     text_targets: Tensor
 
@@ -178,11 +180,12 @@ def share_texts(embeds_ND: Tensor, keys_NT: Tensor, owners_BN: Tensor) -> Shared
         0, index, places, reduce="amin"
     )
     image_targets = torch.zeros(len(owners_BN), len(unique), device=keys.device)
-    image_targets.index_add_(1, index[start : start + len(keys_NT)], owners_BN.to(image_targets.dtype))
+    own_places = index[start : start + len(keys_NT)]
+    image_targets.index_add_(1, own_places, owners_BN.to(image_targets.dtype))
     image_targets = image_targets > 0
     own = ((first >= start) & (first < start + len(keys_NT))).nonzero()[:, 0]
     text_targets = torch.cat(_gather_constant(image_targets.contiguous()))[:, own].T
-    return SharedTexts(embeds[first], image_targets, own, text_targets)
+    return SharedTexts(embeds[first], image_targets, own_places, own, text_targets)
 
 
 def multi_label_loss(

@@ -6,7 +6,7 @@ joint width.
 """
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from transformers.utils import logging
 
 from .layers import estimation_dtype, full_precision, move_prototypes
 from .losses import (
+    SharedTexts,
     gather_features,
     gather_rows,
     info_nce,
@@ -160,6 +161,7 @@ class JointImages:
     segments: Tensor
     areas: Tensor | None = None
     patches: Tensor | None = None
+    _log_shares: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
 
     @classmethod
     def normalized(cls, features: ImageFeatures) -> "JointImages":
@@ -176,19 +178,26 @@ class JointImages:
         other texts there are."""
         if config.contrastive_pooling == "mean":
             return scale * (self.embeds @ text_ND.T)
+        if config.contrastive_pooling == "patches" and config.contrastive_loss == "sigmoid":
+            log_shares_BLN = self.patch_log_shares(text_ND, scale)
+            log_shares_BN = log_shares_BLN.logsumexp(dim=1) - math.log(log_shares_BLN.shape[1])
+            return log_odds_of_being_seen(log_shares_BN, config.mixture_looks)
         parts_BPD = self.patches if config.contrastive_pooling == "patches" else self.segments
         logits_BPN = scale * (parts_BPD @ text_ND.T)
         if config.contrastive_pooling == "groups":
             return logits_BPN.logsumexp(dim=1) - math.log(logits_BPN.shape[1])
-        if config.contrastive_pooling == "patches" and config.contrastive_loss != "sigmoid":
-            return (logits_BPN.softmax(dim=1) * logits_BPN).sum(dim=1)
-        log_shares_BPN = logits_BPN.log_softmax(dim=2)
         if config.contrastive_pooling == "patches":
-            log_shares_BN = log_shares_BPN.logsumexp(dim=1) - math.log(parts_BPD.shape[1])
-        else:
-            log_areas_BP = self.areas.to(logits_BPN.dtype).clamp(min=SMALLEST_SHARE).log()
-            log_shares_BN = (log_shares_BPN + log_areas_BP[..., None]).logsumexp(dim=1)
-        return log_odds_of_being_seen(log_shares_BN, config.mixture_looks)
+            return (logits_BPN.softmax(dim=1) * logits_BPN).sum(dim=1)
+        log_areas_BP = self.areas.to(logits_BPN.dtype).clamp(min=SMALLEST_SHARE).log()
+        log_shares_BPN = logits_BPN.log_softmax(dim=2) + log_areas_BP[..., None]
+        return log_odds_of_being_seen(log_shares_BPN.logsumexp(dim=1), config.mixture_looks)
+
+    def patch_log_shares(self, text_ND: Tensor, scale: Tensor) -> Tensor:
+        """Log softmax over normalised texts at each patch, [B, L, N]; of the same tensor computed once, as two losses
+        need it."""
+        if self._log_shares is None or self._log_shares[0] is not text_ND:
+            self._log_shares = text_ND, (scale * (self.patches @ text_ND.T)).log_softmax(dim=2)
+        return self._log_shares[1]
 
 
 def log_odds_of_being_seen(log_shares: Tensor, looks: float) -> Tensor:
@@ -225,13 +234,14 @@ class Objective:
     def __call__(self) -> Losses:
         config, count = self.config, self.owners.num_captions
         texts = normalized(self.texts.embeds)
-        contrastive = self._captions_loss(texts[:count])
+        shared = self._shared_captions(texts[:count])
+        contrastive = self._captions_loss(texts[:count], shared)
         losses = Losses(contrastive, contrastive, negatives=self.negatives)
         if self.owners.label_mask is not None:
             losses.multi_label = self._labels_loss(texts[count:])
             losses.total = losses.total + config.multi_label_weight * losses.multi_label
         if self.owners.patch_targets is not None:
-            losses.patch_text = self._patch_texts_loss(texts[:count], self.owners.patch_targets)
+            losses.patch_text = self._patch_texts_loss(shared, self.owners.patch_targets)
             losses.total = losses.total + config.patch_text_weight * losses.patch_text
         if self.images.stages:
             self._add_prototype_losses(losses)
@@ -249,10 +259,18 @@ class Objective:
     def _logits(self, images: JointImages, text_ND: Tensor) -> Tensor:
         return images.logits(text_ND, self.scale, self.config)
 
-    def _captions_loss(self, texts_ND: Tensor) -> Tensor:
+    def _shared_captions(self, texts_ND: Tensor) -> SharedTexts | None:
+        """The captions, equal ones once, where a loss needs them so."""
+        owners = self.owners
+        one_each = self.config.contrastive_loss == "info_nce" and owners.text_targets is None
+        if one_each and owners.patch_targets is None:
+            return None
+        keys_NT = self.texts.keys[: len(texts_ND)]
+        return self._share(texts_ND, keys_NT, owners.caption_owners(texts_ND.device))
+
+    def _captions_loss(self, texts_ND: Tensor, shared: SharedTexts | None) -> Tensor:
         if self.config.contrastive_loss != "info_nce" or self.owners.text_targets is not None:
-            owners_BN = self.owners.caption_owners(texts_ND.device)
-            loss, targets_BU = self._shared_texts_loss(texts_ND, self.texts.keys[: len(texts_ND)], owners_BN)
+            loss, targets_BU = self._shared_texts_loss(shared)
             self.negatives = (~targets_BU).sum(1).to(loss.dtype).mean()
             return loss
         self.negatives = self.scale.new_full((), len(texts_ND) * world_size() - 1)
@@ -269,7 +287,7 @@ class Objective:
         owners_BN = self.owners.label_owners(len(texts_ND))
         if self.config.contrastive_loss != "info_nce":
             keys_NT = self.texts.keys[self.owners.num_captions :]
-            return self._shared_texts_loss(texts_ND, keys_NT, owners_BN)[0]
+            return self._shared_texts_loss(self._share(texts_ND, keys_NT, owners_BN))[0]
         labels_of_all, start = gather_rows(texts_ND)
         return multi_label_loss(
             self._logits(self.joint, labels_of_all),
@@ -278,13 +296,13 @@ class Objective:
             start,
         )
 
-    def _shared_texts_loss(
-        self, texts_ND: Tensor, keys_NT: Tensor, owners_BN: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def _share(self, texts_ND: Tensor, keys_NT: Tensor, owners_BN: Tensor) -> SharedTexts:
+        keys_NT = pad_to_longest(keys_NT + 1) - 1  # texts of processes that pad to other lengths stay equal
+        return share_texts(texts_ND, keys_NT, owners_BN)
+
+    def _shared_texts_loss(self, shared: SharedTexts) -> tuple[Tensor, Tensor]:
         """Equal texts of the global batch count as one, which may belong to many images; also which belong to this
         process's images, bool [B, U]."""
-        keys_NT = pad_to_longest(keys_NT + 1) - 1  # texts of processes that pad to other lengths stay equal
-        shared = share_texts(texts_ND, keys_NT, owners_BN)
         logits_BU = self._logits(self.joint, shared.embeds)
         if self.config.contrastive_loss == "sigmoid":
             targets_BU = shared.image_targets
@@ -301,25 +319,28 @@ class Objective:
         loss = multi_positive_loss(logits_BU, logits_per_text, shared.image_targets, shared.text_targets)
         return loss, shared.image_targets
 
-    def _patch_texts_loss(self, texts_ND: Tensor, targets_BhwN: Tensor) -> Tensor:
-        """Cross-entropy of the patches' softmax over texts, by how much of their cell a text has; of several processes
-        each has that of its own patches and texts."""
+    def _patch_texts_loss(self, shared: SharedTexts, targets_BhwN: Tensor) -> Tensor:
+        """Cross-entropy of the patches' softmax over the texts of the global batch, by how much of their cell a text
+        has; a mean over what the cells of all processes show."""
         patches_BLD = self.joint.patches
         if patches_BLD is None:
             raise ValueError(
                 f"patch_targets are given and contrastive_pooling is {self.config.contrastive_pooling!r}, expected "
                 "'patches'."
             )
-        if targets_BhwN.ndim != 4 or targets_BhwN.shape[::3] != (len(patches_BLD), len(texts_ND)):
+        if targets_BhwN.ndim != 4 or targets_BhwN.shape[::3] != (len(patches_BLD), len(shared.places)):
             raise ValueError(
                 f"patch_targets has shape {list(targets_BhwN.shape)}, expected [{len(patches_BLD)}, height, width, "
-                f"{len(texts_ND)}]."
+                f"{len(shared.places)}]."
             )
-        size = self.images.patch_grid[0].tolist()
-        targets_BNhw = targets_BhwN.to(self.scale.dtype).permute(0, 3, 1, 2)
-        targets_BLN = nn.functional.interpolate(targets_BNhw, size=size).flatten(2).mT
-        log_shares_BLN = (self.scale * (patches_BLD @ texts_ND.T)).log_softmax(dim=2)
-        return -(targets_BLN * log_shares_BLN).sum() / targets_BLN.sum().clamp(min=1)
+        log_shares_BLU = self.joint.patch_log_shares(shared.embeds, self.scale)
+        log_shares_BUhw = log_shares_BLU.unflatten(1, self.images.patch_grid[0].tolist()).permute(0, 3, 1, 2)
+        height, width = targets_BhwN.shape[1:3]
+        of_cells_BUhw = nn.functional.adaptive_avg_pool2d(log_shares_BUhw, (height, width))
+        of_cells_BhwN = of_cells_BUhw.permute(0, 2, 3, 1).index_select(3, shared.places)
+        targets_BhwN = targets_BhwN.to(of_cells_BhwN.dtype)
+        shown = sum_over_processes(targets_BhwN.sum())
+        return -(targets_BhwN * of_cells_BhwN).sum() * world_size() / shown.clamp(min=1)
 
     def _guarded(self, loss: Tensor) -> Tensor:
         if self.config.guard_prototype_losses:

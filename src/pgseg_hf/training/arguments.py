@@ -153,6 +153,13 @@ class DataArguments:
         },
     )
     cache_views: int = field(default=2, metadata={"help": "Random crops of each image in the cache."})
+    cache_patch_stride: int = field(
+        default=1,
+        metadata={
+            "help": "Train on every so many-th row and column of a view's patches, from a random place: with 2 a "
+            "quarter of the patches, each with the features of the whole view."
+        },
+    )
     image_size: int | None = field(
         default=None, metadata={"help": "Side of the crops in pixels; the model's own."}
     )

@@ -194,7 +194,7 @@ def build_stream(
         pin_memory=model.device.type == "cuda",
     )
     weights = [spec.weight for spec in specs]
-    prepare = Preparation(augmentation, texts, mask_labels)
+    prepare = Preparation(augmentation, texts, mask_labels, patch_stride=data.cache_patch_stride)
     _refuse_unused(data, shared and config.contrastive_pooling == "patches")
     if data.cache_features:
         namer = CellNamer.read(data.cell_names) if data.cell_names else None
@@ -206,15 +206,17 @@ def build_stream(
         "layout": collator.layout,
         "padding": collator.padding,
         "num_labels": collator.num_labels,
-        "cached": [data.cache_views, data.cache_whole_images] if data.cache_features else None,
+        "cached": [data.cache_views, data.cache_whole_images, data.cache_patch_stride]
+        if data.cache_features
+        else None,
         "cell_names": hash_of_files(Path(data.cell_names)) if data.cell_names else None,
     }
     return TrainingStream(sources, weights, prepare, collator, options, rank, world_size, depends_on)
 
 
 def _refuse_unused(data: DataArguments, names_patches: bool) -> None:
-    for name in ("cell_names", "cache_whole_images"):
-        if getattr(data, name) and not data.cache_features:
+    for name in ("cell_names", "cache_whole_images", "cache_patch_stride"):
+        if getattr(data, name) != getattr(DataArguments, name) and not data.cache_features:
             raise ValueError(f"{name} is {getattr(data, name)!r} without cache_features; give it a folder.")
     if data.cell_names and not names_patches:
         raise ValueError(

@@ -98,7 +98,7 @@ class PGSegCollator:
             Paired: `input_ids` and `attention_mask` [B, T], and where there are labels `tag_input_ids` and
             `tag_attention_mask` [B, M, T], absent labels with a mask of zeros. Shared: `input_ids` and
             `attention_mask` [N, T], `text_targets` [B, N] of 0 and 1, and `patch_targets` [B, h, w, N]
-            where examples have `patch_texts`.
+            where examples have `patch_texts`, if only empty ones.
 
         Raises:
             ValueError: no examples, in the shared layout a text that is not among the given ones, or in the paired one
@@ -114,7 +114,7 @@ class PGSegCollator:
         if self.layout == "paired":
             texts = self._paired(captions, labels)
         else:
-            texts = self._shared(captions, labels, [row.get("patch_texts") or {} for row in rows])
+            texts = self._shared(captions, labels, [row.get("patch_texts") for row in rows])
         return {name: images, **texts, "return_loss": True}
 
     def _paired(self, captions: list[str], labels: list[list[str]]) -> dict[str, Tensor]:
@@ -138,8 +138,9 @@ class PGSegCollator:
         return texts
 
     def _shared(
-        self, captions: list[str], labels: list[list[str]], patches: list[dict[str, np.ndarray]]
+        self, captions: list[str], labels: list[list[str]], grids: list[dict[str, np.ndarray] | None]
     ) -> dict[str, Tensor]:
+        patches = [of_image or {} for of_image in grids]
         of_images = [of_image or [caption] for caption, of_image in zip(captions, labels)]
         wanted = [text for of_image in [*of_images, *patches] for text in of_image]
         called, more = self._in_other_words(wanted)
@@ -161,8 +162,10 @@ class PGSegCollator:
         for row, of_image in enumerate(of_images):
             targets[row, [column_of[called[text]] for text in of_image]] = 1
         batch = {**{name: values[first] for name, values in encoded.items()}, "text_targets": targets}
-        if grids := [grid for of_image in patches for grid in of_image.values()]:
-            batch["patch_targets"] = torch.zeros(len(captions), *grids[0].shape, len(first))
+        # Where no cell has a name too, as every process needs a batch of the same kind.
+        if any(of_image is not None for of_image in grids):
+            size = next((grid.shape for of_image in patches for grid in of_image.values()), (1, 1))
+            batch["patch_targets"] = torch.zeros(len(captions), *size, len(first))
             for row, shown in enumerate(patches):
                 for text, grid in shown.items():
                     batch["patch_targets"][row, ..., column_of[called[text]]] += torch.as_tensor(grid)

@@ -23,7 +23,7 @@ from ..files import write_json
 from ..modeling_pgseg import PGSegModel
 from .continuing import bytes_of
 from .mixing import Draw, seeded
-from .patch_names import LEAST_SHARE, CellNamer
+from .patch_names import CellNamer
 from .preparation import Preparation
 
 logger = logging.get_logger(__name__)
@@ -33,6 +33,7 @@ BATCH_SIZE = 16
 MISSING, DONE, UNUSABLE = 0, 1, 2
 # A cached view's tags, one JSON list a view, at most this long.
 _TAG_BYTES = 1024
+_CELLS = ("cell_names", "cell_shares")
 _LARGEST = float(np.finfo(np.float16).max)
 
 
@@ -63,12 +64,12 @@ class CachedSource:
         source: the table.
         folder: with `features.npy` [records, views, C, h, w], `tags.npy`, `states.npy`, and with names `cell_names.npy`
             and `cell_shares.npy` [records, views, h, w, names].
-        names: what the numbers in `cell_names.npy` mean.
+        namer: whose numbers are in `cell_names.npy`.
     """
 
-    def __init__(self, source: MapSource, folder: Path, names: Sequence[str] = ()):
+    def __init__(self, source: MapSource, folder: Path, namer: CellNamer | None = None):
         self.source, self.folder, self.name = source, folder, source.name
-        self.names = list(names)
+        self.namer = namer
         self._arrays: dict[str, np.ndarray] | None = None
 
     def __len__(self) -> int:
@@ -80,27 +81,24 @@ class CachedSource:
 
     def __getitem__(self, index: int) -> Record:
         if self._arrays is None:
-            self._arrays = _map(self.folder, bool(self.names), "r")
+            self._arrays = _map(self.folder, self.namer is not None, "r")
         features, tags, states = (self._arrays[name] for name in ("features", "tags", "states"))
         views = np.flatnonzero(states[index] == DONE)
         if not len(views):
             raise UnusableRecord("not cached", f"record {index} of {self.name} has no usable view.")
         record = self.source[index]
         own = [json.loads(bytes(tags[index, view])) if tags[index, view] else None for view in views]
-        named = [self._names_of(index, int(view)) for view in views] if self.names else None
+        named = None
+        if self.namer is not None:
+            names, shares = (self._arrays[name] for name in _CELLS)
+            named = [
+                self.namer.names_of_cells(
+                    names[index, view], shares[index, view], record.tags if tags is None else tags
+                )
+                for view, tags in zip(views, own)
+            ]
         found = [features[index, view] for view in views]
         return replace(record, image=b"", views=found, view_tags=own, view_names=named)
-
-    def _names_of(self, index: int, view: int) -> dict[str, np.ndarray]:
-        """How much of each cell has a name, of cells that have one that is likely enough."""
-        arrays: Any = self._arrays
-        names, shares = (
-            arrays["cell_names"][index, view],
-            arrays["cell_shares"][index, view].astype(np.float32),
-        )
-        shares = np.where(shares.max(-1, keepdims=True) > LEAST_SHARE, shares, 0)
-        likely = np.unique(names[shares > LEAST_SHARE])
-        return {self.names[name]: np.where(names == name, shares, 0).sum(-1) for name in likely}
 
 
 def cache_features(
@@ -157,12 +155,12 @@ def cache_features(
         _wait()
         _fill(table, number, folder, prepare, model, options)
         _wait()
-        cached.append(CachedSource(table, folder, namer.names if namer else ()))
+        cached.append(CachedSource(table, folder, namer))
     return cached
 
 
 def _map(folder: Path, named: bool, mode: Any) -> dict[str, np.ndarray]:
-    names = ["features", "tags", "states", *(("cell_names", "cell_shares") if named else ())]
+    names = ["features", "tags", "states", *(_CELLS if named else ())]
     return {name: np.load(folder / f"{name}.npy", mmap_mode=mode) for name in names}
 
 

@@ -45,6 +45,7 @@ class Preparation:
         mask_labels: names of the values of masks, "" for a value without one (a background); 255 has none. If given, a
             record with a mask has instead of its own tags the labels that a crop shows. No other use is made of masks.
         crop_tag_share: a crop shows the labels that cover more than this share of it.
+        patch_stride: of features, every so many-th row and column is taken, from a place drawn at random.
 
     Raises:
         ValueError: options that make no sense, or a noun model that cannot be loaded.
@@ -56,11 +57,15 @@ class Preparation:
         texts: TextOptions | None = None,
         mask_labels: Sequence[str] | None = None,
         crop_tag_share: float = 0.02,
+        patch_stride: int = 1,
     ):
         if mask_labels is not None and len(mask_labels) > IGNORED:
             raise ValueError(f"mask_labels has {len(mask_labels)} names, expected {IGNORED} at most.")
         if not 0 <= crop_tag_share < 1:
             raise ValueError(f"crop_tag_share is {crop_tag_share}, expected a share of a crop below 1.")
+        if patch_stride < 1:
+            raise ValueError(f"patch_stride is {patch_stride}, expected at least 1.")
+        self.patch_stride = patch_stride
         self.augmentation = Augmentation(augmentation)
         self.texts = texts or TextOptions()
         self.mask_labels = None if mask_labels is None else [label.strip() for label in mask_labels]
@@ -79,9 +84,10 @@ class Preparation:
             view = int(rng.integers(len(record.views)))
             tags = record.view_tags[view] if record.view_tags else None
             texts = choose_texts(record if tags is None else replace(record, tags=tags), self.texts, rng)
-            features, names = np.array(record.views[view]), record.view_names and record.view_names[view]
+            names = None if record.view_names is None else record.view_names[view]
+            features = np.array(_every_so_many(record.views[view], self.patch_stride, rng))
             prompts = [prompt for (prompt,) in build_prompts(list(names))] if names else []
-            patch_texts = dict(zip(prompts, names.values())) if names else None
+            patch_texts = None if names is None else dict(zip(prompts, names.values()))
             return Example(None, texts.caption, texts.labels, features, patch_texts)
         pixels, tags = self.view(record, rng)
         texts = choose_texts(record if tags is None else replace(record, tags=tags), self.texts, rng)
@@ -139,6 +145,16 @@ class Preparation:
             )
         shown = counts[: len(names)] > self.crop_tag_share * labels_SS.size
         return [name for name, is_shown in zip(names, shown) if is_shown and name]
+
+
+def _every_so_many(features: np.ndarray, stride: int, rng: np.random.Generator) -> np.ndarray:
+    """Rows and columns of features [C, H, W] that lie a stride apart, [C, H // stride, W // stride]."""
+    stride = min(stride, *features.shape[1:])
+    if stride == 1:
+        return features
+    height, width = (size // stride * stride for size in features.shape[1:])
+    top, left = rng.integers(stride, size=2)
+    return features[:, top : top + height : stride, left : left + width : stride]
 
 
 def _load_mask(source: ImageSource) -> Image.Image:
