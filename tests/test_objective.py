@@ -1,6 +1,7 @@
 """The losses of a batch: their parts, shared and absent texts, text prototypes."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -274,9 +275,38 @@ def test_after_the_texts_nothing_waits_for_a_gpu(fields, monkeypatch):
     with Waits() as waits:
         _from_images_to_gradients(*parts)
     assert not waits.seen
-    with Waits() as waits:  # how many different texts there are has to be asked
-        parts[0](**inputs_of(), return_loss=True)
-    assert waits.seen
+
+
+def _whole_step(device):
+    model = tiny_model().to(device).train()
+    inputs = inputs_of() | {"tag_input_ids": tiny_texts(6, words=2, seed=1).unflatten(0, (3, 2))}
+    inputs = {name: value.to(device) for name, value in inputs.items()}
+    return lambda: model(**inputs, return_loss=True).loss.backward()
+
+
+def test_a_step_asks_a_few_things_about_its_texts(monkeypatch):
+    """Where they begin and end, which are there, how many differ, and which tokens are words."""
+    monkeypatch.setattr("pgseg_hf.prototypes.match_prototypes", match_on_device)
+    monkeypatch.setattr("pgseg_hf.modeling_pgseg._cannot_be_asked", lambda *_: True)
+    with Waits() as waits:
+        _whole_step("cpu")()
+    assert 0 < len(waits.seen) <= 7
+
+
+@pytest.mark.gpu
+def test_a_step_waits_for_the_gpu_a_few_times():
+    step = _whole_step("cuda")
+    step()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    # What is asked, and copies of token ids to the CPU and back.
+    assert sum("synchronizing" in str(warning.message) for warning in caught) <= 12
 
 
 @pytest.mark.gpu
