@@ -288,8 +288,9 @@ def test_a_step_asks_a_few_things_about_its_texts(monkeypatch):
     """Where they begin and end, which are there, how many differ, and which tokens are words."""
     monkeypatch.setattr("pgseg_hf.prototypes.match_prototypes", match_on_device)
     monkeypatch.setattr("pgseg_hf.modeling_pgseg._cannot_be_asked", lambda *_: True)
+    step = _whole_step("cpu")
     with Waits() as waits:
-        _whole_step("cpu")()
+        step()
     assert 0 < len(waits.seen) <= 7
 
 
