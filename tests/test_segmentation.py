@@ -3,6 +3,7 @@ import json
 import pickle
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -288,18 +289,22 @@ def test_bf16_inference(tiny_folder, photo):
 
 
 @pytest.mark.slow
-def test_a_thousand_labels_on_twelve_megapixels_fit_in_four_gigabytes(tiny_folder):
+@pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="a process's peak is read as Linux tells it"
+)
+def test_a_thousand_labels_on_twelve_megapixels_take_less_than_one_and_a_half_gigabytes(tiny_folder):
     import subprocess
     import sys
 
+    # Not `ru_maxrss`, which a process inherits from the one that started it.
     code = f"""
-import resource, numpy as np
+import re, numpy as np
 from PIL import Image
 import pgseg_hf
 photo = Image.fromarray(np.random.default_rng(0).integers(0, 255, (300, 400, 3), dtype=np.uint8)).resize((4000, 3000))
 result = pgseg_hf.load_segmenter({tiny_folder!r})(photo, [f"label {{i}}" for i in range(1000)])
 assert result.label_map.shape == (3000, 4000)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+print(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert int(run.stdout.split()[-1]) < 4 * 1024**2
+    assert int(run.stdout.split()[-1]) < 1.5 * 1024**2

@@ -250,7 +250,14 @@ def all_finite(values: Tensor) -> Tensor:
     return low.isfinite() & high.isfinite()
 
 
-def _refuse_bad_pixels(pixel_values: Tensor | None, patch_size: int, channels: int) -> None:
+def _cannot_be_asked(values: Tensor, training: bool) -> bool:
+    """Whether nobody looks for NaN: in training a GPU would have to be waited for, and the loss is then NaN as well."""
+    return values.device.type == "meta" or values.numel() == 0 or (training and values.is_cuda)
+
+
+def _refuse_bad_pixels(
+    pixel_values: Tensor | None, patch_size: int, channels: int, training: bool = False
+) -> None:
     if pixel_values is None:
         raise ValueError("pixel_values is None, expected a tensor [batch, channels, height, width].")
     if pixel_values.ndim != 4 or pixel_values.shape[1] != channels:
@@ -263,20 +270,19 @@ def _refuse_bad_pixels(pixel_values: Tensor | None, patch_size: int, channels: i
             f"pixel_values is {height} x {width} pixels, smaller than a patch of {patch_size} x {patch_size}; "
             "resize it."
         )
-    if pixel_values.device.type == "meta" or pixel_values.numel() == 0:
+    if _cannot_be_asked(pixel_values, training):
         return
-
     if not all_finite(pixel_values):
         raise ValueError("pixel_values holds NaN or infinite values; expected normalised finite pixels.")
 
 
-def _refuse_bad_features(features: Tensor, channels: int) -> None:
+def _refuse_bad_features(features: Tensor, channels: int, training: bool = False) -> None:
     if features.ndim != 4 or features.shape[1] != channels or not features.is_floating_point():
         raise ValueError(
             f"backbone_features has shape {list(features.shape)} and type {features.dtype}, expected [batch, "
             f"{channels}, height, width] of floats, as this model's embeddings.features gives them."
         )
-    if features.device.type == "meta" or features.numel() == 0:
+    if _cannot_be_asked(features, training):
         return
     if not all_finite(features):
         raise ValueError("backbone_features holds NaN or infinite values; expected finite features.")
@@ -363,11 +369,12 @@ class PGSegVisionModel(PGSegPreTrainedModel):
                 a backbone; `image_sizes` are then those of the grid times `patch_size`.
 
         Raises:
-            ValueError: wrong shape, images smaller than a patch, NaN or infinite pixels or features, both inputs.
+            ValueError: wrong shape, images smaller than a patch, both inputs; NaN or infinite pixels or features, which
+                in training on CUDA nobody looks for.
         """
         _name_unused(kwargs)
         if backbone_features is None and not torch.compiler.is_compiling():
-            _refuse_bad_pixels(pixel_values, self.config.patch_size, self.config.num_channels)
+            _refuse_bad_pixels(pixel_values, self.config.patch_size, self.config.num_channels, self.training)
         output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
         output_hidden_states = (
             self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
@@ -417,7 +424,7 @@ class PGSegVisionModel(PGSegPreTrainedModel):
             raise ValueError(f"backbone_features are given, but {reason}; expected one of the two inputs.")
         if not torch.compiler.is_compiling():
             part: Any = self.embeddings.patch_embeddings
-            _refuse_bad_features(backbone_features, sum(part.channels))
+            _refuse_bad_features(backbone_features, sum(part.channels), self.training)
         return self.embeddings(backbone_features=backbone_features)
 
     def move_prototypes(self, prototypes: Sequence[Tensor]) -> None:
@@ -768,13 +775,6 @@ class PGSegModel(PGSegPreTrainedModel):
                 f"input_ids has shape {list(input_ids.shape)}; the losses need one prompt a text, [texts, length]."
             )
         towers = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
-        vision = self.get_image_features(
-            pixel_values=pixel_values,
-            backbone_features=backbone_features,
-            output_npr=bool(return_loss),
-            return_dict=True,
-            **towers,
-        )
         all_ids, all_mask, owners = input_ids, attention_mask, None
         if return_loss:
             all_ids, all_mask, owners = self.gather_texts(
@@ -785,9 +785,17 @@ class PGSegModel(PGSegPreTrainedModel):
                 text_targets,
                 patch_targets,
             )
-        # Captions and labels pass the text tower together, so that BatchNorm sees them together.
+        # Captions and labels pass the text tower together, so that BatchNorm sees them together; before the images, as
+        # what is asked about token ids has a GPU wait, which then has little to do.
         text, text_features = self._encode_texts(
             all_ids, all_mask, for_losses=bool(return_loss), position_ids=position_ids, **towers
+        )
+        vision = self.get_image_features(
+            pixel_values=pixel_values,
+            backbone_features=backbone_features,
+            output_npr=bool(return_loss),
+            return_dict=True,
+            **towers,
         )
         text.pooler_output = text.pooler_output[: len(input_ids)]
         text.last_hidden_state = text.last_hidden_state[: input_ids.shape[:-1].numel()]
@@ -844,8 +852,9 @@ class PGSegModel(PGSegPreTrainedModel):
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         owners.label_mask = present = tag_attention_mask.any(-1)
-        ids = torch.cat([input_ids, tag_input_ids[present]])
-        mask = torch.cat([attention_mask, tag_attention_mask[present].to(attention_mask.dtype)])
+        places = present.nonzero(as_tuple=True)
+        ids = torch.cat([input_ids, tag_input_ids[places]])
+        mask = torch.cat([attention_mask, tag_attention_mask[places].to(attention_mask.dtype)])
         return ids, mask, owners
 
     def _encode_texts(
@@ -876,8 +885,8 @@ class PGSegModel(PGSegPreTrainedModel):
             with torch.no_grad():
                 features.joint = self._joint_space(pooled.detach())
                 words = self._joint_space(output.last_hidden_state.detach()[word_mask])
-                features.words = words.new_zeros(*word_mask.shape, words.shape[-1])
-                features.words[word_mask] = words
+                zeros = words.new_zeros(*word_mask.shape, words.shape[-1])
+                features.words = zeros.masked_scatter(word_mask[..., None].expand_as(zeros), words)
             features.word_mask = word_mask
         return output, features
 
