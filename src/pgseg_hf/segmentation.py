@@ -83,17 +83,21 @@ class SegmentationOptions:
             object.__setattr__(self, name, whole_number(value, name))
         if self.longest_edge is not None and self.shortest_edge is None:
             raise ValueError(f"longest_edge is {self.longest_edge}, but shortest_edge is None; give both.")
-        size, stride = self.window_size, self.window_stride
-        if isinstance(size, int) and isinstance(stride, int) and stride > size:
-            raise ValueError(
-                f"window_stride is {stride}, expected at most the window's {size} pixels, or pixels are left out."
-            )
+        if isinstance(self.window_size, int) and isinstance(self.window_stride, int):
+            _refuse_gaps(self.window_size, self.window_stride)
         if not isinstance(self.patch_weight, str) or self.patch_weight != "auto":
             weight = share(self.patch_weight, "patch_weight", "'auto' or ")
             object.__setattr__(self, "patch_weight", weight)
         if self.background_threshold is not None:
             threshold = share(self.background_threshold, "background_threshold", "None or ")
             object.__setattr__(self, "background_threshold", threshold)
+
+
+def _refuse_gaps(size: int, stride: int) -> None:
+    if stride > size:
+        raise ValueError(
+            f"window_stride is {stride}, expected at most the window's {size} pixels, or pixels are left out."
+        )
 
 
 @dataclass
@@ -429,10 +433,12 @@ class Segmenter:
         """Side and stride of the windows in pixels; no side for the whole image at once.
 
         Raises:
-            ValueError: windows of features that are no whole patches.
+            ValueError: gaps between windows, or windows of features that are no whole patches.
         """
         size = self.processor.window_size if options.window_size == "auto" else options.window_size
         stride = self.processor.window_stride if options.window_stride == "auto" else options.window_stride
+        if size is not None:
+            _refuse_gaps(size, stride)
         patch = self.model.config.vision_config.patch_size
         if self._cuts_features(size) and (size % patch or stride % patch):
             raise ValueError(
