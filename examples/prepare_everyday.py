@@ -32,6 +32,7 @@ from PIL import Image
 from pgseg_hf.command_line import CommandParser
 from pgseg_hf.files import folder_written_whole, path_inside, write_json, write_text
 from pgseg_hf.images import load_image
+from pgseg_hf.text_files import read_text, split_lines
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
 MAX_SIDE = 512
@@ -73,7 +74,12 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--efficientnet", type=Path, help="state dict of EfficientNet-Lite, for automatic words")
     add("--wordnet", type=Path, default=Path("/usr/share/wordnet"), help="WordNet 3.0's data.noun")
     add("--word_share", type=float, default=0.25, help="share of an image or quadrant that makes a word")
-    add("--per_class", type=int, default=400, help="images of each scene of Intel and of each room; others have less")
+    add(
+        "--per_class",
+        type=int,
+        default=400,
+        help="images of each scene of Intel and of each room; others have less",
+    )
     add("--threads", type=int, default=1)
     add("--seed", type=int, default=0, help="chooses the images of large classes")
     options = parser.parse_args(arguments)
@@ -100,7 +106,7 @@ def images_in(folder: Path) -> list[Path]:
 def flickr8k(images: Path, captions: Path, words: EverydayWords) -> list[Item]:
     """Every image with captions; those with a held-out word only leave the names of their other words."""
     sentences: dict[str, list[str]] = {}
-    for line in captions.read_text(encoding="utf-8").splitlines():
+    for line in split_lines(read_text(captions)):
         name, _, caption = line.partition("\t")
         sentences.setdefault(name.split("#")[0], []).append(" ".join(caption.split()))
     items = []
@@ -136,7 +142,7 @@ def food(root: Path, words: EverydayWords) -> list[Item]:
     items = []
     for path in images_in(root / "images"):
         file = root / "tags" / f"{path.name}.txt"
-        tags = file.read_text(encoding="utf-8").split(",") if file.is_file() else []
+        tags = read_text(file).split(",") if file.is_file() else []
         items.append(Item("food", path, words.of_tags("food", tags)))
     return items
 
@@ -144,7 +150,7 @@ def food(root: Path, words: EverydayWords) -> list[Item]:
 def ccp(root: Path, words: EverydayWords) -> list[Item]:
     """Images of a folder in our own layout; columns other than their tags are not read."""
     items = []
-    for line in (root / "metadata.jsonl").read_text(encoding="utf-8").splitlines():
+    for line in split_lines(read_text(root / "metadata.jsonl")):
         row = json.loads(line)
         path = path_inside(root, row["file_name"])
         items.append(Item("ccp", path, words.of_tags("ccp", row["tags"])))
