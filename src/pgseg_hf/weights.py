@@ -70,7 +70,9 @@ def refuse_bad_weights(model: Any, name: str) -> None:
     """
     is_offloaded = getattr(model, "hf_device_map", None) is not None
     if missing := getattr(model, "random_weights", ()):
-        raise ValueError(f"{name} is no whole PGSeg checkpoint, these tensors are missing: {', '.join(missing)}.")
+        raise ValueError(
+            f"{name} is no whole PGSeg checkpoint, these tensors are missing: {', '.join(missing)}."
+        )
     bad, empty = [], []
     for key, tensor in chain(model.named_parameters(), model.named_buffers()):
         if type(tensor) not in (nn.Parameter, Tensor):
