@@ -13,6 +13,7 @@ import gc
 import json
 import platform
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +27,7 @@ from speed_jobs import (
     VARIANTS,
     PhotoJobs,
     Scale,
+    StartJobs,
     build_model,
     encoding_job,
     pixels,
@@ -53,6 +55,7 @@ from pgseg_hf.files import write_json, write_text
 CONTENDERS = (GROUPVIT, *VARIANTS)
 CHECKPOINTED = "corrected, gradient checkpointing"
 MATMUL = "matmul"
+PLAIN = "import transformers"
 Row = dict[str, Any]
 
 
@@ -189,6 +192,33 @@ class Benchmark:
                 rows.append(row)
         return rows
 
+    def start(self) -> list[Row]:
+        """Processes from their start to their end, against the import of what they cannot do without."""
+        clip, passes = "import torch and transformers' CLIP", "encoder passes"
+        with tempfile.TemporaryDirectory() as folder:
+            starts = StartJobs(folder)
+            jobs = {
+                PLAIN: starts.process("-c", "import transformers"),
+                "import pgseg_hf, transformers": starts.process("-c", "import pgseg_hf, transformers"),
+                "pgseg --help": starts.process("-m", "pgseg_hf", "--help"),
+                clip: starts.process("-c", "import torch, transformers.models.clip.modeling_clip"),
+                passes: starts.encoder_passes,
+                "pgseg segment": starts.segment,
+            }
+            title = "process start, default checkpoint"
+            seconds = time_in_turn(jobs, max(self.rounds // 4, 1), "cpu", title)
+        # All that is above the encoder passes, against the import.
+        own = [all_of_it - encoding for all_of_it, encoding in zip(seconds["pgseg segment"], seconds[passes])]
+        references = {"import pgseg_hf, transformers": PLAIN, "pgseg --help": PLAIN, "pgseg segment": clip}
+        rows = []
+        for name in jobs:
+            row: Row = {"section": "start", "job": title, "contender": name, "seconds": spread(seconds[name])}
+            if name in references:
+                of_job = seconds | {"pgseg segment": own}
+                row["ratio"], row["of"] = ratio(of_job, name, references[name]), references[name]
+            rows.append(row)
+        return rows
+
     def photo(self) -> list[Row]:
         """A photo end to end against its encoder passes alone, and many labels against few."""
         photos = PhotoJobs(self.scale, self.device)
@@ -291,7 +321,7 @@ def _point(curve: str, value: int, contender: str, seconds: dict[str, list[float
 
 SECTIONS: dict[str, Callable[[Benchmark], list[Row]]] = {
     name: getattr(Benchmark, name)
-    for name in ("encoder", "photo", "prototypes", "training", "compiled", "curves")
+    for name in ("start", "encoder", "photo", "prototypes", "training", "compiled", "curves")
 }
 
 

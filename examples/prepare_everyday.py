@@ -3,7 +3,8 @@ classifier recognises. No mask is ever read.
 
     python examples/prepare_everyday.py --output everyday-data --efficientnet efficientnet-lite0-57934424.pth \
         --flickr8k images --flickr8k_captions Flickr8k.token.txt --intel seg_train --rooms rooms/train \
-        --caltech 101_ObjectCategories --imagenette imagenette/train --clothing clothing/train --food food --ccp ccp/train
+        --caltech 101_ObjectCategories --imagenette imagenette/train --clothing clothing/train \
+        --food food --ccp ccp/train
 
 Each source is optional. `OUTPUT/everyday` appears when it is whole: `images/`, `metadata.jsonl` (file_name, tags,
 captions, source) and `words.json` (names with their synonyms, licences, counts), and with `--efficientnet` its

@@ -1,7 +1,10 @@
 """The models and the work that `benchmark_speed.py` measures."""
 
 import io
+import subprocess
+import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +14,7 @@ from speed_measuring import Job
 from torch import Tensor
 from transformers import GroupViTConfig, GroupViTModel
 
-from pgseg_hf import PGSegModel, SegmentationOptions, Segmenter, default_tokenizer
+from pgseg_hf import PGSegModel, SegmentationOptions, Segmenter, default_tokenizer, load_segmenter
 from pgseg_hf.groupvit import config_from_groupvit
 from pgseg_hf.image_processing_pil_pgseg import PGSegImageProcessorPil
 from pgseg_hf.processing_pgseg import PGSegProcessor
@@ -206,6 +209,36 @@ class PhotoJobs:
         names = self.names(labels)
         self.segmenter.class_embeddings(names)  # prompts pass the text tower once and are kept
         return lambda: self.segmenter(self.photo, names)
+
+
+class StartJobs:
+    """Processes from their start to their end, and what `pgseg segment` has to compute in any case.
+
+    Args:
+        folder: for what is written.
+    """
+
+    photo = Path(__file__).parent / "images" / "dog.jpg"
+
+    def __init__(self, folder: str):
+        self.folder = folder
+        self.segmenter = load_segmenter()
+        self.labels = ["dog", "grass", "sky"]
+        self.segmenter.class_embeddings(self.labels)  # prompts are kept: the text tower has passed already
+
+    def encoder_passes(self) -> None:
+        for _ in self.segmenter.encode([self.photo]):
+            pass
+
+    def segment(self) -> None:
+        """`pgseg segment` with the checkpoint that ships."""
+        labels = ", ".join(self.labels)
+        self.process("-m", "pgseg_hf", "segment", str(self.photo), "--labels", labels)()
+
+    def process(self, *arguments: str) -> Job:
+        """A Python of its own."""
+        command = [sys.executable, *arguments]
+        return lambda: subprocess.run(command, cwd=self.folder, check=True, capture_output=True)
 
 
 def _photo(width: int, height: int) -> bytes:

@@ -21,6 +21,11 @@ GOALS: dict[tuple[str, str, str], dict[str, float]] = {
 LARGE_IMAGE_GOALS = {"corrected": 0.97, "released": 1.10}
 CUDA_GOALS = {"corrected": 0.7, "released": 0.8}
 MANY_LABELS_GOAL, PHOTO_GOAL, PROTOTYPES_GOAL = 1.1, 1.1, 0.03
+START_GOALS = {
+    "import pgseg_hf": {"ratio": 1.3},
+    "pgseg segment": {"ratio": 1.5},
+    "pgseg --help": {"seconds": 1.0},
+}
 
 
 def goals(row: dict[str, Any], on_cuda: bool = False) -> dict[str, float]:
@@ -28,6 +33,8 @@ def goals(row: dict[str, Any], on_cuda: bool = False) -> dict[str, float]:
     section, contender = row["section"], row["contender"]
     if section == "prototypes":
         return {"ratio": PROTOTYPES_GOAL}
+    if section == "start":
+        return dict(START_GOALS.get(contender, {}))
     if section == "photo":
         if row["of"] == "encoder passes":
             return {} if contender == "encoder passes" else {"ratio": PHOTO_GOAL}
@@ -100,6 +107,9 @@ def markdown(results: dict[str, Any]) -> str:
         peak, memory_ratio = _memory(row, bounds)
         gflop = f"{row['gflop']:.1f}" if "gflop" in row else ""
         time = _short(1000 * row["seconds"]["median"]) if "seconds" in row else row["not_timed"]
+        if "seconds" in bounds:
+            holds = row["seconds"]["median"] <= bounds["seconds"]
+            time += f", goal <= {1000 * bounds['seconds']:g}: {'holds' if holds else '**missed**'}"
         cells = [row["job"], row["contender"], time, rate, ratio, gflop]
         cells += [_figure(row, "share", bounds), peak, memory_ratio]
         lines.append(f"| {' | '.join(cells)} |")

@@ -92,6 +92,8 @@ def test_peak_memory_sees_what_a_job_holds_for_a_while(modules):
         ({"contender": "released"}, {"ratio": 1.12, "share": 0.9}),
         ({"contender": "groupvit"}, {}),
         ({"section": "prototypes"}, {"ratio": 0.03}),
+        ({"section": "start", "contender": "import pgseg_hf, transformers"}, {"ratio": 1.3}),
+        ({"section": "start", "contender": "pgseg --help"}, {"seconds": 1.0}),
         ({"section": "photo", "contender": "20 labels", "of": "encoder passes"}, {"ratio": 1.1}),
         ({"section": "photo", "contender": "x", "of": "20 labels"}, {"ratio": 1.1, "memory_ratio": 1.1}),
     ],
@@ -109,12 +111,14 @@ def test_the_table_says_what_holds(modules):
     rows = [
         row(share=0.89, gflop=60.0),
         row(contender="released", ratio={"median": 1.2, "low": 1.1, "high": 1.3}),
+        row(section="start", contender="pgseg --help"),
     ]
     table = modules[1].markdown({"machine": machine, "rows": rows})
     lines = [line for line in table.splitlines() if line.startswith("| image encoder")]
     assert "1.02 (1.00 to 1.04), goal <= 1.03: holds" in lines[0]
     assert "0.89, goal >= 0.9: **missed**" in lines[0]
     assert "1.20 (1.10 to 1.30), goal <= 1.12: **missed**" in lines[1]
+    assert "500, goal <= 1000: holds" in lines[2]
     assert "a CPU, 2 threads" in table
 
 
@@ -195,7 +199,7 @@ def test_a_whole_run(modules, tmp_path):
     subprocess.run([*command, "--output", tmp_path / "speed", "--readme", readme], check=True, timeout=900)
     results = json.loads((tmp_path / "speed" / "results.json").read_text())
     rows = results["rows"]
-    sections = {"encoder", "photo", "prototypes", "training", "curves"}
+    sections = {"start", "encoder", "photo", "prototypes", "training", "curves"}
     can_compile = modules[0].can_compile("cpu")
     assert {entry["section"] for entry in rows} == sections | ({"compiled"} if can_compile else set())
     encoder = [entry for entry in rows if entry["section"] == "encoder"]

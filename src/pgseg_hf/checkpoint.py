@@ -1,18 +1,17 @@
-"""The checkpoint that ships with the package, and loading a model with its processor."""
+"""Loading a model with its processor."""
 
 import os
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from . import DEFAULT_CHECKPOINT
+from .files import refuse_missing_folder
 from .modeling_pgseg import PGSegModel
+from .options import SegmentationOptions
 from .processing_pgseg import PGSegProcessor
-from .segmentation import SegmentationOptions, Segmenter
+from .segmentation import Segmenter
 from .weights import refuse_bad_weights
-
-# A `from_pretrained` name like any other: a folder inside the installed package.
-DEFAULT_CHECKPOINT = str(Path(__file__).parent / "checkpoints" / "pgseg-small-everyday")
 
 # Of the options of `PGSegModel.from_pretrained` those that say where the files are.
 _OF_ALL_FILES = (
@@ -42,10 +41,7 @@ def load_segmenter(
         ValueError: there is no such checkpoint, or it is none of PGSeg.
     """
     name_or_path = os.fspath(name_or_path)
-    if Path(name_or_path).is_absolute() and not Path(name_or_path).is_dir():
-        raise ValueError(
-            f"{name_or_path} is no folder; expected one made by save_pretrained or `pgseg convert`."
-        )
+    refuse_missing_folder(name_or_path)
     try:
         device = torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:

@@ -314,6 +314,8 @@ def _name_unused(kwargs: dict[str, Any]) -> None:
 class PGSegVisionModel(PGSegPreTrainedModel):
     """The image tower: a photo to segment tokens and the grouping of its patches."""
 
+    # Saved with its code, for trust_remote_code=True where this package is not installed.
+    _auto_class = "AutoModel"
     config: PGSegVisionConfig
     base_model_prefix = "vision_model"
     main_input_name = "pixel_values"
@@ -448,6 +450,7 @@ def _image_sizes(pixel_values: Tensor) -> Tensor:
 class PGSegTextModel(CLIPTextModel):
     """The text tower: transformers' CLIP text transformer with PGSeg's configuration."""
 
+    _auto_class = "AutoModel"
     config: PGSegTextConfig
     base_model_prefix = "text_model"
     _keys_to_ignore_on_load_unexpected = [
@@ -488,6 +491,7 @@ class PGSegTextModel(CLIPTextModel):
 class PGSegTextModelWithProjection(PGSegPreTrainedModel):
     """The text tower with its projection: texts to the joint space, from a folder of its own or a whole model's."""
 
+    _auto_class = "AutoModelForTextEncoding"
     input_modalities = ("text",)
     main_input_name = "input_ids"
     _keys_to_ignore_on_load_unexpected = [
@@ -532,6 +536,8 @@ class PGSegTextModelWithProjection(PGSegPreTrainedModel):
 
 class PGSegModel(PGSegPreTrainedModel):
     """Both towers in one joint space, with the losses of the method."""
+
+    _auto_class = "AutoModel"
 
     def __init__(self, config: PGSegConfig):
         super().__init__(config)

@@ -55,6 +55,8 @@ class PGSegProcessor(ProcessorMixin):
         ValueError: for templates without exactly one `{}`, a weight outside 0 to 1, or a `top_k` below 1.
     """
 
+    # Saved with its code, for trust_remote_code=True where this package is not installed.
+    _auto_class = "AutoProcessor"
     text_kwargs: TextKwargs = {"padding": "max_length", "truncation": True}
 
     def __init__(

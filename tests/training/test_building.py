@@ -9,10 +9,12 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from data_files import write_folder
 from PIL import Image
+from tiny_backbones import tiny_backbone_model
 from tiny_models import tiny_config, tiny_images, tiny_model, tiny_texts, with_fixed_statistics, without_noise
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
+from transformers.models.dinov2.modeling_dinov2 import Dinov2Layer
 
 from pgseg_hf.data.sources import SourceSpec, open_source
 from pgseg_hf.efficientnet_lite import EfficientNetLiteBackbone, EfficientNetLiteConfig
@@ -113,15 +115,23 @@ def test_processors_normalise_as_the_backbone_was_trained(backbone_folder):
     torch.testing.assert_close((pixels / 255 - image.image_mean[0]) / image.image_std[0], expected)
 
 
-def one_of_two_processes(rank, folder):
+def plain_model(backbone):
+    if backbone is None:
+        return tiny_model(contrastive_loss="sigmoid")
+    return tiny_backbone_model(
+        "dinov2", {"freeze_backbone": backbone == "frozen"}, contrastive_loss="sigmoid"
+    )
+
+
+def one_of_two_processes(rank, folder, backbone):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    model = with_fixed_statistics(without_noise(tiny_model(contrastive_loss="sigmoid")))
+    model = with_fixed_statistics(without_noise(plain_model(backbone)))
     plain = copy.deepcopy(model)
     mesh = init_device_mesh("cpu", (2,))
     model = without_scalars(model)
     for module in model.modules():
-        if isinstance(module, PGSegStage | CLIPEncoderLayer):
+        if isinstance(module, PGSegStage | CLIPEncoderLayer | Dinov2Layer):
             fully_shard(module, mesh=mesh)
     fully_shard(model, mesh=mesh)
     part = slice(4 * rank, 4 * rank + 4)
@@ -137,14 +147,15 @@ def one_of_two_processes(rank, folder):
                 parameter.grad /= 2
         optimizer.step()
     torch.save(
-        (full_weights(model), plain.state_dict(), tiny_model(contrastive_loss="sigmoid").state_dict()),
+        (full_weights(model), plain.state_dict(), plain_model(backbone).state_dict()),
         f"{folder}/{rank}.pt",
     )
     dist.destroy_process_group()
 
 
-def test_divided_weights_learn_as_whole_ones(tmp_path):
-    mp.spawn(one_of_two_processes, args=(str(tmp_path),), nprocs=2)
+@pytest.mark.parametrize("backbone", [None, "frozen", "trained"])
+def test_divided_weights_learn_as_whole_ones(tmp_path, backbone):
+    mp.spawn(one_of_two_processes, args=(str(tmp_path), backbone), nprocs=2)
     for rank in (0, 1):
         sharded, plain, before = torch.load(tmp_path / f"{rank}.pt")
         assert sharded.keys() == plain.keys()
@@ -152,6 +163,10 @@ def test_divided_weights_learn_as_whole_ones(tmp_path):
             assert sharded[name].shape == value.shape, name
             torch.testing.assert_close(sharded[name], value, msg=name)
         assert not torch.equal(plain["logit_scale"], before["logit_scale"])
+        changed = {
+            name for name in plain if ".backbone." in name and not torch.equal(plain[name], before[name])
+        }
+        assert bool(changed) == (backbone == "trained")
 
 
 def test_fine_tuning_a_model_of_mixture_pooling_with_another_loss_compares_with_groups(tmp_path, caplog):
