@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_models import make_photo
 
-from pgseg_hf import Segmentation, SegmentationOptions, load_segmenter
+from pgseg_hf import PGSegProcessor, Segmentation, SegmentationOptions, load_segmenter
 
 STREET = ["building", "road", "pavement", "tree", "sky", "car", "pedestrian"]
 LABELS = ["cat", "dog", "grass", "sky", "road", "tree", "car"]
@@ -199,6 +199,11 @@ def test_bad_options(fields, message):
 def test_bad_windows(tiny_segmenter, photo):
     with pytest.raises(ValueError, match="stride is 40"):
         tiny_segmenter(photo, LABELS, SegmentationOptions(window_size=32, window_stride=40))
+    with pytest.raises(ValueError, match="stride is 80, expected at most the window's 64 pixels"):
+        tiny_segmenter(photo, LABELS, SegmentationOptions(window_stride=80))
+    old = tiny_segmenter.processor
+    with pytest.raises(ValueError, match="window_stride is None, expected a whole number"):
+        PGSegProcessor(old.image_processor, old.tokenizer, window_stride=None)
 
 
 def test_not_a_checkpoint(tmp_path):

@@ -54,9 +54,7 @@ def load_segmenter(
     # Else transformers asks on the terminal whether to run the code that a folder names.
     kwargs = {"trust_remote_code": False, **kwargs}
     try:
-        model, report = PGSegModel.from_pretrained(
-            name_or_path, dtype=dtype, output_loading_info=True, **kwargs
-        )
+        model = PGSegModel.from_pretrained(name_or_path, dtype=dtype, **kwargs)
         places = {name: kwargs[name] for name in _OF_ALL_FILES if name in kwargs}
         processor = PGSegProcessor.from_pretrained(name_or_path, **places)
         size = processor.image_processor.size
@@ -67,11 +65,7 @@ def load_segmenter(
             f"{name_or_path} is no PGSeg checkpoint: {type(error).__name__}: {error} Expected a folder made by "
             "save_pretrained or `pgseg convert`, or a name on the Hub."
         ) from error
-    if report["missing_keys"]:
-        missing = ", ".join(sorted(report["missing_keys"]))
-        raise ValueError(
-            f"{name_or_path} is no whole PGSeg checkpoint, these tensors are missing: {missing}."
-        )
+    refuse_bad_weights(model, name_or_path)
     text, tokenizer = model.config.text_config, processor.tokenizer
     # 2 stands for the largest token, as in CLIP's first configurations. A vocabulary may have more rows than tokens.
     has_end = text.eos_token_id in (2, tokenizer.eos_token_id)
@@ -81,7 +75,6 @@ def load_segmenter(
             f"for a model of {text.vocab_size} and {text.eos_token_id}; files of the processor are missing or "
             "another's, or model.resize_token_embeddings was not called for new tokens."
         )
-    refuse_bad_weights(model, name_or_path)
     if device.type != "cpu" and getattr(model, "is_quantized", False):
         raise ValueError(f"device is {str(device)!r}, expected 'cpu', where models in int8 run.")
     return Segmenter(model.to(device), processor, options)

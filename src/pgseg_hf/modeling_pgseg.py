@@ -175,16 +175,23 @@ class PGSegPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+    # Names of those that the checkpoint lacked and nothing has trained since.
+    random_weights: tuple[str, ...] = ()
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """As ever; of a folder that cannot be read the likely reason is named.
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any
+    ) -> Any:
+        """As ever; of a folder that cannot be read the likely reason is named. Weights that it lacks are random, as
+        ever with a warning, and a pipeline refuses such a model until it is put in training mode.
 
         Raises:
             OSError: such a folder: with a pointer of git-lfs or a web page for a file, a download that was cut off.
         """
         try:
-            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+            model, report = super().from_pretrained(
+                pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+            )
         except Exception as error:
             reason = (
                 what_is_wrong_with(pretrained_model_name_or_path) if pretrained_model_name_or_path else None
@@ -192,6 +199,13 @@ class PGSegPreTrainedModel(PreTrainedModel):
             if reason is None:
                 raise
             raise OSError(reason) from error
+        model.random_weights = tuple(sorted(report["missing_keys"]))
+        return (model, report) if output_loading_info else model
+
+    def train(self, mode: bool = True) -> Any:
+        if mode:
+            self.random_weights = ()
+        return super().train(mode)
 
     def set_attn_implementation(self, attn_implementation: Any, allow_all_kernels: bool = False) -> None:
         """As ever, but a backbone that cannot attend like this goes on as it did."""

@@ -85,10 +85,6 @@ class WindowScores:
 
         return of_rows
 
-    def dense(self) -> Tensor:
-        """The scores of each pixel, [N, H, W] or [N + 1, H, W]; for small maps only."""
-        return self.reader(range(self.scores.shape[1]))(slice(None))
-
 
 def group_scores(
     segment_logits_KN: Tensor,
