@@ -309,9 +309,9 @@ def _mask_labels(data: DataArguments, specs: Sequence[SourceSpec], sources: Sequ
 
 def _tell_what_masks_leave_out(sources: Sequence[Source]) -> None:
     """Warns where much of the first records' masks has the value that stands for no label."""
-    for source in sources:
+    for source in [source for source in sources if isinstance(source, MapSource)]:
         counts = np.zeros(2, dtype=np.int64)
-        for index in range(min(len(source), PEEKED_RECORDS) if isinstance(source, MapSource) else 0):
+        for index in range(min(len(source), PEEKED_RECORDS)):
             try:
                 record = source[index]
                 values = None if record.mask is None else load_label_map(record.mask)
