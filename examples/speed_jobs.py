@@ -19,6 +19,7 @@ from pgseg_hf.groupvit import config_from_groupvit
 from pgseg_hf.image_processing_pil_pgseg import PGSegImageProcessorPil
 from pgseg_hf.processing_pgseg import PGSegProcessor
 from pgseg_hf.prototypes import estimate_prototypes, prototype_loss
+from pgseg_hf.quantization import PGSegInt8Config, PGSegInt8Quantizer
 
 GROUPVIT, VARIANTS = "groupvit", ("none", "corrected", "released")
 CONTEXT = 77
@@ -32,6 +33,7 @@ class Scale:
     training_batches: of the training step; the last is also the unit of larger ones on a CPU.
     photo: width and height; `short_side` is what it is resized to, which is a window's side as well.
     labels: few and many.
+    large_photo, large_labels: of the peak of memory.
     prototype_batch: of the row on prototypes.
     matmul, cuda_matmul: side of the matrices of the machine's own rate.
     curve_*: what the curves go over.
@@ -45,6 +47,8 @@ class Scale:
     photo: tuple[int, int] = (640, 480)
     short_side: int = 448
     labels: tuple[int, int] = (20, 171)
+    large_photo: tuple[int, int] = (4000, 3000)
+    large_labels: int = 1000
     prototype_batch: int = 1024
     matmul: int = 2048
     cuda_matmul: int = 8192
@@ -74,6 +78,8 @@ QUICK = Scale(
     photo=(64, 48),
     short_side=48,
     labels=(3, 7),
+    large_photo=(80, 60),
+    large_labels=9,
     prototype_batch=16,
     matmul=64,
     cuda_matmul=64,
@@ -95,6 +101,12 @@ def build_model(scale: Scale, contender: str, image_size: int | None = None) -> 
     if contender == GROUPVIT:
         return GroupViTModel(config).eval()
     return PGSegModel(config_from_groupvit(config, npr_variant=contender)).eval()
+
+
+def quantized(model: PGSegModel) -> PGSegModel:
+    """The model, now in int8."""
+    PGSegInt8Quantizer(PGSegInt8Config(), pre_quantized=False).postprocess_model(model)
+    return model
 
 
 def pixels(size: int, batch: int) -> Tensor:
@@ -180,7 +192,7 @@ def prototype_job(scale: Scale, device: str) -> Job:
 class PhotoJobs:
     """Segmenting one photo, from the file's bytes to its label map, and its encoder passes alone."""
 
-    def __init__(self, scale: Scale, device: str):
+    def __init__(self, scale: Scale, device: str, size: tuple[int, int] | None = None):
         model = build_model(scale, "corrected").to(device)
         side = scale.short_side
         image_processor = PGSegImageProcessorPil(size={"shortest_edge": side})
@@ -188,7 +200,7 @@ class PhotoJobs:
             image_processor, default_tokenizer(), window_size=side, window_stride=side // 2
         )
         self.segmenter = Segmenter(model, processor, SegmentationOptions())
-        self.photo = _photo(*scale.photo)
+        self.photo = _photo(*(size or scale.photo))
         windows: list[Tensor] = []
         encode = model.get_image_features
         model.get_image_features = lambda pixel_values: windows.append(pixel_values) or encode(pixel_values)

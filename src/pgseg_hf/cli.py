@@ -22,7 +22,7 @@ from .options import SegmentationOptions, check_one_background
 from .prompts import validate_labels, validate_templates
 from .training.options import add_train_arguments, check_train_arguments
 
-DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = ("float32", "bfloat16", "float16", "int8")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -99,7 +99,7 @@ def _add_segment(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--batch-size", type=int, default=8, help="windows in one pass of the image encoder")
     parser.add_argument("--device", help="default: cuda where there is one, else cpu")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="int8 is for a CPU")
 
 
 def _add_convert(commands: argparse._SubParsersAction) -> None:

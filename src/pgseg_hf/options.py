@@ -55,11 +55,8 @@ class SegmentationOptions:
             object.__setattr__(self, name, whole_number(value, name))
         if self.longest_edge is not None and self.shortest_edge is None:
             raise ValueError(f"longest_edge is {self.longest_edge}, but shortest_edge is None; give both.")
-        size, stride = self.window_size, self.window_stride
-        if isinstance(size, int) and isinstance(stride, int) and stride > size:
-            raise ValueError(
-                f"window_stride is {stride}, expected at most the window's {size} pixels, or pixels are left out."
-            )
+        if isinstance(self.window_size, int) and isinstance(self.window_stride, int):
+            refuse_gaps(self.window_size, self.window_stride)
         if not isinstance(self.patch_weight, str) or self.patch_weight != "auto":
             weight = share(self.patch_weight, "patch_weight", "'auto' or ")
             object.__setattr__(self, "patch_weight", weight)
@@ -75,4 +72,11 @@ def check_one_background(labels: Sequence[str], background: bool) -> None:
         raise ValueError(
             f"labels have {own!r}, and background_threshold makes a background of its own: leave one of the two out, "
             "or say what the label means, such as 'wall'."
+        )
+
+
+def refuse_gaps(size: int, stride: int) -> None:
+    if stride > size:
+        raise ValueError(
+            f"window_stride is {stride}, expected at most the window's {size} pixels, or pixels are left out."
         )

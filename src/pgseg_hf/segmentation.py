@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 from .images import load_image
 from .modeling_pgseg import PGSegModel, PGSegVisionOutput
-from .options import BACKGROUND, SegmentationOptions, check_one_background
+from .options import BACKGROUND, SegmentationOptions, check_one_background, refuse_gaps
 from .processing_pgseg import PGSegProcessor
 from .prompts import validate_labels
 from .scoring import (
@@ -359,10 +359,12 @@ class Segmenter:
         """Side and stride of the windows in pixels; no side for the whole image at once.
 
         Raises:
-            ValueError: windows of features that are no whole patches.
+            ValueError: gaps between windows, or windows of features that are no whole patches.
         """
         size = self.processor.window_size if options.window_size == "auto" else options.window_size
         stride = self.processor.window_stride if options.window_stride == "auto" else options.window_stride
+        if size is not None:
+            refuse_gaps(size, stride)
         patch = self.model.config.vision_config.patch_size
         if self._cuts_features(size) and (size % patch or stride % patch):
             raise ValueError(

@@ -91,7 +91,7 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     speed.add_argument("--batch-size", type=int, default=8, help="windows in one pass of the image encoder")
     speed.add_argument("--readers", type=int, default=2, help="threads that read pictures ahead")
     speed.add_argument("--device", help="default: the process's GPU, else cpu")
-    speed.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    speed.add_argument("--dtype", choices=("float32", "bfloat16", "float16", "int8"), default="float32")
     speed.add_argument("--threads", type=int, help="of torch on a CPU")
 
 
