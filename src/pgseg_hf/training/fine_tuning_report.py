@@ -218,10 +218,11 @@ def draw_pictures(
     """Held-out photos beside their masks before and after, spread over all; returns the files, relative to `output`."""
     names: list[str] = []
     count = min(_PICTURES, len(measured))
+    most_common = labels[:_LABELS_OF_A_PICTURE]
     for photo in [measured[number * len(measured) // count] for number in range(count)]:
-        words = list(photo.labels or _known_words(photo, segmenters["before"]))
-        words += [label for label in labels if label not in words]
-        words = words[: max(_LABELS_OF_A_PICTURE, len(photo.labels))]
+        # In one order, so that a label has one colour in all pictures.
+        words = [label for label in labels if label in photo.labels or label in most_common]
+        words = words or _known_words(photo, segmenters["before"])
         if not words:
             continue
         image = load_image(folder / photo.file_name)
