@@ -20,6 +20,7 @@ from ..evaluation.mask_dataset import MaskDataset, MaskFolder
 from ..evaluation.masks import MaskOptions, evaluate_masks, without_nan
 from ..files import write_image, write_json, write_text
 from ..images import load_image
+from ..options import BACKGROUND
 from ..segmentation import Segmentation, SegmentationOptions, Segmenter
 from ..visualization import overlay, side_by_side
 
@@ -236,7 +237,11 @@ def draw_pictures(
 
 def _masks(segmenters: Any, image: Image.Image, words: Sequence[str]) -> Iterator[Image.Image]:
     for segmenter in segmenters:
-        result = segmenter(image, words)
+        # Where the checkpoint knows other words, these show what is none of the labels.
+        has_others = segmenter.processor.vocabulary and BACKGROUND not in map(str.casefold, words)
+        result = segmenter(
+            image, words, SegmentationOptions(background_threshold=0.5 if has_others else None)
+        )
         assert isinstance(result, Segmentation)
         yield overlay(image, result.label_map, words, background=result.background)
 
@@ -313,7 +318,8 @@ def to_markdown(report: dict[str, Any], args: argparse.Namespace) -> str:
         if name in report["after"]:
             values = (_number(report[when][name]) for when in ("before", "after"))
             lines.append(f"| {words} | {' | '.join(values)} |")
-    lines += ["", *(f"![]({name})\n" for name in report["pictures"])]
+    lines += ["", "Held-out photos; uncoloured is what fits words other than the labels better:", ""]
+    lines += [f"![]({name})\n" for name in report["pictures"]]
     lines += [
         "## What would make it better",
         "",
