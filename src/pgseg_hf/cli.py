@@ -19,7 +19,7 @@ from .evaluation.arguments import (
 )
 from .files import image_format, refuse_missing_folder
 from .options import SegmentationOptions, check_one_background
-from .prompts import validate_labels, validate_templates
+from .prompts import read_labels, split_synonyms, validate_templates
 
 DTYPES = ("float32", "bfloat16", "float16", "int8")
 
@@ -64,7 +64,10 @@ def _add_segment(commands: argparse._SubParsersAction) -> None:
     parser.set_defaults(check=_check_segment)
     parser.add_argument("image", help="a picture, its http(s) address, or a folder of pictures")
     parser.add_argument(
-        "--labels", required=True, help='words separated by commas, for instance "hair, coat, shoes"'
+        "--labels",
+        required=True,
+        help='words separated by commas, for instance "hair, coat|jacket, shoes" (| joins other words for a label), '
+        "or @labels.txt or @labels.json",
     )
     parser.add_argument(
         "--model", default=DEFAULT_CHECKPOINT, help="folder or Hub name (default: the shipped model)"
@@ -112,7 +115,8 @@ def _add_convert(commands: argparse._SubParsersAction) -> None:
 
 def _check_segment(args: argparse.Namespace) -> None:
     """Refuses what could not be done before torch is imported; labels, options, output and picture are ready then."""
-    args.labels = validate_labels([label.strip() for label in args.labels.split(",")])
+    args.words = read_labels(args.labels)
+    args.labels = [words[0] for words in split_synonyms(args.words)]
     args.options = SegmentationOptions(
         window_size=None if args.whole else ("auto" if args.window is None else args.window),
         window_stride="auto" if args.stride is None else args.stride,

@@ -33,7 +33,7 @@ def segment(args: argparse.Namespace) -> int:
     if args.picture is None:
         return _segment_folder(args, segmenter)
     start = time.monotonic()
-    result = segmenter(args.picture, args.labels)
+    result = segmenter(args.picture, args.words)
     assert isinstance(result, Segmentation)
     if args.mask is not None:
         mask = indexed_png(result.label_map, num_labels=len(args.labels), background=result.background)
@@ -59,7 +59,7 @@ def _table(result: Segmentation) -> str:
 
 
 def _segment_folder(args: argparse.Namespace, segmenter: Segmenter) -> int:
-    summary = segment_folder(segmenter, args.image, args.output, args.labels)
+    summary = segment_folder(segmenter, args.image, args.output, args.words)
     total = sum(summary.pixels.values())
     for label, pixels in summary.pixels.most_common():
         print(f"{label}: {pixels / total:.1%}")

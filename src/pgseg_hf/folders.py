@@ -117,7 +117,7 @@ def segment_folder(
             results = segmenter.stream(batch.values(), labels, options)
             for (path, image), result in zip(batch.items(), results, strict=True):
                 if overlays:
-                    picture = overlay(image, result.label_map, labels, background=result.background)
+                    picture = overlay(image, result.label_map, result.labels, background=result.background)
                     write_image(picture, output / "overlays" / names[path])
                 mask = indexed_png(result.label_map, num_labels=len(labels), background=result.background)
                 write_mask(mask, output / "masks" / names[path], digests[path])
