@@ -315,7 +315,7 @@ def test_options_in_all_spellings(option):
 
 def test_values_keep_their_signs():
     args = build_parser().parse_args(["segment", "a_b.png", "--labels=a_b", "--template", "a_{}"])
-    assert (args.image, args.labels, args.template) == ("a_b.png", "a_b", ["a_{}"])
+    assert (args.images, args.labels, args.template) == (["a_b.png"], "a_b", ["a_{}"])
 
 
 @pytest.mark.parametrize(
@@ -366,7 +366,7 @@ def test_convert(tmp_path, capsys):
 
 
 def test_segmenting_needs_no_extra(tmp_path):
-    extras = "accelerate datasets evaluate pyarrow pandas gradio matplotlib spacy onnx onnxruntime peft pycocotools"
+    extras = "accelerate datasets evaluate pyarrow pandas gradio matplotlib spacy onnx onnxruntime peft pycocotools cv2"
     photo = make_photo()
     photo.save(tmp_path / "photo.png")
     code = (

@@ -3,6 +3,7 @@
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from .text_files import check_characters, read_json, read_text, split_lines
 from .values import is_list
@@ -122,7 +123,7 @@ def _split_labels(text: str, source: str) -> list[str]:
 
 def _labels_of_json(path: Path) -> list[str]:
     content = read_json(path)
-    labels = content.get("labels") if isinstance(content, dict) else content
+    labels: Any = content.get("labels") if isinstance(content, dict) else content
     others = content.get("synonyms", {}) if isinstance(content, dict) else {}
     try:
         labels = validate_labels(labels)
