@@ -153,9 +153,9 @@ def _check_segment(args: argparse.Namespace) -> None:
     )
     check_one_background(args.labels, args.background_threshold is not None)
     refuse_missing_folder(args.model)
+    places, source = _find_places(args.images)
     from .images import load_image  # late: it imports transformers, though not torch
 
-    places, source = _find_places(args.images)
     path = Path("stdin" if source == "-" else urlsplit(source).path if source else places[0])
     args.picture = args.pictures = None
     if source or (len(places) == 1 and path.is_file()):
@@ -204,11 +204,9 @@ def _check_folder(args: argparse.Namespace, places: list[Path], source: Path | N
 
 def _find_places(given: list[str]) -> tuple[list[Path], str | None]:
     """The files and folders that are meant, patterns resolved; or a single address or "-" for standard input."""
-    from .images import IMAGE_EXTENSIONS, is_web_address
-
     places: list[Path] = []
     for text in given:
-        if text == "-" or is_web_address(text):
+        if text == "-" or (":" in text and _is_web_address(text)):
             if len(given) > 1:
                 raise ValueError(
                     f"{text!r} is one of {len(given)}; addresses and - go alone, without other pictures."
@@ -219,6 +217,8 @@ def _find_places(given: list[str]) -> tuple[list[Path], str | None]:
             continue
         if not glob.has_magic(text):
             raise ValueError(f"{text!r} cannot be read as an image file: there is no such file.")
+        from .images import IMAGE_EXTENSIONS  # late, as above
+
         matches = [Path(name) for name in sorted(glob.glob(text, recursive=True))]
         matches = [path for path in matches if path.is_dir() or path.suffix.lower() in IMAGE_EXTENSIONS]
         if not matches:
@@ -226,6 +226,12 @@ def _find_places(given: list[str]) -> tuple[list[Path], str | None]:
         # Of `photos/**` the folders' own pictures are matches already.
         places += [path for path in matches if path.is_file()] or matches
     return places, None
+
+
+def _is_web_address(text: str) -> bool:
+    from .images import is_web_address  # late, as above
+
+    return is_web_address(text)
 
 
 def _check_places(image: Path, output: Path, mask: Path | None) -> None:

@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -25,13 +26,6 @@ from .images import load_label_map
 from .options import BACKGROUND
 
 NEEDS = {"coco": "pycocotools.mask", "yolo": "cv2", "labelme": "cv2"}
-PLACES = {
-    "masks": "label-masks",
-    "coco": "coco.json",
-    "yolo": "yolo",
-    "labelme": "labelme",
-    "csv": "segments.csv",
-}
 # Pixels that a polygon may be beside the mask's edge, and the corners that it has at least.
 _TOLERANCE, _CORNERS = 1.0, 3
 
@@ -73,15 +67,10 @@ class MaskResult:
         label_map, names = self.read(), [BACKGROUND, *self.labels] if self.background else self.labels
         scores = mask_scores(self.mask) or [None] * len(names)
         counts = np.bincount(label_map.ravel(), minlength=len(names))
+        shares = counts / label_map.size
         found = [
-            {
-                "label": name,
-                "value": value,
-                "pixels": int(counts[value]),
-                "area": float(counts[value] / label_map.size),
-                "score": scores[value],
-            }
-            for value, name in enumerate(names)
+            {"label": name, "value": value, "pixels": int(count), "area": float(share), "score": score}
+            for value, (name, count, share, score) in enumerate(zip(names, counts, shares, scores))
         ]
         return label_map.shape[1], label_map.shape[0], found
 
@@ -96,8 +85,7 @@ def check_formats(formats: Sequence[str], output: Path, overwrite: bool = False)
             raise ValueError(
                 f"format {name} needs {package}, which is not installed, expected pip install 'pgseg-hf[formats]'."
             ) from error
-        place = output / PLACES[name] if name in PLACES else None
-        if place is not None and place.exists() and not overwrite:
+        if name in _WRITERS and (place := output / _WRITERS[name][0]).exists() and not overwrite:
             raise ValueError(f"{place} exists already; --overwrite makes it anew from the masks.")
 
 
@@ -107,18 +95,12 @@ def write_formats(results: Sequence[MaskResult], formats: Sequence[str], output:
     Returns:
         the files and folders.
     """
-    writers: dict[str, Callable[[Sequence[MaskResult], Path], object]] = {
-        "masks": _write_label_masks,
-        "coco": _write_coco,
-        "yolo": _write_yolo,
-        "labelme": _write_labelme,
-        "csv": _write_csv,
-    }
     places = []
     for name in dict.fromkeys(formats):
-        if name in PLACES:
-            places.append(output / PLACES[name])
-            writers[name](results, places[-1])
+        if name in _WRITERS:
+            place, write = _WRITERS[name]
+            places.append(output / place)
+            write(results, places[-1])
     return places
 
 
@@ -190,27 +172,24 @@ def _write_yolo(results: Sequence[MaskResult], place: Path) -> None:
 
 def _write_labelme(results: Sequence[MaskResult], place: Path) -> None:
     """`NAME.json` with the polygons in pixels."""
+    same: dict[str, Any] = {"group_id": None, "description": "", "shape_type": "polygon", "flags": {}}
     with folder_written_whole(place, replace=True) as folder:
         for result in results:
             height, width = result.read().shape
             shapes = [
-                {
-                    "label": label,
-                    "points": points.astype(float).tolist(),
-                    "group_id": None,
-                    "description": "",
-                    "shape_type": "polygon",
-                    "flags": {},
-                }
+                {"label": label, "points": points.astype(float).tolist(), **same}
                 for _, label, mask in result.present()
                 for points in _polygons(mask)
             ]
             path = result.name.with_suffix(".json")
+            image = result.image.resolve()
+            with suppress(ValueError):  # on another drive
+                image = Path(os.path.relpath(image, (place / path).parent.resolve()))
             content = {
                 "version": "5.5.0",
                 "flags": {},
                 "shapes": shapes,
-                "imagePath": _relative(result.image, (place / path).parent),
+                "imagePath": image.as_posix(),
                 "imageData": None,
                 "imageHeight": height,
                 "imageWidth": width,
@@ -241,14 +220,6 @@ def _write_csv(results: Sequence[MaskResult], place: Path) -> None:
     write_text(table.getvalue(), place)
 
 
-def _relative(path: Path, folder: Path) -> str:
-    """A path as seen from a folder, with slashes; as it is from another drive."""
-    try:
-        return Path(os.path.relpath(path.resolve(), folder.resolve())).as_posix()
-    except ValueError:
-        return path.resolve().as_posix()
-
-
 def _polygons(mask: np.ndarray) -> list[np.ndarray]:
     """The regions of a mask as polygons [P, 2] of pixels (x, y), without specks that have no three corners. These
     formats know no holes: a hole hangs on its outline by a cut to and fro."""
@@ -270,3 +241,13 @@ def _joined(outline: np.ndarray, hole: np.ndarray) -> np.ndarray:
     at, start = np.unravel_index(distances.argmin(), distances.shape)
     way = np.concatenate([hole[start:], hole[: start + 1]])
     return np.concatenate([outline[: at + 1], way, outline[at:]])
+
+
+# Where in the folder of results each format lies. The masks themselves, "png", are there always.
+_WRITERS: dict[str, tuple[str, Callable[[Sequence[MaskResult], Path], None]]] = {
+    "masks": ("label-masks", _write_label_masks),
+    "coco": ("coco.json", _write_coco),
+    "yolo": ("yolo", _write_yolo),
+    "labelme": ("labelme", _write_labelme),
+    "csv": ("segments.csv", _write_csv),
+}
