@@ -315,7 +315,7 @@ def test_options_in_all_spellings(option):
 
 def test_values_keep_their_signs():
     args = build_parser().parse_args(["segment", "a_b.png", "--labels=a_b", "--template", "a_{}"])
-    assert (args.image, args.labels, args.template) == ("a_b.png", "a_b", ["a_{}"])
+    assert (args.images, args.labels, args.template) == (["a_b.png"], "a_b", ["a_{}"])
 
 
 @pytest.mark.parametrize(
@@ -366,7 +366,7 @@ def test_convert(tmp_path, capsys):
 
 
 def test_segmenting_needs_no_extra(tmp_path):
-    extras = "accelerate datasets evaluate pyarrow pandas gradio matplotlib spacy onnx onnxruntime peft pycocotools"
+    extras = "accelerate datasets evaluate pyarrow pandas gradio matplotlib spacy onnx onnxruntime peft pycocotools cv2"
     photo = make_photo()
     photo.save(tmp_path / "photo.png")
     code = (
@@ -376,3 +376,52 @@ def test_segmenting_needs_no_extra(tmp_path):
     result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "photo-segmented.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("labels", "content", "message"),
+    [
+        ("labels.txt", "cat\ndog\n", "'labels.txt', the name of a file; expected @labels.txt"),
+        ("@absent.txt", None, "absent.txt cannot be read: No such file"),
+        ("@labels.json", '{"cat": 1}', 'labels.json cannot be read, expected ["cat", "dog"]'),
+        ("@labels.json", "[1]", "labels[0] must be a string"),
+        ("@labels.json", '{"labels": ["cat"], "synonyms": {"dog": ["hound"]}}', "synonyms are for 'dog'"),
+        ("@labels.json", "cat, dog", "labels.json is no JSON"),
+        ("@labels.txt", "cat\ndog\n\nCat\n", "labels.txt: labels[2] 'Cat' repeats labels[0]"),
+        ("@labels.txt", "", "labels.txt: no labels"),
+        ("cat; dog", None, "labels has 'cat; dog'; labels are separated by commas, 'cat, dog'"),
+        ("@labels.txt", "cat;dog", "labels are separated by commas, 'cat,dog'"),
+        ("cat|kitten|, dog", None, "of labels and synonyms together, labels[2] is empty"),
+        ("cat|dog, dog|hound", None, "labels[2] 'dog' repeats labels[1]"),
+        ("wall|background, cat, background", None, "'background' repeats"),
+    ],
+)
+def test_wrong_labels_are_told_before_a_model_is_loaded(
+    photo_file, tmp_path, capsys, monkeypatch, labels, content, message
+):
+    monkeypatch.chdir(tmp_path)
+    if content is not None:
+        Path(labels.removeprefix("@")).write_text(content)
+    before = sorted(os.listdir(tmp_path))
+    assert run("segment", photo_file, "--labels", labels, "--model", "no/such/model") == 2
+    assert message in capsys.readouterr().err and sorted(os.listdir(tmp_path)) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("labels.txt", "cat|kitten, dog\n\ngrass\n"),
+        ("labels.txt", "\ufeffcat | kitten,\r\ndog,\r\ngrass"),
+        ("labels.json", '["cat|kitten", "dog", "grass"]'),
+        ("labels.json", '{"labels": ["cat", "dog", "grass"], "synonyms": {"cat": ["kitten"]}}'),
+    ],
+)
+def test_labels_of_a_file(tiny_folder, photo_file, tmp_path, capsys, monkeypatch, name, content):
+    monkeypatch.chdir(tmp_path)
+    Path(name).write_text(content, encoding="utf-8")
+    shared = ["--model", tiny_folder, "--output", "o.png", "--mask"]
+    assert run("segment", photo_file, "--labels", f"@{name}", *shared, "file.png") == 0
+    assert run("segment", photo_file, "--labels", "cat|kitten,dog,grass", *shared, "line.png") == 0
+    assert Path("file.png").read_bytes() == Path("line.png").read_bytes()
+    words = {line.split()[0] for line in capsys.readouterr().out.splitlines()}
+    assert words == {"label", "cat", "dog", "grass", "photo.png:"}, "a label is called by its first word"

@@ -313,3 +313,15 @@ print(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert int(run.stdout.split()[-1]) < 1.5 * 1024**2
+
+
+def test_synonyms_are_averaged(tiny_segmenter, photo):
+    cat, kitten, dog = tiny_segmenter.class_embeddings(["cat", "kitten", "dog"])
+    embeds = tiny_segmenter.class_embeddings(["cat | kitten", "dog"])
+    torch.testing.assert_close(embeds[0], torch.nn.functional.normalize(cat + kitten, dim=0))
+    torch.testing.assert_close(embeds[1], dog)
+    result = tiny_segmenter(photo, ["cat|kitten", "dog"])
+    assert result.labels == ["cat", "dog"]
+    assert not np.allclose(result.scores, tiny_segmenter(photo, ["cat", "dog"]).scores)
+    with pytest.raises(ValueError, match="repeats"):
+        tiny_segmenter(photo, ["cat|kitten", "kitten"])

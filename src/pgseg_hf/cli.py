@@ -4,6 +4,8 @@ What the commands do is in `commands`, which imports torch: help, and errors in 
 """
 
 import argparse
+import glob
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,8 +20,8 @@ from .evaluation.arguments import (
     check_prepare_arguments,
 )
 from .files import image_format, refuse_missing_folder
-from .options import SegmentationOptions, check_one_background
-from .prompts import validate_labels, validate_templates
+from .options import FORMATS, SegmentationOptions, check_one_background
+from .prompts import read_labels, split_synonyms, validate_templates
 from .training.options import add_train_arguments, check_train_arguments
 
 DTYPES = ("float32", "bfloat16", "float16", "int8")
@@ -29,7 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command.
 
     Returns:
-        the exit code: 0, or 1 where some pictures of a folder were broken, or 2 for an error in what was asked for.
+        the exit code: 0, or 1 where some pictures of a folder were broken, or 2 for an error in what was asked for, or
+            130 where it was stopped by Ctrl-C.
     """
     args = build_parser().parse_args(arguments)
     try:
@@ -40,6 +43,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"pgseg {args.command}: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"pgseg {args.command}: stopped; files that were finished stay.", file=sys.stderr)
+        return 130
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -66,9 +72,18 @@ def build_parser() -> argparse.ArgumentParser:
 def _add_segment(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("segment", help="segment a picture or a folder of pictures by words")
     parser.set_defaults(check=_check_segment)
-    parser.add_argument("image", help="a picture, its http(s) address, or a folder of pictures")
     parser.add_argument(
-        "--labels", required=True, help='words separated by commas, for instance "hair, coat, shoes"'
+        "images",
+        nargs="+",
+        metavar="IMAGE",
+        help='a picture, its http(s) address, - for standard input, or any number of pictures, patterns ("*.jpg") and '
+        "folders",
+    )
+    parser.add_argument(
+        "--labels",
+        required=True,
+        help='words separated by commas, for instance "hair, coat|jacket, shoes" (| joins other words for a label), '
+        "or @labels.txt or @labels.json",
     )
     parser.add_argument(
         "--model", default=DEFAULT_CHECKPOINT, help="folder or Hub name (default: the shipped model)"
@@ -77,8 +92,23 @@ def _add_segment(commands: argparse._SubParsersAction) -> None:
         "--output",
         "--output-dir",
         type=Path,
-        help="the overlay, or the folder of results for a folder of pictures",
+        help="the overlay, or the folder of results for several pictures or with --format",
     )
+    parser.add_argument(
+        "--format",
+        action="append",
+        choices=FORMATS,
+        default=[],
+        help="results in OUTPUT: png (masks of numbers and overlays, there always), masks (a PNG for each label), coco "
+        "(run lengths), yolo and labelme (polygons), csv (areas and scores); may be repeated",
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="results of --format that are there are made anew"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="areas, scores and files as JSON on standard output"
+    )
+    parser.add_argument("--quiet", action="store_true", help="nothing but errors, and --json")
     parser.add_argument(
         "--mask", type=Path, help="also write the label map as an indexed PNG or TIFF (one picture only)"
     )
@@ -116,7 +146,8 @@ def _add_convert(commands: argparse._SubParsersAction) -> None:
 
 def _check_segment(args: argparse.Namespace) -> None:
     """Refuses what could not be done before torch is imported; labels, options, output and picture are ready then."""
-    args.labels = validate_labels([label.strip() for label in args.labels.split(",")])
+    args.words = read_labels(args.labels)
+    args.labels = [words[0] for words in split_synonyms(args.words)]
     args.options = SegmentationOptions(
         window_size=None if args.whole else ("auto" if args.window is None else args.window),
         window_stride="auto" if args.stride is None else args.stride,
@@ -126,20 +157,85 @@ def _check_segment(args: argparse.Namespace) -> None:
     )
     check_one_background(args.labels, args.background_threshold is not None)
     refuse_missing_folder(args.model)
-    args.picture = None
-    if Path(args.image).is_dir():
-        if args.mask is not None:
-            raise ValueError("--mask is for one picture; a folder's masks are in OUTPUT/masks.")
-        args.output = args.output or Path(f"{Path(args.image).resolve().name}-segmented")
-        return
-    if ":" not in args.image and not Path(args.image).exists():
-        raise ValueError(f"{args.image!r} cannot be read as an image file: there is no such file.")
-    from .images import is_web_address, load_image  # late: it imports transformers, though not torch
+    places, source = _find_places(args.images)
+    from .images import load_image  # late: it imports transformers, though not torch
 
-    path = Path(urlsplit(args.image).path if is_web_address(args.image) else args.image)
-    args.output = args.output or Path(f"{path.stem}-segmented.png")
-    _check_places(Path(args.image), args.output, args.mask)
-    args.picture = load_image(args.image)
+    path = Path("stdin" if source == "-" else urlsplit(source).path if source else places[0])
+    args.picture = args.pictures = None
+    if source or (len(places) == 1 and path.is_file()):
+        args.picture = load_image(sys.stdin.buffer if source == "-" else source or path)
+        args.image = source or str(path)
+        if not args.format:
+            args.output = args.output or Path(f"{path.stem}-segmented.png")
+            _check_places(path, args.output, args.mask)
+            return
+    if args.mask is not None:
+        raise ValueError("--mask is for one picture; a folder's masks are in OUTPUT/masks.")
+    name = (
+        "segmented"
+        if len(places) > 1
+        else f"{path.stem if path.is_file() or source else path.resolve().name}-segmented"
+    )
+    args.output = args.output or Path(name)
+    _check_folder(args, places, None if source is None else path)
+
+
+def _check_folder(args: argparse.Namespace, places: list[Path], source: Path | None) -> None:
+    """Finds the pictures of a run into a folder; what came from no file is to be kept as one in OUTPUT/images."""
+    from .images import IMAGE_EXTENSIONS, images_apart_from
+    from .outputs import check_formats
+
+    output = args.output
+    if output.is_file() or output.suffix.lower() in IMAGE_EXTENSIONS:
+        raise ValueError(
+            f"--output is {output}, expected a folder for the results of several pictures or --format."
+        )
+    check_formats(args.format, output, args.overwrite)
+    if source is not None:
+        args.root = output / "images"
+        args.pictures = [args.root / f"{source.stem or 'image'}.png"]
+        if args.pictures[0].exists() and not args.overwrite:
+            raise ValueError(f"{args.pictures[0]} exists already; --overwrite replaces it.")
+        return
+    args.picture = None
+    if len(places) == 1 and places[0].is_dir():
+        args.root, args.pictures = places[0], images_apart_from(places[0], output)
+        return
+    found = [images_apart_from(place, output) if place.is_dir() else [place] for place in places]
+    args.pictures = list(dict.fromkeys(Path(os.path.abspath(path)) for paths in found for path in paths))
+    args.root = Path(os.path.commonpath([path.parent for path in args.pictures]))
+
+
+def _find_places(given: list[str]) -> tuple[list[Path], str | None]:
+    """The files and folders that are meant, patterns resolved; or a single address or "-" for standard input."""
+    places: list[Path] = []
+    for text in given:
+        if text == "-" or (":" in text and _is_web_address(text)):
+            if len(given) > 1:
+                raise ValueError(
+                    f"{text!r} is one of {len(given)}; addresses and - go alone, without other pictures."
+                )
+            return [], text
+        if Path(text).exists():
+            places.append(Path(text))
+            continue
+        if not glob.has_magic(text):
+            raise ValueError(f"{text!r} cannot be read as an image file: there is no such file.")
+        from .images import IMAGE_EXTENSIONS  # late, as above
+
+        matches = [Path(name) for name in sorted(glob.glob(text, recursive=True))]
+        matches = [path for path in matches if path.is_dir() or path.suffix.lower() in IMAGE_EXTENSIONS]
+        if not matches:
+            raise ValueError(f"{text!r} fits no picture and no folder.")
+        # Of `photos/**` the folders' own pictures are matches already.
+        places += [path for path in matches if path.is_file()] or matches
+    return places, None
+
+
+def _is_web_address(text: str) -> bool:
+    from .images import is_web_address  # late, as above
+
+    return is_web_address(text)
 
 
 def _check_places(image: Path, output: Path, mask: Path | None) -> None:

@@ -1,8 +1,10 @@
 """What the commands of `pgseg` do, each with the arguments that `cli` has checked; returns are exit codes."""
 
 import argparse
+import json
 import sys
 import time
+from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,8 @@ from .checkpoint import load_segmenter
 from .conversion import convert_released, read_overrides, read_state_dict, write_backbone, write_converted
 from .efficientnet_lite import convert_efficientnet_lite, is_efficientnet_lite
 from .files import write_image
-from .folders import segment_folder
+from .folders import FolderSummary, segment_folder
+from .outputs import MaskResult, write_formats
 from .segmentation import Segmentation, Segmenter
 from .visualization import indexed_png, overlay
 
@@ -22,34 +25,47 @@ OPTIONAL = ("accelerate", "datasets", "evaluate", "fsspec", "pyarrow", "yaml")
 
 
 def run(args: argparse.Namespace) -> int:
-    logging.set_verbosity_warning()
-    return {
-        "segment": segment,
-        "train": train,
-        "convert": convert,
-        "evaluate": evaluate,
-        "prepare": prepare,
-    }[args.command](args)
+    quiet = getattr(args, "quiet", False)
+    logging.set_verbosity(logging.ERROR if quiet else logging.WARNING)
+    logging.get_logger(__package__).setLevel(logging.ERROR if quiet else logging.NOTSET)
+    if quiet:
+        logging.disable_progress_bar()
+    work = {"segment": segment, "train": train, "convert": convert, "evaluate": evaluate, "prepare": prepare}
+    return work[args.command](args)
 
 
 def segment(args: argparse.Namespace) -> int:
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     segmenter = load_segmenter(args.model, args.options, device=device, dtype=getattr(torch, args.dtype))
-    if args.picture is None:
+    if args.pictures is not None:
         return _segment_folder(args, segmenter)
     start = time.monotonic()
-    result = segmenter(args.picture, args.labels)
+    result = segmenter(args.picture, args.words)
     assert isinstance(result, Segmentation)
     if args.mask is not None:
         mask = indexed_png(result.label_map, num_labels=len(args.labels), background=result.background)
         write_image(mask, args.mask)
     drawn = overlay(args.picture, result.label_map, args.labels, background=result.background)
     write_image(drawn, args.output)
-    print(_table(result))
     width, height = args.picture.size
     seconds = time.monotonic() - start
-    print(f"{Path(args.image).name}: {width} x {height} pixels in {seconds:.1f} s -> {args.output}")
+    if args.json:
+        segments = [
+            asdict(segment) | {"pixels": round(segment.area * width * height)}
+            for segment in result.segments(include_absent=True)
+        ]
+        files = {"overlay": str(args.output)} | ({"mask": str(args.mask)} if args.mask else {})
+        found = {"image": args.image, "width": width, "height": height, "segments": segments, **files}
+        _print_json([found], {}, [])
+    elif not args.quiet:
+        print(_table(result))
+        print(f"{Path(args.image).name}: {width} x {height} pixels in {seconds:.1f} s -> {args.output}")
     return 0
+
+
+def _print_json(images: list[dict], broken: dict[str, str], files: list[Path]) -> None:
+    """One object, the same for one picture and for many."""
+    print(json.dumps({"images": images, "broken": broken, "files": [str(path) for path in files]}, indent=2))
 
 
 def _table(result: Segmentation) -> str:
@@ -64,18 +80,34 @@ def _table(result: Segmentation) -> str:
 
 
 def _segment_folder(args: argparse.Namespace, segmenter: Segmenter) -> int:
-    summary = segment_folder(segmenter, args.image, args.output, args.labels)
+    if args.picture is not None:  # no file of the user's: the formats name one
+        write_image(args.picture, args.pictures[0])
+    summary = segment_folder(segmenter, args.root, args.output, args.words, images=args.pictures)
+    files = write_formats(summary.results, args.format, args.output)
+    for name, reason in summary.broken.items():
+        print(f"broken: {name}: {reason}", file=sys.stderr)
+    if args.json:
+        _print_json([_json_of(result, args.output) for result in summary.results], summary.broken, files)
+    elif not args.quiet:
+        _print_summary(summary, [args.output, *files])
+    return 1 if summary.broken else 0
+
+
+def _json_of(result: MaskResult, output: Path) -> dict[str, Any]:
+    width, height, segments = result.segments()
+    places = {"overlay": str(output / "overlays" / result.name), "mask": str(result.mask)}
+    return {"image": str(result.image), "width": width, "height": height, "segments": segments, **places}
+
+
+def _print_summary(summary: FolderSummary, places: list[Path]) -> None:
     total = sum(summary.pixels.values())
     for label, pixels in summary.pixels.most_common():
         print(f"{label}: {pixels / total:.1%}")
-    for name, reason in summary.broken.items():
-        print(f"broken: {name}: {reason}", file=sys.stderr)
     renewed = f"{summary.renewed} had changed since they were done, " if summary.renewed else ""
     print(
         f"{summary.segmented} pictures segmented, {summary.skipped} done before, {len(summary.broken)} broken, "
-        f"{renewed}in {summary.seconds:.1f} s -> {args.output}"
+        f"{renewed}in {summary.seconds:.1f} s -> {', '.join(map(str, places))}"
     )
-    return 1 if summary.broken else 0
 
 
 def train(args: argparse.Namespace) -> int:

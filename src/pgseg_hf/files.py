@@ -4,7 +4,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,6 +19,8 @@ _LEFT_SECONDS = 60
 
 # Text of a PNG with the digest of what the mask was made from.
 _SOURCE = "pgseg_source"
+# And with the mean score of each of its values.
+_SCORES = "pgseg_scores"
 
 # Formats of masks that keep every number: others change them, by their loss or by sorting the palette.
 MASK_FORMATS = ("PNG", "TIFF")
@@ -110,18 +112,32 @@ def write_image(image: Image.Image, path: str | os.PathLike, **options: Any) -> 
     return write_atomically(path, lambda file: image.save(file, format=found, **options))
 
 
-def write_mask(mask: Image.Image, path: str | os.PathLike, source: str) -> Path:
-    """Writes a PNG that says what it was made from, see [`mask_source`]."""
+def write_mask(
+    mask: Image.Image, path: str | os.PathLike, source: str, scores: Sequence[float | None] | None = None
+) -> Path:
+    """Writes a PNG that says what it was made from, see [`mask_source`], and the mean score of each value."""
     info = PngInfo()
     info.add_text(_SOURCE, source)
+    if scores is not None:
+        info.add_text(_SCORES, json.dumps(list(scores)))
     return write_image(mask, path, pnginfo=info)
 
 
 def mask_source(path: Path) -> str | None:
     """What a mask says that it was made from; None for one that says nothing, or none that can be read."""
+    return _text_of(path, _SOURCE)
+
+
+def mask_scores(path: Path) -> list[float | None] | None:
+    """The mean score of each value, None for absent ones; None for a mask that does not tell."""
+    text = _text_of(path, _SCORES)
+    return None if text is None else json.loads(text)
+
+
+def _text_of(path: Path, key: str) -> str | None:
     try:
         with Image.open(path, formats=("PNG",)) as mask:
-            return mask.info.get(_SOURCE)
+            return mask.info.get(key)
     except OSError:
         return None
 

@@ -11,7 +11,9 @@ from PIL import Image
 from transformers.utils import logging
 
 from .files import mask_source, remove_unfinished, write_image, write_json, write_mask
-from .images import IMAGE_EXTENSIONS, load_image
+from .images import images_apart_from, load_image
+from .outputs import MaskResult
+from .prompts import split_synonyms
 from .run_records import differences, file_digest, model_record, read_record
 from .segmentation import SegmentationOptions, Segmenter
 from .visualization import indexed_png, overlay
@@ -32,6 +34,7 @@ class FolderSummary:
         broken: file names and what was wrong with them.
         seconds: wall time.
         pixels: pixels of each label, over the pictures of this run.
+        results: the masks of all pictures that are not broken, of earlier runs too.
     """
 
     segmented: int = 0
@@ -40,30 +43,7 @@ class FolderSummary:
     broken: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
     pixels: Counter = field(default_factory=Counter)
-
-
-def find_images(folder: Path, leave_out: Path | None = None) -> list[Path]:
-    """The pictures in a folder and its subfolders, sorted; hidden files and the folder `leave_out` are not searched.
-
-    Raises:
-        ValueError: no folder, or no pictures in it.
-    """
-    if not folder.is_dir():
-        raise ValueError(f"{folder} is no folder.")
-    inside = [leave_out.resolve()] if leave_out is not None else []
-    images = sorted(
-        path
-        for path in folder.rglob("*")
-        if path.is_file()
-        and path.suffix.lower() in IMAGE_EXTENSIONS
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-        and not any(path.resolve().is_relative_to(place) for place in inside)
-    )
-    if not images:
-        raise ValueError(
-            f"{folder} holds no pictures; known endings are {', '.join(sorted(IMAGE_EXTENSIONS))}."
-        )
-    return images
+    results: list[MaskResult] = field(default_factory=list)
 
 
 def segment_folder(
@@ -73,11 +53,12 @@ def segment_folder(
     labels: Sequence[str],
     options: SegmentationOptions | None = None,
     overlays: bool = True,
+    images: Sequence[Path] | None = None,
 ) -> FolderSummary:
     """Segments all pictures of a folder into `output`: `masks/NAME.png` (indexed, values as in [`Segmentation`]),
     `overlays/NAME.png` with a legend, and in `segmentation.json` what they depend on: labels, options, the model's
     weights and its processor. Pictures that are done are skipped, so a stopped run is continued by the same call; one
-    whose file has changed since is segmented anew.
+    whose file has changed since is segmented anew. `images` are files under `folder`, instead of all in it.
 
     Raises:
         ValueError: no pictures, labels that make no sense, or an output folder that holds a run with other labels,
@@ -85,7 +66,7 @@ def segment_folder(
     """
     folder, output = Path(folder), Path(output)
     options = options or segmenter.options
-    images = _images_apart_from(folder, output)
+    images = images_apart_from(folder, output) if images is None else images
     # Fails on labels and options that make no sense before anything is written.
     next(segmenter.stream([Image.new("RGB", (64, 64))], labels, options))
     start = time.monotonic()
@@ -117,15 +98,25 @@ def segment_folder(
             results = segmenter.stream(batch.values(), labels, options)
             for (path, image), result in zip(batch.items(), results, strict=True):
                 if overlays:
-                    picture = overlay(image, result.label_map, labels, background=result.background)
+                    picture = overlay(image, result.label_map, result.labels, background=result.background)
                     write_image(picture, output / "overlays" / names[path])
                 mask = indexed_png(result.label_map, num_labels=len(labels), background=result.background)
-                write_mask(mask, output / "masks" / names[path], digests[path])
+                scores = [segment.score for segment in result.segments(include_absent=True)]
+                write_mask(mask, output / "masks" / names[path], digests[path], scores)
                 summary.segmented += 1
                 summary.renewed += made_from[path] not in (None, digests[path])
                 for segment in result.segments():
                     summary.pixels[segment.label] += int(np.count_nonzero(result.mask(segment)))
                 progress.update()
+    called = [words[0] for words in split_synonyms(labels)]
+    has_background = options.background_threshold is not None
+    for path in images:
+        name = path.relative_to(folder)
+        if str(name) not in summary.broken:
+            mask_file = output / "masks" / names[path]
+            summary.results.append(
+                MaskResult(path, name.as_posix(), names[path], mask_file, called, has_background)
+            )
     summary.seconds = time.monotonic() - start
     return summary
 
@@ -141,20 +132,6 @@ def _load_images(paths: Sequence[Path]) -> tuple[dict[Path, Image.Image], dict[P
             broken[path] = str(error)
             logger.warning(f"skipped {path.name}: {error}")
     return images, broken
-
-
-def _images_apart_from(folder: Path, output: Path) -> list[Path]:
-    """The pictures of a folder without what runs write into `output`, which may lie in the folder, or above it.
-
-    Raises:
-        ValueError: results would lie among the pictures.
-    """
-    here, there = folder.resolve(), output.resolve()
-    if here == there or any(here.is_relative_to(there / kind) for kind in ("masks", "overlays")):
-        raise ValueError(
-            f"results in {output} would lie among the pictures of {folder}; choose another output folder."
-        )
-    return find_images(folder, leave_out=output if there.is_relative_to(here) else None)
 
 
 def _digest(path: Path) -> str:

@@ -188,6 +188,44 @@ def load_label_map(source: ImageSource) -> np.ndarray:
     return values.astype(np.int64)
 
 
+def find_images(folder: Path, leave_out: Path | None = None) -> list[Path]:
+    """The pictures in a folder and its subfolders, sorted; hidden files and the folder `leave_out` are not searched.
+
+    Raises:
+        ValueError: no folder, or no pictures in it.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is no folder.")
+    inside = [leave_out.resolve()] if leave_out is not None else []
+    images = sorted(
+        path
+        for path in folder.rglob("*")
+        if path.is_file()
+        and path.suffix.lower() in IMAGE_EXTENSIONS
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        and not any(path.resolve().is_relative_to(place) for place in inside)
+    )
+    if not images:
+        raise ValueError(
+            f"{folder} holds no pictures; known endings are {', '.join(sorted(IMAGE_EXTENSIONS))}."
+        )
+    return images
+
+
+def images_apart_from(folder: Path, output: Path) -> list[Path]:
+    """The pictures of a folder without what runs write into `output`, which may lie in the folder, or above it.
+
+    Raises:
+        ValueError: results would lie among the pictures.
+    """
+    here, there = folder.resolve(), output.resolve()
+    if here == there or any(here.is_relative_to(there / kind) for kind in ("masks", "overlays")):
+        raise ValueError(
+            f"results in {output} would lie among the pictures of {folder}; choose another output folder."
+        )
+    return find_images(folder, leave_out=output if there.is_relative_to(here) else None)
+
+
 def resized_size(
     height: int, width: int, shortest_edge: int = 448, longest_edge: int | None = 2048
 ) -> tuple[int, int]:

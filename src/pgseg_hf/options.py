@@ -9,6 +9,9 @@ from .values import share, whole_number
 BACKGROUND = "background"
 """What a background threshold leaves over is called so."""
 
+FORMATS = ("png", "masks", "coco", "yolo", "labelme", "csv")
+"""What `pgseg segment --format` writes, see `outputs`."""
+
 
 @dataclass(frozen=True)
 class SegmentationOptions:

@@ -2,8 +2,10 @@
 
 import unicodedata
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
-from .text_files import check_characters
+from .text_files import check_characters, read_json, read_text, split_lines
 from .values import is_list
 
 SEGMENTATION_TEMPLATES: tuple[str, ...] = ("a photo of a {}.",)
@@ -21,6 +23,7 @@ IMAGENET_TEMPLATES: tuple[str, ...] = (
 """CLIP's seven-template subset, used for ImageNet zero-shot classification."""
 
 PLACEHOLDER = "{}"
+SYNONYM = "|"
 
 
 def validate_labels(labels: Sequence[str]) -> list[str]:
@@ -65,6 +68,72 @@ def validate_labels(labels: Sequence[str]) -> list[str]:
             )
         first_seen[same_to_tokenizer] = index
     return stripped
+
+
+def split_synonyms(labels: Sequence[str]) -> list[list[str]]:
+    """The words of each label: `"car|automobile"` is a label with two, and is called by the first.
+
+    Raises:
+        ValueError: see `validate_labels`; also where a word is empty or stands for two labels.
+    """
+    words = [[word.strip() for word in label.split(SYNONYM)] for label in validate_labels(labels)]
+    flat = [word for each in words for word in each]
+    if len(flat) > len(words):
+        try:
+            validate_labels(flat)
+        except ValueError as error:
+            raise ValueError(f"of labels and synonyms together, {error}") from error
+    return words
+
+
+def read_labels(text: str) -> list[str]:
+    """The labels that a command was given: words separated by commas, or `@` and a file of them, which is text with
+    words separated by commas or lines, or JSON, `["cat", ...]` or `{"labels": ["cat", ...], "synonyms": {"cat":
+    ["kitten", ...]}}`.
+
+    Raises:
+        ValueError: the file cannot be read, a file without `@`, `;` instead of commas, or see `split_synonyms`.
+    """
+    path = Path(text.strip().removeprefix("@"))
+    is_json = path.suffix.lower() == ".json"
+    if not text.strip().startswith("@"):
+        if is_json or path.suffix.lower() in (".txt", ".csv"):
+            raise ValueError(
+                f"labels are {text!r}, the name of a file; expected @{path} for the labels in it."
+            )
+        labels = _split_labels(text, "labels")
+    elif is_json:
+        labels = _labels_of_json(path)
+    else:
+        lines = [line for line in split_lines(read_text(path)) if line.strip()]
+        labels = [label for line in lines for label in _split_labels(line.rstrip(" ,"), str(path))]
+    try:
+        return [SYNONYM.join(words) for words in split_synonyms(labels)]
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}" if text.strip().startswith("@") else str(error)) from error
+
+
+def _split_labels(text: str, source: str) -> list[str]:
+    if ";" in text:
+        raise ValueError(
+            f"{source} has {text!r}; labels are separated by commas, {text.replace(';', ',')!r}."
+        )
+    return [label.strip() for label in text.split(",")]
+
+
+def _labels_of_json(path: Path) -> list[str]:
+    content = read_json(path)
+    labels: Any = content.get("labels") if isinstance(content, dict) else content
+    others = content.get("synonyms", {}) if isinstance(content, dict) else {}
+    try:
+        labels = validate_labels(labels)
+        if unknown := sorted(set(others) - set(labels)):
+            raise ValueError(f"synonyms are for {unknown[0]!r}, which is none of the labels")
+        return [SYNONYM.join([label, *others.get(label, ())]) for label in labels]
+    except (TypeError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f'{path} cannot be read, expected ["cat", "dog"] or {{"labels": ["cat", "dog"]}}: {error}'
+        ) from error
 
 
 def validate_templates(templates: Sequence[str]) -> list[str]:

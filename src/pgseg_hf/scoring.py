@@ -10,6 +10,7 @@ Source: released `segmentation/evaluation/pgseg_seg.py`, the same as GroupViT's 
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -84,6 +85,18 @@ class WindowScores:
             return torch.lerp(scores_CHW, stretched[:, rows], self.patch_weight)
 
         return of_rows
+
+
+def average_by_owner(embeds_MD: Tensor, owners: Any) -> Tensor:
+    """Unit mean [N, D] of the rows of each owner: of the words that are names of one label.
+
+    Args:
+        embeds_MD: the words' embeddings.
+        owners: M numbers of labels, ascending from 0.
+    """
+    index = torch.as_tensor(owners, device=embeds_MD.device)
+    sums = embeds_MD.new_zeros(int(index[-1]) + 1, embeds_MD.shape[1])
+    return nn.functional.normalize(sums.index_add_(0, index, embeds_MD), dim=-1)
 
 
 def group_scores(

@@ -15,9 +15,10 @@ from .images import load_image
 from .modeling_pgseg import PGSegModel, PGSegVisionOutput
 from .options import BACKGROUND, SegmentationOptions, check_one_background, refuse_gaps
 from .processing_pgseg import PGSegProcessor
-from .prompts import validate_labels
+from .prompts import split_synonyms
 from .scoring import (
     WindowScores,
+    average_by_owner,
     best_labels,
     chance_of_labels,
     group_map,
@@ -194,7 +195,8 @@ class Segmenter:
         Args:
             images: path, bytes, file object, PIL image or array [H, W, 3], or a list, tuple, column of `datasets` or
                 pandas series of these.
-            labels: names of what may be in the images.
+            labels: names of what may be in the images; `"car|automobile"` is one label that is called by its first
+                word and scored by the mean of all.
             options: instead of the segmenter's.
 
         Raises:
@@ -209,10 +211,10 @@ class Segmenter:
     ) -> Iterator[Segmentation]:
         """Segments images one after the other, in their order, reading no more of them than a batch ahead."""
         options = options or self.options
-        labels = validate_labels(labels)
+        words, labels = labels, [words[0] for words in split_synonyms(labels)]
         background = options.background_threshold is not None
         check_one_background(labels, background)
-        class_embeds = self.class_embeddings(labels, options)
+        class_embeds = self.class_embeddings(words, options)
         for remark in (
             *remarks_on_one_label(labels, options.background_threshold),
             *self.remarks_on_far_labels(labels, class_embeds, options),
@@ -223,9 +225,14 @@ class Segmenter:
             yield Segmentation(label_map.cpu().numpy(), best.cpu().numpy(), labels, background)
 
     def class_embeddings(self, labels: Sequence[str], options: SegmentationOptions | None = None) -> Tensor:
-        """Labels in the joint space, unit rows [N, D]."""
+        """Labels in the joint space, unit rows [N, D]; of synonyms, `"car|automobile"`, the unit mean."""
         options = options or self.options
-        return self.processor.get_class_embeddings(self.model, labels, options.templates)
+        words = split_synonyms(labels)
+        flat = [word for each in words for word in each]
+        embeds = self.processor.get_class_embeddings(self.model, flat, options.templates)
+        if len(flat) == len(words):
+            return embeds
+        return average_by_owner(embeds, [number for number, each in enumerate(words) for _ in each])
 
     def encode(
         self, images: Iterable[Any], options: SegmentationOptions | None = None

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..folders import find_images
+from ..images import find_images
 from .columns import CAPTION_NAMES, IMAGE_NAMES, MASK_NAMES, TAG_NAMES, Columns
 from .metadata import METADATA_FILES, Rows, find_metadata, read_metadata
 from .records import UnusableRecord

@@ -19,8 +19,7 @@ from ..data.columns import Columns, tags_of
 from ..data.records import Record, UnusableRecord
 from ..data.sources import MapSource, Source, SourceSpec, open_source
 from ..data.tables import TableSource
-from ..folders import find_images
-from ..images import ImageSource, load_image
+from ..images import ImageSource, find_images, load_image
 from ..modeling_pgseg import PGSegModel
 from ..processing_pgseg import PGSegProcessor
 from ..prompts import IMAGENET_TEMPLATES, SEGMENTATION_TEMPLATES, validate_labels

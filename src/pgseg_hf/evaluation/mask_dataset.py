@@ -17,8 +17,7 @@ from PIL import Image
 
 from ..data.metadata import find_metadata, read_metadata
 from ..files import path_inside
-from ..folders import find_images
-from ..images import ImageSource, NoLabelMap, load_image, load_label_map
+from ..images import ImageSource, NoLabelMap, find_images, load_image, load_label_map
 from ..prompts import validate_labels
 from ..run_records import file_digest
 from ..text_files import read_json

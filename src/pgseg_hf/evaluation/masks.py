@@ -11,11 +11,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image
-from torch import Tensor
 from transformers.utils import logging
 
 from .. import losses
-from ..scoring import best_labels, merge_windows
+from ..scoring import average_by_owner, best_labels, merge_windows
 from ..segmentation import EncodedImage, ScoredImage, SegmentationOptions, Segmenter
 from .analysis import GroupStatistics
 from .confusion import IGNORE_INDEX, ConfusionMatrix
@@ -270,7 +269,7 @@ class MaskEvaluator:
         prompts, self._owners = _prompt_names(self.labels, dataset, self.options)
         self.class_embeds = segmenter.class_embeddings(prompts, self.segmentation)
         if self.options.synonyms == "average":
-            self.class_embeds = _averages(self.class_embeds, self._owners)
+            self.class_embeds = average_by_owner(self.class_embeds, self._owners)
             self._owners = np.arange(len(self.labels))
 
     def __call__(self, pictures: Iterable[Picture]) -> MaskScores:
@@ -415,13 +414,6 @@ def _prompt_names(
     names = [[own.get(label, label), *others.get(label, ())] for label in labels]
     owners = [number for number, each in enumerate(names) for _ in each]
     return [name for each in names for name in each], np.array(owners)
-
-
-def _averages(embeds: Tensor, owners: np.ndarray) -> Tensor:
-    """Unit mean of the rows of each owner."""
-    sums = embeds.new_zeros(int(owners[-1]) + 1, embeds.shape[1])
-    sums.index_add_(0, torch.from_numpy(owners).to(embeds.device), embeds)
-    return torch.nn.functional.normalize(sums, dim=-1)
 
 
 def _ahead(function: Callable, items: Iterable, workers: int, lookahead: int) -> Iterator:

@@ -1,0 +1,238 @@
+"""Formats of `pgseg segment`, read back by what they are for."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+from test_cli import run
+from tiny_models import make_photo
+
+from pgseg_hf.files import write_mask
+from pgseg_hf.images import load_label_map
+from pgseg_hf.outputs import MaskResult, write_formats
+from pgseg_hf.visualization import indexed_png
+
+LABELS = ["cat", "dog/puppy", "absent"]
+
+
+@pytest.fixture(params=[False, True], ids=["plain", "background"])
+def result(request, tmp_path) -> MaskResult:
+    """Cat around dog, with a hole in the dog, a second dog, and a speck."""
+    label_map = np.zeros((80, 120), dtype=np.int64)
+    label_map[10:60, 10:70] = 1
+    label_map[20:40, 30:50] = 0
+    label_map[50:75, 90:115] = 1
+    label_map[2, 2] = 1
+    background = request.param
+    if background:
+        label_map = np.pad(label_map + 1, ((0, 0), (0, 7)))
+    photo = tmp_path / "photos" / "sub" / "a b.jpg"
+    photo.parent.mkdir(parents=True)
+    make_photo(label_map.shape[1], 80).save(photo)
+    mask = tmp_path / "out" / "masks" / "sub" / "a b.png"
+    scores = [0.25, 0.5, 0.75, None] if background else [0.5, 0.75, None]
+    write_mask(indexed_png(label_map, 3, background), mask, "digest", scores)
+    return MaskResult(photo, "sub/a b.jpg", Path("sub/a b.png"), mask, LABELS, background)
+
+
+def written(result, name, tmp_path) -> Path:
+    (place,) = write_formats([result], ["png", name, name], tmp_path / "out")
+    return place
+
+
+def truth(result, number):
+    return result.read() == number + result.background
+
+
+def test_coco_by_pycocotools(result, tmp_path):
+    COCO = pytest.importorskip("pycocotools.coco").COCO
+    coco = COCO(str(written(result, "coco", tmp_path)))
+    assert [coco.cats[number]["name"] for number in (1, 2, 3)] == LABELS
+    assert coco.loadImgs(1)[0]["file_name"] == "sub/a b.jpg" and len(coco.anns) == 2
+    for annotation in coco.loadAnns(coco.getAnnIds(imgIds=1)):
+        expected = truth(result, annotation["category_id"] - 1)
+        assert np.array_equal(coco.annToMask(annotation), expected)
+        assert annotation["area"] == expected.sum()
+        assert annotation["score"] == {1: 0.5, 2: 0.75}[annotation["category_id"]]
+    assert coco.loadRes([{**a} for a in coco.anns.values()]).getAnnIds(catIds=2), "they pass as results too"
+
+
+def test_label_masks(result, tmp_path):
+    files = sorted((written(result, "masks", tmp_path) / "sub" / "a b").iterdir())
+    first = int(result.background)
+    assert [file.name for file in files] == [f"{first}-cat.png", f"{first + 1}-dog_puppy.png"]
+    for number, file in enumerate(files):
+        assert np.array_equal(np.asarray(Image.open(file)), truth(result, number) * 255)
+
+
+def test_yolo_as_its_documentation_says(result, tmp_path):
+    """A line a polygon, class and then x y in shares of the sides; labels beside images of the same name."""
+    cv2 = pytest.importorskip("cv2")
+    yaml = pytest.importorskip("yaml")
+    place = written(result, "yolo", tmp_path)
+    data = yaml.safe_load((place / "data.yaml").read_text())
+    assert data["names"] == dict(enumerate(LABELS))
+    (image,) = (path for path in (place / data["train"]).rglob("*") if path.is_file())
+    assert Image.open(image).size == result.read().shape[::-1]
+    label = Path(str(image).replace("/images/", "/labels/")).with_suffix(".txt")
+    masks = np.zeros((3, *result.read().shape), dtype=np.uint8)
+    for line in label.read_text().splitlines():
+        number, *values = line.split()
+        points = np.array(values, dtype=float).reshape(-1, 2)
+        assert len(points) >= 3 and (points > 0).all() and (points < 1).all()
+        pixels = (points * masks.shape[:0:-1]).astype(np.int32)  # as ultralytics and supervision cut off
+        cv2.fillPoly(masks[int(number)], [pixels], 1)
+    assert intersection_over_union(masks[0], truth(result, 0)) > 0.97
+    dog = truth(result, 1)
+    dog[2, 2] = False
+    assert intersection_over_union(masks[1], dog) > 0.97 and not masks[2].any()
+
+
+def test_labelme_by_the_way_it_draws(result, tmp_path):
+    """`labelme.utils.shape_to_mask` fills polygons and their outlines by Pillow."""
+    pytest.importorskip("cv2")
+    path = written(result, "labelme", tmp_path) / "sub" / "a b.json"
+    content = json.loads(path.read_text())
+    assert Image.open(path.parent / content["imagePath"]).size == (
+        content["imageWidth"],
+        content["imageHeight"],
+    )
+    masks = {label: Image.new("L", result.read().shape[::-1]) for label in LABELS}
+    for shape in content["shapes"]:
+        assert shape["shape_type"] == "polygon"
+        points = [tuple(point) for point in shape["points"]]
+        ImageDraw.Draw(masks[shape["label"]]).polygon(points, outline=1, fill=1)
+    for number, label in enumerate(LABELS[:2]):
+        assert intersection_over_union(np.asarray(masks[label]), truth(result, number)) > 0.97
+
+
+def intersection_over_union(one, other):
+    one, other = one.astype(bool), other.astype(bool)
+    return (one & other).sum() / (one | other).sum()
+
+
+def test_csv(result, tmp_path):
+    with open(written(result, "csv", tmp_path), newline="") as file:
+        rows = list(csv.DictReader(file))
+    names = [*(["background"] if result.background else []), *LABELS]
+    assert [row["label"] for row in rows] == names
+    assert sum(int(row["pixels"]) for row in rows) == result.read().size
+    assert sum(float(row["area"]) for row in rows) == pytest.approx(1, abs=1e-5)
+    assert rows[-2]["score"] == "0.750000" and rows[-1]["score"] == ""
+    assert {row["image"] for row in rows} == {"sub/a b.jpg"}
+
+
+def test_several_pictures_patterns_and_formats(tiny_folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for number, name in enumerate(("x/a.png", "x/b.png", "y/a.png", "z/c.jpg")):
+        Path(name).parent.mkdir(exist_ok=True)
+        make_photo(40, 30, seed=number).save(name)
+    Path("y/broken.png").write_bytes(b"none")
+    Path("x/notes.txt").write_text("no picture")
+    arguments = ["segment", "x/*", "y", "z/c.jpg", "--labels", "cat|kitten,dog", "--model", tiny_folder]
+    arguments += ["--format", "csv", "--format", "masks", "--output", "out"]
+    assert run(*arguments, "--json") == 1
+    captured = capsys.readouterr()
+    content = json.loads(captured.out)
+    assert [Path(found["image"]).name for found in content["images"]] == ["a.png", "b.png", "a.png", "c.jpg"]
+    for found in content["images"]:
+        label_map = load_label_map(found["mask"])
+        assert Path(found["overlay"]).is_file() and label_map.shape == (found["height"], found["width"])
+        for segment in found["segments"]:
+            assert segment["area"] == pytest.approx((label_map == segment["value"]).mean())
+            assert (segment["score"] is None) == (segment["pixels"] == 0)
+        assert [segment["label"] for segment in found["segments"]] == ["cat", "dog"]
+    assert list(content["broken"]) == [os.path.join("y", "broken.png")]
+    assert content["files"] == [os.path.join("out", "segments.csv"), os.path.join("out", "label-masks")]
+    before = Path("out/segments.csv").read_bytes()
+
+    assert run(*arguments[:6], "--model", "no/such/model", *arguments[8:]) == 2
+    assert "segments.csv exists already; --overwrite makes it anew" in capsys.readouterr().err
+    Path("y/broken.png").unlink()
+    assert run(*arguments, "--overwrite") == 0
+    out = capsys.readouterr().out
+    assert "0 pictures segmented, 4 done before" in out and "segments.csv" in out
+    assert Path("out/segments.csv").read_bytes() == before, "of an earlier run's masks, scores too"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["no*.png"], "'no*.png' fits no picture and no folder"),
+        (["photo.png", "absent.png"], "'absent.png' cannot be read as an image file"),
+        (["photo.png", "-"], "'-' is one of 2"),
+        (["http://127.0.0.1/a.jpg", "photo.png"], "addresses and - go alone"),
+        (["photo.png", "photo.png", "--mask", "m.png"], "--mask is for one picture"),
+        (["photo.png", "--format", "csv", "--output", "o.png"], "--output is o.png, expected a folder"),
+        (["empty"], "empty holds no pictures"),
+    ],
+)
+def test_wrong_places_are_told_before_a_model_is_loaded(
+    photo_file, tmp_path, capsys, monkeypatch, arguments, message
+):
+    monkeypatch.chdir(tmp_path)
+    Path("empty").mkdir()
+    assert run("segment", *arguments, "--labels", "cat", "--model", "no/such/model") == 2
+    assert message in capsys.readouterr().err
+    assert sorted(os.listdir()) == ["empty", "photo.png"]
+
+
+@pytest.mark.parametrize(("name", "package"), [("coco", "pycocotools"), ("yolo", "cv2")])
+def test_a_missing_extra_is_told_before_a_model_is_loaded(photo_file, capsys, monkeypatch, name, package):
+    for module in (package, f"{package}.mask"):
+        monkeypatch.setitem(sys.modules, module, None)
+    arguments = ["segment", photo_file, "--labels", "cat", "--model", "no/such/model", "--format", name]
+    assert run(*arguments) == 2
+    error = capsys.readouterr().err
+    assert f"needs {package}" in error and "pip install 'pgseg-hf[formats]'" in error
+
+
+def program(*arguments):
+    return [sys.executable, "-m", "pgseg_hf", "segment", *map(str, arguments)]
+
+
+def test_standard_input_and_output(tiny_folder, photo_file, tmp_path):
+    command = program("-", "--labels", "cat,dog", "--model", tiny_folder, "--json", "--mask", "m.png")
+    data = Path(photo_file).read_bytes()
+    done = subprocess.run(command, input=data, capture_output=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (found,) = json.loads(done.stdout)["images"]
+    assert (found["image"], found["width"], found["height"]) == ("-", 120, 90)
+    assert sum(segment["area"] for segment in found["segments"]) == pytest.approx(1)
+    assert sum(segment["pixels"] for segment in found["segments"]) == 120 * 90
+    assert found["overlay"] == "stdin-segmented.png" and (tmp_path / found["mask"]).is_file()
+
+    command = program("-", "--labels", "cat", "--model", tiny_folder, "--quiet", "--format", "csv")
+    done = subprocess.run(command, input=data, capture_output=True, cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+    assert (tmp_path / "stdin-segmented" / "images" / "stdin.png").is_file()
+    assert (
+        "stdin.png,120,90,cat,10800,1.000000," in (tmp_path / "stdin-segmented" / "segments.csv").read_text()
+    )
+    assert subprocess.run(command, input=b"", capture_output=True, cwd=tmp_path).returncode == 2
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+def test_control_c_has_no_traceback(tiny_folder, tmp_path):
+    (tmp_path / "photos").mkdir()
+    for number in range(60):
+        make_photo(400, 300, seed=number).save(tmp_path / "photos" / f"{number}.png")
+    command = program("photos", "--labels", "cat,dog", "--model", tiny_folder, "--format", "csv")
+    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path)
+    masks = tmp_path / "photos-segmented" / "masks"
+    while not masks.exists() and running.poll() is None:
+        time.sleep(0.05)
+    running.send_signal(signal.SIGINT)
+    errors = running.communicate()[1].decode()
+    assert running.returncode == 130, errors
+    assert "Traceback" not in errors and "pgseg segment: stopped" in errors
+    assert not (tmp_path / "photos-segmented" / "segments.csv").exists()
+    assert not list(masks.glob(".*")), "nothing half written"
