@@ -3,6 +3,7 @@
 # make test      run the test-suite:  make test PYTEST_ARGS="-m 'not slow' -x"
 # make test-transformers   transformers' own common tests on our classes, from the sdist of the installed version
 # make lint      ruff (lint and format) and mypy
+# make space     a folder for a Space of the Hub, with the package in it: dist/space
 # make clean     remove the virtual environment and what the tools left behind
 #
 # Each target sets up what it needs in .venv, once; PYTHON=python3.12 picks the interpreter.
@@ -30,7 +31,7 @@ DEPENDS := pyproject.toml constraints.txt
 # Every step installs into one environment: never two at a time, whatever -j says.
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help segment demo test test-transformers lint clean
+.PHONY: help segment demo test test-transformers space lint clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p;/^$$/q' Makefile
@@ -49,6 +50,10 @@ test: $(VENV)/.test
 
 test-transformers: $(VENV)/.testers
 	TRANSFORMERS_TESTS="$$(cat $(VENV)/.testers)" $(PY) -m pytest -n auto -q tests/transformers_common $(PYTEST_ARGS)
+
+space: $(VENV)/.core
+	@rm -rf dist/space && $(PIP) wheel -qq --no-deps --wheel-dir dist .
+	@$(PY) examples/make_space.py dist/pgseg_hf-*.whl dist/space
 
 lint: $(VENV)/.dev
 	$(PY) -m ruff check .
