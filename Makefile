@@ -2,6 +2,8 @@
 # make demo      the demo in the browser, at http://127.0.0.1:7860:  make demo DEMO_ARGS="--models my-pgseg"
 # make test      run the test-suite:  make test PYTEST_ARGS="-m 'not slow' -x"
 # make test-transformers   transformers' own common tests on our classes, from the sdist of the installed version
+# make test-versions   tests of model, processors, pipeline, saving and data on the oldest versions that are allowed
+#                and on the newest (tests/constraints), each in an environment of its own: .venv-lowest, .venv-newest
 # make lint      ruff (lint and format) and mypy
 # make space     a folder for a Space of the Hub, with the package in it: dist/space
 # make clean     remove the virtual environment and what the tools left behind
@@ -10,6 +12,9 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
+# Instead of the one in CONSTRAINTS, where an index has no build of that for CPUs.
+TORCH ?=
 
 IMAGE ?= examples/images/horses.jpg
 LABELS ?= horse, person, sand, sea, rock
@@ -24,14 +29,17 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check --no-input
-INSTALL := $(PIP) install -qq --constraint constraints.txt
-DEPENDS := pyproject.toml constraints.txt
+INSTALL := $(PIP) install -qq --constraint $(VENV)/constraints.txt
+DEPENDS := pyproject.toml $(VENV)/constraints.txt
 
 .DEFAULT_GOAL := help
 # Every step installs into one environment: never two at a time, whatever -j says.
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help segment demo test test-transformers space lint clean
+.PHONY: help segment demo test test-transformers test-versions test-lowest test-newest lint space clean
+
+VERSION_TESTS := tests/data $(addprefix tests/test_,modeling.py image_processing.py images.py processing.py pipeline.py \
+	segmentation.py weights.py prototypes.py configuration.py tokenization.py text_model.py)
 
 help:
 	@sed -n 's/^# \{0,1\}//p;/^$$/q' Makefile
@@ -55,13 +63,19 @@ space: $(VENV)/.core
 	@rm -rf dist/space && $(PIP) wheel -qq --no-deps --wheel-dir dist .
 	@$(PY) examples/make_space.py dist/pgseg_hf-*.whl dist/space
 
+test-versions: test-lowest test-newest
+
+test-lowest test-newest: test-%:
+	@$(MAKE) VENV="$(VENV)-$*" CONSTRAINTS=tests/constraints/$*.txt "$(VENV)-$*/.versions"
+	$(VENV)-$*/bin/python -m pytest -n auto -q -m "not slow" $(VERSION_TESTS) $(PYTEST_ARGS)
+
 lint: $(VENV)/.dev
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
 clean:
-	rm -rf "$(VENV)" build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf "$(VENV)" "$(VENV)-lowest" "$(VENV)-newest" build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find src tests examples demo -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.created:
@@ -70,9 +84,12 @@ $(VENV)/.created:
 	@$(PYTHON) -m venv "$(VENV)"
 	@touch $@
 
+$(VENV)/constraints.txt: $(VENV)/.created $(CONSTRAINTS)
+	@sed '$(if $(TORCH),s/^torch==.*/$(TORCH)/)' $(CONSTRAINTS) > $@
+
 # torch comes first and by itself, so that what follows finds it in place.
-$(VENV)/.torch: $(VENV)/.created constraints.txt
-	@torch=$$(sed -n 's/^\(torch==[^ ]*\).*/\1/p' constraints.txt); \
+$(VENV)/.torch: $(VENV)/constraints.txt
+	@torch=$$(sed -n 's/^\(torch==[^ ]*\).*/\1/p' $(VENV)/constraints.txt); \
 	if [ "$$(uname -s)" != Linux ] || nvidia-smi >/dev/null 2>&1; then \
 		index=; \
 	else \
@@ -104,6 +121,11 @@ $(VENV)/.demo: $(VENV)/.core $(DEPENDS)
 $(VENV)/.test: $(VENV)/.core $(DEPENDS)
 	@echo "Installing what the tests need"
 	@$(INSTALL) --editable '.[test]'
+	@touch $@
+
+$(VENV)/.versions: $(VENV)/.core $(DEPENDS)
+	@echo "Installing what the tests of versions need"
+	@$(INSTALL) --editable '.[train]' pytest pytest-xdist hypothesis parameterized peft scikit-learn
 	@touch $@
 
 # transformers keeps its testers in the sdist only; the stamp holds where it was unpacked.

@@ -9,6 +9,7 @@ from pathlib import Path
 from weakref import WeakValueDictionary
 
 import httpx
+import torch
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 from limits import watch
@@ -119,7 +120,7 @@ class Catalogue:
             try:
                 if name not in self._places:
                     _download(name, place, self.settings.max_model_bytes)
-                segmenter = load_any(place, device)
+                segmenter = load_any(place, device, getattr(torch, self.settings.dtype))
             except (ValueError, OSError, HfHubHTTPError, httpx.HTTPError) as error:
                 raise ValueError(f"{name} cannot be loaded: {_without(place, str(error))}") from error
         with self._lock:
@@ -128,15 +129,16 @@ class Catalogue:
         return segmenter
 
 
-def load_any(place: str, device: str = "cpu") -> Segmenter:
-    """A PGSeg checkpoint, or a GroupViT one in PGSeg's classes without prototypes, which gives GroupViT's numbers.
+def load_any(place: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Segmenter:
+    """A PGSeg checkpoint, or a GroupViT one in PGSeg's classes without prototypes, which gives GroupViT's numbers, in
+    float32 always.
 
     Raises:
         ValueError, OSError: it is neither, or not whole.
     """
     config, _ = PreTrainedConfig.get_config_dict(place)
     if config.get("model_type") != "groupvit":
-        return load_segmenter(place, device=device)
+        return load_segmenter(place, device=device, dtype=dtype)
     model = PGSegModel.from_groupvit(place, npr_variant="none")
     tokenizer = default_tokenizer(model.config.text_config.max_position_embeddings)
     if model.config.text_config.vocab_size != len(tokenizer):

@@ -28,6 +28,7 @@ class Settings:
         any_hub_model: whether visitors may name any public model of the Hub.
         mcp: whether the API is an MCP server too.
         device: where models run.
+        dtype: `"float32"`, or `"int8"` for PGSeg's models on a CPU.
         concurrency: requests that are worked on at once; the others wait.
         keep_seconds: how long images and results of a visitor stay on the server.
         max_seconds: that the model has for one request; what takes longer is given up.
@@ -41,6 +42,7 @@ class Settings:
     any_hub_model: bool = True
     mcp: bool = False
     device: str = "cpu"
+    dtype: str = "float32"
     concurrency: int = 2
     keep_seconds: int = 900
     max_seconds: int = 60
@@ -89,6 +91,12 @@ def read_settings(arguments: Sequence[str] | None = None) -> Settings:
         "--device",
         default=os.environ.get("PGSEG_DEMO_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu"),
         help="where models run (PGSEG_DEMO_DEVICE)",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "int8"),
+        default=os.environ.get("PGSEG_DEMO_DTYPE") or "float32",
+        help="int8, with --device cpu, keeps PGSeg's models in a third of the memory (PGSEG_DEMO_DTYPE)",
     )
     for option, (default, what) in _WHOLE_NUMBERS.items():
         variable = f"PGSEG_DEMO_{option.upper()}"

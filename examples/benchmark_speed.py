@@ -1,7 +1,10 @@
 """Measure speed and memory against transformers' GroupViT, which is the same architecture without prototypes.
 
     python examples/benchmark_speed.py --output speed --threads 2
-    python examples/benchmark_speed.py --output speed --readme README.md    # its table goes between the two markers
+    python examples/benchmark_speed.py --output speed --readme README.md examples/speed.md
+
+With `--readme` ten rows of what users run go between the two markers of the first file, all others between those of the
+second.
 
 All jobs of a row are timed in turn, so that a ratio's two sides see the same machine; medians and quartiles over the
 rounds go to `results.json` and `results.md`, and the curves, with matplotlib (the extra `plots`), to `curves.png`. Peak
@@ -9,10 +12,12 @@ memory is that of a process of its own. On CUDA (`--device cuda`) the encoder ru
 """
 
 import argparse
+import copy
 import gc
 import json
 import platform
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,10 +31,12 @@ from speed_jobs import (
     VARIANTS,
     PhotoJobs,
     Scale,
+    StartJobs,
     build_model,
     encoding_job,
     pixels,
     prototype_job,
+    quantized,
     training_job,
 )
 from speed_measuring import (
@@ -45,7 +52,7 @@ from speed_measuring import (
     time_in_turn,
     time_once,
 )
-from speed_report import draw_curves, insert_table, markdown
+from speed_report import draw_curves, insert_table, is_headline, markdown
 
 from pgseg_hf.command_line import CommandParser
 from pgseg_hf.files import write_json, write_text
@@ -53,6 +60,7 @@ from pgseg_hf.files import write_json, write_text
 CONTENDERS = (GROUPVIT, *VARIANTS)
 CHECKPOINTED = "corrected, gradient checkpointing"
 MATMUL = "matmul"
+PLAIN = "import transformers"
 Row = dict[str, Any]
 
 
@@ -189,6 +197,54 @@ class Benchmark:
                 rows.append(row)
         return rows
 
+    def int8(self) -> list[Row]:
+        """The image tower in int8, against GroupViT in float32 and in bfloat16."""
+        if self.device == "cuda":
+            return []
+        rows = []
+        for size, batch in self.scale.images:
+            images, theirs = pixels(size, batch), build_model(self.scale, GROUPVIT, size)
+            jobs = {
+                "float32": encoding_job(theirs, images),
+                "bfloat16": encoding_job(copy.deepcopy(theirs).to(torch.bfloat16), images),
+                "int8": encoding_job(quantized(build_model(self.scale, "corrected")), images),
+            }
+            title = f"image encoder, {size} px, batch {batch}, int8"
+            seconds = time_in_turn(jobs, self.rounds, self.device, title)
+            for reference in ("float32", "bfloat16"):
+                row: Row = {"section": "int8", "job": title, "contender": "corrected", "of": reference}
+                row["seconds"], row["ratio"] = spread(seconds["int8"]), ratio(seconds, "int8", reference)
+                row["images_per_second"] = batch / row["seconds"]["median"]
+                rows.append(row)
+        return rows
+
+    def start(self) -> list[Row]:
+        """Processes from their start to their end, against the import of what they cannot do without."""
+        clip, passes = "import torch and transformers' CLIP", "encoder passes"
+        with tempfile.TemporaryDirectory() as folder:
+            starts = StartJobs(folder)
+            jobs = {
+                PLAIN: starts.process("-c", "import transformers"),
+                "import pgseg_hf, transformers": starts.process("-c", "import pgseg_hf, transformers"),
+                "pgseg --help": starts.process("-m", "pgseg_hf", "--help"),
+                clip: starts.process("-c", "import torch, transformers.models.clip.modeling_clip"),
+                passes: starts.encoder_passes,
+                "pgseg segment": starts.segment,
+            }
+            title = "process start, default checkpoint"
+            seconds = time_in_turn(jobs, max(self.rounds // 4, 1), "cpu", title)
+        # All that is above the encoder passes, against the import.
+        own = [all_of_it - encoding for all_of_it, encoding in zip(seconds["pgseg segment"], seconds[passes])]
+        references = {"import pgseg_hf, transformers": PLAIN, "pgseg --help": PLAIN, "pgseg segment": clip}
+        rows = []
+        for name in jobs:
+            row: Row = {"section": "start", "job": title, "contender": name, "seconds": spread(seconds[name])}
+            if name in references:
+                of_job = seconds | {"pgseg segment": own}
+                row["ratio"], row["of"] = ratio(of_job, name, references[name]), references[name]
+            rows.append(row)
+        return rows
+
     def photo(self) -> list[Row]:
         """A photo end to end against its encoder passes alone, and many labels against few."""
         photos = PhotoJobs(self.scale, self.device)
@@ -212,7 +268,15 @@ class Benchmark:
                 row["memory_MiB"] = {"peak": memory[name]}
                 row["memory_ratio"] = memory[name] / memory[f"{few} labels"]
             rows.append(row)
-        return rows
+        return [*rows, self._large_photo()]
+
+    def _large_photo(self) -> Row:
+        """The memory that a large photo takes with very many labels."""
+        (width, height), count = self.scale.large_photo, self.scale.large_labels
+        memory = self._memory({"kind": "photo", "labels": count, "size": [width, height]})
+        title = f"a {width}x{height} photo, sliding window, float32"
+        row: Row = {"section": "large photo", "job": title, "contender": f"{count} labels"}
+        return row | {"not_timed": "", "memory_MiB": {"peak": memory["peak"]}}
 
     def prototypes(self) -> list[Row]:
         """Estimation, matching and losses at a large batch, as a share of the training step."""
@@ -291,7 +355,7 @@ def _point(curve: str, value: int, contender: str, seconds: dict[str, list[float
 
 SECTIONS: dict[str, Callable[[Benchmark], list[Row]]] = {
     name: getattr(Benchmark, name)
-    for name in ("encoder", "photo", "prototypes", "training", "compiled", "curves")
+    for name in ("start", "encoder", "int8", "photo", "prototypes", "training", "compiled", "curves")
 }
 
 
@@ -300,7 +364,7 @@ def measure_one(spec: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(spec["threads"])
     scale, device = SCALES[spec["scale"]], spec["device"]
     if spec["kind"] == "photo":
-        photos = PhotoJobs(scale, device)
+        photos = PhotoJobs(scale, device, spec.get("size"))
         return peak_memory(photos.segmentation(spec["labels"]), device)
     images = pixels(scale.images[0][0], spec["batch"])
     try:
@@ -335,7 +399,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--threads", type=int, help="of the CPU; torch's own choice by default")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--readme", type=Path, help="Markdown file with the markers of the table")
+    parser.add_argument(
+        "--readme",
+        type=Path,
+        nargs=2,
+        metavar=("README", "PAGE"),
+        help="Markdown files with the markers of a table: for ten rows of what users run, and for the rest",
+    )
     parser.add_argument("--quick", action="store_true", help="tiny models: the figures mean nothing")
     parser.add_argument("--one", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -370,8 +440,9 @@ def main(arguments: list[str] | None = None) -> None:
     table = markdown(results)
     write_text(table, options.output / "results.md")
     draw_curves(rows, options.output / "curves.png")
-    if options.readme:
-        insert_table(table, options.readme)
+    for path, is_readme in zip(options.readme or (), (True, False)):
+        some = [row for row in rows if is_headline(row) == is_readme]
+        insert_table(markdown(results | {"rows": some}), path)
     print(table)
     minutes = (time.monotonic() - start) / 60
     print(

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from pgseg_hf.efficientnet_lite import convert_efficientnet_lite
+from pgseg_hf.text_files import read_text, split_lines
 from pgseg_hf.training.patch_names import CellNamer
 
 WORDS_FILE = Path(__file__).with_name("everyday_words.json")
@@ -166,7 +167,7 @@ def read_nouns(wordnet: Path) -> dict[str, tuple[list[str], list[str]]]:
     if not path.is_file():
         raise ValueError(f"{path} is no file; expected WordNet 3.0's (Debian: wordnet-base), see --wordnet.")
     nouns = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in split_lines(read_text(path)):
         if line.startswith(" "):  # the licence
             continue
         fields = line.split(" | ")[0].split()

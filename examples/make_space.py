@@ -33,7 +33,9 @@ def make_space(wheel: Path, folder: Path) -> None:
 
 def main() -> None:
     """Makes the folder."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("wheel", type=Path)
     parser.add_argument("folder", type=Path)
     args = parser.parse_args()

@@ -33,6 +33,7 @@ from PIL import Image
 from pgseg_hf.command_line import CommandParser
 from pgseg_hf.files import folder_written_whole, path_inside, write_json, write_text
 from pgseg_hf.images import load_image
+from pgseg_hf.text_files import read_text, split_lines
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
 MAX_SIDE = 512
@@ -106,7 +107,7 @@ def images_in(folder: Path) -> list[Path]:
 def flickr8k(images: Path, captions: Path, words: EverydayWords) -> list[Item]:
     """Every image with captions; those with a held-out word only leave the names of their other words."""
     sentences: dict[str, list[str]] = {}
-    for line in captions.read_text(encoding="utf-8").splitlines():
+    for line in split_lines(read_text(captions)):
         name, _, caption = line.partition("\t")
         sentences.setdefault(name.split("#")[0], []).append(" ".join(caption.split()))
     items = []
@@ -142,7 +143,7 @@ def food(root: Path, words: EverydayWords) -> list[Item]:
     items = []
     for path in images_in(root / "images"):
         file = root / "tags" / f"{path.name}.txt"
-        tags = file.read_text(encoding="utf-8").split(",") if file.is_file() else []
+        tags = read_text(file).split(",") if file.is_file() else []
         items.append(Item("food", path, words.of_tags("food", tags)))
     return items
 
@@ -150,7 +151,7 @@ def food(root: Path, words: EverydayWords) -> list[Item]:
 def ccp(root: Path, words: EverydayWords) -> list[Item]:
     """Images of a folder in our own layout; columns other than their tags are not read."""
     items = []
-    for line in (root / "metadata.jsonl").read_text(encoding="utf-8").splitlines():
+    for line in split_lines(read_text(root / "metadata.jsonl")):
         row = json.loads(line)
         path = path_inside(root, row["file_name"])
         items.append(Item("ccp", path, words.of_tags("ccp", row["tags"])))

@@ -1,7 +1,10 @@
 """The models and the work that `benchmark_speed.py` measures."""
 
 import io
+import subprocess
+import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,11 +14,12 @@ from speed_measuring import Job
 from torch import Tensor
 from transformers import GroupViTConfig, GroupViTModel
 
-from pgseg_hf import PGSegModel, SegmentationOptions, Segmenter, default_tokenizer
+from pgseg_hf import PGSegModel, SegmentationOptions, Segmenter, default_tokenizer, load_segmenter
 from pgseg_hf.groupvit import config_from_groupvit
 from pgseg_hf.image_processing_pil_pgseg import PGSegImageProcessorPil
 from pgseg_hf.processing_pgseg import PGSegProcessor
 from pgseg_hf.prototypes import estimate_prototypes, prototype_loss
+from pgseg_hf.quantization import PGSegInt8Config, PGSegInt8Quantizer
 
 GROUPVIT, VARIANTS = "groupvit", ("none", "corrected", "released")
 CONTEXT = 77
@@ -29,6 +33,7 @@ class Scale:
     training_batches: of the training step; the last is also the unit of larger ones on a CPU.
     photo: width and height; `short_side` is what it is resized to, which is a window's side as well.
     labels: few and many.
+    large_photo, large_labels: of the peak of memory.
     prototype_batch: of the row on prototypes.
     matmul, cuda_matmul: side of the matrices of the machine's own rate.
     curve_*: what the curves go over.
@@ -42,6 +47,8 @@ class Scale:
     photo: tuple[int, int] = (640, 480)
     short_side: int = 448
     labels: tuple[int, int] = (20, 171)
+    large_photo: tuple[int, int] = (4000, 3000)
+    large_labels: int = 1000
     prototype_batch: int = 1024
     matmul: int = 2048
     cuda_matmul: int = 8192
@@ -71,6 +78,8 @@ QUICK = Scale(
     photo=(64, 48),
     short_side=48,
     labels=(3, 7),
+    large_photo=(80, 60),
+    large_labels=9,
     prototype_batch=16,
     matmul=64,
     cuda_matmul=64,
@@ -92,6 +101,12 @@ def build_model(scale: Scale, contender: str, image_size: int | None = None) -> 
     if contender == GROUPVIT:
         return GroupViTModel(config).eval()
     return PGSegModel(config_from_groupvit(config, npr_variant=contender)).eval()
+
+
+def quantized(model: PGSegModel) -> PGSegModel:
+    """The model, now in int8."""
+    PGSegInt8Quantizer(PGSegInt8Config(), pre_quantized=False).postprocess_model(model)
+    return model
 
 
 def pixels(size: int, batch: int) -> Tensor:
@@ -177,7 +192,7 @@ def prototype_job(scale: Scale, device: str) -> Job:
 class PhotoJobs:
     """Segmenting one photo, from the file's bytes to its label map, and its encoder passes alone."""
 
-    def __init__(self, scale: Scale, device: str):
+    def __init__(self, scale: Scale, device: str, size: tuple[int, int] | None = None):
         model = build_model(scale, "corrected").to(device)
         side = scale.short_side
         image_processor = PGSegImageProcessorPil(size={"shortest_edge": side})
@@ -185,7 +200,7 @@ class PhotoJobs:
             image_processor, default_tokenizer(), window_size=side, window_stride=side // 2
         )
         self.segmenter = Segmenter(model, processor, SegmentationOptions())
-        self.photo = _photo(*scale.photo)
+        self.photo = _photo(*(size or scale.photo))
         windows: list[Tensor] = []
         encode = model.get_image_features
         model.get_image_features = lambda pixel_values: windows.append(pixel_values) or encode(pixel_values)
@@ -206,6 +221,36 @@ class PhotoJobs:
         names = self.names(labels)
         self.segmenter.class_embeddings(names)  # prompts pass the text tower once and are kept
         return lambda: self.segmenter(self.photo, names)
+
+
+class StartJobs:
+    """Processes from their start to their end, and what `pgseg segment` has to compute in any case.
+
+    Args:
+        folder: for what is written.
+    """
+
+    photo = Path(__file__).parent / "images" / "dog.jpg"
+
+    def __init__(self, folder: str):
+        self.folder = folder
+        self.segmenter = load_segmenter()
+        self.labels = ["dog", "grass", "sky"]
+        self.segmenter.class_embeddings(self.labels)  # prompts are kept: the text tower has passed already
+
+    def encoder_passes(self) -> None:
+        for _ in self.segmenter.encode([self.photo]):
+            pass
+
+    def segment(self) -> None:
+        """`pgseg segment` with the checkpoint that ships."""
+        labels = ", ".join(self.labels)
+        self.process("-m", "pgseg_hf", "segment", str(self.photo), "--labels", labels)()
+
+    def process(self, *arguments: str) -> Job:
+        """A Python of its own."""
+        command = [sys.executable, *arguments]
+        return lambda: subprocess.run(command, cwd=self.folder, check=True, capture_output=True)
 
 
 def _photo(width: int, height: int) -> bytes:

@@ -10,17 +10,24 @@ from pgseg_hf.files import write_atomically, write_text
 BEGIN, END = "<!-- benchmark_speed.py: begin -->", "<!-- benchmark_speed.py: end -->"
 
 GOALS: dict[tuple[str, str, str], dict[str, float]] = {
-    ("encoder", "float32", "corrected"): {"ratio": 1.03, "share": 0.9},
+    ("encoder", "float32", "corrected"): {"ratio": 0.92, "share": 0.9},
     ("encoder", "float32", "released"): {"ratio": 1.12, "share": 0.9},
-    ("encoder", "bfloat16", "corrected"): {"ratio": 0.95, "share": 0.75},
+    ("encoder", "bfloat16", "corrected"): {"ratio": 1.0, "share": 0.75},
     ("encoder", "bfloat16", "released"): {"ratio": 1.05, "share": 0.75},
     ("training", "float32", "corrected"): {"ratio": 1.05, "memory_ratio": 0.75},
     ("training", "float32", "released"): {"ratio": 1.12},
 }
 """Upper bounds of ratios and lower bounds of shares, by section, number format and contender."""
-LARGE_IMAGE_GOALS = {"corrected": 0.97, "released": 1.10}
-CUDA_GOALS = {"corrected": 0.7, "released": 0.8}
+LARGE_IMAGE_GOALS = {("float32", "released"): 1.10, ("bfloat16", "corrected"): 1.03}
+CUDA_GOALS = {("encoder", "corrected"): 0.7, ("training", "corrected"): 0.75}
+INT8_GOALS = {"float32": 0.5, "bfloat16": 0.9}  # of GroupViT's time
 MANY_LABELS_GOAL, PHOTO_GOAL, PROTOTYPES_GOAL = 1.1, 1.1, 0.03
+LARGE_PHOTO_GOAL = 1536  # MiB
+START_GOALS = {
+    "import pgseg_hf, transformers": {"ratio": 1.3},
+    "pgseg segment": {"ratio": 1.5},
+    "pgseg --help": {"seconds": 1.0},
+}
 
 
 def goals(row: dict[str, Any], on_cuda: bool = False) -> dict[str, float]:
@@ -28,17 +35,23 @@ def goals(row: dict[str, Any], on_cuda: bool = False) -> dict[str, float]:
     section, contender = row["section"], row["contender"]
     if section == "prototypes":
         return {"ratio": PROTOTYPES_GOAL}
+    if section == "int8":
+        return {"ratio": INT8_GOALS[row["of"]]}
+    if section == "large photo":
+        return {"peak": LARGE_PHOTO_GOAL}
+    if section == "start":
+        return dict(START_GOALS.get(contender, {}))
     if section == "photo":
         if row["of"] == "encoder passes":
             return {} if contender == "encoder passes" else {"ratio": PHOTO_GOAL}
         return {"ratio": MANY_LABELS_GOAL, "memory_ratio": MANY_LABELS_GOAL}
     if on_cuda and section in ("encoder", "training"):
-        named = contender in CUDA_GOALS and "batch 256," in row["job"]
-        return {"ratio": CUDA_GOALS[contender]} if named else {}
+        named = (section, contender) in CUDA_GOALS and "batch 256," in row["job"]
+        return {"ratio": CUDA_GOALS[section, contender]} if named else {}
     kind = "bfloat16" if "bfloat16" in row["job"] else "float32"
     bounds = dict(GOALS.get((section, kind, contender), {}))
-    if "448 px" in row["job"] and kind == "float32" and contender in LARGE_IMAGE_GOALS:
-        bounds["ratio"] = LARGE_IMAGE_GOALS[contender]
+    if "448 px" in row["job"] and (kind, contender) in LARGE_IMAGE_GOALS:
+        bounds["ratio"] = LARGE_IMAGE_GOALS[kind, contender]
     return bounds
 
 
@@ -51,11 +64,15 @@ def _figure(row: dict[str, Any], name: str, bounds: dict[str, float]) -> str:
     text = f"{value:.{digits}f}"
     if isinstance(row[name], dict):
         text += f" ({row[name]['low']:.{digits}f} to {row[name]['high']:.{digits}f})"
+    return text + _verdict(value, name, bounds)
+
+
+def _verdict(value: float, name: str, bounds: dict[str, float]) -> str:
     if name not in bounds:
-        return text
+        return ""
     holds = value >= bounds[name] if name == "share" else value <= bounds[name]
     sign = ">=" if name == "share" else "<="
-    return f"{text}, goal {sign} {bounds[name]:g}: {'holds' if holds else '**missed**'}"
+    return f", goal {sign} {bounds[name]:g}: {'holds' if holds else '**missed**'}"
 
 
 def _short(value: float) -> str:
@@ -69,7 +86,7 @@ def _memory(row: dict[str, Any], bounds: dict[str, float]) -> tuple[str, str]:
         return "", ""
     memory, ratio = row["memory_MiB"], _figure(row, "memory_ratio", bounds)
     if "step_memory_ratio" not in row:
-        return f"{memory['peak']:.0f}", ratio
+        return f"{memory['peak']:.0f}{_verdict(memory['peak'], 'peak', bounds)}", ratio
     own = memory["peak"] - memory["before"]
     return (
         f"{memory['peak']:.0f} (step's own: {own:.0f})",
@@ -77,8 +94,18 @@ def _memory(row: dict[str, Any], bounds: dict[str, float]) -> tuple[str, str]:
     )
 
 
+def is_headline(row: dict[str, Any]) -> bool:
+    """Whether a row is one of the ten at most that the README has: what users run."""
+    section, contender = row["section"], row["contender"]
+    if section == "start":
+        return contender in ("pgseg --help", "pgseg segment")
+    if section == "photo":
+        return row["of"] == "encoder passes" and contender != "encoder passes"
+    return section == "large photo" or (section in ("encoder", "training") and contender == "corrected")
+
+
 def markdown(results: dict[str, Any]) -> str:
-    """The rows as a Markdown table; `results` are those of `results.json`."""
+    """The rows as a Markdown table; `results` are those of `results.json`, or some of their rows."""
     machine = results["machine"]
     on_cuda = "NVIDIA" in machine["device"]
     lines = [
@@ -100,6 +127,9 @@ def markdown(results: dict[str, Any]) -> str:
         peak, memory_ratio = _memory(row, bounds)
         gflop = f"{row['gflop']:.1f}" if "gflop" in row else ""
         time = _short(1000 * row["seconds"]["median"]) if "seconds" in row else row["not_timed"]
+        if "seconds" in bounds:
+            holds = row["seconds"]["median"] <= bounds["seconds"]
+            time += f", goal <= {1000 * bounds['seconds']:g}: {'holds' if holds else '**missed**'}"
         cells = [row["job"], row["contender"], time, rate, ratio, gflop]
         cells += [_figure(row, "share", bounds), peak, memory_ratio]
         lines.append(f"| {' | '.join(cells)} |")

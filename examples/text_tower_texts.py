@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from pgseg_hf.prompts import IMAGENET_TEMPLATES, SEGMENTATION_TEMPLATES, join_words
+from pgseg_hf.text_files import read_text, split_lines
 
 TEMPLATES = (
     *SEGMENTATION_TEMPLATES,
@@ -100,9 +101,9 @@ def read_glove(path: Path, cache: Path, limit: int = 100_000) -> tuple[list[str]
 
 def read_captions(folder: Path) -> list[str]:
     """Captions of Flickr8k's training images, lower case, without the space before the full stop."""
-    images = set((folder / "Flickr_8k.trainImages.txt").read_text().split())
+    images = set(read_text(folder / "Flickr_8k.trainImages.txt").split())
     captions = []
-    for line in (folder / "Flickr8k.token.txt").read_text(encoding="utf-8").splitlines():
+    for line in split_lines(read_text(folder / "Flickr8k.token.txt")):
         name, _, text = line.partition("\t")
         if name.partition("#")[0] in images:
             captions.append(text.lower().replace(" .", ".").strip())
@@ -137,12 +138,12 @@ def read_wordnet(folder: Path) -> WordNet:
             file, gloss = synsets[fields[-int(fields[2])]]
             concrete[name], glosses[name] = file in CONCRETE, gloss
     counts: Counter = Counter()
-    for line in (folder / "cntlist.rev").read_text().splitlines():
+    for line in split_lines(read_text(folder / "cntlist.rev")):
         sense, _, count = line.split()
         lemma, _, rest = sense.partition("%")
         if rest[0] == "1":
             counts[lemma.replace("_", " ")] += int(count)
-    pairs = (line.split()[:2] for line in (folder / "noun.exc").read_text().splitlines())
+    pairs = (line.split()[:2] for line in split_lines(read_text(folder / "noun.exc")))
     irregular = {singular: plural for plural, singular in pairs}
     adjectives = {line.split()[0] for line in _entries(folder / "index.adj")}
     return WordNet(counts, concrete, glosses, adjectives, irregular)
@@ -150,7 +151,7 @@ def read_wordnet(folder: Path) -> WordNet:
 
 def _entries(path: Path) -> list[str]:
     # The files start with a licence, whose lines begin with a space.
-    return [line for line in path.read_text(encoding="utf-8").splitlines() if not line.startswith(" ")]
+    return [line for line in split_lines(read_text(path)) if not line.startswith(" ")]
 
 
 def plural(noun: str, irregular: dict[str, str]) -> str:

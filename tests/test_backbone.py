@@ -306,6 +306,17 @@ def test_a_backbone_that_does_not_fit_the_tower_is_refused(fields, message):
         PGSegVisionConfig(**backbone_fields(**fields))
 
 
+@pytest.mark.parametrize("name", [name for name in BACKBONES if name != "efficientnet_lite"])
+@pytest.mark.parametrize("factor", [2, 0.5])
+def test_a_patch_size_that_is_not_the_backbones_stride_is_refused(name, factor):
+    stride = BACKBONES[name][1]
+    other = int(factor * stride)
+    model = tiny_backbone_model(name, vision={"patch_size": other, "image_size": 8 * stride}).eval()
+    pixels = torch.zeros(1, 3, 8 * stride, 16 * stride)
+    with pytest.raises(ValueError, match=f"patch_size is {other}.* expected its stride, about {stride}"):
+        model.get_image_features(pixel_values=pixels)
+
+
 def test_a_model_that_is_no_backbone_is_refused():
     with pytest.raises(ValueError, match="CLIPConfig"):
         PGSegVisionModel(PGSegVisionConfig(backbone_config={"model_type": "clip"}))

@@ -1,3 +1,5 @@
+import importlib
+
 import numpy as np
 import pytest
 import torch
@@ -45,6 +47,29 @@ def test_export_leaves_a_model_in_training_as_it_was():
     export_image_encoder(model)
     export_text_encoder(model)
     assert [module.training for module in model.modules()] == modes
+
+
+@pytest.mark.slow
+def test_onnx_in_int8_is_near_the_model_and_smaller(tmp_path):
+    pytest.importorskip("onnxscript")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model = tiny_model()
+    plain, int8 = (export_onnx(model, tmp_path / dtype, dtype=dtype) for dtype in ("float32", "int8"))
+    image, text = (onnxruntime.InferenceSession(int8 / f"{name}_encoder.onnx") for name in ("image", "text"))
+    kinds = {
+        node.op_type for node in importlib.import_module("onnx").load(int8 / "image_encoder.onnx").graph.node
+    }
+    assert "MatMulInteger" in kinds
+    ids, mask = texts(3)
+    pixels = torch.randn(2, 3, 32, 48)
+    with torch.no_grad():
+        features, wanted = model.get_image_features(pixels), model.get_text_features(ids, mask).pooler_output
+    pooled, _, grouping = image.run(None, {"pixel_values": pixels.numpy()})
+    (got,) = text.run(None, {"input_ids": ids.numpy(), "attention_mask": mask.numpy()})
+    for ours, expected in ((pooled, features.pooler_output), (got, wanted)):
+        assert torch.nn.functional.cosine_similarity(torch.from_numpy(ours), expected).min() > 0.98
+    assert (grouping.argmax(1) == features.grouping.numpy().argmax(1)).mean() > 0.9
+    assert (int8 / "text_encoder.onnx").stat().st_size < (plain / "text_encoder.onnx").stat().st_size
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Parts of the image tower: stochastic depth, grouping, attention and other kernels, checkpointing."""
+"""Parts of the image tower: stochastic depth, grouping, attention, checkpointing."""
 
 import math
 
@@ -18,8 +18,6 @@ from pgseg_hf.configuration_pgseg import NPR_VARIANTS
 from pgseg_hf.layers import (
     PGSegDropPath,
     PGSegMLP,
-    apply_linear,
-    attention_in_parts,
 )
 from pgseg_hf.modeling_pgseg import PGSegVisionModel
 
@@ -107,57 +105,6 @@ def test_attention_implementations_agree(models):
     torch.testing.assert_close(outputs[0].grouping, outputs[1].grouping)
 
 
-def test_attention_in_parts_equals_attention(monkeypatch):
-    query, key, value = (torch.randn(3, 2, length, 4).double() for length in (5, 7, 7))
-    expected = nn.functional.scaled_dot_product_attention(query, key, value, scale=0.7).transpose(1, 2)
-    for entries in (1, 4 * 35, 2**20):  # one head at a time, four of the six, all
-        monkeypatch.setattr("pgseg_hf.layers._CACHED_SCORES", entries)
-        torch.testing.assert_close(attention_in_parts(query, key, value, 0.7), expected)
-
-
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
-@pytest.mark.parametrize("gelu", [False, True])
-def test_linear_layers_give_the_same_without_gradient(dtype, tolerance, gelu):
-    torch.manual_seed(0)
-    layer = nn.Linear(24, 40).to(dtype).eval()
-    for x in (torch.randn(2, 5, 24), torch.randn(24, 7).T, torch.randn(0, 24), torch.randn(24)):
-        x = x.to(dtype)
-        with_gradient = apply_linear(layer, x, gelu=gelu)
-        assert with_gradient.requires_grad
-        with torch.no_grad():
-            torch.testing.assert_close(
-                apply_linear(layer, x, gelu=gelu), with_gradient, rtol=0, atol=tolerance
-            )
-            expected = nn.functional.linear(x.float(), layer.weight.float(), layer.bias.float())
-            expected = nn.functional.gelu(expected) if gelu else expected
-            torch.testing.assert_close(
-                apply_linear(layer, x, gelu=gelu).float(), expected, rtol=0, atol=2 * tolerance
-            )
-
-
-def test_linear_layers_in_training_are_bit_for_bit_the_same_without_gradient():
-    torch.manual_seed(0)
-    layer, x = nn.Linear(24, 40), torch.randn(7, 24)
-    with torch.no_grad():
-        without_gradient = apply_linear(layer, x, gelu=True)
-    assert torch.equal(apply_linear(layer, x, gelu=True), without_gradient)
-
-
-def test_hooks_of_linear_layers_are_called():
-    layer, x, calls = nn.Linear(4, 3).eval(), torch.ones(2, 4), []
-    handles = [
-        layer.register_forward_hook(lambda *of: calls.append("after")),
-        layer.register_forward_pre_hook(lambda *of: calls.append("before")),
-    ]
-    with torch.no_grad():
-        expected = apply_linear(layer, x)
-        assert calls == ["before", "after"]
-        for handle in handles:
-            handle.remove()
-        layer.forward = lambda x: calls.append("instead") or expected  # as accelerate does where it offloads
-        assert apply_linear(layer, x) is expected and calls[-1] == "instead"
-
-
 @pytest.mark.parametrize("kind", ["none", "released", "corrected", "backbone"])
 def test_quantisation_finds_every_linear_layer(kind):
     model = tiny_backbone_model() if kind == "backbone" else tiny_model(npr_variant=kind)
@@ -214,22 +161,6 @@ def test_activations_made_again_give_the_same_gradient(adapted):
     torch.testing.assert_close(gradients, [parameter.grad for parameter in mlp.parameters()])
     if not adapted:
         assert not any(t.shape == activations.shape and torch.allclose(t, activations) for t in kept)
-
-
-@pytest.mark.parametrize("mixing", ["released", "tokens"])
-def test_mixing_after_the_first_layer_changes_nothing(mixing):
-    fields = {"npr_variant": "released"} if mixing == "released" else {}
-    vision = {} if mixing == "released" else {"prototype_mixing": mixing}
-    model = tiny_model(**fields, vision_config=vision).double()
-    npr = model.vision_model.encoder.stages[0].npr
-    norm = npr.projection[1]
-    with torch.no_grad():
-        norm.running_mean.normal_()
-        norm.running_var.uniform_(0.5, 2.0)
-    estimate = npr.estimate(torch.randn(2, 9, 16).double(), npr.seeds())
-    expected = npr.reconstruct(estimate, torch.float64)  # with gradient: mixed, then projected
-    with torch.no_grad():
-        torch.testing.assert_close(npr.reconstruct(estimate, torch.float64), expected)
 
 
 @pytest.mark.parametrize(

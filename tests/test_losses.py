@@ -12,6 +12,7 @@ from tiny_models import tiny_images, tiny_model, tiny_texts, with_fixed_statisti
 
 from pgseg_hf.losses import (
     gather_features,
+    gather_rows,
     info_nce,
     multi_label_loss,
     multi_positive_loss,
@@ -22,6 +23,7 @@ from pgseg_hf.losses import (
     sum_over_processes,
     world_size,
 )
+from pgseg_hf.objective import TextOwners
 
 SEEDS = st.integers(0, 2**31 - 1)
 
@@ -156,20 +158,42 @@ def multi_label_by_loops(logits, mask):
 def test_multi_label_loss_against_loops(seed, batch, count, density):
     logits = 3 * draw(seed, batch, batch * count)
     mask = draw(seed + 1, batch, count).sigmoid() < density
-    loss = multi_label_loss(logits, logits.T, mask)
+    loss = loss_of_present_labels(logits, mask)
     assert loss.item() == pytest.approx(multi_label_by_loops(logits, mask))
+
+
+def loss_of_present_labels(logits, mask):
+    present = mask.flatten()
+    owners = TextOwners(0, mask).label_owners(int(present.sum()))
+    return multi_label_loss(logits[:, present], logits.T[present], owners)
+
+
+@given(SEEDS, st.integers(1, 4), st.integers(1, 4), st.floats(0.1, 0.9))
+def test_labels_that_do_not_exist_need_no_logits(seed, batch, count, density):
+    """Loss and gradient are those of logits for all of them, masked."""
+    logits = (3 * draw(seed, batch, batch * count)).requires_grad_()
+    mask = draw(seed + 1, batch, count).sigmoid() < density
+    present = mask.flatten()
+    (ours,) = torch.autograd.grad(loss_of_present_labels(logits, mask), logits)
+    owners = torch.block_diag(*mask.double())
+    in_rows = logits.masked_fill(~present, -1e9).log_softmax(1) * owners
+    of_images = -(in_rows.sum(1) / mask.sum(1).clamp(min=1)).sum() / mask.any(1).sum().clamp(min=1)
+    of_labels = -(logits.log_softmax(0) * owners).sum() / present.sum().clamp(min=1)
+    expected = (of_images + of_labels) / 2
+    torch.testing.assert_close(loss_of_present_labels(logits, mask), expected)
+    torch.testing.assert_close(ours, torch.autograd.grad(expected, logits)[0])
 
 
 def test_one_label_an_image_is_info_nce():
     logits = 3 * draw(0, 4, 4)
-    loss = multi_label_loss(logits, logits.T, torch.ones(4, 1, dtype=torch.bool))
+    loss = multi_label_loss(logits, logits.T, torch.eye(4, dtype=torch.bool))
     torch.testing.assert_close(loss, info_nce(logits, logits.T))
 
 
 def test_absent_labels_get_no_gradient():
     logits = draw(0, 2, 6).requires_grad_()
     mask = torch.tensor([[True, False, True], [False, False, False]])
-    multi_label_loss(logits, logits.T, mask).backward()
+    loss_of_present_labels(logits, mask).backward()
     assert (logits.grad[:, [1, 3, 4, 5]] == 0).all()
     assert (logits.grad[:, [0, 2]] != 0).all()
 
@@ -255,12 +279,10 @@ def local_losses(parts, label_embeds, label_mask):
     """The losses of this process as the model computes them, of features that need a gradient."""
     images, texts = parts["images"], parts["texts"]
     contrastive = info_nce(images @ gather_features(texts).T, texts @ gather_features(images).T)
-    mask, padded = pad_to_longest(label_mask), pad_to_longest(label_embeds)
-    by_labels = multi_label_loss(
-        images @ gather_features(padded).flatten(0, 1).T,
-        padded.flatten(0, 1) @ gather_features(images).T,
-        mask,
-    )
+    own = label_embeds[label_mask]
+    of_all, start = gather_rows(own)
+    owners = TextOwners(0, label_mask).label_owners(len(own))
+    by_labels = multi_label_loss(images @ of_all.T, own @ gather_features(images).T, owners, start)
     return contrastive, by_labels
 
 

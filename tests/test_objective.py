@@ -1,6 +1,7 @@
 """The losses of a batch: their parts, shared and absent texts, text prototypes."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -15,10 +16,12 @@ from tiny_models import (
     tiny_texts,
     without_noise,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.utils import logging
 
 from pgseg_hf import objective
 from pgseg_hf.objective import log_odds_of_being_seen
+from pgseg_hf.prototypes import match_on_device
 
 
 @VARIANTS
@@ -220,3 +223,101 @@ def test_nan_prototype_losses_of_the_released_variant_are_said_once_in_training(
             assert model(**inputs_of(4), return_loss=True).loss.isfinite()
     finally:
         logging.disable_propagation()
+
+
+# Waiting for a GPU
+
+
+class Waits(TorchDispatchMode):
+    """The operators that on a GPU wait for a value, or for a number of values that nobody knows before."""
+
+    NAMES = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "equal")
+
+    def __init__(self):
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        indices = args[1] if name in ("index", "index_put", "index_put_", "_index_put_impl_") else ()
+        by_mask = any(index is not None and index.dtype == torch.bool for index in indices)
+        if name in self.NAMES or by_mask:
+            self.seen.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+def _from_images_to_gradients(model, images, texts, owners):
+    features = model.encode_part(pixel_values=images)
+    objective.compute_losses(model, features, texts, owners).total.backward()
+
+
+def _training_parts(device, **fields):
+    """A model, images, features of texts and their owners: what a training step has when the images' turn comes."""
+    model = tiny_model(**fields).to(device).train()
+    labels, mask = tiny_texts(6, words=2, seed=1).unflatten(0, (3, 2)), torch.ones(3, 2, 12, dtype=torch.long)
+    mask[1, 1] = 0
+    inputs = inputs_of()
+    ids, attention_mask, owners = model.gather_texts(
+        inputs["input_ids"].to(device),
+        tag_input_ids=labels.to(device),
+        tag_attention_mask=mask.to(device),
+    )
+    texts = model.encode_part(input_ids=ids, attention_mask=attention_mask)
+    return model, inputs["pixel_values"].to(device), texts, owners
+
+
+@pytest.mark.parametrize("fields", [{}, {"assignment_weight": 0.2, "contrastive_pooling": "groups"}])
+def test_after_the_texts_nothing_waits_for_a_gpu(fields, monkeypatch):
+    """As on a GPU, but on the CPU: by the operators that would wait there."""
+    parts = _training_parts("cpu", **fields)
+    monkeypatch.setattr("pgseg_hf.prototypes.match_prototypes", match_on_device)
+    monkeypatch.setattr("pgseg_hf.modeling_pgseg._cannot_be_asked", lambda *_: True)
+    with Waits() as waits:
+        _from_images_to_gradients(*parts)
+    assert not waits.seen
+
+
+def _whole_step(device):
+    model = tiny_model().to(device).train()
+    inputs = inputs_of() | {"tag_input_ids": tiny_texts(6, words=2, seed=1).unflatten(0, (3, 2))}
+    inputs = {name: value.to(device) for name, value in inputs.items()}
+    return lambda: model(**inputs, return_loss=True).loss.backward()
+
+
+def test_a_step_asks_a_few_things_about_its_texts(monkeypatch):
+    """Where they begin and end, which are there, how many differ, and which tokens are words."""
+    monkeypatch.setattr("pgseg_hf.prototypes.match_prototypes", match_on_device)
+    monkeypatch.setattr("pgseg_hf.modeling_pgseg._cannot_be_asked", lambda *_: True)
+    step = _whole_step("cpu")
+    with Waits() as waits:
+        step()
+    assert 0 < len(waits.seen) <= 7
+
+
+@pytest.mark.gpu
+def test_a_step_waits_for_the_gpu_a_few_times():
+    step = _whole_step("cuda")
+    step()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    # What is asked, and copies of token ids to the CPU and back.
+    assert sum("synchronizing" in str(warning.message) for warning in caught) <= 12
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("fields", [{}, {"assignment_weight": 0.2}])
+def test_after_the_texts_nothing_waits_for_the_gpu(fields):
+    parts = _training_parts("cuda", **fields)
+    _from_images_to_gradients(*parts)  # what only the first step does
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        _from_images_to_gradients(*parts)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

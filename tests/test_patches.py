@@ -9,6 +9,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from tiny_models import (
     CLIP_TEXT,
+    dense,
     make_photo,
     tiny_images,
     tiny_model,
@@ -216,7 +217,7 @@ def test_a_pixels_scores_mix_its_groups_and_its_patches(segmenter, weight, thres
     embeds = segmenter.class_embeddings(LABELS, options)
     scored = segmenter.score(image, embeds, options)
     expected = scores_by_hand(segmenter, pixels, weight, threshold)
-    torch.testing.assert_close(scored.windows[0].dense(), expected, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(dense(scored.windows[0]), expected, rtol=1e-9, atol=1e-12)
     if threshold is not None:
         assert 0 < expected[0].mean() < 1, "the test needs some background"
         later = segmenter.score(image, embeds, SegmentationOptions(window_size=None, patch_weight=weight))

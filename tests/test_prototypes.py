@@ -6,15 +6,18 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from scipy.optimize import linear_sum_assignment
 from torch.nn.functional import normalize
 
 from pgseg_hf.prototypes import (
     Matching,
     assignment_loss,
+    cheapest_assignment,
     estimate_prototypes,
     kept_pairs,
     kept_pairs_released,
     masked_mean,
+    match_on_device,
     match_prototypes,
     ordered_matching,
     prototype_loss,
@@ -188,6 +191,35 @@ def test_estimation_refuses_seeds_of_other_width():
 # Matching
 
 
+@given(SEEDS, st.integers(1, 9), st.integers(0, 4), st.sampled_from([0, 1, 2, 1000]))
+def test_assignment_on_any_device_costs_as_little_as_scipys(seed, rows, more_columns, values):
+    """Of random costs (0), of many equal ones, and of the same for all."""
+    costs = 3 * draw(seed, (4, rows, rows + more_columns))
+    costs = costs.remainder(values).floor() if values else costs
+    ours = cheapest_assignment(costs)
+    for table, columns in zip(costs, ours.tolist()):
+        assert len(set(columns)) == rows
+        expected = table[linear_sum_assignment(table)].sum()
+        torch.testing.assert_close(table[range(rows), columns].sum(), expected, rtol=0, atol=1e-12)
+
+
+def test_a_stage_of_the_default_size_is_assigned_as_cheaply():
+    costs = draw(0, (3, 64, 64))
+    for table, columns in zip(costs, cheapest_assignment(costs).tolist()):
+        expected = table[linear_sum_assignment(table)].sum()
+        assert len(set(columns)) == 64 and table[range(64), columns].sum() == pytest.approx(expected.item())
+
+
+@given(SEEDS, st.integers(1, 5), st.integers(1, 5), st.booleans(), st.booleans())
+def test_matching_on_any_device_is_the_same(seed, groups, prototypes, maximize, masked):
+    similarity, present = draw(seed, (3, groups, prototypes), (3, prototypes))
+    mask = present > 0 if masked else None
+    expected = match_prototypes(similarity, maximize, mask)
+    ours = match_on_device(similarity, maximize, mask)
+    for of_ours, of_expected in zip(ours, expected):
+        assert torch.equal(of_ours, of_expected)
+
+
 @given(SEEDS, st.integers(1, 5), st.integers(1, 5), st.booleans())
 def test_matching_is_the_best_of_all(seed, groups, prototypes, maximize):
     similarity = draw(seed, (2, groups, prototypes))
@@ -216,23 +248,6 @@ def test_matching_on_threads_is_the_same(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     for ours, expected in zip(match_prototypes(similarity, prototype_mask_BP=mask), one_by_one):
         assert torch.equal(ours, expected)
-
-
-@given(SEEDS, st.integers(1, 12), st.booleans(), st.booleans())
-def test_many_channels_or_few_give_the_same_prototypes(seed, length, tokens_masked, prototypes_masked):
-    """Where there are fewer tokens than channels the steps go through the tokens' products with each other; zeros for
-    channels more or less do not matter."""
-    tokens, seeds, present, used = draw(seed, (2, length, 5), (3, 5), (2, length), (2, 3))
-    wider = [torch.nn.functional.pad(part, (0, channels)) for part in (tokens, seeds) for channels in (0, 12)]
-    masks = {
-        "token_mask_BL": present > -0.5 if tokens_masked else None,
-        "prototype_mask_BP": used > -0.5 if prototypes_masked else None,
-    }
-    few = estimate_prototypes(wider[0], wider[2], ITERATIONS, **masks)
-    many = estimate_prototypes(wider[1], wider[3], ITERATIONS, **masks)
-    torch.testing.assert_close(many.prototypes[..., :5], few.prototypes, rtol=1e-7, atol=1e-9)
-    torch.testing.assert_close(many.responsibilities, few.responsibilities, rtol=1e-7, atol=1e-9)
-    assert not many.prototypes[..., 5:].any()
 
 
 @given(SEEDS, st.integers(2, 6))

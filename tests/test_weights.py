@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_models import VARIANTS, tiny_model
 from transformers import AutoModel, pipeline
 
@@ -99,3 +100,15 @@ def test_evaluation_leaves_a_model_as_it_was(variant):
     after = whole_state()
     assert after[:2] == before[:2] and torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(after[2][name], tensor) for name, tensor in before[2].items())
+
+
+def test_random_weights_are_refused_until_they_are_trained(folder):
+    weights = load_file(folder / "model.safetensors")
+    del weights["text_projection.0.weight"]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    for load in (load_segmenter, lambda name: pipeline(model=name)):
+        with pytest.raises(ValueError, match=r"these tensors are missing: text_projection\.0\.weight"):
+            load(str(folder))
+    model = PGSegModel.from_pretrained(folder)
+    assert model.random_weights
+    refuse_bad_weights(model.train(), "it")

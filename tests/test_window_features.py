@@ -70,6 +70,14 @@ def test_windows_that_are_no_whole_patches_are_refused(segmenter, options):
         segmenter(make_photo(80, 64), LABELS, SegmentationOptions(**options))
 
 
+def test_gaps_between_windows_are_told_in_pixels(segmenter):
+    size, stride = segmenter.processor.window_size, 4 * segmenter.processor.window_size
+    with pytest.raises(
+        ValueError, match=f"window_stride is {stride}, expected at most the window's {size} pixels"
+    ):
+        segmenter(make_photo(80, 64), LABELS, SegmentationOptions(window_stride=stride))
+
+
 def test_the_choice_is_saved(segmenter, tmp_path):
     segmenter.processor.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "processor_config.json").read_text())["window_features"] is True

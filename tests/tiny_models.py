@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from pgseg_hf.configuration_pgseg import NPR_VARIANTS, PGSegConfig
 from pgseg_hf.modeling_pgseg import PGSegModel
+from pgseg_hf.scoring import WindowScores
 
 VARIANTS = pytest.mark.parametrize("variant", NPR_VARIANTS)
 PATCHES = {"vision_config": {"segment_source": "patches"}}
@@ -161,3 +162,8 @@ def assert_same_tensors(ours, theirs):
     for name, tensor in ours.state_dict().items():
         assert tensor.dtype == theirs.state_dict()[name].dtype, name
         assert torch.equal(tensor, theirs.state_dict()[name]), name
+
+
+def dense(window: WindowScores) -> Tensor:
+    """The scores of each pixel of a window, [N, H, W] or [N + 1, H, W]."""
+    return window.reader(range(window.scores.shape[1]))(slice(None))

@@ -1,53 +1,73 @@
-"""PGSeg for Hugging Face Transformers: segmenting anything one can name, learned from image-text pairs alone."""
+"""PGSeg for Hugging Face Transformers: segmenting anything one can name, learned from image-text pairs alone.
 
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForTextEncoding, AutoProcessor
+Importing the package imports neither torch nor transformers: its names are imported when they are first asked for, and
+the Auto classes and pipelines know PGSeg all the same.
+"""
 
-from .checkpoint import DEFAULT_CHECKPOINT, load_segmenter
-from .configuration_pgseg import PGSegConfig, PGSegTextConfig, PGSegVisionConfig
-from .image_processing_pgseg import PGSegImageProcessor
-from .image_processing_pil_pgseg import PGSegImageProcessorPil
-from .modeling_pgseg import (
-    PGSegModel,
-    PGSegOutput,
-    PGSegPreTrainedModel,
-    PGSegTextModel,
-    PGSegTextModelWithProjection,
-    PGSegVisionModel,
-    PGSegVisionOutput,
-)
-from .pipeline import OpenVocabularySegmentationPipeline, register_pipeline
-from .processing_pgseg import PGSegProcessor
-from .segmentation import Segmentation, SegmentationOptions, Segmenter
-from .tokenization import default_tokenizer
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .lazy import lazy_names
+from .registration import register
 
 __version__ = "0.1.0"
 
-AutoConfig.register("pgseg", PGSegConfig)
-AutoConfig.register("pgseg_text_model", PGSegTextConfig)
-AutoConfig.register("pgseg_vision_model", PGSegVisionConfig)
-AutoModel.register(PGSegConfig, PGSegModel)
-AutoModel.register(PGSegTextConfig, PGSegTextModel)
-AutoModel.register(PGSegVisionConfig, PGSegVisionModel)
-AutoModelForTextEncoding.register(PGSegConfig, PGSegTextModelWithProjection)
-AutoImageProcessor.register(
-    PGSegConfig, image_processor_classes={"pil": PGSegImageProcessorPil, "torchvision": PGSegImageProcessor}
-)
-AutoProcessor.register(PGSegConfig, PGSegProcessor)
-register_pipeline()
+DEFAULT_CHECKPOINT = str(Path(__file__).parent / "checkpoints" / "pgseg-small-everyday")
+"""The checkpoint that ships with the package, a `from_pretrained` name like any other."""
 
-# save_pretrained copies the code beside the weights, for trust_remote_code=True where this package is not installed.
-PGSegConfig.register_for_auto_class()
-for _model in (PGSegModel, PGSegVisionModel, PGSegTextModel):
-    _model.register_for_auto_class("AutoModel")
-PGSegTextModelWithProjection.register_for_auto_class("AutoModelForTextEncoding")
-for _config in (PGSegTextConfig, PGSegVisionConfig):
-    _config.register_for_auto_class()
-PGSegProcessor.register_for_auto_class("AutoProcessor")
-for _image_processor in (PGSegImageProcessor, PGSegImageProcessorPil):
-    _image_processor.register_for_auto_class("AutoImageProcessor")
+if TYPE_CHECKING:
+    from .checkpoint import load_segmenter
+    from .configuration_pgseg import PGSegConfig, PGSegTextConfig, PGSegVisionConfig
+    from .efficientnet_lite import EfficientNetLiteBackbone, EfficientNetLiteConfig
+    from .image_processing_pgseg import PGSegImageProcessor
+    from .image_processing_pil_pgseg import PGSegImageProcessorPil
+    from .modeling_pgseg import (
+        PGSegModel,
+        PGSegOutput,
+        PGSegPreTrainedModel,
+        PGSegTextModel,
+        PGSegTextModelWithProjection,
+        PGSegVisionModel,
+        PGSegVisionOutput,
+    )
+    from .options import SegmentationOptions
+    from .pipeline import OpenVocabularySegmentationPipeline
+    from .processing_pgseg import PGSegProcessor
+    from .segmentation import Segmentation, Segmenter
+    from .tokenization import default_tokenizer
+else:
+    __getattr__, __dir__ = lazy_names(
+        __name__,
+        {
+            "checkpoint": ["load_segmenter"],
+            "configuration_pgseg": ["PGSegConfig", "PGSegTextConfig", "PGSegVisionConfig"],
+            "efficientnet_lite": ["EfficientNetLiteBackbone", "EfficientNetLiteConfig"],
+            "image_processing_pgseg": ["PGSegImageProcessor"],
+            "image_processing_pil_pgseg": ["PGSegImageProcessorPil"],
+            "modeling_pgseg": [
+                "PGSegModel",
+                "PGSegOutput",
+                "PGSegPreTrainedModel",
+                "PGSegTextModel",
+                "PGSegTextModelWithProjection",
+                "PGSegVisionModel",
+                "PGSegVisionOutput",
+            ],
+            "options": ["SegmentationOptions"],
+            "pipeline": ["OpenVocabularySegmentationPipeline"],
+            "processing_pgseg": ["PGSegProcessor"],
+            "segmentation": ["Segmentation", "Segmenter"],
+            "tokenization": ["default_tokenizer"],
+        },
+    )
+
+register(sys.modules[__name__])
 
 __all__ = [
     "DEFAULT_CHECKPOINT",
+    "EfficientNetLiteBackbone",
+    "EfficientNetLiteConfig",
     "OpenVocabularySegmentationPipeline",
     "PGSegConfig",
     "PGSegImageProcessor",

@@ -44,7 +44,7 @@ class PGSegBackboneFeatures(nn.Module):
 
     def __init__(self, config: PGSegVisionConfig):
         super().__init__()
-        self.is_frozen = config.freeze_backbone
+        self.is_frozen, self.patch_size = config.freeze_backbone, config.patch_size
         self.backbone: Any = _new_backbone(config.backbone_config)
         self.channels = [int(size) for size in self.backbone.channels]
         self.norms = nn.ModuleList(nn.LayerNorm(size, eps=config.layer_norm_eps) for size in self.channels)
@@ -70,9 +70,25 @@ class PGSegBackboneFeatures(nn.Module):
         return self.on_one_grid(self.maps(pixel_values))
 
     def maps(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
-        """The chosen stages of images [B, 3, H, W], each on its own grid."""
+        """The chosen stages of images [B, 3, H, W], each on its own grid.
+
+        Raises:
+            ValueError: the finest one's stride is not the configuration's `patch_size`.
+        """
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.is_frozen):
-            return self.backbone(pixel_values.to(self._dtype)).feature_maps
+            maps = self.backbone(pixel_values.to(self._dtype)).feature_maps
+        if not torch.compiler.is_compiling() and not torch.jit.is_tracing():
+            self._refuse_another_stride(pixel_values.shape[-2:], maps[0].shape[-2:])
+        return maps
+
+    def _refuse_another_stride(self, image: torch.Size, grid: torch.Size) -> None:
+        # A grid may count the part of a patch at the border or leave it out.
+        if any(abs(cells * self.patch_size - side) >= self.patch_size for side, cells in zip(image, grid)):
+            raise ValueError(
+                f"vision_config.patch_size is {self.patch_size}, and the backbone's finest stage makes {grid[0]} x "
+                f"{grid[1]} cells of {image[0]} x {image[1]} pixels; expected its stride, about "
+                f"{max(round(image[0] / grid[0]), 1)}."
+            )
 
     def on_one_grid(self, maps: tuple[Tensor, ...]) -> Tensor:
         """Maps of the chosen stages on the finest one's grid, joined."""

@@ -1,18 +1,18 @@
-"""The checkpoint that ships with the package, and loading a model with its processor."""
+"""Loading a model with its processor."""
 
 import os
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
+from . import DEFAULT_CHECKPOINT
+from .files import refuse_missing_folder
 from .modeling_pgseg import PGSegModel
+from .options import SegmentationOptions
 from .processing_pgseg import PGSegProcessor
-from .segmentation import SegmentationOptions, Segmenter
+from .quantization import PGSegInt8Config
+from .segmentation import Segmenter
 from .weights import refuse_bad_weights
-
-# A `from_pretrained` name like any other: a folder inside the installed package.
-DEFAULT_CHECKPOINT = str(Path(__file__).parent / "checkpoints" / "pgseg-small-everyday")
 
 # Of the options of `PGSegModel.from_pretrained` those that say where the files are.
 _OF_ALL_FILES = (
@@ -25,7 +25,7 @@ def load_segmenter(
     name_or_path: str | os.PathLike = DEFAULT_CHECKPOINT,
     options: SegmentationOptions | None = None,
     device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | Literal["int8"] = torch.float32,
     **kwargs: Any,
 ) -> Segmenter:
     """A [`Segmenter`] with the model and processor of a folder or Hub name. No code of a folder is executed unless
@@ -34,7 +34,9 @@ def load_segmenter(
     Args:
         name_or_path: of the checkpoint.
         options: defaults of the segmenter's calls.
-        device, dtype: of the model.
+        device: of the model.
+        dtype: of the model; `"int8"`, on a CPU, makes it smaller and its blocks faster (see `quantization.py`). A
+            checkpoint that was saved in int8 is loaded so in any case.
         kwargs: of `PGSegModel.from_pretrained`; where the files are (`revision`, `token` ...) holds for the processor
             too.
 
@@ -42,20 +44,17 @@ def load_segmenter(
         ValueError: there is no such checkpoint, or it is none of PGSeg.
     """
     name_or_path = os.fspath(name_or_path)
-    if Path(name_or_path).is_absolute() and not Path(name_or_path).is_dir():
-        raise ValueError(
-            f"{name_or_path} is no folder; expected one made by save_pretrained or `pgseg convert`."
-        )
+    refuse_missing_folder(name_or_path)
     try:
         device = torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {device!r} cannot be used: {error}") from error
+    if dtype in ("int8", torch.int8):
+        kwargs["quantization_config"], dtype = PGSegInt8Config(), torch.float32
     # Else transformers asks on the terminal whether to run the code that a folder names.
     kwargs = {"trust_remote_code": False, **kwargs}
     try:
-        model, report = PGSegModel.from_pretrained(
-            name_or_path, dtype=dtype, output_loading_info=True, **kwargs
-        )
+        model = PGSegModel.from_pretrained(name_or_path, dtype=dtype, **kwargs)
         places = {name: kwargs[name] for name in _OF_ALL_FILES if name in kwargs}
         processor = PGSegProcessor.from_pretrained(name_or_path, **places)
         size = processor.image_processor.size
@@ -66,11 +65,7 @@ def load_segmenter(
             f"{name_or_path} is no PGSeg checkpoint: {type(error).__name__}: {error} Expected a folder made by "
             "save_pretrained or `pgseg convert`, or a name on the Hub."
         ) from error
-    if report["missing_keys"]:
-        missing = ", ".join(sorted(report["missing_keys"]))
-        raise ValueError(
-            f"{name_or_path} is no whole PGSeg checkpoint, these tensors are missing: {missing}."
-        )
+    refuse_bad_weights(model, name_or_path)
     text, tokenizer = model.config.text_config, processor.tokenizer
     # 2 stands for the largest token, as in CLIP's first configurations. A vocabulary may have more rows than tokens.
     has_end = text.eos_token_id in (2, tokenizer.eos_token_id)
@@ -80,5 +75,6 @@ def load_segmenter(
             f"for a model of {text.vocab_size} and {text.eos_token_id}; files of the processor are missing or "
             "another's, or model.resize_token_embeddings was not called for new tokens."
         )
-    refuse_bad_weights(model, name_or_path)
+    if device.type != "cpu" and getattr(model, "is_quantized", False):
+        raise ValueError(f"device is {str(device)!r}, expected 'cpu', where models in int8 run.")
     return Segmenter(model.to(device), processor, options)

@@ -7,7 +7,6 @@ from huggingface_hub.dataclasses import strict
 from transformers import CONFIG_MAPPING, AutoConfig, CLIPTextConfig, PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import SubConfigSpec
-from transformers.pipelines import PIPELINE_REGISTRY
 
 # Registers the backbone, for configurations that name it.
 from .efficientnet_lite import EfficientNetLiteConfig
@@ -47,6 +46,8 @@ class PipelineOfFolder(dict):
         super().__init__({PIPELINE_TASK: {"impl": impl, "pt": ["AutoModel"], "type": "multimodal"}})
 
     def __contains__(self, task: object) -> bool:
+        from transformers.pipelines import PIPELINE_REGISTRY  # late: only pipelines ask, and it takes long
+
         is_registered = PIPELINE_TASK in PIPELINE_REGISTRY.supported_tasks
         return task == HUB_TASK or (task == PIPELINE_TASK and not is_registered)
 
@@ -82,6 +83,8 @@ class PGSegTextConfig(CLIPTextConfig):
         eos_token_id (`int`, defaults to 49407): end-of-text token, at whose first place the text is pooled.
     """
 
+    # Saved with its code, for trust_remote_code=True where this package is not installed.
+    _auto_class = "AutoConfig"
     model_type = "pgseg_text_model"
     base_config_key = "text_config"
 
@@ -189,6 +192,7 @@ class PGSegVisionConfig(PreTrainedConfig):
             embeddings, or the backbone, see there, and not on what attention brings from elsewhere in the image.
     """
 
+    _auto_class = "AutoConfig"
     model_type = "pgseg_vision_model"
     base_config_key = "vision_config"
     sub_configs_defaults = {
@@ -402,6 +406,7 @@ class PGSegConfig(PreTrainedConfig):
         initializer_factor (`float`, defaults to 1.0): factor on initial standard deviations.
     """
 
+    _auto_class = "AutoConfig"
     model_type = "pgseg"
     sub_configs_defaults = {"text_config": PGSegTextConfig, "vision_config": PGSegVisionConfig}
     # Trainer stacks the rest of a `PGSegOutput` over batches and processes: logits_per_image, image_embeds and

@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -76,15 +76,28 @@ def export_text_encoder(model: PGSegModel) -> torch.export.ExportedProgram:
         return torch.export.export(TextEncoder(model), (ids, torch.ones_like(ids)), dynamic_shapes=shapes)
 
 
-def export_onnx(model: PGSegModel, output: str | os.PathLike) -> Path:
+def export_onnx(
+    model: PGSegModel, output: str | os.PathLike, dtype: Literal["float32", "int8"] = "float32"
+) -> Path:
     """Writes `image_encoder.onnx` and `text_encoder.onnx`, with the axes of `ONNX_AXES`, to a new folder, whole or not
     at all.
 
-    Needs the extra `export` (onnx, onnxscript).
+    Needs the extra `export` (onnx, onnxruntime, onnxscript).
+
+    Args:
+        model: on a CPU, in float32.
+        output: the folder.
+        dtype: `"int8"` for weights of linear layers and embeddings in 8 bits, the inputs of linear layers rounded at
+            each call, by onnxruntime's dynamic quantisation; convolutions stay float32.
 
     Raises:
-        ValueError: the folder exists and is not empty, or cannot be written to.
+        ValueError: a model in int8 already, or another `dtype`; the folder exists and is not empty, or cannot be
+            written to.
     """
+    if getattr(model, "is_quantized", False):
+        raise ValueError("the model is in int8, expected float32: load it so, and ask here for dtype='int8'.")
+    if dtype not in ("float32", "int8"):
+        raise ValueError(f"dtype is {dtype!r}, expected 'float32' or 'int8'.")
     with folder_written_whole(output) as folder:
         for name, program, outputs in (
             ("image_encoder", export_image_encoder(model), ["image_embeds", "segment_embeds", "grouping"]),
@@ -94,5 +107,14 @@ def export_onnx(model: PGSegModel, output: str | os.PathLike) -> Path:
             for value in (*onnx_program.model.graph.inputs, *onnx_program.model.graph.outputs):
                 axes = ONNX_AXES[value.name]
                 value.shape = type(value.shape)(axes.get(axis, size) for axis, size in enumerate(value.shape))
-            onnx_program.save(folder / f"{name}.onnx", external_data=False)
+            path = folder / f"{name}.onnx"
+            onnx_program.save(path, external_data=False)
+            if dtype == "int8":
+                _quantize_onnx(path)
     return Path(output)
+
+
+def _quantize_onnx(path: Path) -> None:
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    quantize_dynamic(path, path, ["MatMul", "Gemm", "Gather"], per_channel=True, weight_type=QuantType.QInt8)

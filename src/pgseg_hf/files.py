@@ -36,6 +36,14 @@ def path_inside(folder: Path, name: str) -> Path:
     return Path(str(folder), path)
 
 
+def refuse_missing_folder(name_or_path: str | os.PathLike) -> None:
+    """Raises a ValueError for the path of a checkpoint that cannot be a name on the Hub and is no folder."""
+    if Path(name_or_path).is_absolute() and not Path(name_or_path).is_dir():
+        raise ValueError(
+            f"{name_or_path} is no folder; expected one made by save_pretrained or `pgseg convert`."
+        )
+
+
 def write_atomically(path: str | os.PathLike, write: Callable[[BinaryIO], None]) -> Path:
     """Writes a file under a temporary name in its folder, then renames it.
 

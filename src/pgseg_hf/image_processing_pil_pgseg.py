@@ -32,6 +32,9 @@ class PGSegImageInputs:
     ImageNet mean and standard deviation.
     """
 
+    # Saved with its code, for trust_remote_code=True where this package is not installed.
+    _auto_class = "AutoImageProcessor"
+
     resample = PILImageResampling.BILINEAR
     image_mean = IMAGENET_DEFAULT_MEAN
     image_std = IMAGENET_DEFAULT_STD

@@ -15,15 +15,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_pgseg import PGSegVisionConfig
+from .kernels import faster_attention, is_plain_linear, linear, project_mixtures, projects_first
 from .losses import sum_over_processes
 from .prototypes import PrototypeEstimate, estimate_prototypes, tokens_to_weights, updated_prototypes
-
-# Entries of attention scores that are worked on at a time where attention goes in parts: they stay in a core's cache.
-_CACHED_SCORES = 2**20
-
-# torch keeps this operator for itself: what it is not in does without.
-_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-_ONEDNN_BFLOAT16 = _ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 # Added to a group's number of patches where its mean stands for it: small beside one patch, and a group without any
 # gets a mean near 0 instead of noise.
@@ -59,70 +53,9 @@ def eager_attention_forward(
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
-def attention_in_parts(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-    """As [`eager_attention_forward`], a few heads at a time, without a matrix of all weights. On CPUs whose bfloat16
-    instructions are no matrix units faster than torch's fused kernel."""
-    batch, heads, length, width = query.shape
-    query, key, value = (
-        part.reshape(batch * heads, part.shape[2], width) for part in (query * scaling, key, value)
-    )
-    out = torch.empty_like(query)
-    step = max(1, _CACHED_SCORES // (length * key.shape[1]))
-    for start in range(0, batch * heads, step):
-        part = slice(start, start + step)
-        out[part] = (query[part] @ key[part].transpose(1, 2)).softmax(dim=-1) @ value[part]
-    return out.view(batch, heads, length, width).transpose(1, 2)
-
-
-def linear_in_evaluation(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = False) -> Tensor:
-    """Linear layer with, if `gelu`, the exact GELU after it. Without gradient on a CPU by oneDNN, which on some is
-    faster than the library that torch multiplies float32 with, and which takes the GELU along."""
-    if (
-        type(weight) is nn.Parameter  # no adapter's, quantised or fake tensor
-        and _is_eager_cpu_inference(x)
-        and x.dtype == weight.dtype
-        and (x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and _ONEDNN_BFLOAT16))
-        and _ONEDNN
-        and torch.backends.mkldnn.enabled
-        and x.numel() > 0
-    ):
-        activation = "gelu" if gelu else "none"
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], "none")
-    x = nn.functional.linear(x, weight, bias)
-    return nn.functional.gelu(x) if gelu else x
-
-
-def _is_eager_cpu_inference(x: Tensor) -> bool:
-    return (
-        not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
-        and not torch.is_grad_enabled()
-        and x.device.type == "cpu"
-        and not torch.is_autocast_enabled("cpu")
-    )
-
-
-def apply_linear(layer: Any, x: Tensor, gelu: bool = False) -> Tensor:
-    """A linear layer with, if `gelu`, the exact GELU after it. In evaluation by [`linear_in_evaluation`], in training
-    always by itself, so that a part that is computed again for the gradient comes out the same; by itself too where it
-    is more than a plain layer: an adapter's, a quantised or an offloaded one, or one with hooks.
-
-    No subclass, as tools that quantise take `nn.Linear` alone.
-    """
-    if not layer.training and not torch.compiler.is_compiling() and _is_plain(layer):
-        return linear_in_evaluation(x, layer.weight, layer.bias, gelu)
-    x = layer(x)
-    return nn.functional.gelu(x) if gelu else x
-
-
-def _is_plain(layer: Any) -> bool:
-    has_hooks = layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer)
-    return type(layer) is nn.Linear and not has_hooks
-
-
 def _as_convolution(layer: Any, x: Tensor) -> Tensor:
     """A linear layer on [B, channels, L], as a convolution of width 1."""
-    if _is_plain(layer) and type(layer.weight) is nn.Parameter:
+    if is_plain_linear(layer):
         return nn.functional.conv1d(x, layer.weight[..., None], layer.bias)
     return layer(x.transpose(1, 2)).transpose(1, 2)
 
@@ -146,24 +79,14 @@ class PGSegAttention(nn.Module):
         return x.view(*x.shape[:-1], -1, self.head_dim).transpose(1, 2)
 
     def forward(self, queries: Tensor, context: Tensor) -> Tensor:
-        query = self._heads(apply_linear(self.q_proj, queries))
-        key, value = (self._heads(apply_linear(layer, context)) for layer in (self.k_proj, self.v_proj))
-        implementation = self.config._attn_implementation
-        inference = not self.training and not torch.is_grad_enabled()
-        if inference and implementation == "eager" and self.config.npr_variant == "released":
-            implementation = "sdpa"  # it is eager for the gradients, see PGSegVisionModel
-        if (
-            not self.training
-            and implementation == "sdpa"
-            and query.dtype == torch.bfloat16
-            and _is_eager_cpu_inference(query)
-        ):
-            out = attention_in_parts(query, key, value, self.scaling)
-        else:
-            attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
-            dropout = self.attention_dropout if self.training else 0.0
-            out, _ = attend(self, query, key, value, None, scaling=self.scaling, dropout=dropout)
-        return apply_linear(self.out_proj, out.reshape(queries.shape))
+        query = self._heads(linear(self.q_proj, queries))
+        key, value = (self._heads(linear(layer, context)) for layer in (self.k_proj, self.v_proj))
+        attend: Callable = faster_attention(self, query) or ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        dropout = self.attention_dropout if self.training else 0.0
+        out, _ = attend(self, query, key, value, None, scaling=self.scaling, dropout=dropout)
+        return linear(self.out_proj, out.reshape(queries.shape))
 
 
 class PGSegMLP(nn.Module):
@@ -172,18 +95,16 @@ class PGSegMLP(nn.Module):
     def __init__(self, config: PGSegVisionConfig, in_features: int, hidden_features: int, out_features: int):
         super().__init__()
         self.activation_fn = ACT2FN[config.hidden_act]
-        self.fuses_gelu = config.hidden_act == "gelu"
         self.fc1 = nn.Linear(in_features, hidden_features)
         self.fc2 = nn.Linear(hidden_features, out_features)
 
     def forward(self, x: Tensor) -> Tensor:
+        hidden = linear(self.fc1, x)
         if self._forgets_activations():
             return checkpoint(
-                self._activate_and_project, self.fc1(x), use_reentrant=False, preserve_rng_state=False
+                self._activate_and_project, hidden, use_reentrant=False, preserve_rng_state=False
             )
-        if self.fuses_gelu:
-            return apply_linear(self.fc2, apply_linear(self.fc1, x, gelu=True))
-        return self._activate_and_project(apply_linear(self.fc1, x))
+        return self._activate_and_project(hidden)
 
     def _forgets_activations(self) -> bool:
         """Whether the activations, the largest tensors of a block, are made again for the gradient, which takes no
@@ -192,7 +113,7 @@ class PGSegMLP(nn.Module):
         return learns and type(self.fc2) is nn.Linear and not torch.compiler.is_compiling()
 
     def _activate_and_project(self, hidden: Tensor) -> Tensor:
-        return apply_linear(self.fc2, self.activation_fn(hidden))
+        return linear(self.fc2, self.activation_fn(hidden))
 
 
 class PGSegMixerMLP(PGSegMLP):
@@ -273,8 +194,8 @@ class PGSegAssignAttention(nn.Module):
 
     def forward(self, centers_BKC: Tensor, tokens_BLC: Tensor) -> tuple[Tensor | None, Tensor]:
         """Returns the groups' averaged tokens [B, K, C] and the logits of the soft assignment [B, K, L]."""
-        queries_BKC = apply_linear(self.q_proj, centers_BKC)
-        keys_BLC = apply_linear(self.k_proj, tokens_BLC)
+        queries_BKC = linear(self.q_proj, centers_BKC)
+        keys_BLC = linear(self.k_proj, tokens_BLC)
         logits_BKL = queries_BKC @ keys_BLC.transpose(1, 2) * self.scaling
         if not self.pools:
             return None, logits_BKL
@@ -283,8 +204,8 @@ class PGSegAssignAttention(nn.Module):
         hard_BKL = torch.zeros_like(soft_BKL).scatter_(1, soft_BKL.argmax(dim=1, keepdim=True), 1.0)
         assignment_BKL = hard_BKL + (soft_BKL - soft_BKL.detach())
         weights_BKL = assignment_BKL / (assignment_BKL.sum(dim=-1, keepdim=True) + self.assign_eps)
-        values_BLC = apply_linear(self.v_proj, tokens_BLC)
-        return apply_linear(self.proj, weights_BKL.to(values_BLC.dtype) @ values_BLC), logits_BKL
+        values_BLC = linear(self.v_proj, tokens_BLC)
+        return linear(self.proj, weights_BKL.to(values_BLC.dtype) @ values_BLC), logits_BKL
 
 
 class PGSegGroupingBlock(nn.Module):
@@ -334,7 +255,7 @@ class PGSegProjection(nn.Sequential):
         """With `use_running_stats`, or for a single row, which has no statistics of its own, training too normalises by
         the running statistics and leaves them as they are."""
         shape = x.shape[:-1]
-        hidden = apply_linear(self[0], x.reshape(-1, x.shape[-1]))
+        hidden = linear(self[0], x.reshape(-1, x.shape[-1]))
         if self.training and (use_running_stats or hidden.shape[0] == 1):
             norm: Any = self[1]
             # Copies, as the next forward changes the statistics in place before this one's backward.
@@ -342,7 +263,7 @@ class PGSegProjection(nn.Sequential):
             hidden = (hidden - norm.running_mean.clone()) * scale + norm.bias
         else:
             hidden = self._normalized(hidden)
-        hidden = apply_linear(self[3], self[2](hidden))
+        hidden = linear(self[3], self[2](hidden))
         return hidden.reshape(*shape, hidden.shape[-1])
 
     def _normalized(self, hidden: Tensor) -> Tensor:
@@ -353,17 +274,6 @@ class PGSegProjection(nn.Sequential):
             return norm(hidden)
         statistics = (norm.running_mean, norm.running_var, norm.weight, norm.bias)
         return nn.functional.batch_norm(hidden, *statistics, training=False, eps=norm.eps)
-
-    def of_mixtures(self, rows_BPC: Tensor, weights_BLP: Tensor) -> Tensor:
-        """In evaluation the same of `weights_BLP @ rows_BPC`: the first layer and BatchNorm, affine together,
-        take the P rows, and the mix comes after them."""
-
-        def affine(rows: Tensor) -> Tensor:
-            return self[1](apply_linear(self[0], rows.flatten(0, -2))).unflatten(0, rows.shape[:-1])
-
-        shift_H = affine(rows_BPC.new_zeros(1, rows_BPC.shape[-1]))[0]
-        hidden = torch.baddbmm(shift_H, weights_BLP, affine(rows_BPC) - shift_H).relu_()
-        return apply_linear(self[3], hidden)
 
     def convolve(self, tokens_BLC: Tensor) -> Tensor:
         """The same on tokens, as the convolutions of width 1 of the released code, whose rounding this reproduces."""
@@ -427,8 +337,8 @@ class PGSegStagePrototypes(nn.Module):
         """The prototypes' part of each token, R [B, L, C]."""
         if self.released or self.mixing == "tokens":
             weights_BLP = tokens_to_weights(estimate.responsibilities)
-            if not self.training and not torch.is_grad_enabled():
-                return self.projection.of_mixtures(estimate.prototypes.to(dtype), weights_BLP.to(dtype))
+            if projects_first(self.projection):
+                return project_mixtures(self.projection, estimate.prototypes.to(dtype), weights_BLP.to(dtype))
             with full_precision(weights_BLP.device.type):
                 mixed_BLC = (weights_BLP @ estimate.prototypes).to(dtype)
             return self.projection.convolve(mixed_BLC) if self.released else self.projection(mixed_BLC)

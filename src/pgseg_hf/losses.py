@@ -188,27 +188,29 @@ def share_texts(embeds_ND: Tensor, keys_NT: Tensor, owners_BN: Tensor) -> Shared
     return SharedTexts(embeds[first], image_targets, own_places, own, text_targets)
 
 
-def multi_label_loss(logits_per_image: Tensor, logits_per_label: Tensor, mask_BM: Tensor) -> Tensor:
-    """InfoNCE between images and their own label texts, of which each image has up to M.
+def multi_label_loss(
+    logits_per_image: Tensor, logits_per_label: Tensor, owners_BN: Tensor, start: int = 0
+) -> Tensor:
+    """InfoNCE between images and their own label texts, of which each image has any number.
 
     Args:
-        logits_per_image: [B, G * B * M], this process's images against the labels of all.
-        logits_per_label: [B * M, G * B], this process's labels against all images.
-        mask_BM: bool, True for labels that exist.
+        logits_per_image: [B, labels of all processes], this process's images against the labels of all.
+        logits_per_label: [N, G * B], this process's labels against all images.
+        owners_BN: bool, which image each of this process's labels belongs to.
+        start: place of this process's first label among those of all.
 
     Source: GroupViT section 3.2, multi-label contrastive loss; targets are spread evenly over an image's labels.
     """
-    batch, num_labels = mask_BM.shape
-    mask_all = torch.cat(_gather_constant(mask_BM)).flatten()
-    own = torch.arange(batch, device=mask_BM.device) + rank_offset(batch)
-    label_owners = torch.arange(mask_all.numel(), device=mask_BM.device) // num_labels
-    image_targets = (label_owners[None] == own[:, None]) & mask_all[None]
-    image_loss = _soft_cross_entropy(logits_per_image.masked_fill(~mask_all[None], NEVER), image_targets)
-    label_targets = own.repeat_interleave(num_labels)[:, None] == torch.arange(
-        logits_per_label.shape[1], device=own.device
+    batch, count = owners_BN.shape
+    labels_after = logits_per_image.shape[1] - start - count
+    offset = rank_offset(batch)
+    images_after = logits_per_label.shape[1] - offset - batch
+    return multi_positive_loss(
+        logits_per_image,
+        logits_per_label,
+        nn.functional.pad(owners_BN, (start, labels_after)),
+        nn.functional.pad(owners_BN.T, (offset, images_after)),
     )
-    label_loss = _soft_cross_entropy(logits_per_label, label_targets & mask_BM.flatten()[:, None])
-    return (image_loss + label_loss) / 2
 
 
 def _gather_constant(values: Tensor) -> list[Tensor]:

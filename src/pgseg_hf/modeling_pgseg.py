@@ -51,6 +51,7 @@ from .objective import (
     normalized,
 )
 from .prototypes import PrototypeEstimate, estimate_prototypes, updated_prototypes
+from .quantization import METHOD  # noqa: F401 (from here on transformers knows the method)
 from .token_ids import (
     different_texts,
     find_words,
@@ -174,16 +175,23 @@ class PGSegPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+    # Names of those that the checkpoint lacked and nothing has trained since.
+    random_weights: tuple[str, ...] = ()
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """As ever; of a folder that cannot be read the likely reason is named.
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any
+    ) -> Any:
+        """As ever; of a folder that cannot be read the likely reason is named. Weights that it lacks are random, as
+        ever with a warning, and a pipeline refuses such a model until it is put in training mode.
 
         Raises:
             OSError: such a folder: with a pointer of git-lfs or a web page for a file, a download that was cut off.
         """
         try:
-            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+            model, report = super().from_pretrained(
+                pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+            )
         except Exception as error:
             reason = (
                 what_is_wrong_with(pretrained_model_name_or_path) if pretrained_model_name_or_path else None
@@ -191,6 +199,13 @@ class PGSegPreTrainedModel(PreTrainedModel):
             if reason is None:
                 raise
             raise OSError(reason) from error
+        model.random_weights = tuple(sorted(report["missing_keys"]))
+        return (model, report) if output_loading_info else model
+
+    def train(self, mode: bool = True) -> Any:
+        if mode:
+            self.random_weights = ()
+        return super().train(mode)
 
     def set_attn_implementation(self, attn_implementation: Any, allow_all_kernels: bool = False) -> None:
         """As ever, but a backbone that cannot attend like this goes on as it did."""
@@ -249,7 +264,14 @@ def all_finite(values: Tensor) -> Tensor:
     return low.isfinite() & high.isfinite()
 
 
-def _refuse_bad_pixels(pixel_values: Tensor | None, patch_size: int, channels: int) -> None:
+def _cannot_be_asked(values: Tensor, training: bool) -> bool:
+    """Whether nobody looks for NaN: in training a GPU would have to be waited for, and the loss is then NaN as well."""
+    return values.device.type == "meta" or values.numel() == 0 or (training and values.is_cuda)
+
+
+def _refuse_bad_pixels(
+    pixel_values: Tensor | None, patch_size: int, channels: int, training: bool = False
+) -> None:
     if pixel_values is None:
         raise ValueError("pixel_values is None, expected a tensor [batch, channels, height, width].")
     if pixel_values.ndim != 4 or pixel_values.shape[1] != channels:
@@ -262,20 +284,19 @@ def _refuse_bad_pixels(pixel_values: Tensor | None, patch_size: int, channels: i
             f"pixel_values is {height} x {width} pixels, smaller than a patch of {patch_size} x {patch_size}; "
             "resize it."
         )
-    if pixel_values.device.type == "meta" or pixel_values.numel() == 0:
+    if _cannot_be_asked(pixel_values, training):
         return
-
     if not all_finite(pixel_values):
         raise ValueError("pixel_values holds NaN or infinite values; expected normalised finite pixels.")
 
 
-def _refuse_bad_features(features: Tensor, channels: int) -> None:
+def _refuse_bad_features(features: Tensor, channels: int, training: bool = False) -> None:
     if features.ndim != 4 or features.shape[1] != channels or not features.is_floating_point():
         raise ValueError(
             f"backbone_features has shape {list(features.shape)} and type {features.dtype}, expected [batch, "
             f"{channels}, height, width] of floats, as this model's embeddings.features gives them."
         )
-    if features.device.type == "meta" or features.numel() == 0:
+    if _cannot_be_asked(features, training):
         return
     if not all_finite(features):
         raise ValueError("backbone_features holds NaN or infinite values; expected finite features.")
@@ -300,6 +321,8 @@ def _name_unused(kwargs: dict[str, Any]) -> None:
 class PGSegVisionModel(PGSegPreTrainedModel):
     """The image tower: a photo to segment tokens and the grouping of its patches."""
 
+    # Saved with its code, for trust_remote_code=True where this package is not installed.
+    _auto_class = "AutoModel"
     config: PGSegVisionConfig
     base_model_prefix = "vision_model"
     main_input_name = "pixel_values"
@@ -360,11 +383,12 @@ class PGSegVisionModel(PGSegPreTrainedModel):
                 a backbone; `image_sizes` are then those of the grid times `patch_size`.
 
         Raises:
-            ValueError: wrong shape, images smaller than a patch, NaN or infinite pixels or features, both inputs.
+            ValueError: wrong shape, images smaller than a patch, both inputs; NaN or infinite pixels or features, which
+                in training on CUDA nobody looks for.
         """
         _name_unused(kwargs)
         if backbone_features is None and not torch.compiler.is_compiling():
-            _refuse_bad_pixels(pixel_values, self.config.patch_size, self.config.num_channels)
+            _refuse_bad_pixels(pixel_values, self.config.patch_size, self.config.num_channels, self.training)
         output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
         output_hidden_states = (
             self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
@@ -414,7 +438,7 @@ class PGSegVisionModel(PGSegPreTrainedModel):
             raise ValueError(f"backbone_features are given, but {reason}; expected one of the two inputs.")
         if not torch.compiler.is_compiling():
             part: Any = self.embeddings.patch_embeddings
-            _refuse_bad_features(backbone_features, sum(part.channels))
+            _refuse_bad_features(backbone_features, sum(part.channels), self.training)
         return self.embeddings(backbone_features=backbone_features)
 
     def move_prototypes(self, prototypes: Sequence[Tensor]) -> None:
@@ -434,6 +458,7 @@ def _image_sizes(pixel_values: Tensor) -> Tensor:
 class PGSegTextModel(CLIPTextModel):
     """The text tower: transformers' CLIP text transformer with PGSeg's configuration."""
 
+    _auto_class = "AutoModel"
     config: PGSegTextConfig
     base_model_prefix = "text_model"
     _keys_to_ignore_on_load_unexpected = [
@@ -474,6 +499,7 @@ class PGSegTextModel(CLIPTextModel):
 class PGSegTextModelWithProjection(PGSegPreTrainedModel):
     """The text tower with its projection: texts to the joint space, from a folder of its own or a whole model's."""
 
+    _auto_class = "AutoModelForTextEncoding"
     input_modalities = ("text",)
     main_input_name = "input_ids"
     _keys_to_ignore_on_load_unexpected = [
@@ -518,6 +544,8 @@ class PGSegTextModelWithProjection(PGSegPreTrainedModel):
 
 class PGSegModel(PGSegPreTrainedModel):
     """Both towers in one joint space, with the losses of the method."""
+
+    _auto_class = "AutoModel"
 
     def __init__(self, config: PGSegConfig):
         super().__init__(config)
@@ -761,13 +789,6 @@ class PGSegModel(PGSegPreTrainedModel):
                 f"input_ids has shape {list(input_ids.shape)}; the losses need one prompt a text, [texts, length]."
             )
         towers = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
-        vision = self.get_image_features(
-            pixel_values=pixel_values,
-            backbone_features=backbone_features,
-            output_npr=bool(return_loss),
-            return_dict=True,
-            **towers,
-        )
         all_ids, all_mask, owners = input_ids, attention_mask, None
         if return_loss:
             all_ids, all_mask, owners = self.gather_texts(
@@ -778,9 +799,17 @@ class PGSegModel(PGSegPreTrainedModel):
                 text_targets,
                 patch_targets,
             )
-        # Captions and labels pass the text tower together, so that BatchNorm sees them together.
+        # Captions and labels pass the text tower together, so that BatchNorm sees them together; before the images, as
+        # what is asked about token ids has a GPU wait, which then has little to do.
         text, text_features = self._encode_texts(
             all_ids, all_mask, for_losses=bool(return_loss), position_ids=position_ids, **towers
+        )
+        vision = self.get_image_features(
+            pixel_values=pixel_values,
+            backbone_features=backbone_features,
+            output_npr=bool(return_loss),
+            return_dict=True,
+            **towers,
         )
         text.pooler_output = text.pooler_output[: len(input_ids)]
         text.last_hidden_state = text.last_hidden_state[: input_ids.shape[:-1].numel()]
@@ -837,8 +866,9 @@ class PGSegModel(PGSegPreTrainedModel):
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         owners.label_mask = present = tag_attention_mask.any(-1)
-        ids = torch.cat([input_ids, tag_input_ids[present]])
-        mask = torch.cat([attention_mask, tag_attention_mask[present].to(attention_mask.dtype)])
+        places = present.nonzero(as_tuple=True)
+        ids = torch.cat([input_ids, tag_input_ids[places]])
+        mask = torch.cat([attention_mask, tag_attention_mask[places].to(attention_mask.dtype)])
         return ids, mask, owners
 
     def _encode_texts(
@@ -869,8 +899,8 @@ class PGSegModel(PGSegPreTrainedModel):
             with torch.no_grad():
                 features.joint = self._joint_space(pooled.detach())
                 words = self._joint_space(output.last_hidden_state.detach()[word_mask])
-                features.words = words.new_zeros(*word_mask.shape, words.shape[-1])
-                features.words[word_mask] = words
+                zeros = words.new_zeros(*word_mask.shape, words.shape[-1])
+                features.words = zeros.masked_scatter(word_mask[..., None].expand_as(zeros), words)
             features.word_mask = word_mask
         return output, features
 

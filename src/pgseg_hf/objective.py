@@ -17,6 +17,7 @@ from .layers import estimation_dtype, full_precision, move_prototypes
 from .losses import (
     SharedTexts,
     gather_features,
+    gather_rows,
     info_nce,
     multi_label_loss,
     multi_positive_loss,
@@ -107,16 +108,16 @@ class TextOwners:
             return self.text_targets.bool()
         return torch.eye(self.num_captions, dtype=torch.bool, device=device)
 
-    def label_owners(self) -> Tensor:
-        """bool [B, number of label texts]."""
-        images, _ = self.label_mask.nonzero(as_tuple=True)
-        return images[None, :] == torch.arange(len(self.label_mask), device=images.device)[:, None]
+    def label_owners(self, count: int) -> Tensor:
+        """bool [B, count], `count` being the number of label texts, which a GPU would have to be asked for."""
+        images = torch.arange(len(self.label_mask), device=self.label_mask.device)
+        return images[:, None] == images.repeat_interleave(self.label_mask.sum(1), output_size=count)
 
     def at_labels(self, rows: Tensor) -> Tensor:
         """Rows of the label texts at their places, [B, M, ...], zeros elsewhere."""
         placed = rows.new_zeros(*self.label_mask.shape, *rows.shape[1:])
-        placed[self.label_mask] = rows
-        return placed
+        mask = self.label_mask.view(*self.label_mask.shape, *[1] * (rows.ndim - 1))
+        return placed.masked_scatter(mask.expand_as(placed), rows)
 
 
 @dataclass
@@ -272,7 +273,7 @@ class Objective:
             loss, targets_BU = self._shared_texts_loss(shared)
             self.negatives = (~targets_BU).sum(1).to(loss.dtype).mean()
             return loss
-        self.negatives = self.scale.new_tensor(len(texts_ND) * world_size() - 1)
+        self.negatives = self.scale.new_full((), len(texts_ND) * world_size() - 1)
         if world_size() == 1:
             logits = self._logits(self.joint, texts_ND)
             return info_nce(logits, logits.T)
@@ -283,15 +284,16 @@ class Objective:
         )
 
     def _labels_loss(self, texts_ND: Tensor) -> Tensor:
+        owners_BN = self.owners.label_owners(len(texts_ND))
         if self.config.contrastive_loss != "info_nce":
             keys_NT = self.texts.keys[self.owners.num_captions :]
-            return self._shared_texts_loss(self._share(texts_ND, keys_NT, self.owners.label_owners()))[0]
-        labels_BMD = pad_to_longest(self.owners.at_labels(texts_ND))
-        images = self.joint.gathered()
+            return self._shared_texts_loss(self._share(texts_ND, keys_NT, owners_BN))[0]
+        labels_of_all, start = gather_rows(texts_ND)
         return multi_label_loss(
-            self._logits(self.joint, gather_features(labels_BMD).flatten(0, 1)),
-            self._logits(images, labels_BMD.flatten(0, 1)).T,
-            pad_to_longest(self.owners.label_mask),
+            self._logits(self.joint, labels_of_all),
+            self._logits(self.joint.gathered(), texts_ND).T,
+            owners_BN,
+            start,
         )
 
     def _share(self, texts_ND: Tensor, keys_NT: Tensor, owners_BN: Tensor) -> SharedTexts:

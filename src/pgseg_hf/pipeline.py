@@ -6,13 +6,13 @@ from dataclasses import fields
 from typing import Any
 
 from PIL import Image
-from transformers import AutoModel, Pipeline
-from transformers.pipelines import PIPELINE_REGISTRY
+from transformers import Pipeline
 from transformers.utils import logging
 
-from .configuration_pgseg import PIPELINE_TASK, PGSegConfig
+from .configuration_pgseg import PGSegConfig
 from .images import load_image
-from .segmentation import Segmentation, SegmentationOptions, Segmenter
+from .options import SegmentationOptions
+from .segmentation import Segmentation, Segmenter
 from .weights import refuse_bad_weights
 
 logger = logging.get_logger(__name__)
@@ -155,14 +155,3 @@ def _with_own_names(kwargs: dict[str, Any]) -> dict[str, Any]:
     if (batch_size := kwargs.pop("batch_size", None)) is not None:
         kwargs["window_batch_size"] = batch_size
     return kwargs
-
-
-def register_pipeline() -> None:
-    """Makes the task known to `transformers.pipeline`."""
-    if PIPELINE_TASK not in PIPELINE_REGISTRY.get_supported_tasks():
-        PIPELINE_REGISTRY.register_pipeline(
-            PIPELINE_TASK,
-            pipeline_class=OpenVocabularySegmentationPipeline,
-            pt_model=AutoModel,
-            type="multimodal",
-        )

@@ -55,6 +55,8 @@ class PGSegProcessor(ProcessorMixin):
         ValueError: for templates without exactly one `{}`, a weight outside 0 to 1, or a `top_k` below 1.
     """
 
+    # Saved with its code, for trust_remote_code=True where this package is not installed.
+    _auto_class = "AutoProcessor"
     text_kwargs: TextKwargs = {"padding": "max_length", "truncation": True}
 
     def __init__(
@@ -75,7 +77,7 @@ class PGSegProcessor(ProcessorMixin):
         self.vocabulary = None if vocabulary is None else validate_labels(vocabulary)
         self.templates = validate_templates(templates)
         self.window_size = None if window_size is None else whole_number(window_size, "window_size")
-        self.window_stride = None if window_stride is None else whole_number(window_stride, "window_stride")
+        self.window_stride = whole_number(window_stride, "window_stride")
         self.window_features = window_features
 
     def __call__(

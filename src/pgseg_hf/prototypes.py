@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from .losses import NEVER, sum_over_processes, world_size
 
 EPS = 1e-6
+# Groups up to which matching stays on a GPU: with more, its many small steps should take longer than scipy's matching.
+_FEW_GROUPS = 16
 # Similarities of a batch from which on threads are worth their start; some 20 ms of matching.
 _WORTH_THREADS = 2**20
 
@@ -73,10 +75,9 @@ def estimate_prototypes(
         raise ValueError(f"num_iterations is {num_iterations}, expected at least 1.")
     if not torch.compiler.is_compiling() and tokens_BLC.shape[-1] != seeds_PC.shape[-1]:
         raise ValueError(f"tokens have {tokens_BLC.shape[-1]} channels, the seeds {seeds_PC.shape[-1]}.")
-    seeds_BPC = seeds_PC.to(tokens_BLC.dtype).expand(tokens_BLC.shape[0], -1, -1)
-    logits_BLP = tokens_BLC @ seeds_BPC.transpose(1, 2)
-    gram_BLL = tokens_BLC @ tokens_BLC.transpose(1, 2) if _has_small_gram(tokens_BLC, norm_dim) else None
-    for step in range(num_iterations):
+    prototypes_BPC = seeds_PC.to(tokens_BLC.dtype).expand(tokens_BLC.shape[0], -1, -1)
+    for _ in range(num_iterations):
+        logits_BLP = tokens_BLC @ prototypes_BPC.transpose(1, 2)
         if prototype_mask_BP is not None:
             logits_BLP = logits_BLP.masked_fill(~prototype_mask_BP[:, None, :], NEVER)
         responsibilities_BLP = logits_BLP.softmax(dim=-1)
@@ -86,24 +87,9 @@ def estimate_prototypes(
         if token_mask_BL is not None:
             counted_BLP = counted_BLP * token_mask_BL[:, :, None]
         weights_BLP = tokens_to_weights(counted_BLP)
-        if gram_BLL is not None and step < num_iterations - 1:
-            # The tokens' products with the new prototypes, and these prototypes' lengths, without the prototypes.
-            logits_BLP = gram_BLL @ weights_BLP
-            lengths_B1P = (weights_BLP * logits_BLP).sum(dim=1, keepdim=True).clamp(min=0).sqrt()
-            logits_BLP = logits_BLP / (EPS + lengths_B1P)
-            continue
         prototypes_BPC = weights_BLP.transpose(1, 2) @ tokens_BLC
         prototypes_BPC = prototypes_BPC / (EPS + prototypes_BPC.norm(dim=norm_dim, keepdim=True))
-        if step < num_iterations - 1:
-            logits_BLP = tokens_BLC @ prototypes_BPC.transpose(1, 2)
     return PrototypeEstimate(prototypes_BPC, responsibilities_BLP)
-
-
-def _has_small_gram(tokens_BLC: Tensor, norm_dim: int) -> bool:
-    """Whether the products of all pairs of tokens take less work than those of tokens and prototypes; an exported graph
-    has no number of tokens to tell by."""
-    _, length, width = tokens_BLC.shape
-    return norm_dim == -1 and not torch.compiler.is_exporting() and length <= width
 
 
 @torch.compiler.disable
@@ -119,9 +105,11 @@ def match_prototypes(
         prototype_mask_BP: bool, True for prototypes that exist; the others stay unmatched.
 
     Raises:
-        ValueError: a similarity is NaN or infinite.
+        ValueError: a similarity is NaN or infinite; on a GPU they are not looked at.
     """
     device = similarity_BKP.device
+    if device.type == "cuda" and min(similarity_BKP.shape[1:]) <= _FEW_GROUPS:
+        return match_on_device(similarity_BKP, maximize, prototype_mask_BP)
     similarity = (
         similarity_BKP.detach().float().cpu()
         if similarity_BKP.dtype != torch.float64
@@ -159,7 +147,75 @@ def match_prototypes(
         threads = torch.get_num_threads()  # scipy lets other threads run while it matches
         with ThreadPoolExecutor(threads) as pool:
             list(pool.map(match_every, [threads] * threads, range(threads)))
-    return Matching(*(torch.from_numpy(array).to(device) for array in (groups, prototypes, valid)))
+    arrays = (torch.from_numpy(array) for array in (groups, prototypes, valid))
+    return Matching(*(array.to(device, non_blocking=True) for array in arrays))
+
+
+@torch.no_grad()
+def match_on_device(
+    similarity_BKP: Tensor, maximize: bool = True, prototype_mask_BP: Tensor | None = None
+) -> Matching:
+    """As [`match_prototypes`], without anything that a GPU has to be waited for."""
+    cost_BKP = -similarity_BKP.double() if maximize else similarity_BKP.double()
+    batch, num_groups, num_prototypes = cost_BKP.shape
+    more_groups = num_groups > num_prototypes
+    if prototype_mask_BP is not None:
+        # An absent prototype takes no group from another; or it costs more than all that avoiding it could.
+        largest_B11 = cost_BKP.abs().amax(dim=(1, 2), keepdim=True)
+        filler_B11 = 0 * largest_B11 if more_groups else 2 * num_groups * largest_B11 + 1
+        cost_BKP = torch.where(prototype_mask_BP[:, None, :], cost_BKP, filler_B11)
+    chosen = cheapest_assignment(cost_BKP.mT if more_groups else cost_BKP)
+    rows = torch.arange(chosen.shape[1], device=chosen.device).expand(batch, -1)
+    groups, prototypes = (chosen, rows) if more_groups else (rows, chosen)
+    valid = torch.ones_like(groups, dtype=torch.bool)
+    if prototype_mask_BP is not None:
+        valid = prototype_mask_BP.gather(1, prototypes)
+    order = groups.masked_fill(~valid, num_groups).argsort(dim=1)
+    valid = valid.gather(1, order)
+    return Matching(groups.gather(1, order) * valid, prototypes.gather(1, order) * valid, valid)
+
+
+def cheapest_assignment(cost_BNM: Tensor) -> Tensor:
+    """The column of each row, int64 [B, N], such that columns differ and their costs sum to the least; N <= M.
+
+    Shortest augmenting paths (Jonker and Volgenant, 1987), row by row, as scipy goes, but for all samples at once and
+    with as many steps as the longest path may have, so that none of them depends on the costs: N (N + 1) / 2.
+    """
+    batch, num_rows, num_columns = cost_BNM.shape
+    # One more row and column, which stand for none: no way leads on from there.
+    cost = nn.functional.pad(cost_BNM, (0, 0, 0, 1), value=float("inf"))
+    row_prices, column_prices = cost.new_zeros(batch, num_rows + 1), cost.new_zeros(batch, num_columns)
+    columns = torch.full((batch, num_rows + 1), num_columns, device=cost.device)
+    rows = torch.full((batch, num_columns + 1), num_rows, device=cost.device)
+    for row in range(num_rows):
+        distances = torch.full_like(column_prices, float("inf"))
+        seen = torch.zeros_like(distances, dtype=torch.bool)
+        previous = torch.full_like(rows, num_rows)
+        here, column = torch.full_like(rows[:, :1], row), torch.full_like(rows[:, :1], num_columns)
+        reached = cost.new_zeros(batch, 1)
+        for _ in range(row + 1):
+            prices = row_prices.gather(1, here) + column_prices
+            through = reached + cost.gather(1, here[..., None].expand(-1, -1, num_columns))[:, 0] - prices
+            is_shorter = (through < distances) & ~seen
+            distances = torch.where(is_shorter, through, distances)
+            previous[:, :-1] = torch.where(is_shorter, here, previous[:, :-1])
+            nearest, its_column = distances.masked_fill(seen, float("inf")).min(dim=1, keepdim=True)
+            has_ended = here == num_rows
+            reached = torch.where(has_ended, reached, nearest)
+            column = torch.where(has_ended, column, its_column)
+            seen.scatter_(1, column, True)
+            here = rows.gather(1, column)
+        gained = torch.where(seen, reached - distances, 0.0)
+        column_prices = column_prices - gained
+        row_prices.scatter_add_(1, rows[:, :-1], gained)
+        row_prices[:, row] += reached[:, 0]
+        for _ in range(row + 1):
+            its_row = previous.gather(1, column)
+            before = columns.gather(1, its_row)
+            rows.scatter_(1, column, its_row)
+            columns.scatter_(1, its_row, column)
+            column = before
+    return columns[:, :-1]
 
 
 def ordered_matching(num_groups: int, prototype_mask_BP: Tensor) -> Matching:

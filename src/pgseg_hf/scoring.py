@@ -8,7 +8,7 @@ Shapes: K groups, N labels, H x W pixels of a window or an image, h x w patches.
 Source: released `segmentation/evaluation/pgseg_seg.py`, the same as GroupViT's `group_vit_seg.py`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -84,10 +84,6 @@ class WindowScores:
             return torch.lerp(scores_CHW, stretched[:, rows], self.patch_weight)
 
         return of_rows
-
-    def dense(self) -> Tensor:
-        """The scores of each pixel, [N, H, W] or [N + 1, H, W]; for small maps only."""
-        return self.reader(range(self.scores.shape[1]))(slice(None))
 
 
 def group_scores(
@@ -242,27 +238,45 @@ def best_labels(
     size = (scores_CHW.shape[1], scores_CHW.shape[2]) if target_size is None else target_size
     if num_channels * size[0] * size[1] <= _CHUNK_ENTRIES:
         return _best_labels_by_rows(stretch(scores_CHW, size), channels, num_channels)
-    step = max(1, _CHUNK_ENTRIES // (size[0] * size[1]))
+    return _best_labels_by_chunks(scores_CHW, channels, num_channels, size)
+
+
+def _best_labels_by_chunks(
+    scores_CHW: Tensor, channels: Sequence[int], num_channels: int, size: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """As the argmax of the softmax over all channels, a few channels stretched at a time and worked on row by row."""
+    height, width = size
+    step = max(1, _CHUNK_ENTRIES // (height * width))
+    rows_at_once = max(1, _CACHED_ENTRIES // width)
+    strips = [slice(row, row + rows_at_once) for row in range(0, height, rows_at_once)]
     starts = range(0, len(channels), step)
     stretched_once = stretch(scores_CHW, size) if len(starts) == 1 else None
 
-    def chunk_from(start: int) -> Tensor:
-        return stretch(scores_CHW[start : start + step], size) if stretched_once is None else stretched_once
+    def parts() -> Iterator[tuple[int, slice, Tensor]]:
+        for start in starts:
+            chunk = (
+                stretch(scores_CHW[start : start + step], size) if stretched_once is None else stretched_once
+            )
+            yield from ((start, rows, chunk[:, rows]) for rows in strips)
 
     best = scores_CHW.new_zeros(size)
-    for start in starts:
-        torch.maximum(best, chunk_from(start).amax(dim=0), out=best)
-    total = (num_channels - len(channels)) * torch.exp(-best)
-    for start in starts:
-        total += torch.exp(chunk_from(start) - best).sum(dim=0)
+    for _, rows, part in parts():
+        torch.maximum(best[rows], part.amax(dim=0), out=best[rows])
+    total = torch.empty_like(best)
+    for rows in strips:
+        total[rows] = (num_channels - len(channels)) * torch.exp(-best[rows])
+    for _, rows, part in parts():
+        total[rows] += torch.exp(part - best[rows]).sum(dim=0)
     # Among the channels that are not listed, which all score 0, only the first can be an argmax.
     unlisted = next((number for number in range(num_channels) if number not in set(channels)), num_channels)
-    largest = 1 / total
-    labels = torch.where(torch.exp(-best) / total == largest, unlisted, num_channels)
-    for start in starts:
-        as_probable = torch.exp(chunk_from(start) - best) / total == largest
+    labels = torch.empty(size, dtype=torch.int64, device=scores_CHW.device)
+    for rows in strips:
+        is_zero = torch.exp(-best[rows]) / total[rows] == 1 / total[rows]
+        labels[rows] = torch.where(is_zero, unlisted, num_channels)
+    for start, rows, part in parts():
+        as_probable = torch.exp(part - best[rows]) / total[rows] == 1 / total[rows]
         numbers = torch.tensor([*channels[start : start + step], num_channels], device=labels.device)
-        labels = torch.minimum(labels, numbers[_first_true(as_probable)])
+        labels[rows] = torch.minimum(labels[rows], numbers[_first_true(as_probable)])
     return labels, best
 
 

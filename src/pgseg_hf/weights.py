@@ -58,7 +58,8 @@ def _what_is_wrong_with_file(path: Path) -> str | None:
 
 
 def refuse_bad_weights(model: Any, name: str) -> None:
-    """Refuses weights and statistics that are NaN or infinite, or were never loaded.
+    """Refuses weights and statistics that are NaN or infinite, were never loaded or are random, as the checkpoint lacks
+    them.
 
     Args:
         model: on any device.
@@ -68,6 +69,10 @@ def refuse_bad_weights(model: Any, name: str) -> None:
         ValueError: naming the first such tensors.
     """
     is_offloaded = getattr(model, "hf_device_map", None) is not None
+    if missing := getattr(model, "random_weights", ()):
+        raise ValueError(
+            f"{name} is no whole PGSeg checkpoint, these tensors are missing: {', '.join(missing)}."
+        )
     bad, empty = [], []
     for key, tensor in chain(model.named_parameters(), model.named_buffers()):
         if type(tensor) not in (nn.Parameter, Tensor):

@@ -116,7 +116,7 @@ class TestWhatAVisitorTypes:
         """A Hub on which every model takes a moment, and the names that were asked for."""
         asked = []
 
-        def load(place, device):
+        def load(place, device, dtype):
             if not Path(place).joinpath("name").exists():
                 return SimpleNamespace(model=torch.nn.Module())
             return SimpleNamespace(model=torch.nn.Module(), name=Path(place, "name").read_text())

@@ -2,10 +2,13 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from data_files import write_folder
+from PIL import Image
 from tiny_backbones import tiny_backbone_model
 from tiny_models import tiny_config, tiny_images, tiny_model, tiny_texts, with_fixed_statistics, without_noise
 from torch.distributed.device_mesh import init_device_mesh
@@ -13,10 +16,17 @@ from torch.distributed.fsdp import fully_shard
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 from transformers.models.dinov2.modeling_dinov2 import Dinov2Layer
 
+from pgseg_hf.data.sources import SourceSpec, open_source
 from pgseg_hf.efficientnet_lite import EfficientNetLiteBackbone, EfficientNetLiteConfig
 from pgseg_hf.layers import PGSegStage
 from pgseg_hf.training.arguments import DataArguments, ModelArguments
-from pgseg_hf.training.building import build_model, build_processor, full_weights, without_scalars
+from pgseg_hf.training.building import (
+    _tell_what_masks_leave_out,
+    build_model,
+    build_processor,
+    full_weights,
+    without_scalars,
+)
 
 
 def test_models_from_nothing_from_fields_and_from_a_checkpoint(tmp_path, tiny_folder):
@@ -172,3 +182,14 @@ def test_fine_tuning_a_model_of_mixture_pooling_with_another_loss_compares_with_
     model.config.contrastive_pooling = "mixture"
     with pytest.raises(ValueError, match="contrastive_loss 'multi_positive', expected 'sigmoid'"):
         model(tiny_texts(2), tiny_images(2), return_loss=True)
+
+
+def test_masks_of_255_are_told(tmp_path, caplog):
+    rows = [{"file_name": f"{number}.png", "mask_file_name": f"{number}-mask.png"} for number in range(2)]
+    folder = write_folder(tmp_path / "data", rows)
+    for row in rows:
+        values = np.zeros((8, 8), dtype=np.uint8)
+        values[:3] = 255
+        Image.fromarray(values).save(tmp_path / "data" / row["mask_file_name"])
+    _tell_what_masks_leave_out([open_source(SourceSpec(path=folder))])
+    assert "48 of 128 pixels (37.5%)" in caplog.text and "are 255" in caplog.text

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from data_files import numbered_folder
+from PIL import Image
 from tiny_backbones import BACKBONES, tiny_backbone_model
 from tiny_models import tiny_model
 
@@ -148,3 +149,21 @@ def test_values_beyond_float16_are_its_largest(source, prepare, options):
                 module.weight.mul_(1e4)
     (cached,) = cache_features([source], prepare, model, options)
     assert all(np.isfinite(view).all() for index in range(len(cached)) for view in cached[index].views)
+
+
+def test_sizes_are_told_as_a_whole(source, prepare, options, caplog):
+    cache_features([source, source], prepare, tiny_backbone_model().eval(), options)
+    told = [line for line in caplog.messages if "GiB in" in line]
+    assert len(told) == 1 and "10 images in 2 views" in told[0]
+
+
+def test_tags_of_any_length_are_kept(tmp_path, options):
+    names = [f"a label with a long name, number {number}" for number in range(64)]
+    folder = Path(numbered_folder(tmp_path / "data", 1))
+    row = json.loads((folder / "metadata.jsonl").read_text())
+    Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8)).save(folder / "mask.png")
+    (folder / "metadata.jsonl").write_text(json.dumps(row | {"mask_file_name": "mask.png"}))
+    prepare = Preparation(AugmentationOptions(image_size=32, min_scale=1.0), None, names, crop_tag_share=0.0)
+    source = open_source(SourceSpec(path=str(folder)))
+    (cached,) = cache_features([source], prepare, tiny_backbone_model().eval(), options)
+    assert len(json.dumps(cached[0].view_tags[0])) > 1024

@@ -3,10 +3,15 @@
 import argparse
 import math
 from pathlib import Path
+from typing import Any
 
-from .benchmarks import BENCHMARKS
+from ..files import refuse_missing_folder
 
-BENCHMARK_NAMES = (*BENCHMARKS, "imagenet", "folder")
+# Of `benchmarks`, by their names: it imports torch.
+BENCHMARK_NAMES = (
+    *("voc", "voc20", "context", "context59", "coco_object", "coco_stuff", "ade20k", "cityscapes"),
+    *("imagenet_s50", "imagenet_s300", "imagenet_s919", "lvis", "imagenet", "folder"),
+)
 PREPARATIONS = ("coco_object", "coco_object_from_stuff", "coco_stuff", "context", "cityscapes", "lvis")
 MAX_THRESHOLDS = 100
 TEMPLATE_SETS = ("simple", "subset", "full")
@@ -86,7 +91,7 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     speed.add_argument("--batch-size", type=int, default=8, help="windows in one pass of the image encoder")
     speed.add_argument("--readers", type=int, default=2, help="threads that read pictures ahead")
     speed.add_argument("--device", help="default: the process's GPU, else cpu")
-    speed.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    speed.add_argument("--dtype", choices=("float32", "bfloat16", "float16", "int8"), default="float32")
     speed.add_argument("--threads", type=int, help="of torch on a CPU")
 
 
@@ -95,6 +100,48 @@ def add_prepare_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("what", choices=PREPARATIONS, metavar="WHAT", help=", ".join(PREPARATIONS))
     parser.add_argument("folder", type=Path, help="of the benchmark's raw download")
     parser.add_argument("--split", help="default: val2017, val or what the annotations hold")
+
+
+_OF_MASKS: dict[str, Any] = {
+    **dict.fromkeys(
+        ("limit", "background", "image_column", "protocol", "background_threshold", "thresholds")
+    ),
+    **dict.fromkeys(("synonyms", "refinement", "train", "crop_sides")),
+    **dict.fromkeys(("analysis", "baselines", "save_predictions"), False),
+    "mask_column": None,
+    "visualize": 0,
+}
+_OF_CLASSES: dict[str, Any] = {"templates": None, "label_column": None}
+
+
+def check_evaluate_arguments(args: argparse.Namespace) -> None:
+    """Raises a ValueError for options without effect, thresholds that are none, and missing folders."""
+    idle = _OF_MASKS if args.benchmark == "imagenet" else _OF_CLASSES
+    given = [name for name, default in idle.items() if getattr(args, name) != default]
+    if given:
+        raise ValueError(f"--{given[0].replace('_', '-')} has no effect on {args.benchmark}; leave it out.")
+    if args.mask_values and args.benchmark != "folder":
+        raise ValueError(
+            f"--mask_values is {args.mask_values!r}, but {args.benchmark} has its own; leave it out."
+        )
+    if (args.train or args.crop_sides) and not args.baselines:
+        raise ValueError("--train and --crop-sides are for the position prior; add --baselines.")
+    if args.thresholds:
+        parse_thresholds(args.thresholds)
+    if args.checkpoint is not None:
+        refuse_missing_folder(args.checkpoint)
+    if args.benchmark != "imagenet" and not args.data.startswith("hub:"):
+        _refuse_missing_data(Path(args.data))
+
+
+def check_prepare_arguments(args: argparse.Namespace) -> None:
+    """Raises a ValueError for a folder that is missing."""
+    _refuse_missing_data(args.folder)
+
+
+def _refuse_missing_data(folder: Path) -> None:
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is no folder.")
 
 
 def parse_thresholds(text: str) -> tuple[float, ...]:

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from accelerate import PartialState
 
-from ..checkpoint import DEFAULT_CHECKPOINT, load_segmenter
+from .. import DEFAULT_CHECKPOINT
+from ..checkpoint import load_segmenter
 from ..data.augmentation import AugmentationOptions
 from ..run_records import model_record
 from ..segmentation import Segmenter
@@ -42,7 +43,6 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         ValueError: anything that was asked for and cannot be.
     """
     start = time.monotonic()
-    _refuse_idle_options(args)
     if args.threads:
         torch.set_num_threads(args.threads)
     args.checkpoint = args.checkpoint or DEFAULT_CHECKPOINT
@@ -252,32 +252,6 @@ def _oracle(scores: MaskScores) -> ConfusionMatrix:
 
 
 # Options that only one kind of benchmark has, with what they are when they are not given.
-_OF_MASKS: dict[str, Any] = {
-    **dict.fromkeys(
-        ("limit", "background", "image_column", "protocol", "background_threshold", "thresholds")
-    ),
-    **dict.fromkeys(("synonyms", "refinement", "train", "crop_sides")),
-    **dict.fromkeys(("analysis", "baselines", "save_predictions"), False),
-    "mask_column": None,
-    "visualize": 0,
-}
-_OF_CLASSES: dict[str, Any] = {"templates": None, "label_column": None}
-
-
-def _refuse_idle_options(args: argparse.Namespace) -> None:
-    """Raises a ValueError for options that would have no effect."""
-    idle = _OF_MASKS if args.benchmark == "imagenet" else _OF_CLASSES
-    given = [name for name, default in idle.items() if getattr(args, name) != default]
-    if given:
-        raise ValueError(f"--{given[0].replace('_', '-')} has no effect on {args.benchmark}; leave it out.")
-    if args.mask_values and args.benchmark != "folder":
-        raise ValueError(
-            f"--mask_values is {args.mask_values!r}, but {args.benchmark} has its own; leave it out."
-        )
-    if (args.train or args.crop_sides) and not args.baselines:
-        raise ValueError("--train and --crop-sides are for the position prior; add --baselines.")
-
-
 def _classify(args: argparse.Namespace, segmenter: Segmenter, folder: Path, name: str) -> dict[str, Any]:
     classes = open_imagenet(args.data, args.split, args.label_column)
     kind = args.templates or "subset"

@@ -15,7 +15,7 @@ AbsentRule = Literal["skip", "zero"]
 
 # Share of pixels without a truth from which on figures are of a selection. Benchmarks of the field stay below, but for
 # Pascal VOC without its background.
-_MANY_UNKNOWN = 0.25
+MANY_UNKNOWN = 0.25
 
 
 class ConfusionMatrix:
@@ -90,7 +90,7 @@ class ConfusionMatrix:
         """What a reader of the figures has to know about the truth, in sentences with numbers: that a large part of its
         pixels does not count, and which of the labels it lacks."""
         found = []
-        if self.ignored_share() > _MANY_UNKNOWN:
+        if self.ignored_share() > MANY_UNKNOWN:
             found.append(
                 f"{self.ignored:,} of the masks' {self.counts.sum() + self.ignored:,} pixels "
                 f"({self.ignored_share():.1%}) are unknown and do not count."

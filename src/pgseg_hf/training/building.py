@@ -8,6 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from accelerate import InitProcessGroupKwargs
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -20,7 +21,9 @@ from ..data.records import Record, UnusableRecord
 from ..data.scenes import SceneSource
 from ..data.sources import MapSource, Source, SourceSpec, open_source
 from ..efficientnet_lite import IMAGE_MEAN, IMAGE_STD, EfficientNetLiteConfig
+from ..evaluation.confusion import MANY_UNKNOWN
 from ..image_processing_pil_pgseg import PGSegImageProcessorPil
+from ..images import load_label_map
 from ..losses import world_size
 from ..modeling_pgseg import PGSegModel
 from ..processing_pgseg import PGSegProcessor
@@ -32,7 +35,7 @@ from .collator import PGSegCollator
 from .continuing import flat, hash_of, hash_of_files
 from .feature_cache import CacheOptions, cache_features
 from .patch_names import CellNamer
-from .preparation import Preparation
+from .preparation import IGNORED, Preparation
 from .streams import StreamOptions, TrainingStream
 from .texts import TextOptions
 
@@ -169,6 +172,8 @@ def build_stream(
     config = model.config
     augmentation = _augmentation(data, config, processor.image_processor)
     mask_labels = _mask_labels(data, specs, sources) if data.crop_tags else None
+    if mask_labels is not None:
+        _tell_what_masks_leave_out(sources)
     # Tags alone are shared between pictures; the released text prototypes need a text for each.
     shared = config.contrastive_loss != "info_nce" and config.npr_variant != "released"
     shared = shared and (bool(data.synonyms) or not any(has_texts(source, "captions") for source in sources))
@@ -300,6 +305,26 @@ def _mask_labels(data: DataArguments, specs: Sequence[SourceSpec], sources: Sequ
         ) from error
     background = content.get("background")
     return ["" if value == background else label for value, label in enumerate(labels)]
+
+
+def _tell_what_masks_leave_out(sources: Sequence[Source]) -> None:
+    """Warns where much of the first records' masks has the value that stands for no label."""
+    for source in [source for source in sources if isinstance(source, MapSource)]:
+        counts = np.zeros(2, dtype=np.int64)
+        for index in range(min(len(source), PEEKED_RECORDS)):
+            try:
+                record = source[index]
+                values = None if record.mask is None else load_label_map(record.mask)
+            except ValueError:
+                continue  # counted and told in training
+            if values is not None:
+                counts += (values == IGNORED).sum(), values.size
+        if counts[0] > MANY_UNKNOWN * counts[1]:
+            logger.warning(
+                f"{counts[0]:,} of {counts[1]:,} pixels ({counts[0] / counts[1]:.1%}) in the first masks of "
+                f"{source.name} are {IGNORED}, which crop_tags takes for no label. If it is one, as in masks of 0 and "
+                f"{IGNORED}, write its number in labels.json's labels instead."
+            )
 
 
 def has_texts(source: Source, kind: str) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from transformers.utils import logging
 
 from ..data.sources import MapSource, SourceSpec, open_source
 from ..evaluation.classification import zero_shot_accuracy
@@ -24,6 +25,8 @@ from ..visualization import draw_groups, overlay, side_by_side
 from ..weights import evaluation_mode
 from .arguments import RunArguments
 from .continuing import contents_of
+
+logger = logging.get_logger(__name__)
 
 BEST_METRICS = ("mean_iou", "top1")
 """What decides which checkpoint is the best, the first of them that is measured."""
@@ -78,6 +81,10 @@ class Evaluator:
                 options = MaskOptions(self.options, oracle=True)
                 scores = evaluate_masks(Segmenter(model, self.processor), part, options)
                 found = scores.sum_over_processes(device).to_dict()
+                # Of one process they are told where the masks are counted.
+                several = self.accelerator.num_processes > 1
+                for doubt in scores.doubts(folder) if several and self.accelerator.is_main_process else ():
+                    logger.warning_once(doubt)
                 names = ("mean_iou", "pixel_accuracy", "oracle_mean_iou", "oracle_pixel_accuracy")
                 figures |= {name: found[name] for name in names}
             if self.tagged:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import shutil
 import time
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ from ..data.records import Record, UnusableRecord
 from ..data.sources import MapSource, Source
 from ..files import write_json
 from ..modeling_pgseg import PGSegModel
+from ..text_files import read_json
 from .continuing import bytes_of
 from .mixing import Draw, seeded
 from .patch_names import CellNamer
@@ -31,7 +33,7 @@ logger = logging.get_logger(__name__)
 BATCH_SIZE = 16
 # States of a view.
 MISSING, DONE, UNUSABLE = 0, 1, 2
-# A cached view's tags, one JSON list a view, at most this long.
+# A cached view's tags are one JSON list a view, of this many bytes or those of all labels of the masks.
 _TAG_BYTES = 1024
 _CELLS = ("cell_names", "cell_shares")
 _LARGEST = float(np.finfo(np.float16).max)
@@ -134,29 +136,32 @@ def cache_features(
         blank = torch.zeros(1, 3, side, side, device=model.device)
         shape = tuple(backbone.on_one_grid(maps := backbone.maps(blank)).shape[1:])
         grid = tuple(maps[-1].shape[-2:])
-    sizes = [(len(table), options.views, *shape) for table in tables]
     weights = _fingerprint(
         backbone.backbone, json.dumps(backbone.backbone.config.to_dict(), sort_keys=True, default=str)
     )
-    cached = []
-    for number, (table, size) in enumerate(zip(tables, sizes)):
-        folder = Path(options.folder) / f"{number:02d}-{_safe(table.name)}"
-        made_with = {
+    tag_bytes = len(json.dumps(prepare.mask_labels).encode())
+    folders = [
+        Path(options.folder) / f"{number:02d}-{_safe(table.name)}" for number, table in enumerate(tables)
+    ]
+    plans = [
+        {
             "source": _contents(table),
             "augmentation": json.loads(json.dumps(asdict(prepare.augmentation.options))),
             "mask_labels": prepare.mask_labels,
             "seed": options.seed,
             "backbone": weights,
-            "shape": list(size),
+            "shape": [len(table), options.views, *shape],
             "whole_images": options.whole_images or None,
             "namer": namer and _fingerprint(namer.head, *namer.classes),
+            "tag_bytes": tag_bytes if tag_bytes > _TAG_BYTES else None,
         }
-        _open(folder, made_with, None if namer is None else (*size[:2], *grid, namer.kept))
-        _wait()
+        for table in tables
+    ]
+    _open(dict(zip(folders, plans)), Path(options.folder), None if namer is None else (*grid, namer.kept))
+    for number, (table, folder) in enumerate(zip(tables, folders)):
         _fill(table, number, folder, prepare, model, options)
-        _wait()
-        cached.append(CachedSource(table, folder, namer))
-    return cached
+    _wait()
+    return [CachedSource(table, folder, namer) for table, folder in zip(tables, folders)]
 
 
 def _map(folder: Path, named: bool, mode: Any) -> dict[str, np.ndarray]:
@@ -164,42 +169,71 @@ def _map(folder: Path, named: bool, mode: Any) -> dict[str, np.ndarray]:
     return {name: np.load(folder / f"{name}.npy", mmap_mode=mode) for name in names}
 
 
-def _open(folder: Path, made_with: dict[str, Any], cells: tuple[int, ...] | None) -> None:
-    """Makes the files of a cache, or checks that they hold what is wanted."""
+def _open(plans: dict[Path, dict[str, Any]], root: Path, cells: tuple[int, ...] | None) -> None:
+    """Makes the files of a cache, or checks that they hold what is wanted; of several processes the first does, and all
+    raise what it raises."""
+    problem: list[str | None] = [None]
+    if _rank() == 0:
+        try:
+            _make_files([plan for plan in plans.items() if not _is_made(*plan)], root, cells)
+        except (ValueError, OSError) as error:
+            problem = [str(error)]
+    if dist.is_initialized():
+        dist.broadcast_object_list(problem)
+    if problem[0] is not None:
+        raise ValueError(problem[0])
+
+
+def _is_made(folder: Path, made_with: dict[str, Any]) -> bool:
     record = folder / "made_with.json"
-    if record.is_file():
-        known = json.loads(record.read_text(encoding="utf-8"))
-        for name in made_with:
-            if known.get(name) != made_with[name]:
-                raise ValueError(
-                    f"{folder} holds features with {name} {known.get(name)}, and this run has {made_with[name]}; "
-                    "give another folder, or delete this one."
-                )
+    if not record.is_file():
+        return False
+    known = read_json(record)
+    for name in made_with:
+        if known.get(name) != made_with[name]:
+            raise ValueError(
+                f"{folder} holds features with {name} {known.get(name)}, and this run has {made_with[name]}; "
+                "give another folder, or delete this one."
+            )
+    return True
+
+
+def _make_files(
+    plans: Sequence[tuple[Path, dict[str, Any]]], root: Path, cells: tuple[int, ...] | None
+) -> None:
+    if not plans:
         return
-    if _rank() != 0:
-        return
-    shape = tuple(made_with["shape"])
-    size = int(np.prod(shape)) * 2
-    folder.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(folder).free
+    files: dict[Path, tuple[np.dtype, tuple[int, ...]]] = {}
+    for folder, made_with in plans:
+        views = tuple(made_with["shape"][:2])
+        arrays: dict[str, tuple[Any, tuple[int, ...]]] = {
+            "features": (np.float16, tuple(made_with["shape"])),
+            "tags": (f"S{made_with['tag_bytes'] or _TAG_BYTES}", views),
+            "states": (np.uint8, views),
+        }
+        if cells is not None:
+            arrays |= {
+                "cell_names": (np.uint16, (*views, *cells)),
+                "cell_shares": (np.float16, (*views, *cells)),
+            }
+        files |= {folder / f"{name}.npy": (np.dtype(dtype), dims) for name, (dtype, dims) in arrays.items()}
+    size = sum(dtype.itemsize * math.prod(dims) for dtype, dims in files.values())
+    root.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(root).free
+    images = sum(made_with["shape"][0] for _, made_with in plans)
     logger.warning(
-        f"Features of {shape[0]:,} images in {shape[1]} views take {size / 2**30:.1f} GiB in {folder}."
+        f"Features of {images:,} images in {plans[0][1]['shape'][1]} views take {size / 2**30:.1f} GiB in {root}."
     )
     if size > free:
         raise ValueError(
-            f"{folder} would take {size / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free; give another folder "
+            f"{root} would take {size / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free; give another folder "
             "or fewer views."
         )
-    arrays: dict[str, tuple[Any, tuple[int, ...]]] = {
-        "features": (np.float16, shape),
-        "tags": (f"S{_TAG_BYTES}", shape[:2]),
-        "states": (np.uint8, shape[:2]),
-    }
-    if cells is not None:
-        arrays |= {"cell_names": (np.uint16, cells), "cell_shares": (np.float16, cells)}
-    for name, (dtype, dims) in arrays.items():
-        np.lib.format.open_memmap(folder / f"{name}.npy", mode="w+", dtype=dtype, shape=dims).flush()
-    write_json(made_with, record)
+    for path, (dtype, dims) in files.items():
+        path.parent.mkdir(exist_ok=True)
+        np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=dims).flush()
+    for folder, made_with in plans:
+        write_json(made_with, folder / "made_with.json")
 
 
 def _fill(
@@ -250,10 +284,7 @@ def _fill(
             unusable += 1
             continue
         if own_tags is not None:
-            content = json.dumps(own_tags).encode()
-            if len(content) > _TAG_BYTES:
-                raise ValueError(f"{table.name}, record {row}: its tags take {len(content)} bytes, too many.")
-            tags[row, view] = content
+            tags[row, view] = json.dumps(own_tags).encode()
         if options.whole_images:
             if whole[0] != row:
                 whole = (row, _of_whole_image(backbone, prepare.augmentation.whole_pixels(image)))

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers.utils import logging
 
 from ..files import write_text
+from ..text_files import read_text, split_lines
 
 LOG_NAME = "log.jsonl"
 
@@ -126,7 +127,7 @@ def read_log(path: str | os.PathLike) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     lines = []
-    for text in path.read_text(encoding="utf-8").splitlines():
+    for text in split_lines(read_text(path)):
         try:
             lines.append(json.loads(text))
         except ValueError:

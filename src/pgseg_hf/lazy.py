@@ -1,0 +1,34 @@
+"""Names of a package that are imported when they are first asked for (PEP 562), so that the package imports at once."""
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+
+def lazy_names(
+    package: str, names: Mapping[str, Sequence[str]]
+) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+    """The `__getattr__` and `__dir__` of a package.
+
+    Args:
+        package: its `__name__`.
+        names: what each of its modules gives to it; all modules can be reached as attributes too.
+    """
+    module_of = {name: module for module, of_module in names.items() for name in of_module}
+
+    def get(name: str) -> Any:
+        if name in module_of:
+            value = getattr(import_module(f"{package}.{module_of[name]}"), name)
+        elif not name.startswith("__") and find_spec(f"{package}.{name}"):
+            value = import_module(f"{package}.{name}")
+        else:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        setattr(sys.modules[package], name, value)
+        return value
+
+    def list_names() -> list[str]:
+        return sorted({*vars(sys.modules[package]), *names, *module_of})
+
+    return get, list_names

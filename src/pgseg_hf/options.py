@@ -1,0 +1,82 @@
+"""How images are segmented, in numbers and words; nothing here needs torch."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from .values import share, whole_number
+
+BACKGROUND = "background"
+"""What a background threshold leaves over is called so."""
+
+
+@dataclass(frozen=True)
+class SegmentationOptions:
+    """How images are segmented.
+
+    Args:
+        window_size: side in pixels of the sliding window, on the resized image; None for the whole image at once;
+            `"auto"` for what the processor was saved with.
+        window_stride: pixels from one window to the next; `"auto"` as above.
+        background_threshold: where no label scores this much there is background; None for no background. With a
+            processor that has a vocabulary: where the labels together are less likely than this against all words of
+            the vocabulary that mean something else. A single label is compared with these words, or with
+            `NEUTRAL_WORDS` where there are none; that is its score, with a threshold or without.
+        templates: prompt templates for the labels; the processor's by default.
+        batch_size: images that are prepared together, and windows in one pass of the image encoder.
+        top_k: number of labels that one window may show; `"auto"` for what the processor was saved with.
+        patch_weight: share of the patches' own scores in a pixel's, beside its group's, 0 to 1; `"auto"` as above.
+        shortest_edge: pixels that an image's short side is resized to; what the processor was saved with by default.
+        longest_edge: pixels that the long side may have then, with `shortest_edge`; None for any number.
+    """
+
+    window_size: int | Literal["auto"] | None = "auto"
+    window_stride: int | Literal["auto"] = "auto"
+    background_threshold: float | None = None
+    templates: tuple[str, ...] | None = None
+    batch_size: int = 8
+    top_k: int | Literal["auto"] = "auto"
+    patch_weight: float | Literal["auto"] = "auto"
+    shortest_edge: int | None = None
+    longest_edge: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, special in (
+            ("window_size", ("auto", None)),
+            ("window_stride", ("auto",)),
+            ("batch_size", ()),
+            ("top_k", ("auto",)),
+            ("shortest_edge", (None,)),
+            ("longest_edge", (None,)),
+        ):
+            value = getattr(self, name)
+            if isinstance(value, str | None) and value in special:
+                continue
+            object.__setattr__(self, name, whole_number(value, name))
+        if self.longest_edge is not None and self.shortest_edge is None:
+            raise ValueError(f"longest_edge is {self.longest_edge}, but shortest_edge is None; give both.")
+        if isinstance(self.window_size, int) and isinstance(self.window_stride, int):
+            refuse_gaps(self.window_size, self.window_stride)
+        if not isinstance(self.patch_weight, str) or self.patch_weight != "auto":
+            weight = share(self.patch_weight, "patch_weight", "'auto' or ")
+            object.__setattr__(self, "patch_weight", weight)
+        if self.background_threshold is not None:
+            threshold = share(self.background_threshold, "background_threshold", "None or ")
+            object.__setattr__(self, "background_threshold", threshold)
+
+
+def check_one_background(labels: Sequence[str], background: bool) -> None:
+    """Raises a ValueError where a label is called as what the background threshold leaves over."""
+    own = next((label for label in labels if label.casefold() == BACKGROUND), None)
+    if background and own is not None:
+        raise ValueError(
+            f"labels have {own!r}, and background_threshold makes a background of its own: leave one of the two out, "
+            "or say what the label means, such as 'wall'."
+        )
+
+
+def refuse_gaps(size: int, stride: int) -> None:
+    if stride > size:
+        raise ValueError(
+            f"window_stride is {stride}, expected at most the window's {size} pixels, or pixels are left out."
+        )

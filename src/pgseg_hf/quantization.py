@@ -1,0 +1,230 @@
+"""Models in int8, for the CPU: a quantisation method of transformers' kind, `quantization_config=PGSegInt8Config()`.
+
+| layers | weights | computed in |
+|---|---|---|
+| linear layers of the image tower's blocks, and of a backbone | int8, a scale for each row | int8 |
+| other linear layers, token embeddings | int8, a scale for each row | float32 |
+| convolutions, projections of prototypes | float16 | float32 |
+| norms, position embeddings, prototypes, biases | float32 | float32 |
+
+Computing in int8 rounds inputs at each call (dynamic quantisation). The blocks take nearly all of the time; elsewhere
+that would cost accuracy for little, and in a backbone's convolutions, fifty in a row, rounded weights alone would too.
+"""
+
+import re
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.quantizers import HfQuantizer
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+METHOD = "pgseg_int8"
+
+# What a layer's forward needs beside its `__constants__`.
+_EXTRA_FIELDS = ("_reversed_padding_repeated_twice",)
+
+_COMPUTED_IN_INT8 = re.compile(r"(^|\.)(stages\.\d+\.layers|backbone)\.")
+_OF_PROTOTYPES = re.compile(r"(^|\.)npr\.")
+
+# Without these instructions sums of products of 8 bits may overflow: inputs are then rounded to 7.
+_ROUNDS_TO_7_BITS = not torch.cpu._is_vnni_supported()
+
+
+class PGSegInt8Config(QuantizationConfigMixin):
+    """For `from_pretrained(..., quantization_config=PGSegInt8Config())`.
+
+    Args:
+        modules_to_not_convert: names of modules that stay float32 with all that is in them, such as
+            `["vision_model.embeddings"]`.
+    """
+
+    def __init__(self, modules_to_not_convert: list[str] | None = None, **kwargs: Any):
+        self.quant_method: Any = METHOD
+        self.modules_to_not_convert = modules_to_not_convert
+
+
+def rounded(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """A weight [out, in] as int8, and the scale of each row, float32 [out]."""
+    rows = weight.detach().float()
+    scale = (rows.abs().amax(1) / 127).clamp(min=torch.finfo(torch.float32).tiny)
+    return (rows / scale[:, None]).round().to(torch.int8), scale
+
+
+class Int8Linear(nn.Module):
+    """A linear layer with a weight of 8 bits, inputs rounded to 8 bits at each call, and sums in 32 bits.
+
+    Args:
+        linear: the float layer; from the device `"meta"` only its shape is taken.
+    """
+
+    weight: Tensor | None
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        weight, scale = rounded(linear.weight)
+        self.register_buffer("weight", weight)
+        self.register_buffer("weight_scale", scale)
+        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().float())
+        self.packed: Any = None
+
+    def pack(self) -> None:
+        """Moves the weight into the layout of the machine's kernel, the only copy of it from then on."""
+        values: Any = self.weight
+        scale: Any = self.weight_scale
+        zeros = torch.zeros(self.out_features, dtype=torch.long)
+        with warnings.catch_warnings():
+            # That these tensors will go, by which the operators are fed.
+            warnings.simplefilter("ignore", UserWarning)
+            weight = torch._make_per_channel_quantized_tensor(values, scale.double(), zeros, 0)
+        engine = torch.backends.quantized.engine
+        if "fbgemm" in torch.backends.quantized.supported_engines:
+            torch.backends.quantized.engine = "fbgemm"  # oneDNN's would keep two copies, and is no faster
+        try:
+            self.packed = torch.ops.quantized.linear_prepack(weight, self.bias)
+        finally:
+            torch.backends.quantized.engine = engine
+        self.weight = None
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.packed is not None:
+            destination[f"{prefix}weight"] = torch.ops.quantized.linear_unpack(self.packed)[0].int_repr()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and torch.is_grad_enabled():
+            raise ValueError(
+                "this model is in int8, which has no gradients and cannot be trained; expected model.eval(), or, for "
+                "training, the checkpoint it was made of, loaded in float32."
+            )
+        if x.device.type != "cpu":
+            raise ValueError(f"the input is on {x.device}, expected the CPU, where int8 layers are.")
+        return torch.ops.quantized.linear_dynamic(x.float(), self.packed, _ROUNDS_TO_7_BITS).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        )
+
+
+class _Stored(nn.Module):
+    """A layer whose weight is kept in fewer bits, and float32 again where it is asked for.
+
+    Args:
+        layer: the float layer.
+    """
+
+    def __init__(self, layer: Any):
+        nn.Module.__init__(self)
+        for name in (*layer.__constants__, *_EXTRA_FIELDS):
+            if hasattr(layer, name):
+                setattr(self, name, getattr(layer, name))
+        self._store(layer.weight)
+        if hasattr(layer, "bias"):
+            self.register_buffer("bias", None if layer.bias is None else layer.bias.detach().float())
+
+    def _store(self, weight: Tensor) -> None:
+        values, scale = rounded(weight)
+        self.register_buffer("weight_int8", values)
+        self.register_buffer("weight_scale", scale)
+
+    def _rows(self, index: Any) -> Tensor:
+        values: Any = self.weight_int8
+        scale: Any = self.weight_scale
+        return values[index] * scale[index][..., None]
+
+    @property
+    def weight(self) -> Tensor:
+        return self._rows(slice(None))
+
+
+class _StoredInFloat16(_Stored):
+    def _store(self, weight: Tensor) -> None:
+        self.register_buffer("weight_float16", weight.detach().half())
+
+    @property
+    def weight(self) -> Tensor:
+        values: Any = self.weight_float16
+        return values.float()
+
+
+class StoredLinear(_Stored, nn.Linear):  # type: ignore[override]
+    """A linear layer with a weight of 8 bits that computes in float32."""
+
+
+class Float16Linear(_StoredInFloat16, nn.Linear):  # type: ignore[override]
+    """A linear layer with a weight of 16 bits that computes in float32."""
+
+
+class Float16Conv2d(_StoredInFloat16, nn.Conv2d):  # type: ignore[override]
+    """A convolution with a weight of 16 bits that computes in float32."""
+
+
+class StoredEmbedding(_Stored, nn.Embedding):  # type: ignore[override]
+    """An embedding with a weight of 8 bits; what is looked up is float32."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self._rows(ids)
+
+
+def _replacement(name: str, module: nn.Module) -> Any:
+    """The class that a layer becomes one of, or None. A layer of a subclass may do more than its weights say."""
+    if type(module) is nn.Conv2d:
+        return Float16Conv2d
+    if type(module) is nn.Embedding and not name.endswith("position_embedding"):
+        return StoredEmbedding
+    if type(module) is not nn.Linear:
+        return None
+    if _OF_PROTOTYPES.search(name):
+        return Float16Linear
+    return Int8Linear if _COMPUTED_IN_INT8.search(name) else StoredLinear
+
+
+def _replace_layers(model: nn.Module, kept: list[str]) -> None:
+    for name, module in list(model.named_modules()):
+        is_kept = any(name == part or name.startswith(f"{part}.") for part in kept)
+        if not is_kept and (replacement := _replacement(name, module)) is not None:
+            model.set_submodule(name, replacement(module))
+
+
+class PGSegInt8Quantizer(HfQuantizer):
+    """Makes the layers of a model int8 once it is loaded, or before its int8 weights are."""
+
+    quantization_config: PGSegInt8Config
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        device_map = kwargs.get("device_map")
+        devices = set(device_map.values()) if isinstance(device_map, dict) else {device_map}
+        if not devices <= {None, "cpu", torch.device("cpu")}:
+            raise ValueError(f"device_map is {device_map}, expected the CPU, as int8 runs there.")
+
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        return torch.float32
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        if self.pre_quantized:
+            _replace_layers(model, self.quantization_config.modules_to_not_convert or [])
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        if not self.pre_quantized:
+            _replace_layers(model, self.quantization_config.modules_to_not_convert or [])
+        for module in model.modules():
+            if isinstance(module, Int8Linear):
+                module.pack()
+        model.requires_grad_(False)
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+
+# Not by transformers' decorators, which refuse a second copy of this file, as `trust_remote_code` may load one.
+AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(METHOD, PGSegInt8Config)
+AUTO_QUANTIZER_MAPPING.setdefault(METHOD, PGSegInt8Quantizer)

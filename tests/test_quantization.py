@@ -1,0 +1,120 @@
+"""Models in int8: near float32, small, saved and loaded, and not to be trained."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny_backbones import tiny_backbone_model
+from tiny_models import tiny_model, tiny_texts
+
+from pgseg_hf import PGSegModel, load_segmenter
+from pgseg_hf.cli import main
+from pgseg_hf.export import export_onnx
+from pgseg_hf.quantization import Float16Conv2d, Int8Linear, PGSegInt8Config, rounded
+from pgseg_hf.run_records import model_record
+
+IMAGES = Path(__file__).parent.parent / "examples" / "images"
+LABELS = {
+    "horses": ["horse", "person", "sand", "sea", "rock"],
+    "dog": ["dog", "ground", "tree"],
+    "pizza": ["pizza", "person", "bottle", "table"],
+    "bus": ["bus", "car", "road", "tree", "grass"],
+    "pagoda": ["building", "tree", "sky", "road", "person"],
+    "green-jacket": ["jacket", "pants", "shoe", "hair", "building", "road", "tree"],
+    "blue-sweater": ["sweater", "hair", "shoe", "skirt", "road"],
+}
+
+
+def num_bytes(model: torch.nn.Module) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+
+
+def quantised(model: PGSegModel, folder: Path, **kwargs) -> PGSegModel:
+    model.save_pretrained(folder)
+    return PGSegModel.from_pretrained(folder, quantization_config=PGSegInt8Config(**kwargs))
+
+
+@pytest.fixture(scope="module")
+def int8_segmenter():
+    return load_segmenter(dtype="int8")
+
+
+def test_masks_of_the_example_photos_agree_with_float32(shipped_segmenter, int8_segmenter):
+    same = total = 0
+    for name, labels in LABELS.items():
+        maps = [
+            segmenter(IMAGES / f"{name}.jpg", labels).label_map
+            for segmenter in (shipped_segmenter, int8_segmenter)
+        ]
+        same, total = same + int((maps[0] == maps[1]).sum()), total + maps[0].size
+    assert same / total >= 0.98
+
+
+def test_weights_take_a_third_of_float32(shipped_segmenter, int8_segmenter):
+    assert num_bytes(int8_segmenter.model) / num_bytes(shipped_segmenter.model) < 0.34
+
+
+def test_what_is_saved_is_loaded_to_the_bit(int8_segmenter, tmp_path):
+    int8_segmenter.model.save_pretrained(tmp_path)
+    int8_segmenter.processor.save_pretrained(tmp_path)
+    again = load_segmenter(tmp_path)
+    expected, loaded = int8_segmenter.model.state_dict(), again.model.state_dict()
+    assert expected.keys() == loaded.keys()
+    for name, tensor in expected.items():
+        assert tensor.dtype == loaded[name].dtype and torch.equal(tensor, loaded[name]), name
+    json.dumps(model_record(again))
+    result, other = (segmenter(IMAGES / "dog.jpg", LABELS["dog"]) for segmenter in (int8_segmenter, again))
+    np.testing.assert_array_equal(result.label_map, other.label_map)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("dinov2", Int8Linear), ("efficientnet_lite", Float16Conv2d)])
+def test_backbones(name, kind, tmp_path):
+    model = tiny_backbone_model(name)
+    int8 = quantised(model, tmp_path)
+    assert any(isinstance(module, kind) for module in int8.vision_model.embeddings.modules())
+    pixels = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        expected, got = (one.get_image_features(pixels).pooler_output for one in (model, int8))
+    assert torch.nn.functional.cosine_similarity(expected, got).min() > 0.98
+
+
+def test_modules_that_are_named_stay_as_they_are(tmp_path):
+    int8 = quantised(tiny_model(), tmp_path, modules_to_not_convert=["text_model", "vision_model.encoder"])
+    plain = [name for name, module in int8.named_modules() if type(module) is torch.nn.Linear]
+    assert plain and all(name.startswith(("text_model.", "vision_model.encoder.")) for name in plain)
+
+
+def test_rounding_is_within_half_a_step_and_keeps_rows_of_zeros():
+    weight = torch.randn(5, 7)
+    weight[2] = 0
+    values, scale = rounded(weight)
+    assert values.dtype == torch.int8 and values.abs().amax(1).tolist() == [127, 127, 0, 127, 127]
+    assert ((values * scale[:, None] - weight).abs() <= scale[:, None] * 0.5001).all()
+
+
+def test_training_is_refused(tmp_path):
+    int8 = quantised(tiny_model(), tmp_path)
+    assert not int8.training and not int8.hf_quantizer.is_trainable
+    with pytest.raises(ValueError, match=r"in int8.*cannot be trained.*float32"):
+        int8.train()(input_ids=tiny_texts(2), pixel_values=torch.randn(2, 3, 16, 16), return_loss=True)
+
+
+def test_other_devices_are_refused(tiny_folder):
+    with pytest.raises(ValueError, match=r"device_map.*expected the CPU"):
+        PGSegModel.from_pretrained(tiny_folder, device_map="meta", quantization_config=PGSegInt8Config())
+    with pytest.raises(ValueError, match=r"device is 'meta', expected 'cpu'"):
+        load_segmenter(tiny_folder, device="meta", dtype="int8")
+
+
+def test_the_command_line_takes_int8(tmp_path, int8_segmenter):
+    mask = tmp_path / "mask.png"
+    options = ["--dtype", "int8", "--output", str(tmp_path / "overlay.png"), "--mask", str(mask)]
+    assert main(["segment", str(IMAGES / "dog.jpg"), "--labels", ",".join(LABELS["dog"]), *options]) == 0
+    assert mask.is_file()
+
+
+def test_onnx_refuses_what_is_int8_already(int8_segmenter, tmp_path):
+    with pytest.raises(ValueError, match=r"in int8, expected float32"):
+        export_onnx(int8_segmenter.model, tmp_path / "onnx", dtype="int8")
