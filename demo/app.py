@@ -45,6 +45,7 @@ CSS = """
   pointer-events: none; font-family: sans-serif; }
 #results .image-container { touch-action: manipulation; }
 #results img.mask:not(.inactive) { opacity: var(--mask-opacity, 0.6); }
+#examples .gallery { flex-wrap: nowrap; overflow-x: auto; }
 #examples .gallery-item img { height: 64px; width: 84px; object-fit: cover; }
 #prototypes .grid-wrap { max-height: none; height: auto; }
 #prototypes .grid-container { grid-template-columns: repeat(auto-fit, minmax(280px, 1fr)) !important; }
@@ -186,7 +187,7 @@ def _what_is_found(catalogue: Catalogue, settings: Settings) -> Parts:
         masks = gr.AnnotatedImage(label="Masks", show_label=False, height=440, elem_id="masks")
         with gr.Row():
             view = gr.Radio(["Masks", "Image"], value="Masks", label="Show", min_width=120, scale=1)
-            opacity = gr.Slider(0, 1, 0.6, step=0.05, label="Opacity of the masks", min_width=160, scale=2)
+            opacity = gr.Slider(0, 1, 0.6, step=0.05, label="Opacity", min_width=160, scale=2)
         js = "(view, opacity) => document.body.style.setProperty('--mask-opacity', view === 'Image' ? 0 : opacity)"
         for control in (view, opacity):
             control.change(None, [view, opacity], js=js)
