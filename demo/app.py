@@ -249,10 +249,12 @@ def _connect(handlers: Handlers, parts: Parts, app: gr.Blocks) -> None:
     inputs, outputs = [*asked, *parts["other"], number, *states], [*found, words, *states]
     show_results = f"(...values) => {{ showResults(); return values.slice(0, {len(inputs)}); }}"
     app.load(show_masks, inputs, outputs, show_progress="hidden", **shared)
-    gr.on([button.click, words.submit], show_masks, inputs, outputs, js=show_results, **shared)
+    # Not on the labels, which one corrects where they were refused.
+    asking = {"js": show_results, "show_progress_on": found, **shared}
+    gr.on([button.click, words.submit], show_masks, inputs, outputs, **asking)
     nothing = gr.State("")
     without_words = [nothing if each is words else each for each in inputs]
-    no_words.click(show_masks, without_words, outputs, js=show_results, **shared)
+    no_words.click(show_masks, without_words, outputs, **asking)
     chosen = examples.click(
         lambda index: (str(EXAMPLES / list(EXAMPLE_LABELS)[index]), list(EXAMPLE_LABELS.values())[index]),
         examples,
@@ -260,12 +262,12 @@ def _connect(handlers: Handlers, parts: Parts, app: gr.Blocks) -> None:
         api_visibility="private",
         queue=False,
     )
-    chosen.then(show_masks, inputs, outputs, js=show_results, **shared)
+    chosen.then(show_masks, inputs, outputs, **asking)
     background.change(
         lambda on: gr.Slider(interactive=on), background, threshold, api_visibility="private", queue=False
     )
     # Only once there is something to change.
-    again = {"trigger_mode": "always_last", "show_progress": "minimal", **shared}
+    again = {"trigger_mode": "always_last", "show_progress": "minimal", "show_progress_on": found, **shared}
     moved = _if_segmented(show_masks, len(outputs))
     threshold.release(moved, inputs, outputs, **again)
     background.input(moved, inputs, outputs, **again)
