@@ -338,6 +338,7 @@ def launch(settings: Settings, **options: Any) -> Any:
         js=PAGE_SCRIPT,
         mcp_server=settings.mcp,
         max_file_size=settings.max_file_size,
+        allowed_paths=[str(EXAMPLES)],
         share=False,
         ssr_mode=False,
         footer_links=["api", "settings"],

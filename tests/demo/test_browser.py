@@ -24,7 +24,7 @@ if MISSING:
     pytest.skip(f"needs {MISSING}", allow_module_level=True)
 
 SIZES = {"phone": (390, 844), "desktop": (1280, 900)}
-PATIENCE_MS = 15_000
+PATIENCE_MS = 60_000
 # No updates and no telemetry: where there is no network they would wait for it, and some machines refuse the rest
 # of the browser's connections with them.
 FLAGS = [
