@@ -115,6 +115,23 @@ def export_onnx(
 
 
 def _quantize_onnx(path: Path) -> None:
+    import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
+    # The quantiser turns a weight for each product that it stands in, and those of the heads stand in two.
+    model = onnx.load(path)
+    weights = {weight.name: weight for weight in model.graph.initializer}
+    turned = set()
+    for node in model.graph.node:
+        turns = [attribute for attribute in node.attribute if attribute.name == "transB" and attribute.i]
+        if node.op_type != "Gemm" or not turns or node.input[1] not in weights:
+            continue
+        turns[0].i = 0
+        if node.input[1] not in turned:
+            turned.add(node.input[1])
+            weight = weights[node.input[1]]
+            values = onnx.numpy_helper.to_array(weight).T.copy()
+            weight.CopyFrom(onnx.numpy_helper.from_array(values, weight.name))
+    model.graph.ClearField("value_info")  # the shapes of the weights as they were
+    onnx.save(model, path)
     quantize_dynamic(path, path, ["MatMul", "Gemm", "Gather"], per_channel=True, weight_type=QuantType.QInt8)

@@ -185,7 +185,10 @@ def test_fine_tuning_a_model_of_mixture_pooling_with_another_loss_compares_with_
 
 
 def test_masks_of_255_are_told(tmp_path, caplog):
-    rows = [{"file_name": f"{number}.png", "mask_file_name": f"{number}-mask.png"} for number in range(2)]
+    rows = [
+        {"file_name": f"{number}.png", "mask_file_name": f"{number}-mask.png", "tags": "sky"}
+        for number in range(2)
+    ]
     folder = write_folder(tmp_path / "data", rows)
     for row in rows:
         values = np.zeros((8, 8), dtype=np.uint8)
