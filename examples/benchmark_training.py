@@ -28,7 +28,7 @@ CHUNK = 32
 
 
 def speed(options: list[str]) -> None:
-    from train_pgseg import Run
+    from pgseg_hf.training.run import Run
 
     with tempfile.TemporaryDirectory() as folder:
         run = Run(parse_arguments([*options, "--output_dir", folder]))

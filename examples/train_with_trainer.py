@@ -1,7 +1,9 @@
 """Train PGSeg with transformers' own `Trainer`, from a folder of pictures with captions or tags.
 
     python examples/train_with_trainer.py photos checkpoint
+    python examples/train_with_trainer.py photos adapter --lora
 
+The second writes an adapter of peft, which `PeftModel.from_pretrained(model, "adapter")` loads.
 For global contrast over processes, gradient caching, streaming data and exact resumption in it see `train_pgseg.py`.
 """
 
@@ -22,15 +24,26 @@ LOSS = "multi_positive"
 
 
 def train(
-    data: str, output: str, steps: int = 100, batch_size: int = 32, start: str = DEFAULT_CHECKPOINT
+    data: str,
+    output: str,
+    steps: int = 100,
+    batch_size: int = 32,
+    start: str = DEFAULT_CHECKPOINT,
+    lora: bool = False,
 ) -> Trainer:
-    """Fine-tunes the checkpoint `start` on the folder `data`, and writes a `from_pretrained` folder."""
+    """Fine-tunes the checkpoint `start` on the folder `data`, and writes a `from_pretrained` folder; with `lora` only
+    matrices of rank 8 beside all linear layers, and only these are written."""
     pooling = "patches" if PGSegConfig.from_pretrained(start).contrastive_pooling == "patches" else "groups"
     model = PGSegModel.from_pretrained(
         start, dtype="float32", contrastive_loss=LOSS, contrastive_pooling=pooling
     )
+    side = model.config.vision_config.image_size
+    if lora:
+        from peft import LoraConfig, get_peft_model
+
+        model = get_peft_model(model, LoraConfig(r=8, target_modules="all-linear"))
     processor = PGSegProcessor.from_pretrained(start)
-    augmentation = AugmentationOptions(image_size=model.config.vision_config.image_size)
+    augmentation = AugmentationOptions(image_size=side)
     dataset = RecordDataset(open_source(SourceSpec(path=data)), Preparation(augmentation))
     most = len(dataset) // int(os.environ.get("WORLD_SIZE", "1"))
     if most < 2:
@@ -41,7 +54,7 @@ def train(
             output_dir=output,
             max_steps=steps,
             per_device_train_batch_size=min(batch_size, most),
-            learning_rate=5e-5,
+            learning_rate=1e-3 if lora else 5e-5,
             warmup_steps=max(1, steps // 10),
             lr_scheduler_type="cosine",
             weight_decay=0.05,
@@ -62,6 +75,7 @@ def train(
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3:
+    places = [argument for argument in sys.argv[1:] if argument != "--lora"]
+    if len(places) != 2:
         sys.exit(__doc__)
-    train(*sys.argv[1:])
+    train(*places, lora="--lora" in sys.argv)

@@ -43,13 +43,15 @@ def test_the_package_imports_neither_torch_nor_transformers():
     [
         ["--help"],
         ["--version"],
-        *([name, "--help"] for name in ("segment", "convert", "evaluate", "prepare")),
+        *([name, "--help"] for name in ("segment", "train", "convert", "evaluate", "prepare")),
         ["segment", "a.jpg", "--lables", "cat"],
         ["segment", "a.jpg", "--labels", "cat,cat"],
         ["segment", "a.jpg", "--labels", "cat", "--background-threshold", "7"],
         ["segment", "absent.jpg", "--labels", "cat"],
         ["segment", ".", "--labels", "cat", "--model", "/no/such/folder"],
         ["convert", "absent.pth", "out"],
+        ["train", "absent", "--output", "out"],
+        ["train", ".", "--output", "out", "--labels-from", "absent.csv"],
         ["evaluate", "--benchmark", "voc", "--data", "absent"],
         ["evaluate", "--benchmark", "folder", "--data", ".", "--templates", "full"],
         ["prepare", "lvis", "absent"],
@@ -73,7 +75,7 @@ def test_segmenting_imports_little_beside_transformers(tiny_folder, tmp_path):
     extras = {"datasets", "evaluate", "gradio", "matplotlib", "pandas", "pyarrow", "spacy", "onnx"}
     assert not used & {*extras, "transformers.trainer"}
     apart = {name for name in used if name.startswith(("pgseg_hf.training", "pgseg_hf.evaluation."))}
-    assert apart == {"pgseg_hf.evaluation.arguments"}
+    assert apart == {"pgseg_hf.evaluation.arguments", "pgseg_hf.training", "pgseg_hf.training.options"}
     own_needs = modules_after("import torch, transformers.models.clip.modeling_clip, PIL.Image, tokenizers")
     others = {name for name in used - own_needs if not name.startswith("pgseg_hf")}
     assert len(others) < 150, sorted(others)

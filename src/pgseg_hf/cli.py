@@ -1,4 +1,4 @@
-"""The command line: `pgseg segment`, `convert`, `evaluate` and `prepare`.
+"""The command line: `pgseg segment`, `train`, `convert`, `evaluate` and `prepare`.
 
 What the commands do is in `commands`, which imports torch: help, and errors in what was asked for, do not wait for it.
 """
@@ -20,6 +20,7 @@ from .evaluation.arguments import (
 from .files import image_format, refuse_missing_folder
 from .options import SegmentationOptions, check_one_background
 from .prompts import validate_labels, validate_templates
+from .training.options import add_train_arguments, check_train_arguments
 
 DTYPES = ("float32", "bfloat16", "float16", "int8")
 
@@ -47,6 +48,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"pgseg_hf {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_segment(commands)
+    training = commands.add_parser("train", help="fine-tune a checkpoint on a folder of labelled photos")
+    training.set_defaults(check=check_train_arguments)
+    add_train_arguments(training)
     _add_convert(commands)
     evaluating = commands.add_parser(
         "evaluate", help="measure a checkpoint on a benchmark, or on your own masks"

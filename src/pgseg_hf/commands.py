@@ -3,6 +3,7 @@
 import argparse
 import sys
 import time
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,13 @@ OPTIONAL = ("accelerate", "datasets", "evaluate", "fsspec", "pyarrow", "yaml")
 
 def run(args: argparse.Namespace) -> int:
     logging.set_verbosity_warning()
-    return {"segment": segment, "convert": convert, "evaluate": evaluate, "prepare": prepare}[args.command](
-        args
-    )
+    return {
+        "segment": segment,
+        "train": train,
+        "convert": convert,
+        "evaluate": evaluate,
+        "prepare": prepare,
+    }[args.command](args)
 
 
 def segment(args: argparse.Namespace) -> int:
@@ -73,6 +78,22 @@ def _segment_folder(args: argparse.Namespace, segmenter: Segmenter) -> int:
     return 1 if summary.broken else 0
 
 
+def train(args: argparse.Namespace) -> int:
+    report = _needing_extra("training.fine_tuning").fine_tune(args)
+    for name in ("before", "after"):
+        figures = ", ".join(
+            f"{figure.replace('_', ' ')} {value:.3f}"
+            for figure, value in report[name].items()
+            if value is not None
+        )
+        print(f"{name}: {figures}")
+    for sentence in report["advice"]:
+        print(f"- {sentence}")
+    done = "was done before (--overwrite trains anew)" if report["done_before"] else "is done"
+    print(f"{args.output} {done}; its report: {args.output / 'report.md'}")
+    return 0
+
+
 def convert(args: argparse.Namespace) -> int:
     start = time.monotonic()
     overrides = read_overrides(args.config) if args.config is not None else None
@@ -101,7 +122,7 @@ def convert(args: argparse.Namespace) -> int:
 
 
 def evaluate(args: argparse.Namespace) -> int:
-    content = _command_module().evaluate(args)
+    content = _needing_extra("evaluation.command").evaluate(args)
     if "markdown" in content:
         print(content["markdown"].split("## IoU of each label")[0].strip())
         for name, reason in content["broken"].items():
@@ -113,19 +134,18 @@ def evaluate(args: argparse.Namespace) -> int:
 
 
 def prepare(args: argparse.Namespace) -> int:
-    summary = _command_module().prepare(args)
+    summary = _needing_extra("evaluation.command").prepare(args)
     print(
         f"{summary.written} masks written, {summary.skipped} were there, in {summary.seconds:.1f} s -> {args.folder}"
     )
     return 0
 
 
-def _command_module() -> Any:
-    """What the optional dependencies are for."""
+def _needing_extra(module: str) -> Any:
+    """A module of this package that the optional dependencies are for."""
     try:
-        from .evaluation import command
+        return import_module(f".{module}", __package__)
     except ImportError as error:
         if (error.name or "").partition(".")[0] not in OPTIONAL:
             raise
         raise ValueError(f"{error.name} is not installed, expected pip install 'pgseg-hf[train]'.") from error
-    return command

@@ -491,7 +491,7 @@ def one_of_two_processes(rank, folder):
     assert os.listdir(output) == []
     run.accelerator.free_memory()
     resumed.accelerator.free_memory()
-    del run, resumed  # DDP must not be the last to hold the group, see `drop_wrapped_model` of train_pgseg.py
+    del run, resumed  # DDP must not be the last to hold the group, see `Run.drop_wrapped_model`
     dist.destroy_process_group()
 
 

@@ -54,7 +54,9 @@ def test_another_record_stands_in_for_a_broken_one():
         RecordDataset(Records(), fail)[0]
 
 
-def test_the_trainer_example(tmp_path):
+@pytest.fixture
+def trainer_example(tmp_path):
+    """The example's function, and a folder to train on."""
     photos = tmp_path / "photos"
     photos.mkdir()
     rows = []
@@ -66,7 +68,12 @@ def test_the_trainer_example(tmp_path):
     spec = importlib.util.spec_from_file_location("train_with_trainer", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    trainer = module.train(str(photos), str(tmp_path / "out"), steps=10, batch_size=6)
+    return module.train, str(photos)
+
+
+def test_the_trainer_example(tmp_path, trainer_example):
+    train, photos = trainer_example
+    trainer = train(photos, str(tmp_path / "out"), steps=10, batch_size=6)
     logged = [line["loss"] for line in trainer.state.log_history if "loss" in line]
     assert len(logged) == 1
     assert 0 < logged[0] < 20
@@ -77,3 +84,24 @@ def test_the_trainer_example(tmp_path):
         before.vision_model.encoder.stages[0].npr.prototypes,
         after.vision_model.encoder.stages[0].npr.prototypes,
     )
+
+
+def test_the_trainer_example_writes_an_adapter(tmp_path, trainer_example):
+    peft = pytest.importorskip("peft")
+    train, photos = trainer_example
+    train(photos, str(tmp_path / "adapter"), steps=3, batch_size=6, lora=True)
+    segmenter = load_segmenter()
+
+    def segments():
+        return next(segmenter.encode([make_photo(64, 48)])).windows[0].segments
+
+    before = segments()
+    segmenter.model = peft.PeftModel.from_pretrained(segmenter.model, tmp_path / "adapter")
+    after = segments()
+    assert (after - before).abs().max() > 1e-3
+    with segmenter.model.disable_adapter():
+        torch.testing.assert_close(segments(), before, rtol=1e-3, atol=1e-4)
+    segmenter.model = segmenter.model.merge_and_unload()
+    torch.testing.assert_close(segments(), after, rtol=1e-3, atol=1e-4)
+    assert segmenter(make_photo(64, 48), ["road", "tree"]).label_map.shape == (48, 64)
+    assert not (tmp_path / "adapter" / "model.safetensors").exists()

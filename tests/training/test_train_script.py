@@ -29,6 +29,7 @@ from tiny_models import TINY_FIELDS, make_photo
 
 from pgseg_hf import load_segmenter
 from pgseg_hf.evaluation import MaskFolder, evaluate_masks
+from pgseg_hf.training import run as run_module
 from pgseg_hf.training.arguments import ModelArguments, parse_arguments
 from pgseg_hf.training.building import build_model, build_processor, build_stream, process_group_settings
 from pgseg_hf.training.reporting import read_log
@@ -321,7 +322,7 @@ def test_a_mistake_is_one_line(tmp_path, photo_folder, monkeypatch, capsys):
     AcceleratorState._reset_state(reset_partial_state=True)
     monkeypatch.setattr(sys, "argv", ["train_pgseg.py", *options])
     monkeypatch.setattr(
-        script, "build_model", lambda _: build_model(ModelArguments(model_config=TINY_FIELDS))
+        run_module, "build_model", lambda _: build_model(ModelArguments(model_config=TINY_FIELDS))
     )
     assert script.main() == 2
     error = capsys.readouterr().err

@@ -132,7 +132,7 @@ def find_metadata(folder: Path) -> Path | None:
 
 
 def read_metadata(file: Path) -> Rows:
-    """The rows of a file in one of the formats of `METADATA_FILES`.
+    """The rows of a file in one of the formats of `METADATA_FILES`, or of a list in JSON.
 
     Raises:
         ValueError: it cannot be read, or has no rows.
@@ -143,7 +143,7 @@ def read_metadata(file: Path) -> Rows:
     try:
         if file.stat().st_size == 0:
             raise OSError("it is empty")
-        if file.suffix == ".jsonl":
+        if file.suffix in (".jsonl", ".json"):
             rows = JsonRows(file)
         elif file.suffix == ".parquet":
             rows = ArrowRows(pyarrow.parquet.read_table(file), file)

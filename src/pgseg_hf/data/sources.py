@@ -66,6 +66,7 @@ class SourceSpec:
         caption_column: a string or a list of strings; in shards an ending or a key of the `.json`.
         tags_column: a list of strings, a string split at commas, semicolons and `|`, or class labels.
         mask_column: label maps.
+        metadata: of a folder, its metadata file where that is not in it.
 
     Raises:
         ValueError: an unknown kind, no path, or a weight that is not positive.
@@ -81,6 +82,7 @@ class SourceSpec:
     caption_column: str | None = None
     tags_column: str | None = None
     mask_column: str | None = None
+    metadata: str | None = None
 
     def __post_init__(self) -> None:
         self.path = os.fspath(self.path)
@@ -104,12 +106,12 @@ def open_source(spec: SourceSpec) -> Source:
     Raises:
         ValueError: naming the source, where it does not exist, has no such columns, or gives nothing to train on.
     """
-    kind = _kind_of(spec.path) if spec.kind == "auto" else spec.kind
+    kind = ("folder" if spec.metadata else _kind_of(spec.path)) if spec.kind == "auto" else spec.kind
     if kind == "synthetic":
         return SceneSource(SceneOptions.parse(spec.path.partition(":")[2]))
     source: Source
     if kind == "folder":
-        source = open_folder(spec.path, spec.columns)
+        source = open_folder(spec.path, spec.columns, spec.metadata)
     elif kind == "webdataset":
         source = TarSource(spec.path, spec.columns)
     else:

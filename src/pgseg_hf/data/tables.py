@@ -209,15 +209,15 @@ class StreamedTable:
             return error
 
 
-def open_folder(path: str, columns: Columns) -> TableSource:
-    """A folder with `metadata.jsonl`, `metadata.csv` or `metadata.parquet`; file names are relative to the folder. The
-    metadata are held in memory, and nothing is written anywhere.
+def open_folder(path: str, columns: Columns, metadata: str | None = None) -> TableSource:
+    """A folder with `metadata.jsonl`, `metadata.csv` or `metadata.parquet`, or with the file `metadata` instead; file
+    names are relative to the folder. The metadata are held in memory, and nothing is written anywhere.
 
     Raises:
         ValueError: no such folder or metadata file, metadata that cannot be read, or missing columns.
     """
     folder = Path(path).expanduser()
-    file = find_metadata(folder)
+    file = find_metadata(folder) if metadata is None else Path(metadata)
     if file is None:
         state = "has no metadata file" if folder.is_dir() else "is no folder"
         raise ValueError(f"{path} {state}; expected a folder with {', '.join(METADATA_FILES)}.")

@@ -38,7 +38,7 @@ logger = logging.get_logger(__name__)
 PROGRESS_NAME = "progress.json"
 AVERAGE_NAME = "ema.safetensors"
 # What a run leaves in its folder, with checkpoints or without.
-_RUN_FILES = ("all_results.json", "log.jsonl")
+RUN_FILES = ("all_results.json", "log.jsonl")
 _RUN_FOLDERS = ("best", "pictures")
 _NAME = re.compile(r"checkpoint-(\d{8,})")
 _PARTIAL, _REMOVED, _DAMAGED = ".partial-", ".removed-", "damaged-"
@@ -183,7 +183,7 @@ def resolve_resume(output_dir: str | os.PathLike, argument: str | None) -> Path 
                 f"{output_dir} holds checkpoints, the last is {latest.name}; pass --resume_from_checkpoint latest to "
                 "go on, or --overwrite_output_dir to delete them."
             )
-        left = [name for name in _RUN_FILES if (output_dir / name).exists()]
+        left = [name for name in RUN_FILES if (output_dir / name).exists()]
         if left:
             raise ValueError(
                 f"{output_dir} holds another run's {left[0]}; choose another output folder, or pass "
@@ -191,7 +191,7 @@ def resolve_resume(output_dir: str | os.PathLike, argument: str | None) -> Path 
             )
         return None
     if argument == "latest":
-        if latest is None and (output_dir / _RUN_FILES[0]).exists():
+        if latest is None and (output_dir / RUN_FILES[0]).exists():
             raise ValueError(
                 f"{output_dir} holds a run that has ended, without checkpoints; choose another output folder, or pass "
                 "--overwrite_output_dir."
@@ -256,7 +256,7 @@ def prepare_output_dir(
                 _delete(damaged)
             for name in _RUN_FOLDERS:
                 shutil.rmtree(output_dir / name, ignore_errors=True)
-            for name in _RUN_FILES:
+            for name in RUN_FILES:
                 (output_dir / name).unlink(missing_ok=True)
     accelerator.wait_for_everyone()
     return path

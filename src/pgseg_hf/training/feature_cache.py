@@ -81,10 +81,18 @@ class CachedSource:
         # A mapped file would be copied into a worker process whole.
         return {**self.__dict__, "_arrays": None}
 
-    def __getitem__(self, index: int) -> Record:
+    def _files(self) -> dict[str, np.ndarray]:
         if self._arrays is None:
             self._arrays = _map(self.folder, self.namer is not None, "r")
-        features, tags, states = (self._arrays[name] for name in ("features", "tags", "states"))
+        return self._arrays
+
+    def unusable(self) -> list[int]:
+        """Records of whose image no view could be computed."""
+        return np.flatnonzero((self._files()["states"] != DONE).all(axis=1)).tolist()
+
+    def __getitem__(self, index: int) -> Record:
+        arrays = self._files()
+        features, tags, states = (arrays[name] for name in ("features", "tags", "states"))
         views = np.flatnonzero(states[index] == DONE)
         if not len(views):
             raise UnusableRecord("not cached", f"record {index} of {self.name} has no usable view.")
@@ -92,7 +100,7 @@ class CachedSource:
         own = [json.loads(bytes(tags[index, view])) if tags[index, view] else None for view in views]
         named = None
         if self.namer is not None:
-            names, shares = (self._arrays[name] for name in _CELLS)
+            names, shares = (arrays[name] for name in _CELLS)
             named = [
                 self.namer.names_of_cells(
                     names[index, view], shares[index, view], record.tags if tags is None else tags

@@ -173,6 +173,11 @@ class TrainingStream:
             yield batch
 
     @property
+    def sources(self) -> Sequence[Source]:
+        """Where the records come from."""
+        return self._recipe.sources
+
+    @property
     def epoch(self) -> float:
         """Passes over the sources, averaged by their shares; of a streaming source only whole passes are known."""
         recipe = self._recipe

@@ -1,0 +1,211 @@
+"""What `pgseg train` does: a checkpoint fine-tuned on a folder of labelled photos, with settings that fit their number,
+and measured before and after on photos that were held out."""
+
+import argparse
+import hashlib
+import json
+import math
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..configuration_pgseg import PGSegConfig
+from ..data.photos import LabelledPhotos, Photo, read_photos
+from ..files import write_json, write_text
+from ..run_records import differences, read_record
+from ..text_files import read_json
+from .arguments import Arguments, DataArguments, ModelArguments, RunArguments
+from .checkpoints import RUN_FILES
+from .feature_cache import CachedSource
+from .fine_tuning_report import JSON_NAME, PICTURES_NAME, REPORT_NAME, write_report
+from .options import RECORD_NAME, features_folder
+from .run import Run
+
+LEAST_PHOTOS = 8
+MOST_HELD_OUT = 500
+LARGEST_BATCH = 48
+LEARNING_RATE = 3e-4
+_SPLIT = "split"
+
+
+def fine_tune(args: argparse.Namespace) -> dict[str, Any]:
+    """Trains, or goes on with training, and writes the model and its report into the output folder.
+
+    Args:
+        args: of `pgseg train`, checked.
+
+    Returns:
+        The content of `report.json`, and `done_before`: whether an earlier call had written it.
+
+    Raises:
+        ValueError: photos or labels that cannot be trained on, or an output folder with another model.
+    """
+    output = args.output
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device is cuda, and torch finds no GPU; leave it out for the CPU.")
+    photos = read_photos(args.photos, args.labels_from, leave_out=output)
+    _refuse_too_few(photos)
+    config = PGSegConfig.from_pretrained(args.model)
+    record = _record(args, photos)
+    if _is_known(record, output, args.overwrite):
+        _clean_up(output)
+        return read_json(output / JSON_NAME) | {"done_before": True}
+    train, held_out = split_photos(photos.photos, args.held_out, args.seed)
+    resume = "latest" if (output / RECORD_NAME).is_file() else None
+    write_json(record, output / RECORD_NAME)
+    for name, part in (("train", train), ("held-out", held_out)):
+        rows = (json.dumps(photo.to_row(), ensure_ascii=False) for photo in part)
+        write_text("".join(f"{row}\n" for row in rows), output / _SPLIT / f"{name}.jsonl")
+    labels = list(photos.count_labels())
+    write_json({"names": {label: [] for label in labels}}, output / _SPLIT / "labels.json")
+    run = Run(choose_arguments(args, config, len(train), bool(labels), resume))
+    if run.processor.vocabulary is not None:
+        run.processor.vocabulary = list(dict.fromkeys([*run.processor.vocabulary, *labels]))
+    results = run.train()
+    caches = [source for source in run.stream.sources if isinstance(source, CachedSource)]
+    broken = [train[index].file_name for source in caches for index in source.unusable()]
+    if broken:
+        photos.left_out["broken image"] = broken
+    report = write_report(args, photos, train, held_out, results)
+    _clean_up(output)
+    return report | {"done_before": False}
+
+
+def _refuse_too_few(photos: LabelledPhotos) -> None:
+    count, labels = len(photos.photos), photos.count_labels()
+    if count < LEAST_PHOTOS:
+        raise ValueError(
+            f"{photos.folder} has {count} photos with a label (from {photos.source}), expected {LEAST_PHOTOS} at "
+            "least, better 20 or more for each label."
+        )
+    if len(labels) == 1 and not any(photo.captions for photo in photos.photos):
+        raise ValueError(
+            f"{photos.folder}: all {count} photos have the one label {next(iter(labels))!r} (from {photos.source}), "
+            "expected two or more: a label is learned by what sets it apart."
+        )
+
+
+def split_photos(photos: list[Photo], share: float, seed: int) -> tuple[list[Photo], list[Photo]]:
+    """Photos to train on, and photos held out: a share of the photos of each label, rare labels first. A label of a
+    single photo is trained on."""
+    order = np.random.default_rng(seed).permutation(len(photos)).tolist()
+    most = max(1, min(round(share * len(photos)), MOST_HELD_OUT))
+    wanted = most / len(photos)
+    of_label: dict[str, list[int]] = {}
+    for index in order:
+        for label in photos[index].labels:
+            of_label.setdefault(label, []).append(index)
+    left = Counter({label: len(indices) for label, indices in of_label.items()})
+    held: dict[int, None] = {}
+
+    def hold(indices: list[int], count: int) -> None:
+        count -= sum(index in held for index in indices)
+        for index in indices:
+            own = photos[index].labels
+            if count <= 0 or len(held) >= most:
+                return
+            if index not in held and all(left[label] > 1 for label in own):
+                held[index] = None
+                left.subtract(own)
+                count -= 1
+
+    for indices in sorted(of_label.values(), key=len):
+        hold(indices, max(1, round(wanted * len(indices))))
+    hold(order, most)
+    train = [photo for index, photo in enumerate(photos) if index not in held]
+    return train, [photos[index] for index in sorted(held)]
+
+
+def choose_arguments(
+    args: argparse.Namespace, config: PGSegConfig, count: int, has_labels: bool, resume: str | None
+) -> Arguments:
+    """Settings for a number of photos, on the features of a frozen backbone where the checkpoint has one."""
+    batch = max(2, min(LARGEST_BATCH, count // 3))
+    steps = args.steps or max(60, min(1500, math.ceil(15 * count / batch)))
+    by_share = config.contrastive_pooling in ("patches", "mixture")
+    frozen = config.vision_config.backbone_config is not None and config.vision_config.freeze_backbone
+    cached = {
+        "cache_features": str(features_folder(args.output)),
+        "cache_views": max(1, min(8, 2000 // count)),
+        "cache_patch_stride": 2,
+    }
+    split = args.output / _SPLIT
+    source = {"path": str(args.photos), "metadata": str(split / "train.jsonl"), "tags_column": "tags"}
+    return (
+        ModelArguments(
+            model_name_or_path=args.model,
+            contrastive_loss="sigmoid" if has_labels and by_share else "multi_positive",
+        ),
+        DataArguments(
+            sources=[source | {"caption_column": "captions"}],  # type: ignore[list-item]
+            synonyms=str(split / "labels.json") if has_labels else None,
+            min_scale=0.3,
+            num_workers=0 if frozen else 2,
+            **(cached if frozen else {}),  # type: ignore[arg-type]
+        ),
+        RunArguments(
+            output_dir=str(args.output),
+            resume_from_checkpoint=resume,
+            seed=args.seed,
+            batch_size=batch,
+            max_steps=steps,
+            learning_rate=LEARNING_RATE,
+            warmup_ratio=0.1,
+            max_grad_norm=1.0,
+            mixed_precision="no",
+            cpu=args.device == "cpu" or not torch.cuda.is_available(),
+            checkpoint_steps=max(10, steps // 8),
+            keep_checkpoints=1,
+        ),
+    )
+
+
+def _record(args: argparse.Namespace, photos: LabelledPhotos) -> dict[str, Any]:
+    """What a run depends on."""
+    digest = hashlib.sha256()
+    for photo in photos.photos:
+        state = (photos.folder / photo.file_name).stat()
+        digest.update(json.dumps([photo.to_row(), state.st_size, state.st_mtime_ns]).encode())
+    return {
+        "photos": str(args.photos.resolve()),
+        "number of photos": len(photos.photos),
+        "photos and labels": digest.hexdigest()[:16],
+        "model": str(Path(args.model).resolve()) if Path(args.model).is_dir() else args.model,
+        "masks": args.masks and str(args.masks.resolve()),
+        **{name: getattr(args, name) for name in ("steps", "held_out", "seed")},
+    }
+
+
+def _is_known(record: dict[str, Any], output: Path, overwrite: bool) -> bool:
+    """Whether the output folder has the result already. What is to be overwritten is made to be no run's any more.
+
+    Raises:
+        ValueError: it has another run.
+    """
+    known = read_record(output / RECORD_NAME)
+    is_finished = (output / JSON_NAME).is_file()
+    different = [] if known is None else differences(known, record)
+    if different and not overwrite:
+        raise ValueError(
+            f"{output} holds a run with {'; '.join(different)}. Choose another --output, or pass --overwrite."
+        )
+    if overwrite and (different or is_finished or known is None):
+        _clean_up(output)
+        shutil.rmtree(output / PICTURES_NAME, ignore_errors=True)
+        for name in (*RUN_FILES, JSON_NAME, REPORT_NAME, RECORD_NAME):
+            (output / name).unlink(missing_ok=True)
+        return False
+    return known is not None and is_finished
+
+
+def _clean_up(output: Path) -> None:
+    """Takes away what was only for going on."""
+    folder = features_folder(output)
+    for path in (*folder.glob("[0-9][0-9]-*"), *output.glob("checkpoint-*")):
+        shutil.rmtree(path)
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()

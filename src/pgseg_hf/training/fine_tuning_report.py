@@ -1,0 +1,339 @@
+"""The report of `pgseg train`: the checkpoint before and after on photos that were held out, and what would help."""
+
+import argparse
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from itertools import combinations
+from os.path import normpath
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers.utils import logging
+
+from ..checkpoint import load_segmenter
+from ..data.metadata import find_metadata
+from ..data.photos import LabelledPhotos, Photo
+from ..evaluation.mask_dataset import MaskDataset, MaskFolder
+from ..evaluation.masks import MaskOptions, evaluate_masks, without_nan
+from ..files import write_image, write_json, write_text
+from ..images import load_image
+from ..options import BACKGROUND
+from ..segmentation import Segmentation, SegmentationOptions, Segmenter
+from ..visualization import overlay, side_by_side
+
+logger = logging.get_logger(__name__)
+
+REPORT_NAME, JSON_NAME, PICTURES_NAME = "report.md", "report.json", "report"
+FEW_PHOTOS = 10
+"""Below so many photos to train on a label counts as one with too few."""
+NEARLY_ALL = 0.9
+# A pair of labels is told apart by chance with 0.5, without a mistake with 1.
+TOLD_APART = 0.6
+LEAST_TO_JUDGE = 3
+MOST_COMPARED = 60
+_PICTURES = 4
+_LABELS_OF_A_PICTURE = 20
+_SHOWN = 10
+
+
+def write_report(
+    args: argparse.Namespace,
+    photos: LabelledPhotos,
+    train: Sequence[Photo],
+    held_out: Sequence[Photo],
+    results: dict[str, Any],
+) -> dict[str, Any]:
+    """Measures both models and writes `report.md`, `report.json` and pictures; returns the content of the JSON."""
+    output, device = args.output, results["device"]
+    segmenters = {
+        "before": load_segmenter(args.model, device=device),
+        "after": load_segmenter(output, device=device),
+    }
+    labels = [label for label, _ in photos.count_labels().most_common()]
+    measured = [photo for photo in held_out if photo.labels or not labels]
+    texts = labels or list(dict.fromkeys(caption for photo in measured for caption in photo.captions))
+    scores: dict[str, np.ndarray] = {}
+    for name, segmenter in segmenters.items():
+        scores[name], measured = score_photos(segmenter, photos, measured, texts, bool(labels))
+    targets = np.array(
+        [[text in (photo.labels or photo.captions) for text in texts] for photo in measured], bool
+    ).reshape(len(measured), len(texts))
+    precisions = {name: average_precisions(of_model, targets) for name, of_model in scores.items()}
+    report: dict[str, Any] = {
+        "kind": "labels" if labels else "captions",
+        "photos": {"train": len(train), "held_out": len(measured)},
+        "by_chance": float(targets.mean(axis=0)[targets.any(axis=0)].mean()) if targets.any() else None,
+        "steps": results["steps"],
+        "seconds": round(results["train_runtime"], 1),
+    }
+    masks = find_masks(args, held_out)
+    for name, segmenter in segmenters.items():
+        report[name] = image_figures(scores[name], targets, precisions[name])
+        if masks is not None:
+            report[name] |= mask_figures(segmenter, masks)
+    if labels:
+        report["labels"] = _rows_of_labels(labels, train, measured, precisions)
+        report["never_told_apart"] = confused_labels(scores["after"], targets, texts)
+        report["always_together"] = labels_always_together(photos.photos)
+    report["left_out"] = photos.left_out
+    report["pictures"] = draw_pictures(segmenters, photos.folder, measured, labels, output)
+    report["advice"] = advice(report, len(photos.photos))
+    report = without_nan(report)
+    write_text(to_markdown(report, args), output / REPORT_NAME)
+    write_json(report, output / JSON_NAME)
+    return report
+
+
+@torch.inference_mode()
+def score_photos(
+    segmenter: Segmenter,
+    photos: LabelledPhotos,
+    measured: Sequence[Photo],
+    texts: Sequence[str],
+    are_labels: bool,
+) -> tuple[np.ndarray, list[Photo]]:
+    """`logits_per_image` of photos as segmentation sees them, [photos, texts], and the photos that could be read;
+    the others are added to those that are left out."""
+    model, processor = segmenter.model, segmenter.processor
+    if are_labels:
+        embeds = segmenter.class_embeddings(texts)
+    else:
+        encoded = processor(text=list(texts), return_tensors="pt").to(model.device)
+        embeds = model.get_text_features(encoded["input_ids"], encoded["attention_mask"]).pooler_output
+    rows, read = [], []
+    for photo in logging.tqdm(measured, desc="Measuring", unit="image"):
+        try:
+            image = load_image(photos.folder / photo.file_name)
+        except ValueError:
+            photos.left_out.setdefault("broken image", []).append(photo.file_name)
+            continue
+        pixels = processor.image_processor(images=image, return_tensors="pt")["pixel_values"]
+        features = model.get_image_features(pixels.to(model.device))
+        rows.append(model.get_logits(features, embeds)[0][0].float().cpu().numpy())
+        read.append(photo)
+    return np.array(rows).reshape(len(read), len(texts)), read
+
+
+def average_precisions(scores: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """Of each text, over the photos ordered by their score: the mean precision at the photos that have it, [texts]. NaN
+    for a text that all photos have or none."""
+    order = np.argsort(-scores, axis=0, kind="stable")
+    hits = np.take_along_axis(targets, order, axis=0)
+    precision = np.cumsum(hits, axis=0) / np.arange(1, len(hits) + 1)[:, None]
+    count = targets.sum(axis=0)
+    is_judged = (count > 0) & (count < len(targets))
+    return np.where(is_judged, (precision * hits).sum(axis=0) / np.maximum(count, 1), np.nan)
+
+
+def image_figures(scores: np.ndarray, targets: np.ndarray, precisions: np.ndarray) -> dict[str, float]:
+    """`mean_average_precision`, and `top1`: photos whose best text is one of theirs. NaN where there is nothing to
+    count."""
+    judged = precisions[np.isfinite(precisions)]
+    best = targets[np.arange(len(scores)), scores.argmax(axis=1)] if scores.size else np.zeros(0)
+    return {
+        "mean_average_precision": float(judged.mean()) if judged.size else float("nan"),
+        "top1": float(best.mean()) if best.size else float("nan"),
+    }
+
+
+def find_masks(args: argparse.Namespace, held_out: Sequence[Photo]) -> MaskDataset | None:
+    """The masks of `--masks`, or of the held-out photos where their folder has any."""
+    if args.masks is not None:
+        return MaskFolder(args.masks)
+    if find_metadata(args.photos) is None and not (args.photos / "masks").is_dir():
+        return None
+    try:
+        folder = MaskFolder(args.photos)
+    except ValueError as error:
+        if (args.photos / "masks").is_dir():
+            logger.warning(f"mIoU is left out: {error}")
+        return None
+    names = {normpath(args.photos / photo.file_name) for photo in held_out}
+    found = [each for each in folder.pictures if normpath(str(each.image)) in names]
+    return folder.only(found) if found else None
+
+
+def mask_figures(segmenter: Segmenter, masks: MaskDataset) -> dict[str, float]:
+    """`mean_iou` and `pixel_accuracy`; with a threshold of 0.5 where the masks have a background."""
+    options = SegmentationOptions(background_threshold=None if masks.background is None else 0.5)
+    found = evaluate_masks(segmenter, masks, MaskOptions(options, skip_broken=True)).to_dict()
+    return {name: found[name] for name in ("mean_iou", "pixel_accuracy")}
+
+
+def _rows_of_labels(
+    labels: Sequence[str],
+    train: Sequence[Photo],
+    measured: Sequence[Photo],
+    precisions: dict[str, np.ndarray],
+) -> dict[str, dict[str, Any]]:
+    counts = [Counter(label for photo in part for label in photo.labels) for part in (train, measured)]
+    return {
+        label: {
+            "train": counts[0][label],
+            "held_out": counts[1][label],
+            **{name: float(of_model[number]) for name, of_model in precisions.items()},
+        }
+        for number, label in enumerate(labels)
+    }
+
+
+def confused_labels(
+    scores: np.ndarray, targets: np.ndarray, labels: Sequence[str]
+) -> list[tuple[str, str, float]]:
+    """Pairs of labels that the scores tell apart no better than by chance, among photos that have one of the two, with
+    the share of pairs of such photos that are in the right order; the worst first."""
+    found = []
+    for one, other in combinations(range(min(len(labels), MOST_COMPARED)), 2):
+        ahead = scores[:, one] - scores[:, other]
+        with_one = ahead[targets[:, one] & ~targets[:, other]]
+        with_other = ahead[targets[:, other] & ~targets[:, one]]
+        if min(len(with_one), len(with_other)) >= LEAST_TO_JUDGE:
+            right = float((with_one[:, None] > with_other).mean())
+            if right < TOLD_APART:
+                found.append((labels[one], labels[other], right))
+    return sorted(found, key=lambda pair: pair[2])
+
+
+def labels_always_together(photos: Sequence[Photo]) -> list[list[str]]:
+    """Groups of labels that all photos have together or not at all."""
+    of_label: dict[str, list[str]] = {}
+    for photo in photos:
+        for label in photo.labels:
+            of_label.setdefault(label, []).append(photo.file_name)
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for label, names in of_label.items():
+        groups.setdefault(tuple(names), []).append(label)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def draw_pictures(
+    segmenters: dict[str, Segmenter],
+    folder: Path,
+    measured: Sequence[Photo],
+    labels: Sequence[str],
+    output: Path,
+) -> list[str]:
+    """Held-out photos beside their masks before and after, spread over all; returns the files, relative to `output`."""
+    names: list[str] = []
+    count = min(_PICTURES, len(measured))
+    most_common = labels[:_LABELS_OF_A_PICTURE]
+    for photo in [measured[number * len(measured) // count] for number in range(count)]:
+        # In one order, so that a label has one colour in all pictures.
+        words = [label for label in labels if label in photo.labels or label in most_common]
+        words = words or _known_words(photo, segmenters["before"])
+        if not words:
+            continue
+        image = load_image(folder / photo.file_name)
+        image.thumbnail((640, 640))
+        titles = [", ".join(photo.labels or photo.captions), *segmenters]
+        drawn = [image, *_masks(segmenters.values(), image, words)]
+        names.append(f"{PICTURES_NAME}/{len(names) + 1}.jpg")
+        write_image(side_by_side(drawn, titles), output / names[-1])
+    return names
+
+
+def _masks(segmenters: Any, image: Image.Image, words: Sequence[str]) -> Iterator[Image.Image]:
+    for segmenter in segmenters:
+        # Where the checkpoint knows other words, these show what is none of the labels.
+        has_others = segmenter.processor.vocabulary and BACKGROUND not in map(str.casefold, words)
+        result = segmenter(
+            image, words, SegmentationOptions(background_threshold=0.5 if has_others else None)
+        )
+        assert isinstance(result, Segmentation)
+        yield overlay(image, result.label_map, words, background=result.background)
+
+
+def _known_words(photo: Photo, segmenter: Segmenter) -> list[str]:
+    """Words of the checkpoint that stand in a photo's captions."""
+    text = f" {' '.join(photo.captions).casefold()} "
+    return [word for word in segmenter.processor.vocabulary or () if f" {word.casefold()} " in text]
+
+
+def advice(report: dict[str, Any], count: int) -> list[str]:
+    """Sentences on what the photos and labels would need for a better result."""
+    found = []
+    before, after = (report[name]["mean_average_precision"] for name in ("before", "after"))
+    if not after > before:
+        found.append(
+            "Training did not help by this measure: go on with the checkpoint that it started from, or mend what "
+            "follows."
+        )
+    rows = report.get("labels", {})
+    few = {label: row["train"] for label, row in rows.items() if row["train"] < FEW_PHOTOS}
+    if few:
+        named = _shown([f"{label} ({number})" for label, number in few.items()])
+        found.append(f"Labels with fewer than {FEW_PHOTOS} photos to learn from, which need more: {named}.")
+    if unmeasured := [label for label, row in rows.items() if not row["held_out"]]:
+        found.append(
+            f"Labels without a held-out photo, so that nothing is known of them: {_shown(unmeasured)}."
+        )
+    many = [label for label, row in rows.items() if row["train"] + row["held_out"] > NEARLY_ALL * count]
+    if many:
+        found.append(f"Labels on nearly every photo, which need photos without them: {_shown(many)}.")
+    if pairs := report.get("never_told_apart"):
+        named = _shown([f"{one} and {other}" for one, other, _ in pairs])
+        found.append(f"Labels that are not told apart, which need more photos with one of the two: {named}.")
+    if groups := report.get("always_together"):
+        named = _shown([" and ".join(group) for group in groups])
+        found.append(
+            f"Labels that no photo has without the other, so that no photo tells which is which: {named}."
+        )
+    for reason, names in report["left_out"].items():
+        found.append(f"Left out, {reason}: {len(names)} ({_shown(names, 3)}).")
+    if report["photos"]["held_out"] < 50:
+        found.append(
+            f"The figures are of {report['photos']['held_out']} held-out photos: with so few they say little."
+        )
+    return found
+
+
+def _shown(names: Sequence[str], most: int = _SHOWN) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def to_markdown(report: dict[str, Any], args: argparse.Namespace) -> str:
+    """The report for people."""
+    counts, kind = report["photos"], report["kind"]
+    lines = [
+        f"# {args.output.resolve().name}",
+        "",
+        f"Fine-tuned on {counts['train']:,} photos by their {kind}, {report['steps']} steps in "
+        f"{report['seconds'] / 60:.1f} minutes; measured on {counts['held_out']} held-out photos:",
+        "",
+        "| | before | after |",
+        "|---|---|---|",
+    ]
+    called = {
+        "mean_average_precision": f"mean average precision of the {kind} "
+        f"(by chance {_number(report['by_chance'])})",
+        "top1": f"photos whose best of all {kind} is right",
+        "mean_iou": "mIoU of the masks",
+        "pixel_accuracy": "pixels named right",
+    }
+    for name, words in called.items():
+        if name in report["after"]:
+            values = (_number(report[when][name]) for when in ("before", "after"))
+            lines.append(f"| {words} | {' | '.join(values)} |")
+    lines += ["", "Held-out photos; uncoloured is what fits words other than the labels better:", ""]
+    lines += [f"![]({name})\n" for name in report["pictures"]]
+    lines += [
+        "## What would make it better",
+        "",
+        *(f"- {each}" for each in report["advice"] or ["Nothing found."]),
+    ]
+    if rows := report.get("labels"):
+        lines += ["", "## Average precision of each label", ""]
+        lines += ["| label | photos to train on | held out | before | after |", "|---|---|---|---|---|"]
+        for label, row in rows.items():
+            name = label.replace("|", "\\|")
+            figures = f"{_number(row['before'])} | {_number(row['after'])}"
+            lines.append(f"| {name} | {row['train']} | {row['held_out']} | {figures} |")
+    return "\n".join(lines) + "\n"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None or value != value else f"{value:.3f}"

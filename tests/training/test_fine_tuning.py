@@ -1,0 +1,249 @@
+"""`pgseg train`, as users run it: to the end, killed and continued, with bad input; and the parts of its report."""
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from sklearn.metrics import average_precision_score
+from tiny_backbones import tiny_backbone_model
+from tiny_models import CLIP_TEXT
+
+from pgseg_hf import PGSegImageProcessorPil, PGSegProcessor, default_tokenizer, load_segmenter
+from pgseg_hf.cli import main
+from pgseg_hf.data.photos import Photo, read_photos
+from pgseg_hf.training.fine_tuning import split_photos
+from pgseg_hf.training.fine_tuning_report import average_precisions, confused_labels, labels_always_together
+
+COLOURS = {"rose": (200, 30, 40), "sea": (20, 60, 200), "meadow": (40, 180, 50)}
+PATIENCE = 900
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A tiny checkpoint of the shipped one's kind: patches of a frozen backbone, and a vocabulary."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    model = tiny_backbone_model(
+        text_config=CLIP_TEXT, contrastive_pooling="patches", contrastive_loss="sigmoid", freeze_text=True
+    )
+    model.save_pretrained(folder)
+    PGSegProcessor(
+        PGSegImageProcessorPil(size={"shortest_edge": 64, "longest_edge": 128}),
+        default_tokenizer(),
+        window_size=None,
+        patch_weight=0.5,
+        vocabulary=["cat", "sea"],
+    ).save_pretrained(folder)
+    return folder
+
+
+def make_photos(folder, count=24):
+    """Photos of two colours each, and their labels by name."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    names = list(COLOURS)
+    labels = {}
+    for index in range(count):
+        own = [names[index % 3], names[(index + 1 + index // 3 % 2) % 3]]
+        pixels = rng.integers(0, 30, (64, 72, 3))
+        pixels[:, :36] += COLOURS[own[0]]
+        pixels[:, 36:] += COLOURS[own[1]]
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / f"{index:02d}.png")
+        labels[f"{index:02d}.png"] = own
+    return labels
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """A folder and a table whose faults are those of real ones."""
+    labels = make_photos(tmp_path / "photos")
+    (tmp_path / "photos" / "07.png").write_bytes(b"no picture")
+    Image.new("RGB", (9, 9)).save(tmp_path / "photos" / "extra.png")
+    rows = [f"{name};{'Sea' if name == '01.png' else own[0]}, {own[1]}" for name, own in labels.items()]
+    (tmp_path / "tags.csv").write_text("file_name;labels\n" + "\n".join([*rows, "lost.png;sea", "lost.png;"]))
+    return tmp_path / "photos"
+
+
+def command(photos, checkpoint, *more):
+    output = photos.parent / "my-model"
+    table = photos.parent / "tags.csv"
+    start = ["train", photos, "--labels-from", table, "--output", output, "--model", checkpoint]
+    return [str(part) for part in [*start, "--device", "cpu", *more]]
+
+
+@pytest.mark.slow
+def test_from_a_folder_and_a_table_to_a_model_with_a_report(photos, checkpoint, capsys):
+    asked = command(photos, checkpoint, "--steps", "12")
+    done = subprocess.run([sys.executable, "-m", "pgseg_hf", *asked], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    output = photos.parent / "my-model"
+    report = json.loads((output / "report.json").read_text())
+    assert report["photos"]["train"] + report["photos"]["held_out"] >= 23
+    assert set(report["labels"]) == set(COLOURS)
+    for when in ("before", "after"):
+        assert 0 <= report[when]["mean_average_precision"] <= 1 and 0 <= report[when]["top1"] <= 1
+    left_out = report["left_out"]
+    assert [Path(name).name for name in left_out["broken image"]] == ["07.png"]
+    assert "lost.png" in left_out["no such file"][0] and "row 25" in left_out["no such file"][0]
+    assert left_out["no row in tags.csv"] == [str(photos / "extra.png")]
+    text = (output / "report.md").read_text()
+    assert "| before | after |" in text and "lost.png" in text
+    assert report["pictures"] and all((output / name).is_file() for name in report["pictures"])
+    assert not list(output.glob("checkpoint-*")) and not (photos.parent / "my-model-features").exists()
+    segmenter = load_segmenter(output)
+    assert sorted(segmenter.processor.vocabulary) == sorted(["cat", *COLOURS])
+    assert segmenter(photos / "00.png", list(COLOURS)).label_map.shape == (64, 72)
+    assert f"its report: {output / 'report.md'}" in done.stdout
+
+    before = {path: path.stat().st_mtime_ns for path in output.rglob("*")}
+    assert main(asked) == 0 and "was done before" in capsys.readouterr().out
+    assert main([*asked, "--seed", "1"]) == 2
+    assert "my-model holds a run with seed = 0 there and 1 now" in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in output.rglob("*")} == before
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_with_the_same_command(photos, checkpoint):
+    asked = command(photos, checkpoint, "--steps", "30")
+    whole = [part.replace("my-model", "whole") for part in asked]
+    assert subprocess.run([sys.executable, "-m", "pgseg_hf", *whole]).returncode == 0
+    output = photos.parent / "my-model"
+    for sign in ("my-model-features/*/states.npy", "my-model/checkpoint-00000010"):
+        run = subprocess.Popen([sys.executable, "-m", "pgseg_hf", *asked])
+        deadline = time.monotonic() + PATIENCE
+        while not list(photos.parent.glob(sign)) and run.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        run.send_signal(signal.SIGKILL)
+        run.wait()
+    assert not (output / "report.json").exists()
+    again = subprocess.run([sys.executable, "-m", "pgseg_hf", *asked], capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert "Going on from" in again.stdout
+    ours, theirs = (load_file(photos.parent / name / "model.safetensors") for name in ("my-model", "whole"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize(
+    ("table", "more", "message"),
+    [
+        ("file,labels\na.png,cat\n", [], "tags.csv has the columns file, labels, expected one of file names"),
+        (
+            "file_name,kind\n00.png,cat\n",
+            [],
+            "tags.csv has the columns file_name, kind, expected one of labels",
+        ),
+        ("file_name,tags\n00.png,7\n", [], r"row 1 of .*tags.csv has the label '7', expected a word"),
+        ("file_name,tags\nx.png,cat\n", [], r"no photo can be used.*1 x no such file \(.*x.png \(row 1 of"),
+        ("file_name,tags\n../x.png,cat\n", [], r"no photo can be used.*1 x bad path.*'../x.png' leads out"),
+        ("file_name,tags\n00.png,cat\n", [], r"photos has 1 photos with a label .*expected 8 at least"),
+        ("", [], "tags.csv cannot be read: it is empty"),
+        (None, ["--labels-from", "absent.csv"], "--labels-from is absent.csv, which is no file"),
+        (None, ["--labels-from", __file__], r"--labels-from is .*\.py, expected a file that ends in .csv"),
+        (None, ["--steps", "0"], "--steps is 0, expected at least 1"),
+        (None, ["--held-out", "1.5"], "--held-out is 1.5, expected a share"),
+        (None, ["--masks", "absent"], "--masks is absent, which is no folder"),
+        (None, ["--model", "/absent/model"], "/absent/model is no folder"),
+        (None, ["--output", "{photos}"], "which holds the photos"),
+        (
+            None,
+            ["--output", "{taken}"],
+            "taken holds something else; choose another --output, or pass --overwrite",
+        ),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_written(photos, checkpoint, capsys, table, more, message):
+    taken = photos.parent / "taken"
+    taken.mkdir()
+    (taken / "thesis.txt").write_text("mine")
+    if table is not None:
+        (photos.parent / "tags.csv").write_text(table)
+    before = sorted(photos.parent.rglob("*"))
+    more = [part.format(photos=photos, taken=taken) for part in more]
+    assert main(command(photos, checkpoint, *more)) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("pgseg train: error: ") and "\n" not in error
+    assert re.search(message, error), error
+    assert sorted(photos.parent.rglob("*")) == before
+
+
+def test_one_label_for_all_is_refused(photos, checkpoint, capsys):
+    rows = "".join(f"{index:02d}.png,sea\n" for index in range(12))
+    (photos.parent / "tags.csv").write_text(f"file_name,tags\n{rows}")
+    assert main(command(photos, checkpoint)) == 2
+    assert "all 12 photos have the one label 'sea'" in capsys.readouterr().err
+
+
+def test_labels_by_folders_rows_and_metadata(tmp_path):
+    labels = make_photos(tmp_path / "flat", 6)
+    for name, own in labels.items():
+        place = tmp_path / "sorted" / own[0].replace("rose", "red_rose")
+        place.mkdir(parents=True, exist_ok=True)
+        shutil.copy(tmp_path / "flat" / name, place / name)
+    Image.new("RGB", (9, 9)).save(tmp_path / "sorted" / "loose.png")
+    found = read_photos(tmp_path / "sorted")
+    assert found.count_labels() == {"red rose": 2, "sea": 2, "meadow": 2}
+    assert list(found.left_out) == ["in no folder of a label"]
+    rows = [f"{name},{label}" for name, own in labels.items() for label in own]
+    (tmp_path / "long.tsv").write_text("\n".join(["image,tags", *rows, "00.png,ROSE"]).replace(",", "\t"))
+    found = read_photos(tmp_path / "flat", tmp_path / "long.tsv")
+    assert {photo.file_name: photo.labels for photo in found.photos} == labels and not found.left_out
+    rows = [{"file_name": name, "labels": own} for name, own in labels.items()]
+    (tmp_path / "list.json").write_text(json.dumps(rows))
+    found = read_photos(tmp_path / "flat", tmp_path / "list.json")
+    assert {photo.file_name: photo.labels for photo in found.photos} == labels
+    lines = [json.dumps({"file_name": "00.png", "caption": "a rose"}), "no JSON", '{"file_name": "01.png"}']
+    (tmp_path / "flat" / "metadata.jsonl").write_text("\n".join(lines))
+    found = read_photos(tmp_path / "flat")
+    assert [(photo.captions, photo.labels) for photo in found.photos] == [(["a rose"], [])]
+    assert found.left_out["no label"] == ["01.png"] and len(found.left_out["broken row"]) == 1
+    (tmp_path / "flat" / "metadata.jsonl").unlink()
+    with pytest.raises(ValueError, match="flat has no labels: give --labels-from FILE"):
+        read_photos(tmp_path / "flat")
+
+
+@pytest.mark.parametrize("count", [9, 30, 200, 4000])
+def test_the_held_out_part_has_every_label_that_can_be_spared(count):
+    rng = np.random.default_rng(count)
+    words = [f"label {number}" for number in range(10)]
+    photos = [
+        Photo(f"{n}.jpg", [words[n % 10], *(word for word in words[:2] if n % 10 > 1 and rng.random() < 0.3)])
+        for n in range(count)
+    ]
+    photos.append(Photo("single.jpg", ["only once"]))
+    train, held_out = split_photos(photos, 0.2, seed=1)
+    assert len(train) + len(held_out) == len(photos)
+    assert len(held_out) == pytest.approx(min(0.2 * len(photos), 500), abs=1.1)
+    assert split_photos(photos, 0.2, seed=1)[1] == held_out
+    assert count < 200 or split_photos(photos, 0.2, seed=2)[1] != held_out
+    learned, measured = ({label for photo in part for label in photo.labels} for part in (train, held_out))
+    assert learned == {label for photo in photos for label in photo.labels}
+    assert "only once" not in measured
+    assert count < 200 or measured == set(words)
+
+
+def test_figures_of_the_report():
+    rng = np.random.default_rng(0)
+    targets = rng.random((40, 5)) < 0.3
+    targets[:, 3], targets[:, 4] = True, False
+    scores = rng.normal(size=(40, 5)) + targets
+    found = average_precisions(scores, targets)
+    expected = [average_precision_score(targets[:, text], scores[:, text]) for text in range(3)]
+    np.testing.assert_allclose(found[:3], expected)
+    assert np.isnan(found[3:]).all()
+    targets = np.zeros((12, 3), bool)
+    targets[:4, 0] = targets[4:8, 1] = targets[8:, 2] = True
+    scores = targets.astype(float)
+    scores[:8, :2] = 1
+    assert confused_labels(scores, targets, ["a", "b", "c"]) == [("a", "b", 0.0)]
+    photos = [Photo("1", ["a", "b"]), Photo("2", ["a", "b", "c"]), Photo("3", ["c"])]
+    assert labels_always_together(photos) == [["a", "b"]]
