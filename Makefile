@@ -5,6 +5,7 @@
 # make test-versions   tests of model, processors, pipeline, saving and data on the oldest versions that are allowed
 #                and on the newest (tests/constraints), each in an environment of its own: .venv-lowest, .venv-newest
 # make lint      ruff (lint and format) and mypy
+# make space     a folder for a Space of the Hub, with the package in it: dist/space
 # make clean     remove the virtual environment and what the tools left behind
 #
 # Each target sets up what it needs in .venv, once; PYTHON=python3.12 picks the interpreter.
@@ -35,7 +36,7 @@ DEPENDS := pyproject.toml $(VENV)/constraints.txt
 # Every step installs into one environment: never two at a time, whatever -j says.
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help segment demo test test-transformers test-versions test-lowest test-newest lint clean
+.PHONY: help segment demo test test-transformers test-versions test-lowest test-newest lint space clean
 
 VERSION_TESTS := tests/data $(addprefix tests/test_,modeling.py image_processing.py images.py processing.py pipeline.py \
 	segmentation.py weights.py prototypes.py configuration.py tokenization.py text_model.py)
@@ -57,6 +58,10 @@ test: $(VENV)/.test
 
 test-transformers: $(VENV)/.testers
 	TRANSFORMERS_TESTS="$$(cat $(VENV)/.testers)" $(PY) -m pytest -n auto -q tests/transformers_common $(PYTEST_ARGS)
+
+space: $(VENV)/.core
+	@rm -rf dist/space && $(PIP) wheel -qq --no-deps --wheel-dir dist .
+	@$(PY) examples/make_space.py dist/pgseg_hf-*.whl dist/space
 
 test-versions: test-lowest test-newest
 

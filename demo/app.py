@@ -21,6 +21,8 @@ from handlers import NO_MODEL, Handlers, as_it_is, check_file, file_as_it_is, pr
 from model_catalogue import Catalogue
 from settings import MAX_SHORT_SIDE, Settings, read_settings
 
+from pgseg_hf import DEFAULT_CHECKPOINT
+
 EXAMPLES = Path(__file__).parent / "examples"
 EXAMPLE_LABELS = {
     "horses.jpg": "horse, person, sand, sea, rock",
@@ -31,20 +33,31 @@ EXAMPLE_LABELS = {
     "pagoda.jpg": "building, tree, sky, road, person",
     "green-jacket.jpg": "jacket, pants, shoe, hair, building, road, tree",
 }
-WINDOWS = [("sliding window", "sliding"), ("whole picture", "whole")]
+FIRST = "horses.jpg"  # segmented when the page opens
+WINDOWS = [("sliding window", "sliding"), ("whole image", "whole")]
 # The system's own letters: fonts of the web would need a network.
 FONTS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"]
 CODE_FONTS = ["ui-monospace", "Consolas", "monospace"]
-# On a phone: pictures of prototypes one below the other, and a heat map that is moved sideways.
+PAGE_SCRIPT = (Path(__file__).parent / "page.js").read_text()
+# On a phone: images of prototypes one below the other, and a heat map that is moved sideways.
 CSS = """
+#tip { position: fixed; z-index: 100; padding: 2px 8px; border-radius: 4px; background: #111; color: #fff;
+  pointer-events: none; font-family: sans-serif; }
+#results .image-container { touch-action: manipulation; }
+#results img.mask:not(.inactive) { opacity: var(--mask-opacity, 0.6); }
+#examples .gallery { flex-wrap: nowrap; overflow-x: auto; }
+#examples .gallery-item img { height: 64px; width: 84px; object-fit: cover; }
 #prototypes .grid-wrap { max-height: none; height: auto; }
 #prototypes .grid-container { grid-template-columns: repeat(auto-fit, minmax(280px, 1fr)) !important; }
 #heat .image-container, #heat .image-container > button, #heat .image-frame { display: block; overflow-x: auto; }
 #heat img { width: 100%; min-width: 600px; max-width: none; }
 """
 INTRODUCTION = """# PGSeg: segment by words
-Type what may be in an image and get a mask for each word. The model learned from images and their texts, never from a
-mask. The one that ships is small: it knows everyday things and places, finds large ones best, and misses thin ones."""
+Type what may be in an image and get a mask for each label. The model learned from images and their texts, never from a
+mask; the one that ships is small, finds large things best, and misses thin ones.
+[Paper](https://arxiv.org/abs/2310.19001) · [Code](https://pypi.org/project/pgseg-hf/), Apache-2.0, after the
+[released code](https://github.com/Ferenas/PGSeg) ·
+[Weights](#licence), for research only"""
 
 
 # Components by what they are for, in the order in which handlers take and give their values.
@@ -86,60 +99,98 @@ def build_app(settings: Settings) -> gr.Blocks:
         analytics_enabled=False,
         delete_cache=(max(1, keep // 10), keep),
     ) as app:
-        parts: Parts = {"states": [gr.State(None, time_to_live=keep) for _ in range(2)]}
+        handlers = Handlers(settings, catalogue, app.GRADIO_CACHE)
+        first = handlers.first_study(str(EXAMPLES / FIRST), EXAMPLE_LABELS[FIRST])
+        parts: Parts = {"states": [gr.State(study, time_to_live=keep) for study in (first, None)]}
         gr.Markdown(INTRODUCTION)
         with gr.Row():
             with gr.Column(scale=2, min_width=320):
                 parts |= _what_is_asked(catalogue, settings)
-            with gr.Column(scale=3, min_width=320):
-                parts |= _what_is_found()
-        _connect(Handlers(settings, catalogue, app.GRADIO_CACHE), parts)
+            with gr.Column(scale=3, min_width=320, elem_id="results"):
+                parts |= _what_is_found(catalogue, settings)
+        with gr.Accordion("Licence and limits of the weights", open=False, elem_id="licence"):
+            gr.Markdown(_model_card())
+        _connect(handlers, parts, app)
     app.queue(max_size=100)
     return app
 
 
 def _what_is_asked(catalogue: Catalogue, settings: Settings) -> Parts:
-    """The left side: a picture, words and choices."""
+    """The left side: an image, labels and choices."""
     image = gr.Image(
+        str(EXAMPLES / FIRST),
         type="filepath",
-        label="Picture",
+        label="Image",
         sources=["upload", "webcam", "clipboard"],
-        height=320,
-        elem_id="picture",
+        height=240,
+        elem_id="image",
     )
     image.preprocess = file_as_it_is(image.GRADIO_CACHE, str(EXAMPLES))
-    words = gr.Textbox(
-        next(iter(EXAMPLE_LABELS.values())), label="Words, separated by commas or lines", lines=2, max_lines=8
+    examples = gr.Dataset(
+        components=[gr.Image(visible=False)],
+        samples=[[str(EXAMPLES / name)] for name in EXAMPLE_LABELS],
+        type="index",
+        label="Examples",
+        elem_id="examples",
     )
-    preset = gr.Dropdown(list(presets()), value=None, label="Words of a benchmark")
-    background = gr.Checkbox(False, label="Leave out what no word fits (background)")
-    threshold = gr.Slider(0, 1, 0.5, step=0.01, label="Background where no word scores", elem_id="threshold")
+    words = gr.Textbox(EXAMPLE_LABELS[FIRST], label="Labels, separated by commas or lines", max_lines=8)
+    with gr.Row():
+        button = gr.Button("Segment", variant="primary", min_width=120)
+        no_words = gr.Button("What is in it?", min_width=120)
+    with gr.Row():
+        background = gr.Checkbox(False, label="Background where no label fits", min_width=150)
+        threshold = gr.Slider(
+            *(0, 1, 0.5),
+            step=0.01,
+            label="Background threshold",
+            elem_id="threshold",
+            interactive=False,
+            min_width=150,
+        )
     threshold.preprocess = as_it_is
-    button = gr.Button("Segment", variant="primary")
-    with gr.Accordion("Model and resolution", open=False):
-        picker: dict[str, Any] = {"allow_custom_value": settings.any_hub_model, "interactive": True}
-        if settings.any_hub_model:
-            picker["info"] = "or any public model of the Hub: owner/name"
-        model = gr.Dropdown(catalogue.names, value=catalogue.default, label="Model", **picker)
-        other = gr.Dropdown([NO_MODEL, *catalogue.names], value=NO_MODEL, label="Compare with", **picker)
-        window = gr.Radio(WINDOWS, value="sliding", label="Seen as")
+    with gr.Accordion("Model, resolution, labels of a benchmark", open=False):
+        model = gr.Dropdown(
+            catalogue.names, value=catalogue.default, label="Model", **_picker(catalogue, settings)
+        )
+        preset = gr.Dropdown(list(presets()), value=None, label="Labels of a benchmark")
+        window = gr.Radio(WINDOWS, value="sliding", label="Inference")
         short_side = gr.Slider(
             0, MAX_SHORT_SIDE, 0, step=16, label="Short side in pixels (0: the model's own)"
         )
     short_side.preprocess = as_it_is
-    examples = [[str(EXAMPLES / name), labels] for name, labels in EXAMPLE_LABELS.items()]
-    gr.Examples(examples, [image, words], label="Images to try")
     return {
-        "asked": [image, words, background, threshold, model, other, window, short_side],
-        "asking": [button, preset],
+        "asked": [image, words, background, threshold, model, window, short_side],
+        "asking": [button, no_words, examples, preset],
     }
 
 
-def _what_is_found() -> Parts:
+def _picker(catalogue: Catalogue, settings: Settings) -> dict[str, Any]:
+    """Options of a dropdown of models."""
+    options: dict[str, Any] = {"allow_custom_value": settings.any_hub_model, "interactive": True}
+    if settings.any_hub_model:
+        options["info"] = "or any public model of the Hub, such as nvidia/groupvit-gcc-yfcc"
+    elif len(catalogue.names) == 1:
+        options["info"] = "there is one model here; start the server with --models FOLDER or NAME for more"
+    return options
+
+
+def _model_card() -> str:
+    """The card of the checkpoint that ships, without its front matter and title."""
+    text = (Path(DEFAULT_CHECKPOINT) / "README.md").read_text(encoding="utf-8")
+    return text.split("---\n", 2)[2].partition("\n# ")[2].partition("\n")[2]
+
+
+def _what_is_found(catalogue: Catalogue, settings: Settings) -> Parts:
     """The right side: tabs of results."""
     shown: dict[str, Any] = {"interactive": False, "show_label": False, "buttons": []}
     with gr.Tab("Masks"):
-        masks = gr.AnnotatedImage(label="Masks", height=520, elem_id="masks")
+        masks = gr.AnnotatedImage(label="Masks", show_label=False, height=440, elem_id="masks")
+        with gr.Row():
+            view = gr.Radio(["Masks", "Image"], value="Masks", label="Show", min_width=120, scale=1)
+            opacity = gr.Slider(0, 1, 0.6, step=0.05, label="Opacity", min_width=160, scale=2)
+        js = "(view, opacity) => document.body.style.setProperty('--mask-opacity', view === 'Image' ? 0 : opacity)"
+        for control in (view, opacity):
+            control.change(None, [view, opacity], js=js)
         note = gr.Markdown(visible=False)
         with gr.Row():
             mask = gr.DownloadButton("Mask (PNG)", interactive=False, min_width=120)
@@ -170,21 +221,24 @@ def _what_is_found() -> Parts:
         )
         explained = gr.Markdown()
     with gr.Tab("Comparison"):
-        gr.Markdown("Choose another model under *Model and resolution*: both are shown side by side.")
+        gr.Markdown("Choose a second model, and press **Segment**: both are shown side by side.")
+        names = [NO_MODEL, *catalogue.names]
+        other = gr.Dropdown(names, value=NO_MODEL, label="Compare with", **_picker(catalogue, settings))
         with gr.Row(elem_id="comparison"):
             both = [gr.AnnotatedImage(visible=False, min_width=280) for _ in range(2)]
     return {
         "found": [masks, rows, mask, labels, groups, heat, became, number, *both, note],
         "prototypes": [tab, gallery, explained],
+        "other": [other],
     }
 
 
-def _connect(handlers: Handlers, parts: Parts) -> None:
+def _connect(handlers: Handlers, parts: Parts, app: gr.Blocks) -> None:
     """What happens when; requests of all kinds share one queue."""
-    image, words, background, threshold, model, _, window, short_side = asked = parts["asked"]
+    image, words, background, threshold, model, window, short_side = asked = parts["asked"]
     _, _, _, _, groups, heat, became, number, *_ = found = parts["found"]
     study, _ = states = parts["states"]
-    button, preset = parts["asking"]
+    button, no_words, examples, preset = parts["asking"]
     tab, *of_prototypes = parts["prototypes"]
     shared: dict[str, Any] = {
         "concurrency_limit": handlers.settings.concurrency,
@@ -192,12 +246,28 @@ def _connect(handlers: Handlers, parts: Parts) -> None:
         "api_visibility": "private",
     }
     show_masks = speaking(handlers.show_masks)
-    inputs, outputs = [*asked, number, *states], [*found, *states]
-    # On a phone the masks are below the button.
-    button.click(show_masks, inputs, outputs, scroll_to_output=True, **shared)
-    words.submit(show_masks, inputs, outputs, **shared)
+    inputs, outputs = [*asked, *parts["other"], number, *states], [*found, words, *states]
+    show_results = f"(...values) => {{ showResults(); return values.slice(0, {len(inputs)}); }}"
+    app.load(show_masks, inputs, outputs, show_progress="hidden", **shared)
+    # Not on the labels, which one corrects where they were refused.
+    asking = {"js": show_results, "show_progress_on": found, **shared}
+    gr.on([button.click, words.submit], show_masks, inputs, outputs, **asking)
+    nothing = gr.State("")
+    without_words = [nothing if each is words else each for each in inputs]
+    no_words.click(show_masks, without_words, outputs, **asking)
+    chosen = examples.click(
+        lambda index: (str(EXAMPLES / list(EXAMPLE_LABELS)[index]), list(EXAMPLE_LABELS.values())[index]),
+        examples,
+        [image, words],
+        api_visibility="private",
+        queue=False,
+    )
+    chosen.then(show_masks, inputs, outputs, **asking)
+    background.change(
+        lambda on: gr.Slider(interactive=on), background, threshold, api_visibility="private", queue=False
+    )
     # Only once there is something to change.
-    again = {"trigger_mode": "always_last", "show_progress": "minimal", **shared}
+    again = {"trigger_mode": "always_last", "show_progress": "minimal", "show_progress_on": found, **shared}
     moved = _if_segmented(show_masks, len(outputs))
     threshold.release(moved, inputs, outputs, **again)
     background.input(moved, inputs, outputs, **again)
@@ -265,8 +335,10 @@ def launch(settings: Settings, **options: Any) -> Any:
     return app.launch(
         theme=theme,
         css=CSS,
+        js=PAGE_SCRIPT,
         mcp_server=settings.mcp,
         max_file_size=settings.max_file_size,
+        allowed_paths=[str(EXAMPLES)],
         share=False,
         ssr_mode=False,
         footer_links=["api", "settings"],

@@ -15,11 +15,10 @@ from gradio.processing_utils import save_bytes_to_cache
 from gradio_client.utils import is_http_url_like
 from limits import time_limit
 from model_catalogue import Catalogue
-from settings import MAX_DATA_LETTERS, MAX_LABELS, MAX_SHORT_SIDE, MIN_SHORT_SIDE, Settings
+from settings import MAX_DATA_LETTERS, MAX_LABELS, MAX_SHORT_SIDE, MIN_SHORT_SIDE, Settings, is_zerogpu
 from studies import Choices, Laboratory, Study, Upload, read_labels, read_upload
 from views import (
-    annotations,
-    colours_of,
+    annotated,
     group_views,
     mask_file,
     notes,
@@ -32,12 +31,12 @@ from pgseg_hf import Segmentation
 from pgseg_hf.evaluation.benchmarks import BENCHMARKS
 
 NO_MODEL = "none"
-NOT_HERE = "The picture is not on the server; please upload it again."
+NOT_HERE = "The image is not on the server; please upload it again."
 
 
 def file_as_it_is(*folders: str) -> Callable[[Any], str | None]:
     """What takes the place of `gr.Image.preprocess`, which would open the file: the library says what is wrong with a
-    bad one. It gives the path of an uploaded file, or a `data:` address of a picture.
+    bad one. It gives the path of an uploaded file, or a `data:` address of an image.
 
     Gradio checks a path only where the request says that it is a file, so it is checked here.
 
@@ -50,7 +49,7 @@ def file_as_it_is(*folders: str) -> Callable[[Any], str | None]:
             return None
         if payload.url and payload.url.startswith("data:image/"):
             if len(payload.url) > MAX_DATA_LETTERS:
-                raise gr.Error("The picture is too large; upload it as a file.", print_exception=False)
+                raise gr.Error("The image is too large; upload it as a file.", print_exception=False)
             return payload.url
         try:
             place = Path(payload.path or "").resolve()
@@ -78,7 +77,7 @@ def check_file(payload: dict[str, Any], web_files: bool) -> dict[str, Any]:
     if "\0" in payload["path"]:
         raise gr.Error(NOT_HERE, print_exception=False)
     if is_http_url_like(payload["path"]) and not web_files:
-        raise gr.Error("A web address is not fetched here; send the picture itself.", print_exception=False)
+        raise gr.Error("A web address is not fetched here; send the image itself.", print_exception=False)
     return payload
 
 
@@ -101,14 +100,14 @@ class Asked:
     """The values of the page that its masks depend on, in the order of the components in `_connect`.
 
     Args:
-        path: of the uploaded picture.
-        words: labels as typed.
+        path: of the uploaded image.
+        words: labels as typed; none for what the model finds of its vocabulary.
         background: whether there is a background.
         threshold: of it.
         model: a name of the catalogue, or on the Hub.
-        other: of the model to compare with, or "none".
         window: "sliding" or "whole".
         short_side: in pixels, 0 for what the model was saved with.
+        other: name of the model to compare with, or "none".
         number: of the window whose groups are shown, from 1.
         study: of the last call.
         other_study: of the other model.
@@ -119,9 +118,9 @@ class Asked:
     background: bool
     threshold: float
     model: str
-    other: str | None
     window: str
     short_side: int
+    other: str | None
     number: int
     study: Study | None
     other_study: Study | None
@@ -145,6 +144,14 @@ class Handlers:
         self.settings = settings
         self.laboratory = Laboratory(catalogue)
         self.cache = cache
+
+    def first_study(self, path: str, words: str) -> Study | None:
+        """What the page opens with; nothing yet where only a visitor can borrow the GPU."""
+        if is_zerogpu():
+            return None
+        upload = read_upload(path, self.settings.max_pixels)
+        choices = Choices(self.laboratory.catalogue.default)
+        return self.laboratory.study(upload, read_labels(words), choices)
 
     def show_masks(self, *values: Any) -> tuple:
         """All that the page shows for the values of [`Asked`], and the studies for the next call."""
@@ -177,6 +184,7 @@ class Handlers:
             gr.Slider(maximum=max(2, count), value=number, visible=count > 1),
             *both,
             gr.Markdown("\n\n".join(said), visible=bool(said)),
+            gr.skip() if labels else ", ".join(study.labels),
             study,
             other_study,
         )
@@ -196,7 +204,7 @@ class Handlers:
             study = self.laboratory.study(upload, labels, choices, asked.study)
             if others is None:
                 return study, None
-            return study, self.laboratory.study(upload, labels, others, asked.other_study)
+            return study, self.laboratory.study(upload, list(study.labels), others, asked.other_study)
 
     def segment(
         self,
@@ -208,16 +216,17 @@ class Handlers:
         window: str,
         short_side: int,
     ) -> tuple[str, dict]:
-        """Segment a picture by words.
+        """Segment an image by words.
 
         Args:
-            image: the picture.
-            labels: what may be in it, separated by commas or lines.
+            image: the image.
+            labels: what may be in it, separated by commas or lines; empty for what the model finds of the words that it
+                learned.
             background: whether there is background where no label scores as much as the threshold.
             threshold: from 0 to 1.
             model: name of a model that the server offers, or of one on the Hugging Face Hub.
-            window: "sliding" for windows over the picture, "whole" for the picture at once.
-            short_side: pixels that the picture's short side is resized to, 0 for what the model was saved with.
+            window: "sliding" for windows over the image, "whole" for the image at once.
+            short_side: pixels that the image's short side is resized to, 0 for what the model was saved with.
 
         Returns:
             the mask, an indexed PNG whose values are explained in the second result: labels, areas and scores.
@@ -241,12 +250,12 @@ class Handlers:
         return group_views(upload.image, study, _limit(background, threshold), index)
 
     def show_prototypes(self, path: str | None, study: Study | None) -> tuple:
-        """The prototypes of the picture that was segmented last, and the study with them."""
+        """The prototypes of the image that was segmented last, and the study with them."""
         if study is None:
             return gr.Gallery(visible=False), "Press **Segment** first.", None
         upload = read_upload(path, self.settings.max_pixels)
         if study.digest != upload.digest:
-            return gr.Gallery(visible=False), "This is a new picture; press **Segment** first.", study
+            return gr.Gallery(visible=False), "This is a new image; press **Segment** first.", study
         with self._limited(study.choices):
             study = self.laboratory.with_prototypes(upload, study)
         if not study.prototypes:
@@ -254,7 +263,7 @@ class Handlers:
         words = (
             "Before each grouping, PGSeg looks for prototypes among the tokens themselves, with nothing learned but "
             "where the search begins. Each patch has the colour of the prototype that it belongs to most, on the whole "
-            "picture at once."
+            "image at once."
         )
         return gr.Gallery(prototype_views(upload.image, study.prototypes), visible=True), words, study
 
@@ -283,8 +292,7 @@ class Handlers:
         return Choices(self.laboratory.catalogue.real_name(model or ""), window == "sliding", int(side))
 
     def _masks(self, upload: Upload, result: Segmentation, **options: Any) -> gr.AnnotatedImage:
-        shown = annotations(upload.image, result)
-        return gr.AnnotatedImage(shown, color_map=colours_of(result.labels), **options)
+        return gr.AnnotatedImage(**annotated(upload.image, result), **options)
 
     def _file(self, data: bytes, name: str) -> str:
         """A file where Gradio serves it, and deletes it once it was handed out."""

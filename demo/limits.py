@@ -41,7 +41,7 @@ def _look_at_the_clock(module: nn.Module, inputs: Any) -> None:
     if time.monotonic() > _until.get():
         raise ValueError(
             f"This takes longer than the {_seconds.get():g} seconds that the model has for a request here; choose the "
-            "whole picture instead of the sliding window, a smaller short side, fewer words, or a smaller model."
+            "whole image instead of the sliding window, a smaller short side, fewer words, or a smaller model."
         )
 
 

@@ -12,7 +12,7 @@ from pgseg_hf.command_line import CommandParser
 # The longest preset that is offered has as many (ImageNet-S-300).
 MAX_LABELS = 300
 MAX_LABEL_LETTERS = 100
-# Pixels that a visitor may have a picture's short side resized to.
+# Pixels that a visitor may have an image's short side resized to.
 MIN_SHORT_SIDE = 64
 MAX_SHORT_SIDE = 672
 # Of a `data:` address: a file of 20 MB in base64.
@@ -30,10 +30,10 @@ class Settings:
         device: where models run.
         dtype: `"float32"`, or `"int8"` for PGSeg's models on a CPU.
         concurrency: requests that are worked on at once; the others wait.
-        keep_seconds: how long pictures and results of a visitor stay on the server.
+        keep_seconds: how long images and results of a visitor stay on the server.
         max_seconds: that the model has for one request; what takes longer is given up.
         web_pictures: whether a program may name a picture by a web address, which the server then fetches.
-        max_pixels: of a picture.
+        max_pixels: of an image.
         max_file_size: of an upload, as Gradio takes it.
         max_model_bytes: of a model of the Hub that a visitor names.
     """
@@ -55,7 +55,7 @@ class Settings:
 # Options with their defaults and what they are; all are at least 1.
 _WHOLE_NUMBERS = {
     "concurrency": (Settings.concurrency, "requests that are worked on at once"),
-    "keep_seconds": (Settings.keep_seconds, "how long a visitor's pictures and results stay on the server"),
+    "keep_seconds": (Settings.keep_seconds, "how long a visitor's images and results stay on the server"),
     "max_seconds": (
         Settings.max_seconds,
         "that the model has for one request; what takes longer is given up",
@@ -65,7 +65,7 @@ _WHOLE_NUMBERS = {
 
 def read_settings(arguments: Sequence[str] | None = None) -> Settings:
     """The settings of a command line; the environment variables that `--help` names are its defaults."""
-    parser = CommandParser(description="Segment pictures by words, in the browser.")
+    parser = CommandParser(description="Segment images by words, in the browser.")
     models = [name for name in os.environ.get("PGSEG_DEMO_MODELS", "").split(os.pathsep) if name]
     parser.add_argument(
         "--models",
@@ -110,7 +110,7 @@ def read_settings(arguments: Sequence[str] | None = None) -> Settings:
         "--web-pictures",
         action=argparse.BooleanOptionalAction,
         default=_is_on("PGSEG_DEMO_WEB_PICTURES", "0"),
-        help="programs may name a picture by a public web address, which the server fetches, of whatever size "
+        help="programs may name an image by a public web address, which the server fetches, of whatever size "
         "(PGSEG_DEMO_WEB_PICTURES)",
     )
     args = parser.parse_args(arguments)

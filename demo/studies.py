@@ -1,4 +1,4 @@
-"""From a picture and words to scores, keeping what the image encoder made of the picture."""
+"""From an image and words to scores, keeping what the image encoder made of the image."""
 
 import binascii
 import hashlib
@@ -21,6 +21,7 @@ from pgseg_hf import Segmentation, SegmentationOptions, Segmenter
 from pgseg_hf.images import load_image
 from pgseg_hf.prompts import validate_labels
 from pgseg_hf.segmentation import EncodedImage, ScoredImage
+from pgseg_hf.suggestions import suggest_labels
 from pgseg_hf.visualization import prototype_maps
 
 try:
@@ -28,18 +29,18 @@ try:
 except ImportError:  # anywhere but on a Space with ZeroGPU
     spaces = None
 
-LONGEST_EDGE = 2 * MAX_SHORT_SIDE  # of a picture that is resized to a visitor's short side
+LONGEST_EDGE = 2 * MAX_SHORT_SIDE  # of an image that is resized to a visitor's short side
 GPU_SECONDS = 60  # that a function borrows a GPU for, at most
 
 
 @dataclass(frozen=True)
 class Choices:
-    """What decides how a picture is encoded.
+    """What decides how an image is encoded.
 
     Args:
         model: a name of the catalogue, or on the Hub.
-        sliding: windows over the picture instead of the picture at once.
-        short_side: pixels that the picture's short side is resized to; 0 for what the model was saved with.
+        sliding: windows over the image instead of the image at once.
+        short_side: pixels that the image's short side is resized to; 0 for what the model was saved with.
     """
 
     model: str
@@ -58,7 +59,7 @@ class Choices:
 
 @dataclass(frozen=True)
 class Upload:
-    """A picture that a visitor gave.
+    """An image that a visitor gave.
 
     Args:
         image: upright, RGB.
@@ -73,7 +74,7 @@ class Upload:
 
 @dataclass(frozen=True)
 class Prototypes:
-    """One stage's prototypes on a picture.
+    """One stage's prototypes on an image.
 
     Args:
         patches: int64 [h, w], the prototype that each patch belongs to.
@@ -86,10 +87,10 @@ class Prototypes:
 
 @dataclass(frozen=True)
 class Study:
-    """What is kept of a visitor's picture, all on the CPU: features, and the scores of the last labels.
+    """What is kept of a visitor's image, all on the CPU: features, and the scores of the last labels.
 
     Args:
-        digest: of the picture's file.
+        digest: of the image's file.
         choices: it was encoded with.
         model: what stands for the model's weights and processor then.
         encoded: its features.
@@ -112,12 +113,12 @@ class Study:
 
     @property
     def made_at(self) -> tuple[int, int]:
-        """Height and width that the masks are made at: the picture's, or less where that would take too long."""
+        """Height and width that the masks are made at: the image's, or less where that would take too long."""
         shown = torch.stack([window.used() for window in self.scored.windows]).any(dim=0)
         return map_size(self.scored.size, int(shown.sum()))
 
     def segmentation(self, threshold: float | None) -> Segmentation:
-        """The masks in the picture's size for a background threshold; no model is needed."""
+        """The masks in the image's size for a background threshold; no model is needed."""
         scored = self.scored if threshold is None else self.scored.with_background(threshold)
         maps = replace(scored, size=self.made_at).label_map()
         label_map, scores = (resampled(values.numpy(), scored.size) for values in maps)
@@ -140,8 +141,8 @@ class Laboratory:
     def study(
         self, upload: Upload, labels: list[str], choices: Choices, before: Study | None = None
     ) -> Study:
-        """A study of a picture; the image encoder only runs where `before` is of another picture, other choices or
-        other weights.
+        """A study of an image, by the labels that are found in it where none are given; the image encoder only runs
+        where `before` is of another image, other choices or other weights.
 
         Raises:
             ValueError: a model that cannot be loaded, or that takes too long.
@@ -160,7 +161,7 @@ class Laboratory:
         return replace(study, model=model)
 
     def with_prototypes(self, upload: Upload, study: Study) -> Study:
-        """The same study with the prototypes of the whole picture; empty for a model without any."""
+        """The same study with the prototypes of the whole image; empty for a model without any."""
         if study.prototypes is not None and study.digest == upload.digest:
             return study
         segmenter = self._model(study.choices)
@@ -193,11 +194,12 @@ def _study(
 ) -> Study:
     segmenter.model.to(device)
     options = choices.options()
-    class_embeds = segmenter.class_embeddings(labels, options)
     if before is None:
         encoded = next(iter(segmenter.encode([upload.image], options)))
     else:
         encoded = _moved(before.encoded, device)
+    labels = labels or suggest_labels(segmenter, encoded, options=options)
+    class_embeds = segmenter.class_embeddings(labels, options)
     scored = segmenter.score(encoded, class_embeds, options, may_have_background=True)
     return Study(
         digest=upload.digest,
@@ -226,7 +228,7 @@ def _prototypes(
 
 
 def prepared(segmenter: Segmenter, image: Image.Image, options: SegmentationOptions) -> torch.Tensor:
-    """The whole picture as the model takes it, [1, 3, h, w]."""
+    """The whole image as the model takes it, [1, 3, h, w]."""
     edges = {"shortest_edge": options.shortest_edge, "longest_edge": options.longest_edge}
     size = {"size": edges} if options.shortest_edge else {}
     batch = segmenter.processor.image_processor(image, return_tensors="pt", **size)
@@ -246,16 +248,14 @@ def _moved(image: Any, device: torch.device | str) -> Any:
 
 
 def read_labels(text: str | None) -> list[str]:
-    """Labels from words that are separated by commas or lines.
+    """Labels from words that are separated by commas or lines; none of an empty text.
 
     Raises:
-        ValueError: no label, too many, a very long one, one that is given twice, or one with a character that is no
+        ValueError: too many labels, a very long one, one that is given twice, or one with a character that is no
             text, such as NUL.
     """
     words = [word.strip() for line in (text or "").splitlines() for word in line.split(",")]
     labels = [word for word in words if word]
-    if not labels:
-        raise ValueError("Type at least one word, for example: building, tree, sky.")
     if len(labels) > MAX_LABELS:
         raise ValueError(
             f"{len(labels)} labels are more than the {MAX_LABELS} that this demo takes; leave some out."
@@ -266,13 +266,13 @@ def read_labels(text: str | None) -> list[str]:
             raise ValueError(
                 f"The label {label[:30]!r} has the character {odd!r}, which is no text; leave it out."
             )
-    longest = max(labels, key=len)
+    longest = max(labels, key=len, default="")
     if len(longest) > MAX_LABEL_LETTERS:
         raise ValueError(
             f"The label {longest[:30]!r}… has {len(longest)} letters, more than {MAX_LABEL_LETTERS}; make it shorter, "
             "or separate words by commas."
         )
-    return validate_labels(labels)
+    return validate_labels(labels) if labels else []
 
 
 class _NamedBytes(BytesIO):
@@ -284,21 +284,21 @@ class _NamedBytes(BytesIO):
 
 
 def read_upload(path: str | None, max_pixels: int) -> Upload:
-    """The picture of an uploaded file.
+    """The image of an uploaded file.
 
     Raises:
-        ValueError: none was given, it is gone, it is no picture, or too large.
+        ValueError: none was given, it is gone, it is no image, or too large.
     """
     if not path:
-        raise ValueError("Choose a picture first: upload one, use the camera, or take an example.")
+        raise ValueError("Choose an image first: upload one, use the camera, or take an example.")
     try:
         if path.startswith("data:"):
-            data, name = b64decode(path.partition(",")[2], validate=True), "picture"
+            data, name = b64decode(path.partition(",")[2], validate=True), "image"
         else:
             data, name = Path(path).read_bytes(), Path(path).name
     except binascii.Error as error:
-        raise ValueError(f"The picture's data: address is broken: {error}") from error
+        raise ValueError(f"The image's data: address is broken: {error}") from error
     except OSError as error:
-        raise ValueError("The picture is not kept on the server any more; please upload it again.") from error
+        raise ValueError("The image is not kept on the server any more; please upload it again.") from error
     image = load_image(_NamedBytes(data, name), max_pixels)
     return Upload(image, hashlib.sha256(data).hexdigest(), Path(name).stem)

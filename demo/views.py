@@ -1,4 +1,4 @@
-"""What the page shows of a study: pictures, tables and files, all in the library's colours."""
+"""What the page shows of a study: images, tables and files, all in the library's colours."""
 
 import io
 from typing import Any
@@ -11,10 +11,9 @@ from studies import Prototypes, Study
 
 from pgseg_hf import Segmentation
 from pgseg_hf.segmentation import remarks_on_one_label
-from pgseg_hf.visualization import draw_groups, heat_map, indexed_png, palette
+from pgseg_hf.visualization import draw_groups, group_palette, heat_map, indexed_png, palette
 
-SHOWN_SIDE = 1024  # pixels of the longest side on the page; files have the picture's own size
-MASK_OPACITY = 0.6
+SHOWN_SIDE = 1024  # pixels of the longest side on the page; files have the image's own size
 MAX_HEAT_MAP_ROWS = 24
 _LEAST_WINDOW_SIDE = 448  # a small window is shown enlarged
 
@@ -30,16 +29,19 @@ def colours_of(labels: list[str]) -> dict[str, str]:
     return {label: f"#{bytes(rgb).hex()}" for label, rgb in zip(labels, palette(len(labels)))}
 
 
-def annotations(image: Image.Image, result: Segmentation) -> tuple[Image.Image, list[tuple[np.ndarray, str]]]:
-    """The picture and the masks of the labels present for `gr.AnnotatedImage`, the largest first."""
+def annotated(image: Image.Image, result: Segmentation) -> dict[str, Any]:
+    """The image and the masks of the labels present, the largest first, each with its label and score, as arguments of
+    `gr.AnnotatedImage`; the page decides how opaque they are."""
     size = shown_size(*image.size)
     label_map = resampled(result.label_map, size[::-1])
-    masks = [
-        (MASK_OPACITY * (label_map == segment.value), segment.label)
-        for segment in result.segments()
-        if not (result.background and segment.value == 0)
-    ]
-    return image.resize(size, Image.Resampling.LANCZOS), masks
+    colours = colours_of(result.labels)
+    masks, color_map = [], {}
+    for segment in result.segments():
+        if not (result.background and segment.value == 0):
+            name = f"{segment.label} {segment.score:.2f}"
+            masks.append(((label_map == segment.value).astype(float), name))
+            color_map[name] = colours[segment.label]
+    return {"value": (image.resize(size, Image.Resampling.LANCZOS), masks), "color_map": color_map}
 
 
 def table(result: Segmentation) -> list[list[str]]:
@@ -52,18 +54,18 @@ def table(result: Segmentation) -> list[list[str]]:
 
 
 def mask_file(result: Segmentation) -> bytes:
-    """The label map as an indexed PNG with its palette, in the picture's own size."""
+    """The label map as an indexed PNG with its palette, in the image's own size."""
     buffer = io.BytesIO()
     indexed_png(result.label_map, len(result.labels), result.background).save(buffer, format="PNG")
     return buffer.getvalue()
 
 
 def notes(study: Study, threshold: float | None) -> list[str]:
-    """What to say of masks that mean less than they look like, or have less detail than the picture."""
+    """What to say of masks that mean less than they look like, or have less detail than the image."""
     said = [*remarks_on_one_label(study.labels, threshold), *study.remarks]
     if study.made_at != study.scored.size:
         said.append(
-            f"The picture is large for as many labels: their borders were drawn on {study.made_at[1]:,} x "
+            f"The image is large for as many labels: their borders were drawn on {study.made_at[1]:,} x "
             f"{study.made_at[0]:,} pixels and enlarged."
         )
     return said
@@ -105,7 +107,7 @@ def group_views(
     """The groups of one window, how well the labels fit them, and that in words.
 
     Args:
-        image: the picture.
+        image: the image.
         study: of it.
         threshold: of the background, or None.
         index: number of the window.
@@ -127,7 +129,7 @@ def group_views(
         [str(group + 1) for group in range(count)],
         [of_row.get(label, -1) for label in chosen.tolist()],
         palette(len(study.labels))[rows],
-        palette(count),
+        group_palette(count),
     )
     height, width = window.groups.shape
     part = image.resize(study.encoded.resized[::-1], Image.Resampling.BICUBIC)
@@ -165,7 +167,7 @@ def _plain(text: str) -> str:
 
 
 def prototype_views(image: Image.Image, stages: tuple[Prototypes, ...]) -> list[tuple[Image.Image, str]]:
-    """A picture and a caption for each stage's prototypes."""
+    """An image and a caption for each stage's prototypes."""
     shown = image.resize(shown_size(*image.size), Image.Resampling.LANCZOS)
     return [
         (

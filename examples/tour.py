@@ -3,18 +3,22 @@
     pip install 'pgseg-hf[train]'
     python examples/tour.py --output_dir tour
 
-Pictures go to the output folder. The fine-tuning takes scenes that are drawn on the spot, about a minute on one core;
-with `--data FOLDER --eval_data FOLDER` it takes your own pictures (see examples/README.md for both layouts).
+Images go to the output folder. The fine-tuning takes scenes that are drawn on the spot, about a minute on one core;
+with `--data FOLDER --eval_data FOLDER` it takes your own images (see examples/README.md for both layouts).
+`tour.ipynb` is the same as a notebook, which `python examples/make_notebook.py` makes of this file.
 """
 
+# %%
 import argparse
+import builtins
 import json
 from pathlib import Path
 
 import torch
-from train_with_trainer import train
+import train_with_trainer
+from PIL import Image
 
-from pgseg_hf import DEFAULT_CHECKPOINT, SegmentationOptions, Segmenter, load_segmenter
+from pgseg_hf import DEFAULT_CHECKPOINT, SegmentationOptions, load_segmenter
 from pgseg_hf.command_line import CommandParser
 from pgseg_hf.data.scenes import SceneOptions, SceneSource
 from pgseg_hf.evaluation import MaskFolder, MaskOptions, evaluate_masks
@@ -22,6 +26,7 @@ from pgseg_hf.images import load_image
 from pgseg_hf.visualization import (
     draw_contours,
     draw_groups,
+    group_palette,
     heat_map,
     overlay,
     palette,
@@ -29,127 +34,131 @@ from pgseg_hf.visualization import (
     side_by_side,
 )
 
-PHOTO = Path(__file__).parent / "images" / "horses.jpg"
-LABELS = ["horse", "person", "sand", "sea", "rock"]
-WHOLE = SegmentationOptions(window_size=None)
+parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("--output_dir", type=Path, default=Path("tour"))
+parser.add_argument("--model_name_or_path", default=DEFAULT_CHECKPOINT)
+parser.add_argument("--data", type=Path, help="a folder of images with captions or tags")
+parser.add_argument("--eval_data", type=Path, help="a folder of images with masks")
+parser.add_argument("--steps", type=int, default=40)
+args = parser.parse_args([] if hasattr(builtins, "__IPYTHON__") else None)
+if (args.data is None) != (args.eval_data is None):
+    parser.error("--data and --eval_data belong together")
+args.output_dir.mkdir(parents=True, exist_ok=True)
 
 
-def main() -> None:
-    """Walks the tour."""
-    parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, default=Path("tour"))
-    parser.add_argument("--model_name_or_path", default=DEFAULT_CHECKPOINT)
-    parser.add_argument("--data", type=Path, help="a folder of pictures with captions or tags")
-    parser.add_argument("--eval_data", type=Path, help="a folder of pictures with masks")
-    parser.add_argument("--steps", type=int, default=40)
-    args = parser.parse_args()
-    if (args.data is None) != (args.eval_data is None):
-        parser.error("--data and --eval_data belong together")
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-
-    print("1. Load: a model and its processor, from a folder or the Hub.")
-    segmenter = load_segmenter(args.model_name_or_path)
-    parameters = sum(parameter.numel() for parameter in segmenter.model.parameters())
-    print(f"   {args.model_name_or_path}: {parameters:,} parameters")
-
-    segment(segmenter, args.output_dir)
-    look_inside(segmenter, args.output_dir)
-    data, eval_data = args.data, args.eval_data
-    if data is None:
-        data, eval_data = draw_scenes(args.output_dir)
-    fine_tune_and_evaluate(segmenter, data, eval_data, args.model_name_or_path, args.output_dir, args.steps)
+def save(picture: Image.Image, name: str) -> Image.Image:
+    """Writes a picture to the output folder; a notebook shows it too."""
+    picture.save(args.output_dir / f"{name}.png")
+    return picture
 
 
-def segment(segmenter: Segmenter, output: Path) -> None:
-    """Masks of words, with and without a background, from one pass of the image encoder."""
-    print("2. Segment: words in, a label for each pixel out.")
-    image = load_image(PHOTO)
-    result = segmenter(image, LABELS)
-    for found in result.segments():
-        print(f"   {found.label}: {found.area:.1%} of the pixels, score {found.score:.2f}")
-    overlay(image, result.label_map, LABELS).save(output / "masks.png")
-    draw_contours(image, result.label_map, LABELS).save(output / "contours.png")
+# %% [markdown]
+# ## 1. Load
+# A model and its processor, from a folder or the Hub.
 
-    encoded = next(segmenter.encode([image]))
-    scored = segmenter.score(encoded, segmenter.class_embeddings(LABELS), may_have_background=True)
-    pictures = []
-    for threshold in (0.1, 0.3, 0.5):
-        label_map, _ = scored.with_background(threshold).label_map()
-        pictures.append(overlay(image, label_map, LABELS, background=True, legend=False))
-    side_by_side(pictures, ["threshold 0.1", "0.3", "0.5"]).save(output / "background.png")
+# %%
+segmenter = load_segmenter(args.model_name_or_path)
+parameters = sum(parameter.numel() for parameter in segmenter.model.parameters())
+print(f"1. Loaded {args.model_name_or_path}: {parameters:,} parameters")
 
+# %% [markdown]
+# ## 2. Segment
+# Labels in, one for each pixel out.
 
-def look_inside(segmenter: Segmenter, output: Path) -> None:
-    """Groups of the whole photo, how well the labels fit them, and the prototypes of each stage."""
-    print("3. Look at groups and prototypes: groups.png, affinities.png, prototypes.png.")
-    image = load_image(PHOTO)
-    (window,) = next(segmenter.encode([image], WHOLE)).windows
-    embeds = segmenter.class_embeddings(LABELS)
-    cosines = torch.nn.functional.normalize(window.segments, dim=-1) @ embeds.T
-    count = len(cosines)
-    draw_groups(image, window.groups, count).save(output / "groups.png")
-    best = cosines.argmax(dim=1).tolist()
-    names = [str(group + 1) for group in range(count)]
-    heat_map(cosines.T, LABELS, names, best, palette(len(LABELS)), palette(count)).save(
-        output / "affinities.png"
-    )
-    for group, label in enumerate(best):
-        print(f"   group {group + 1} is most like {LABELS[label]!r} ({cosines[group, label]:.2f})")
+# %%
+image = load_image(Path(train_with_trainer.__file__).parent / "images" / "horses.jpg")
+labels = ["horse", "person", "sand", "sea", "rock"]
+result = segmenter(image, labels)
+print("2. Segmented:")
+for found in result.segments():
+    print(f"   {found.label}: {found.area:.1%} of the pixels, score {found.score:.2f}")
+save(draw_contours(image, result.label_map, labels), "contours")
+save(overlay(image, result.label_map, labels), "masks")
 
-    pixel_values = segmenter.processor(images=image, return_tensors="pt")["pixel_values"]
-    with torch.no_grad():
-        seen = segmenter.model.vision_model(pixel_values, output_npr=True, output_attentions=True)
-    if not seen.npr:
-        print("   this model has no prototypes")
-        return
-    counts = [prototypes.shape[1] for _, prototypes, *_ in seen.npr]
-    pictures = [
-        draw_groups(image, patches, count, legend=False)
-        for patches, count in zip(prototype_maps(seen), counts)
-    ]
-    titles = [f"stage {stage}: {count} prototypes" for stage, count in enumerate(counts, start=1)]
-    side_by_side(pictures, titles).save(output / "prototypes.png")
+# %% [markdown]
+# With a background, at three thresholds, from one pass of the image encoder.
 
+# %%
+encoded = next(segmenter.encode([image]))
+embeds = segmenter.class_embeddings(labels)
+scored = segmenter.score(encoded, embeds, may_have_background=True)
+pictures = []
+for threshold in (0.1, 0.3, 0.5):
+    label_map, _ = scored.with_background(threshold).label_map()
+    pictures.append(overlay(image, label_map, labels, background=True, legend=False))
+save(side_by_side(pictures, ["threshold 0.1", "0.3", "0.5"]), "background")
 
-def draw_scenes(output: Path) -> tuple[Path, Path]:
-    """A folder with tags to learn from and a folder with masks to be measured on, of drawn scenes."""
-    folders = output / "scenes-train", output / "scenes-test"
-    for folder, split, length in zip(folders, ("train", "test"), (512, 32)):
-        source = SceneSource(SceneOptions(size=96, length=length, split=split))
-        rows = []
-        for part in ("images", "masks"):
-            (folder / part).mkdir(parents=True, exist_ok=True)
-        for number in range(len(source)):
-            record = source[number]
-            row = {
-                "file_name": f"images/{number:03d}.png",
-                "tags": record.tags,
-                "caption": record.captions[0],
-            }
-            load_image(record.image).save(folder / row["file_name"])
-            if split == "test":
-                row["mask_file_name"] = f"masks/{number:03d}.png"
-                record.mask.save(folder / row["mask_file_name"])
-            rows.append(json.dumps(row))
-        (folder / "metadata.jsonl").write_text("\n".join(rows) + "\n")
-        (folder / "labels.json").write_text(json.dumps({"labels": list(source.labels)}))
-    return folders
+# %% [markdown]
+# ## 3. Look at groups and prototypes
+# The groups of the whole image, and how well the labels fit them.
+
+# %%
+(window,) = next(segmenter.encode([image], SegmentationOptions(window_size=None))).windows
+cosines = torch.nn.functional.normalize(window.segments, dim=-1) @ embeds.T
+count = len(cosines)
+best = cosines.argmax(dim=1).tolist()
+print("3. Groups and prototypes:")
+for group, label in enumerate(best):
+    print(f"   group {group + 1} is most like {labels[label]!r} ({cosines[group, label]:.2f})")
+names = [str(group + 1) for group in range(count)]
+colours = palette(len(labels)), group_palette(count)
+save(heat_map(cosines.T, labels, names, best, *colours), "affinities")
+save(draw_groups(image, window.groups, count), "groups")
+
+# %% [markdown]
+# The prototypes of each stage, for models that have any.
+
+# %%
+pixel_values = segmenter.processor(images=image, return_tensors="pt")["pixel_values"]
+with torch.no_grad():
+    seen = segmenter.model.vision_model(pixel_values, output_npr=True, output_attentions=True)
+counts = [prototypes.shape[1] for _, prototypes, *_ in seen.npr or ()]
+pictures = [
+    draw_groups(image, patches, count, legend=False)
+    for patches, count in zip(prototype_maps(seen) if counts else (), counts)
+]
+titles = [f"stage {stage}: {count} prototypes" for stage, count in enumerate(counts, start=1)]
+save(side_by_side(pictures, titles), "prototypes") if pictures else None
+
+# %% [markdown]
+# ## 4. Fine-tune
+# On a folder with tags, here of drawn scenes; another one has masks to be measured on.
 
 
-def fine_tune_and_evaluate(
-    segmenter: Segmenter, data: Path, eval_data: Path, start: str, output: Path, steps: int
-) -> None:
-    """Mean IoU before and after some steps on a folder."""
-    dataset, options = MaskFolder(eval_data), MaskOptions(oracle=True)
-    before = evaluate_masks(segmenter, dataset, options)
-    print(f"4. Fine-tune on {data}: {steps} steps.")
-    train(str(data), str(output / "checkpoint"), steps=steps, start=start)
-    print(f"5. Evaluate on {len(dataset)} pictures with masks.")
-    after = evaluate_masks(load_segmenter(str(output / "checkpoint")), dataset, options)
-    for name, scores in (("before", before), ("after", after)):
-        print(f"   {name}: mean IoU {scores.confusion.mean_iou():.3f}, oracle {scores.oracle.mean_iou():.3f}")
-    print(f"The fine-tuned checkpoint is {output / 'checkpoint'}, pictures are beside it.")
+# %%
+def draw_scenes(folder: Path, split: str, length: int) -> Path:
+    """A folder of images with tags, for the split "test" with masks too."""
+    source = SceneSource(SceneOptions(size=96, length=length, split=split))
+    rows = []
+    for part in ("images", "masks"):
+        (folder / part).mkdir(parents=True, exist_ok=True)
+    for number in range(len(source)):
+        record = source[number]
+        row = {"file_name": f"images/{number:03d}.png", "tags": record.tags, "caption": record.captions[0]}
+        load_image(record.image).save(folder / row["file_name"])
+        if split == "test":
+            row["mask_file_name"] = f"masks/{number:03d}.png"
+            record.mask.save(folder / row["mask_file_name"])
+        rows.append(json.dumps(row))
+    (folder / "metadata.jsonl").write_text("\n".join(rows) + "\n")
+    (folder / "labels.json").write_text(json.dumps({"labels": list(source.labels)}))
+    return folder
 
 
-if __name__ == "__main__":
-    main()
+data = args.data or draw_scenes(args.output_dir / "scenes-train", "train", 512)
+eval_data = args.eval_data or draw_scenes(args.output_dir / "scenes-test", "test", 32)
+checkpoint = str(args.output_dir / "checkpoint")
+print(f"4. Fine-tune on {data}: {args.steps} steps.")
+train_with_trainer.train(str(data), checkpoint, steps=args.steps, start=args.model_name_or_path)
+
+# %% [markdown]
+# ## 5. Evaluate
+# Mean IoU before and after, and the best that the groups allow (the oracle).
+
+# %%
+dataset = MaskFolder(eval_data)
+print(f"5. Evaluate on {len(dataset)} images with masks.")
+for name, each in (("before", segmenter), ("after", load_segmenter(checkpoint))):
+    scores = evaluate_masks(each, dataset, MaskOptions(oracle=True))
+    print(f"   {name}: mean IoU {scores.confusion.mean_iou():.3f}, oracle {scores.oracle.mean_iou():.3f}")
+print(f"The fine-tuned checkpoint is {checkpoint}, pictures are beside it.")

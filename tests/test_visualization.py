@@ -16,6 +16,7 @@ from pgseg_hf.visualization import (
     draw_contours,
     draw_groups,
     find_contours,
+    group_palette,
     heat_map,
     indexed_png,
     overlay,
@@ -93,6 +94,14 @@ class TestPalette:
     def test_a_negative_count_is_refused(self):
         with pytest.raises(ValueError, match="-1"):
             palette(-1)
+
+    def test_groups_have_colours_that_no_label_has(self):
+        groups = group_palette(64)
+        assert len(np.unique(groups, axis=0)) == 64 and (group_palette(70)[64:] == groups[:6]).all()
+        lab, labels = (colour_map.oklab(colour_map.linear_light(each)) for each in (groups[:16], palette(8)))
+        assert np.linalg.norm(lab[:, None] - labels[None], axis=-1).min() > 0.07
+        between = np.linalg.norm(lab[:, None] - lab[None], axis=-1)[~np.eye(16, dtype=bool)]
+        assert between.min() > 0.04
 
 
 class TestOverlay:
@@ -261,7 +270,7 @@ class TestGroupMap:
     def test_a_coarse_grid_is_stretched_over_the_picture(self):
         drawn = draw_groups(picture(90, 60), [[0, 1, 2], [2, 1, 0]], alpha=1, legend=False)
         pixels = np.asarray(drawn)
-        colours = palette(3)
+        colours = group_palette(3)
         for (y, x), group in {(10, 10): 0, (10, 45): 1, (10, 80): 2, (50, 10): 2, (50, 80): 0}.items():
             assert (pixels[y, x] == colours[group]).all()
 

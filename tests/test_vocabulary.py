@@ -1,6 +1,7 @@
 """A background by the words that a checkpoint knows."""
 
 import logging
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +11,9 @@ from torch.nn.functional import normalize
 from pgseg_hf import PGSegProcessor, SegmentationOptions, Segmenter, segmentation
 from pgseg_hf.scoring import WindowScores, add_background, chance_of_labels
 from pgseg_hf.segmentation import NEUTRAL_WORDS
+from pgseg_hf.suggestions import suggest_labels
 
+HORSES = Path(__file__).parent.parent / "examples" / "images" / "horses.jpg"
 WORDS = ["cat", "dog", "sky", "road", "tree"]
 
 
@@ -167,3 +170,22 @@ def test_far_labels_are_remarked_on_in_16_bits(shipped_segmenter, dtype, monkeyp
             return shipped_segmenter.remarks_on_far_labels(labels, shipped_segmenter.class_embeddings(labels))
 
     assert remarks(dtype) == remarks(torch.float32) and len(remarks(dtype)) == 2
+
+
+def test_what_is_in_an_image_is_found_without_words(shipped_segmenter):
+    words = ["pizza", "horse", "beach", "shore", "sea", "computer"]
+    (encoded,) = shipped_segmenter.encode([HORSES])
+    found = suggest_labels(shipped_segmenter, encoded, words)
+    assert found[0] in ("beach", "shore") and "horse" in found
+    assert len({"beach", "shore"} & set(found)) == 1, "two words of one meaning"
+    assert not {"pizza", "computer"} & set(found)
+    assert suggest_labels(shipped_segmenter, encoded, words, min_area=1) == found[:1]
+    with pytest.raises(ValueError, match="min_area is 2"):
+        suggest_labels(shipped_segmenter, encoded, words, min_area=2)
+
+
+def test_the_vocabulary_is_what_is_looked_for(knowing, tiny_segmenter, photo, different):
+    (encoded,) = knowing.encode([photo])
+    assert set(suggest_labels(knowing, encoded, min_area=0)) <= set(WORDS)
+    with pytest.raises(ValueError, match="has no vocabulary"):
+        suggest_labels(tiny_segmenter, encoded)

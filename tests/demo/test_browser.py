@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import shutil
 import time
 from pathlib import Path
@@ -54,7 +55,7 @@ class Visit:
     def __init__(self, browser, server, size: str, theme: str):
         width, height = SIZES[size]
         self.context = browser.new_context(
-            viewport={"width": width, "height": height}, color_scheme=theme, accept_downloads=True
+            viewport={"width": width, "height": height}, color_scheme=theme, has_touch=size == "phone"
         )
         self.page = self.context.new_page()
         self.page.set_default_timeout(PATIENCE_MS)
@@ -75,8 +76,24 @@ class Visit:
             self.elsewhere.append(url)
 
     def segment(self, words: str) -> None:
-        self.page.get_by_label("Words, separated by commas or lines").fill(words)
+        self.page.get_by_label("Labels, separated by commas or lines").fill(words)
         self.page.get_by_role("button", name="Segment", exact=True).click()
+
+    def upload(self, path: str) -> None:
+        image = self.page.locator("#image")
+        image.locator("img").first.wait_for()
+        image.get_by_role("button", name=re.compile("clear|remove", re.IGNORECASE)).click()
+        image.locator("input[type=file]").set_input_files(path)
+        image.locator("img").first.wait_for()
+
+    def wait_until_results_are_in_view(self) -> None:
+        """The top of the results is on the screen, with nothing over it."""
+        self.page.wait_for_function(
+            """() => {
+                const { top } = document.getElementById("results").getBoundingClientRect();
+                return top > -2 && top < innerHeight / 2 && !document.querySelector(".toast-body");
+            }"""
+        )
 
     def choose_model(self, name: str, label: str = "Model") -> None:
         field = self.page.get_by_label(label, exact=True)
@@ -108,26 +125,67 @@ class Visit:
         return rows
 
 
+@pytest.mark.parametrize("size", SIZES)
+def test_a_visitor_looks_round(browser, server, screenshots, size):
+    visit = Visit(browser, server, size, "light")
+    page = visit.page
+    rows = visit.wait_for_rows(lambda rows: len(rows) == 5)  # a finished example
+    assert rows[0][1] != "0.0%"
+    page.locator("#masks img.mask").first.wait_for()
+    examples = page.locator("#examples")
+    box = examples.bounding_box()
+    assert box["y"] + box["height"] <= SIZES["desktop"][1]
+    page.screenshot(path=screenshots / f"{size}-light-0-start.png")
+
+    examples.locator("button").nth(3).click()
+    visit.wait_for_rows(lambda rows: "pizza" in {row[0] for row in rows})
+    visit.wait_until_results_are_in_view()
+    regions = page.locator("#masks .legend-item").all_inner_texts()
+    assert all(re.fullmatch(r"[a-z]+ [01]\.\d\d", region) for region in regions)
+    (
+        page.locator("#masks .image-container").tap
+        if size == "phone"
+        else page.locator("#masks .image-container").hover
+    )()
+    sync_api.expect(page.locator("#tip")).to_have_text(re.compile("|".join(regions)))
+    page.screenshot(path=screenshots / f"{size}-light-7-region.png")
+    page.get_by_label("Image", exact=True).check()
+    sync_api.expect(page.locator("#masks img.mask").first).to_have_css("opacity", "0")
+    page.get_by_label("Masks", exact=True).check()
+    sync_api.expect(page.locator("#masks img.mask").first).to_have_css("opacity", "0.6")
+
+    page.get_by_role("button", name="What is in it?").click()
+    visit.wait_for_rows(lambda rows: "food" in {row[0] for row in rows})
+    labels = page.get_by_label("Labels, separated by commas or lines").input_value().split(", ")
+    assert set(labels) == {row[0] for row in visit.rows()}
+    page.screenshot(path=screenshots / f"{size}-light-8-found.png", full_page=True)
+    assert visit.problems == [] and visit.elsewhere == []
+    visit.context.close()
+
+
 @pytest.mark.parametrize("theme", ["light", "dark"])
 @pytest.mark.parametrize("size", SIZES)
 def test_a_visitor_uploads_types_looks_and_downloads(browser, server, screenshots, street_file, size, theme):
     visit = Visit(browser, server, size, theme)
     page = visit.page
-    page.screenshot(path=screenshots / f"{size}-{theme}-0-start.png")
-    page.locator("input[type=file]").first.set_input_files(street_file)
-    page.locator("#picture img").first.wait_for()
+    visit.upload(street_file)
     words = ["building", "road", "tree", "<img src=x onerror=window.hacked=1>"]
     visit.segment(", ".join(words))
     page.locator("#masks .legend").get_by_text("building").wait_for()
+    visit.wait_until_results_are_in_view()
+    page.screenshot(path=screenshots / f"{size}-{theme}-1-pressed.png")
     rows = visit.wait_for_rows(lambda rows: len(rows) == 4)
     assert {row[0] for row in rows} == set(words)
     assert page.evaluate("window.hacked") is None
     page.screenshot(path=screenshots / f"{size}-{theme}-1-masks.png", full_page=True)
 
-    page.get_by_label("Leave out what no word fits").check()
+    threshold = page.locator("#threshold input[type=number]")
+    sync_api.expect(threshold).to_be_disabled()
+    page.get_by_label("Background where no label fits").check()
+    sync_api.expect(threshold).to_be_enabled()
     visit.wait_for_rows(lambda rows: "background" in {row[0] for row in rows})
-    page.locator("#threshold input[type=number]").fill("1")
-    page.locator("#threshold input[type=number]").press("Tab")
+    threshold.fill("1")
+    threshold.press("Tab")
     visit.wait_for_rows(lambda rows: rows and rows[0][0] == "background" and rows[0][1] != "0.0%")
 
     with page.expect_download() as download:
@@ -155,13 +213,11 @@ def test_a_visitor_uploads_types_looks_and_downloads(browser, server, screenshot
 def test_a_visitor_compares_two_models(browser, server, screenshots, street_file, size, theme):
     visit = Visit(browser, server, size, theme)
     page = visit.page
-    page.locator("input[type=file]").first.set_input_files(street_file)
-    page.locator("#picture img").first.wait_for()
-    page.get_by_role("button", name="Model and resolution").click()
+    visit.upload(street_file)
+    visit.open_tab("Comparison")
+    page.screenshot(path=screenshots / f"{size}-{theme}-6-one-model.png", full_page=True)
     visit.choose_model("tiny", "Compare with")
     visit.segment("building, road, tree")
-    visit.wait_for_rows(lambda rows: len(rows) == 3)
-    visit.open_tab("Comparison")
     compared = page.locator("#comparison")
     compared.get_by_text("pgseg-small-everyday").wait_for()
     compared.get_by_text("tiny").wait_for()
@@ -181,22 +237,26 @@ def test_a_visitor_compares_two_models(browser, server, screenshots, street_file
 def test_a_visitor_is_told_what_is_wrong_and_goes_on(browser, server, screenshots, street_file, size):
     visit = Visit(browser, server, size, "light")
     page = visit.page
+    page.locator("#image").get_by_role("button", name=re.compile("clear|remove", re.IGNORECASE)).click()
     visit.segment("tree")
-    page.get_by_text("Choose a picture first").wait_for()
-    page.locator("input[type=file]").first.set_input_files(street_file)
-    page.locator("#picture img").first.wait_for()
+    page.get_by_text("Choose an image first").wait_for()
+    sync_api.expect(page.get_by_label("Labels, separated by commas or lines")).to_be_visible()
+    sync_api.expect(page.locator(".block:has(textarea) .error")).to_have_count(0)
+    page.locator("#image input[type=file]").set_input_files(street_file)
+    page.locator("#image img").first.wait_for()
     word = "<b onclick=window.hacked=1>tree</b>"
     visit.segment(f"{word}, {word}")
     page.get_by_text(f"labels[1] '{word}' repeats labels[0]").wait_for()
     page.screenshot(path=screenshots / f"{size}-light-4-refused.png")
-    page.get_by_role("button", name="Model and resolution").click()
+    page.get_by_role("button", name="Model, resolution").click()
     visit.choose_model("/etc")
     visit.segment("tree, road")
     page.get_by_text("'/etc' is no model").wait_for()
     page.screenshot(path=screenshots / f"{size}-light-5-options.png", full_page=True)
     visit.choose_model("pgseg-small-everyday")
-    page.get_by_label("whole picture").check()
+    page.get_by_label("whole image").check()
     visit.segment("tree, road")
     visit.wait_for_rows(lambda rows: len(rows) == 2)
+    visit.wait_until_results_are_in_view()
     assert visit.problems == [] and visit.elsewhere == []
     visit.context.close()

@@ -22,7 +22,7 @@ from model_catalogue import Catalogue  # noqa: E402
 from settings import MAX_LABELS, Settings  # noqa: E402
 from studies import read_labels  # noqa: E402
 
-MASKS, ROWS, MASK, LABELS, GROUPS, HEAT, WORDS, NUMBER, FIRST, SECOND, NOTE, STUDY, OTHER = range(13)
+MASKS, ROWS, MASK, LABELS, GROUPS, HEAT, WORDS, NUMBER, FIRST, SECOND, NOTE, FOUND, STUDY, OTHER = range(14)
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,12 @@ def test_files_hold_what_the_page_shows(handlers, asked):
 def test_a_colour_stays_with_its_label(handlers, asked):
     first = handlers.show_masks(*asked())
     second = handlers.show_masks(*asked(words="road, tree, sky", background=True, study=first[STUDY]))
-    assert first[MASKS].color_map.items() <= second[MASKS].color_map.items()
+    before, after = (
+        {name.rpartition(" ")[0]: colour for name, colour in shown[MASKS].color_map.items()}
+        for shown in (first, second)
+    )
+    both = before.keys() & after.keys()
+    assert both and all(before[label] == after[label] for label in both)
 
 
 def test_the_window_that_one_looks_at_stays(handlers, asked):
@@ -96,6 +101,21 @@ def test_a_model_is_called_by_its_name_wherever_it_is_named(handlers, street_fil
     assert found["model"] == "tiny"
 
 
+def test_without_labels_the_models_own_words_are_looked_for(handlers, asked, street_file):
+    given = handlers.show_masks(*asked())
+    assert given[FOUND] == gr.skip()
+    shown = handlers.show_masks(*asked(words=" ", study=given[STUDY], other="tiny"))
+    labels = shown[FOUND].split(", ")
+    assert labels == list(shown[STUDY].labels) == list(shown[OTHER].labels)
+    segmenter = handlers.laboratory.catalogue.load("")
+    assert set(labels) <= set(segmenter.processor.vocabulary)
+    assert shown[STUDY].encoded is given[STUDY].encoded
+    _, explained = handlers.segment(street_file, None, False, None, None, "sliding", 0)
+    assert [each["label"] for each in explained["labels"]] == labels
+    with pytest.raises(ValueError, match="no vocabulary of its own"):
+        handlers.show_masks(*asked(words="", model="tiny"))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -108,11 +128,10 @@ def test_a_model_is_called_by_its_name_wherever_it_is_named(handlers, street_fil
         ({"threshold": None}, "threshold is None"),
         ({"threshold": 1.5}, "threshold is 1.5, expected a number from 0 to 1"),
         ({"window": None}, "window is None, expected 'sliding' or 'whole'"),
-        ({"labels": None}, "Type at least one word"),
         ({"labels": "cat, d\0g"}, r"The label 'd\\x00g' has the character '\\x00'"),
         ({"labels": "\ud800"}, "no text"),
         ({"model": "a\0b/c"}, "is no model"),
-        ({"image": None}, "Choose a picture"),
+        ({"image": None}, "Choose an image"),
     ],
 )
 def test_values_that_programs_send_are_refused_by_name(handlers, street_file, changes, message):
@@ -165,7 +184,7 @@ def test_other_views_want_masks_of_the_same_picture_first(handlers, asked, stree
     assert len(gallery.value) == 2 and seen.prototypes
     Image.new("RGB", (50, 40)).save(tmp_path / "other.png")
     other = str(tmp_path / "other.png")
-    assert "new picture" in handlers.show_prototypes(other, study)[1]
+    assert "new image" in handlers.show_prototypes(other, study)[1]
     with pytest.raises(ValueError, match="Press Segment first"):
         handlers.show_groups(other, False, 0.3, 1, study)
     assert len(handlers.show_groups(street_file, False, 0.3, 99, study)) == 3  # a number beyond is the last

@@ -32,16 +32,18 @@ def studied(street_file):
 
 
 def test_masks_are_in_the_labels_own_colours_the_largest_first():
-    image, masks = views.annotations(Image.new("RGB", (20, 40)), result())
+    shown = views.annotated(Image.new("RGB", (20, 40)), result())
+    image, masks = shown["value"]
     assert image.size == (20, 40)
-    assert [label for _, label in masks] == ["dog", "cat"]
-    assert (masks[0][0] > 0).sum() == 400 and masks[0][0].max() == views.MASK_OPACITY
+    assert [name for _, name in masks] == ["dog 0.50", "cat 0.50"]
+    assert masks[0][0].sum() == 400 and masks[0][0].max() == 1
+    assert shown["color_map"]["cat 0.50"] == views.colours_of(LABELS)["cat"]
     assert views.colours_of(LABELS)["cat"] == "#{:02x}{:02x}{:02x}".format(*palette(1)[0])
 
 
 def test_large_pictures_are_shown_smaller():
     large = Segmentation(np.zeros((3000, 1500), int), np.zeros((3000, 1500)), ["cat"], False)
-    image, masks = views.annotations(Image.new("RGB", (1500, 3000)), large)
+    image, masks = views.annotated(Image.new("RGB", (1500, 3000)), large)["value"]
     assert image.size == (512, 1024) and masks[0][0].shape == (1024, 512)
 
 

@@ -5,7 +5,7 @@ background and label i has value i + 1. A label's colour depends on its index al
 colour in every picture of a run.
 """
 
-from .colours import palette
+from .colours import group_palette, palette
 from .heat import heat_map
 from .maps import draw_contours, draw_groups, find_contours, indexed_png, overlay, side_by_side
 from .prototypes import prototype_maps
@@ -14,6 +14,7 @@ __all__ = [
     "draw_contours",
     "draw_groups",
     "find_contours",
+    "group_palette",
     "heat_map",
     "indexed_png",
     "overlay",

@@ -18,6 +18,7 @@ BASE_COLOURS = (
     (120, 20, 80),
 )
 _NUM_COLOURS = 1024  # distinct colours; after that they repeat
+_NUM_GROUP_COLOURS = 64
 
 # What protanopes and deuteranopes see, in linear RGB: Machado et al., "A Physiologically-based Model for Simulation
 # of Color Vision Deficiency" (2009), severity 1.
@@ -50,21 +51,44 @@ def palette(n: int) -> npt.NDArray[np.uint8]:
     return _all_colours()[np.arange(n) % _NUM_COLOURS]
 
 
+def group_palette(n: int) -> npt.NDArray[np.uint8]:
+    """Colours of `n` groups, which are no labels: pale ones, uint8 [n, 3] (RGB); they repeat after 64."""
+    return _group_colours()[np.arange(n) % _NUM_GROUP_COLOURS]
+
+
 @functools.cache
 def _all_colours() -> npt.NDArray[np.uint8]:
     """The base colours, then a greedy farthest-point sequence over a grid of colours, uint8 [_NUM_COLOURS, 3]."""
-    base = np.array(BASE_COLOURS, dtype=np.uint8)
+    grid, lightness, chroma = _grid()
+    # No near-black, near-white or grey: they read as the photograph itself.
+    grid = grid[(lightness > 0.35) & (lightness < 0.93) & (chroma > 0.05)]
+    return _spread(grid, _NUM_COLOURS)
+
+
+@functools.cache
+def _group_colours() -> npt.NDArray[np.uint8]:
+    """Pale colours, the farthest from those of the first labels first, uint8 [_NUM_GROUP_COLOURS, 3]."""
+    grid, lightness, chroma = _grid()
+    grid = grid[(lightness > 0.72) & (lightness < 0.95) & (chroma > 0.03) & (chroma < 0.1)]
+    return _spread(grid, len(BASE_COLOURS) + _NUM_GROUP_COLOURS)[len(BASE_COLOURS) :]
+
+
+def _grid() -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Colours [N, 3] to choose from, their lightness and chroma [N]."""
     levels = np.linspace(0, 255, 16).round().astype(np.uint8)
     grid = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), axis=-1).reshape(-1, 3)
     lightness, *opponents = oklab(linear_light(grid)).T
-    # No near-black, near-white or grey: they read as the photograph itself.
-    grid = grid[(lightness > 0.35) & (lightness < 0.93) & (np.hypot(*opponents) > 0.05)]
+    return grid, lightness, np.hypot(*opponents)
 
+
+def _spread(grid: npt.NDArray[np.uint8], count: int) -> npt.NDArray[np.uint8]:
+    """The base colours, then those of a grid that are farthest from all before, uint8 [count, 3]."""
+    base = np.array(BASE_COLOURS, dtype=np.uint8)
     # Whole numbers, so that every machine makes the same choices.
     candidates, chosen = _seen_colours(grid), _seen_colours(base)
     distance = np.min([_distance(candidates, colour) for colour in chosen], axis=0)
     colours = list(base)
-    while len(colours) < _NUM_COLOURS:
+    while len(colours) < count:
         farthest = int(distance.argmax())
         colours.append(grid[farthest])
         distance = np.minimum(distance, _distance(candidates, candidates[farthest]))

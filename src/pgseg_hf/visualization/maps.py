@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw
 
-from .colours import palette
+from .colours import group_palette, palette
 from .legend import legend_entries, with_legend
 from .text import INK, PAPER, drawable, fitted, font_of, letter_size
 
@@ -50,12 +50,7 @@ def overlay(
             f"The label map is {values.shape[1]} x {values.shape[0]} (width x height), "
             f"the image {picture.width} x {picture.height}: they must be of one size."
         )
-    colours = palette(len(names))
-    drawn = _paint(picture, values, colours, background, alpha, contours)
-    if not legend:
-        return drawn
-    counts = np.bincount(values.ravel(), minlength=len(names) + background)[int(background) :]
-    return with_legend(drawn, legend_entries(names, colours, counts, values.size))
+    return _painted(picture, values, names, palette(len(names)), background, alpha, legend, contours)
 
 
 def draw_groups(
@@ -65,7 +60,7 @@ def draw_groups(
     alpha: float = 0.7,
     legend: bool = True,
 ) -> Image.Image:
-    """Colour a picture by the group that each of its places belongs to.
+    """Colour a picture by the group that each of its places belongs to, in other colours than labels have.
 
     Args:
         image: the picture, W x H.
@@ -84,7 +79,8 @@ def draw_groups(
     rows = (np.arange(image.height) * values.shape[0]) // image.height
     columns = (np.arange(image.width) * values.shape[1]) // image.width
     names = [f"group {i + 1}" for i in range(count)]
-    return overlay(image, values[rows][:, columns], names, alpha=alpha, legend=legend)
+    values = values[rows][:, columns]
+    return _painted(_rgb(image), values, names, group_palette(count), False, alpha, legend, True)
 
 
 def draw_contours(
@@ -241,6 +237,24 @@ def _rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, (*PAPER, 255)), image).convert("RGB")
     return image.convert("RGB")
+
+
+def _painted(
+    picture: Image.Image,
+    values: npt.NDArray[np.int64],
+    names: list[str],
+    colours: npt.NDArray[np.uint8],
+    background: bool,
+    alpha: float,
+    legend: bool,
+    contours: bool,
+) -> Image.Image:
+    """The picture under its colours, with a legend or without; see `overlay`."""
+    drawn = _paint(picture, values, colours, background, alpha, contours)
+    if not legend:
+        return drawn
+    counts = np.bincount(values.ravel(), minlength=len(names) + background)[int(background) :]
+    return with_legend(drawn, legend_entries(names, colours, counts, values.size))
 
 
 def _paint(
