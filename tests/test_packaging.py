@@ -132,7 +132,7 @@ def test_the_index_page_has_no_link_into_nowhere(wheel):
 
 def test_links_lead_into_the_repository_once_it_has_an_address():
     pytest.importorskip("hatchling", reason="needs pip install hatchling")
-    for_index = load(REPOSITORY / "hatch_build.py").for_index
+    for_index = load(REPOSITORY / "src" / "hatch_build.py").for_index
     text = "![a dog](images/dog.png) [card](model_card.md) [paper](https://arxiv.org) [below](#use)"
     assert for_index(text, None) == " card [paper](https://arxiv.org) [below](#use)"
     assert for_index(text, "https://host/pgseg") == (
