@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -226,7 +227,10 @@ def test_control_c_has_no_traceback(tiny_folder, tmp_path):
     for number in range(60):
         make_photo(400, 300, seed=number).save(tmp_path / "photos" / f"{number}.png")
     command = program("photos", "--labels", "cat,dog", "--model", tiny_folder, "--format", "csv")
-    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path)
+    # A shell lets jobs in the background ignore SIGINT, and what they start inherits that.
+    listen = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    running = subprocess.Popen(command, **pipes, cwd=tmp_path, preexec_fn=listen)
     masks = tmp_path / "photos-segmented" / "masks"
     while not masks.exists() and running.poll() is None:
         time.sleep(0.05)
