@@ -41,7 +41,8 @@ class PGSegCollator:
         texts: in the shared layout the texts of every batch, which the examples' are among: words that no picture of
             a batch has are then negatives too.
         synonyms: in the shared layout, other texts for a text. A batch has one of them for all of its images, drawn by
-            the batch's content, so that no text of an image is a negative of another that shows the same.
+            the batch's content, so that no text of an image is a negative of another that shows the same; on several
+            processes each draws for its own part of the batch.
         negatives: in the shared layout, texts of which every batch has `NEGATIVES` more, drawn by its content, so that
             words compete that are seldom in one batch.
 

@@ -179,13 +179,13 @@ def _map(folder: Path, named: bool, mode: Any) -> dict[str, np.ndarray]:
 
 def _open(plans: dict[Path, dict[str, Any]], root: Path, cells: tuple[int, ...] | None) -> None:
     """Makes the files of a cache, or checks that they hold what is wanted; of several processes the first does, and all
-    raise what it raises."""
+    raise a ValueError where it cannot."""
     problem: list[str | None] = [None]
     if _rank() == 0:
         try:
             _make_files([plan for plan in plans.items() if not _is_made(*plan)], root, cells)
-        except (ValueError, OSError) as error:
-            problem = [str(error)]
+        except Exception as error:  # whatever it is, the other processes wait for it
+            problem = [str(error) or type(error).__name__]
     if dist.is_initialized():
         dist.broadcast_object_list(problem)
     if problem[0] is not None:

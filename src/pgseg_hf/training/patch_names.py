@@ -61,7 +61,7 @@ class CellNamer:
             with safe_open(path, "pt") as file:
                 tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118 - not iterable
                 metadata = {name: json.loads(value) for name, value in file.metadata().items()}
-                return cls(tensors, metadata["classes"], metadata["parts"])
+                return cls(tensors, metadata["classes"], metadata.get("parts", {}))
         except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"{path} is no file of a classifier, expected the one that prepare_everyday.py writes: {error}"
@@ -103,7 +103,7 @@ class CellNamer:
         shares = np.where(shares.max(-1, keepdims=True) > LEAST_SHARE, shares.astype(np.float32), 0)
         likely = np.unique(names[shares > LEAST_SHARE])
         found = {self.names[name]: np.where(names == name, shares, 0).sum(-1) for name in likely}
-        for word in self.parts.keys() & set(tags):
+        for word in [word for word in self.parts if word in tags]:
             for part in [part for part in self.parts[word] if part in found]:
                 found[part] = found[part] / 2
                 found[word] = found.get(word, 0) + found[part]

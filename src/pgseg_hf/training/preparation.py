@@ -152,9 +152,9 @@ def _every_so_many(features: np.ndarray, stride: int, rng: np.random.Generator) 
     stride = min(stride, *features.shape[1:])
     if stride == 1:
         return features
-    height, width = (size // stride * stride for size in features.shape[1:])
-    top, left = rng.integers(stride, size=2)
-    return features[:, top : top + height : stride, left : left + width : stride]
+    spans = [(size // stride - 1) * stride + 1 for size in features.shape[1:]]
+    top, left = (int(rng.integers(size - span + 1)) for size, span in zip(features.shape[1:], spans))
+    return features[:, top : top + spans[0] : stride, left : left + spans[1] : stride]
 
 
 def _load_mask(source: ImageSource) -> Image.Image:
