@@ -22,7 +22,12 @@ from pgseg_hf import PGSegImageProcessorPil, PGSegProcessor, default_tokenizer, 
 from pgseg_hf.cli import main
 from pgseg_hf.data.photos import Photo, read_photos
 from pgseg_hf.training.fine_tuning import split_photos
-from pgseg_hf.training.fine_tuning_report import average_precisions, confused_labels, labels_always_together
+from pgseg_hf.training.fine_tuning_report import (
+    average_precisions,
+    confused_labels,
+    labels_always_together,
+    precision_by_chance,
+)
 
 COLOURS = {"rose": (200, 30, 40), "sea": (20, 60, 200), "meadow": (40, 180, 50)}
 PATIENCE = 900
@@ -240,6 +245,9 @@ def test_figures_of_the_report():
     expected = [average_precision_score(targets[:, text], scores[:, text]) for text in range(3)]
     np.testing.assert_allclose(found[:3], expected)
     assert np.isnan(found[3:]).all()
+    # What all photos have, or none, is not judged, and no part of what chance reaches.
+    assert precision_by_chance(targets) == pytest.approx(targets[:, :3].mean())
+    assert precision_by_chance(targets[:, 3:]) is None
     targets = np.zeros((12, 3), bool)
     targets[:4, 0] = targets[4:8, 1] = targets[8:, 2] = True
     scores = targets.astype(float)

@@ -65,7 +65,7 @@ def write_report(
     report: dict[str, Any] = {
         "kind": "labels" if labels else "captions",
         "photos": {"train": len(train), "held_out": len(measured)},
-        "by_chance": float(targets.mean(axis=0)[targets.any(axis=0)].mean()) if targets.any() else None,
+        "by_chance": precision_by_chance(targets),
         "steps": results["steps"],
         "seconds": round(results["train_runtime"], 1),
     }
@@ -126,6 +126,13 @@ def average_precisions(scores: np.ndarray, targets: np.ndarray) -> np.ndarray:
     count = targets.sum(axis=0)
     is_judged = (count > 0) & (count < len(targets))
     return np.where(is_judged, (precision * hits).sum(axis=0) / np.maximum(count, 1), np.nan)
+
+
+def precision_by_chance(targets: np.ndarray) -> float | None:
+    """The mean average precision of a random order of many photos, of the texts that [`average_precisions`] judges;
+    None where it judges none."""
+    is_judged = targets.any(axis=0) & ~targets.all(axis=0)
+    return float(targets.mean(axis=0)[is_judged].mean()) if is_judged.any() else None
 
 
 def image_figures(scores: np.ndarray, targets: np.ndarray, precisions: np.ndarray) -> dict[str, float]:
