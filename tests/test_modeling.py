@@ -272,7 +272,7 @@ def test_variant_can_be_switched_on_loading(tmp_path, variant):
     differing = set(ours) ^ set(theirs)
     assert differing == {"text_prototypes", "released_text_prototypes"}
     assert all(torch.equal(ours[name], theirs[name]) for name in set(ours) & set(theirs))
-    text_prototypes = loaded.get_buffer(loaded._text_prototype_name)
+    text_prototypes = loaded.get_buffer(loaded.npr.text_buffer)
     norms = text_prototypes.norm(dim=-1 if other == "corrected" else 1)
     torch.testing.assert_close(norms, torch.ones_like(norms))
 

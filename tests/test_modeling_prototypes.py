@@ -15,11 +15,11 @@ from tiny_models import (
 )
 from torch.nn.functional import normalize
 
-from pgseg_hf.layers import (
-    PGSegProjection,
-    mean_of_groups,
-)
+from pgseg_hf import PGSegConfig
+from pgseg_hf.layers import mean_of_groups
 from pgseg_hf.modeling_pgseg import PGSegModel, PGSegVisionModel
+from pgseg_hf.npr import CorrectedNPR, PGSegStagePrototypes
+from pgseg_hf.projection import PGSegProjection
 from pgseg_hf.prototypes import updated_prototypes
 
 
@@ -80,9 +80,8 @@ def test_released_text_prototypes_move_at_every_call_and_image_prototypes_never(
 
 
 def test_gradient_reaches_the_projection_of_prototypes_but_not_their_estimation():
-    stage = tiny_model().vision_model.encoder.stages[0].double()
-    for released in (False, True):
-        stage.npr.released = released
+    for variant in ("corrected", "released"):
+        stage = tiny_model(npr_variant=variant).vision_model.encoder.stages[0].double()
         tokens = torch.randn(2, 16, 16, dtype=torch.float64, requires_grad=True)
         part = stage.npr.reconstruct(stage.npr.estimate(tokens, stage.npr.prototypes), tokens.dtype)
         stage.zero_grad()
@@ -217,3 +216,39 @@ def test_projection_by_running_statistics():
     assert all(torch.equal(buffer, before[name]) for name, buffer in projection.named_buffers())
     torch.testing.assert_close(frozen, projection.eval()(x))
     assert not torch.allclose(frozen, projection.train()(x))
+
+
+# Another variant
+
+
+class StillPrototypes(PGSegStagePrototypes):
+    """Prototypes that do not move."""
+
+    def moves(self):
+        return False
+
+
+class HalvedNPR(CorrectedNPR, name="halved"):
+    """One class is all that a variant of a test needs."""
+
+    stage_prototypes = StillPrototypes
+
+    def stage_loss(self, batch, centers_BKC, prototypes_BPC):
+        loss, matching = super().stage_loss(batch, centers_BKC, prototypes_BPC)
+        return loss / 2, matching
+
+
+def test_a_new_variant_is_one_class(tmp_path):
+    corrected = without_noise(tiny_model(assignment_weight=0.0, contrastive_pooling="mean")).double()
+    config = corrected.config.to_dict() | {"npr_variant": "halved"}
+    config["vision_config"] = config["vision_config"] | {"npr_variant": "halved"}
+    halved = without_noise(PGSegModel(PGSegConfig.from_dict(config))).double()
+    halved.load_state_dict(corrected.state_dict())
+    before = prototype_buffers(halved)
+    losses = [model.train()(**inputs_of(), return_loss=True) for model in (corrected, halved)]
+    expected = [part / 2 for part in losses[0].image_prototype_losses]
+    torch.testing.assert_close(losses[1].image_prototype_losses, tuple(expected))
+    torch.testing.assert_close(losses[1].text_prototype_loss, losses[0].text_prototype_loss)
+    assert moved(halved, before) == {"text_prototypes"}
+    halved.save_pretrained(tmp_path)
+    assert PGSegModel.from_pretrained(tmp_path).config.npr_variant == "halved"
