@@ -15,10 +15,11 @@ from tiny_models import (
 )
 from torch.nn.functional import normalize
 
-from pgseg_hf import PGSegConfig
+from pgseg_hf import npr
+from pgseg_hf.configuration_pgseg import NPR_VARIANTS
 from pgseg_hf.layers import mean_of_groups
 from pgseg_hf.modeling_pgseg import PGSegModel, PGSegVisionModel
-from pgseg_hf.npr import CorrectedNPR, PGSegStagePrototypes
+from pgseg_hf.npr import PGSegStagePrototypes
 from pgseg_hf.projection import PGSegProjection
 from pgseg_hf.prototypes import updated_prototypes
 
@@ -228,27 +229,31 @@ class StillPrototypes(PGSegStagePrototypes):
         return False
 
 
-class HalvedNPR(CorrectedNPR, name="halved"):
-    """One class is all that a variant of a test needs."""
+@pytest.fixture
+def halved():
+    class HalvedNPR(npr.CorrectedNPR, name="halved"):
+        stage_prototypes = StillPrototypes
 
-    stage_prototypes = StillPrototypes
+        def stage_loss(self, batch, centers_BKC, prototypes_BPC):
+            loss, matching = super().stage_loss(batch, centers_BKC, prototypes_BPC)
+            return loss / 2, matching
 
-    def stage_loss(self, batch, centers_BKC, prototypes_BPC):
-        loss, matching = super().stage_loss(batch, centers_BKC, prototypes_BPC)
-        return loss / 2, matching
+    yield "halved"
+    del NPR_VARIANTS["halved"], npr._VARIANTS["halved"]
 
 
-def test_a_new_variant_is_one_class(tmp_path):
-    corrected = without_noise(tiny_model(assignment_weight=0.0, contrastive_pooling="mean")).double()
-    config = corrected.config.to_dict() | {"npr_variant": "halved"}
-    config["vision_config"] = config["vision_config"] | {"npr_variant": "halved"}
-    halved = without_noise(PGSegModel(PGSegConfig.from_dict(config))).double()
-    halved.load_state_dict(corrected.state_dict())
-    before = prototype_buffers(halved)
-    losses = [model.train()(**inputs_of(), return_loss=True) for model in (corrected, halved)]
-    expected = [part / 2 for part in losses[0].image_prototype_losses]
-    torch.testing.assert_close(losses[1].image_prototype_losses, tuple(expected))
-    torch.testing.assert_close(losses[1].text_prototype_loss, losses[0].text_prototype_loss)
-    assert moved(halved, before) == {"text_prototypes"}
-    halved.save_pretrained(tmp_path)
-    assert PGSegModel.from_pretrained(tmp_path).config.npr_variant == "halved"
+def test_a_new_variant_is_one_class(tmp_path, halved):
+    corrected, other = (
+        without_noise(
+            tiny_model(npr_variant=variant, assignment_weight=0.0, contrastive_pooling="mean")
+        ).double()
+        for variant in ("corrected", halved)
+    )
+    before = prototype_buffers(other)
+    expected, losses = (model.train()(**inputs_of(), return_loss=True) for model in (corrected, other))
+    for part, of_corrected in zip(losses.image_prototype_losses, expected.image_prototype_losses):
+        torch.testing.assert_close(part, of_corrected / 2)
+    torch.testing.assert_close(losses.text_prototype_loss, expected.text_prototype_loss)
+    assert moved(other, before) == {"text_prototypes"}
+    other.save_pretrained(tmp_path)
+    assert PGSegModel.from_pretrained(tmp_path).config.npr_variant == halved
