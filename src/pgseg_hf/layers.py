@@ -83,12 +83,12 @@ class PGSegMLP(nn.Module):
         self.fc2 = nn.Linear(hidden_features, out_features)
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = linear(self.fc1, x)
         if self._forgets_activations():
+            hidden = linear(self.fc1, x)
             return checkpoint(
                 self._activate_and_project, hidden, use_reentrant=False, preserve_rng_state=False
             )
-        return self._activate_and_project(hidden)
+        return linear(self.fc2, linear(self.fc1, x, self.activation_fn))
 
     def _forgets_activations(self) -> bool:
         """Whether the activations, the largest tensors of a block, are made again for the gradient, which takes no
