@@ -5,7 +5,7 @@
 Shapes: B batch, L image tokens, P prototypes, C width, H hidden width.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -16,9 +16,10 @@ from transformers.activations import GELUActivation
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_pgseg import NPR_VARIANTS
+from .int8 import Int8Linear
 
 # Entries of attention scores that are worked on at a time where attention goes in parts: they stay in a core's cache.
-_CACHED_SCORES = 2**20
+_CACHED_SCORES = 2**21
 
 _is_on = True
 
@@ -51,6 +52,8 @@ def linear(layer: Any, x: Tensor, activation: nn.Module | None = None) -> Tensor
 
     No subclass, as tools that quantise take `nn.Linear` alone.
     """
+    if isinstance(layer, Int8Linear):
+        return layer(x, activation)
     if (
         not layer.training
         and _is_eager_cpu_inference(x)
@@ -64,6 +67,13 @@ def linear(layer: Any, x: Tensor, activation: nn.Module | None = None) -> Tensor
         out = torch.ops.mkldnn._linear_pointwise(x, layer.weight, layer.bias, fused, [], "none")
         return out if activation is None or fused == "gelu" else activation(out)
     return layer(x) if activation is None else activation(layer(x))
+
+
+def linears(layers: Sequence[Any], x: Tensor) -> list[Tensor]:
+    """Linear layers of one input, which for those in int8 is rounded once."""
+    if all(isinstance(layer, Int8Linear) for layer in layers):
+        x = layers[0].quantized(x)
+    return [linear(layer, x) for layer in layers]
 
 
 @cache
