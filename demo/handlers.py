@@ -28,7 +28,7 @@ from views import (
 )
 
 from pgseg_hf import Segmentation
-from pgseg_hf.evaluation.benchmarks import BENCHMARKS
+from pgseg_hf.evaluation.benchmarks.catalogue import BENCHMARKS
 
 NO_MODEL = "none"
 NOT_HERE = "The image is not on the server; please upload it again."

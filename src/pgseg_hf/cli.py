@@ -22,7 +22,7 @@ from .evaluation.arguments import (
 from .files import image_format, refuse_missing_folder
 from .options import FORMATS, SegmentationOptions, check_one_background
 from .prompts import read_labels, split_synonyms, validate_templates
-from .training.options import add_train_arguments, check_train_arguments
+from .training.fine_tuning.options import add_train_arguments, check_train_arguments
 
 DTYPES = ("float32", "bfloat16", "float16", "int8")
 
