@@ -66,13 +66,14 @@ def test_segment_as_a_program(tiny_folder, photo_file, tmp_path):
         "segment",
         photo_file,
         "--labels",
-        "cat,dog",
+        "cat,猫",
         "--model",
         tiny_folder,
     ]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert result.returncode == 0, result.stderr
-    assert (tmp_path / "photo-segmented.png").exists()
+    assert (tmp_path / "photo-segmented.png").exists() and "\\u732b" in result.stdout
 
 
 @pytest.mark.parametrize(
