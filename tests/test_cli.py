@@ -358,6 +358,13 @@ def test_convert(tmp_path, capsys):
     assert "parameters" in capsys.readouterr().out
     assert run("convert", tmp_path / "released.pth", output) == 2
     assert "exists already" in capsys.readouterr().err
+    state["logit_scale"] = state["logit_scale"] * float("nan")
+    torch.save({"model": state}, tmp_path / "diverged.pth")
+    assert (
+        run("convert", tmp_path / "diverged.pth", tmp_path / "b", "--config", tmp_path / "overrides.json")
+        == 2
+    )
+    assert "NaN or infinite values in logit_scale" in capsys.readouterr().err
     (tmp_path / "overrides.json").write_text('{"colour": 1}')
     assert (
         run("convert", tmp_path / "released.pth", tmp_path / "b", "--config", tmp_path / "overrides.json")
