@@ -66,13 +66,14 @@ def test_segment_as_a_program(tiny_folder, photo_file, tmp_path):
         "segment",
         photo_file,
         "--labels",
-        "cat,dog",
+        "cat,猫",
         "--model",
         tiny_folder,
     ]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert result.returncode == 0, result.stderr
-    assert (tmp_path / "photo-segmented.png").exists()
+    assert (tmp_path / "photo-segmented.png").exists() and "\\u732b" in result.stdout
 
 
 @pytest.mark.parametrize(
@@ -357,6 +358,13 @@ def test_convert(tmp_path, capsys):
     assert "parameters" in capsys.readouterr().out
     assert run("convert", tmp_path / "released.pth", output) == 2
     assert "exists already" in capsys.readouterr().err
+    state["logit_scale"] = state["logit_scale"] * float("nan")
+    torch.save({"model": state}, tmp_path / "diverged.pth")
+    assert (
+        run("convert", tmp_path / "diverged.pth", tmp_path / "b", "--config", tmp_path / "overrides.json")
+        == 2
+    )
+    assert "NaN or infinite values in logit_scale" in capsys.readouterr().err
     (tmp_path / "overrides.json").write_text('{"colour": 1}')
     assert (
         run("convert", tmp_path / "released.pth", tmp_path / "b", "--config", tmp_path / "overrides.json")

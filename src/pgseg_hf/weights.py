@@ -21,12 +21,13 @@ def what_is_wrong_with(folder: str | os.PathLike) -> str | None:
     if not os.path.isdir(folder):
         return None
     for path in sorted(Path(folder).iterdir()):
-        if path.suffix in _SUFFIXES and path.is_file() and (reason := _what_is_wrong_with_file(path)):
+        if path.suffix in _SUFFIXES and path.is_file() and (reason := what_is_wrong_with_file(path)):
             return f"{path} {reason}"
     return None
 
 
-def _what_is_wrong_with_file(path: Path) -> str | None:
+def what_is_wrong_with_file(path: Path) -> str | None:
+    """The same of one file, to be put behind its name."""
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(512)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from accelerate import InitProcessGroupKwargs
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoTokenizer
@@ -64,12 +65,17 @@ def build_model(arguments: ModelArguments) -> PGSegModel:
         )
     if arguments.model_name_or_path and arguments.groupvit_name_or_path:
         raise ValueError("model_name_or_path and groupvit_name_or_path exclude each other; give one.")
-    if arguments.model_name_or_path:
-        model = PGSegModel.from_pretrained(arguments.model_name_or_path, dtype="float32", **fields)
-    elif arguments.groupvit_name_or_path:
-        model = PGSegModel.from_groupvit(arguments.groupvit_name_or_path, **fields)
-    else:
-        model = PGSegModel.from_parts(arguments.backbone_name_or_path, arguments.text_name_or_path, **fields)
+    try:
+        if arguments.model_name_or_path:
+            model = PGSegModel.from_pretrained(arguments.model_name_or_path, dtype="float32", **fields)
+        elif arguments.groupvit_name_or_path:
+            model = PGSegModel.from_groupvit(arguments.groupvit_name_or_path, **fields)
+        else:
+            model = PGSegModel.from_parts(
+                arguments.backbone_name_or_path, arguments.text_name_or_path, **fields
+            )
+    except StrictDataclassError as error:  # no ValueError
+        raise ValueError(str(error)) from error
     if model.config.contrastive_pooling == "mixture" and model.config.contrastive_loss != "sigmoid":
         if "contrastive_pooling" in fields:
             raise ValueError(

@@ -271,7 +271,7 @@ def require_files(dataset: MaskDataset, hint: str = "") -> None:
     name, count = names.most_common(1)[0]
     if count > 1:
         raise ValueError(f"{count} pictures of {dataset.name} have the name {name}, expected each once.")
-    missing = [file for file in files if not file.is_file()]
+    missing = [file for file in files if not os.path.isfile(file)]
     if missing:
         raise ValueError(
             f"{len(missing)} pictures or masks of {dataset.name} are missing, the first is {missing[0]}.{hint}"
