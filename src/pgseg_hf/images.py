@@ -6,6 +6,7 @@ import http.client
 import os
 import re
 import string
+from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -155,37 +156,49 @@ def to_rgb(image: Image.Image, name: str | None = None) -> Image.Image:
         raise ValueError(f"{name} has the mode {image.mode}, which cannot be made RGB: {error}") from error
 
 
-def load_label_map(source: ImageSource) -> np.ndarray:
+def load_label_map(source: ImageSource, weights: Sequence[int] | None = None) -> np.ndarray:
     """Read a mask whose pixel values are numbers of labels.
 
     Args:
         source: a path, a binary file object or its bytes (PNG, TIFF, BMP, GIF or PPM, which lose nothing), a PIL image
             (of an indexed one the indices count) or an integer array or tensor [H, W].
+        weights: for a mask of colours, what red, green and blue count in a pixel's number.
 
     Returns:
         int64 [H, W].
 
     Raises:
-        ValueError: it cannot be read, has several channels, or values that are no whole numbers.
+        ValueError: it cannot be read, has several channels, or values that are no whole numbers; as colours,
+            transparent pixels.
     """
     name = "the mask"
     try:
         if isinstance(source, (Image.Image, np.ndarray)) or hasattr(source, "numpy"):  # a tensor
-            values = np.asarray(source)
+            values = _mask_values(source, weights, name)
         else:
             data, name = _read_bytes(source)
             with Image.open(BytesIO(data), formats=_LABEL_FORMATS) as image:
-                values = np.asarray(image)
-    except MemoryError:
+                values = _mask_values(image, weights, name)
+    except (MemoryError, NoLabelMap):
         raise
     except Exception as error:  # given broken files, decoders raise nearly anything
         formats = ", ".join(_LABEL_FORMATS)
         raise ValueError(f"{name} is no mask that can be read, expected one of {formats}: {error}") from error
     if values.ndim != 2 or values.dtype.kind not in "bui" or values.size == 0:
         raise NoLabelMap(
-            f"{name} has the shape {values.shape} and type {values.dtype}, expected one whole number a pixel, [H, W]"
+            f"{name} has the shape {values.shape} and type {values.dtype}, expected one whole number a pixel, [H, W]."
         )
     return values.astype(np.int64)
+
+
+def _mask_values(source: Any, weights: Sequence[int] | None, name: str) -> np.ndarray:
+    if weights is None:
+        return np.asarray(source)
+    image = source if isinstance(source, Image.Image) else _from_array(np.asarray(source))
+    *colours, opacity = np.moveaxis(np.asarray(image.convert("RGBA")), -1, 0)
+    if (opacity < 255).any():
+        raise NoLabelMap(f"{name} has transparent pixels, which have no colour, expected none.")
+    return sum(weight * channel.astype(np.int64) for weight, channel in zip(weights, colours, strict=True))
 
 
 def find_images(folder: Path, leave_out: Path | None = None) -> list[Path]:
