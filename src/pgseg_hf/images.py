@@ -61,8 +61,8 @@ def load_image(source: ImageSource, max_pixels: int = MAX_IMAGE_PIXELS) -> Image
 
     Args:
         source: a path, an `http(s)://` address, a `data:image/...;base64,` string, a binary file object (read
-            from its start), the bytes of an image file, a PIL image, or a uint8 array [H, W], [H, W, 3] or
-            [H, W, 4].
+            from its start), the bytes of an image file, a PIL image, or a uint8 array or tensor [H, W], [H, W, 3] or
+            [H, W, 4]; a tensor may have its channels first, as in torch.
         max_pixels: images with more pixels are refused before they are decoded. Pillow's own limit and
             warning for large images do not apply, and its global state is not touched.
 
@@ -74,6 +74,10 @@ def load_image(source: ImageSource, max_pixels: int = MAX_IMAGE_PIXELS) -> Image
         ValueError: naming the source, where it is missing, empty, corrupt, truncated, too large or not an
             image.
     """
+    if hasattr(source, "numpy"):  # a tensor
+        source = source.numpy(force=True)
+        if source.ndim == 3 and source.shape[0] in (3, 4) and source.shape[2] not in (3, 4):
+            source = np.moveaxis(source, 0, 2)
     if isinstance(source, np.ndarray):
         source = _from_array(source)
     if isinstance(source, Image.Image):
@@ -100,7 +104,7 @@ def _from_array(array: np.ndarray) -> Image.Image:
             f"an array of shape {array.shape} and type {array.dtype} is no image: expected uint8 [H, W], [H, W, 3] "
             "or [H, W, 4]"
         )
-    return Image.fromarray(array)
+    return Image.fromarray(np.ascontiguousarray(array))
 
 
 def to_rgb(image: Image.Image, name: str | None = None) -> Image.Image:
