@@ -157,7 +157,7 @@ def test_a_segmenter_with_a_word_of_its_own(tiny_segmenter, tmp_path, photo):
         Segmenter(tiny_segmenter.model, processor).class_embeddings(["<stoat>"])
     (tmp_path / "tokenizer.json").rename(tmp_path / "elsewhere")
     segment = pipeline("open-vocabulary-segmentation", model=str(tmp_path))
-    with pytest.raises(ValueError, match="has a tokenizer of 2 tokens.* files of the processor are missing"):
+    with pytest.raises(ValueError, match=r"has a tokenizer of 2 tokens.* files of the processor are missing"):
         segment(photo, labels=["dog", "sky"])
     (tmp_path / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\n")
     for load in (load_segmenter, PGSegProcessor.from_pretrained):

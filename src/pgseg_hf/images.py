@@ -75,9 +75,9 @@ def load_image(source: ImageSource, max_pixels: int = MAX_IMAGE_PIXELS) -> Image
             image.
     """
     if hasattr(source, "numpy"):  # a tensor
-        source = source.numpy(force=True)
-        if source.ndim == 3 and source.shape[0] in (3, 4) and source.shape[2] not in (3, 4):
-            source = np.moveaxis(source, 0, 2)
+        array: np.ndarray = source.numpy(force=True)
+        is_channels_first = array.ndim == 3 and array.shape[0] in (3, 4) and array.shape[2] not in (3, 4)
+        source = np.moveaxis(array, 0, 2) if is_channels_first else array
     if isinstance(source, np.ndarray):
         source = _from_array(source)
     if isinstance(source, Image.Image):
