@@ -29,11 +29,12 @@ from ..images import load_label_map
 from ..modeling_pgseg import PGSegModel
 from ..processing_pgseg import PGSegProcessor
 from ..prompts import build_prompts
+from ..run_records import flat, hash_of
 from ..text_files import read_json, read_yaml
 from ..tokenization import default_tokenizer
 from .arguments import DataArguments, ModelArguments, RunArguments
 from .collator import PGSegCollator
-from .continuing import flat, hash_of, hash_of_files
+from .continuing import hash_of_files
 from .feature_cache import CacheOptions, cache_features
 from .patch_names import CellNamer
 from .preparation import IGNORED, Preparation
