@@ -91,6 +91,27 @@ def refuse_bad_weights(model: Any, name: str) -> None:
         raise ValueError(f"{name} has no values in {_named(empty)}: load the model by from_pretrained.")
 
 
+def refuse_other_tokenizer(config: Any, tokenizer: Any, name: str) -> None:
+    """Refuses a tokenizer whose tokens are none of the model's.
+
+    Args:
+        config: of the whole model.
+        tokenizer: of its processor.
+        name: what the error calls the two.
+
+    Raises:
+        ValueError: another end token, or more tokens than the model has.
+    """
+    text = config.text_config
+    # 2 stands for the largest token, as in CLIP's first configurations. A vocabulary may have more rows than tokens.
+    if text.eos_token_id not in (2, tokenizer.eos_token_id) or len(tokenizer) > text.vocab_size:
+        raise ValueError(
+            f"{name} has a tokenizer of {len(tokenizer)} tokens, the end token is {tokenizer.eos_token_id}, "
+            f"for a model of {text.vocab_size} and {text.eos_token_id}; files of the processor are missing or "
+            "another's, or model.resize_token_embeddings was not called for new tokens."
+        )
+
+
 def _named(keys: list[str]) -> str:
     shown = ", ".join(keys[:3])
     return shown if len(keys) <= 3 else f"{shown} and {len(keys) - 3} further tensors"

@@ -29,6 +29,7 @@ from ..images import load_label_map
 from ..modeling_pgseg import PGSegModel
 from ..processing_pgseg import PGSegProcessor
 from ..prompts import build_prompts
+from ..run_records import flat, hash_of
 from ..text_files import read_json, read_yaml
 from ..tokenization import default_tokenizer
 from .arguments import DataArguments, ModelArguments, RunArguments
@@ -38,7 +39,7 @@ from .batches.patch_names import CellNamer
 from .batches.preparation import IGNORED, Preparation
 from .batches.streams import StreamOptions, TrainingStream
 from .batches.texts import TextOptions
-from .continuing import flat, hash_of, hash_of_files
+from .continuing import hash_of_files
 
 # Weights of no dimension.
 logger = logging.get_logger(__name__)
