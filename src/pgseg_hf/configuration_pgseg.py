@@ -56,6 +56,9 @@ NPR_VARIANTS = {
 }
 
 
+_MOST_LAYERS = 10_000
+
+
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ValueError(message)
@@ -157,8 +160,8 @@ class PGSegTextConfig(CLIPTextConfig):
             f"text_config.eos_token_id is {self.eos_token_id}, expected the one token at which texts are pooled.",
         )
         _require(
-            self.num_hidden_layers >= 0,
-            f"text_config.num_hidden_layers is {self.num_hidden_layers}, expected at least 0.",
+            0 <= self.num_hidden_layers <= _MOST_LAYERS,
+            f"text_config.num_hidden_layers is {self.num_hidden_layers}, expected 0 to {_MOST_LAYERS:,}.",
         )
         _require_known_activation("text_config.hidden_act", self.hidden_act)
         for name in ("layer_norm_eps", "initializer_range"):
@@ -302,6 +305,12 @@ class PGSegVisionConfig(PreTrainedConfig):
 
     def _validate_stages(self) -> None:
         stages = len(self.depths)
+        for name, values in (("depths", self.depths), ("num_group_tokens", self.num_group_tokens)):
+            # A file that asks for more keeps the machine busy for hours before anything of it is read.
+            _require(
+                sum(values) <= _MOST_LAYERS,
+                f"vision_config.{name} is {list(values)}, expected at most {_MOST_LAYERS:,} in all.",
+            )
         _require(stages > 0, "vision_config.depths is empty, expected one depth for each stage.")
         _require(
             len(self.num_group_tokens) == stages,
