@@ -100,7 +100,8 @@ def _add_segment(commands: argparse._SubParsersAction) -> None:
         choices=FORMATS,
         default=[],
         help="results in OUTPUT: png (masks of numbers and overlays, there always), masks (a PNG for each label), coco "
-        "(run lengths), yolo and labelme (polygons), csv (areas and scores); may be repeated",
+        "(run lengths), coco-polygons, coco-panoptic, yolo and labelme (polygons), csv (areas and scores); may be "
+        "repeated",
     )
     parser.add_argument(
         "--overwrite", action="store_true", help="results of --format that are there are made anew"

@@ -9,7 +9,7 @@ from .values import share, whole_number
 BACKGROUND = "background"
 """What a background threshold leaves over is called so."""
 
-FORMATS = ("png", "masks", "coco", "yolo", "labelme", "csv")
+FORMATS = ("png", "masks", "coco", "coco-polygons", "coco-panoptic", "yolo", "labelme", "csv")
 """What `pgseg segment --format` writes, see `outputs`."""
 
 
