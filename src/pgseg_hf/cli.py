@@ -20,8 +20,9 @@ from .evaluation.arguments import (
     check_prepare_arguments,
 )
 from .files import image_format, refuse_missing_folder
-from .options import FORMATS, SegmentationOptions, check_one_background
-from .prompts import read_labels, split_synonyms, validate_templates
+from .options import FORMATS, SegmentationOptions
+from .prompts import LabelList, parse_labels, read_labels, validate_templates
+from .suggestions import MIN_AREA, everyday_words
 from .training.options import add_train_arguments, check_train_arguments
 
 DTYPES = ("float32", "bfloat16", "float16", "int8")
@@ -79,11 +80,27 @@ def _add_segment(commands: argparse._SubParsersAction) -> None:
         help='a picture, its http(s) address, - for standard input, or any number of pictures, patterns ("*.jpg") and '
         "folders",
     )
-    parser.add_argument(
+    words = parser.add_mutually_exclusive_group(required=True)
+    words.add_argument(
         "--labels",
-        required=True,
-        help='words separated by commas, for instance "hair, coat|jacket, shoes" (| joins other words for a label), '
-        "or @labels.txt or @labels.json",
+        help='words separated by commas, for instance "hair, coat|jacket:red:0.4, shoes" (| joins other words for a '
+        "label, a colour and the score that its pixels must have may follow), or @labels.txt or @labels.json",
+    )
+    words.add_argument(
+        "--vocabulary",
+        help="names what is there: everyday (256 words that ship), or words as for --labels",
+    )
+    parser.add_argument(
+        "--min-area",
+        type=float,
+        metavar="SHARE",
+        help=f"of the picture that a word of --vocabulary must cover, 0 to 1 (default: {MIN_AREA})",
+    )
+    parser.add_argument(
+        "--synonyms",
+        choices=("average", "best"),
+        default="average",
+        help="how the words of one label count: by their mean, or at each place by the best",
     )
     parser.add_argument(
         "--model", default=DEFAULT_CHECKPOINT, help="folder or Hub name (default: the shipped model)"
@@ -147,16 +164,20 @@ def _add_convert(commands: argparse._SubParsersAction) -> None:
 
 def _check_segment(args: argparse.Namespace) -> None:
     """Refuses what could not be done before torch is imported; labels, options, output and picture are ready then."""
-    args.words = read_labels(args.labels)
-    args.labels = [words[0] for words in split_synonyms(args.words)]
+    asked = _read_words(args)
+    args.words = asked.words
     args.options = SegmentationOptions(
         window_size=None if args.whole else ("auto" if args.window is None else args.window),
         window_stride="auto" if args.stride is None else args.stride,
         background_threshold=args.background_threshold,
         templates=tuple(validate_templates(args.template)) if args.template else None,
         batch_size=args.batch_size,
+        synonyms=args.synonyms,
+        thresholds=asked.thresholds,
+        colours=asked.colours,
+        min_area=args.min_area,
     )
-    check_one_background(args.labels, args.background_threshold is not None)
+    args.options.check_labels(asked.names)
     refuse_missing_folder(args.model)
     places, source = _find_places(args.images)
     from .images import load_image  # late: it imports transformers, though not torch
@@ -179,6 +200,18 @@ def _check_segment(args: argparse.Namespace) -> None:
     )
     args.output = args.output or Path(name)
     _check_folder(args, places, None if source is None else path)
+
+
+def _read_words(args: argparse.Namespace) -> LabelList:
+    """The labels, or the words of a vocabulary, which have a least area then."""
+    if args.labels is not None:
+        if args.min_area is not None:
+            raise ValueError(f"--min-area is {args.min_area}, but there is no --vocabulary; expected both.")
+        return read_labels(args.labels)
+    args.min_area = MIN_AREA if args.min_area is None else args.min_area
+    if args.vocabulary.strip() == "everyday":
+        return parse_labels(everyday_words())
+    return read_labels(args.vocabulary)
 
 
 def _check_folder(args: argparse.Namespace, places: list[Path], source: Path | None) -> None:

@@ -51,6 +51,7 @@ class MaskResult:
         labels: N labels.
         background: whether value 0 is background, and label i has value i + 1.
         colours: "#rrggbb" of labels that have a colour of their own.
+        only_present: whether tables leave absent labels out.
     """
 
     image: Path
@@ -60,6 +61,7 @@ class MaskResult:
     labels: Sequence[str]
     background: bool
     colours: Mapping[str, str] | None = None
+    only_present: bool = False
 
     def read(self) -> np.ndarray:
         """The label map, int64 [H, W]."""
@@ -82,6 +84,7 @@ class MaskResult:
         found = [
             {"label": name, "value": value, "pixels": int(count), "area": float(share), "score": score}
             for value, (name, count, share, score) in enumerate(zip(names, counts, shares, scores))
+            if count or not self.only_present
         ]
         return label_map.shape[1], label_map.shape[0], found
 
@@ -132,8 +135,8 @@ def _write_coco(results: Sequence[MaskResult], place: Path, polygons: bool = Fal
 
     annotations: list[dict] = []
     for image_id, result in enumerate(results, 1):
-        _, _, segments = result.segments()
-        for number, _, mask in result.present():
+        scores = {found["label"]: found["score"] for found in result.segments()[2]}
+        for number, label, mask in result.present():
             code = rle.encode(np.asfortranarray(mask))
             shape: Any = {"size": list(mask.shape), "counts": code["counts"].decode("ascii")}
             if polygons:
@@ -147,7 +150,7 @@ def _write_coco(results: Sequence[MaskResult], place: Path, polygons: bool = Fal
                     "area": int(rle.area(code)),
                     "bbox": [float(value) for value in rle.toBbox(code)],
                     "iscrowd": 0,
-                    "score": segments[number + result.background]["score"],
+                    "score": scores[label],
                 }
             )
     write_json(_coco(results, annotations), place)
@@ -250,7 +253,7 @@ def _write_labelme(results: Sequence[MaskResult], place: Path) -> None:
 
 
 def _write_csv(results: Sequence[MaskResult], place: Path) -> None:
-    """A line for each picture and label, absent ones too."""
+    """A line for each picture and label, absent ones too unless the labels are a vocabulary."""
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(["image", "width", "height", "label", "pixels", "area", "score"])
