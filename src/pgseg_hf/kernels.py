@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .configuration_pgseg import NPR_VARIANTS
+
 # Entries of attention scores that are worked on at a time where attention goes in parts: they stay in a core's cache.
 _CACHED_SCORES = 2**20
 
@@ -92,8 +94,8 @@ def faster_attention(module: Any, query: Tensor) -> Callable | None:
     if not _is_on or module.training or torch.is_grad_enabled():
         return None
     configured = module.config._attn_implementation
-    # The released variant is eager for its gradients only, see `PGSegVisionModel`.
-    eager_for_gradients = configured == "eager" and module.config.npr_variant == "released"
+    # Some variants are eager for their gradients only, see `PGSegVisionModel`.
+    eager_for_gradients = configured == "eager" and NPR_VARIANTS[module.config.npr_variant].eager_gradients
     if configured != "sdpa" and not eager_for_gradients:
         return None
     if query.dtype == torch.bfloat16 and _is_eager_cpu_inference(query):

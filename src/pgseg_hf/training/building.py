@@ -20,11 +20,11 @@ from ..data.augmentation import AugmentationOptions
 from ..data.records import Record, UnusableRecord
 from ..data.scenes import SceneSource
 from ..data.sources import MapSource, Source, SourceSpec, open_source
+from ..distributed import world_size
 from ..efficientnet_lite import IMAGE_MEAN, IMAGE_STD, EfficientNetLiteConfig
 from ..evaluation.confusion import MANY_UNKNOWN
 from ..image_processing_pil_pgseg import PGSegImageProcessorPil
 from ..images import load_label_map
-from ..losses import world_size
 from ..modeling_pgseg import PGSegModel
 from ..processing_pgseg import PGSegProcessor
 from ..prompts import build_prompts
@@ -81,7 +81,7 @@ def build_model(arguments: ModelArguments) -> PGSegModel:
             "%s was trained with mixture pooling, which needs the sigmoid loss; this run compares texts with groups.",
             arguments.model_name_or_path,
         )
-    if model.config.npr_variant == "released":
+    if model.config.npr_settings.guards_losses:
         model.config.guard_prototype_losses = True
     if arguments.attn_implementation:
         model.set_attn_implementation(arguments.attn_implementation)
@@ -174,8 +174,8 @@ def build_stream(
     mask_labels = _mask_labels(data, specs, sources) if data.crop_tags else None
     if mask_labels is not None:
         _tell_what_masks_leave_out(sources)
-    # Tags alone are shared between pictures; the released text prototypes need a text for each.
-    shared = config.contrastive_loss != "info_nce" and config.npr_variant != "released"
+    # Tags alone are shared between images; some variants of NPR need a text for each.
+    shared = config.contrastive_loss != "info_nce" and not config.npr_settings.one_text_an_image
     shared = shared and (bool(data.synonyms) or not any(has_texts(source, "captions") for source in sources))
     has_labels = bool(data.num_nouns or mask_labels) or any(has_texts(source, "tags") for source in sources)
     texts = TextOptions(

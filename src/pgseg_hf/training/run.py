@@ -18,7 +18,7 @@ from huggingface_hub import HfApi
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from ..losses import sum_over_processes
+from ..distributed import sum_over_processes
 from ..modeling_pgseg import PGSegModel
 from .arguments import Arguments
 from .building import (
