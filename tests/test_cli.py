@@ -291,9 +291,13 @@ def test_a_mask_that_cannot_be_written_leaves_no_overlay(tiny_folder, photo_file
     assert run(*arguments, "--mask", tmp_path / "x" / ".." / "o.png") == 2
     assert "--output and --mask are both" in capsys.readouterr().err
     (tmp_path / "o.png").write_bytes(b"of an earlier run")
+    assert run(*arguments, "--model", "no/such/model") == 2
+    assert "o.png exists already; --overwrite replaces it" in capsys.readouterr().err
     (tmp_path / "mask.png").mkdir()
-    assert run(*arguments, "--mask", tmp_path / "mask.png") == 2
+    assert run(*arguments, "--mask", tmp_path / "mask.png", "--overwrite") == 2
     assert (tmp_path / "o.png").read_bytes() == b"of an earlier run"
+    assert run(*arguments, "--overwrite") == 0
+    assert Image.open(tmp_path / "o.png").width >= 120
 
 
 @pytest.mark.parametrize("name", ["m.png", "m.tif"])
@@ -456,7 +460,15 @@ def test_colours_and_thresholds_of_labels(tmp_path, monkeypatch, capsys):
     )
     words = "horse|pony:.7, sand:blue:1, sea"
     for labels, name in ((words, "line"), ("@labels.json", "file")):
-        arguments = [PHOTOS / "horses.jpg", "--labels", labels, "--json", "--mask", f"{name}.png"]
+        arguments = [
+            PHOTOS / "horses.jpg",
+            "--labels",
+            labels,
+            "--json",
+            "--mask",
+            f"{name}.png",
+            "--overwrite",
+        ]
         command = [sys.executable, "-m", "pgseg_hf", "segment", *arguments]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
@@ -542,7 +554,7 @@ def test_a_vocabulary_names_what_is_there(tmp_path):
 def test_labels_of_a_file(tiny_folder, photo_file, tmp_path, capsys, monkeypatch, name, content):
     monkeypatch.chdir(tmp_path)
     Path(name).write_text(content, encoding="utf-8")
-    shared = ["--model", tiny_folder, "--output", "o.png", "--mask"]
+    shared = ["--model", tiny_folder, "--overwrite", "--output", "o.png", "--mask"]
     assert run("segment", photo_file, "--labels", f"@{name}", *shared, "file.png") == 0
     assert run("segment", photo_file, "--labels", "cat|kitten,dog,grass", *shared, "line.png") == 0
     assert Path("file.png").read_bytes() == Path("line.png").read_bytes()

@@ -121,7 +121,9 @@ def _add_segment(commands: argparse._SubParsersAction) -> None:
         "repeated",
     )
     parser.add_argument(
-        "--overwrite", action="store_true", help="results of --format that are there are made anew"
+        "--overwrite",
+        action="store_true",
+        help="an overlay, a mask and results of --format that are there are made anew",
     )
     parser.add_argument(
         "--json", action="store_true", help="areas, scores and files as JSON on standard output"
@@ -189,7 +191,7 @@ def _check_segment(args: argparse.Namespace) -> None:
         args.image = source or str(path)
         if not args.format:
             args.output = args.output or Path(f"{path.stem}-segmented.png")
-            _check_places(path, args.output, args.mask)
+            _check_places(path, args.output, args.mask, args.overwrite)
             return
     if args.mask is not None:
         raise ValueError("--mask is for one picture; a folder's masks are in OUTPUT/masks.")
@@ -272,7 +274,7 @@ def _is_web_address(text: str) -> bool:
     return is_web_address(text)
 
 
-def _check_places(image: Path, output: Path, mask: Path | None) -> None:
+def _check_places(image: Path, output: Path, mask: Path | None, overwrite: bool) -> None:
     """Refuses files that could not be written, or would lie over one another, before any work starts."""
     image_format(output)
     if mask is not None:
@@ -282,6 +284,8 @@ def _check_places(image: Path, output: Path, mask: Path | None) -> None:
     for place in (output, mask):
         if place is not None and _same_file(place, image):
             raise ValueError(f"{place} is the picture itself; choose another output path.")
+        if place is not None and place.exists() and not overwrite:
+            raise ValueError(f"{place} exists already; --overwrite replaces it.")
 
 
 def _same_file(one: Path, other: Path) -> bool:
