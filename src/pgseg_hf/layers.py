@@ -15,7 +15,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_pgseg import PGSegVisionConfig
 from .features import StageFeatures
-from .kernels import faster_attention, linear
+from .kernels import faster_attention, linear, linears
 from .npr import PGSegStagePrototypes, npr_of
 from .precision import estimation_dtype, full_precision
 
@@ -63,8 +63,12 @@ class PGSegAttention(nn.Module):
         return x.view(*x.shape[:-1], -1, self.head_dim).transpose(1, 2)
 
     def forward(self, queries: Tensor, context: Tensor) -> Tensor:
-        query = self._heads(linear(self.q_proj, queries))
-        key, value = (self._heads(linear(layer, context)) for layer in (self.k_proj, self.v_proj))
+        layers = (self.q_proj, self.k_proj, self.v_proj)
+        if queries is context:
+            parts = linears(layers, context)
+        else:
+            parts = [linear(self.q_proj, queries), *linears(layers[1:], context)]
+        query, key, value = (self._heads(part) for part in parts)
         attend: Callable = faster_attention(self, query) or ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
@@ -83,12 +87,12 @@ class PGSegMLP(nn.Module):
         self.fc2 = nn.Linear(hidden_features, out_features)
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = linear(self.fc1, x)
         if self._forgets_activations():
+            hidden = linear(self.fc1, x)
             return checkpoint(
                 self._activate_and_project, hidden, use_reentrant=False, preserve_rng_state=False
             )
-        return self._activate_and_project(hidden)
+        return linear(self.fc2, linear(self.fc1, x, self.activation_fn))
 
     def _forgets_activations(self) -> bool:
         """Whether the activations, the largest tensors of a block, are made again for the gradient, which takes no
@@ -358,7 +362,9 @@ class PGSegVisionEmbeddings(nn.Module):
 
 
 class PGSegVisionEncoder(nn.Module):
-    """The stages."""
+    """The stages, which compute in `compute_dtype`, or in the type of what they are given."""
+
+    compute_dtype: torch.dtype | None = None
 
     def __init__(self, config: PGSegVisionConfig):
         super().__init__()

@@ -171,6 +171,7 @@ class PGSegVisionModel(PGSegPreTrainedModel):
             self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         )
         tokens, (height, width) = self._embed(pixel_values, backbone_features)
+        dtype, tokens = tokens.dtype, tokens.to(self.encoder.compute_dtype or tokens.dtype)
         hidden_states, assignments, npr = [tokens], [], []
         group_tokens = patch_groups = None
         patches = tokens if self.config.segment_source == "inputs" else None
@@ -185,12 +186,12 @@ class PGSegVisionModel(PGSegPreTrainedModel):
                     prototypes.move(output.features.prototypes)
                 npr.append(output.features)
             if output.logits is not None:
-                assignment_BKL = output.logits.softmax(dim=1)
+                assignment_BKL = output.logits.to(dtype).softmax(dim=1)
                 assignments.append(assignment_BKL)
                 patch_groups = assignment_BKL if patch_groups is None else assignment_BKL @ patch_groups
             tokens = mean_of_groups(patches, patch_groups) if tokens is None else tokens
             hidden_states.append(tokens)
-        tokens = self.layernorm(tokens)
+        tokens, patches = self.layernorm(tokens.to(dtype)), patches.to(dtype)
         return PGSegVisionOutput(
             last_hidden_state=tokens,
             pooler_output=tokens.mean(dim=1),
