@@ -75,10 +75,10 @@ def segment_folder(
         "options": {**asdict(options), "batch_size": None},
         **model_record(segmenter),
     }
-    _check_record(record, output)
+    continues = _is_continued(record, output)
     names = _output_names(images, folder)
     digests = {path: _digest(path) for path in images}
-    made_from = {path: mask_source(output / "masks" / names[path]) for path in images}
+    made_from = {path: mask_source(output / "masks" / names[path]) if continues else None for path in images}
     waiting = [
         path
         for path in images
@@ -142,11 +142,13 @@ def _digest(path: Path) -> str:
         return ""
 
 
-def _check_record(record: dict, output: Path) -> None:
+def _is_continued(record: dict, output: Path) -> bool:
+    """Whether masks that are there are of the same run; without a record nobody knows what they are of."""
     known = read_record(output / RECORD_NAME)
     changes = [] if known is None else differences(known, record)
     if changes:
         raise ValueError(f"{output} holds results with {'; '.join(changes)}. Choose another output folder.")
+    return known is not None
 
 
 def _output_names(images: Sequence[Path], folder: Path) -> dict[Path, Path]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from accelerate import InitProcessGroupKwargs
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoTokenizer
@@ -28,11 +29,12 @@ from ..images import load_label_map
 from ..modeling_pgseg import PGSegModel
 from ..processing_pgseg import PGSegProcessor
 from ..prompts import build_prompts
+from ..run_records import flat, hash_of
 from ..text_files import read_json, read_yaml
 from ..tokenization import default_tokenizer
 from .arguments import DataArguments, ModelArguments, RunArguments
 from .collator import PGSegCollator
-from .continuing import flat, hash_of, hash_of_files
+from .continuing import hash_of_files
 from .feature_cache import CacheOptions, cache_features
 from .patch_names import CellNamer
 from .preparation import IGNORED, Preparation
@@ -64,12 +66,17 @@ def build_model(arguments: ModelArguments) -> PGSegModel:
         )
     if arguments.model_name_or_path and arguments.groupvit_name_or_path:
         raise ValueError("model_name_or_path and groupvit_name_or_path exclude each other; give one.")
-    if arguments.model_name_or_path:
-        model = PGSegModel.from_pretrained(arguments.model_name_or_path, dtype="float32", **fields)
-    elif arguments.groupvit_name_or_path:
-        model = PGSegModel.from_groupvit(arguments.groupvit_name_or_path, **fields)
-    else:
-        model = PGSegModel.from_parts(arguments.backbone_name_or_path, arguments.text_name_or_path, **fields)
+    try:
+        if arguments.model_name_or_path:
+            model = PGSegModel.from_pretrained(arguments.model_name_or_path, dtype="float32", **fields)
+        elif arguments.groupvit_name_or_path:
+            model = PGSegModel.from_groupvit(arguments.groupvit_name_or_path, **fields)
+        else:
+            model = PGSegModel.from_parts(
+                arguments.backbone_name_or_path, arguments.text_name_or_path, **fields
+            )
+    except StrictDataclassError as error:  # no ValueError
+        raise ValueError(str(error)) from error
     if model.config.contrastive_pooling == "mixture" and model.config.contrastive_loss != "sigmoid":
         if "contrastive_pooling" in fields:
             raise ValueError(

@@ -109,7 +109,10 @@ class GradientCache:
                 _set_random_states(chunk.random_states, device)
                 outputs = list(_differentiable(encode(chunk)))
                 gradients = [leaf.grad for leaf in _differentiable(leaves)]
-                used = [(out, grad) for out, grad in zip(outputs, gradients) if grad is not None]
+                # A frozen tower's outputs have no way back.
+                used = [
+                    pair for pair in zip(outputs, gradients) if pair[0].requires_grad and pair[1] is not None
+                ]
                 torch.autograd.backward([out for out, _ in used], [grad for _, grad in used])
                 for name, value in buffers.items():
                     moved[name] += chunk.share * (value - start[name])
