@@ -19,7 +19,7 @@ from .files import write_image
 from .folders import FolderSummary, segment_folder
 from .outputs import MaskResult, write_formats
 from .segmentation import Segmentation, Segmenter
-from .visualization import indexed_png, overlay
+from .visualization import indexed_png, label_colours, overlay
 from .weights import refuse_bad_weights
 
 OPTIONAL = ("accelerate", "datasets", "evaluate", "fsspec", "pyarrow", "yaml")
@@ -43,11 +43,14 @@ def segment(args: argparse.Namespace) -> int:
     start = time.monotonic()
     result = segmenter(args.picture, args.words)
     assert isinstance(result, Segmentation)
+    if args.vocabulary is not None:
+        result = result.without_absent()
     if args.mask is not None:
-        mask = indexed_png(result.label_map, num_labels=len(args.labels), background=result.background)
+        colours = label_colours(result.labels, result.colours)
+        mask = indexed_png(result.label_map, len(result.labels), result.background, colours)
         write_image(mask, args.mask)
-    drawn = overlay(args.picture, result.label_map, args.labels, background=result.background)
-    write_image(drawn, args.output)
+    shown = (result.label_map, result.labels, result.background)
+    write_image(overlay(args.picture, *shown, colours=result.colours), args.output)
     width, height = args.picture.size
     seconds = time.monotonic() - start
     if args.json:

@@ -16,7 +16,7 @@ from .outputs import MaskResult
 from .prompts import split_synonyms
 from .run_records import differences, file_digest, model_record, read_record
 from .segmentation import SegmentationOptions, Segmenter
-from .visualization import indexed_png, overlay
+from .visualization import indexed_png, label_colours, overlay
 
 logger = logging.get_logger(__name__)
 
@@ -98,9 +98,11 @@ def segment_folder(
             results = segmenter.stream(batch.values(), labels, options)
             for (path, image), result in zip(batch.items(), results, strict=True):
                 if overlays:
-                    picture = overlay(image, result.label_map, result.labels, background=result.background)
+                    shown = (result.label_map, result.labels, result.background)
+                    picture = overlay(image, *shown, colours=result.colours)
                     write_image(picture, output / "overlays" / names[path])
-                mask = indexed_png(result.label_map, num_labels=len(labels), background=result.background)
+                colours = label_colours(result.labels, result.colours)
+                mask = indexed_png(result.label_map, len(labels), result.background, colours)
                 scores = [segment.score for segment in result.segments(include_absent=True)]
                 write_mask(mask, output / "masks" / names[path], digests[path], scores)
                 summary.segmented += 1
@@ -109,14 +111,12 @@ def segment_folder(
                     summary.pixels[segment.label] += int(np.count_nonzero(result.mask(segment)))
                 progress.update()
     called = [words[0] for words in split_synonyms(labels)]
-    has_background = options.background_threshold is not None
+    how = (options.has_background, options.colours, options.min_area is not None)
     for path in images:
         name = path.relative_to(folder)
         if str(name) not in summary.broken:
             mask_file = output / "masks" / names[path]
-            summary.results.append(
-                MaskResult(path, name.as_posix(), names[path], mask_file, called, has_background)
-            )
+            summary.results.append(MaskResult(path, name.as_posix(), names[path], mask_file, called, *how))
     summary.seconds = time.monotonic() - start
     return summary
 
