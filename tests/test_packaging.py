@@ -192,3 +192,22 @@ def test_the_notebook_runs(tmp_path):
     shown = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
     assert sum("image/png" in output.get("data", {}) for output in shown) >= 4
     assert (tmp_path / "checkpoint" / "config.json").is_file() and (tmp_path / "masks.png").is_file()
+
+
+@pytest.mark.parametrize(
+    "page",
+    [*REPOSITORY.glob("*.md"), *REPOSITORY.glob("[des]*/**/README.md"), *REPOSITORY.glob("examples/*.md")],
+    ids=str,
+)
+def test_links_of_a_page_lead_somewhere(page):
+    text = page.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        path, _, anchor = target.partition("#")
+        if "://" in target:
+            continue
+        linked = page if not path else page.parent / path
+        assert linked.exists(), f"{page}: {target}"
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", linked.read_text(encoding="utf-8"), re.M)
+            anchors = [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
+            assert anchor in anchors, f"{page}: {target}"
