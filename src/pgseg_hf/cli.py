@@ -23,6 +23,7 @@ from .files import image_format, refuse_missing_folder
 from .options import FORMATS, SegmentationOptions, check_one_background
 from .prompts import read_labels, split_synonyms, validate_templates
 from .training.options import add_train_arguments, check_train_arguments
+from .values import whole_number
 
 DTYPES = ("float32", "bfloat16", "float16", "int8")
 
@@ -70,7 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _add_segment(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("segment", help="segment a picture or a folder of pictures by words")
+    parser = commands.add_parser("segment", help="segment pictures, a folder or a video by words")
     parser.set_defaults(check=_check_segment)
     parser.add_argument(
         "images",
@@ -103,7 +104,7 @@ def _add_segment(commands: argparse._SubParsersAction) -> None:
         "(run lengths), yolo and labelme (polygons), csv (areas and scores); may be repeated",
     )
     parser.add_argument(
-        "--overwrite", action="store_true", help="results of --format that are there are made anew"
+        "--overwrite", action="store_true", help="results of --format, or of a video, are made anew"
     )
     parser.add_argument(
         "--json", action="store_true", help="areas, scores and files as JSON on standard output"
@@ -130,6 +131,23 @@ def _add_segment(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--batch-size", type=int, default=8, help="windows in one pass of the image encoder")
     parser.add_argument("--device", help="default: cuda where there is one, else cpu")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="int8 is for a CPU")
+    _add_video(parser)
+
+
+def _add_video(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "videos", "IMAGE is a video: --output is one too, --mask a folder of PNGs"
+    )
+    parser.set_defaults(video=None)
+    group.add_argument(
+        "--smooth",
+        type=int,
+        metavar="N",
+        help="scores are averaged over N frames (default: 5), so that labels hold still; 1 for each by itself",
+    )
+    group.add_argument(
+        "--every", type=int, metavar="N", help="the model sees one of N frames, whose labels hold for all"
+    )
 
 
 def _add_convert(commands: argparse._SubParsersAction) -> None:
@@ -158,6 +176,8 @@ def _check_segment(args: argparse.Namespace) -> None:
     check_one_background(args.labels, args.background_threshold is not None)
     refuse_missing_folder(args.model)
     places, source = _find_places(args.images)
+    if _check_video(args, places):
+        return
     from .images import load_image  # late: it imports transformers, though not torch
 
     path = Path("stdin" if source == "-" else urlsplit(source).path if source else places[0])
@@ -178,6 +198,27 @@ def _check_segment(args: argparse.Namespace) -> None:
     )
     args.output = args.output or Path(name)
     _check_folder(args, places, None if source is None else path)
+
+
+def _check_video(args: argparse.Namespace, places: list[Path]) -> bool:
+    """Whether a video is meant, whose arguments are checked then."""
+    from .video import SMOOTH, VIDEO_EXTENSIONS, WRITTEN, check_video  # late: it imports transformers
+
+    video = next((place for place in places if place.suffix.lower() in VIDEO_EXTENSIONS), None)
+    if video is None or video.is_dir():
+        for option in ("smooth", "every"):
+            if getattr(args, option) is not None:
+                raise ValueError(f"--{option} is {getattr(args, option)}, but there is no video.")
+        return False
+    if len(places) > 1 or args.format:
+        reason = f"one of {len(places)}" if len(places) > 1 else "a video, and --format is for pictures"
+        raise ValueError(f"{video} is {reason}; videos go alone, with --output and --mask.")
+    ending = video.suffix.lower() if video.suffix.lower() in WRITTEN else ".mp4"
+    args.video, args.output = video, args.output or Path(f"{video.stem}-segmented{ending}")
+    args.smooth = whole_number(SMOOTH if args.smooth is None else args.smooth, "--smooth")
+    args.every = whole_number(1 if args.every is None else args.every, "--every")
+    check_video(video, args.output, args.mask, args.overwrite)
+    return True
 
 
 def _check_folder(args: argparse.Namespace, places: list[Path], source: Path | None) -> None:

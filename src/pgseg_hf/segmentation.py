@@ -1,8 +1,9 @@
 """The one way from photos and words to masks, used by the pipeline, the command line and everything else."""
 
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice
+from itertools import chain, islice, repeat
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ from .scoring import (
     patch_scores,
     window_starts,
 )
-from .values import are_images
+from .values import are_images, whole_number
 
 logger = logging.get_logger(__name__)
 
@@ -161,6 +162,28 @@ class ScoredImage:
         return best_labels(scores, channels, count, self.size)
 
 
+def averaged_over_neighbours(images: Iterable[ScoredImage], count: int) -> Iterator[ScoredImage]:
+    """Each image with the windows of the `count` images around it, fewer at both ends: scores are means over windows.
+
+    Raises:
+        ValueError: neighbours of different sizes.
+    """
+    after = count // 2
+    near: deque[ScoredImage | None] = deque([None] * count, maxlen=count)
+    for image in chain(images, repeat(None, after)):
+        near.append(image)
+        middle = near[-1 - after]
+        if middle is None:
+            continue
+        present = [each for each in near if each is not None]
+        if len({each.size for each in present}) > 1:
+            raise ValueError(
+                f"images of {', '.join(map(str, sorted({each.size for each in present})))} (height, width) follow one "
+                "another, expected one size where scores are averaged over neighbours."
+            )
+        yield replace(middle, windows=[window for each in present for window in each.windows])
+
+
 def remarks_on_one_label(labels: Sequence[str], background_threshold: float | None) -> list[str]:
     """A sentence on a label that is alone and has no background to leave anything to."""
     if len(labels) > 1 or background_threshold is not None:
@@ -207,9 +230,14 @@ class Segmenter:
         return next(self.stream([images], labels, options))
 
     def stream(
-        self, images: Iterable[Any], labels: Sequence[str], options: SegmentationOptions | None = None
+        self,
+        images: Iterable[Any],
+        labels: Sequence[str],
+        options: SegmentationOptions | None = None,
+        smooth: int = 1,
     ) -> Iterator[Segmentation]:
-        """Segments images one after the other, in their order, reading no more of them than a batch ahead."""
+        """Segments images one after the other, in their order, reading no more of them than a batch ahead, and
+        `smooth / 2` more: for frames of a video, scores are averaged over so many neighbours."""
         options = options or self.options
         words, labels = labels, [words[0] for words in split_synonyms(labels)]
         background = options.background_threshold is not None
@@ -220,8 +248,9 @@ class Segmenter:
             *self.remarks_on_far_labels(labels, class_embeds, options),
         ):
             logger.warning_once(remark)
-        for image in self.encode(images, options):
-            label_map, best = self.score(image, class_embeds, options).label_map()
+        scored = (self.score(image, class_embeds, options) for image in self.encode(images, options))
+        for image in averaged_over_neighbours(scored, whole_number(smooth, "smooth")):
+            label_map, best = image.label_map()
             yield Segmentation(label_map.cpu().numpy(), best.cpu().numpy(), labels, background)
 
     def class_embeddings(self, labels: Sequence[str], options: SegmentationOptions | None = None) -> Tensor:
