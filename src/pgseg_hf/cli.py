@@ -12,7 +12,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from . import DEFAULT_CHECKPOINT, __version__
-from .command_line import CommandParser
+from .command_line import CommandParser, process_rank
 from .evaluation.arguments import (
     add_evaluate_arguments,
     add_prepare_arguments,
@@ -131,7 +131,33 @@ def _add_segment(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--batch-size", type=int, default=8, help="windows in one pass of the image encoder")
     parser.add_argument("--device", help="default: cuda where there is one, else cpu")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="int8 is for a CPU")
+    _add_folders(parser)
     _add_video(parser)
+
+
+def _add_folders(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("folders and large pictures")
+    group.add_argument(
+        "--workers",
+        type=int,
+        default=2,
+        metavar="N",
+        help="threads that read pictures and write results while the model works (default: 2); 0: none",
+    )
+    group.add_argument(
+        "--max-pixels",
+        type=int,
+        default=500_000_000,
+        metavar="N",
+        help="larger pictures are refused (default: 500,000,000; decoded, a picture has 3 bytes a pixel)",
+    )
+    group.add_argument(
+        "--short-side",
+        type=int,
+        metavar="PX",
+        help="what a picture's short side is resized to for the model (default: the checkpoint's); with more, and "
+        "--window, small things in large pictures are seen",
+    )
 
 
 def _add_video(parser: argparse.ArgumentParser) -> None:
@@ -164,6 +190,10 @@ def _add_convert(commands: argparse._SubParsersAction) -> None:
 
 def _check_segment(args: argparse.Namespace) -> None:
     """Refuses what could not be done before torch is imported; labels, options, output and picture are ready then."""
+    if (
+        process_rank()
+    ):  # The first of several processes of `accelerate launch` refuses, and writes what is one for all.
+        args.overwrite, args.quiet, args.format = True, True, []
     args.words = read_labels(args.labels)
     args.labels = [words[0] for words in split_synonyms(args.words)]
     args.options = SegmentationOptions(
@@ -172,7 +202,10 @@ def _check_segment(args: argparse.Namespace) -> None:
         background_threshold=args.background_threshold,
         templates=tuple(validate_templates(args.template)) if args.template else None,
         batch_size=args.batch_size,
+        shortest_edge=args.short_side,
     )
+    whole_number(args.workers, "--workers", least=0)
+    whole_number(args.max_pixels, "--max-pixels")
     check_one_background(args.labels, args.background_threshold is not None)
     refuse_missing_folder(args.model)
     places, source = _find_places(args.images)
@@ -183,7 +216,7 @@ def _check_segment(args: argparse.Namespace) -> None:
     path = Path("stdin" if source == "-" else urlsplit(source).path if source else places[0])
     args.picture = args.pictures = None
     if source or (len(places) == 1 and path.is_file()):
-        args.picture = load_image(sys.stdin.buffer if source == "-" else source or path)
+        args.picture = load_image(sys.stdin.buffer if source == "-" else source or path, args.max_pixels)
         args.image = source or str(path)
         if not args.format:
             args.output = args.output or Path(f"{path.stem}-segmented.png")

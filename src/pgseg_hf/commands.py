@@ -14,6 +14,7 @@ import torch
 from transformers.utils import logging
 
 from .checkpoint import load_segmenter
+from .command_line import process_rank
 from .conversion import convert_released, read_overrides, read_state_dict, write_backbone, write_converted
 from .efficientnet_lite import convert_efficientnet_lite, is_efficientnet_lite
 from .files import write_image
@@ -37,7 +38,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def segment(args: argparse.Namespace) -> int:
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if process_rank() and args.picture is not None:
+        return 0  # A folder can be shared, a picture cannot.
+    device = args.device or (f"cuda:{process_rank('LOCAL_RANK')}" if torch.cuda.is_available() else "cpu")
     segmenter = load_segmenter(args.model, args.options, device=device, dtype=getattr(torch, args.dtype))
     if args.video is not None:
         return _segment_video(args, segmenter)
@@ -107,7 +110,10 @@ def _table(segments: Sequence[Segment]) -> str:
 def _segment_folder(args: argparse.Namespace, segmenter: Segmenter) -> int:
     if args.picture is not None:  # no file of the user's: the formats name one
         write_image(args.picture, args.pictures[0])
-    summary = segment_folder(segmenter, args.root, args.output, args.words, images=args.pictures)
+    settings = {"images": args.pictures, "workers": args.workers, "max_pixels": args.max_pixels}
+    summary = segment_folder(segmenter, args.root, args.output, args.words, **settings)
+    if process_rank():
+        return 0  # The first process tells and counts for all.
     files = write_formats(summary.results, args.format, args.output)
     for name, reason in summary.broken.items():
         print(f"broken: {name}: {reason}", file=sys.stderr)
@@ -129,9 +135,12 @@ def _print_summary(summary: FolderSummary, places: list[Path]) -> None:
     for label, pixels in summary.pixels.most_common():
         print(f"{label}: {pixels / total:.1%}")
     renewed = f"{summary.renewed} had changed since they were done, " if summary.renewed else ""
+    count = summary.segmented + summary.elsewhere
+    others = f" ({summary.elsewhere} by other processes)" if summary.elsewhere else ""
+    speed = f" ({count / summary.seconds:.1f} images/s)" if count else ""
     print(
-        f"{summary.segmented} pictures segmented, {summary.skipped} done before, {len(summary.broken)} broken, "
-        f"{renewed}in {summary.seconds:.1f} s -> {', '.join(map(str, places))}"
+        f"{count} pictures segmented{others}, {summary.skipped} done before, {len(summary.broken)} broken, "
+        f"{renewed}in {summary.seconds:.1f} s{speed} -> {', '.join(map(str, places))}"
     )
 
 

@@ -3,7 +3,7 @@
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain, islice, repeat
+from itertools import chain, repeat
 from typing import Any
 
 import numpy as np
@@ -36,6 +36,10 @@ logger = logging.get_logger(__name__)
 NEUTRAL_WORDS = ("object", "thing", "background", "scene")
 # Words whose embeddings have at least this cosine are taken for one meaning, and do not compete.
 SAME_MEANING = 0.5
+# Pixels that are counted at once, whose scores NumPy makes float64.
+_COUNTED_AT_ONCE = 2**22
+# A batch is full with so many pixels of images.
+_BATCH_PIXELS = 2**26
 
 
 @dataclass
@@ -81,8 +85,12 @@ class Segmentation:
     def segments(self, include_absent: bool = False) -> list[Segment]:
         """The labels that are present, largest area first; with `include_absent` all, in their order."""
         names = [BACKGROUND, *self.labels] if self.background else self.labels
-        counts = np.bincount(self.label_map.ravel(), minlength=len(names))
-        totals = np.bincount(self.label_map.ravel(), weights=self.scores.ravel(), minlength=len(names))
+        counts, totals = np.zeros(len(names), dtype=int), np.zeros(len(names))
+        values, scores = self.label_map.ravel(), self.scores.ravel()
+        for start in range(0, values.size, _COUNTED_AT_ONCE):
+            part = slice(start, start + _COUNTED_AT_ONCE)
+            counts += np.bincount(values[part], minlength=len(names))
+            totals += np.bincount(values[part], weights=scores[part], minlength=len(names))
         order = range(len(names)) if include_absent else np.argsort(-counts, kind="stable")
         return [
             Segment(
@@ -184,6 +192,19 @@ def averaged_over_neighbours(images: Iterable[ScoredImage], count: int) -> Itera
         yield replace(middle, windows=[window for each in present for window in each.windows])
 
 
+def _batches(images: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    """Lists of `size` images, of fewer where they are large and in memory."""
+    batch, pixels = [], 0
+    for image in images:
+        batch.append(image)
+        pixels += image.width * image.height if isinstance(image, Image.Image) else 0
+        if len(batch) == size or pixels > _BATCH_PIXELS:
+            yield batch
+            batch, pixels = [], 0
+    if batch:
+        yield batch
+
+
 def remarks_on_one_label(labels: Sequence[str], background_threshold: float | None) -> list[str]:
     """A sentence on a label that is alone and has no background to leave anything to."""
     if len(labels) > 1 or background_threshold is not None:
@@ -268,9 +289,8 @@ class Segmenter:
     ) -> Iterator[EncodedImage]:
         """The image encoder's part of [`~Segmenter.stream`], image by image."""
         options = options or self.options
-        iterator = iter(images)
-        while batch := list(islice(iterator, options.batch_size)):
-            yield from self._encode_batch([load_image(image) for image in batch], options)
+        for batch in _batches(images, options.batch_size):
+            yield from self._encode_batch(batch, options)
 
     @torch.inference_mode()
     def score(
@@ -432,12 +452,13 @@ class Segmenter:
         return step, pixel_values, [(row, column) for row in rows for column in columns]
 
     @torch.inference_mode()
-    def _encode_batch(self, images: list[Image.Image], options: SegmentationOptions) -> list[EncodedImage]:
+    def _encode_batch(self, images: Iterable[Any], options: SegmentationOptions) -> list[EncodedImage]:
         """Cuts images into windows and encodes those of one shape together."""
         encoded: list[EncodedImage] = []
         by_shape: dict[tuple[int, ...], list[tuple[EncodedImage, int, int, Tensor]]] = {}
         step = 1
-        for image in images:
+        for source_image in images:
+            image = load_image(source_image)
             step, source, places = self._windows(self._pixel_values(image, options), options)
             height, width = source.shape[-2:]
             encoded.append(EncodedImage((image.height, image.width), (height * step, width * step)))
