@@ -16,7 +16,7 @@ from PIL import Image
 from test_cli import run
 from tiny_models import make_photo
 
-from pgseg_hf import Segmentation, folders
+from pgseg_hf import Segmentation, SegmentationOptions, folders, load_segmenter
 from pgseg_hf.files import mask_source
 from pgseg_hf.folders import segment_folder
 from pgseg_hf.images import load_label_map
@@ -102,24 +102,20 @@ def test_processes_share_a_folder(tiny_folder, photos, tmp_path, launcher):
     assert not (tmp_path / "out" / ".locks").exists()
 
 
-def test_each_picture_is_segmented_once(tiny_segmenter, photos, tmp_path, monkeypatch):
+def test_each_picture_is_segmented_once(tiny_folder, photos, tmp_path, monkeypatch):
     """Two runs, the second one begun in the middle of the first, each of whose pictures count in both."""
-    output, labels, seen = tmp_path / "out", ["cat", "dog"], []
-    write = folders._Run._write
-    monkeypatch.setattr(
-        folders._Run,
-        "_write",
-        lambda run, loaded, result: seen.append(loaded.path.name) or write(run, loaded, result),
-    )
-    code = (
-        "import sys, json; from pgseg_hf import load_segmenter; from pgseg_hf.folders import segment_folder\n"
-    )
-    tiny_segmenter.model.save_pretrained(tmp_path / "model")
-    tiny_segmenter.processor.save_pretrained(tmp_path / "model")
-    code += f"s = segment_folder(load_segmenter({str(tmp_path / 'model')!r}), {str(photos)!r}, {str(output)!r}, ['cat', 'dog'])\n"
-    code += "print(json.dumps([s.segmented, s.elsewhere, s.skipped, sum(s.pixels.values())]))"
+    output, labels = tmp_path / "out", ["cat", "dog"]
+    segmenter = load_segmenter(tiny_folder, SegmentationOptions(batch_size=2))
+    code = f"""
+import json
+from pgseg_hf import SegmentationOptions, load_segmenter
+from pgseg_hf.folders import segment_folder
+segmenter = load_segmenter({tiny_folder!r}, SegmentationOptions(batch_size=2))
+found = segment_folder(segmenter, {str(photos)!r}, {str(output)!r}, {labels}, workers=0)
+print(json.dumps([found.segmented, found.elsewhere, found.skipped]))
+"""
     other = None
-    stream = tiny_segmenter.stream
+    stream = segmenter.stream
 
     def slow(images, *args, **kwargs):
         nonlocal other
@@ -130,16 +126,13 @@ def test_each_picture_is_segmented_once(tiny_segmenter, photos, tmp_path, monkey
                     time.sleep(0.05)
             yield result
 
-    monkeypatch.setattr(tiny_segmenter, "stream", slow)
-    from pgseg_hf import SegmentationOptions
-
-    summary = segment_folder(
-        tiny_segmenter, photos, output, labels, SegmentationOptions(batch_size=2), workers=0
-    )
-    segmented, elsewhere, skipped, pixels = json.loads(other.communicate()[0].splitlines()[-1])
-    assert segmented + summary.segmented == 20 and segmented > 0 and len(seen) == len(set(seen))
+    monkeypatch.setattr(segmenter, "stream", slow)
+    summary = segment_folder(segmenter, photos, output, labels, workers=0)
+    segmented, elsewhere, skipped = json.loads(other.communicate()[0].splitlines()[-1])
+    assert segmented + summary.segmented == 20 and segmented > 0, "none of them twice"
     assert summary.segmented + summary.elsewhere == 20 and segmented + elsewhere + skipped == 20
     assert sum(summary.pixels.values()) == sum(50 * (60 + number) for number in range(20))
+    assert len(summary.results) == 20
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
@@ -213,16 +206,15 @@ def test_segments_are_counted_in_parts(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="memory by getrusage")
-@pytest.mark.parametrize("extra", [[], ["--short-side", "1120", "--window", "448", "--stride", "224"]])
-def test_hundred_megapixels_in_bounded_memory(tmp_path, extra):
-    """Against the same picture at a tenth of its size, at which the model sees nearly the same."""
+def test_hundred_megapixels_in_bounded_memory(tmp_path):
+    """By windows, against the same picture at a tenth of its size, at which the model sees nearly the same."""
     photo = Image.open(Path(__file__).parent.parent / "examples" / "images" / "horses.jpg").convert("RGB")
-    side = min(photo.size)
+    side, windows = min(photo.size), ["--short-side", "1120", "--window", "448", "--stride", "224"]
     square = photo.crop((0, 0, side, side)).resize((1000, 1000), Image.Resampling.BICUBIC)
     square.save(tmp_path / "small.png")
     square.resize((10_000, 10_000), Image.Resampling.BICUBIC).save(tmp_path / "large.jpg", quality=95)
     for name in ("small.png", "large.jpg"):
-        arguments = [name, "--labels", "horse, person, sand, sea", "--mask", f"{name}-mask.png", *extra]
+        arguments = [name, "--labels", "horse, person, sand, sea", "--mask", f"{name}-mask.png", *windows]
         command = [sys.executable, *program(*arguments, "--output", f"{name}-overlay.jpg")]
         running = subprocess.Popen(command, cwd=tmp_path)
         _, status, usage = os.wait4(running.pid, 0)
