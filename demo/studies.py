@@ -223,7 +223,7 @@ def _prototypes(
     pixel_values = prepared(segmenter, upload.image, choices.options())
     with torch.inference_mode():
         output = segmenter.model.vision_model(pixel_values, output_npr=True, output_attentions=True)
-    counts = [of_stage[1].shape[1] for of_stage in output.npr]
+    counts = [stage.prototypes.shape[1] for stage in output.npr]
     return tuple(Prototypes(*pair) for pair in zip(prototype_maps(output), counts))
 
 

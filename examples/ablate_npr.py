@@ -39,10 +39,11 @@ from pgseg_hf.data.sources import open_source
 from pgseg_hf.evaluation.mask_dataset import MaskDataset, Picture
 from pgseg_hf.evaluation.masks import MaskOptions, evaluate_masks
 from pgseg_hf.files import write_atomically, write_image, write_json, write_text
+from pgseg_hf.run_records import flat, hash_of
 from pgseg_hf.segmentation import SegmentationOptions
 from pgseg_hf.training.arguments import parse_arguments
 from pgseg_hf.training.building import build_model, build_processor
-from pgseg_hf.training.continuing import changes, contents_of, flat, hash_of, hash_of_files
+from pgseg_hf.training.continuing import changes, contents_of, hash_of_files
 from pgseg_hf.training.evaluating import evaluation_mode
 from pgseg_hf.training.reporting import read_log
 

@@ -18,7 +18,7 @@ from transformers import AutoModel, AutoTokenizer, CLIPTokenizer
 
 from pgseg_hf import PGSegTextModelWithProjection
 from pgseg_hf.files import write_atomically
-from pgseg_hf.layers import PGSegProjection
+from pgseg_hf.projection import PGSegProjection
 
 BLOCK = 4096
 PROMPT = "a photo of a {}."

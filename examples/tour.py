@@ -112,7 +112,7 @@ save(draw_groups(image, window.groups, count), "groups")
 pixel_values = segmenter.processor(images=image, return_tensors="pt")["pixel_values"]
 with torch.no_grad():
     seen = segmenter.model.vision_model(pixel_values, output_npr=True, output_attentions=True)
-counts = [prototypes.shape[1] for _, prototypes, *_ in seen.npr or ()]
+counts = [stage.prototypes.shape[1] for stage in seen.npr or ()]
 pictures = [
     draw_groups(image, patches, count, legend=False)
     for patches, count in zip(prototype_maps(seen) if counts else (), counts)

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from tiny_models import make_photo
 from transformers import pipeline
 
-from pgseg_hf import Segmenter
+from pgseg_hf import PGSegModel, Segmenter
 from pgseg_hf.cli import build_parser, main
 from pgseg_hf.files import write_image
 from pgseg_hf.images import load_label_map
@@ -66,13 +66,14 @@ def test_segment_as_a_program(tiny_folder, photo_file, tmp_path):
         "segment",
         photo_file,
         "--labels",
-        "cat,dog",
+        "cat,猫",
         "--model",
         tiny_folder,
     ]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert result.returncode == 0, result.stderr
-    assert (tmp_path / "photo-segmented.png").exists()
+    assert (tmp_path / "photo-segmented.png").exists() and "\\u732b" in result.stdout
 
 
 @pytest.mark.parametrize(
@@ -173,6 +174,10 @@ def test_a_folder_is_continued_with_the_same_contents_only(tiny_folder, tmp_path
 
     assert again(tiny_folder)[0] == 0
     assert "0 pictures segmented, 2 done before" in again(elsewhere)[1].out, "a path is no content"
+    # Nor is it one that only transformers saved it.
+    PGSegModel.from_pretrained(elsewhere).save_pretrained(elsewhere)
+    assert "auto_map" in json.loads((elsewhere / "config.json").read_text())
+    assert "0 pictures segmented, 2 done before" in again(elsewhere)[1].out
     # The same weights in the older format are the same; the folder holds no safetensors then.
     torch.save(load_file(elsewhere / "model.safetensors"), elsewhere / "pytorch_model.bin")
     (elsewhere / "model.safetensors").unlink()
@@ -205,6 +210,8 @@ def test_a_folder_is_continued_with_the_same_contents_only(tiny_folder, tmp_path
     (elsewhere / "processor_config.json").write_text(json.dumps({**processor, "top_k": 1}))
     code, captured = again(elsewhere)
     assert code == 2 and f"processor top_k = {processor['top_k']} there and 1 now" in captured.err
+    (output / "segmentation.json").unlink()
+    assert "2 pictures segmented, 0 done before" in again(elsewhere)[1].out, "masks of nobody knows what"
 
 
 def test_pictures_of_nearly_one_name_have_masks_of_their_own(tiny_folder, tmp_path, capsys):
@@ -357,6 +364,13 @@ def test_convert(tmp_path, capsys):
     assert "parameters" in capsys.readouterr().out
     assert run("convert", tmp_path / "released.pth", output) == 2
     assert "exists already" in capsys.readouterr().err
+    state["logit_scale"] = state["logit_scale"] * float("nan")
+    torch.save({"model": state}, tmp_path / "diverged.pth")
+    assert (
+        run("convert", tmp_path / "diverged.pth", tmp_path / "b", "--config", tmp_path / "overrides.json")
+        == 2
+    )
+    assert "NaN or infinite values in logit_scale" in capsys.readouterr().err
     (tmp_path / "overrides.json").write_text('{"colour": 1}')
     assert (
         run("convert", tmp_path / "released.pth", tmp_path / "b", "--config", tmp_path / "overrides.json")

@@ -419,13 +419,14 @@ BROKEN = {
     "safetensors": lambda path: save_file(STATE, path),
     "another zip": lambda path: zipfile.ZipFile(path, "w").writestr("a.txt", "a"),
 }
+CAUSES = {"empty": "holds nothing", "text": "git lfs pull", "html": "is a web page"}
 
 
 @pytest.mark.parametrize("kind", list(BROKEN))
 def test_files_that_are_no_pgseg_checkpoint(tmp_path, kind):
     path = tmp_path / "file.pth"
     BROKEN[kind](path)
-    with pytest.raises(ValueError, match=r"file\.pth"):
+    with pytest.raises(ValueError, match=rf"file\.pth.*{CAUSES.get(kind, '')}"):
         convert_released(path)
 
 

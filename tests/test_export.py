@@ -49,6 +49,11 @@ def test_export_leaves_a_model_in_training_as_it_was():
     assert [module.training for module in model.modules()] == modes
 
 
+def test_only_float32_is_exported(tmp_path):
+    with pytest.raises(ValueError, match=r"the model is in float16, expected float32: load it with dtype"):
+        export_onnx(tiny_model().half(), tmp_path / "onnx")
+
+
 @pytest.mark.slow
 def test_onnx_in_int8_is_near_the_model_and_smaller(tmp_path):
     pytest.importorskip("onnxscript")

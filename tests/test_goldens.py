@@ -19,7 +19,8 @@ from pgseg_hf import SegmentationOptions, Segmenter
 from pgseg_hf.conversion import convert_released, convert_state_dict
 from pgseg_hf.layers import PGSegAssignAttention
 from pgseg_hf.modeling_pgseg import PGSegModel, PGSegOutput
-from pgseg_hf.prototypes import estimate_prototypes, match_prototypes, prototype_loss, tokens_to_weights
+from pgseg_hf.npr_released import released_prototype_loss
+from pgseg_hf.prototypes import estimate_prototypes, match_prototypes, tokens_to_weights
 from pgseg_hf.scoring import (
     WindowScores,
     best_labels,
@@ -91,12 +92,11 @@ def recorded_parts(model: PGSegModel) -> dict[str, Tensor]:
 
     def watch(stage, index):
         def after(module, args, output):
-            centers, prototypes, _, logits = output[3]
             parts[f"stage{index}.npr.in_x"] = args[0]
-            parts[f"stage{index}.npr.in_group"] = output[1]
-            parts[f"stage{index}.attn.ori_center"] = centers
-            parts[f"stage{index}.npr.mu"] = prototypes
-            parts[f"stage{index}.attn.soft"] = logits.softmax(1)
+            parts[f"stage{index}.npr.in_group"] = output.group_tokens
+            parts[f"stage{index}.attn.ori_center"] = output.features.centers
+            parts[f"stage{index}.npr.mu"] = output.features.prototypes
+            parts[f"stage{index}.attn.soft"] = output.logits.softmax(1)
 
         reconstruct = stage.npr.reconstruct
 
@@ -147,9 +147,9 @@ def test_evaluation_of_texts(recordings, precision):
     dtype, suffix = precision
     recorded, model = recordings.load(f"eval{suffix}"), recordings.model(dtype)
     inputs = recordings.load("inputs")
-    output, estimate = model._encode_text(inputs["text"], None)
+    output, prototypes = model._encode_text(inputs["text"], None)
     assert_recorded("text_pooled", output.pooler_output, recorded["text_pooled"])
-    assert_recorded("text_mu", estimate.prototypes, recorded["text_mu"])
+    assert_recorded("text_mu", prototypes, recorded["text_mu"])
     assert_recorded("buffer", model.released_text_prototypes, recorded["text_npr_mu_buffer_after"])
     text_x = recordings.model(dtype).get_text_features(inputs["text"]).pooler_output
     assert_recorded("text_x", text_x, recorded["text_x"])
@@ -380,7 +380,7 @@ def test_prototype_losses_on_their_own(recordings, precision, level):
     recorded = recordings.load(f"train_nogumbel{suffix}")
     inp, target = recorded[f"match{level}.inp"], recorded[f"match{level}.target"]
     scale = recordings.load("state_dict")["img_encoder.logit_scale"].to(dtype).exp()
-    loss, matching = prototype_loss(inp, target, scale, variant="released")
+    loss, matching = released_prototype_loss(inp, target, scale)
     assert_recorded("loss", loss, recorded[f"loss{level}"])
     if level != "3":
         assert torch.equal(matching.groups, torch.arange(inp.shape[1]).expand(len(inp), -1))

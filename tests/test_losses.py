@@ -10,20 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import tiny_images, tiny_model, tiny_texts, with_fixed_statistics, without_noise
 
-from pgseg_hf.losses import (
+from pgseg_hf.distributed import (
     gather_features,
     gather_rows,
-    info_nce,
-    multi_label_loss,
-    multi_positive_loss,
     pad_to_longest,
     rank_offset,
-    share_texts,
-    sigmoid_loss,
     sum_over_processes,
     world_size,
 )
-from pgseg_hf.objective import TextOwners
+from pgseg_hf.features import TextOwners
+from pgseg_hf.losses import info_nce, multi_label_loss, multi_positive_loss, share_texts, sigmoid_loss
 
 SEEDS = st.integers(0, 2**31 - 1)
 

@@ -34,7 +34,7 @@ SIDES = st.integers(4, 40)
 
 
 @settings(max_examples=30)
-@given(st.sampled_from(NPR_VARIANTS), st.integers(1, 3), SIDES, SIDES)
+@given(st.sampled_from(list(NPR_VARIANTS)), st.integers(1, 3), SIDES, SIDES)
 @torch.no_grad()
 def test_any_size_gives_a_grouping_on_the_true_grid(models, variant, batch, height, width):
     model = models[variant]
@@ -51,7 +51,7 @@ def test_any_size_gives_a_grouping_on_the_true_grid(models, variant, batch, heig
 
 
 @settings(max_examples=15)
-@given(st.sampled_from(NPR_VARIANTS), st.integers(2, 4), SIDES, SIDES)
+@given(st.sampled_from(list(NPR_VARIANTS)), st.integers(2, 4), SIDES, SIDES)
 @torch.no_grad()
 def test_images_of_a_batch_do_not_see_each_other(models, variant, batch, height, width):
     images = tiny_images(batch, height, width).double()
@@ -272,7 +272,7 @@ def test_variant_can_be_switched_on_loading(tmp_path, variant):
     differing = set(ours) ^ set(theirs)
     assert differing == {"text_prototypes", "released_text_prototypes"}
     assert all(torch.equal(ours[name], theirs[name]) for name in set(ours) & set(theirs))
-    text_prototypes = loaded.get_buffer(loaded._text_prototype_name)
+    text_prototypes = loaded.get_buffer(loaded.npr.text_buffer)
     norms = text_prototypes.norm(dim=-1 if other == "corrected" else 1)
     torch.testing.assert_close(norms, torch.ones_like(norms))
 

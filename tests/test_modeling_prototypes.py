@@ -15,11 +15,12 @@ from tiny_models import (
 )
 from torch.nn.functional import normalize
 
-from pgseg_hf.layers import (
-    PGSegProjection,
-    mean_of_groups,
-)
+from pgseg_hf import npr
+from pgseg_hf.configuration_pgseg import NPR_VARIANTS
+from pgseg_hf.layers import mean_of_groups
 from pgseg_hf.modeling_pgseg import PGSegModel, PGSegVisionModel
+from pgseg_hf.npr import PGSegStagePrototypes
+from pgseg_hf.projection import PGSegProjection
 from pgseg_hf.prototypes import updated_prototypes
 
 
@@ -80,9 +81,8 @@ def test_released_text_prototypes_move_at_every_call_and_image_prototypes_never(
 
 
 def test_gradient_reaches_the_projection_of_prototypes_but_not_their_estimation():
-    stage = tiny_model().vision_model.encoder.stages[0].double()
-    for released in (False, True):
-        stage.npr.released = released
+    for variant in ("corrected", "released"):
+        stage = tiny_model(npr_variant=variant).vision_model.encoder.stages[0].double()
         tokens = torch.randn(2, 16, 16, dtype=torch.float64, requires_grad=True)
         part = stage.npr.reconstruct(stage.npr.estimate(tokens, stage.npr.prototypes), tokens.dtype)
         stage.zero_grad()
@@ -217,3 +217,43 @@ def test_projection_by_running_statistics():
     assert all(torch.equal(buffer, before[name]) for name, buffer in projection.named_buffers())
     torch.testing.assert_close(frozen, projection.eval()(x))
     assert not torch.allclose(frozen, projection.train()(x))
+
+
+# Another variant
+
+
+class StillPrototypes(PGSegStagePrototypes):
+    """Prototypes that do not move."""
+
+    def moves(self):
+        return False
+
+
+@pytest.fixture
+def halved():
+    class HalvedNPR(npr.CorrectedNPR, name="halved"):
+        stage_prototypes = StillPrototypes
+
+        def stage_loss(self, batch, centers_BKC, prototypes_BPC):
+            loss, matching = super().stage_loss(batch, centers_BKC, prototypes_BPC)
+            return loss / 2, matching
+
+    yield "halved"
+    del NPR_VARIANTS["halved"], npr._VARIANTS["halved"]
+
+
+def test_a_new_variant_is_one_class(tmp_path, halved):
+    corrected, other = (
+        without_noise(
+            tiny_model(npr_variant=variant, assignment_weight=0.0, contrastive_pooling="mean")
+        ).double()
+        for variant in ("corrected", halved)
+    )
+    before = prototype_buffers(other)
+    expected, losses = (model.train()(**inputs_of(), return_loss=True) for model in (corrected, other))
+    for part, of_corrected in zip(losses.image_prototype_losses, expected.image_prototype_losses):
+        torch.testing.assert_close(part, of_corrected / 2)
+    torch.testing.assert_close(losses.text_prototype_loss, expected.text_prototype_loss)
+    assert moved(other, before) == {"text_prototypes"}
+    other.save_pretrained(tmp_path)
+    assert PGSegModel.from_pretrained(tmp_path).config.npr_variant == halved

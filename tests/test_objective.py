@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.utils import logging
 
 from pgseg_hf import objective
-from pgseg_hf.objective import log_odds_of_being_seen
+from pgseg_hf.features import log_odds_of_being_seen
 from pgseg_hf.prototypes import match_on_device
 
 
@@ -271,7 +271,7 @@ def test_after_the_texts_nothing_waits_for_a_gpu(fields, monkeypatch):
     """As on a GPU, but on the CPU: by the operators that would wait there."""
     parts = _training_parts("cpu", **fields)
     monkeypatch.setattr("pgseg_hf.prototypes.match_prototypes", match_on_device)
-    monkeypatch.setattr("pgseg_hf.modeling_pgseg._cannot_be_asked", lambda *_: True)
+    monkeypatch.setattr("pgseg_hf.modeling_vision._cannot_be_asked", lambda *_: True)
     with Waits() as waits:
         _from_images_to_gradients(*parts)
     assert not waits.seen
@@ -287,7 +287,7 @@ def _whole_step(device):
 def test_a_step_asks_a_few_things_about_its_texts(monkeypatch):
     """Where they begin and end, which are there, how many differ, and which tokens are words."""
     monkeypatch.setattr("pgseg_hf.prototypes.match_prototypes", match_on_device)
-    monkeypatch.setattr("pgseg_hf.modeling_pgseg._cannot_be_asked", lambda *_: True)
+    monkeypatch.setattr("pgseg_hf.modeling_vision._cannot_be_asked", lambda *_: True)
     step = _whole_step("cpu")
     with Waits() as waits:
         step()

@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from pgseg_hf import (
+    DEFAULT_CHECKPOINT,
     OpenVocabularySegmentationPipeline,
     PGSegConfig,
     PGSegProcessor,
@@ -55,6 +56,11 @@ def saved(tiny_segmenter, tmp_path_factory):
     folder = tmp_path_factory.mktemp("pipeline") / "saved"
     segment.save_pretrained(folder)
     return segment, str(folder)
+
+
+def test_without_a_model_it_is_the_shipped_one():
+    segment = pipeline(TASK)
+    assert segment.model.config._name_or_path == DEFAULT_CHECKPOINT and segment.processor.vocabulary
 
 
 def test_one_image(segment, tiny_segmenter, photo, photo_file):

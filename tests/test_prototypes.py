@@ -9,26 +9,24 @@ from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 from torch.nn.functional import normalize
 
+from pgseg_hf.npr_released import kept_pairs_released, released_prototype_loss
 from pgseg_hf.prototypes import (
     Matching,
-    assignment_loss,
     cheapest_assignment,
     estimate_prototypes,
     kept_pairs,
-    kept_pairs_released,
-    masked_mean,
     match_on_device,
     match_prototypes,
     ordered_matching,
     prototype_loss,
     tokens_to_weights,
-    updated_prototypes,
 )
 
 SEEDS = st.integers(0, 2**31 - 1)
 # Few iterations amplify rounding less; exactness is compared in float64.
 ITERATIONS = 4
 SCALE = torch.tensor(10.0, dtype=torch.float64)
+LOSSES = {"released": released_prototype_loss, "corrected": prototype_loss}
 
 
 def draw(seed, *shapes, dtype=torch.float64):
@@ -384,7 +382,7 @@ def test_prototype_loss_by_hand(variant):
     similarity = SIMILARITY[0].double() / 2
     centers, prototypes = centers_and_prototypes_of(similarity)
     scale = torch.tensor(7.0, dtype=torch.float64)
-    loss, _ = prototype_loss(centers, prototypes, scale, 0.1, variant)
+    loss, _ = LOSSES[variant](centers, prototypes, scale, 0.1)
     if variant == "released":
         expected = loss_by_hand(similarity, [2, 1, 0], scale, [False, True, True], [False, True, True])
     else:
@@ -407,7 +405,7 @@ def test_terms_are_averaged_over_the_whole_batch():
             terms["rows"] += rows[index, i] * (logits[i].logsumexp(0) - logits[i, j])
             terms["columns"] += columns[index, i] * (logits[:, j].logsumexp(0) - logits[i, j])
     expected = terms["rows"] / rows.sum() + terms["columns"] / columns.sum()
-    torch.testing.assert_close(prototype_loss(centers, prototypes, SCALE, 0.1, "released")[0], expected)
+    torch.testing.assert_close(released_prototype_loss(centers, prototypes, SCALE, 0.1)[0], expected)
 
 
 @given(SEEDS, st.integers(2, 5), st.floats(1, 50))
@@ -451,7 +449,7 @@ def test_released_loss_is_nan_where_no_term_is_kept_and_corrected_is_zero():
     centers = torch.ones(2, 3, 4, dtype=torch.float64, requires_grad=True)
     prototypes = torch.ones(2, 3, 4, dtype=torch.float64)
     scale = torch.tensor(10.0, dtype=torch.float64, requires_grad=True)
-    assert prototype_loss(centers, prototypes, scale, variant="released")[0].isnan()
+    assert released_prototype_loss(centers, prototypes, scale)[0].isnan()
     loss, _ = prototype_loss(centers, prototypes, scale)
     assert loss == 0
     loss.backward()
@@ -482,78 +480,8 @@ def test_gradient_of_the_loss(variant):
     scale = SCALE.clone().requires_grad_()
     prototypes.requires_grad_()
     assert torch.autograd.gradcheck(
-        lambda c, s: prototype_loss(c, prototypes, s, 0.1, variant)[0], (centers.requires_grad_(), scale)
+        lambda c, s: LOSSES[variant](c, prototypes, s, 0.1)[0], (centers.requires_grad_(), scale)
     )
-    prototype_loss(centers, prototypes, scale, 0.1, variant)[0].backward()
+    LOSSES[variant](centers, prototypes, scale, 0.1)[0].backward()
     assert prototypes.grad is None
     assert centers.grad.abs().max() > 0
-
-
-def test_masked_mean():
-    values = torch.tensor([1.0, float("nan"), 4.0], requires_grad=True)
-    mean = masked_mean(values, torch.tensor([True, False, True]))
-    assert mean == 2.5
-    mean.backward()
-    assert values.grad.tolist() == [0.5, 0.0, 0.5]
-    assert masked_mean(values, torch.zeros(3, dtype=torch.bool)) == 0
-    assert masked_mean(values, torch.zeros(3, dtype=torch.bool), empty=float("nan")).isnan()
-
-
-# Assignment term
-
-
-@given(SEEDS, st.integers(1, 12), st.integers(1, 6))
-def test_assignment_loss_is_lowest_where_groups_are_their_prototypes(seed, length, count):
-    logits, other, similarity = draw(seed, (2, length, count), (2, length, count), (2, count, count))
-    responsibilities = logits.softmax(-1)
-    matching = match_prototypes(similarity)
-    # The assignment that copies each group's matched prototype.
-    order = matching.prototypes[:, None, :].expand(-1, length, -1)
-    copied = responsibilities.gather(2, order).transpose(1, 2)
-    lowest = assignment_loss(copied.log(), responsibilities, matching)
-    entropy = -(responsibilities * responsibilities.log()).sum(-1).mean()
-    torch.testing.assert_close(lowest, entropy)
-    different = assignment_loss(other.log_softmax(-1).transpose(1, 2), responsibilities, matching)
-    assert different >= lowest - 1e-9
-
-
-def test_assignment_loss_by_hand():
-    responsibilities = torch.tensor([[[0.75, 0.25], [0.5, 0.5]]], dtype=torch.float64, requires_grad=True)
-    log_assignment = torch.tensor([[[0.5, 0.2], [0.5, 0.8]]], dtype=torch.float64).log().requires_grad_()
-    matching = Matching(torch.tensor([[0, 1]]), torch.tensor([[1, 0]]), torch.ones(1, 2, dtype=torch.bool))
-    loss = assignment_loss(log_assignment, responsibilities, matching)
-    half, fifth, most = (torch.tensor(value, dtype=torch.float64).log() for value in (0.5, 0.2, 0.8))
-    torch.testing.assert_close(loss, -(0.25 * half + 0.75 * half + 0.5 * fifth + 0.5 * most) / 2)
-    loss.backward()
-    assert responsibilities.grad is None
-    torch.testing.assert_close(
-        log_assignment.grad, -torch.tensor([[[0.25, 0.5], [0.75, 0.5]]], dtype=torch.float64) / 2
-    )
-
-
-# Moving average
-
-
-def test_momentum_by_hand():
-    old = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
-    mean = torch.tensor([[0.0, 1.0], [0.0, 1.0]])
-    plain = updated_prototypes(old, mean, renormalize=False)
-    torch.testing.assert_close(plain, torch.tensor([[0.9, 0.1], [0.0, 1.9]]))
-    unit = updated_prototypes(old, mean)
-    torch.testing.assert_close(unit, plain / plain.norm(dim=1, keepdim=True))
-
-
-@given(SEEDS, st.floats(0, 1))
-def test_momentum_moves_between_old_and_new(seed, momentum):
-    old, mean = normalize(draw(seed, (2, 5, 8)), dim=-1)
-    moved = updated_prototypes(old, mean, momentum, renormalize=False)
-    torch.testing.assert_close(moved, momentum * old + (1 - momentum) * mean)
-    torch.testing.assert_close(updated_prototypes(old, mean, 1.0), old)
-    torch.testing.assert_close(updated_prototypes(old, mean, 0.0), mean)
-
-
-def test_momentum_keeps_the_precision_of_the_buffer_and_has_no_gradient():
-    old = torch.ones(2, 3)
-    moved = updated_prototypes(old, torch.ones(2, 3, dtype=torch.float64, requires_grad=True))
-    assert moved.dtype == torch.float32
-    assert not moved.requires_grad

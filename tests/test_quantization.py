@@ -8,11 +8,13 @@ import pytest
 import torch
 from tiny_backbones import tiny_backbone_model
 from tiny_models import tiny_model, tiny_texts
+from transformers.activations import GELUActivation
 
-from pgseg_hf import PGSegModel, load_segmenter
+from pgseg_hf import PGSegModel, int8, load_segmenter
 from pgseg_hf.cli import main
 from pgseg_hf.export import export_onnx
-from pgseg_hf.quantization import Float16Conv2d, Int8Linear, PGSegInt8Config, rounded
+from pgseg_hf.int8 import Int8Linear, QuantizedInput, rounded
+from pgseg_hf.quantization import Float16Conv2d, PGSegInt8Config
 from pgseg_hf.run_records import model_record
 
 IMAGES = Path(__file__).parent.parent / "examples" / "images"
@@ -92,6 +94,34 @@ def test_rounding_is_within_half_a_step_and_keeps_rows_of_zeros():
     values, scale = rounded(weight)
     assert values.dtype == torch.int8 and values.abs().amax(1).tolist() == [127, 127, 0, 127, 127]
     assert ((values * scale[:, None] - weight).abs() <= scale[:, None] * 0.5001).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_input_is_rounded_within_half_a_step(dtype):
+    for offset in (-9.0, 0.0, 9.0):
+        x = (torch.randn(40, 7, generator=torch.Generator().manual_seed(0)) + offset).to(dtype)
+        values, scale, zero, kept = QuantizedInput.of(x)
+        assert values.dtype == torch.uint8 and kept == dtype
+        assert (((values.float() - zero) * scale - x.float()).abs() <= scale * 0.501).all()
+    with pytest.raises(ValueError, match="between nan and nan, expected finite"):
+        QuantizedInput.of(torch.full((2, 2), torch.nan))
+
+
+@pytest.mark.parametrize("has_onednn", [True, False])
+def test_either_kernel_multiplies_activates_and_keeps_its_weight(has_onednn, monkeypatch):
+    if has_onednn and not int8._has_onednn():
+        pytest.skip("torch has no int8 product of oneDNN here")
+    monkeypatch.setattr(int8, "_has_onednn", lambda: has_onednn)
+    torch.manual_seed(0)
+    plain, x = torch.nn.Linear(24, 10), torch.randn(3, 5, 24)
+    layer = Int8Linear(plain).eval()
+    before = layer.state_dict()["weight"].clone()
+    layer.pack()
+    assert layer.weight is None and torch.equal(layer.state_dict()["weight"], before)
+    for activation in (GELUActivation(), torch.nn.ReLU(), None):
+        expected = plain(x) if activation is None else activation(plain(x))
+        assert (layer(x, activation) - expected).abs().max() < 0.03
+        assert layer(x.bfloat16(), activation).dtype == torch.bfloat16
 
 
 def test_training_is_refused(tmp_path):

@@ -121,7 +121,12 @@ def test_arrays(tiny_segmenter, photo):
     np.testing.assert_array_equal(
         tiny_segmenter(array, LABELS).label_map, tiny_segmenter(photo, LABELS).label_map
     )
+    for tensor in (torch.tensor(array), torch.tensor(array).permute(2, 0, 1)):
+        (found,) = tiny_segmenter([tensor], LABELS)
+        np.testing.assert_array_equal(found.label_map, tiny_segmenter(photo, LABELS).label_map)
+        np.testing.assert_array_equal(tiny_segmenter(tensor, LABELS).label_map, found.label_map)
     for bad in (
+        torch.tensor(array) / 255,
         array.astype(np.float32),
         array[..., :2],
         np.zeros((0, 4, 3), np.uint8),

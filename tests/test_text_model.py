@@ -14,12 +14,13 @@ from tiny_models import (
     tiny_model,
     tiny_texts,
 )
-from transformers import AutoModelForTextEncoding
+from transformers import AutoModelForTextEncoding, pipeline
 
 from pgseg_hf import (
     PGSegModel,
     PGSegProcessor,
     PGSegTextModelWithProjection,
+    Segmenter,
     default_tokenizer,
     load_segmenter,
 )
@@ -152,6 +153,16 @@ def test_a_segmenter_with_a_word_of_its_own(tiny_segmenter, tmp_path, photo):
     embeds = segmenter.class_embeddings(["<stoat>", "stoat"])
     assert torch.equal(embeds, processor.get_class_embeddings(model, ["<stoat>", "stoat"]))
     assert not torch.equal(embeds[0], embeds[1])
+    with pytest.raises(ValueError, match="resize_token_embeddings was not called"):
+        Segmenter(tiny_segmenter.model, processor).class_embeddings(["<stoat>"])
+    (tmp_path / "tokenizer.json").rename(tmp_path / "elsewhere")
+    segment = pipeline("open-vocabulary-segmentation", model=str(tmp_path))
+    with pytest.raises(ValueError, match=r"has a tokenizer of 2 tokens.* files of the processor are missing"):
+        segment(photo, labels=["dog", "sky"])
+    (tmp_path / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\n")
+    for load in (load_segmenter, PGSegProcessor.from_pretrained):
+        with pytest.raises((ValueError, OSError), match=r"tokenizer.json is a pointer of git-lfs"):
+            load(str(tmp_path))
     default_tokenizer(merges=100).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="the end token is 613, for a model of"):
         load_segmenter(str(tmp_path))

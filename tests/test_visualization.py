@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
-from pgseg_hf.modeling_pgseg import PGSegVisionOutput
+from pgseg_hf.features import StageFeatures
+from pgseg_hf.modeling_vision import PGSegVisionOutput
 from pgseg_hf.visualization import colours as colour_map
 from pgseg_hf.visualization import (
     draw_contours,
@@ -349,7 +350,9 @@ class TestPrototypeMaps:
         values = {
             "grouping": torch.zeros(1, 3, 2, 2),
             "attentions": (of_patches[None], torch.ones(1, 3, 3)),
-            "npr": ((nothing, nothing, first[None], nothing), (nothing, nothing, second[None], nothing)),
+            "npr": tuple(
+                StageFeatures(nothing, nothing, shares[None], nothing) for shares in (first, second)
+            ),
         }
         return PGSegVisionOutput(**(values | changes))
 

@@ -22,15 +22,10 @@ if TYPE_CHECKING:
     from .efficientnet_lite import EfficientNetLiteBackbone, EfficientNetLiteConfig
     from .image_processing_pgseg import PGSegImageProcessor
     from .image_processing_pil_pgseg import PGSegImageProcessorPil
-    from .modeling_pgseg import (
-        PGSegModel,
-        PGSegOutput,
-        PGSegPreTrainedModel,
-        PGSegTextModel,
-        PGSegTextModelWithProjection,
-        PGSegVisionModel,
-        PGSegVisionOutput,
-    )
+    from .modeling_base import PGSegPreTrainedModel
+    from .modeling_pgseg import PGSegModel, PGSegOutput
+    from .modeling_text import PGSegTextModel, PGSegTextModelWithProjection
+    from .modeling_vision import PGSegVisionModel, PGSegVisionOutput
     from .options import SegmentationOptions
     from .pipeline import OpenVocabularySegmentationPipeline
     from .processing_pgseg import PGSegProcessor
@@ -45,15 +40,10 @@ else:
             "efficientnet_lite": ["EfficientNetLiteBackbone", "EfficientNetLiteConfig"],
             "image_processing_pgseg": ["PGSegImageProcessor"],
             "image_processing_pil_pgseg": ["PGSegImageProcessorPil"],
-            "modeling_pgseg": [
-                "PGSegModel",
-                "PGSegOutput",
-                "PGSegPreTrainedModel",
-                "PGSegTextModel",
-                "PGSegTextModelWithProjection",
-                "PGSegVisionModel",
-                "PGSegVisionOutput",
-            ],
+            "modeling_base": ["PGSegPreTrainedModel"],
+            "modeling_pgseg": ["PGSegModel", "PGSegOutput"],
+            "modeling_text": ["PGSegTextModel", "PGSegTextModelWithProjection"],
+            "modeling_vision": ["PGSegVisionModel", "PGSegVisionOutput"],
             "options": ["SegmentationOptions"],
             "pipeline": ["OpenVocabularySegmentationPipeline"],
             "processing_pgseg": ["PGSegProcessor"],

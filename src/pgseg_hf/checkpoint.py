@@ -12,7 +12,7 @@ from .options import SegmentationOptions
 from .processing_pgseg import PGSegProcessor
 from .quantization import PGSegInt8Config
 from .segmentation import Segmenter
-from .weights import refuse_bad_weights
+from .weights import refuse_bad_weights, refuse_other_tokenizer
 
 # Of the options of `PGSegModel.from_pretrained` those that say where the files are.
 _OF_ALL_FILES = (
@@ -66,15 +66,9 @@ def load_segmenter(
             "save_pretrained or `pgseg convert`, or a name on the Hub."
         ) from error
     refuse_bad_weights(model, name_or_path)
-    text, tokenizer = model.config.text_config, processor.tokenizer
-    # 2 stands for the largest token, as in CLIP's first configurations. A vocabulary may have more rows than tokens.
-    has_end = text.eos_token_id in (2, tokenizer.eos_token_id)
-    if size is None or not has_end or len(tokenizer) > text.vocab_size:
-        raise ValueError(
-            f"{name_or_path} has a tokenizer of {len(tokenizer)} tokens, the end token is {tokenizer.eos_token_id}, "
-            f"for a model of {text.vocab_size} and {text.eos_token_id}; files of the processor are missing or "
-            "another's, or model.resize_token_embeddings was not called for new tokens."
-        )
+    if size is None:
+        raise ValueError(f"{name_or_path} has an image processor without a size; its files are another's.")
+    refuse_other_tokenizer(model.config, processor.tokenizer, name_or_path)
     if device.type != "cpu" and getattr(model, "is_quantized", False):
         raise ValueError(f"device is {str(device)!r}, expected 'cpu', where models in int8 run.")
     return Segmenter(model.to(device), processor, options)

@@ -8,6 +8,7 @@ import glob
 import os
 import sys
 from collections.abc import Sequence
+from io import TextIOWrapper
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -36,6 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             130 where it was stopped by Ctrl-C.
     """
     args = build_parser().parse_args(arguments)
+    if isinstance(sys.stdout, TextIOWrapper):  # a name that the terminal lacks letters for ends no run
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         args.check(args)
         from .commands import run  # late, as above

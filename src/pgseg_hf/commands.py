@@ -23,6 +23,7 @@ from .outputs import MaskResult, write_formats
 from .segmentation import Segment, Segmentation, Segmenter
 from .video import segment_video
 from .visualization import indexed_png, overlay
+from .weights import refuse_bad_weights
 
 OPTIONAL = ("accelerate", "datasets", "evaluate", "fsspec", "pyarrow", "yaml")
 
@@ -171,10 +172,12 @@ def convert(args: argparse.Namespace) -> int:
                 "--config is for checkpoints of PGSeg; EfficientNet-Lite's shapes tell everything."
             )
         model, head = convert_efficientnet_lite(tensors)
+        refuse_bad_weights(model, str(args.checkpoint))
         write_backbone(model, args.output)
         print(f"a backbone, without the classifier's {len(head)} tensors")
     else:
         model, report = convert_released(tensors, overrides)
+        refuse_bad_weights(model, str(args.checkpoint))
         write_converted(model, args.output)
         for name in report.unknown:
             print(f"unknown, left out: {name}")

@@ -1,6 +1,7 @@
 """Configuration of the PGSeg models."""
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -15,12 +16,43 @@ from .efficientnet_lite import EfficientNetLiteConfig
 PIPELINE_TASK = "open-vocabulary-segmentation"
 HUB_TASK = "image-segmentation"
 
-NPR_VARIANTS = ("none", "released", "corrected")
 PROTOTYPE_MATCHINGS = ("hungarian", "order")
 PROTOTYPE_MIXINGS = ("prototypes", "tokens")
 SEGMENT_SOURCES = ("groups", "patches", "inputs")
 CONTRASTIVE_POOLINGS = ("mean", "groups", "mixture", "patches")
 CONTRASTIVE_LOSSES = ("info_nce", "multi_positive", "sigmoid")
+
+
+@dataclass(frozen=True)
+class VariantSettings:
+    """What a variant of NPR asks of a configuration, and of those who train and run such a model.
+
+    Args:
+        segment_source, contrastive_pooling, assignment_weight: where the configuration does not say.
+        segment_sources: those that the variant has.
+        eager_gradients: in training attention is eager unless asked otherwise.
+        guards_losses: training leaves out prototype losses that are NaN.
+        one_text_an_image: the losses need it.
+    """
+
+    segment_source: str = "groups"
+    contrastive_pooling: str = "mean"
+    assignment_weight: float = 0.0
+    segment_sources: tuple[str, ...] = SEGMENT_SOURCES
+    eager_gradients: bool = False
+    guards_losses: bool = False
+    one_text_an_image: bool = False
+
+
+# `npr.NPR` adds those of further variants.
+NPR_VARIANTS = {
+    "none": VariantSettings(),
+    "released": VariantSettings(
+        segment_sources=("groups",), eager_gradients=True, guards_losses=True, one_text_an_image=True
+    ),
+    # What three seeds of examples/ablate_npr.py support, see examples/README.md.
+    "corrected": VariantSettings("patches", "groups", 0.2),
+}
 
 
 def _require(condition: bool, message: str) -> None:
@@ -240,7 +272,7 @@ class PGSegVisionConfig(PreTrainedConfig):
         if self.prototype_projection_dim is None:
             self.prototype_projection_dim = max(self.intermediate_size * 8 // 3, 1)
         if self.segment_source is None:
-            self.segment_source = "patches" if self.npr_variant == "corrected" else "groups"
+            self.segment_source = NPR_VARIANTS.get(self.npr_variant, VariantSettings()).segment_source
         super().__post_init__(**kwargs)
 
     def _validate_backbone(self) -> None:
@@ -322,10 +354,11 @@ class PGSegVisionConfig(PreTrainedConfig):
             self.segment_source in SEGMENT_SOURCES,
             f"vision_config.segment_source is {self.segment_source!r}, expected one of {', '.join(SEGMENT_SOURCES)}.",
         )
+        known = NPR_VARIANTS[self.npr_variant].segment_sources
         _require(
-            self.segment_source == "groups" or self.npr_variant != "released",
-            f"vision_config.segment_source is {self.segment_source!r}, which the released variant does not have; "
-            "expected 'groups'.",
+            self.segment_source in known,
+            f"vision_config.segment_source is {self.segment_source!r}, which the {self.npr_variant} variant does not "
+            f"have; expected one of {', '.join(known)}.",
         )
         for name in ("num_prototype_iterations", "prototype_projection_dim"):
             _require(
@@ -456,12 +489,10 @@ class PGSegConfig(PreTrainedConfig):
         super().__post_init__(**kwargs | {"custom_pipelines": PipelineOfFolder()})
         if npr_variant is not None:
             self.npr_variant = npr_variant
-        # What three seeds of examples/ablate_npr.py support, see examples/README.md.
-        corrected = self.npr_variant == "corrected"
         if self.assignment_weight is None:
-            self.assignment_weight = 0.2 if corrected else 0.0
+            self.assignment_weight = self.npr_settings.assignment_weight
         if self.contrastive_pooling is None:
-            self.contrastive_pooling = "groups" if corrected else "mean"
+            self.contrastive_pooling = self.npr_settings.contrastive_pooling
 
     @classmethod
     def paper(cls, **fields: Any) -> "PGSegConfig":
@@ -482,8 +513,13 @@ class PGSegConfig(PreTrainedConfig):
         if value not in NPR_VARIANTS:
             raise ValueError(f"npr_variant is {value!r}, expected one of {', '.join(NPR_VARIANTS)}.")
         self.vision_config.npr_variant = value
-        if value == "released":
-            self.vision_config.segment_source = "groups"  # it has no other
+        if self.vision_config.segment_source not in self.npr_settings.segment_sources:
+            self.vision_config.segment_source = self.npr_settings.segment_source
+
+    @property
+    def npr_settings(self) -> VariantSettings:
+        """What the variant asks of those who train and run the model."""
+        return NPR_VARIANTS[self.npr_variant]
 
     def validate_architecture(self) -> None:
         """Checks fields against each other (called by `@strict`)."""

@@ -29,6 +29,7 @@ from .modeling_pgseg import PGSegModel
 from .processing_pgseg import PGSegProcessor
 from .text_files import read_json
 from .tokenization import default_tokenizer
+from .weights import what_is_wrong_with_file
 
 logger = logging.get_logger(__name__)
 
@@ -417,7 +418,11 @@ def read_state_dict(path: str | os.PathLike) -> dict[str, Tensor]:
                 path, map_location="cpu", pickle_module=_safe_pickle(path), weights_only=False
             )
     except Exception as error:  # torch and pickle raise all kinds of errors on foreign files
-        raise ValueError(f"{path} cannot be read as a PyTorch checkpoint: {error}") from error
+        if reason := what_is_wrong_with_file(path):
+            raise ValueError(f"{path} {reason}") from error
+        raise ValueError(
+            f"{path} cannot be read as a PyTorch checkpoint: {type(error).__name__}: {error}"
+        ) from error
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} holds a {type(content).__name__}, expected a dict with the entry 'model'.")
     tensors = _tensors_of(content)

@@ -91,11 +91,16 @@ def export_onnx(
             each call, by onnxruntime's dynamic quantisation; convolutions stay float32.
 
     Raises:
-        ValueError: a model in int8 already, or another `dtype`; the folder exists and is not empty, or cannot be
+        ValueError: a model in another dtype, or another `dtype`; the folder exists and is not empty, or cannot be
             written to.
     """
     if getattr(model, "is_quantized", False):
         raise ValueError("the model is in int8, expected float32: load it so, and ask here for dtype='int8'.")
+    if model.dtype != torch.float32:
+        raise ValueError(
+            f"the model is in {str(model.dtype).removeprefix('torch.')}, expected float32: load it with "
+            'dtype="float32", or call model.float().'
+        )
     if dtype not in ("float32", "int8"):
         raise ValueError(f"dtype is {dtype!r}, expected 'float32' or 'int8'.")
     with folder_written_whole(output) as folder:

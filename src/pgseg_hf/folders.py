@@ -98,10 +98,10 @@ def segment_folder(
         "options": {**asdict(options), "batch_size": None},
         **model_record(segmenter),
     }
-    _check_record(record, output)
+    continues = _is_continued(record, output)
     remove_unfinished(output)
     write_json(record, output / RECORD_NAME)
-    run = _Run(segmenter, folder, output, labels, options, overlays, images)
+    run = _Run(segmenter, folder, output, labels, options, overlays, images, continues)
     run.segment(whole_number(workers, "workers", least=0), whole_number(max_pixels, "max_pixels"))
     run.summary.results = [
         run.result_of(path) for path in images if str(path.relative_to(folder)) not in run.summary.broken
@@ -154,6 +154,7 @@ class _Run:
         options: SegmentationOptions,
         overlays: bool,
         images: Sequence[Path],
+        continues: bool,
     ):
         self.folder, self.output, self.overlays = folder, output, overlays
         self.names = _output_names(images, folder)
@@ -161,7 +162,9 @@ class _Run:
         self._images = images
         self._called = [words[0] for words in split_synonyms(labels)]
         self._has_background = options.background_threshold is not None
-        self.made_from = {path: mask_source(self.mask_of(path)) for path in images}
+        self.made_from = {path: mask_source(self.mask_of(path)) if continues else None for path in images}
+        # Of nobody knows what; what another process makes of them meanwhile is known.
+        self._unknown = set() if continues else {self._version(path) for path in images}
         self.summary = FolderSummary()
 
     def mask_of(self, path: Path) -> Path:
@@ -174,10 +177,15 @@ class _Run:
         name, mask = path.relative_to(self.folder).as_posix(), self.mask_of(path)
         return MaskResult(path, name, self.names[path], mask, self._called, self._has_background)
 
+    def _version(self, path: Path) -> tuple[Path, int]:
+        mask = self.mask_of(path)
+        return mask, mask.stat().st_mtime_ns if mask.exists() else 0
+
     def is_done(self, path: Path) -> bool:
         source = mask_source(self.mask_of(path))
         is_drawn = not self.overlays or self.overlay_of(path).exists()
-        return source is not None and is_drawn and source == _digest(path)
+        is_known = source is not None and self._version(path) not in self._unknown
+        return is_known and is_drawn and source == _digest(path)
 
     def segment(self, workers: int, max_pixels: int) -> None:
         """Segments what is not done, waiting for pictures that other processes work on."""
@@ -325,11 +333,13 @@ def _digest(path: Path) -> str:
         return ""
 
 
-def _check_record(record: dict, output: Path) -> None:
+def _is_continued(record: dict, output: Path) -> bool:
+    """Whether masks that are there are of the same run; without a record nobody knows what they are of."""
     known = read_record(output / RECORD_NAME)
     changes = [] if known is None else differences(known, record)
     if changes:
         raise ValueError(f"{output} holds results with {'; '.join(changes)}. Choose another output folder.")
+    return known is not None
 
 
 def _output_names(images: Sequence[Path], folder: Path) -> dict[Path, Path]:

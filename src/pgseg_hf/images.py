@@ -6,7 +6,7 @@ import http.client
 import os
 import re
 import string
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -61,8 +61,8 @@ def load_image(source: ImageSource, max_pixels: int = MAX_IMAGE_PIXELS) -> Image
 
     Args:
         source: a path, an `http(s)://` address, a `data:image/...;base64,` string, a binary file object (read
-            from its start), the bytes of an image file, a PIL image, or a uint8 array [H, W], [H, W, 3] or
-            [H, W, 4].
+            from its start), the bytes of an image file, a PIL image, or a uint8 array or tensor [H, W], [H, W, 3] or
+            [H, W, 4]; a tensor may have its channels first, as in torch.
         max_pixels: images with more pixels are refused before they are decoded. Pillow's own limit and
             warning for large images do not apply, and its global state is not touched.
 
@@ -74,6 +74,10 @@ def load_image(source: ImageSource, max_pixels: int = MAX_IMAGE_PIXELS) -> Image
         ValueError: naming the source, where it is missing, empty, corrupt, truncated, too large or not an
             image.
     """
+    if hasattr(source, "numpy"):  # a tensor
+        array: np.ndarray = source.numpy(force=True)
+        is_channels_first = array.ndim == 3 and array.shape[0] in (3, 4) and array.shape[2] not in (3, 4)
+        source = np.moveaxis(array, 0, 2) if is_channels_first else array
     if isinstance(source, np.ndarray):
         source = _from_array(source)
     if isinstance(source, Image.Image):
@@ -100,7 +104,7 @@ def _from_array(array: np.ndarray) -> Image.Image:
             f"an array of shape {array.shape} and type {array.dtype} is no image: expected uint8 [H, W], [H, W, 3] "
             "or [H, W, 4]"
         )
-    return Image.fromarray(array)
+    return Image.fromarray(np.ascontiguousarray(array))
 
 
 def to_rgb(image: Image.Image, name: str | None = None) -> Image.Image:
@@ -156,37 +160,49 @@ def to_rgb(image: Image.Image, name: str | None = None) -> Image.Image:
         raise ValueError(f"{name} has the mode {image.mode}, which cannot be made RGB: {error}") from error
 
 
-def load_label_map(source: ImageSource) -> np.ndarray:
+def load_label_map(source: ImageSource, weights: Sequence[int] | None = None) -> np.ndarray:
     """Read a mask whose pixel values are numbers of labels.
 
     Args:
         source: a path, a binary file object or its bytes (PNG, TIFF, BMP, GIF or PPM, which lose nothing), a PIL image
             (of an indexed one the indices count) or an integer array or tensor [H, W].
+        weights: for a mask of colours, what red, green and blue count in a pixel's number.
 
     Returns:
         int64 [H, W].
 
     Raises:
-        ValueError: it cannot be read, has several channels, or values that are no whole numbers.
+        ValueError: it cannot be read, has several channels, or values that are no whole numbers; as colours,
+            transparent pixels.
     """
     name = "the mask"
     try:
         if isinstance(source, (Image.Image, np.ndarray)) or hasattr(source, "numpy"):  # a tensor
-            values = np.asarray(source)
+            values = _mask_values(source, weights, name)
         else:
             data, name = _read_bytes(source)
             with _open_image(BytesIO(data), data[:_SIGNATURE_BYTES], name, _LABEL_FORMATS) as image:
-                values = np.asarray(image)
-    except MemoryError:
+                values = _mask_values(image, weights, name)
+    except (MemoryError, NoLabelMap):
         raise
     except Exception as error:  # given broken files, decoders raise nearly anything
         formats = ", ".join(_LABEL_FORMATS)
         raise ValueError(f"{name} is no mask that can be read, expected one of {formats}: {error}") from error
     if values.ndim != 2 or values.dtype.kind not in "bui" or values.size == 0:
         raise NoLabelMap(
-            f"{name} has the shape {values.shape} and type {values.dtype}, expected one whole number a pixel, [H, W]"
+            f"{name} has the shape {values.shape} and type {values.dtype}, expected one whole number a pixel, [H, W]."
         )
     return values.astype(np.int64)
+
+
+def _mask_values(source: Any, weights: Sequence[int] | None, name: str) -> np.ndarray:
+    if weights is None:
+        return np.asarray(source)
+    image = source if isinstance(source, Image.Image) else _from_array(np.asarray(source))
+    *colours, opacity = np.moveaxis(np.asarray(image.convert("RGBA")), -1, 0)
+    if (opacity < 255).any():
+        raise NoLabelMap(f"{name} has transparent pixels, which have no colour, expected none.")
+    return sum(weight * channel.astype(np.int64) for weight, channel in zip(weights, colours, strict=True))
 
 
 def find_images(folder: Path, leave_out: Path | None = None) -> list[Path]:

@@ -5,17 +5,21 @@
 Shapes: B batch, L image tokens, P prototypes, C width, H hidden width.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.activations import GELUActivation
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .configuration_pgseg import NPR_VARIANTS
+from .int8 import Int8Linear
+
 # Entries of attention scores that are worked on at a time where attention goes in parts: they stay in a core's cache.
-_CACHED_SCORES = 2**20
+_CACHED_SCORES = 2**21
 
 _is_on = True
 
@@ -41,13 +45,15 @@ def is_plain_linear(layer: Any) -> bool:
     )
 
 
-def linear(layer: Any, x: Tensor) -> Tensor:
-    """A linear layer; in evaluation on a CPU by oneDNN, which on some is faster than the library that torch multiplies
-    float32 with. In training always by itself, so that a part that is computed again for the gradient comes out the
-    same.
+def linear(layer: Any, x: Tensor, activation: nn.Module | None = None) -> Tensor:
+    """A linear layer and what follows it; in evaluation on a CPU by oneDNN, which on some is faster than the library
+    that torch multiplies float32 with, and applies GELU before a row leaves the cache. In training always by itself, so
+    that a part that is computed again for the gradient comes out the same.
 
     No subclass, as tools that quantise take `nn.Linear` alone.
     """
+    if isinstance(layer, Int8Linear):
+        return layer(x, activation)
     if (
         not layer.training
         and _is_eager_cpu_inference(x)
@@ -57,8 +63,17 @@ def linear(layer: Any, x: Tensor) -> Tensor:
         and torch.backends.mkldnn.enabled
         and x.dtype in _onednn_dtypes()
     ):
-        return torch.ops.mkldnn._linear_pointwise(x, layer.weight, layer.bias, "none", [], "none")
-    return layer(x)
+        fused = "gelu" if isinstance(activation, GELUActivation) else "none"
+        out = torch.ops.mkldnn._linear_pointwise(x, layer.weight, layer.bias, fused, [], "none")
+        return out if activation is None or fused == "gelu" else activation(out)
+    return layer(x) if activation is None else activation(layer(x))
+
+
+def linears(layers: Sequence[Any], x: Tensor) -> list[Tensor]:
+    """Linear layers of one input, which for those in int8 is rounded once."""
+    if all(isinstance(layer, Int8Linear) for layer in layers):
+        x = layers[0].quantized(x)
+    return [linear(layer, x) for layer in layers]
 
 
 @cache
@@ -92,8 +107,8 @@ def faster_attention(module: Any, query: Tensor) -> Callable | None:
     if not _is_on or module.training or torch.is_grad_enabled():
         return None
     configured = module.config._attn_implementation
-    # The released variant is eager for its gradients only, see `PGSegVisionModel`.
-    eager_for_gradients = configured == "eager" and module.config.npr_variant == "released"
+    # Some variants are eager for their gradients only, see `PGSegVisionModel`.
+    eager_for_gradients = configured == "eager" and NPR_VARIANTS[module.config.npr_variant].eager_gradients
     if configured != "sdpa" and not eager_for_gradients:
         return None
     if query.dtype == torch.bfloat16 and _is_eager_cpu_inference(query):

@@ -4,33 +4,24 @@ Shapes: B batch, L image tokens of a stage's input, K groups of a stage, P proto
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_pgseg import PGSegVisionConfig
-from .kernels import faster_attention, is_plain_linear, linear, project_mixtures, projects_first
-from .losses import sum_over_processes
-from .prototypes import PrototypeEstimate, estimate_prototypes, tokens_to_weights, updated_prototypes
+from .features import StageFeatures
+from .kernels import faster_attention, linear, linears
+from .npr import PGSegStagePrototypes, npr_of
+from .precision import estimation_dtype, full_precision
 
 # Added to a group's number of patches where its mean stands for it: small beside one patch, and a group without any
 # gets a mean near 0 instead of noise.
 EMPTY_GROUP_EPS = 1e-3
-
-
-def estimation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Precision of prototype estimation and losses: float32, or float64 for float64 inputs."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def full_precision(device_type: str) -> torch.autocast:
-    return torch.autocast(device_type, enabled=False)
 
 
 def eager_attention_forward(
@@ -53,13 +44,6 @@ def eager_attention_forward(
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
-def _as_convolution(layer: Any, x: Tensor) -> Tensor:
-    """A linear layer on [B, channels, L], as a convolution of width 1."""
-    if is_plain_linear(layer):
-        return nn.functional.conv1d(x, layer.weight[..., None], layer.bias)
-    return layer(x.transpose(1, 2)).transpose(1, 2)
-
-
 class PGSegAttention(nn.Module):
     """Multi-head attention of queries [B, Q, C] over keys and values from another sequence [B, L, C]."""
 
@@ -79,8 +63,12 @@ class PGSegAttention(nn.Module):
         return x.view(*x.shape[:-1], -1, self.head_dim).transpose(1, 2)
 
     def forward(self, queries: Tensor, context: Tensor) -> Tensor:
-        query = self._heads(linear(self.q_proj, queries))
-        key, value = (self._heads(linear(layer, context)) for layer in (self.k_proj, self.v_proj))
+        layers = (self.q_proj, self.k_proj, self.v_proj)
+        if queries is context:
+            parts = linears(layers, context)
+        else:
+            parts = [linear(self.q_proj, queries), *linears(layers[1:], context)]
+        query, key, value = (self._heads(part) for part in parts)
         attend: Callable = faster_attention(self, query) or ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
@@ -99,12 +87,12 @@ class PGSegMLP(nn.Module):
         self.fc2 = nn.Linear(hidden_features, out_features)
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = linear(self.fc1, x)
         if self._forgets_activations():
+            hidden = linear(self.fc1, x)
             return checkpoint(
                 self._activate_and_project, hidden, use_reentrant=False, preserve_rng_state=False
             )
-        return self._activate_and_project(hidden)
+        return linear(self.fc2, linear(self.fc1, x, self.activation_fn))
 
     def _forgets_activations(self) -> bool:
         """Whether the activations, the largest tensors of a block, are made again for the gradient, which takes no
@@ -240,134 +228,21 @@ class PGSegGroupingBlock(nn.Module):
         return segments_BKC, centers_BKC, logits_BKL
 
 
-class PGSegProjection(nn.Sequential):
-    """Linear, BatchNorm, ReLU, Linear over the last dimension of a tensor of any shape."""
+class StageOutput(NamedTuple):
+    """What a stage makes of its tokens; after the grouping stages there is but `tokens` and `grouped`.
 
-    def __init__(self, in_features: int, hidden_features: int, out_features: int):
-        super().__init__(
-            nn.Linear(in_features, hidden_features),
-            nn.BatchNorm1d(hidden_features),
-            nn.ReLU(),
-            nn.Linear(hidden_features, out_features),
-        )
+    tokens: of the next stage, [B, K, C] or [B, L, C]; None where the grouping does not pool.
+    group_tokens: after the blocks, [B, G, C].
+    logits: of the soft assignment, [B, K, L].
+    features: what the prototype losses need; where the stage has prototypes.
+    grouped: the image tokens [B, L, C] that were grouped.
+    """
 
-    def forward(self, x: Tensor, use_running_stats: bool = False) -> Tensor:
-        """With `use_running_stats`, or for a single row, which has no statistics of its own, training too normalises by
-        the running statistics and leaves them as they are."""
-        shape = x.shape[:-1]
-        hidden = linear(self[0], x.reshape(-1, x.shape[-1]))
-        if self.training and (use_running_stats or hidden.shape[0] == 1):
-            norm: Any = self[1]
-            # Copies, as the next forward changes the statistics in place before this one's backward.
-            scale = norm.weight * torch.rsqrt(norm.running_var.clone() + norm.eps)
-            hidden = (hidden - norm.running_mean.clone()) * scale + norm.bias
-        else:
-            hidden = self._normalized(hidden)
-        hidden = linear(self[3], self[2](hidden))
-        return hidden.reshape(*shape, hidden.shape[-1])
-
-    def _normalized(self, hidden: Tensor) -> Tensor:
-        """BatchNorm; frozen, in training too by its running statistics, which stay: below an adapter nothing is learned
-        that the adapter does not hold."""
-        norm: Any = self[1]
-        if not self.training or norm.weight.requires_grad:
-            return norm(hidden)
-        statistics = (norm.running_mean, norm.running_var, norm.weight, norm.bias)
-        return nn.functional.batch_norm(hidden, *statistics, training=False, eps=norm.eps)
-
-    def convolve(self, tokens_BLC: Tensor) -> Tensor:
-        """The same on tokens, as the convolutions of width 1 of the released code, whose rounding this reproduces."""
-        hidden = self[2](self._normalized(_as_convolution(self[0], tokens_BLC.transpose(1, 2))))
-        return _as_convolution(self[3], hidden).transpose(1, 2)
-
-
-@torch.no_grad()
-def init_prototypes(buffer: Tensor, dim: int = -1) -> None:
-    """Fills a buffer of prototypes with random unit vectors along `dim`, the same at every call: transformers expects
-    buffers not to depend on the seed or on the order of initialisation."""
-    generator = torch.Generator().manual_seed(0)
-    values = torch.randn(buffer.shape, generator=generator, dtype=torch.float32, device="cpu")
-    init.copy_(buffer, nn.functional.normalize(values, dim=dim))
-
-
-class PGSegStagePrototypes(nn.Module):
-    """A stage's prototypes: the moving seeds of the estimation and the projection of prototypes to tokens."""
-
-    prototypes: Tensor
-
-    def __init__(self, config: PGSegVisionConfig, num_prototypes: int):
-        super().__init__()
-        self.released = config.npr_variant == "released"
-        self.mixing = config.prototype_mixing
-        self.num_iterations = config.num_prototype_iterations
-        self.momentum = config.prototype_momentum
-        self.register_buffer(
-            "prototypes", torch.empty(1, num_prototypes, config.hidden_size, dtype=torch.float32)
-        )
-        init_prototypes(self.prototypes)
-        self.projection = PGSegProjection(
-            config.hidden_size, config.prototype_projection_dim, config.hidden_size
-        )
-
-    def _apply(self, fn: Callable, recurse: bool = True) -> nn.Module:
-        return apply_keeping_precision(self, "prototypes", super()._apply, fn, recurse)
-
-    def seeds(self) -> Tensor:
-        """Where a forward starts the estimation, [1, P, C]: a copy where `move` will change the prototypes, so that a
-        recompute of the stage starts from the same."""
-        return self.prototypes.clone() if self._moves() else self.prototypes
-
-    def _moves(self) -> bool:
-        # Frozen prototypes stay, as a frozen model's statistics do.
-        is_frozen = not self.projection[1].weight.requires_grad
-        return self.training and torch.is_grad_enabled() and not self.released and not is_frozen
-
-    def move(self, estimates_BPC: Tensor) -> None:
-        """In training with gradient, moves the seeds to the mean of the batch's prototypes."""
-        if self._moves():
-            move_prototypes(self.prototypes, estimates_BPC, self.momentum)
-
-    def estimate(self, tokens_BLC: Tensor, seeds_1PC: Tensor) -> PrototypeEstimate:
-        """Estimates prototypes from a stage's input."""
-        with full_precision(tokens_BLC.device.type):
-            tokens_BLC = tokens_BLC.detach().to(estimation_dtype(tokens_BLC.dtype))
-            return estimate_prototypes(tokens_BLC, seeds_1PC, self.num_iterations)
-
-    def reconstruct(self, estimate: PrototypeEstimate, dtype: torch.dtype) -> Tensor:
-        """The prototypes' part of each token, R [B, L, C]."""
-        if self.released or self.mixing == "tokens":
-            weights_BLP = tokens_to_weights(estimate.responsibilities)
-            if projects_first(self.projection):
-                return project_mixtures(self.projection, estimate.prototypes.to(dtype), weights_BLP.to(dtype))
-            with full_precision(weights_BLP.device.type):
-                mixed_BLC = (weights_BLP @ estimate.prototypes).to(dtype)
-            return self.projection.convolve(mixed_BLC) if self.released else self.projection(mixed_BLC)
-        return estimate.responsibilities.to(dtype) @ self.projection(estimate.prototypes.to(dtype))
-
-
-@torch.no_grad()
-def move_prototypes(
-    buffer_1PC: Tensor, estimates_BPC: Tensor, momentum: float, mask_BP: Tensor | None = None
-) -> None:
-    """Moves the seeds towards the mean of all processes' estimates; a prototype that no sample has stays."""
-    if mask_BP is None:
-        mask_BP = torch.ones(estimates_BPC.shape[:2], dtype=torch.bool, device=estimates_BPC.device)
-    sums_PC = sum_over_processes((estimates_BPC * mask_BP[..., None]).sum(0))
-    counts_P1 = sum_over_processes(mask_BP.sum(0).to(sums_PC.dtype))[:, None]
-    moved_PC = updated_prototypes(buffer_1PC[0], sums_PC / counts_P1.clamp(min=1), momentum)
-    buffer_1PC.copy_(torch.where(counts_P1 > 0, moved_PC, buffer_1PC[0])[None])
-
-
-def apply_keeping_precision(
-    module: nn.Module, name: str, apply: Callable, fn: Callable, recurse: bool
-) -> nn.Module:
-    """`nn.Module._apply` that keeps the buffer `name` in float32 or better."""
-    before = module._buffers[name]
-    result = apply(fn, recurse)
-    after = module._buffers[name]
-    if before is not None and after is not None and after.dtype in (torch.float16, torch.bfloat16):
-        module._buffers[name] = before.to(device=after.device)
-    return result
+    tokens: Tensor | None
+    group_tokens: Tensor | None
+    logits: Tensor | None
+    features: StageFeatures | None
+    grouped: Tensor
 
 
 class PGSegStage(nn.Module):
@@ -398,18 +273,13 @@ class PGSegStage(nn.Module):
                     config, config.num_group_tokens[index - 1], config.hidden_size // 2, self.num_group_tokens
                 ),
             )
-        if config.npr_variant != "none":
-            self.npr = PGSegStagePrototypes(config, config.num_output_groups[index])
+        if make_prototypes := npr_of(config).stage_prototypes:
+            self.npr = make_prototypes(config, config.num_output_groups[index])
 
     def forward(
         self, tokens_BLC: Tensor, previous_group_tokens: Tensor | None, seeds: Tensor | None = None
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, tuple[Tensor, ...] | None, Tensor]:
-        """`seeds` [1, P, C] start the prototype estimation; needed where the stage has prototypes.
-
-        Returns the tokens of the next stage [B, K, C] (or [B, L, C]; None where the grouping does not pool), the group
-        tokens after the blocks, the assignment logits [B, K, L], what the prototype losses need (centres, prototypes,
-        responsibilities, logits), and the image tokens [B, L, C] that were grouped.
-        """
+    ) -> StageOutput:
+        """`seeds` [1, P, C] start the prototype estimation; needed where the stage has prototypes."""
         estimate = self.npr.estimate(tokens_BLC, seeds) if self.npr is not None else None
         length = tokens_BLC.shape[1]
         if self.group_token is not None:
@@ -420,15 +290,15 @@ class PGSegStage(nn.Module):
         for layer in self.layers:
             tokens_BLC = layer(tokens_BLC)
         if self.downsample is None:
-            return tokens_BLC, None, None, None, tokens_BLC
+            return StageOutput(tokens_BLC, None, None, None, tokens_BLC)
         tokens_BLC, group_tokens = tokens_BLC[:, :length], tokens_BLC[:, length:]
         if self.npr is not None and estimate is not None:
             tokens_BLC = tokens_BLC + self.npr.reconstruct(estimate, tokens_BLC.dtype)
         segments, centers, logits = self.downsample(tokens_BLC, group_tokens)
-        losses_need = (
-            None if estimate is None else (centers, estimate.prototypes, estimate.responsibilities, logits)
-        )
-        return segments, group_tokens, logits, losses_need, tokens_BLC
+        features = None
+        if estimate is not None:
+            features = StageFeatures(centers, estimate.prototypes, estimate.responsibilities, logits)
+        return StageOutput(segments, group_tokens, logits, features, tokens_BLC)
 
 
 def mean_of_groups(tokens_BLC: Tensor, assignment_BKL: Tensor) -> Tensor:
@@ -492,7 +362,9 @@ class PGSegVisionEmbeddings(nn.Module):
 
 
 class PGSegVisionEncoder(nn.Module):
-    """The stages."""
+    """The stages, which compute in `compute_dtype`, or in the type of what they are given."""
+
+    compute_dtype: torch.dtype | None = None
 
     def __init__(self, config: PGSegVisionConfig):
         super().__init__()

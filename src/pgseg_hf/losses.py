@@ -3,76 +3,15 @@
 Shapes: B images of this process, N texts of this process, G processes.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
+
+from .distributed import gather_constant, gather_rows, rank_offset, sum_over_processes, world_size
 
 # A logit that takes no part in a softmax, finite so that gradients stay finite where a whole row is left out.
 NEVER = -1e9
-
-
-def world_size() -> int:
-    """Number of processes that train together, 1 without torch.distributed."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def gather_features(features: Tensor) -> Tensor:
-    """Features of all processes, [G * N, ...], in the order of ranks, with gradient to every process's part."""
-    return features if world_size() == 1 else _GatherWithGradient.apply(features)
-
-
-class _GatherWithGradient(torch.autograd.Function):
-    """Concatenation over processes; backward, each process's part gets the sum of all processes' gradients for it."""
-
-    @staticmethod
-    def forward(ctx: Any, features: Tensor) -> Tensor:
-        return torch.cat(_gather_constant(features))
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        summed = sum_over_processes(gradients[0])
-        return summed.chunk(world_size())[dist.get_rank()]
-
-
-def gather_rows(rows: Tensor) -> tuple[Tensor, int]:
-    """As [`gather_features`] where each process has its own number of rows; also the place of the first own row."""
-    if world_size() == 1:
-        return rows, 0
-    counts = torch.cat(_gather_constant(torch.tensor([len(rows)], device=rows.device))).tolist()
-    padded = torch.cat([rows, rows.new_zeros(max(counts) - len(rows), *rows.shape[1:])])
-    if rows.is_floating_point():
-        gathered = gather_features(padded).chunk(len(counts))
-    else:
-        gathered = tuple(_gather_constant(padded))
-    parts = [part[:count] for part, count in zip(gathered, counts)]
-    return torch.cat(parts), sum(counts[: dist.get_rank()])
-
-
-def sum_over_processes(values: Tensor) -> Tensor:
-    """Sum over all processes, without gradient; the same on each of them."""
-    values = values.detach().clone()
-    if world_size() > 1:
-        dist.all_reduce(values)
-    return values
-
-
-def pad_to_longest(values_BM: Tensor) -> Tensor:
-    """Pads dimension 1 with zeros to the longest of all processes."""
-    if world_size() == 1:
-        return values_BM
-    longest = torch.tensor(values_BM.shape[1], device=values_BM.device)
-    dist.all_reduce(longest, op=dist.ReduceOp.MAX)
-    missing = int(longest) - values_BM.shape[1]
-    return torch.cat(
-        [values_BM, values_BM.new_zeros(values_BM.shape[0], missing, *values_BM.shape[2:])], dim=1
-    )
-
-
-def rank_offset(batch: int) -> int:
-    """Place of this process's first sample among the gathered ones."""
-    return dist.get_rank() * batch if world_size() > 1 else 0
 
 
 def info_nce(logits_per_image: Tensor, logits_per_text: Tensor) -> Tensor:
@@ -184,7 +123,7 @@ def share_texts(embeds_ND: Tensor, keys_NT: Tensor, owners_BN: Tensor) -> Shared
     image_targets.index_add_(1, own_places, owners_BN.to(image_targets.dtype))
     image_targets = image_targets > 0
     own = ((first >= start) & (first < start + len(keys_NT))).nonzero()[:, 0]
-    text_targets = torch.cat(_gather_constant(image_targets.contiguous()))[:, own].T
+    text_targets = torch.cat(gather_constant(image_targets.contiguous()))[:, own].T
     return SharedTexts(embeds[first], image_targets, own_places, own, text_targets)
 
 
@@ -211,14 +150,6 @@ def multi_label_loss(
         nn.functional.pad(owners_BN, (start, labels_after)),
         nn.functional.pad(owners_BN.T, (offset, images_after)),
     )
-
-
-def _gather_constant(values: Tensor) -> list[Tensor]:
-    if world_size() == 1:
-        return [values]
-    gathered = [torch.empty_like(values) for _ in range(world_size())]
-    dist.all_gather(gathered, values.contiguous())
-    return gathered
 
 
 def _soft_cross_entropy(logits: Tensor, positives: Tensor) -> Tensor:

@@ -3,104 +3,32 @@
 Shapes: B batch, L image tokens of a stage's input, K groups of a stage, C width, N texts, T text tokens, D joint width.
 """
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from huggingface_hub import HfApi, ModelCard
 from torch import Tensor, nn
-from transformers import CLIPTextModel, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput, logging
 from transformers.utils.generic import can_return_tuple
 
-from .backbone import (
-    PGSegBackboneEmbeddings,
-    PGSegBackboneFeatures,
-    backbones_set_aside,
-    load_backbone,
-)
-from .configuration_pgseg import PGSegConfig, PGSegTextConfig, PGSegVisionConfig
+from .backbone import load_backbone
+from .configuration_pgseg import PGSegConfig
+from .features import ImageFeatures, JointImages, TextFeatures, TextOwners, clamped_scale, normalized
 from .groupvit import config_from_groupvit, read_groupvit
-from .layers import (
-    PGSegAssignAttention,
-    PGSegAttention,
-    PGSegMLP,
-    PGSegProjection,
-    PGSegStage,
-    PGSegStagePrototypes,
-    PGSegVisionEmbeddings,
-    PGSegVisionEncoder,
-    apply_keeping_precision,
-    estimation_dtype,
-    full_precision,
-    init_prototypes,
-    mean_of_groups,
-)
 from .model_cards import generate_model_card, is_processor_card
-from .objective import (
-    ImageFeatures,
-    JointImages,
-    StageFeatures,
-    TextFeatures,
-    TextOwners,
-    clamped_scale,
-    compute_losses,
-    normalized,
-)
-from .prototypes import PrototypeEstimate, estimate_prototypes, updated_prototypes
-from .quantization import METHOD  # noqa: F401 (from here on transformers knows the method)
-from .token_ids import (
-    different_texts,
-    find_words,
-    padded_on_the_right,
-    rotated,
-    starts_of_texts,
-    up_to_ends,
-)
-from .weights import what_is_wrong_with
-
-if TYPE_CHECKING:
-    # Never run: what a file imports is saved beside the weights, and there `custom_pipelines` names this class.
-    from .pipeline import OpenVocabularySegmentationPipeline  # noqa: F401
+from .modeling_base import PGSegPreTrainedModel, name_unused
+from .modeling_text import PGSegTextModel, PGSegTextModelWithProjection
+from .modeling_vision import PGSegVisionModel, PGSegVisionOutput
+from .npr import init_prototypes, npr_of
+from .objective import compute_losses
+from .precision import KeepsPrecision, full_precision
+from .projection import PGSegProjection
+from .token_ids import different_texts, find_words, padded_on_the_right, up_to_ends
 
 logger = logging.get_logger(__name__)
-
-# Released `TextTransformer.Atten`: both numbers are fixed in the code.
-RELEASED_TEXT_PROTOTYPES = 8
-RELEASED_TEXT_MOMENTUM = 0.9
-
-
-@dataclass
-class PGSegVisionOutput(ModelOutput):
-    """Output of [`PGSegVisionModel`] and, with embeddings in the joint space, of [`PGSegModel.get_image_features`].
-
-    Args:
-        last_hidden_state: [B, K, C], the segment tokens after the last stage and LayerNorm.
-        pooler_output: [B, C], their mean; from `get_image_features` its projection [B, D], not normalised.
-        segment_embeds: [B, K, D], projected segment tokens, not normalised; only from `get_image_features`.
-        patch_hidden_state: [B, L, C], the patches that groups are named by (as the first stage groups them, or as they
-            enter it where `segment_source` says so), after the same LayerNorm.
-        patch_embeds: [B, L, D], these projected, not normalised; only from `get_image_features` with patch pooling.
-        grouping: [B, K, h, w], soft assignment of patches to the last stage's groups, on the true patch grid.
-        image_sizes: int64 [B, 2], height and width of the input in pixels.
-        hidden_states: the input of each stage and the output of the last, where asked for.
-        attentions: soft assignment [B, K, L] of each grouping stage, where asked for.
-        npr: for each grouping stage what the prototype losses need (see `PGSegStage.forward`), where asked for.
-    """
-
-    last_hidden_state: Tensor | None = None
-    pooler_output: Tensor | None = None
-    segment_embeds: Tensor | None = None
-    patch_hidden_state: Tensor | None = None
-    patch_embeds: Tensor | None = None
-    grouping: Tensor | None = None
-    image_sizes: Tensor | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
-    npr: tuple[tuple[Tensor, ...], ...] | None = None
 
 
 @dataclass
@@ -155,400 +83,14 @@ class PGSegOutput(ModelOutput):
         return tuple(value.to_tuple() if isinstance(value, ModelOutput) else value for value in self.values())
 
 
-class PGSegPreTrainedModel(PreTrainedModel):
-    """Weight initialisation, and what transformers needs to know of PGSeg models."""
-
-    config: PGSegConfig
-    base_model_prefix = "pgseg"
-    input_modalities: tuple[str, ...] = ("image", "text")
-    _no_split_modules = [
-        "PGSegVisionEmbeddings",
-        "PGSegBackboneEmbeddings",
-        "PGSegLayer",
-        "PGSegStage",
-        "CLIPTextEmbeddings",
-        "CLIPEncoderLayer",
-    ]
-    supports_gradient_checkpointing = True
-    accepts_loss_kwargs = False
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
-    # Names of those that the checkpoint lacked and nothing has trained since.
-    random_weights: tuple[str, ...] = ()
-
-    @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any
-    ) -> Any:
-        """As ever; of a folder that cannot be read the likely reason is named. Weights that it lacks are random, as
-        ever with a warning, and a pipeline refuses such a model until it is put in training mode.
-
-        Raises:
-            OSError: such a folder: with a pointer of git-lfs or a web page for a file, a download that was cut off.
-        """
-        try:
-            model, report = super().from_pretrained(
-                pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
-            )
-        except Exception as error:
-            reason = (
-                what_is_wrong_with(pretrained_model_name_or_path) if pretrained_model_name_or_path else None
-            )
-            if reason is None:
-                raise
-            raise OSError(reason) from error
-        model.random_weights = tuple(sorted(report["missing_keys"]))
-        return (model, report) if output_loading_info else model
-
-    def train(self, mode: bool = True) -> Any:
-        if mode:
-            self.random_weights = ()
-        return super().train(mode)
-
-    def set_attn_implementation(self, attn_implementation: Any, allow_all_kernels: bool = False) -> None:
-        """As ever, but a backbone that cannot attend like this goes on as it did."""
-        with backbones_set_aside(self) as backbones:
-            before = [backbone.config._attn_implementation for backbone in backbones]
-            super().set_attn_implementation(attn_implementation, allow_all_kernels)
-        for backbone, known in zip(backbones, before):
-            # Written down for it without asking whether it can.
-            asked = backbone.config._attn_implementation
-            backbone.config._attn_implementation = known
-            try:
-                backbone.set_attn_implementation(asked, allow_all_kernels)
-            except (ValueError, ImportError) as error:
-                logger.warning(f"{type(backbone).__name__} goes on with {known}: {error}")
-
-    def enable_input_require_grads(self) -> None:
-        """As ever, but for backbones, whose embeddings may give more than a tensor."""
-        with backbones_set_aside(self):
-            super().enable_input_require_grads()
-
-    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
-        # For code outside its tree transformers leaves out modules without tensors of their own, such as an MLP, in
-        # case `_init_weights` overwrites what was loaded; `transformers.initialization` does not.
-        super()._initialize_weights(module)
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        std = self.config.initializer_range * self.config.initializer_factor
-        if isinstance(module, PGSegVisionEmbeddings):
-            init.trunc_normal_(module.position_embeddings, std=std)
-        elif isinstance(module, PGSegStage) and module.group_token is not None:
-            if module.group_projector is None:
-                init.trunc_normal_(module.group_token, std=std)
-            else:
-                init.zeros_(module.group_token)
-        elif isinstance(module, (PGSegMLP, PGSegAttention, PGSegAssignAttention)):
-            for child in module.children():
-                if isinstance(child, nn.Linear):
-                    init.trunc_normal_(child.weight, std=std)
-        elif isinstance(module, PGSegProjection):
-            linears: list[Any] = [module[0], module[3]]
-            for linear in linears:
-                bound = linear.in_features**-0.5
-                init.uniform_(linear.weight, -bound, bound)
-                init.uniform_(linear.bias, -bound, bound)
-        elif isinstance(module, PGSegBackboneFeatures):
-            init.trunc_normal_(module.projection.weight, std=std)
-        elif isinstance(module, PGSegStagePrototypes):
-            init_prototypes(module.prototypes)
-
-
-def all_finite(values: Tensor) -> Tensor:
-    """Whether no value is NaN or infinite; the minimum and maximum of what holds a NaN are NaN."""
-    low, high = values.aminmax()
-    return low.isfinite() & high.isfinite()
-
-
-def _cannot_be_asked(values: Tensor, training: bool) -> bool:
-    """Whether nobody looks for NaN: in training a GPU would have to be waited for, and the loss is then NaN as well."""
-    return values.device.type == "meta" or values.numel() == 0 or (training and values.is_cuda)
-
-
-def _refuse_bad_pixels(
-    pixel_values: Tensor | None, patch_size: int, channels: int, training: bool = False
-) -> None:
-    if pixel_values is None:
-        raise ValueError("pixel_values is None, expected a tensor [batch, channels, height, width].")
-    if pixel_values.ndim != 4 or pixel_values.shape[1] != channels:
-        raise ValueError(
-            f"pixel_values has shape {list(pixel_values.shape)}, expected [batch, {channels}, height, width]."
-        )
-    height, width = pixel_values.shape[-2:]
-    if height < patch_size or width < patch_size:
-        raise ValueError(
-            f"pixel_values is {height} x {width} pixels, smaller than a patch of {patch_size} x {patch_size}; "
-            "resize it."
-        )
-    if _cannot_be_asked(pixel_values, training):
-        return
-    if not all_finite(pixel_values):
-        raise ValueError("pixel_values holds NaN or infinite values; expected normalised finite pixels.")
-
-
-def _refuse_bad_features(features: Tensor, channels: int, training: bool = False) -> None:
-    if features.ndim != 4 or features.shape[1] != channels or not features.is_floating_point():
-        raise ValueError(
-            f"backbone_features has shape {list(features.shape)} and type {features.dtype}, expected [batch, "
-            f"{channels}, height, width] of floats, as this model's embeddings.features gives them."
-        )
-    if _cannot_be_asked(features, training):
-        return
-    if not all_finite(features):
-        raise ValueError("backbone_features holds NaN or infinite values; expected finite features.")
-
-
-def _name_unused(kwargs: dict[str, Any]) -> None:
-    """Says which arguments nothing is done with, a misspelt one for instance.
-
-    Raises:
-        ValueError: GroupViT's `output_segmentation`, whose output would be missed.
-    """
-    if kwargs.get("output_segmentation"):
-        raise ValueError(
-            "output_segmentation is True, an argument of GroupViT; segment_logits and grouping are always returned "
-            "here, and processor.post_process_semantic_segmentation(outputs, target_sizes) makes label maps of them."
-        )
-    unused = sorted(name for name, value in kwargs.items() if value is not None and value is not False)
-    if unused and not torch.compiler.is_compiling():
-        logger.warning_once(f"not used: {', '.join(unused)}; see the arguments of forward.")
-
-
-class PGSegVisionModel(PGSegPreTrainedModel):
-    """The image tower: a photo to segment tokens and the grouping of its patches."""
-
-    # Saved with its code, for trust_remote_code=True where this package is not installed.
-    _auto_class = "AutoModel"
-    config: PGSegVisionConfig
-    base_model_prefix = "vision_model"
-    main_input_name = "pixel_values"
-    input_modalities = ("image",)
-    _keys_to_ignore_on_load_unexpected = [
-        r"^text_",
-        r"^visual_projection",
-        r"logit_scale$",
-        r"text_prototypes$",
-    ]
-
-    def __init__(self, config: PGSegVisionConfig):
-        super().__init__(config)
-        if config.npr_variant != "none":
-            self._keep_in_fp32_modules_strict = ["npr.prototypes"]
-        embeddings = PGSegVisionEmbeddings if config.backbone_config is None else PGSegBackboneEmbeddings
-        self.embeddings = embeddings(config)
-        self.encoder = PGSegVisionEncoder(config)
-        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.embeddings.patch_embeddings
-
-    def get_correct_attn_implementation(
-        self, requested_attention: str | None, is_init_check: bool = False
-    ) -> str:
-        """The released variant attends eagerly unless asked otherwise: its BatchNorm over nearly equal rows amplifies
-        the rounding of other kernels to some 2e-5 of a gradient's largest entry. In evaluation without gradient, where
-        that does not matter, it then attends by sdpa."""
-        if requested_attention is None and self.config.npr_variant == "released":
-            requested_attention = "eager"
-        return super().get_correct_attn_implementation(requested_attention, is_init_check)
-
-    @can_return_tuple
-    def forward(
-        self,
-        pixel_values: Tensor | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        output_npr: bool = False,
-        output_patches: bool = False,
-        move_prototypes: bool = True,
-        backbone_features: Tensor | None = None,
-        **kwargs: Any,
-    ) -> PGSegVisionOutput:
-        """Encodes images of any size of at least one patch.
-
-        Args:
-            pixel_values: [B, 3, H, W], normalised.
-            output_attentions: return each stage's soft assignment.
-            output_hidden_states: return the stages' inputs and the last output.
-            output_npr: return what the prototype losses need.
-            output_patches: return the patches that were grouped.
-            move_prototypes: in training with gradient, move the prototypes to the mean of this batch; False where the
-                batch is a part of one, see [`~PGSegVisionModel.move_prototypes`].
-            backbone_features: [B, channels, h, w] instead of `pixel_values`, from `embeddings.features` of a model with
-                a backbone; `image_sizes` are then those of the grid times `patch_size`.
-
-        Raises:
-            ValueError: wrong shape, images smaller than a patch, both inputs; NaN or infinite pixels or features, which
-                in training on CUDA nobody looks for.
-        """
-        _name_unused(kwargs)
-        if backbone_features is None and not torch.compiler.is_compiling():
-            _refuse_bad_pixels(pixel_values, self.config.patch_size, self.config.num_channels, self.training)
-        output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
-        output_hidden_states = (
-            self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        )
-        tokens, (height, width) = self._embed(pixel_values, backbone_features)
-        hidden_states, assignments, npr = [tokens], [], []
-        group_tokens = patch_groups = None
-        patches = tokens if self.config.segment_source == "inputs" else None
-        for stage in self.encoder.stages:
-            prototypes: Any = stage.npr
-            seeds = prototypes.seeds() if prototypes is not None else None
-            tokens, group_tokens, logits, losses_need, grouped = stage(tokens, group_tokens, seeds)
-            patches = grouped if patches is None else patches
-            if losses_need is not None:
-                if move_prototypes:
-                    prototypes.move(losses_need[1])
-                npr.append(losses_need)
-            if logits is not None:
-                assignment_BKL = logits.softmax(dim=1)
-                assignments.append(assignment_BKL)
-                patch_groups = assignment_BKL if patch_groups is None else assignment_BKL @ patch_groups
-            tokens = mean_of_groups(patches, patch_groups) if tokens is None else tokens
-            hidden_states.append(tokens)
-        tokens = self.layernorm(tokens)
-        return PGSegVisionOutput(
-            last_hidden_state=tokens,
-            pooler_output=tokens.mean(dim=1),
-            patch_hidden_state=self.layernorm(patches) if output_patches else None,
-            grouping=patch_groups.unflatten(2, (height, width)),
-            image_sizes=(
-                _image_sizes(pixel_values)
-                if backbone_features is None
-                else _image_sizes(backbone_features) * self.config.patch_size
-            ),
-            hidden_states=tuple(hidden_states) if output_hidden_states else None,
-            attentions=tuple(assignments) if output_attentions else None,
-            npr=tuple(npr) if output_npr else None,
-        )
-
-    def _embed(
-        self, pixel_values: Tensor | None, backbone_features: Tensor | None
-    ) -> tuple[Tensor, tuple[int, int]]:
-        if backbone_features is None:
-            return self.embeddings(pixel_values)
-        if pixel_values is not None or self.config.backbone_config is None:
-            reason = "this model has no backbone" if pixel_values is None else "pixel_values are given too"
-            raise ValueError(f"backbone_features are given, but {reason}; expected one of the two inputs.")
-        if not torch.compiler.is_compiling():
-            part: Any = self.embeddings.patch_embeddings
-            _refuse_bad_features(backbone_features, sum(part.channels), self.training)
-        return self.embeddings(backbone_features=backbone_features)
-
-    def move_prototypes(self, prototypes: Sequence[Tensor]) -> None:
-        """Moves each grouping stage's prototypes to the mean of a batch's, [B, P, C]."""
-        stages: Any = [stage.npr for stage in self.encoder.stages if stage.npr is not None]
-        for stage, of_stage in zip(stages, prototypes):
-            stage.move(of_stage)
-
-
-def _image_sizes(pixel_values: Tensor) -> Tensor:
-    batch, _, height, width = pixel_values.shape
-    return torch.stack(
-        [torch.full((batch,), side, device=pixel_values.device) for side in (height, width)], dim=1
-    )
-
-
-class PGSegTextModel(CLIPTextModel):
-    """The text tower: transformers' CLIP text transformer with PGSeg's configuration."""
-
-    _auto_class = "AutoModel"
-    config: PGSegTextConfig
-    base_model_prefix = "text_model"
-    _keys_to_ignore_on_load_unexpected = [
-        r"^vision_model",
-        r"projection",
-        r"logit_scale$",
-        r"text_prototypes$",
-    ]
-
-    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
-        # As in `PGSegPreTrainedModel`.
-        super()._initialize_weights(module)
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        **kwargs: Any,
-    ) -> BaseModelOutputWithPooling:
-        """As CLIP's, on whichever side texts [N, T] are padded: without `position_ids` each is encoded as if its
-        padding were on the right, where attentions have it too."""
-        kwargs["return_dict"] = True
-        starts_N = None
-        if input_ids is not None and position_ids is None:
-            starts_N = starts_of_texts(input_ids, attention_mask, self.config)
-        if starts_N is None:
-            return super().forward(input_ids, attention_mask, position_ids, **kwargs)
-        mask = None if attention_mask is None else rotated(attention_mask, starts_N)
-        outputs = super().forward(rotated(input_ids, starts_N), mask, **kwargs)
-        outputs.last_hidden_state = rotated(outputs.last_hidden_state, -starts_N)
-        if outputs.hidden_states is not None:
-            outputs.hidden_states = tuple(rotated(hidden, -starts_N) for hidden in outputs.hidden_states)
-        return outputs
-
-
-class PGSegTextModelWithProjection(PGSegPreTrainedModel):
-    """The text tower with its projection: texts to the joint space, from a folder of its own or a whole model's."""
-
-    _auto_class = "AutoModelForTextEncoding"
-    input_modalities = ("text",)
-    main_input_name = "input_ids"
-    _keys_to_ignore_on_load_unexpected = [
-        r"^vision_model",
-        r"^visual_projection",
-        r"logit_(scale|bias)$",
-        r"text_prototypes$",
-    ]
-
-    def __init__(self, config: PGSegConfig):
-        super().__init__(config)
-        text_config = config.text_config
-        self.text_model = PGSegTextModel._from_config(text_config)
-        self.text_projection = PGSegProjection(
-            text_config.hidden_size, config.projection_intermediate_dim, config.projection_dim
-        )
-        self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.text_model.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.text_model.set_input_embeddings(value)
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Embeddings [N, D] of texts, projected and not normalised, as `PGSegModel.get_text_features` gives them.
-
-        Args:
-            input_ids: [N, T], or [N, P, T] for P prompts of each of N labels, whose embeddings are averaged.
-            attention_mask: of the same shape.
-        """
-        if input_ids.ndim not in (2, 3):
-            raise ValueError(
-                f"input_ids has shape {list(input_ids.shape)}, expected token ids [texts, length] or "
-                "[labels, prompts, length]."
-            )
-        mask = None if attention_mask is None else attention_mask.flatten(0, -2)
-        outputs = self.text_model(input_ids.flatten(0, -2), attention_mask=mask, return_dict=True)
-        embeds = self.text_projection(outputs.pooler_output)
-        return embeds.unflatten(0, input_ids.shape[:2]).mean(1) if input_ids.ndim == 3 else embeds
-
-
-class PGSegModel(PGSegPreTrainedModel):
+class PGSegModel(KeepsPrecision, PGSegPreTrainedModel):
     """Both towers in one joint space, with the losses of the method."""
 
     _auto_class = "AutoModel"
 
     def __init__(self, config: PGSegConfig):
         super().__init__(config)
+        self.npr = npr_of(config)
         text_config, vision_config = config.text_config, config.vision_config
         self.text_model = PGSegTextModel._from_config(text_config)
         self.vision_model = PGSegVisionModel._from_config(vision_config)
@@ -560,12 +102,13 @@ class PGSegModel(PGSegPreTrainedModel):
         if config.contrastive_loss == "sigmoid" and config.contrastive_pooling not in ("mixture", "patches"):
             self.logit_bias = nn.Parameter(torch.tensor(config.logit_bias_init_value))
         self.prototype_logit_scale: nn.Parameter | None = None
-        if config.npr_variant != "none":
+        self.precise_buffer = self.npr.text_buffer
+        if self.precise_buffer is not None:
             self.prototype_logit_scale = nn.Parameter(torch.tensor(config.prototype_logit_scale_init_value))
-            count, width = self._text_prototypes_shape()
-            self.register_buffer(self._text_prototype_name, torch.empty(1, count, width, dtype=torch.float32))
-            self._init_text_prototypes()
-            self._keep_in_fp32_modules_strict = [self._text_prototype_name]
+            shape = (1, *self.npr.text_buffer_shape(config))
+            self.register_buffer(self.precise_buffer, torch.empty(shape, dtype=torch.float32))
+            init_prototypes(self.get_buffer(self.precise_buffer), self.npr.text_dim)
+            self._keep_in_fp32_modules_strict = [self.precise_buffer]
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -583,19 +126,6 @@ class PGSegModel(PGSegPreTrainedModel):
                 module.eval().requires_grad_(False)
         return self
 
-    def _text_prototypes_shape(self) -> tuple[int, int]:
-        vision = self.config.vision_config
-        num_groups = vision.num_output_groups[sum(tokens > 0 for tokens in vision.num_group_tokens) - 1]
-        if self.config.npr_variant == "released":
-            return self.config.num_text_prototypes or RELEASED_TEXT_PROTOTYPES, 1
-        return self.config.num_text_prototypes or num_groups, self.config.projection_dim
-
-    @property
-    def _text_prototype_name(self) -> str | None:
-        return {"released": "released_text_prototypes", "corrected": "text_prototypes"}.get(
-            self.config.npr_variant
-        )
-
     def _tensors_left_out(self) -> tuple[str, ...]:
         """Prefixes of GroupViT's tensors that this model has no use for."""
         vision = self.config.vision_config
@@ -607,16 +137,6 @@ class PGSegModel(PGSegPreTrainedModel):
             grouping + part for part in ("assign.v_proj.", "assign.proj.", "norm_new_x.", "mlp_channels.")
         )
 
-    def _init_text_prototypes(self) -> None:
-        # The released scalars are normalised over the prototypes.
-        dim = 1 if self.config.npr_variant == "released" else -1
-        init_prototypes(self.get_buffer(self._text_prototype_name), dim)
-
-    def _apply(self, fn: Callable, recurse: bool = True) -> nn.Module:
-        if self._text_prototype_name not in self._buffers:
-            return super()._apply(fn, recurse)
-        return apply_keeping_precision(self, self._text_prototype_name, super()._apply, fn, recurse)
-
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -626,7 +146,7 @@ class PGSegModel(PGSegPreTrainedModel):
                 init.constant_(module.logit_bias, self.config.logit_bias_init_value)
             if module.prototype_logit_scale is not None:
                 init.constant_(module.prototype_logit_scale, self.config.prototype_logit_scale_init_value)
-                module._init_text_prototypes()
+                init_prototypes(module.get_buffer(module.precise_buffer), module.npr.text_dim)
 
     @can_return_tuple
     def get_text_features(
@@ -659,11 +179,10 @@ class PGSegModel(PGSegPreTrainedModel):
         position_ids: Tensor | None = None,
         sparing: bool = False,
         **kwargs: Any,
-    ) -> tuple[BaseModelOutputWithPooling, PrototypeEstimate | None]:
-        """The text tower on [..., T] tokens; if `sparing`, equal texts pass its transformer once and what follows the
-        longest text's end not at all, its hidden states are 0. In the released variant every call, in evaluation too,
-        estimates text prototypes [N, 8, 1] from the scalars of the pooled text, normalised over the prototypes, and
-        moves their buffer."""
+    ) -> tuple[BaseModelOutputWithPooling, Tensor | None]:
+        """The text tower on [..., T] tokens, and prototypes from [`~pgseg_hf.npr.NPR.observe_texts`]. If `sparing`,
+        equal texts pass its transformer once, and it does not compute what follows the longest text's end: the hidden
+        states there are 0."""
         input_ids = input_ids.flatten(0, -2)
         attention_mask = None if attention_mask is None else attention_mask.flatten(0, -2)
         rows, length = None, input_ids.shape[1]
@@ -683,18 +202,7 @@ class PGSegModel(PGSegPreTrainedModel):
         if sparing:
             left_out = length - outputs.last_hidden_state.shape[1]
             outputs.last_hidden_state = nn.functional.pad(outputs.last_hidden_state, (0, 0, 0, left_out))
-        if self.config.npr_variant != "released" or torch.compiler.is_exporting():
-            return outputs, None
-        buffer = self.released_text_prototypes
-        with full_precision(buffer.device.type):
-            scalars = outputs.pooler_output.detach().to(estimation_dtype(outputs.pooler_output.dtype))[
-                ..., None
-            ]
-            iterations = self.config.vision_config.num_prototype_iterations
-            estimate = estimate_prototypes(scalars, buffer, iterations, norm_dim=1)
-            mean = estimate.prototypes.mean(0)
-            buffer.copy_(updated_prototypes(buffer[0], mean, RELEASED_TEXT_MOMENTUM, renormalize=False)[None])
-        return outputs, estimate
+        return outputs, self.npr.observe_texts(self, outputs.pooler_output)
 
     @can_return_tuple
     def get_image_features(self, pixel_values: Tensor | None = None, **kwargs: Any) -> PGSegVisionOutput:
@@ -778,7 +286,7 @@ class PGSegModel(PGSegPreTrainedModel):
         # Their names before; transformers' Trainer takes arguments with "label" in their names for targets.
         tag_input_ids = kwargs.pop("label_input_ids", tag_input_ids)
         tag_attention_mask = kwargs.pop("label_attention_mask", tag_attention_mask)
-        _name_unused(kwargs)
+        name_unused(kwargs)
         if input_ids is None or input_ids.ndim not in (2, 3):
             shape = None if input_ids is None else list(input_ids.shape)
             raise ValueError(
@@ -885,32 +393,23 @@ class PGSegModel(PGSegPreTrainedModel):
         details = any(getattr(config, name) if value is None else value for name, value in asked.items())
         plain = not details and kwargs.get("position_ids") is None
         sparing = for_losses and plain and not config.attention_dropout
-        output, estimate = self._encode_text(input_ids, attention_mask, sparing=sparing, **kwargs)
+        output, prototypes = self._encode_text(input_ids, attention_mask, sparing=sparing, **kwargs)
         pooled, output.pooler_output = output.pooler_output, self.text_projection(output.pooler_output)
         if input_ids.ndim == 3:
             output.pooler_output = output.pooler_output.unflatten(0, input_ids.shape[:2]).mean(1)
         if not for_losses:
             return output, None
         word_mask, has_ended = find_words(input_ids, self.config.text_config)
-        features = TextFeatures(output.pooler_output, input_ids.masked_fill(has_ended, -1))
-        if estimate is not None:
-            features.released_prototypes = estimate.prototypes
-        if self.config.npr_variant == "corrected":
-            with torch.no_grad():
-                features.joint = self._joint_space(pooled.detach())
-                words = self._joint_space(output.last_hidden_state.detach()[word_mask])
-                zeros = words.new_zeros(*word_mask.shape, words.shape[-1])
-                features.words = zeros.masked_scatter(word_mask[..., None].expand_as(zeros), words)
-            features.word_mask = word_mask
+        features = TextFeatures(
+            output.pooler_output, input_ids.masked_fill(has_ended, -1), prototypes=prototypes
+        )
+        self.npr.add_text_features(self, features, pooled, output.last_hidden_state, word_mask)
         return output, features
 
-    def _joint_space(self, pooled: Tensor) -> Tensor:
-        embeds = self.text_projection(pooled, use_running_stats=True)
-        return embeds.to(estimation_dtype(embeds.dtype))
-
     def _image_features(self, vision: PGSegVisionOutput) -> ImageFeatures:
-        tied = bool(self.config.assignment_weight)
-        stages = tuple(StageFeatures(*(npr if tied else npr[:2])) for npr in vision.npr or ())
+        stages = vision.npr or ()
+        if not self.config.assignment_weight:
+            stages = tuple(stage._replace(responsibilities=None, logits=None) for stage in stages)
         mixes = self.config.contrastive_pooling == "mixture"
         areas = vision.grouping.flatten(2).mean(2) if mixes else None
         grid = None
@@ -1022,12 +521,4 @@ class PGSegModel(PGSegPreTrainedModel):
         return model.eval()
 
 
-__all__ = [
-    "PGSegModel",
-    "PGSegOutput",
-    "PGSegPreTrainedModel",
-    "PGSegTextModel",
-    "PGSegTextModelWithProjection",
-    "PGSegVisionModel",
-    "PGSegVisionOutput",
-]
+__all__ = ["PGSegModel", "PGSegOutput"]

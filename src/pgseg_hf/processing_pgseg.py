@@ -18,6 +18,7 @@ from .prompts import SEGMENTATION_TEMPLATES, build_prompts, validate_labels, val
 from .scoring import TOP_K, WindowScores, best_labels, group_map, group_scores, merge_windows, patch_scores
 from .tokenization import check_distinct_labels, warn_of_cut_texts
 from .values import are_images, is_list, share, whole_number
+from .weights import what_is_wrong_with
 
 logger = logging.get_logger(__name__)
 
@@ -224,6 +225,22 @@ class PGSegProcessor(ProcessorMixin):
         # For the file only: a processor that was loaded does not have it, and the two should be equal.
         self.__dict__.pop("auto_map", None)
         return files
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any
+    ) -> Any:
+        """As `ProcessorMixin.from_pretrained`.
+
+        Raises:
+            OSError: files that are none, with the likely reason.
+        """
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        except Exception as error:
+            if (reason := what_is_wrong_with(pretrained_model_name_or_path)) is None:
+                raise
+            raise OSError(reason) from error
 
     @classmethod
     def get_processor_dict(

@@ -11,7 +11,8 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
-from .losses import NEVER, sum_over_processes, world_size
+from .distributed import sum_over_processes, world_size
+from .losses import NEVER
 
 EPS = 1e-6
 # Groups up to which matching stays on a GPU: with more, its many small steps should take longer than scipy's matching.
@@ -230,7 +231,8 @@ def ordered_matching(num_groups: int, prototype_mask_BP: Tensor) -> Matching:
     return Matching(indices, indices, valid)
 
 
-def _min_max(values: Tensor, dim: int, mask: Tensor | None = None) -> Tensor:
+def min_max(values: Tensor, dim: int, mask: Tensor | None = None) -> Tensor:
+    """Values scaled to 0 to 1 along a dimension, by those that the mask has."""
     low_source = values if mask is None else values.masked_fill(~mask, float("inf"))
     high_source = values if mask is None else values.masked_fill(~mask, float("-inf"))
     low, high = low_source.amin(dim, keepdim=True), high_source.amax(dim, keepdim=True)
@@ -249,37 +251,15 @@ def kept_pairs(
     or the groups of its prototype (column direction), is above `threshold`.
     """
     mask = None if prototype_mask_BP is None else prototype_mask_BP[:, None, :]
-    in_rows = _pair_values(_min_max(similarity_BKP, 2, mask), matching)
-    in_columns = _pair_values(_min_max(similarity_BKP, 1), matching)
+    in_rows = _pair_values(min_max(similarity_BKP, 2, mask), matching)
+    in_columns = _pair_values(min_max(similarity_BKP, 1), matching)
     return (in_rows > threshold) & matching.valid, (in_columns > threshold) & matching.valid
-
-
-def kept_pairs_released(
-    similarity_BKK: Tensor, matching: Matching, threshold: float
-) -> tuple[Tensor, Tensor]:
-    """The released code's rejection, which reads the first row and column of the matched similarities rather than
-    their diagonal. As [`kept_pairs`], for as many prototypes as groups."""
-    first_row = _min_max(similarity_BKK[:, 0, :].gather(1, matching.prototypes), 1)
-    first_column = _min_max(
-        similarity_BKK.gather(2, matching.prototypes[:, None, :1].expand(-1, similarity_BKK.shape[1], 1))[
-            ..., 0
-        ],
-        1,
-    )
-    return first_row > threshold, first_column > threshold
 
 
 def _pair_values(matrix_BKP: Tensor, matching: Matching) -> Tensor:
     """Entries of the matched pairs, [B, M]."""
     flat = matching.groups * matrix_BKP.shape[2] + matching.prototypes
     return matrix_BKP.flatten(1).gather(1, flat)
-
-
-def masked_mean(values: Tensor, keep: Tensor, empty: float = 0.0) -> Tensor:
-    """Mean of the kept values; `empty` where none is kept."""
-    total = torch.where(keep, values, torch.zeros_like(values)).sum()
-    count = keep.sum()
-    return torch.where(count > 0, total / count.clamp(min=1), torch.full_like(total, empty))
 
 
 def global_masked_mean(values: Tensor, keep: Tensor) -> Tensor:
@@ -290,12 +270,31 @@ def global_masked_mean(values: Tensor, keep: Tensor) -> Tensor:
     return total * world_size() / count.clamp(min=1)
 
 
+def cosines(centers_BKC: Tensor, prototypes_BPC: Tensor) -> Tensor:
+    """Cosines of group centres and prototypes, [B, K, P]; gradient flows into the centres alone."""
+    centers_BKC = nn.functional.normalize(centers_BKC, dim=-1)
+    prototypes_BPC = nn.functional.normalize(prototypes_BPC.detach(), dim=-1)
+    return centers_BKC @ prototypes_BPC.transpose(1, 2)
+
+
+def matched_terms(
+    similarity_BKP: Tensor, matching: Matching, logit_scale: Tensor, prototype_mask_BP: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """InfoNCE of each matched pair, [B, M]: its group against all prototypes, and its prototype against all groups."""
+    logits_BKP = row_logits_BKP = logit_scale * similarity_BKP
+    if prototype_mask_BP is not None:
+        row_logits_BKP = logits_BKP.masked_fill(~prototype_mask_BP[:, None, :], NEVER)
+    matched = _pair_values(logits_BKP, matching)
+    row_terms = row_logits_BKP.logsumexp(2).gather(1, matching.groups) - matched
+    column_terms = logits_BKP.logsumexp(1).gather(1, matching.prototypes) - matched
+    return row_terms, column_terms
+
+
 def prototype_loss(
     centers_BKC: Tensor,
     prototypes_BPC: Tensor,
     logit_scale: Tensor,
     threshold: float = 0.1,
-    variant: str = "corrected",
     prototype_mask_BP: Tensor | None = None,
     matching: Matching | None = None,
 ) -> tuple[Tensor, Matching]:
@@ -306,41 +305,22 @@ def prototype_loss(
         prototypes_BPC: prototypes, constants.
         logit_scale: scalar factor on the cosines; gradient flows into it.
         threshold: of the hard rejection.
-        variant: `"corrected"` (matching of largest cosine, rejection by the matched pair, 0 where no term is kept) or
-            `"released"` (smallest cosine, rejection by first row and column, NaN where no term is kept).
         prototype_mask_BP: bool, True for prototypes that exist.
-        matching: a matching to use instead of the Hungarian one.
+        matching: a matching to use instead of that of largest cosine.
 
     Returns:
-        the loss, a scalar: mean of the kept terms of the row direction plus mean of those of the column direction,
-        and the matching. On several processes the corrected means are over all of them, the released over each.
+        the loss, a scalar: mean of the kept terms of the row direction plus mean of those of the column direction, over
+        all processes, 0 where no term is kept; and the matching.
 
-    Source: PGSeg section 3.3; released `downsample_spatial` and `match` losses.
+    Source: PGSeg section 3.3.
     """
-    released = variant == "released"
-    centers_BKC = nn.functional.normalize(centers_BKC, dim=-1)
-    prototypes_BPC = nn.functional.normalize(prototypes_BPC.detach(), dim=-1)
-    similarity_BKP = centers_BKC @ prototypes_BPC.transpose(1, 2)
+    similarity_BKP = cosines(centers_BKC, prototypes_BPC)
     if matching is None:
         # NaN features may be matched in any way: the loss is NaN as well, which is for the training loop to handle.
         comparable_BKP = similarity_BKP.detach().nan_to_num()
-        matching = match_prototypes(
-            comparable_BKP, maximize=not released, prototype_mask_BP=prototype_mask_BP
-        )
-    logits_BKP = logit_scale * similarity_BKP
-    if prototype_mask_BP is not None:
-        row_logits_BKP = logits_BKP.masked_fill(~prototype_mask_BP[:, None, :], NEVER)
-    else:
-        row_logits_BKP = logits_BKP
-    matched = _pair_values(logits_BKP, matching)
-    row_terms = row_logits_BKP.logsumexp(2).gather(1, matching.groups) - matched
-    column_terms = logits_BKP.logsumexp(1).gather(1, matching.prototypes) - matched
-    detached = similarity_BKP.detach()
-    if released:
-        row_kept, column_kept = kept_pairs_released(detached, matching, threshold)
-        nan = float("nan")
-        return masked_mean(row_terms, row_kept, nan) + masked_mean(column_terms, column_kept, nan), matching
-    row_kept, column_kept = kept_pairs(detached, matching, threshold, prototype_mask_BP)
+        matching = match_prototypes(comparable_BKP, prototype_mask_BP=prototype_mask_BP)
+    row_terms, column_terms = matched_terms(similarity_BKP, matching, logit_scale, prototype_mask_BP)
+    row_kept, column_kept = kept_pairs(similarity_BKP.detach(), matching, threshold, prototype_mask_BP)
     return global_masked_mean(row_terms, row_kept) + global_masked_mean(column_terms, column_kept), matching
 
 

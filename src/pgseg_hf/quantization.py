@@ -2,17 +2,18 @@
 
 | layers | weights | computed in |
 |---|---|---|
-| linear layers of the image tower's blocks, and of a backbone | int8, a scale for each row | int8 |
-| other linear layers, token embeddings | int8, a scale for each row | float32 |
-| convolutions, projections of prototypes | float16 | float32 |
-| norms, position embeddings, prototypes, biases | float32 | float32 |
+| linear layers of the image tower's stages, and of a backbone | int8, a scale for each row | int8 |
+| those that decide a patch's group; other linear layers, token embeddings | int8, a scale for each row | floats |
+| projections of prototypes | bfloat16 | bfloat16 where the CPU has it |
+| convolutions | float16 | float32 |
+| norms, position embeddings, prototypes, biases | float32 | as their input |
 
-Computing in int8 rounds inputs at each call (dynamic quantisation). The blocks take nearly all of the time; elsewhere
+Computing in int8 rounds inputs at each call (dynamic quantisation). The stages take nearly all of the time; elsewhere
 that would cost accuracy for little, and in a backbone's convolutions, fifty in a row, rounded weights alone would too.
+Between the products the stages compute in bfloat16 where the CPU has instructions for it.
 """
 
 import re
-import warnings
 from typing import Any
 
 import torch
@@ -22,16 +23,16 @@ from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from .int8 import Int8Linear, has_bfloat16, rounded
+from .layers import PGSegVisionEncoder
+
 METHOD = "pgseg_int8"
 
 # What a layer's forward needs beside its `__constants__`.
 _EXTRA_FIELDS = ("_reversed_padding_repeated_twice",)
 
-_COMPUTED_IN_INT8 = re.compile(r"(^|\.)(stages\.\d+\.layers|backbone)\.")
+_COMPUTED_IN_INT8 = re.compile(r"(^|\.)(stages\.\d+\.(?!downsample\.assign\.[qk]_proj)|backbone\.)")
 _OF_PROTOTYPES = re.compile(r"(^|\.)npr\.")
-
-# Without these instructions sums of products of 8 bits may overflow: inputs are then rounded to 7.
-_ROUNDS_TO_7_BITS = not torch.cpu._is_vnni_supported()
 
 
 class PGSegInt8Config(QuantizationConfigMixin):
@@ -45,70 +46,6 @@ class PGSegInt8Config(QuantizationConfigMixin):
     def __init__(self, modules_to_not_convert: list[str] | None = None, **kwargs: Any):
         self.quant_method: Any = METHOD
         self.modules_to_not_convert = modules_to_not_convert
-
-
-def rounded(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """A weight [out, in] as int8, and the scale of each row, float32 [out]."""
-    rows = weight.detach().float()
-    scale = (rows.abs().amax(1) / 127).clamp(min=torch.finfo(torch.float32).tiny)
-    return (rows / scale[:, None]).round().to(torch.int8), scale
-
-
-class Int8Linear(nn.Module):
-    """A linear layer with a weight of 8 bits, inputs rounded to 8 bits at each call, and sums in 32 bits.
-
-    Args:
-        linear: the float layer; from the device `"meta"` only its shape is taken.
-    """
-
-    weight: Tensor | None
-
-    def __init__(self, linear: nn.Linear):
-        super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        weight, scale = rounded(linear.weight)
-        self.register_buffer("weight", weight)
-        self.register_buffer("weight_scale", scale)
-        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().float())
-        self.packed: Any = None
-
-    def pack(self) -> None:
-        """Moves the weight into the layout of the machine's kernel, the only copy of it from then on."""
-        values: Any = self.weight
-        scale: Any = self.weight_scale
-        zeros = torch.zeros(self.out_features, dtype=torch.long)
-        with warnings.catch_warnings():
-            # That these tensors will go, by which the operators are fed.
-            warnings.simplefilter("ignore", UserWarning)
-            weight = torch._make_per_channel_quantized_tensor(values, scale.double(), zeros, 0)
-        engine = torch.backends.quantized.engine
-        if "fbgemm" in torch.backends.quantized.supported_engines:
-            torch.backends.quantized.engine = "fbgemm"  # oneDNN's would keep two copies, and is no faster
-        try:
-            self.packed = torch.ops.quantized.linear_prepack(weight, self.bias)
-        finally:
-            torch.backends.quantized.engine = engine
-        self.weight = None
-
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.packed is not None:
-            destination[f"{prefix}weight"] = torch.ops.quantized.linear_unpack(self.packed)[0].int_repr()
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.training and torch.is_grad_enabled():
-            raise ValueError(
-                "this model is in int8, which has no gradients and cannot be trained; expected model.eval(), or, for "
-                "training, the checkpoint it was made of, loaded in float32."
-            )
-        if x.device.type != "cpu":
-            raise ValueError(f"the input is on {x.device}, expected the CPU, where int8 layers are.")
-        return torch.ops.quantized.linear_dynamic(x.float(), self.packed, _ROUNDS_TO_7_BITS).to(x.dtype)
-
-    def extra_repr(self) -> str:
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
-        )
 
 
 class _Stored(nn.Module):
@@ -153,11 +90,26 @@ class _StoredInFloat16(_Stored):
 
 
 class StoredLinear(_Stored, nn.Linear):  # type: ignore[override]
-    """A linear layer with a weight of 8 bits that computes in float32."""
+    """A linear layer with a weight of 8 bits that computes in the type of its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return nn.functional.linear(x, self.weight.to(x.dtype), bias)
 
 
-class Float16Linear(_StoredInFloat16, nn.Linear):  # type: ignore[override]
-    """A linear layer with a weight of 16 bits that computes in float32."""
+class BFloat16Linear(nn.Linear):
+    """A linear layer with a weight of 16 bits, which computes in them where the machine can, else in float32."""
+
+    def __init__(self, layer: nn.Linear):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        self.register_buffer("weight", layer.weight.detach().bfloat16())
+        self.register_buffer("bias", None if layer.bias is None else layer.bias.detach().bfloat16())
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = torch.bfloat16 if has_bfloat16() else torch.float32
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return nn.functional.linear(x.to(dtype), self.weight.to(dtype), bias).to(x.dtype)
 
 
 class Float16Conv2d(_StoredInFloat16, nn.Conv2d):  # type: ignore[override]
@@ -180,7 +132,7 @@ def _replacement(name: str, module: nn.Module) -> Any:
     if type(module) is not nn.Linear:
         return None
     if _OF_PROTOTYPES.search(name):
-        return Float16Linear
+        return BFloat16Linear
     return Int8Linear if _COMPUTED_IN_INT8.search(name) else StoredLinear
 
 
@@ -215,6 +167,9 @@ class PGSegInt8Quantizer(HfQuantizer):
         for module in model.modules():
             if isinstance(module, Int8Linear):
                 module.pack()
+            elif isinstance(module, PGSegVisionEncoder) and has_bfloat16():
+                is_whole = not any(type(part) is nn.Linear for part in module.modules())
+                module.compute_dtype = torch.bfloat16 if is_whole else None
         model.requires_grad_(False)
 
     def is_serializable(self) -> bool:

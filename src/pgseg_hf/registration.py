@@ -85,5 +85,6 @@ def _add_names(module: ModuleType) -> None:
     if module.__name__ == _PIPELINES:
         # As `register_pipeline` does it, with the class by its name, as transformers has its own.
         impl = f"{__package__}.pipeline.OpenVocabularySegmentationPipeline"
-        task = {"impl": impl, "pt": (module.AutoModel,), "type": "multimodal"}
+        default = {"model": (sys.modules[__package__].DEFAULT_CHECKPOINT, "main")}
+        task = {"impl": impl, "pt": (module.AutoModel,), "default": default, "type": "multimodal"}
         module.PIPELINE_REGISTRY.supported_tasks.setdefault("open-vocabulary-segmentation", task)

@@ -3,17 +3,20 @@
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from . import __version__
 from .segmentation import Segmenter
 
 _DIGITS = 16
 _SHOWN = 300  # letters of a value in a message
+# Fields of configurations that change no number.
+_NO_FIELDS = {"_name_or_path", "transformers_version", "architectures", "auto_map", "dtype", "torch_dtype"}
 
 
 def file_digest(path: str | os.PathLike) -> str:
@@ -33,18 +36,40 @@ def weights_digest(model: PreTrainedModel) -> str:
     return digest.hexdigest()[:_DIGITS]
 
 
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Mappings within mappings as one, with names such as `vision_config.depths`; tuples are lists, as in JSON."""
+    found: dict[str, Any] = {}
+    for name, value in json.loads(json.dumps(values)).items():
+        inner = isinstance(value, dict) and value
+        found |= flat(value, f"{prefix}{name}.") if inner else {f"{prefix}{name}": value}
+    return found
+
+
+def config_fields(config: PreTrainedConfig) -> dict[str, Any]:
+    """The fields of a configuration on which numbers depend, see [`flat`]."""
+    fields = flat(json.loads(config.to_json_string(use_diff=False)))
+    return {name: value for name, value in fields.items() if _NO_FIELDS.isdisjoint(name.split("."))}
+
+
+def vocabulary_of(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A hash of a tokenizer's vocabulary."""
+    return hash_of(sorted(tokenizer.get_vocab().items()))
+
+
+def hash_of(value: Any) -> str:
+    """A hash of what can be written as JSON."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:_DIGITS]
+
+
 def model_record(segmenter: Segmenter) -> dict[str, Any]:
     """What masks depend on beside images, labels and options."""
-    config = segmenter.model.config.to_diff_dict()
-    config.pop("transformers_version", None)
-    processor = segmenter.processor
-    vocabulary = sorted(processor.tokenizer.get_vocab().items())
     return {
         "version": __version__,
+        "dtype": str(segmenter.model.dtype).removeprefix("torch."),
         "weights": weights_digest(segmenter.model),
-        "config": config,
-        "processor": processor.to_dict(),
-        "tokenizer": hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()[:_DIGITS],
+        "config": config_fields(segmenter.model.config),
+        "processor": segmenter.processor.to_dict(),
+        "tokenizer": vocabulary_of(segmenter.processor.tokenizer),
     }
 
 

@@ -29,6 +29,7 @@ from .scoring import (
     window_starts,
 )
 from .values import are_images, whole_number
+from .weights import refuse_other_tokenizer
 
 logger = logging.get_logger(__name__)
 
@@ -279,6 +280,7 @@ class Segmenter:
         options = options or self.options
         words = split_synonyms(labels)
         flat = [word for each in words for word in each]
+        refuse_other_tokenizer(self.model.config, self.processor.tokenizer, "the segmenter")
         embeds = self.processor.get_class_embeddings(self.model, flat, options.templates)
         if len(flat) == len(words):
             return embeds
@@ -400,7 +402,9 @@ class Segmenter:
         if weight and self.model.config.contrastive_pooling != "patches":
             raise ValueError(
                 f"patch_weight is {weight}, but the model was trained with contrastive_pooling "
-                f"{self.model.config.contrastive_pooling!r} and does not name patches; expected 0."
+                f"{self.model.config.contrastive_pooling!r} and does not name patches; expected 0: "
+                "SegmentationOptions(patch_weight=0), or for good "
+                "processor.patch_weight = 0 and processor.save_pretrained(folder)."
             )
         return weight, self.processor.top_k if options.top_k == "auto" else options.top_k
 

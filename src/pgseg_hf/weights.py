@@ -21,12 +21,13 @@ def what_is_wrong_with(folder: str | os.PathLike) -> str | None:
     if not os.path.isdir(folder):
         return None
     for path in sorted(Path(folder).iterdir()):
-        if path.suffix in _SUFFIXES and path.is_file() and (reason := _what_is_wrong_with_file(path)):
+        if path.suffix in _SUFFIXES and path.is_file() and (reason := what_is_wrong_with_file(path)):
             return f"{path} {reason}"
     return None
 
 
-def _what_is_wrong_with_file(path: Path) -> str | None:
+def what_is_wrong_with_file(path: Path) -> str | None:
+    """The same of one file, to be put behind its name."""
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(512)
@@ -88,6 +89,27 @@ def refuse_bad_weights(model: Any, name: str) -> None:
         )
     if empty:
         raise ValueError(f"{name} has no values in {_named(empty)}: load the model by from_pretrained.")
+
+
+def refuse_other_tokenizer(config: Any, tokenizer: Any, name: str) -> None:
+    """Refuses a tokenizer whose tokens are none of the model's.
+
+    Args:
+        config: of the whole model.
+        tokenizer: of its processor.
+        name: what the error calls the two.
+
+    Raises:
+        ValueError: another end token, or more tokens than the model has.
+    """
+    text = config.text_config
+    # 2 stands for the largest token, as in CLIP's first configurations. A vocabulary may have more rows than tokens.
+    if text.eos_token_id not in (2, tokenizer.eos_token_id) or len(tokenizer) > text.vocab_size:
+        raise ValueError(
+            f"{name} has a tokenizer of {len(tokenizer)} tokens, the end token is {tokenizer.eos_token_id}, "
+            f"for a model of {text.vocab_size} and {text.eos_token_id}; files of the processor are missing or "
+            "another's, or model.resize_token_embeddings was not called for new tokens."
+        )
 
 
 def _named(keys: list[str]) -> str:

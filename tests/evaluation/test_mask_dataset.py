@@ -139,6 +139,13 @@ def test_colours_and_values_that_do_not_count(tmp_path):
         folder = MaskFolder(path, mask_values=parse_mask_values("#0000FF=road, #ff8000=sky,#000000="))
         truth = folder.truth(folder.pictures[0])
         assert (truth == [1, 0, folder.ignore_index]).all() and folder.ignore_index not in (0, 1)
+    # Over white, as photos are laid, what is transparent would have a colour.
+    for value in ("#ffffff=sky,#000000=", "#000000=sky"):
+        Image.new("RGBA", (6, 6), (0, 0, 0, 0)).save(path / "masks" / "000.png")
+        folder = MaskFolder(path, mask_values=parse_mask_values(value))
+        with pytest.raises(ValueError, match=r"000.png.* has transparent pixels, which have no colour"):
+            folder.truth(folder.pictures[0])
+    Image.fromarray(colours).save(path / "masks" / "000.png")
     folder = MaskFolder(path, mask_values={"#0000ff": "road", "#ff8000": "sky"})
     with pytest.raises(
         ValueError, match=r"the value #000000, expected one of #0000ff, #ff8000: .*--mask_values"

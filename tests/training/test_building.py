@@ -53,6 +53,14 @@ def test_models_from_nothing_from_fields_and_from_a_checkpoint(tmp_path, tiny_fo
         build_model(ModelArguments(model_config="absent.json"))
 
 
+def test_values_that_are_none_of_the_configuration(tiny_folder):
+    for place in ({}, {"model_name_or_path": str(tiny_folder)}):
+        with pytest.raises(
+            ValueError, match="npr_variant is 'foo', expected one of none, released, corrected"
+        ):
+            build_model(ModelArguments(npr_variant="foo", **place))
+
+
 def test_processors_see_photos_as_training_does(tiny_folder):
     config = tiny_config()
     config.text_config.vocab_size = 49_408

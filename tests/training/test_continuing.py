@@ -5,7 +5,8 @@ from pathlib import Path
 from tiny_models import tiny_config, tiny_model
 
 from pgseg_hf import PGSegModel, default_tokenizer
-from pgseg_hf.training.continuing import changes, config_fields, flat, hash_of_files, vocabulary_of
+from pgseg_hf.run_records import config_fields, flat, vocabulary_of
+from pgseg_hf.training.continuing import changes, hash_of_files
 
 
 def test_changes_have_both_values():

@@ -207,10 +207,12 @@ def test_labels_by_folders_rows_and_metadata(tmp_path):
     found = read_photos(tmp_path / "flat", tmp_path / "list.json")
     assert {photo.file_name: photo.labels for photo in found.photos} == labels
     lines = [json.dumps({"file_name": "00.png", "caption": "a rose"}), "no JSON", '{"file_name": "01.png"}']
+    lines.append(json.dumps({"file_name": "a caption where the name should be " * 99, "caption": "a rose"}))
     (tmp_path / "flat" / "metadata.jsonl").write_text("\n".join(lines))
     found = read_photos(tmp_path / "flat")
     assert [(photo.captions, photo.labels) for photo in found.photos] == [(["a rose"], [])]
     assert found.left_out["no label"] == ["01.png"] and len(found.left_out["broken row"]) == 1
+    assert len(found.left_out["no such file"]) == 1
     (tmp_path / "flat" / "metadata.jsonl").unlink()
     with pytest.raises(ValueError, match="flat has no labels: give --labels-from FILE"):
         read_photos(tmp_path / "flat")

@@ -80,6 +80,16 @@ def test_chunks_give_the_gradients_of_the_whole_batch(variant, layout):
         assert_same(plain, state_after(model, inputs, chunk_size), 1e-9)
 
 
+@pytest.mark.parametrize("frozen", ["text", "images"])
+def test_chunks_of_a_frozen_tower(frozen):
+    model = with_fixed_statistics(without_noise(tiny_model(freeze_text=frozen == "text").double()))
+    if frozen == "images":
+        for part in (model.vision_model, model.visual_projection):
+            part.requires_grad_(False)
+    inputs = inputs_of("pairs")
+    assert_same(state_after(model, inputs), state_after(model, inputs, 3), 1e-9)
+
+
 @pytest.mark.parametrize("pooling", ["mean", "patches"])
 def test_chunks_of_backbone_features(pooling):
     model = tiny_backbone_model(contrastive_pooling=pooling)

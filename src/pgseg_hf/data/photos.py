@@ -107,7 +107,7 @@ def _of_table(
         if not isinstance(record.image, Path):
             left_out.setdefault("image in the table instead of a file name", []).append(place)
             continue
-        if not record.image.is_file():
+        if not os.path.isfile(record.image):  # unlike Path.is_file, also for names too long for a file
             left_out.setdefault("no such file", []).append(f"{record.image} ({place})")
             continue
         if isinstance(record.mask, Path):

@@ -119,7 +119,7 @@ class MaskDataset:
         """
         try:
             source = picture.mask() if callable(picture.mask) else picture.mask
-            raw = load_label_map(source) if self.rgb_weights is None else self._rgb_values(source)
+            raw = load_label_map(source, self.rgb_weights)
         except NoLabelMap as error:
             raise ValueError(f"{picture.mask_place}: {error}{self._way_out}") from error
         except ValueError as error:
@@ -140,10 +140,6 @@ class MaskDataset:
 
     # What to do about values that no label has; nothing, where they are a benchmark's.
     _way_out = ""
-
-    def _rgb_values(self, source: ImageSource) -> np.ndarray:
-        assert self.rgb_weights is not None
-        return np.asarray(load_image(source)).astype(np.int64) @ np.array(self.rgb_weights)
 
     def _shown(self, value: int) -> str:
         return f"#{value:06x}" if self.rgb_weights == _COLOURS else str(value)
@@ -271,7 +267,7 @@ def require_files(dataset: MaskDataset, hint: str = "") -> None:
     name, count = names.most_common(1)[0]
     if count > 1:
         raise ValueError(f"{count} pictures of {dataset.name} have the name {name}, expected each once.")
-    missing = [file for file in files if not file.is_file()]
+    missing = [file for file in files if not os.path.isfile(file)]
     if missing:
         raise ValueError(
             f"{len(missing)} pictures or masks of {dataset.name} are missing, the first is {missing[0]}.{hint}"

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from accelerate import InitProcessGroupKwargs
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoTokenizer
@@ -20,19 +21,20 @@ from ..data.augmentation import AugmentationOptions
 from ..data.records import Record, UnusableRecord
 from ..data.scenes import SceneSource
 from ..data.sources import MapSource, Source, SourceSpec, open_source
+from ..distributed import world_size
 from ..efficientnet_lite import IMAGE_MEAN, IMAGE_STD, EfficientNetLiteConfig
 from ..evaluation.confusion import MANY_UNKNOWN
 from ..image_processing_pil_pgseg import PGSegImageProcessorPil
 from ..images import load_label_map
-from ..losses import world_size
 from ..modeling_pgseg import PGSegModel
 from ..processing_pgseg import PGSegProcessor
 from ..prompts import build_prompts
+from ..run_records import flat, hash_of
 from ..text_files import read_json, read_yaml
 from ..tokenization import default_tokenizer
 from .arguments import DataArguments, ModelArguments, RunArguments
 from .collator import PGSegCollator
-from .continuing import flat, hash_of, hash_of_files
+from .continuing import hash_of_files
 from .feature_cache import CacheOptions, cache_features
 from .patch_names import CellNamer
 from .preparation import IGNORED, Preparation
@@ -64,12 +66,17 @@ def build_model(arguments: ModelArguments) -> PGSegModel:
         )
     if arguments.model_name_or_path and arguments.groupvit_name_or_path:
         raise ValueError("model_name_or_path and groupvit_name_or_path exclude each other; give one.")
-    if arguments.model_name_or_path:
-        model = PGSegModel.from_pretrained(arguments.model_name_or_path, dtype="float32", **fields)
-    elif arguments.groupvit_name_or_path:
-        model = PGSegModel.from_groupvit(arguments.groupvit_name_or_path, **fields)
-    else:
-        model = PGSegModel.from_parts(arguments.backbone_name_or_path, arguments.text_name_or_path, **fields)
+    try:
+        if arguments.model_name_or_path:
+            model = PGSegModel.from_pretrained(arguments.model_name_or_path, dtype="float32", **fields)
+        elif arguments.groupvit_name_or_path:
+            model = PGSegModel.from_groupvit(arguments.groupvit_name_or_path, **fields)
+        else:
+            model = PGSegModel.from_parts(
+                arguments.backbone_name_or_path, arguments.text_name_or_path, **fields
+            )
+    except StrictDataclassError as error:  # no ValueError
+        raise ValueError(str(error)) from error
     if model.config.contrastive_pooling == "mixture" and model.config.contrastive_loss != "sigmoid":
         if "contrastive_pooling" in fields:
             raise ValueError(
@@ -81,7 +88,7 @@ def build_model(arguments: ModelArguments) -> PGSegModel:
             "%s was trained with mixture pooling, which needs the sigmoid loss; this run compares texts with groups.",
             arguments.model_name_or_path,
         )
-    if model.config.npr_variant == "released":
+    if model.config.npr_settings.guards_losses:
         model.config.guard_prototype_losses = True
     if arguments.attn_implementation:
         model.set_attn_implementation(arguments.attn_implementation)
@@ -174,8 +181,8 @@ def build_stream(
     mask_labels = _mask_labels(data, specs, sources) if data.crop_tags else None
     if mask_labels is not None:
         _tell_what_masks_leave_out(sources)
-    # Tags alone are shared between pictures; the released text prototypes need a text for each.
-    shared = config.contrastive_loss != "info_nce" and config.npr_variant != "released"
+    # Tags alone are shared between images; some variants of NPR need a text for each.
+    shared = config.contrastive_loss != "info_nce" and not config.npr_settings.one_text_an_image
     shared = shared and (bool(data.synonyms) or not any(has_texts(source, "captions") for source in sources))
     has_labels = bool(data.num_nouns or mask_labels) or any(has_texts(source, "tags") for source in sources)
     texts = TextOptions(

@@ -10,15 +10,13 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from ..data.records import Record, UnusableRecord
 from ..data.sources import Source, StreamSource
+from ..run_records import hash_of
 
 SAMPLED_RECORDS = 256
 SAMPLED_SHARDS = 8
-# Fields of configurations that change no number.
-_NO_FIELDS = {"_name_or_path", "transformers_version", "architectures", "auto_map", "dtype", "torch_dtype"}
 
 
 def changes(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -28,31 +26,6 @@ def changes(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         for name in {**now, **was}
         if was.get(name) != now.get(name)
     ]
-
-
-def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Mappings within mappings as one, with names such as `vision_config.depths`; tuples are lists, as in JSON."""
-    found: dict[str, Any] = {}
-    for name, value in json.loads(json.dumps(values)).items():
-        inner = isinstance(value, dict) and value
-        found |= flat(value, f"{prefix}{name}.") if inner else {f"{prefix}{name}": value}
-    return found
-
-
-def config_fields(config: PreTrainedConfig) -> dict[str, Any]:
-    """The fields of a configuration on which training depends, see [`flat`]."""
-    fields = flat(json.loads(config.to_json_string(use_diff=False)))
-    return {name: value for name, value in fields.items() if _NO_FIELDS.isdisjoint(name.split("."))}
-
-
-def vocabulary_of(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A hash of a tokenizer's vocabulary."""
-    return hash_of(sorted(tokenizer.get_vocab().items()))
-
-
-def hash_of(value: Any) -> str:
-    """A hash of what can be written as JSON."""
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
 def hash_of_files(path: Path) -> str | None:

@@ -13,11 +13,11 @@ from accelerate import Accelerator
 from transformers.utils import logging
 
 from ..data.sources import MapSource, SourceSpec, open_source
+from ..distributed import sum_over_processes
 from ..evaluation.classification import zero_shot_accuracy
 from ..evaluation.mask_dataset import MaskFolder
 from ..evaluation.masks import MaskEvaluator, MaskOptions, SegmentedPicture, evaluate_masks
 from ..files import write_image
-from ..losses import sum_over_processes
 from ..modeling_pgseg import PGSegModel
 from ..processing_pgseg import PGSegProcessor
 from ..segmentation import SegmentationOptions, Segmenter

@@ -11,7 +11,7 @@ Source: Gao et al., "Scaling Deep Contrastive Learning Batch Size under Memory L
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from itertools import pairwise
 from typing import Any
 
@@ -19,12 +19,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..losses import sum_over_processes, world_size
+from ..distributed import sum_over_processes, world_size
 from ..modeling_pgseg import PGSegModel
 from ..objective import compute_losses
 
-# Buffers that a forward in training changes.
-MOVING_BUFFERS = ("running_mean", "running_var", "released_text_prototypes")
+# Buffers that a forward in training changes, and those that a variant of NPR adds.
+MOVING_BUFFERS = ("running_mean", "running_var")
 # Features that the losses have a gradient for; the others are constants.
 DIFFERENTIABLE = frozenset({"embeds", "segment_embeds", "patch_embeds", "areas", "centers", "logits"})
 
@@ -84,7 +84,8 @@ class GradientCache:
         ids, mask, owners = model.gather_texts(**texts)
         image_chunks = self._chunks({name: inputs[name]})
         text_chunks = self._chunks({"input_ids": ids, "attention_mask": mask})
-        buffers = {name: value for name, value in model.named_buffers() if name.endswith(MOVING_BUFFERS)}
+        moving = MOVING_BUFFERS + model.npr.moved_by_texts
+        buffers = {name: value for name, value in model.named_buffers() if name.endswith(moving)}
         start = {name: value.clone() for name, value in buffers.items()}
 
         def encode(chunk: _Chunk) -> Any:
@@ -108,14 +109,16 @@ class GradientCache:
                 _set_random_states(chunk.random_states, device)
                 outputs = list(_differentiable(encode(chunk)))
                 gradients = [leaf.grad for leaf in _differentiable(leaves)]
-                used = [(out, grad) for out, grad in zip(outputs, gradients) if grad is not None]
+                # A frozen tower's outputs have no way back.
+                used = [
+                    pair for pair in zip(outputs, gradients) if pair[0].requires_grad and pair[1] is not None
+                ]
                 torch.autograd.backward([out for out, _ in used], [grad for _, grad in used])
                 for name, value in buffers.items():
                     moved[name] += chunk.share * (value - start[name])
             for name, value in buffers.items():
                 value.copy_(start[name] + sum_over_processes(moved[name]) / world_size())
-            if model.config.npr_variant == "corrected":
-                model.vision_model.move_prototypes([stage.prototypes for stage in all_images.stages])
+            model.vision_model.move_prototypes([stage.prototypes for stage in all_images.stages])
         return losses.parts()
 
     def _chunks(self, tensors: dict[str, Tensor | None]) -> list[_Chunk]:
@@ -155,16 +158,23 @@ def _set_random_states(states: list[Tensor], device: torch.device) -> None:
         torch.cuda.set_rng_state(states[1], device)
 
 
+def _parts(features: Any) -> dict[str, Any]:
+    """The fields of a dataclass or named tuple of features, by their names."""
+    if hasattr(features, "_asdict"):
+        return features._asdict()
+    return {field.name: getattr(features, field.name) for field in fields(features)}
+
+
 def _map_tensors(function: Callable[[str, Tensor], Tensor], features: Any) -> Any:
-    """The same dataclass of features with `function(name, tensor)` in place of each tensor."""
+    """The same features with `function(name, tensor)` in place of each tensor."""
     changed: dict[str, Any] = {}
-    for field in fields(features):
-        value = getattr(features, field.name)
+    for name, value in _parts(features).items():
         if isinstance(value, Tensor):
-            changed[field.name] = function(field.name, value)
+            value = function(name, value)
         elif isinstance(value, tuple):
-            changed[field.name] = tuple(_map_tensors(function, part) for part in value)
-    return replace(features, **changed)
+            value = tuple(_map_tensors(function, part) for part in value)
+        changed[name] = value
+    return type(features)(**changed)
 
 
 def _as_leaves(features: Any) -> Any:
@@ -175,12 +185,11 @@ def _as_leaves(features: Any) -> Any:
 
 
 def _differentiable(features: Any) -> Iterable[Tensor]:
-    for field in fields(features):
-        value = getattr(features, field.name)
+    for name, value in _parts(features).items():
         if isinstance(value, tuple):
             for part in value:
                 yield from _differentiable(part)
-        elif field.name in DIFFERENTIABLE and value is not None:
+        elif name in DIFFERENTIABLE and value is not None:
             yield value
 
 
@@ -189,9 +198,9 @@ def _concatenated(parts: list[Any]) -> Any:
     first: Any = parts[0]
     if isinstance(first, Tensor):
         return torch.cat(parts)
-    if isinstance(first, tuple):
-        return tuple(_concatenated(list(of_stage)) for of_stage in zip(*parts))
     if first is None:
         return None
-    names = [field.name for field in fields(first)]
-    return replace(first, **{name: _concatenated([getattr(part, name) for part in parts]) for name in names})
+    if type(first) is tuple:
+        return tuple(_concatenated(list(of_stage)) for of_stage in zip(*parts))
+    by_name = zip(_parts(first), zip(*(_parts(part).values() for part in parts)))
+    return type(first)(**{name: _concatenated(list(values)) for name, values in by_name})

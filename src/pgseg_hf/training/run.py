@@ -18,8 +18,9 @@ from huggingface_hub import HfApi
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from ..losses import sum_over_processes
+from ..distributed import sum_over_processes
 from ..modeling_pgseg import PGSegModel
+from ..run_records import config_fields, vocabulary_of
 from .arguments import Arguments
 from .building import (
     build_model,
@@ -36,7 +37,7 @@ from .checkpoints import (
     resolve_resume,
     save_checkpoint,
 )
-from .continuing import changes, config_fields, vocabulary_of
+from .continuing import changes
 from .evaluating import Evaluator, best_metric
 from .finishing import model_card, publish, save_weights, upload
 from .gradient_cache import GradientCache, average_gradients

@@ -28,8 +28,8 @@ def prototype_maps(output: Any, index: int = 0) -> list[npt.NDArray[np.int64]]:
             "called with output_npr=True and output_attentions=True."
         )
     maps, patches_KL = [], None
-    for (_, _, responsibilities, _), attention in zip(output.npr, output.attentions):
-        shares_LP = responsibilities[index].detach().double().cpu().numpy()
+    for stage, attention in zip(output.npr, output.attentions):
+        shares_LP = stage.responsibilities[index].detach().double().cpu().numpy()
         assignment_KL = attention[index].detach().double().cpu().numpy()
         if patches_KL is not None:
             shares_LP, assignment_KL = patches_KL.T @ shares_LP, assignment_KL @ patches_KL

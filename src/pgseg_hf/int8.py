@@ -1,0 +1,150 @@
+"""A linear layer in 8 bits for the CPU."""
+
+import math
+import warnings
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers.activations import GELUActivation
+
+# Without these instructions sums of products of 8 bits may overflow: inputs are then rounded to 7.
+_ROUNDS_TO_7_BITS = not torch.cpu._is_vnni_supported()
+
+
+def rounded(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """A weight [out, in] as int8, and the scale of each row, float32 [out]."""
+    rows = weight.detach().float()
+    scale = (rows.abs().amax(1) / 127).clamp(min=torch.finfo(torch.float32).tiny)
+    return (rows / scale[:, None]).round().to(torch.int8), scale
+
+
+class QuantizedInput(NamedTuple):
+    """A tensor in 8 bits, `(values - zero) * scale`, and the type of what is computed from it."""
+
+    values: Tensor
+    scale: float
+    zero: int
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, x: Tensor) -> "QuantizedInput":
+        steps = 127 if _ROUNDS_TO_7_BITS else 254
+        low, high = (float(value) for value in x.aminmax())
+        if not math.isfinite(high - low):
+            raise ValueError(
+                f"the input of a layer in int8 lies between {low} and {high}, expected finite numbers; the checkpoint "
+                "may have diverged."
+            )
+        low, high = min(low, 0.0), max(high, 0.0)
+        scale = max((high - low) / steps, torch.finfo(torch.float32).tiny)
+        zero = round(-low / scale)
+        # The sum is never negative: cutting off what follows the point rounds it.
+        half = torch.tensor(zero + 0.5)
+        positive = torch.add(half, x.float(), alpha=1 / scale)
+        # By way of 16 bits: torch takes five times as long to go from floats to unsigned bytes at once.
+        return cls(positive.to(torch.int16).to(torch.uint8), scale, zero, x.dtype)
+
+
+@cache
+def has_bfloat16() -> bool:
+    """Whether the CPU has instructions for bfloat16."""
+    return bool(torch.cpu._is_avx512_bf16_supported())
+
+
+@cache
+def _has_onednn() -> bool:
+    """Whether torch has oneDNN's product of 8 bits, which it keeps for itself."""
+    try:
+        weight = torch.ops.onednn.qlinear_prepack(torch.ones(1, 1, dtype=torch.int8), None)
+        one, zero = torch.ones(1), torch.zeros(1, dtype=torch.long)
+        values = torch.ones(1, 1, dtype=torch.uint8)
+        torch.ops.onednn.qlinear_pointwise(
+            values, 1.0, 0, weight, one, zero, None, 1.0, 0, torch.bfloat16, "gelu", [], "none"
+        )
+    except (AttributeError, RuntimeError, TypeError):
+        return False
+    return True
+
+
+class Int8Linear(nn.Module):
+    """A linear layer with a weight of 8 bits, inputs rounded to 8 bits at each call, and sums in 32 bits.
+
+    Args:
+        linear: the float layer; from the device `"meta"` only its shape is taken.
+    """
+
+    weight: Tensor | None
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        weight, scale = rounded(linear.weight)
+        self.register_buffer("weight", weight)
+        self.register_buffer("weight_scale", scale)
+        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().float())
+        self.register_buffer("zeros", torch.zeros(self.out_features, dtype=torch.long), persistent=False)
+        self.packed: Any = None
+
+    def pack(self) -> None:
+        """Moves the weight into the layout of the machine's kernel, the only copy of it from then on."""
+        values: Any = self.weight
+        scale: Any = self.weight_scale
+        if _has_onednn():
+            self.packed, self.weight = torch.ops.onednn.qlinear_prepack(values, None), None
+            return
+        zeros = torch.zeros(self.out_features, dtype=torch.long)
+        with warnings.catch_warnings():
+            # That these tensors will go, by which the operators are fed.
+            warnings.simplefilter("ignore", UserWarning)
+            weight = torch._make_per_channel_quantized_tensor(values, scale.double(), zeros, 0)
+        engine = torch.backends.quantized.engine
+        if "fbgemm" in torch.backends.quantized.supported_engines:
+            torch.backends.quantized.engine = "fbgemm"  # oneDNN's would keep two copies, and is no faster
+        try:
+            self.packed = torch.ops.quantized.linear_prepack(weight, self.bias)
+        finally:
+            torch.backends.quantized.engine = engine
+        self.weight = None
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.packed is not None:
+            if _has_onednn():
+                weight = self.packed.to_dense().T.contiguous()
+            else:
+                weight = torch.ops.quantized.linear_unpack(self.packed)[0].int_repr()
+            destination[f"{prefix}weight"] = weight
+
+    def quantized(self, x: Tensor) -> "QuantizedInput | Tensor":
+        """An input in 8 bits, which several layers may share; as it is, where the machine's kernel rounds it."""
+        self._refuse(x)
+        return QuantizedInput.of(x) if _has_onednn() else x
+
+    def forward(self, x: "Tensor | QuantizedInput", activation: nn.Module | None = None) -> Tensor:
+        """Applies the layer and what follows it, if that is given."""
+        if not isinstance(x, QuantizedInput):
+            x = self.quantized(x)
+        if isinstance(x, QuantizedInput):
+            fused = "gelu" if isinstance(activation, GELUActivation) else "none"
+            weight = (self.packed, self.weight_scale, self.zeros)
+            output: Any = (1.0, 0, x.dtype, fused, [], "none")  # not rounded to 8 bits again
+            out = torch.ops.onednn.qlinear_pointwise(x.values, x.scale, x.zero, *weight, self.bias, *output)
+            return out if activation is None or fused == "gelu" else activation(out)
+        out = torch.ops.quantized.linear_dynamic(x.float(), self.packed, _ROUNDS_TO_7_BITS).to(x.dtype)
+        return out if activation is None else activation(out)
+
+    def _refuse(self, x: Tensor) -> None:
+        if self.training and torch.is_grad_enabled():
+            raise ValueError(
+                "this model is in int8, which has no gradients and cannot be trained; expected model.eval(), or, for "
+                "training, the checkpoint it was made of, loaded in float32."
+            )
+        if x.device.type != "cpu":
+            raise ValueError(f"the input is on {x.device}, expected the CPU, where int8 layers are.")
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        )

@@ -1,0 +1,106 @@
+"""PGSeg's text tower: CLIP's, alone and with its projection to the joint space.
+
+Shapes: N texts, P prompts of a label, T text tokens, D joint width.
+"""
+
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import CLIPTextModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils.generic import can_return_tuple
+
+from .configuration_pgseg import PGSegConfig, PGSegTextConfig
+from .modeling_base import PGSegPreTrainedModel
+from .projection import PGSegProjection
+from .token_ids import rotated, starts_of_texts
+
+
+class PGSegTextModel(CLIPTextModel):
+    """The text tower: transformers' CLIP text transformer with PGSeg's configuration."""
+
+    _auto_class = "AutoModel"
+    config: PGSegTextConfig
+    base_model_prefix = "text_model"
+    _keys_to_ignore_on_load_unexpected = [
+        r"^vision_model",
+        r"projection",
+        r"logit_scale$",
+        r"text_prototypes$",
+    ]
+
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
+        # As in `PGSegPreTrainedModel`.
+        super()._initialize_weights(module)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPooling:
+        """As CLIP's, on whichever side texts [N, T] are padded: without `position_ids` each is encoded as if its
+        padding were on the right, where attentions have it too."""
+        kwargs["return_dict"] = True
+        starts_N = None
+        if input_ids is not None and position_ids is None:
+            starts_N = starts_of_texts(input_ids, attention_mask, self.config)
+        if starts_N is None:
+            return super().forward(input_ids, attention_mask, position_ids, **kwargs)
+        mask = None if attention_mask is None else rotated(attention_mask, starts_N)
+        outputs = super().forward(rotated(input_ids, starts_N), mask, **kwargs)
+        outputs.last_hidden_state = rotated(outputs.last_hidden_state, -starts_N)
+        if outputs.hidden_states is not None:
+            outputs.hidden_states = tuple(rotated(hidden, -starts_N) for hidden in outputs.hidden_states)
+        return outputs
+
+
+class PGSegTextModelWithProjection(PGSegPreTrainedModel):
+    """The text tower with its projection: texts to the joint space, from a folder of its own or a whole model's."""
+
+    _auto_class = "AutoModelForTextEncoding"
+    input_modalities = ("text",)
+    main_input_name = "input_ids"
+    _keys_to_ignore_on_load_unexpected = [
+        r"^vision_model",
+        r"^visual_projection",
+        r"logit_(scale|bias)$",
+        r"text_prototypes$",
+    ]
+
+    def __init__(self, config: PGSegConfig):
+        super().__init__(config)
+        text_config = config.text_config
+        self.text_model = PGSegTextModel._from_config(text_config)
+        self.text_projection = PGSegProjection(
+            text_config.hidden_size, config.projection_intermediate_dim, config.projection_dim
+        )
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.text_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.text_model.set_input_embeddings(value)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Embeddings [N, D] of texts, projected and not normalised, as `PGSegModel.get_text_features` gives them.
+
+        Args:
+            input_ids: [N, T], or [N, P, T] for P prompts of each of N labels, whose embeddings are averaged.
+            attention_mask: of the same shape.
+        """
+        if input_ids.ndim not in (2, 3):
+            raise ValueError(
+                f"input_ids has shape {list(input_ids.shape)}, expected token ids [texts, length] or "
+                "[labels, prompts, length]."
+            )
+        mask = None if attention_mask is None else attention_mask.flatten(0, -2)
+        outputs = self.text_model(input_ids.flatten(0, -2), attention_mask=mask, return_dict=True)
+        embeds = self.text_projection(outputs.pooler_output)
+        return embeds.unflatten(0, input_ids.shape[:2]).mean(1) if input_ids.ndim == 3 else embeds
+
+
+__all__ = ["PGSegTextModel", "PGSegTextModelWithProjection"]

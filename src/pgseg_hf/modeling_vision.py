@@ -1,0 +1,237 @@
+"""PGSeg's image tower: images of any size to segment tokens and the grouping of their patches.
+
+Shapes: B batch, L image tokens of a stage's input, K groups of a stage, C width, D joint width.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.utils import ModelOutput
+from transformers.utils.generic import can_return_tuple
+
+from .backbone import PGSegBackboneEmbeddings
+from .configuration_pgseg import NPR_VARIANTS, PGSegVisionConfig
+from .features import StageFeatures
+from .layers import PGSegVisionEmbeddings, PGSegVisionEncoder, StageOutput, mean_of_groups
+from .modeling_base import PGSegPreTrainedModel, name_unused
+from .npr import npr_of
+
+
+@dataclass
+class PGSegVisionOutput(ModelOutput):
+    """Output of [`PGSegVisionModel`] and, with embeddings in the joint space, of [`PGSegModel.get_image_features`].
+
+    Args:
+        last_hidden_state: [B, K, C], the segment tokens after the last stage and LayerNorm.
+        pooler_output: [B, C], their mean; from `get_image_features` its projection [B, D], not normalised.
+        segment_embeds: [B, K, D], projected segment tokens, not normalised; only from `get_image_features`.
+        patch_hidden_state: [B, L, C], the patches that groups are named by (as the first stage groups them, or as they
+            enter it where `segment_source` says so), after the same LayerNorm.
+        patch_embeds: [B, L, D], these projected, not normalised; only from `get_image_features` with patch pooling.
+        grouping: [B, K, h, w], soft assignment of patches to the last stage's groups, on the true patch grid.
+        image_sizes: int64 [B, 2], height and width of the input in pixels.
+        hidden_states: the input of each stage and the output of the last, where asked for.
+        attentions: soft assignment [B, K, L] of each grouping stage, where asked for.
+        npr: for each grouping stage what the prototype losses need, [`~pgseg_hf.features.StageFeatures`], where asked
+            for.
+    """
+
+    last_hidden_state: Tensor | None = None
+    pooler_output: Tensor | None = None
+    segment_embeds: Tensor | None = None
+    patch_hidden_state: Tensor | None = None
+    patch_embeds: Tensor | None = None
+    grouping: Tensor | None = None
+    image_sizes: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    npr: tuple[StageFeatures, ...] | None = None
+
+
+def all_finite(values: Tensor) -> Tensor:
+    """Whether no value is NaN or infinite; the minimum and maximum of what holds a NaN are NaN."""
+    low, high = values.aminmax()
+    return low.isfinite() & high.isfinite()
+
+
+def _cannot_be_asked(values: Tensor, training: bool) -> bool:
+    """Whether nobody looks for NaN: in training a GPU would have to be waited for, and the loss is then NaN as well."""
+    return values.device.type == "meta" or values.numel() == 0 or (training and values.is_cuda)
+
+
+def _refuse_bad_pixels(
+    pixel_values: Tensor | None, patch_size: int, channels: int, training: bool = False
+) -> None:
+    if pixel_values is None:
+        raise ValueError("pixel_values is None, expected a tensor [batch, channels, height, width].")
+    if pixel_values.ndim != 4 or pixel_values.shape[1] != channels:
+        raise ValueError(
+            f"pixel_values has shape {list(pixel_values.shape)}, expected [batch, {channels}, height, width]."
+        )
+    height, width = pixel_values.shape[-2:]
+    if height < patch_size or width < patch_size:
+        raise ValueError(
+            f"pixel_values is {height} x {width} pixels, smaller than a patch of {patch_size} x {patch_size}; "
+            "resize it."
+        )
+    if _cannot_be_asked(pixel_values, training):
+        return
+    if not all_finite(pixel_values):
+        raise ValueError("pixel_values holds NaN or infinite values; expected normalised finite pixels.")
+
+
+def _refuse_bad_features(features: Tensor, channels: int, training: bool = False) -> None:
+    if features.ndim != 4 or features.shape[1] != channels or not features.is_floating_point():
+        raise ValueError(
+            f"backbone_features has shape {list(features.shape)} and type {features.dtype}, expected [batch, "
+            f"{channels}, height, width] of floats, as this model's embeddings.features gives them."
+        )
+    if _cannot_be_asked(features, training):
+        return
+    if not all_finite(features):
+        raise ValueError("backbone_features holds NaN or infinite values; expected finite features.")
+
+
+class PGSegVisionModel(PGSegPreTrainedModel):
+    """The image tower: a photo to segment tokens and the grouping of its patches."""
+
+    # Saved with its code, for trust_remote_code=True where this package is not installed.
+    _auto_class = "AutoModel"
+    config: PGSegVisionConfig
+    base_model_prefix = "vision_model"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    _keys_to_ignore_on_load_unexpected = [
+        r"^text_",
+        r"^visual_projection",
+        r"logit_scale$",
+        r"text_prototypes$",
+    ]
+
+    def __init__(self, config: PGSegVisionConfig):
+        super().__init__(config)
+        if npr_of(config).stage_prototypes:
+            self._keep_in_fp32_modules_strict = ["npr.prototypes"]
+        embeddings = PGSegVisionEmbeddings if config.backbone_config is None else PGSegBackboneEmbeddings
+        self.embeddings = embeddings(config)
+        self.encoder = PGSegVisionEncoder(config)
+        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embeddings.patch_embeddings
+
+    def get_correct_attn_implementation(
+        self, requested_attention: str | None, is_init_check: bool = False
+    ) -> str:
+        """A variant of `eager_gradients` attends eagerly unless asked otherwise: the released one's BatchNorm over
+        nearly equal rows amplifies the rounding of other kernels to some 2e-5 of a gradient's largest entry. In
+        evaluation without gradient, where that does not matter, it then attends by sdpa."""
+        if requested_attention is None and NPR_VARIANTS[self.config.npr_variant].eager_gradients:
+            requested_attention = "eager"
+        return super().get_correct_attn_implementation(requested_attention, is_init_check)
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_npr: bool = False,
+        output_patches: bool = False,
+        move_prototypes: bool = True,
+        backbone_features: Tensor | None = None,
+        **kwargs: Any,
+    ) -> PGSegVisionOutput:
+        """Encodes images of any size of at least one patch.
+
+        Args:
+            pixel_values: [B, 3, H, W], normalised.
+            output_attentions: return each stage's soft assignment.
+            output_hidden_states: return the stages' inputs and the last output.
+            output_npr: return what the prototype losses need.
+            output_patches: return the patches that were grouped.
+            move_prototypes: in training with gradient, move the prototypes to the mean of this batch; False where the
+                batch is a part of one, see [`~PGSegVisionModel.move_prototypes`].
+            backbone_features: [B, channels, h, w] instead of `pixel_values`, from `embeddings.features` of a model with
+                a backbone; `image_sizes` are then those of the grid times `patch_size`.
+
+        Raises:
+            ValueError: wrong shape, images smaller than a patch, both inputs; NaN or infinite pixels or features, which
+                in training on CUDA nobody looks for.
+        """
+        name_unused(kwargs)
+        if backbone_features is None and not torch.compiler.is_compiling():
+            _refuse_bad_pixels(pixel_values, self.config.patch_size, self.config.num_channels, self.training)
+        output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
+        output_hidden_states = (
+            self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        )
+        tokens, (height, width) = self._embed(pixel_values, backbone_features)
+        dtype, tokens = tokens.dtype, tokens.to(self.encoder.compute_dtype or tokens.dtype)
+        hidden_states, assignments, npr = [tokens], [], []
+        group_tokens = patch_groups = None
+        patches = tokens if self.config.segment_source == "inputs" else None
+        for stage in self.encoder.stages:
+            prototypes: Any = stage.npr
+            seeds = prototypes.seeds() if prototypes is not None else None
+            output: StageOutput = stage(tokens, group_tokens, seeds)
+            tokens, group_tokens = output.tokens, output.group_tokens
+            patches = output.grouped if patches is None else patches
+            if output.features is not None:
+                if move_prototypes:
+                    prototypes.move(output.features.prototypes)
+                npr.append(output.features)
+            if output.logits is not None:
+                assignment_BKL = output.logits.to(dtype).softmax(dim=1)
+                assignments.append(assignment_BKL)
+                patch_groups = assignment_BKL if patch_groups is None else assignment_BKL @ patch_groups
+            tokens = mean_of_groups(patches, patch_groups) if tokens is None else tokens
+            hidden_states.append(tokens)
+        tokens, patches = self.layernorm(tokens.to(dtype)), patches.to(dtype)
+        return PGSegVisionOutput(
+            last_hidden_state=tokens,
+            pooler_output=tokens.mean(dim=1),
+            patch_hidden_state=self.layernorm(patches) if output_patches else None,
+            grouping=patch_groups.unflatten(2, (height, width)),
+            image_sizes=(
+                _image_sizes(pixel_values)
+                if backbone_features is None
+                else _image_sizes(backbone_features) * self.config.patch_size
+            ),
+            hidden_states=tuple(hidden_states) if output_hidden_states else None,
+            attentions=tuple(assignments) if output_attentions else None,
+            npr=tuple(npr) if output_npr else None,
+        )
+
+    def _embed(
+        self, pixel_values: Tensor | None, backbone_features: Tensor | None
+    ) -> tuple[Tensor, tuple[int, int]]:
+        if backbone_features is None:
+            return self.embeddings(pixel_values)
+        if pixel_values is not None or self.config.backbone_config is None:
+            reason = "this model has no backbone" if pixel_values is None else "pixel_values are given too"
+            raise ValueError(f"backbone_features are given, but {reason}; expected one of the two inputs.")
+        if not torch.compiler.is_compiling():
+            part: Any = self.embeddings.patch_embeddings
+            _refuse_bad_features(backbone_features, sum(part.channels), self.training)
+        return self.embeddings(backbone_features=backbone_features)
+
+    def move_prototypes(self, prototypes: Sequence[Tensor]) -> None:
+        """Moves each grouping stage's prototypes to the mean of a batch's, [B, P, C]."""
+        stages: Any = [stage.npr for stage in self.encoder.stages if stage.npr is not None]
+        for stage, of_stage in zip(stages, prototypes):
+            stage.move(of_stage)
+
+
+def _image_sizes(pixel_values: Tensor) -> Tensor:
+    batch, _, height, width = pixel_values.shape
+    return torch.stack(
+        [torch.full((batch,), side, device=pixel_values.device) for side in (height, width)], dim=1
+    )
+
+
+__all__ = ["PGSegVisionModel", "PGSegVisionOutput"]

@@ -1,0 +1,31 @@
+"""Where 16 bits are not enough: prototype estimation, losses and the buffers of prototypes."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+def estimation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Precision of prototype estimation and losses: float32, or float64 for float64 inputs."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def full_precision(device_type: str) -> torch.autocast:
+    return torch.autocast(device_type, enabled=False)
+
+
+class KeepsPrecision:
+    """For a `torch.nn.Module` beside it: keeps one of its buffers in float32 or better when it is cast to 16 bits."""
+
+    precise_buffer: str | None = None
+    _buffers: dict[str, Any]
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> Any:
+        name = self.precise_buffer or ""
+        before = self._buffers.get(name)
+        result = super()._apply(fn, recurse)  # type: ignore[misc]
+        after = self._buffers.get(name)
+        if before is not None and after is not None and after.dtype in (torch.float16, torch.bfloat16):
+            self._buffers[name] = before.to(device=after.device)
+        return result
