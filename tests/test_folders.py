@@ -207,10 +207,10 @@ def test_segments_are_counted_in_parts(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="memory by getrusage")
 def test_hundred_megapixels_in_bounded_memory(tmp_path):
-    """By windows, against the same picture at a tenth of its size, at which the model sees nearly the same."""
+    """By windows, against the same picture at a fifth of its side, at which the model sees nearly the same."""
     photo = Image.open(Path(__file__).parent.parent / "examples" / "images" / "horses.jpg").convert("RGB")
     side, windows = min(photo.size), ["--short-side", "1120", "--window", "448", "--stride", "224"]
-    square = photo.crop((0, 0, side, side)).resize((1000, 1000), Image.Resampling.BICUBIC)
+    square = photo.crop((0, 0, side, side)).resize((2000, 2000), Image.Resampling.BICUBIC)
     square.save(tmp_path / "small.png")
     square.resize((10_000, 10_000), Image.Resampling.BICUBIC).save(tmp_path / "large.jpg", quality=95)
     for name in ("small.png", "large.jpg"):
@@ -223,4 +223,4 @@ def test_hundred_megapixels_in_bounded_memory(tmp_path):
     assert peak < 3.5, f"{peak:.1f} GiB"
     small, large = (load_label_map(tmp_path / f"{name}-mask.png") for name in ("small.png", "large.jpg"))
     assert large.shape == (10_000, 10_000) and len(np.unique(large)) > 2
-    assert (large[5::10, 5::10] == small).mean() > 0.97
+    assert (large[2::5, 2::5] == small).mean() > 0.9
