@@ -48,7 +48,7 @@ segment: export PGSEG_IMAGE := $(IMAGE)
 segment: export PGSEG_LABELS := $(LABELS)
 segment: export PGSEG_OUTPUT := $(OUTPUT)
 segment: $(VENV)/.core
-	@$(VENV)/bin/pgseg segment "$$PGSEG_IMAGE" --labels "$$PGSEG_LABELS" --output "$$PGSEG_OUTPUT"
+	@$(VENV)/bin/pgseg segment "$$PGSEG_IMAGE" --labels "$$PGSEG_LABELS" --output "$$PGSEG_OUTPUT" --overwrite
 
 demo: $(VENV)/.demo
 	@$(PY) demo/app.py $(DEMO_ARGS)

@@ -133,7 +133,12 @@ def _what_is_asked(catalogue: Catalogue, settings: Settings) -> Parts:
         label="Examples",
         elem_id="examples",
     )
-    words = gr.Textbox(EXAMPLE_LABELS[FIRST], label="Labels, separated by commas or lines", max_lines=8)
+    words = gr.Textbox(
+        EXAMPLE_LABELS[FIRST],
+        label="Labels, separated by commas or lines",
+        info="car|automobile:red:0.4 has a synonym, a colour and a threshold",
+        max_lines=8,
+    )
     with gr.Row():
         button = gr.Button("Segment", variant="primary", min_width=120)
         no_words = gr.Button("What is in it?", min_width=120)

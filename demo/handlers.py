@@ -28,7 +28,7 @@ from views import (
 )
 
 from pgseg_hf import Segmentation
-from pgseg_hf.evaluation.benchmarks import BENCHMARKS
+from pgseg_hf.evaluation.benchmarks.catalogue import BENCHMARKS
 
 NO_MODEL = "none"
 NOT_HERE = "The image is not on the server; please upload it again."
@@ -204,7 +204,7 @@ class Handlers:
             study = self.laboratory.study(upload, labels, choices, asked.study)
             if others is None:
                 return study, None
-            return study, self.laboratory.study(upload, list(study.labels), others, asked.other_study)
+            return study, self.laboratory.study(upload, labels or study.labels, others, asked.other_study)
 
     def segment(
         self,
@@ -220,8 +220,8 @@ class Handlers:
 
         Args:
             image: the image.
-            labels: what may be in it, separated by commas or lines; empty for what the model finds of the words that it
-                learned.
+            labels: what may be in it, separated by commas or lines, each with its synonyms, colour and threshold if it
+                has them, as in "car|automobile:red:0.4"; empty for what the model finds of the words that it learned.
             background: whether there is background where no label scores as much as the threshold.
             threshold: from 0 to 1.
             model: name of a model that the server offers, or of one on the Hugging Face Hub.

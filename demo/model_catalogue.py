@@ -25,7 +25,7 @@ from pgseg_hf import (
     default_tokenizer,
     load_segmenter,
 )
-from pgseg_hf.evaluation.mask_dataset import digest
+from pgseg_hf.evaluation.benchmarks.mask_dataset import digest
 from pgseg_hf.run_records import model_record
 
 # Owner and name as the Hub allows them: no dots in a row, nothing that leads into or out of a folder.

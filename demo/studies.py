@@ -19,7 +19,7 @@ from settings import MAX_LABEL_LETTERS, MAX_LABELS, MAX_SHORT_SIDE
 
 from pgseg_hf import Segmentation, SegmentationOptions, Segmenter
 from pgseg_hf.images import load_image
-from pgseg_hf.prompts import validate_labels
+from pgseg_hf.prompts import SYNONYM, LabelList, parse_labels
 from pgseg_hf.segmentation import EncodedImage, ScoredImage
 from pgseg_hf.suggestions import suggest_labels
 from pgseg_hf.visualization import prototype_maps
@@ -94,7 +94,7 @@ class Study:
         choices: it was encoded with.
         model: what stands for the model's weights and processor then.
         encoded: its features.
-        labels: N labels.
+        asked: N labels, with their synonyms, colours and thresholds.
         class_embeds: [N, D], these in the joint space.
         scored: scores without a background.
         remarks: on labels that are far from all that the model learned.
@@ -105,11 +105,16 @@ class Study:
     choices: Choices
     model: str
     encoded: EncodedImage = field(repr=False)
-    labels: tuple[str, ...]
+    asked: LabelList
     class_embeds: torch.Tensor = field(repr=False)
     scored: ScoredImage = field(repr=False)
     remarks: tuple[str, ...] = ()
     prototypes: tuple[Prototypes, ...] | None = field(default=None, repr=False)
+
+    @property
+    def labels(self) -> list[str]:
+        """What the labels are called."""
+        return self.asked.names
 
     @property
     def made_at(self) -> tuple[int, int]:
@@ -122,7 +127,8 @@ class Study:
         scored = self.scored if threshold is None else self.scored.with_background(threshold)
         maps = replace(scored, size=self.made_at).label_map()
         label_map, scores = (resampled(values.numpy(), scored.size) for values in maps)
-        return Segmentation(label_map, scores, list(self.labels), threshold is not None)
+        result = Segmentation(label_map, scores, self.labels, threshold is not None, self.asked.colours)
+        return result.with_thresholds(self.asked.thresholds)
 
 
 class Laboratory:
@@ -141,8 +147,8 @@ class Laboratory:
     def study(
         self, upload: Upload, labels: list[str], choices: Choices, before: Study | None = None
     ) -> Study:
-        """A study of an image, by the labels that are found in it where none are given; the image encoder only runs
-        where `before` is of another image, other choices or other weights.
+        """A study of an image, by labels as [`read_labels`] gives them, or by what is found in it where none are given;
+        the image encoder only runs where `before` is of another image, other choices or other weights.
 
         Raises:
             ValueError: a model that cannot be loaded, or that takes too long.
@@ -155,9 +161,10 @@ class Laboratory:
             model,
         ):
             before = None
-        if before is not None and before.labels == tuple(labels):
-            return before
-        study = self._study_on_gpu(segmenter, self._device, upload, labels, choices, before)
+        asked = parse_labels(labels) if labels else None
+        if before is not None and asked is not None and before.asked.words == asked.words:
+            return before if before.asked == asked else replace(before, asked=asked)
+        study = self._study_on_gpu(segmenter, self._device, upload, asked, choices, before)
         return replace(study, model=model)
 
     def with_prototypes(self, upload: Upload, study: Study) -> Study:
@@ -188,7 +195,7 @@ def _study(
     segmenter: Segmenter,
     device: str,
     upload: Upload,
-    labels: list[str],
+    asked: LabelList | None,
     choices: Choices,
     before: Study | None,
 ) -> Study:
@@ -198,18 +205,18 @@ def _study(
         encoded = next(iter(segmenter.encode([upload.image], options)))
     else:
         encoded = _moved(before.encoded, device)
-    labels = labels or suggest_labels(segmenter, encoded, options=options)
-    class_embeds = segmenter.class_embeddings(labels, options)
+    asked = asked or parse_labels(suggest_labels(segmenter, encoded, options=options))
+    class_embeds = segmenter.class_embeddings(asked.words, options)
     scored = segmenter.score(encoded, class_embeds, options, may_have_background=True)
     return Study(
         digest=upload.digest,
         choices=choices,
         model="",
         encoded=_moved(encoded, "cpu") if before is None else before.encoded,
-        labels=tuple(labels),
+        asked=asked,
         class_embeds=class_embeds.cpu(),
         scored=_moved(scored, "cpu"),
-        remarks=tuple(segmenter.remarks_on_far_labels(labels, class_embeds, options)),
+        remarks=tuple(segmenter.remarks_on_far_labels(asked.names, class_embeds, options)),
         prototypes=None if before is None else before.prototypes,
     )
 
@@ -248,17 +255,19 @@ def _moved(image: Any, device: torch.device | str) -> Any:
 
 
 def read_labels(text: str | None) -> list[str]:
-    """Labels from words that are separated by commas or lines; none of an empty text.
+    """Labels from words that are separated by commas or lines, each as [`parse_labels`] takes it; none of an empty
+    text.
 
     Raises:
-        ValueError: too many labels, a very long one, one that is given twice, or one with a character that is no
-            text, such as NUL.
+        ValueError: too many labels or synonyms, a very long one, one that is given twice, or one with a character that
+            is no text, such as NUL.
     """
     words = [word.strip() for line in (text or "").splitlines() for word in line.split(",")]
     labels = [word for word in words if word]
-    if len(labels) > MAX_LABELS:
+    count = sum(label.count(SYNONYM) + 1 for label in labels)
+    if count > MAX_LABELS:
         raise ValueError(
-            f"{len(labels)} labels are more than the {MAX_LABELS} that this demo takes; leave some out."
+            f"{count} labels are more than the {MAX_LABELS} that this demo takes; leave some out."
         )
     for label in labels:
         odd = next((letter for letter in label if unicodedata.category(letter) in ("Cc", "Cs")), None)
@@ -272,7 +281,9 @@ def read_labels(text: str | None) -> list[str]:
             f"The label {longest[:30]!r}… has {len(longest)} letters, more than {MAX_LABEL_LETTERS}; make it shorter, "
             "or separate words by commas."
         )
-    return validate_labels(labels) if labels else []
+    if labels:
+        parse_labels(labels)
+    return labels
 
 
 class _NamedBytes(BytesIO):

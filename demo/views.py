@@ -11,7 +11,7 @@ from studies import Prototypes, Study
 
 from pgseg_hf import Segmentation
 from pgseg_hf.segmentation import remarks_on_one_label
-from pgseg_hf.visualization import draw_groups, group_palette, heat_map, indexed_png, palette
+from pgseg_hf.visualization import draw_groups, group_palette, heat_map, indexed_png, label_colours
 
 SHOWN_SIDE = 1024  # pixels of the longest side on the page; files have the image's own size
 MAX_HEAT_MAP_ROWS = 24
@@ -24,9 +24,10 @@ def shown_size(width: int, height: int) -> tuple[int, int]:
     return max(1, round(width * factor)), max(1, round(height * factor))
 
 
-def colours_of(labels: list[str]) -> dict[str, str]:
+def colours_of(result: Segmentation) -> dict[str, str]:
     """Each label's colour as #rrggbb."""
-    return {label: f"#{bytes(rgb).hex()}" for label, rgb in zip(labels, palette(len(labels)))}
+    rows = label_colours(result.labels, result.colours)
+    return {label: f"#{bytes(rgb).hex()}" for label, rgb in zip(result.labels, rows)}
 
 
 def annotated(image: Image.Image, result: Segmentation) -> dict[str, Any]:
@@ -34,7 +35,7 @@ def annotated(image: Image.Image, result: Segmentation) -> dict[str, Any]:
     `gr.AnnotatedImage`; the page decides how opaque they are."""
     size = shown_size(*image.size)
     label_map = resampled(result.label_map, size[::-1])
-    colours = colours_of(result.labels)
+    colours = colours_of(result)
     masks, color_map = [], {}
     for segment in result.segments():
         if not (result.background and segment.value == 0):
@@ -56,13 +57,15 @@ def table(result: Segmentation) -> list[list[str]]:
 def mask_file(result: Segmentation) -> bytes:
     """The label map as an indexed PNG with its palette, in the image's own size."""
     buffer = io.BytesIO()
-    indexed_png(result.label_map, len(result.labels), result.background).save(buffer, format="PNG")
+    colours = label_colours(result.labels, result.colours)
+    indexed_png(result.label_map, len(result.labels), result.background, colours).save(buffer, format="PNG")
     return buffer.getvalue()
 
 
 def notes(study: Study, threshold: float | None) -> list[str]:
     """What to say of masks that mean less than they look like, or have less detail than the image."""
-    said = [*remarks_on_one_label(study.labels, threshold), *study.remarks]
+    has_background = threshold is not None or bool(study.asked.thresholds)
+    said = [*remarks_on_one_label(study.labels, has_background), *study.remarks]
     if study.made_at != study.scored.size:
         said.append(
             f"The image is large for as many labels: their borders were drawn on {study.made_at[1]:,} x "
@@ -73,7 +76,7 @@ def notes(study: Study, threshold: float | None) -> list[str]:
 
 def report(result: Segmentation, study: Study, threshold: float | None) -> dict[str, Any]:
     """What was asked and found, for JSON."""
-    colours = colours_of(result.labels)
+    colours = colours_of(result)
     height, width = result.label_map.shape
     return {
         "width": width,
@@ -128,7 +131,7 @@ def group_views(
         [study.labels[label] for label in rows],
         [str(group + 1) for group in range(count)],
         [of_row.get(label, -1) for label in chosen.tolist()],
-        palette(len(study.labels))[rows],
+        label_colours(study.labels, study.asked.colours)[rows],
         group_palette(count),
     )
     height, width = window.groups.shape

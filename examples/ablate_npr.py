@@ -36,8 +36,8 @@ from pgseg_hf import Segmenter, load_segmenter
 from pgseg_hf.command_line import CommandParser
 from pgseg_hf.data.scenes import GROUNDS, SHAPES, SceneOptions, SceneSource
 from pgseg_hf.data.sources import open_source
-from pgseg_hf.evaluation.mask_dataset import MaskDataset, Picture
-from pgseg_hf.evaluation.masks import MaskOptions, evaluate_masks
+from pgseg_hf.evaluation.benchmarks.mask_dataset import MaskDataset, Picture
+from pgseg_hf.evaluation.evaluator import MaskOptions, evaluate_masks
 from pgseg_hf.files import write_atomically, write_image, write_json, write_text
 from pgseg_hf.run_records import flat, hash_of
 from pgseg_hf.segmentation import SegmentationOptions

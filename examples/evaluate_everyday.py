@@ -29,8 +29,8 @@ from tqdm.auto import tqdm
 
 from pgseg_hf import DEFAULT_CHECKPOINT, SegmentationOptions, load_segmenter
 from pgseg_hf.command_line import CommandParser
-from pgseg_hf.evaluation.confusion import ConfusionMatrix
-from pgseg_hf.evaluation.mask_dataset import MaskFolder
+from pgseg_hf.evaluation.benchmarks.mask_dataset import MaskFolder
+from pgseg_hf.evaluation.metrics.confusion import ConfusionMatrix
 from pgseg_hf.files import write_json
 from pgseg_hf.images import load_image, load_label_map
 from pgseg_hf.segmentation import EncodedImage, Segmenter

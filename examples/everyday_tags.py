@@ -13,11 +13,11 @@ from torch import Tensor
 
 from pgseg_hf.efficientnet_lite import convert_efficientnet_lite
 from pgseg_hf.text_files import read_text, split_lines
-from pgseg_hf.training.patch_names import CellNamer
+from pgseg_hf.training.batches.patch_names import CellNamer
 
 WORDS_FILE = Path(__file__).with_name("everyday_words.json")
 # Labels and WordNet ids of the classifier's classes, in its order.
-IMAGENET_FILE = Path(__file__).parents[1] / "src/pgseg_hf/evaluation/class_names/imagenet.json"
+IMAGENET_FILE = Path(__file__).parents[1] / "src/pgseg_hf/evaluation/benchmarks/class_names/imagenet.json"
 LONGEST_PHRASE = 3
 SIDE = 256
 IRREGULAR = {"leaves": "leaf", "knives": "knife", "shelves": "shelf", "calves": "calf"}

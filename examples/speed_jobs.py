@@ -245,7 +245,7 @@ class StartJobs:
     def segment(self) -> None:
         """`pgseg segment` with the checkpoint that ships."""
         labels = ", ".join(self.labels)
-        self.process("-m", "pgseg_hf", "segment", str(self.photo), "--labels", labels)()
+        self.process("-m", "pgseg_hf", "segment", str(self.photo), "--labels", labels, "--overwrite")()
 
     def process(self, *arguments: str) -> Job:
         """A Python of its own."""

@@ -15,9 +15,9 @@ from transformers import Trainer, TrainingArguments
 from pgseg_hf import DEFAULT_CHECKPOINT, PGSegConfig, PGSegModel, PGSegProcessor
 from pgseg_hf.data.augmentation import AugmentationOptions
 from pgseg_hf.data.sources import SourceSpec, open_source
-from pgseg_hf.training.collator import PGSegCollator
-from pgseg_hf.training.map_dataset import RecordDataset
-from pgseg_hf.training.preparation import Preparation
+from pgseg_hf.training.batches.collator import PGSegCollator
+from pgseg_hf.training.batches.map_dataset import RecordDataset
+from pgseg_hf.training.batches.preparation import Preparation
 
 # For captions and tags that repeat between pictures, whatever the checkpoint was trained with.
 LOSS = "multi_positive"

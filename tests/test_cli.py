@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -297,9 +298,13 @@ def test_a_mask_that_cannot_be_written_leaves_no_overlay(tiny_folder, photo_file
     assert run(*arguments, "--mask", tmp_path / "x" / ".." / "o.png") == 2
     assert "--output and --mask are both" in capsys.readouterr().err
     (tmp_path / "o.png").write_bytes(b"of an earlier run")
+    assert run(*arguments, "--model", "no/such/model") == 2
+    assert "o.png exists already; --overwrite replaces it" in capsys.readouterr().err
     (tmp_path / "mask.png").mkdir()
-    assert run(*arguments, "--mask", tmp_path / "mask.png") == 2
+    assert run(*arguments, "--mask", tmp_path / "mask.png", "--overwrite") == 2
     assert (tmp_path / "o.png").read_bytes() == b"of an earlier run"
+    assert run(*arguments, "--overwrite") == 0
+    assert Image.open(tmp_path / "o.png").width >= 120
 
 
 @pytest.mark.parametrize("name", ["m.png", "m.tif"])
@@ -409,6 +414,25 @@ def test_segmenting_needs_no_extra(tmp_path):
         ("cat|kitten|, dog", None, "of labels and synonyms together, labels[2] is empty"),
         ("cat|dog, dog|hound", None, "labels[2] 'dog' repeats labels[1]"),
         ("wall|background, cat, background", None, "'background' repeats"),
+        ("cat:redd", None, "what follows ':' in the label 'cat:redd' is 'redd', expected a threshold"),
+        ("@labels.txt", "cat:7\ndog", "labels.txt: the threshold of the label 'cat:7' is '7'"),
+        ("@labels.json", '{"labels": ["cat"], "colours": {"dog": "red"}}', "colours are for 'dog'"),
+        (
+            "@labels.json",
+            '{"labels": ["cat"], "thresholds": {"cat": 7}}',
+            "labels.json: the threshold of the",
+        ),
+        (
+            "@labels.json",
+            '{"labels": ["cat"], "colors": {"cat": "red"}}',
+            "it has 'colors', expected labels, syn",
+        ),
+        (
+            "@labels.json",
+            '{"labels": ["cat"], "synonyms": {"cat": "kitten"}}',
+            "synonyms have 'kitten', expected a",
+        ),
+        ("cat:0.4, background", None, "labels have 'background', and a threshold makes a background"),
     ],
 )
 def test_wrong_labels_are_told_before_a_model_is_loaded(
@@ -423,6 +447,117 @@ def test_wrong_labels_are_told_before_a_model_is_loaded(
 
 
 @pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "one of the arguments --labels --vocabulary is required"),
+        (["--labels", "cat", "--vocabulary", "everyday"], "not allowed with argument"),
+        (["--labels", "cat", "--min-area", "0.1"], "--min-area is 0.1, but there is no --vocabulary"),
+        (["--vocabulary", "everyday", "--min-area", "3"], "min_area is 3.0, expected"),
+        (["--vocabulary", "words.txt"], "expected @words.txt"),
+        (["--vocabulary", "@words.txt"], "words.txt cannot be read"),
+        (["--labels", "cat", "--synonyms", "first"], "invalid choice: 'first'"),
+    ],
+)
+def test_wrong_words_are_told_before_a_model_is_loaded(photo_file, capsys, arguments, message):
+    with suppress(SystemExit):
+        assert run("segment", photo_file, *arguments, "--model", "no/such/model") == 2
+    assert message in capsys.readouterr().err
+
+
+PHOTOS = Path(__file__).parent.parent / "examples" / "images"
+
+
+def test_colours_and_thresholds_of_labels(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("labels.json").write_text(
+        '{"labels": ["horse", "sand", "sea"], "synonyms": {"horse": ["pony"]}, "colours": {"sand": "#00F"}, '
+        '"thresholds": {"horse": 0.7, "sand": 1}}'
+    )
+    words = "horse|pony:.7, sand:blue:1, sea"
+    for labels, name in ((words, "line"), ("@labels.json", "file")):
+        arguments = [
+            PHOTOS / "horses.jpg",
+            "--labels",
+            labels,
+            "--json",
+            "--mask",
+            f"{name}.png",
+            "--overwrite",
+        ]
+        command = [sys.executable, "-m", "pgseg_hf", "segment", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        (found,) = json.loads(done.stdout)["images"]
+        background, horse, sand, sea = found["segments"]
+        assert background["label"] == "background" and background["pixels"] > 0
+        assert horse["score"] >= 0.7 and sand["pixels"] == 0 and sea["pixels"] > 0
+        assert Image.open(f"{name}.png").getpalette()[:9] == [0, 0, 0, 230, 159, 0, 0, 0, 255]
+    assert Path("line.png").read_bytes() == Path("file.png").read_bytes()
+
+    Path("photos").mkdir()
+    shutil.copy(PHOTOS / "horses.jpg", "photos/a.jpg")
+    arguments = ["segment", "photos", "--output", "out", "--labels"]
+    assert run(*arguments, words, "--format", "coco-panoptic") == 0
+    mask = Path("out/masks/a.png")
+    assert np.array_equal(load_label_map(mask), load_label_map("line.png"))
+    assert Image.open(mask).getpalette() == Image.open("line.png").getpalette()
+    categories = json.loads(Path("out/coco-panoptic/panoptic.json").read_text())["categories"]
+    assert [category["color"] for category in categories][:2] == [[230, 159, 0], [0, 0, 255]]
+    assert run(*arguments, words.replace("blue", "red")) == 2
+    assert "options colours sand = '#0000ff' there and '#ff0000' now" in capsys.readouterr().err
+
+
+def test_the_best_of_synonyms(tiny_folder, photo_file, tmp_path, capsys):
+    found = {}
+    for rule in ("average", "best"):
+        arguments = ["--labels", "cat|zebra|tulip, dog", "--model", tiny_folder, "--synonyms", rule, "--json"]
+        assert run("segment", photo_file, *arguments, "--output", tmp_path / f"{rule}.png") == 0
+        found[rule] = json.loads(capsys.readouterr().out)["images"][0]["segments"]
+    assert [segment["label"] for segment in found["best"]] == ["cat", "dog"]
+    assert found["best"] != found["average"]
+
+
+def test_a_vocabulary_names_what_is_there(tmp_path):
+    """By the checkpoint that ships, on photographs."""
+    command = [sys.executable, "-m", "pgseg_hf", "segment"]
+    words = ["--vocabulary", "everyday", "--json"]
+    done = subprocess.run(
+        [*command, PHOTOS / "horses.jpg", *words], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    (found,) = json.loads(done.stdout)["images"]
+    areas = [segment["area"] for segment in found["segments"]]
+    assert {"horse", "sand", "sea"} <= {segment["label"] for segment in found["segments"]}
+    assert areas == sorted(areas, reverse=True) and len(areas) < 10 and min(areas) > 0
+
+    for name in ("horses.jpg", "pizza.jpg"):
+        shutil.copy(PHOTOS / name, tmp_path)
+    (tmp_path / "words.txt").write_text("pizza, horse\nsea, sand, computer\n")
+    arguments = ["horses.jpg", "pizza.jpg", "--vocabulary", "@words.txt", "--min-area", "0.1", "--json"]
+    arguments += ["--format", "csv", "--format", "coco-panoptic"]
+    done = subprocess.run([*command, *arguments], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    horses, pizza = json.loads(done.stdout)["images"]
+    assert {segment["label"]: segment["value"] for segment in horses["segments"]} == {
+        "horse": 1,
+        "sea": 2,
+        "sand": 3,
+    }
+    assert pizza["segments"][0]["label"] == "pizza" and pizza["segments"][0]["value"] == 0
+    assert len((tmp_path / "segmented" / "segments.csv").read_text().splitlines()) == 1 + 3 + len(
+        pizza["segments"]
+    )
+    panoptic = json.loads((tmp_path / "segmented" / "coco-panoptic" / "panoptic.json").read_text())
+    assert [category["name"] for category in panoptic["categories"]] == [
+        "pizza",
+        "horse",
+        "sea",
+        "sand",
+        "computer",
+    ]
+
+
+@pytest.mark.parametrize(
     ("name", "content"),
     [
         ("labels.txt", "cat|kitten, dog\n\ngrass\n"),
@@ -434,7 +569,7 @@ def test_wrong_labels_are_told_before_a_model_is_loaded(
 def test_labels_of_a_file(tiny_folder, photo_file, tmp_path, capsys, monkeypatch, name, content):
     monkeypatch.chdir(tmp_path)
     Path(name).write_text(content, encoding="utf-8")
-    shared = ["--model", tiny_folder, "--output", "o.png", "--mask"]
+    shared = ["--model", tiny_folder, "--overwrite", "--output", "o.png", "--mask"]
     assert run("segment", photo_file, "--labels", f"@{name}", *shared, "file.png") == 0
     assert run("segment", photo_file, "--labels", "cat|kitten,dog,grass", *shared, "line.png") == 0
     assert Path("file.png").read_bytes() == Path("line.png").read_bytes()

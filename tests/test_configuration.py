@@ -62,6 +62,7 @@ VISION_ERRORS = [
     ({"image_size": 100}, "image_size is 100, expected a multiple of patch_size = 16"),
     ({"image_size": 0}, "image_size is 0"),
     ({"depths": []}, "depths is empty"),
+    ({"depths": [10**9, 1, 1]}, "depths is .1000000000, 1, 1., expected at most 10,000"),
     ({"depths": [6, -1, 3]}, r"depths = \[6, -1, 3\]"),
     ({"num_hidden_layers": 11}, "num_hidden_layers is 11.* 12"),
     ({"num_group_tokens": [64, 8]}, "num_group_tokens has 2 entries, depths has 3"),
@@ -88,6 +89,7 @@ VISION_ERRORS = [
 TEXT_ERRORS = [
     ({"hidden_size": 10, "num_attention_heads": 3}, "text_config.hidden_size is 10.*num_attention_heads = 3"),
     ({"vocab_size": 0}, "vocab_size is 0"),
+    ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000, expected 0 to 10,000"),
     ({"max_position_embeddings": 1}, "max_position_embeddings is 1"),
     ({"attention_dropout": -1.0}, "attention_dropout is -1.0"),
 ]

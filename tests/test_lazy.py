@@ -14,7 +14,8 @@ from transformers.pipelines import PIPELINE_REGISTRY
 
 import pgseg_hf
 from pgseg_hf import configuration_pgseg, evaluation
-from pgseg_hf.evaluation import arguments, benchmarks
+from pgseg_hf.evaluation import arguments
+from pgseg_hf.evaluation.benchmarks import catalogue
 
 HEAVY = ("torch", "transformers", "scipy")
 
@@ -75,7 +76,11 @@ def test_segmenting_imports_little_beside_transformers(tiny_folder, tmp_path):
     extras = {"datasets", "evaluate", "gradio", "matplotlib", "pandas", "pyarrow", "spacy", "onnx"}
     assert not used & {*extras, "transformers.trainer"}
     apart = {name for name in used if name.startswith(("pgseg_hf.training", "pgseg_hf.evaluation."))}
-    assert apart == {"pgseg_hf.evaluation.arguments", "pgseg_hf.training", "pgseg_hf.training.options"}
+    assert apart == {
+        "pgseg_hf.evaluation.arguments",
+        "pgseg_hf.training",
+        "pgseg_hf.training.fine_tuning.options",
+    }
     own_needs = modules_after("import torch, transformers.models.clip.modeling_clip, PIL.Image, tokenizers")
     others = {name for name in used - own_needs if not name.startswith("pgseg_hf")}
     assert len(others) < 150, sorted(others)
@@ -140,7 +145,7 @@ def test_the_packages_have_their_names():
 
 
 def test_names_that_stand_twice_agree():
-    assert (*benchmarks.BENCHMARKS, "imagenet", "folder") == arguments.BENCHMARK_NAMES
+    assert (*catalogue.BENCHMARKS, "imagenet", "folder") == arguments.BENCHMARK_NAMES
     assert configuration_pgseg.PIPELINE_TASK in PIPELINE_REGISTRY.get_supported_tasks()
     stub = ast.parse(Path(pgseg_hf.__file__).read_text(encoding="utf-8"))
     imported = {

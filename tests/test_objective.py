@@ -143,6 +143,12 @@ def test_shared_texts_may_come_in_any_order_and_number(models):
     assert all(loss.loss.isfinite() for loss in losses)
 
 
+def test_a_batch_of_images_without_any_text_has_finite_losses(models):
+    inputs = inputs_of(pixel_values=tiny_images(3).double(), text_targets=torch.zeros(3, 3))
+    output = models["corrected"](**inputs, return_loss=True)
+    assert output.contrastive_loss == 0 and output.text_prototype_loss == 0 and output.loss.isfinite()
+
+
 def test_absent_labels_do_not_matter(models):
     labels, mask = tiny_texts(6, words=2, seed=1).unflatten(0, (3, 2)), torch.ones(3, 2, 12, dtype=torch.long)
     mask[1, 1] = 0

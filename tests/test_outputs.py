@@ -15,13 +15,15 @@ import pytest
 from PIL import Image, ImageDraw
 from test_cli import run
 from tiny_models import make_photo
+from transformers.image_transforms import rgb_to_id
+from transformers.models.detr.image_processing_pil_detr import prepare_coco_panoptic_annotation
 
 from pgseg_hf.files import write_mask
 from pgseg_hf.images import load_label_map
 from pgseg_hf.outputs import MaskResult, write_formats
 from pgseg_hf.visualization import indexed_png
 
-LABELS = ["cat", "dog/puppy", "absent"]
+LABELS = ["cat", 'dog/"puppy": 🐕', "absent"]
 
 
 @pytest.fixture(params=[False, True], ids=["plain", "background"])
@@ -53,23 +55,79 @@ def truth(result, number):
     return result.read() == number + result.background
 
 
-def test_coco_by_pycocotools(result, tmp_path):
+@pytest.mark.parametrize("name", ["coco", "coco-polygons"])
+def test_coco_by_pycocotools(result, tmp_path, name):
     COCO = pytest.importorskip("pycocotools.coco").COCO
-    coco = COCO(str(written(result, "coco", tmp_path)))
+    pytest.importorskip("cv2")
+    coco = COCO(str(written(result, name, tmp_path)))
     assert [coco.cats[number]["name"] for number in (1, 2, 3)] == LABELS
     assert coco.loadImgs(1)[0]["file_name"] == "sub/a b.jpg" and len(coco.anns) == 2
     for annotation in coco.loadAnns(coco.getAnnIds(imgIds=1)):
         expected = truth(result, annotation["category_id"] - 1)
-        assert np.array_equal(coco.annToMask(annotation), expected)
+        assert np.array_equal(coco.annToMask(annotation), expected), "a hole, two parts and a speck too"
         assert annotation["area"] == expected.sum()
         assert annotation["score"] == {1: 0.5, 2: 0.75}[annotation["category_id"]]
     assert coco.loadRes([{**a} for a in coco.anns.values()]).getAnnIds(catIds=2), "they pass as results too"
 
 
+@pytest.mark.parametrize("name", ["coco", "coco-polygons"])
+def test_coco_by_supervision(result, tmp_path, name):
+    sv = pytest.importorskip("supervision")
+    place = written(result, name, tmp_path)
+    data = sv.DetectionDataset.from_coco(str(tmp_path / "photos"), str(place), force_masks=True)
+    check_supervision(data, result, 1 if name == "coco" else 0.85)  # it draws polygons half a pixel wider
+
+
+def check_supervision(data, result, least):
+    assert data.classes == LABELS
+    ((_, image, found),) = data
+    assert image.shape[:2] == result.read().shape
+    for number in (0, 1):
+        mask = found.mask[found.class_id == number].any(axis=0)
+        assert intersection_over_union(mask, truth(result, number)) >= least
+    assert not (found.class_id == 2).any()
+
+
+def test_coco_panoptic_as_transformers_reads_it(result, tmp_path):
+    """And by the conventions of panopticapi: ids of 24 bits in RGB, those of the PNG and of the list the same."""
+    place = written(result, "coco-panoptic", tmp_path)
+    content = json.loads((place / "panoptic.json").read_text(encoding="utf-8"))
+    assert [category["name"] for category in content["categories"]] == LABELS
+    assert {(category["isthing"], len(category["color"])) for category in content["categories"]} == {(0, 3)}
+    (image,), (annotation,) = content["images"], content["annotations"]
+    assert image["id"] == annotation["image_id"] and image["file_name"] == "sub/a b.jpg"
+    file = place / "panoptic" / annotation["file_name"]
+    ids = rgb_to_id(np.asarray(Image.open(file)))
+    assert Image.open(file).mode == "RGB" and ids.shape == (image["height"], image["width"])
+    assert set(np.unique(ids)) - {0} == {segment["id"] for segment in annotation["segments_info"]}
+    for segment in annotation["segments_info"]:
+        expected = truth(result, segment["category_id"] - 1)
+        assert np.array_equal(ids == segment["id"], expected) and segment["area"] == expected.sum()
+        rows, columns = np.nonzero(expected)
+        left, top, width, height = segment["bbox"]
+        assert (left, top) == (columns.min(), rows.min())
+        assert (left + width - 1, top + height - 1) == (columns.max(), rows.max())
+    read = prepare_coco_panoptic_annotation(
+        np.asarray(Image.open(result.image)), annotation, place / "panoptic", return_masks=True
+    )
+    assert read["class_labels"].tolist() == [1, 2]
+    for number, mask in enumerate(read["masks"]):
+        assert np.array_equal(mask, truth(result, number))
+
+
+def test_panoptic_ids_above_a_byte(tmp_path):
+    label_map = np.full((4, 5), 299)
+    write_mask(indexed_png(label_map, 300), tmp_path / "m.png", "digest")
+    labels = [f"label {number}" for number in range(300)]
+    result = MaskResult(tmp_path / "p.png", "p.png", Path("p.png"), tmp_path / "m.png", labels, False)
+    (place,) = write_formats([result], ["coco-panoptic"], tmp_path)
+    assert (rgb_to_id(np.asarray(Image.open(place / "panoptic" / "p.png"))) == 300).all()
+
+
 def test_label_masks(result, tmp_path):
     files = sorted((written(result, "masks", tmp_path) / "sub" / "a b").iterdir())
     first = int(result.background)
-    assert [file.name for file in files] == [f"{first}-cat.png", f"{first + 1}-dog_puppy.png"]
+    assert [file.name for file in files] == [f"{first}-cat.png", f"{first + 1}-dog__puppy__ _.png"]
     for number, file in enumerate(files):
         assert np.array_equal(np.asarray(Image.open(file)), truth(result, number) * 255)
 
@@ -92,9 +150,52 @@ def test_yolo_as_its_documentation_says(result, tmp_path):
         pixels = (points * masks.shape[:0:-1]).astype(np.int32)  # as ultralytics and supervision cut off
         cv2.fillPoly(masks[int(number)], [pixels], 1)
     assert intersection_over_union(masks[0], truth(result, 0)) > 0.97
-    dog = truth(result, 1)
-    dog[2, 2] = False
-    assert intersection_over_union(masks[1], dog) > 0.97 and not masks[2].any()
+    assert intersection_over_union(masks[1], truth(result, 1)) > 0.97 and not masks[2].any()
+    assert masks[1][2, 2] and not masks[1][:10, 3:].any(), "the speck, and nothing round it"
+
+
+def test_yolo_by_supervision(result, tmp_path):
+    sv = pytest.importorskip("supervision")
+    place = written(result, "yolo", tmp_path)
+    # It looks into no subfolders.
+    folders = [str(place / name / "sub") for name in ("images", "labels")]
+    data = sv.DetectionDataset.from_yolo(*folders, str(place / "data.yaml"), force_masks=True)
+    check_supervision(data, result, 0.97)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        ((5, 7), (5, 8)),
+        ((5, 7),),
+        ((5, 7), (6, 8), (7, 9)),
+        ((9, 3), (8, 4)),
+        ((5, 7), (6, 7), (7, 7)),
+        ((0, 0), (0, 1), (1, 0), (1, 1)),
+        ((29, 39),),
+    ],
+    ids=str,
+)
+def test_the_smallest_regions_are_kept_in_every_format(tmp_path, shape):
+    cv2 = pytest.importorskip("cv2")
+    COCO = pytest.importorskip("pycocotools.coco").COCO
+    label_map = np.zeros((30, 40), dtype=np.int64)
+    label_map[tuple(np.transpose(shape))] = 1
+    write_mask(indexed_png(label_map, 1, True), tmp_path / "m.png", "digest")
+    make_photo(40, 30).save(tmp_path / "p.png")
+    result = MaskResult(tmp_path / "p.png", "p.png", Path("p.png"), tmp_path / "m.png", ["cat"], True)
+    coco, yolo, labelme = write_formats([result], ["coco-polygons", "yolo", "labelme"], tmp_path)
+    coco = COCO(str(coco))
+    assert np.array_equal(coco.annToMask(coco.anns[1]), label_map)
+    (line,) = (yolo / "labels" / "p.txt").read_text().splitlines()
+    points = np.array(line.split()[1:], dtype=float).reshape(-1, 2) * (40, 30)
+    for pixels in (points, np.round(points)):
+        drawn = cv2.fillPoly(np.zeros((30, 40), dtype=np.uint8), [pixels.astype(np.int32)], 1)
+        assert np.array_equal(drawn, label_map)
+    (drawn,) = json.loads((labelme / "p.json").read_text())["shapes"]
+    mask = Image.new("L", (40, 30))
+    ImageDraw.Draw(mask).polygon([tuple(point) for point in drawn["points"]], outline=1, fill=1)
+    assert np.array_equal(np.asarray(mask), label_map)
 
 
 def test_labelme_by_the_way_it_draws(result, tmp_path):
@@ -186,7 +287,9 @@ def test_wrong_places_are_told_before_a_model_is_loaded(
     assert sorted(os.listdir()) == ["empty", "photo.png"]
 
 
-@pytest.mark.parametrize(("name", "package"), [("coco", "pycocotools"), ("yolo", "cv2")])
+@pytest.mark.parametrize(
+    ("name", "package"), [("coco", "pycocotools"), ("coco-polygons", "cv2"), ("yolo", "cv2")]
+)
 def test_a_missing_extra_is_told_before_a_model_is_loaded(photo_file, capsys, monkeypatch, name, package):
     for module in (package, f"{package}.mask"):
         monkeypatch.setitem(sys.modules, module, None)

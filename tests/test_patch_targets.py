@@ -12,12 +12,12 @@ from pgseg_hf import default_tokenizer
 from pgseg_hf.data.augmentation import AugmentationOptions
 from pgseg_hf.data.records import Record
 from pgseg_hf.data.sources import SourceSpec, open_source
-from pgseg_hf.training.collator import PGSegCollator
-from pgseg_hf.training.feature_cache import CacheOptions, cache_features
+from pgseg_hf.training.batches.collator import PGSegCollator
+from pgseg_hf.training.batches.feature_cache import CacheOptions, cache_features
+from pgseg_hf.training.batches.mixing import Draw, seeded
+from pgseg_hf.training.batches.patch_names import LEAST_SHARE, CellNamer
+from pgseg_hf.training.batches.preparation import Example, Preparation
 from pgseg_hf.training.gradient_cache import GradientCache
-from pgseg_hf.training.mixing import Draw, seeded
-from pgseg_hf.training.patch_names import LEAST_SHARE, CellNamer
-from pgseg_hf.training.preparation import Example, Preparation
 
 PATCHES = {"contrastive_pooling": "patches", "contrastive_loss": "sigmoid"}
 CLASSES = ["dog", "cat", "dog", "tree", "dog"]

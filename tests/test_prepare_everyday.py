@@ -15,7 +15,7 @@ from PIL import Image
 
 from pgseg_hf.data.sources import SourceSpec, open_source
 from pgseg_hf.efficientnet_lite import EfficientNetLiteBackbone, EfficientNetLiteConfig
-from pgseg_hf.training.patch_names import CellNamer
+from pgseg_hf.training.batches.patch_names import CellNamer
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 HELD_OUT = ("kitten", "automobile", "lawn", "couch", "infant", "pavement")

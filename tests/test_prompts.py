@@ -1,5 +1,7 @@
 """Class labels and templates: what is accepted, what is refused and how prompts are made."""
 
+import re
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,6 +11,7 @@ from pgseg_hf.prompts import (
     SEGMENTATION_TEMPLATES,
     build_prompts,
     join_words,
+    parse_labels,
     validate_labels,
     validate_templates,
 )
@@ -52,6 +55,41 @@ def test_labels_are_stripped_and_keep_their_order_and_case():
 def test_bad_labels_are_named(labels, message):
     with pytest.raises(ValueError, match=message):
         validate_labels(labels)
+
+
+def test_a_label_has_synonyms_a_colour_and_a_threshold():
+    found = parse_labels(["car | automobile : RED : 0.4", "road:#888", "tree:.25", "night sky"])
+    assert found.words == ["car|automobile", "road", "tree", "night sky"]
+    assert found.names == ["car", "road", "tree", "night sky"]
+    assert found.colours == {"car": "#ff0000", "road": "#888888"}
+    assert found.thresholds == {"car": 0.4, "tree": 0.25}
+    assert parse_labels(["a:0:hsl(120,100%,50%)"]).colours == {"a": "#00ff00"}
+
+
+@pytest.mark.parametrize(
+    ("label", "message"),
+    [
+        (
+            "car:reddish",
+            "what follows ':' in the label 'car:reddish' is 'reddish', expected a threshold from 0",
+        ),
+        ("car:", "in the label 'car:' is ''"),
+        ("car:#ff00", "'#ff00'"),
+        ("car:#ff000080", "'#ff000080'"),
+        ("car:rgb(300,0,0)", "'rgb"),
+        ("car:1.5", "the threshold of the label 'car:1.5' is '1.5', expected a number from 0 to 1"),
+        ("car:-0.1", "is '-0.1'"),
+        ("car:1.2.3", "is '1.2.3'"),
+        ("car:nan", "is 'nan'"),
+        ("car:red:blue", "has two thresholds or colours"),
+        ("car:.1:.2", "has two thresholds or colours"),
+        (":red", "is empty"),
+        ("car:red|automobile", "'red|automobile'"),
+    ],
+)
+def test_what_follows_a_label_is_named_where_it_is_wrong(label, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        parse_labels(["dog", label])
 
 
 @pytest.mark.parametrize(

@@ -428,6 +428,7 @@ def test_the_perfect_matching_has_the_lowest_loss(seed, count, scale):
 def test_the_size_of_vectors_does_not_matter(seed):
     centers, prototypes = draw(seed, (2, 4, 8), (2, 4, 8))
     loss, _ = prototype_loss(centers, prototypes, SCALE)
+    assert loss == prototype_loss(centers, prototypes, SCALE, 0.1)[0]
     torch.testing.assert_close(prototype_loss(7 * centers, 0.2 * prototypes, SCALE)[0], loss)
 
 

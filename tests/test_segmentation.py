@@ -172,7 +172,7 @@ def test_there_is_one_background(tiny_segmenter, photo):
     labels = ["cat", " Background "]
     assert tiny_segmenter(photo, labels).segments(include_absent=True)[1].label == "Background"
     options = SegmentationOptions(background_threshold=0.2)
-    message = "labels have 'Background', and background_threshold makes a background of its own"
+    message = "labels have 'Background', and a threshold makes a background of its own"
     with pytest.raises(ValueError, match=message):
         tiny_segmenter(photo, labels, options)
     with pytest.raises(ValueError, match=message):
@@ -330,3 +330,84 @@ def test_synonyms_are_averaged(tiny_segmenter, photo):
     assert not np.allclose(result.scores, tiny_segmenter(photo, ["cat", "dog"]).scores)
     with pytest.raises(ValueError, match="repeats"):
         tiny_segmenter(photo, ["cat|kitten", "kitten"])
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_a_label_with_a_low_score_is_background(background):
+    label_map = np.array([[0, 1, 2], [2, 1, 0]])
+    scores = np.array([[0.1, 0.3, 0.2], [0.9, 0.2, 0.8]])
+    labels = ["cat", "dog", "car"][: 2 if background else 3]
+    before = Segmentation(label_map, scores, labels, background)
+    after = before.with_thresholds({"cat": 0.25})
+    cat = int(background)
+    expected = np.where((label_map == cat) & (scores < 0.25), 0, label_map + (not background))
+    assert np.array_equal(after.label_map, expected) and after.background
+    assert (after.scores[after.label_map != 0] == scores[after.label_map != 0]).all()
+    assert before.with_thresholds({}) is before and before.with_thresholds(None) is before
+
+
+def test_thresholds_and_colours_of_labels(shipped_segmenter, street_photo):
+    plain = shipped_segmenter(street_photo, STREET)
+    name = plain.segments()[0].label
+    before = plain.label_map == STREET.index(name)
+    least = float(np.median(plain.scores[before]))
+    options = SegmentationOptions(thresholds={name: least}, colours={name: "red"})
+    result = shipped_segmenter(street_photo, STREET, options)
+    assert result.background and result.colours == {name: "#ff0000"}
+    kept = result.label_map == STREET.index(name) + 1
+    assert 0 < kept.sum() < before.sum() and result.scores[kept].min() >= least
+    assert np.array_equal(kept | (result.label_map == 0), before)
+    anything = shipped_segmenter(street_photo, STREET, replace(options, thresholds={name: 0}))
+    assert np.array_equal(anything.label_map, plain.label_map + 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"thresholds": {"horse": 0.5}}, "thresholds are for 'horse', which is none of the labels"),
+        ({"colours": {"horse": "red"}}, "colours are for 'horse'"),
+        ({"thresholds": {"cat": 2}}, r"thresholds\['cat'\] is 2"),
+        ({"thresholds": 0.5}, "thresholds is 0.5, expected None or a dictionary"),
+        ({"colours": {"cat": "redd"}}, r"colours\['cat'\] is 'redd', expected a colour such as"),
+        ({"colours": {"cat": 3}}, r"colours\['cat'\] is 3"),
+        ({"synonyms": "merge"}, "synonyms is 'merge', expected 'average' or 'best'"),
+        ({"min_area": -1}, "min_area is -1"),
+    ],
+)
+def test_wrong_options_of_labels(tiny_segmenter, photo, options, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_segmenter(photo, LABELS, SegmentationOptions(**options))
+
+
+@pytest.mark.parametrize("patch_weight", [0.0, 0.5])
+@pytest.mark.parametrize("background_threshold", [None, 0.5])
+def test_the_best_of_synonyms(shipped_segmenter, street_photo, patch_weight, background_threshold):
+    """In each place a label is as likely as its best word would be."""
+    words = ["building|house|wall", "road|pavement", "tree", "sky"]
+    how = {"background_threshold": background_threshold, "top_k": 100, "window_size": None}
+    options = SegmentationOptions(synonyms="best", patch_weight=patch_weight, **how)
+    embeds = shipped_segmenter.class_embeddings(words, options)
+    assert embeds.shape[:2] == (4, 3)
+    (encoded,) = shipped_segmenter.encode([street_photo], options)
+    features = shipped_segmenter._features(encoded.windows[0])
+    flat = shipped_segmenter.class_embeddings(
+        ["building", "house", "wall", "road", "pavement", "tree", "sky"]
+    )
+    logits = shipped_segmenter.model.get_logits(features, flat)[1][0]
+    best = torch.stack([logits[:, part].amax(1) for part in ([0, 1, 2], [3, 4], [5], [6])], dim=1)
+    scored = shipped_segmenter.score(encoded, embeds, replace(options, background_threshold=None))
+    torch.testing.assert_close(scored.windows[0].scores, best.softmax(1) ** 2)
+    result = shipped_segmenter(street_photo, words, options)
+    assert result.labels == ["building", "road", "tree", "sky"]
+    one_each = ["building", "road", "tree", "sky"]
+    plain = shipped_segmenter(street_photo, one_each, replace(options, synonyms="average"))
+    assert np.array_equal(shipped_segmenter(street_photo, one_each, options).label_map, plain.label_map)
+    averaged = shipped_segmenter(street_photo, words, replace(options, synonyms="average"))
+    assert (averaged.scores != result.scores).any()
+    assert shipped_segmenter.remarks_on_far_labels(result.labels, embeds) == []
+
+
+def test_a_single_label_of_several_words(shipped_segmenter, street_photo):
+    options = SegmentationOptions(synonyms="best", thresholds={"street": 0.5})
+    result = shipped_segmenter(street_photo, ["street|road"], options)
+    assert result.background and set(np.unique(result.label_map)) <= {0, 1} and result.scores.max() <= 1

@@ -262,6 +262,16 @@ def test_wrong_arguments_are_told_before_a_model_is_loaded(
     assert sorted(os.listdir()) == ["clip.mp4", "full", "photo.png", "there.mp4"]
 
 
+def test_a_video_has_the_same_words_in_all_frames(tiny_segmenter, clip, capsys):
+    given = ["segment", clip, "--vocabulary", "everyday", "--model", "no/such/model"]
+    assert (
+        run(*given) == 2
+        and "clip.mp4 is a video, whose frames have the same words" in capsys.readouterr().err
+    )
+    with pytest.raises(ValueError, match=r"min_area is 0.1 and smooth 5"):
+        next(segment_frames(tiny_segmenter, Video(clip), LABELS, SegmentationOptions(min_area=0.1)))
+
+
 def test_options_of_videos_are_not_for_pictures(photo_file, capsys):
     assert run(*arguments(photo_file, "no/such/model", "--smooth", "3")) == 2
     assert "--smooth is 3, but there is no video" in capsys.readouterr().err

@@ -20,6 +20,7 @@ from pgseg_hf.visualization import (
     group_palette,
     heat_map,
     indexed_png,
+    label_colours,
     overlay,
     palette,
     prototype_maps,
@@ -96,6 +97,19 @@ class TestPalette:
         with pytest.raises(ValueError, match="-1"):
             palette(-1)
 
+    def test_chosen_colours_are_given_to_no_other_label(self):
+        labels = [f"label {number}" for number in range(12)]
+        np.testing.assert_array_equal(label_colours(labels), palette(12))
+        np.testing.assert_array_equal(label_colours(labels, {"absent": "#e69f00"}), palette(12))
+        chosen = {labels[3]: "#e69f00", labels[9]: "#ff0000"}  # the first of the palette, and none of it
+        colours = label_colours(labels, chosen)
+        assert colours[3].tolist() == [230, 159, 0] and colours[9].tolist() == [255, 0, 0]
+        assert len(np.unique(colours, axis=0)) == 12, "the first label gave way, and one that is nearly red"
+        same = [index for index in range(12) if index not in (0, 3, 6, 9)]
+        np.testing.assert_array_equal(colours[same], palette(12)[same])
+        everything = dict.fromkeys(labels, "#ff0000")
+        assert (label_colours(labels, everything) == [255, 0, 0]).all()
+
     def test_groups_have_colours_that_no_label_has(self):
         groups = group_palette(64)
         assert len(np.unique(groups, axis=0)) == 64 and (group_palette(70)[64:] == groups[:6]).all()
@@ -106,6 +120,21 @@ class TestPalette:
 
 
 class TestOverlay:
+    def test_chosen_colours(self):
+        chosen = {"b": "#0000ff"}
+        colours = label_colours(["a", "b"], chosen)
+        for label_map, background in ((halves(), False), (halves() + 1, True)):
+            drawn = overlay(
+                *(picture(40, 60), label_map, ["a", "b"], background),
+                **{"alpha": 1, "legend": False, "contours": False, "colours": chosen},
+            )
+            np.testing.assert_array_equal(np.asarray(drawn), colours[halves()])
+            mask = indexed_png(label_map, 2, background, colours)
+            np.testing.assert_array_equal(np.asarray(mask.convert("RGB")), colours[halves()])
+        assert (0, 0, 255) in shown_colours(
+            draw_contours(picture(40, 60), halves(), ["a", "b"], colours=chosen)
+        )
+
     def test_full_alpha_shows_the_labels_own_colours(self):
         drawn = overlay(picture(40, 60), halves(), ["a", "b"], alpha=1, legend=False, contours=False)
         np.testing.assert_array_equal(np.asarray(drawn), palette(2)[halves()])

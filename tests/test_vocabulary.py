@@ -1,5 +1,6 @@
 """A background by the words that a checkpoint knows."""
 
+import json
 import logging
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from torch.nn.functional import normalize
 from pgseg_hf import PGSegProcessor, SegmentationOptions, Segmenter, segmentation
 from pgseg_hf.scoring import WindowScores, add_background, chance_of_labels
 from pgseg_hf.segmentation import NEUTRAL_WORDS
-from pgseg_hf.suggestions import suggest_labels
+from pgseg_hf.suggestions import everyday_words, suggest_labels
 
 HORSES = Path(__file__).parent.parent / "examples" / "images" / "horses.jpg"
 WORDS = ["cat", "dog", "sky", "road", "tree"]
@@ -187,5 +188,28 @@ def test_what_is_in_an_image_is_found_without_words(shipped_segmenter):
 def test_the_vocabulary_is_what_is_looked_for(knowing, tiny_segmenter, photo, different):
     (encoded,) = knowing.encode([photo])
     assert set(suggest_labels(knowing, encoded, min_area=0)) <= set(WORDS)
-    with pytest.raises(ValueError, match="has no vocabulary"):
-        suggest_labels(tiny_segmenter, encoded)
+    assert set(suggest_labels(tiny_segmenter, encoded)) <= set(everyday_words())
+
+
+def test_the_words_that_ship_are_those_that_the_checkpoint_was_trained_with():
+    table = json.loads((HORSES.parents[1] / "everyday_words.json").read_text(encoding="utf-8"))
+    assert everyday_words() == list(table["names"])
+
+
+def test_labels_as_a_vocabulary(shipped_segmenter):
+    """Values are those of the whole vocabulary, so that they mean the same in all images."""
+    words = ["pizza", "horse", "beach", "shore", "sea", "computer"]
+    (encoded,) = shipped_segmenter.encode([HORSES])
+    found = suggest_labels(shipped_segmenter, encoded, words, 0.03)
+    plain = shipped_segmenter(HORSES, sorted(found, key=words.index))
+    for threshold in (None, 0.0):
+        options = SegmentationOptions(min_area=0.03, background_threshold=threshold)
+        result = shipped_segmenter(HORSES, words, options)
+        assert result.labels == words and result.background == (threshold is not None)
+        names = np.array(words)[result.label_map - result.background]
+        assert np.array_equal(names, np.array(plain.labels)[plain.label_map])
+        small = result.without_absent()
+        assert set(small.labels) == set(found) and small.segments()[0].label == small.labels[0]
+        assert np.array_equal(np.array(small.labels)[small.label_map - small.background], names)
+    nothing = shipped_segmenter(HORSES, words, SegmentationOptions(min_area=0.03, background_threshold=1))
+    assert nothing.without_absent().labels == words[:1] and not nothing.without_absent().label_map.any()

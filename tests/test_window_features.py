@@ -13,9 +13,9 @@ from tiny_models import make_photo
 from pgseg_hf import PGSegImageProcessorPil, PGSegProcessor, SegmentationOptions, Segmenter, default_tokenizer
 from pgseg_hf.data.augmentation import Augmentation, AugmentationOptions, Crop
 from pgseg_hf.data.sources import SourceSpec, open_source
-from pgseg_hf.training.feature_cache import CacheOptions, _cut, cache_features
-from pgseg_hf.training.mixing import Draw, seeded
-from pgseg_hf.training.preparation import Preparation
+from pgseg_hf.training.batches.feature_cache import CacheOptions, _cut, cache_features
+from pgseg_hf.training.batches.mixing import Draw, seeded
+from pgseg_hf.training.batches.preparation import Preparation
 
 SIDE, STEP = 64, 8  # the tiny EfficientNet-Lite has a feature for every 8 pixels
 LABELS = ["cat", "dog", "grass"]

@@ -21,9 +21,10 @@ from .evaluation.arguments import (
     check_prepare_arguments,
 )
 from .files import image_format, refuse_missing_folder
-from .options import FORMATS, SegmentationOptions, check_one_background
-from .prompts import read_labels, split_synonyms, validate_templates
-from .training.options import add_train_arguments, check_train_arguments
+from .options import FORMATS, SegmentationOptions
+from .prompts import LabelList, parse_labels, read_labels, validate_templates
+from .suggestions import MIN_AREA, everyday_words
+from .training.fine_tuning.options import add_train_arguments, check_train_arguments
 from .values import whole_number
 
 DTYPES = ("float32", "bfloat16", "float16", "int8")
@@ -83,11 +84,27 @@ def _add_segment(commands: argparse._SubParsersAction) -> None:
         help='a picture, its http(s) address, - for standard input, or any number of pictures, patterns ("*.jpg") and '
         "folders",
     )
-    parser.add_argument(
+    words = parser.add_mutually_exclusive_group(required=True)
+    words.add_argument(
         "--labels",
-        required=True,
-        help='words separated by commas, for instance "hair, coat|jacket, shoes" (| joins other words for a label), '
-        "or @labels.txt or @labels.json",
+        help='words separated by commas, for instance "hair, coat|jacket:red:0.4, shoes" (| joins other words for a '
+        "label, a colour and the score that its pixels must have may follow), or @labels.txt or @labels.json",
+    )
+    words.add_argument(
+        "--vocabulary",
+        help="names what is there: everyday (256 words that ship), or words as for --labels",
+    )
+    parser.add_argument(
+        "--min-area",
+        type=float,
+        metavar="SHARE",
+        help=f"of the picture that a word of --vocabulary must cover, 0 to 1 (default: {MIN_AREA})",
+    )
+    parser.add_argument(
+        "--synonyms",
+        choices=("average", "best"),
+        default="average",
+        help="how the words of one label count: by their mean, or at each place by the best",
     )
     parser.add_argument(
         "--model", default=DEFAULT_CHECKPOINT, help="folder or Hub name (default: the shipped model)"
@@ -104,10 +121,13 @@ def _add_segment(commands: argparse._SubParsersAction) -> None:
         choices=FORMATS,
         default=[],
         help="results in OUTPUT: png (masks of numbers and overlays, there always), masks (a PNG for each label), coco "
-        "(run lengths), yolo and labelme (polygons), csv (areas and scores); may be repeated",
+        "(run lengths), coco-polygons, coco-panoptic, yolo and labelme (polygons), csv (areas and scores); may be "
+        "repeated",
     )
     parser.add_argument(
-        "--overwrite", action="store_true", help="results of --format, or of a video, are made anew"
+        "--overwrite",
+        action="store_true",
+        help="an overlay, a mask, a video and results of --format that are there are made anew",
     )
     parser.add_argument(
         "--json", action="store_true", help="areas, scores and files as JSON on standard output"
@@ -167,7 +187,7 @@ def _add_video(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
         "videos", "IMAGE is a video: --output is one too, --mask a folder of PNGs"
     )
-    parser.set_defaults(video=None)
+    parser.set_defaults(video=None, picture=None, pictures=None)
     group.add_argument(
         "--smooth",
         type=int,
@@ -193,12 +213,10 @@ def _add_convert(commands: argparse._SubParsersAction) -> None:
 
 def _check_segment(args: argparse.Namespace) -> None:
     """Refuses what could not be done before torch is imported; labels, options, output and picture are ready then."""
-    if (
-        process_rank()
-    ):  # The first of several processes of `accelerate launch` refuses, and writes what is one for all.
+    if process_rank():  # The first process of `accelerate launch` refuses, and writes what is one for all.
         args.overwrite, args.quiet, args.format = True, True, []
-    args.words = read_labels(args.labels)
-    args.labels = [words[0] for words in split_synonyms(args.words)]
+    asked = _read_words(args)
+    args.words = asked.words
     args.options = SegmentationOptions(
         window_size=None if args.whole else ("auto" if args.window is None else args.window),
         window_stride="auto" if args.stride is None else args.stride,
@@ -206,10 +224,14 @@ def _check_segment(args: argparse.Namespace) -> None:
         templates=tuple(validate_templates(args.template)) if args.template else None,
         batch_size=args.batch_size,
         shortest_edge=args.short_side,
+        synonyms=args.synonyms,
+        thresholds=asked.thresholds,
+        colours=asked.colours,
+        min_area=args.min_area,
     )
     whole_number(args.workers, "--workers", least=0)
     whole_number(args.max_pixels, "--max-pixels")
-    check_one_background(args.labels, args.background_threshold is not None)
+    args.options.check_labels(asked.names)
     refuse_missing_folder(args.model)
     places, source = _find_places(args.images)
     if _check_video(args, places):
@@ -217,13 +239,12 @@ def _check_segment(args: argparse.Namespace) -> None:
     from .images import load_image  # late: it imports transformers, though not torch
 
     path = Path("stdin" if source == "-" else urlsplit(source).path if source else places[0])
-    args.picture = args.pictures = None
     if source or (len(places) == 1 and path.is_file()):
         args.picture = load_image(sys.stdin.buffer if source == "-" else source or path, args.max_pixels)
         args.image = source or str(path)
         if not args.format:
             args.output = args.output or Path(f"{path.stem}-segmented.png")
-            _check_places(path, args.output, args.mask)
+            _check_places(path, args.output, args.mask, args.overwrite)
             return
     if args.mask is not None:
         raise ValueError("--mask is for one picture; a folder's masks are in OUTPUT/masks.")
@@ -249,12 +270,26 @@ def _check_video(args: argparse.Namespace, places: list[Path]) -> bool:
     if len(places) > 1 or args.format:
         reason = f"one of {len(places)}" if len(places) > 1 else "a video, and --format is for pictures"
         raise ValueError(f"{video} is {reason}; videos go alone, with --output and --mask.")
+    if args.vocabulary is not None:
+        raise ValueError(f"{video} is a video, whose frames have the same words; expected --labels.")
     ending = video.suffix.lower() if video.suffix.lower() in WRITTEN else ".mp4"
     args.video, args.output = video, args.output or Path(f"{video.stem}-segmented{ending}")
     args.smooth = whole_number(SMOOTH if args.smooth is None else args.smooth, "--smooth")
     args.every = whole_number(1 if args.every is None else args.every, "--every")
     check_video(video, args.output, args.mask, args.overwrite)
     return True
+
+
+def _read_words(args: argparse.Namespace) -> LabelList:
+    """The labels, or the words of a vocabulary, which have a least area then."""
+    if args.labels is not None:
+        if args.min_area is not None:
+            raise ValueError(f"--min-area is {args.min_area}, but there is no --vocabulary; expected both.")
+        return read_labels(args.labels)
+    args.min_area = MIN_AREA if args.min_area is None else args.min_area
+    if args.vocabulary.strip() == "everyday":
+        return parse_labels(everyday_words())
+    return read_labels(args.vocabulary)
 
 
 def _check_folder(args: argparse.Namespace, places: list[Path], source: Path | None) -> None:
@@ -315,7 +350,7 @@ def _is_web_address(text: str) -> bool:
     return is_web_address(text)
 
 
-def _check_places(image: Path, output: Path, mask: Path | None) -> None:
+def _check_places(image: Path, output: Path, mask: Path | None, overwrite: bool) -> None:
     """Refuses files that could not be written, or would lie over one another, before any work starts."""
     image_format(output)
     if mask is not None:
@@ -325,6 +360,8 @@ def _check_places(image: Path, output: Path, mask: Path | None) -> None:
     for place in (output, mask):
         if place is not None and _same_file(place, image):
             raise ValueError(f"{place} is the picture itself; choose another output path.")
+        if place is not None and place.exists() and not overwrite:
+            raise ValueError(f"{place} exists already; --overwrite replaces it.")
 
 
 def _same_file(one: Path, other: Path) -> bool:

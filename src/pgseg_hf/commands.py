@@ -22,7 +22,7 @@ from .folders import FolderSummary, segment_folder
 from .outputs import MaskResult, write_formats
 from .segmentation import Segment, Segmentation, Segmenter
 from .video import segment_video
-from .visualization import indexed_png, overlay
+from .visualization import indexed_png, label_colours, overlay
 from .weights import refuse_bad_weights
 
 OPTIONAL = ("accelerate", "datasets", "evaluate", "fsspec", "pyarrow", "yaml")
@@ -39,8 +39,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def segment(args: argparse.Namespace) -> int:
-    if process_rank() and args.picture is not None:
-        return 0  # A folder can be shared, a picture cannot.
+    if process_rank() and (args.picture is not None or args.video is not None):
+        return 0  # A folder can be shared, a picture or a video cannot.
     device = args.device or (f"cuda:{process_rank('LOCAL_RANK')}" if torch.cuda.is_available() else "cpu")
     segmenter = load_segmenter(args.model, args.options, device=device, dtype=getattr(torch, args.dtype))
     if args.video is not None:
@@ -50,11 +50,14 @@ def segment(args: argparse.Namespace) -> int:
     start = time.monotonic()
     result = segmenter(args.picture, args.words)
     assert isinstance(result, Segmentation)
+    if args.vocabulary is not None:
+        result = result.without_absent()
     if args.mask is not None:
-        mask = indexed_png(result.label_map, num_labels=len(args.labels), background=result.background)
+        colours = label_colours(result.labels, result.colours)
+        mask = indexed_png(result.label_map, len(result.labels), result.background, colours)
         write_image(mask, args.mask)
-    drawn = overlay(args.picture, result.label_map, args.labels, background=result.background)
-    write_image(drawn, args.output)
+    shown = (result.label_map, result.labels, result.background)
+    write_image(overlay(args.picture, *shown, colours=result.colours), args.output)
     width, height = args.picture.size
     seconds = time.monotonic() - start
     if args.json:

@@ -1,6 +1,7 @@
 """Configuration of the PGSeg models."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,6 +56,9 @@ NPR_VARIANTS = {
 }
 
 
+_MOST_LAYERS = 10_000
+
+
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ValueError(message)
@@ -62,6 +66,16 @@ def _require(condition: bool, message: str) -> None:
 
 def _require_known_activation(name: str, value: str) -> None:
     _require(value in ACT2FN, f"{name} is {value!r}, which is no activation of transformers.")
+
+
+def _require_choice(name: str, value: Any, choices: Iterable[str]) -> None:
+    _require(value in choices, f"{name} is {value!r}, expected one of {', '.join(choices)}.")
+
+
+def _require_positive(config: Any, *names: str, prefix: str = "") -> None:
+    for name in names:
+        value = getattr(config, name)
+        _require(value > 0, f"{prefix}{name} is {value}, expected at least 1.")
 
 
 def _require_range(name: str, value: float, low: float, high: float) -> None:
@@ -130,10 +144,8 @@ class PGSegTextConfig(CLIPTextConfig):
 
     def validate_architecture(self) -> None:
         """Checks fields against each other (called by `@strict`)."""
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads"):
-            _require(
-                getattr(self, name) > 0, f"text_config.{name} is {getattr(self, name)}, expected at least 1."
-            )
+        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads")
+        _require_positive(self, *sizes, prefix="text_config.")
         _require(
             self.hidden_size % self.num_attention_heads == 0,
             f"text_config.hidden_size is {self.hidden_size}, which is no multiple of num_attention_heads = "
@@ -148,8 +160,8 @@ class PGSegTextConfig(CLIPTextConfig):
             f"text_config.eos_token_id is {self.eos_token_id}, expected the one token at which texts are pooled.",
         )
         _require(
-            self.num_hidden_layers >= 0,
-            f"text_config.num_hidden_layers is {self.num_hidden_layers}, expected at least 0.",
+            0 <= self.num_hidden_layers <= _MOST_LAYERS,
+            f"text_config.num_hidden_layers is {self.num_hidden_layers}, expected 0 to {_MOST_LAYERS:,}.",
         )
         _require_known_activation("text_config.hidden_act", self.hidden_act)
         for name in ("layer_norm_eps", "initializer_range"):
@@ -291,24 +303,14 @@ class PGSegVisionConfig(PreTrainedConfig):
                 f"backbone's {', '.join(self.backbone_config.out_features)}.",
             )
 
-    def validate_architecture(self) -> None:
-        """Checks fields against each other (called by `@strict`)."""
-        for name in ("hidden_size", "intermediate_size", "num_attention_heads", "patch_size", "num_channels"):
-            _require(
-                getattr(self, name) > 0,
-                f"vision_config.{name} is {getattr(self, name)}, expected at least 1.",
-            )
-        _require(
-            self.hidden_size % self.num_attention_heads == 0,
-            f"vision_config.hidden_size is {self.hidden_size}, which is no multiple of num_attention_heads = "
-            f"{self.num_attention_heads}.",
-        )
-        _require(
-            self.image_size > 0 and self.image_size % self.patch_size == 0,
-            f"vision_config.image_size is {self.image_size}, expected a multiple of patch_size = {self.patch_size}.",
-        )
-        self._validate_backbone()
+    def _validate_stages(self) -> None:
         stages = len(self.depths)
+        for name, values in (("depths", self.depths), ("num_group_tokens", self.num_group_tokens)):
+            # A file that asks for more keeps the machine busy for hours before anything of it is read.
+            _require(
+                sum(values) <= _MOST_LAYERS,
+                f"vision_config.{name} is {list(values)}, expected at most {_MOST_LAYERS:,} in all.",
+            )
         _require(stages > 0, "vision_config.depths is empty, expected one depth for each stage.")
         _require(
             len(self.num_group_tokens) == stages,
@@ -336,35 +338,37 @@ class PGSegVisionConfig(PreTrainedConfig):
             f"vision_config.num_hidden_layers is {self.num_hidden_layers}, but depths = {list(self.depths)} add up to "
             f"{sum(self.depths)}.",
         )
+
+    def validate_architecture(self) -> None:
+        """Checks fields against each other (called by `@strict`)."""
+        sizes = ("hidden_size", "intermediate_size", "num_attention_heads", "patch_size", "num_channels")
+        counts = ("num_prototype_iterations", "prototype_projection_dim")
+        _require_positive(self, *sizes, *counts, prefix="vision_config.")
+        _require(
+            self.hidden_size % self.num_attention_heads == 0,
+            f"vision_config.hidden_size is {self.hidden_size}, which is no multiple of num_attention_heads = "
+            f"{self.num_attention_heads}.",
+        )
+        _require(
+            self.image_size > 0 and self.image_size % self.patch_size == 0,
+            f"vision_config.image_size is {self.image_size}, expected a multiple of patch_size = {self.patch_size}.",
+        )
+        self._validate_backbone()
+        self._validate_stages()
         _require(
             len(self.assign_mlp_ratio) == 2 and int(min(self.assign_mlp_ratio) * self.hidden_size) > 0,
             f"vision_config.assign_mlp_ratio is {list(self.assign_mlp_ratio)}, expected two numbers that make at least "
             "one channel of hidden_size.",
         )
-        _require(
-            self.npr_variant in NPR_VARIANTS,
-            f"vision_config.npr_variant is {self.npr_variant!r}, expected one of {', '.join(NPR_VARIANTS)}.",
-        )
-        _require(
-            self.prototype_mixing in PROTOTYPE_MIXINGS,
-            f"vision_config.prototype_mixing is {self.prototype_mixing!r}, expected one of "
-            f"{', '.join(PROTOTYPE_MIXINGS)}.",
-        )
-        _require(
-            self.segment_source in SEGMENT_SOURCES,
-            f"vision_config.segment_source is {self.segment_source!r}, expected one of {', '.join(SEGMENT_SOURCES)}.",
-        )
+        _require_choice("vision_config.npr_variant", self.npr_variant, NPR_VARIANTS)
+        _require_choice("vision_config.prototype_mixing", self.prototype_mixing, PROTOTYPE_MIXINGS)
+        _require_choice("vision_config.segment_source", self.segment_source, SEGMENT_SOURCES)
         known = NPR_VARIANTS[self.npr_variant].segment_sources
         _require(
             self.segment_source in known,
             f"vision_config.segment_source is {self.segment_source!r}, which the {self.npr_variant} variant does not "
             f"have; expected one of {', '.join(known)}.",
         )
-        for name in ("num_prototype_iterations", "prototype_projection_dim"):
-            _require(
-                getattr(self, name) > 0,
-                f"vision_config.{name} is {getattr(self, name)}, expected at least 1.",
-            )
         for name in ("dropout", "attention_dropout", "drop_path_rate", "prototype_momentum"):
             _require_range(f"vision_config.{name}", getattr(self, name), 0.0, 1.0)
         _require(self.drop_path_rate < 1, "vision_config.drop_path_rate is 1, which drops every branch.")
@@ -547,18 +551,9 @@ class PGSegConfig(PreTrainedConfig):
             )
         for name in ("rejection_threshold", "label_balance"):
             _require_range(name, getattr(self, name), 0.0, 1.0)
-        _require(
-            self.prototype_matching in PROTOTYPE_MATCHINGS,
-            f"prototype_matching is {self.prototype_matching!r}, expected one of {', '.join(PROTOTYPE_MATCHINGS)}.",
-        )
-        _require(
-            self.contrastive_pooling in CONTRASTIVE_POOLINGS,
-            f"contrastive_pooling is {self.contrastive_pooling!r}, expected one of {', '.join(CONTRASTIVE_POOLINGS)}.",
-        )
-        _require(
-            self.contrastive_loss in CONTRASTIVE_LOSSES,
-            f"contrastive_loss is {self.contrastive_loss!r}, expected one of {', '.join(CONTRASTIVE_LOSSES)}.",
-        )
+        _require_choice("prototype_matching", self.prototype_matching, PROTOTYPE_MATCHINGS)
+        _require_choice("contrastive_pooling", self.contrastive_pooling, CONTRASTIVE_POOLINGS)
+        _require_choice("contrastive_loss", self.contrastive_loss, CONTRASTIVE_LOSSES)
         _require(
             1 <= self.mixture_looks < math.inf,
             f"mixture_looks is {self.mixture_looks}, expected a number of at least 1.",

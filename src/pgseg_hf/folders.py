@@ -22,7 +22,7 @@ from .prompts import split_synonyms
 from .run_records import differences, file_digest, model_record, read_record
 from .segmentation import Segmentation, SegmentationOptions, Segmenter
 from .values import whole_number
-from .visualization import indexed_png, overlay
+from .visualization import indexed_png, label_colours, overlay
 
 logger = logging.get_logger(__name__)
 
@@ -161,7 +161,7 @@ class _Run:
         self._stream = partial(segmenter.stream, labels=labels, options=options)
         self._images = images
         self._called = [words[0] for words in split_synonyms(labels)]
-        self._has_background = options.background_threshold is not None
+        self._how = (options.has_background, options.colours, options.min_area is not None)
         self.made_from = {path: mask_source(self.mask_of(path)) if continues else None for path in images}
         # Of nobody knows what; what another process makes of them meanwhile is known.
         self._unknown = set() if continues else {self._version(path) for path in images}
@@ -175,7 +175,7 @@ class _Run:
 
     def result_of(self, path: Path) -> MaskResult:
         name, mask = path.relative_to(self.folder).as_posix(), self.mask_of(path)
-        return MaskResult(path, name, self.names[path], mask, self._called, self._has_background)
+        return MaskResult(path, name, self.names[path], mask, self._called, *self._how)
 
     def _version(self, path: Path) -> tuple[Path, int]:
         mask = self.mask_of(path)
@@ -276,10 +276,12 @@ class _Run:
         """Writes a picture's results, and counts the pixels of its labels."""
         assert loaded.image is not None
         if self.overlays:
-            picture = overlay(loaded.image, result.label_map, result.labels, background=result.background)
+            shown = (result.label_map, result.labels, result.background)
+            picture = overlay(loaded.image, *shown, colours=result.colours)
             write_image(picture, self.overlay_of(loaded.path))
         loaded.image = None
-        mask = indexed_png(result.label_map, num_labels=len(result.labels), background=result.background)
+        colours = label_colours(result.labels, result.colours)
+        mask = indexed_png(result.label_map, len(result.labels), result.background, colours)
         segments = result.segments(include_absent=True)
         scores = [segment.score for segment in segments]
         write_mask(mask, self.mask_of(loaded.path), loaded.digest, scores)

@@ -29,6 +29,7 @@ def lazy_names(
         return value
 
     def list_names() -> list[str]:
-        return sorted({*vars(sys.modules[package]), *names, *module_of})
+        modules = (name.partition(".")[0] for name in names)
+        return sorted({*vars(sys.modules[package]), *modules, *module_of})
 
     return get, list_names

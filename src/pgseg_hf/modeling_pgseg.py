@@ -23,7 +23,7 @@ from .modeling_base import PGSegPreTrainedModel, name_unused
 from .modeling_text import PGSegTextModel, PGSegTextModelWithProjection
 from .modeling_vision import PGSegVisionModel, PGSegVisionOutput
 from .npr import init_prototypes, npr_of
-from .objective import compute_losses
+from .objective import Losses, compute_losses
 from .precision import KeepsPrecision, full_precision
 from .projection import PGSegProjection
 from .token_ids import different_texts, find_words, padded_on_the_right, up_to_ends
@@ -79,8 +79,29 @@ class PGSegOutput(ModelOutput):
     text_model_output: BaseModelOutputWithPooling | None = None
     vision_model_output: PGSegVisionOutput | None = None
 
+    def add_losses(self, losses: Losses) -> None:
+        """Fills in the losses and their parts."""
+        self.loss, self.num_negatives = losses.total, losses.negatives
+        self.contrastive_loss, self.multi_label_loss = losses.contrastive, losses.multi_label
+        self.image_prototype_loss = losses.image_prototype
+        self.image_prototype_losses = losses.image_prototype_by_stage
+        self.text_prototype_loss, self.assignment_loss = losses.text_prototype, losses.assignment
+        self.patch_text_loss = losses.patch_text
+
     def to_tuple(self) -> tuple[Any, ...]:
         return tuple(value.to_tuple() if isinstance(value, ModelOutput) else value for value in self.values())
+
+
+def _refuse_bad_texts(input_ids: Tensor | None, for_losses: bool) -> None:
+    if input_ids is None or input_ids.ndim not in (2, 3):
+        shape = None if input_ids is None else list(input_ids.shape)
+        raise ValueError(
+            f"input_ids has shape {shape}, expected token ids [texts, length] or [labels, prompts, length]."
+        )
+    if for_losses and input_ids.ndim == 3:
+        raise ValueError(
+            f"input_ids has shape {list(input_ids.shape)}; the losses need one prompt a text, [texts, length]."
+        )
 
 
 class PGSegModel(KeepsPrecision, PGSegPreTrainedModel):
@@ -287,15 +308,7 @@ class PGSegModel(KeepsPrecision, PGSegPreTrainedModel):
         tag_input_ids = kwargs.pop("label_input_ids", tag_input_ids)
         tag_attention_mask = kwargs.pop("label_attention_mask", tag_attention_mask)
         name_unused(kwargs)
-        if input_ids is None or input_ids.ndim not in (2, 3):
-            shape = None if input_ids is None else list(input_ids.shape)
-            raise ValueError(
-                f"input_ids has shape {shape}, expected token ids [texts, length] or [labels, prompts, length]."
-            )
-        if return_loss and input_ids.ndim == 3:
-            raise ValueError(
-                f"input_ids has shape {list(input_ids.shape)}; the losses need one prompt a text, [texts, length]."
-            )
+        _refuse_bad_texts(input_ids, bool(return_loss))
         towers = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
         all_ids, all_mask, owners = input_ids, attention_mask, None
         if return_loss:
@@ -339,15 +352,7 @@ class PGSegModel(KeepsPrecision, PGSegPreTrainedModel):
         if return_loss:
             losses = compute_losses(self, self._image_features(vision), text_features, owners)
             vision.npr = None
-            output.loss = losses.total
-            output.contrastive_loss = losses.contrastive
-            output.multi_label_loss = losses.multi_label
-            output.image_prototype_loss = losses.image_prototype
-            output.image_prototype_losses = losses.image_prototype_by_stage
-            output.text_prototype_loss = losses.text_prototype
-            output.assignment_loss = losses.assignment
-            output.patch_text_loss = losses.patch_text
-            output.num_negatives = losses.negatives
+            output.add_losses(losses)
         return output
 
     @staticmethod

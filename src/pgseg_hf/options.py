@@ -1,15 +1,15 @@
 """How images are segmented, in numbers and words; nothing here needs torch."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from .values import share, whole_number
+from .values import hex_colour, share, whole_number
 
 BACKGROUND = "background"
-"""What a background threshold leaves over is called so."""
+"""What a threshold leaves over is called so."""
 
-FORMATS = ("png", "masks", "coco", "yolo", "labelme", "csv")
+FORMATS = ("png", "masks", "coco", "coco-polygons", "coco-panoptic", "yolo", "labelme", "csv")
 """What `pgseg segment --format` writes, see `outputs`."""
 
 
@@ -31,6 +31,13 @@ class SegmentationOptions:
         patch_weight: share of the patches' own scores in a pixel's, beside its group's, 0 to 1; `"auto"` as above.
         shortest_edge: pixels that an image's short side is resized to; what the processor was saved with by default.
         longest_edge: pixels that the long side may have then, with `shortest_edge`; None for any number.
+        synonyms: how a label with several words, `"car|automobile"`, is scored: by the `"average"` of their embeddings,
+            or by the `"best"` word at each place.
+        thresholds: for labels, called by their first word, the score that a pixel must have, 0 to 1; where a label wins
+            with less there is background.
+        colours: of labels in drawings and masks, such as `"#ff0000"` or `"red"`; the others have the palette's.
+        min_area: the labels are a vocabulary of what may be in an image: only those count that have this share of its
+            pixels when all compete, 0 to 1, and mean something else than one with more. None for all labels.
     """
 
     window_size: int | Literal["auto"] | None = "auto"
@@ -42,6 +49,10 @@ class SegmentationOptions:
     patch_weight: float | Literal["auto"] = "auto"
     shortest_edge: int | None = None
     longest_edge: int | None = None
+    synonyms: Literal["average", "best"] = "average"
+    thresholds: Mapping[str, float] | None = None
+    colours: Mapping[str, str] | None = None
+    min_area: float | None = None
 
     def __post_init__(self) -> None:
         for name, special in (
@@ -66,14 +77,40 @@ class SegmentationOptions:
         if self.background_threshold is not None:
             threshold = share(self.background_threshold, "background_threshold", "None or ")
             object.__setattr__(self, "background_threshold", threshold)
+        if self.synonyms not in ("average", "best"):
+            raise ValueError(f"synonyms is {self.synonyms!r}, expected 'average' or 'best'.")
+        if self.min_area is not None:
+            object.__setattr__(self, "min_area", share(self.min_area, "min_area", "None or "))
+        for name, check in (("thresholds", share), ("colours", hex_colour)):
+            values = getattr(self, name)
+            if values is not None and not isinstance(values, Mapping):
+                raise ValueError(f"{name} is {values!r}, expected None or a dictionary by label.")
+            checked: dict[str, Any] = {
+                label: check(value, f"{name}[{label!r}]") for label, value in (values or {}).items()
+            }
+            object.__setattr__(self, name, checked or None)
+
+    @property
+    def has_background(self) -> bool:
+        """Whether value 0 of a label map is background."""
+        return self.background_threshold is not None or bool(self.thresholds)
+
+    def check_labels(self, labels: Sequence[str]) -> None:
+        """Raises a ValueError where a threshold or colour is for none of the labels, or one is called background and
+        there is another."""
+        for name in ("thresholds", "colours"):
+            unknown = next((label for label in getattr(self, name) or () if label not in labels), None)
+            if unknown is not None:
+                raise ValueError(f"{name} are for {unknown!r}, which is none of the labels.")
+        check_one_background(labels, self.has_background)
 
 
 def check_one_background(labels: Sequence[str], background: bool) -> None:
-    """Raises a ValueError where a label is called as what the background threshold leaves over."""
+    """Raises a ValueError where a label is called as what a threshold leaves over."""
     own = next((label for label in labels if label.casefold() == BACKGROUND), None)
     if background and own is not None:
         raise ValueError(
-            f"labels have {own!r}, and background_threshold makes a background of its own: leave one of the two out, "
+            f"labels have {own!r}, and a threshold makes a background of its own: leave one of the two out, "
             "or say what the label means, such as 'wall'."
         )
 

@@ -1,4 +1,5 @@
-"""A folder's masks in the formats of other tools: COCO, YOLO, LabelMe, a PNG for each label, and a table.
+"""A folder's masks in the formats of other tools: COCO (run lengths, polygons, panoptic), YOLO, LabelMe, a PNG for each
+label, and a table.
 
 All are made from the masks that `folders.segment_folder` left, so that a format can be had later without segmenting
 again. Background is left out, but for the table. pycocotools and OpenCV, `pgseg-hf[formats]`, are imported when asked
@@ -11,9 +12,10 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -24,10 +26,17 @@ from PIL import Image
 from .files import folder_written_whole, mask_scores, write_image, write_json, write_text
 from .images import load_label_map
 from .options import BACKGROUND
+from .visualization.colours import label_colours
 
-NEEDS = {"coco": "pycocotools.mask", "yolo": "cv2", "labelme": "cv2"}
+NEEDS = {
+    "coco": ("pycocotools.mask",),
+    "coco-polygons": ("pycocotools.mask", "cv2"),
+    "yolo": ("cv2",),
+    "labelme": ("cv2",),
+}
 # Pixels that a polygon may be beside the mask's edge, and the corners that it has at least.
 _TOLERANCE, _CORNERS = 1.0, 3
+_HALF = 0.1  # half the width in pixels of a polygon that has but a line of pixels
 
 
 @dataclass
@@ -41,6 +50,8 @@ class MaskResult:
         mask: the mask's file.
         labels: N labels.
         background: whether value 0 is background, and label i has value i + 1.
+        colours: "#rrggbb" of labels that have a colour of their own.
+        only_present: whether tables leave absent labels out.
     """
 
     image: Path
@@ -49,6 +60,8 @@ class MaskResult:
     mask: Path
     labels: Sequence[str]
     background: bool
+    colours: Mapping[str, str] | None = None
+    only_present: bool = False
 
     def read(self) -> np.ndarray:
         """The label map, int64 [H, W]."""
@@ -71,6 +84,7 @@ class MaskResult:
         found = [
             {"label": name, "value": value, "pixels": int(count), "area": float(share), "score": score}
             for value, (name, count, share, score) in enumerate(zip(names, counts, shares, scores))
+            if count or not self.only_present
         ]
         return label_map.shape[1], label_map.shape[0], found
 
@@ -79,9 +93,10 @@ def check_formats(formats: Sequence[str], output: Path, overwrite: bool = False)
     """Raises a ValueError for a format whose library is not installed, or that would write over what is there."""
     for name in formats:
         try:
-            import_module(NEEDS.get(name, "json"))
+            for module in NEEDS.get(name, ()):
+                import_module(module)
         except ImportError as error:
-            package = NEEDS[name].partition(".")[0]
+            package = module.partition(".")[0]
             raise ValueError(
                 f"format {name} needs {package}, which is not installed, expected pip install 'pgseg-hf[formats]'."
             ) from error
@@ -114,36 +129,75 @@ def _write_label_masks(results: Sequence[MaskResult], place: Path) -> None:
                 write_image(Image.fromarray(mask * 255), folder / result.name.with_suffix("") / file)
 
 
-def _write_coco(results: Sequence[MaskResult], place: Path) -> None:
-    """One annotation with run lengths for each label of each picture; categories count from 1."""
+def _write_coco(results: Sequence[MaskResult], place: Path, polygons: bool = False) -> None:
+    """One annotation, with run lengths or polygons, for each label of each picture; categories count from 1."""
     from pycocotools import mask as rle  # type: ignore[import-not-found, import-untyped, unused-ignore]
 
-    images: list[dict] = []
     annotations: list[dict] = []
-    for result in results:
-        width, height, segments = result.segments()
-        image_id = len(images) + 1
-        images.append({"id": image_id, "file_name": result.file_name, "width": width, "height": height})
-        for number, _, mask in result.present():
+    for image_id, result in enumerate(results, 1):
+        scores = {found["label"]: found["score"] for found in result.segments()[2]}
+        for number, label, mask in result.present():
             code = rle.encode(np.asfortranarray(mask))
+            shape: Any = {"size": list(mask.shape), "counts": code["counts"].decode("ascii")}
+            if polygons:
+                shape = [points.round(2).ravel().tolist() for points in _polygons(mask, edges=True)]
             annotations.append(
                 {
                     "id": len(annotations) + 1,
                     "image_id": image_id,
                     "category_id": number + 1,
-                    "segmentation": {"size": [height, width], "counts": code["counts"].decode("ascii")},
+                    "segmentation": shape,
                     "area": int(rle.area(code)),
                     "bbox": [float(value) for value in rle.toBbox(code)],
                     "iscrowd": 0,
-                    "score": segments[number + result.background]["score"],
+                    "score": scores[label],
                 }
             )
-    labels = results[0].labels if results else ()
+    write_json(_coco(results, annotations), place)
+
+
+def _write_coco_panoptic(results: Sequence[MaskResult], place: Path) -> None:
+    """`panoptic.json`, and PNGs in `panoptic/` whose R + 256 G + 65536 B is a segment's id, its category's here; 0 is
+    background."""
+    annotations: list[dict] = []
+    with folder_written_whole(place, replace=True) as folder:
+        for image_id, result in enumerate(results, 1):
+            segments = []
+            ids = (result.read() + 1 - result.background).astype("<u4")
+            for number, _, mask in result.present():
+                rows, columns = (np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0))
+                left, top = int(columns[0]), int(rows[0])
+                segments.append(
+                    {
+                        "id": number + 1,
+                        "category_id": number + 1,
+                        "area": int(np.count_nonzero(mask)),
+                        "bbox": [left, top, int(columns[-1]) + 1 - left, int(rows[-1]) + 1 - top],
+                        "iscrowd": 0,
+                    }
+                )
+            file = {"image_id": image_id, "file_name": result.name.as_posix()}
+            annotations.append(file | {"segments_info": segments})
+            colours = np.ascontiguousarray(ids).view(np.uint8).reshape(*ids.shape, 4)[:, :, :3]
+            write_image(Image.fromarray(np.ascontiguousarray(colours)), folder / "panoptic" / result.name)
+        write_json(_coco(results, annotations), folder / "panoptic.json")
+
+
+def _coco(results: Sequence[MaskResult], annotations: list[dict]) -> dict[str, Any]:
+    """All that a COCO file has; the labels are stuff, with one segment each."""
+    images = []
+    for image_id, result in enumerate(results, 1):
+        with Image.open(result.mask) as mask:
+            size = {"width": mask.width, "height": mask.height}
+        images.append({"id": image_id, "file_name": result.file_name, **size})
+    labels, colours = (results[0].labels, results[0].colours) if results else ((), None)
+    rows = label_colours(labels, colours).tolist()
     categories = [
-        {"id": number, "name": label, "supercategory": ""} for number, label in enumerate(labels, 1)
+        {"id": number, "name": label, "supercategory": "", "isthing": 0, "color": colour}
+        for number, (label, colour) in enumerate(zip(labels, rows), 1)
     ]
-    content = {"info": {"description": "pgseg_hf"}, "licenses": [], "images": images}
-    write_json(content | {"annotations": annotations, "categories": categories}, place)
+    content: dict[str, Any] = {"info": {"description": "pgseg_hf"}, "licenses": [], "images": images}
+    return content | {"annotations": annotations, "categories": categories}
 
 
 def _write_yolo(results: Sequence[MaskResult], place: Path) -> None:
@@ -152,9 +206,8 @@ def _write_yolo(results: Sequence[MaskResult], place: Path) -> None:
         for result in results:
             lines = []
             for number, _, mask in result.present():
-                # Centres of pixels, so that both rounding and cutting off give the pixel.
                 for points in _polygons(mask):
-                    shares = (points + 0.5) / mask.shape[::-1]
+                    shares = points / mask.shape[::-1]
                     lines.append(" ".join([str(number), *(f"{value:.6f}" for value in shares.ravel())]))
             write_text(
                 "".join(f"{line}\n" for line in lines), folder / "labels" / result.name.with_suffix(".txt")
@@ -166,7 +219,9 @@ def _write_yolo(results: Sequence[MaskResult], place: Path) -> None:
             except OSError:  # Windows, and disks without links
                 shutil.copyfile(result.image, image)
         names = results[0].labels if results else ()
-        lines = [f"  {number}: {json.dumps(label)}\n" for number, label in enumerate(names)]
+        lines = [
+            f"  {number}: {json.dumps(label, ensure_ascii=False)}\n" for number, label in enumerate(names)
+        ]
         write_text("".join(["train: images\nval: images\nnames:\n", *lines]), folder / "data.yaml")
 
 
@@ -177,7 +232,7 @@ def _write_labelme(results: Sequence[MaskResult], place: Path) -> None:
         for result in results:
             height, width = result.read().shape
             shapes = [
-                {"label": label, "points": points.astype(float).tolist(), **same}
+                {"label": label, "points": points.tolist(), **same}
                 for _, label, mask in result.present()
                 for points in _polygons(mask)
             ]
@@ -198,7 +253,7 @@ def _write_labelme(results: Sequence[MaskResult], place: Path) -> None:
 
 
 def _write_csv(results: Sequence[MaskResult], place: Path) -> None:
-    """A line for each picture and label, absent ones too."""
+    """A line for each picture and label, absent ones too unless the labels are a vocabulary."""
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(["image", "width", "height", "label", "pixels", "area", "score"])
@@ -220,19 +275,42 @@ def _write_csv(results: Sequence[MaskResult], place: Path) -> None:
     write_text(table.getvalue(), place)
 
 
-def _polygons(mask: np.ndarray) -> list[np.ndarray]:
-    """The regions of a mask as polygons [P, 2] of pixels (x, y), without specks that have no three corners. These
-    formats know no holes: a hole hangs on its outline by a cut to and fro."""
+def _polygons(mask: np.ndarray, edges: bool = False) -> list[np.ndarray]:
+    """The regions of a mask as polygons [P, 2] of (x, y), at least three corners each. These formats know no holes: a
+    hole hangs on its outline by a cut to and fro.
+
+    Args:
+        mask: uint8 [H, W].
+        edges: whether the polygons go round the pixels, as COCO's do, or through the outermost ones: then every corner
+            lies so in its pixel that both rounding (supervision) and cutting off (ultralytics) give the pixel.
+    """
     import cv2  # type: ignore[import-not-found, import-untyped, unused-ignore]
 
+    if edges:
+        mask = mask.repeat(2, axis=0).repeat(2, axis=1)
     contours, hierarchy = cv2.findContours(mask, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
-    rings = [cv2.approxPolyDP(ring, _TOLERANCE, closed=True).reshape(-1, 2) for ring in contours]
+    rings = []
+    for contour in contours:
+        ring = cv2.approxPolyDP(contour, _TOLERANCE, closed=True)
+        rings.append((ring if len(ring) >= _CORNERS else contour).reshape(-1, 2))
     parents = [] if hierarchy is None else hierarchy.reshape(-1, 4)[:, 3].tolist()
     polygons = {number: rings[number] for number, parent in enumerate(parents) if parent < 0}
     for number, parent in enumerate(parents):
         if parent >= 0 and len(rings[number]) >= _CORNERS:
             polygons[parent] = _joined(polygons[parent], rings[number])
-    return [polygon for polygon in polygons.values() if len(polygon) >= _CORNERS]
+    wide = [polygon if len(polygon) >= _CORNERS else _widened(polygon) for polygon in polygons.values()]
+    return [(polygon + 0.5) / 2 if edges else polygon + 0.25 for polygon in wide]
+
+
+def _widened(line: np.ndarray) -> np.ndarray:
+    """A pixel, or a line of pixels between two, as a polygon that stays in them."""
+    (left, top), (right, bottom) = line[0], line[-1]
+    along = np.sign([right - left, bottom - top]) if len(line) > 1 else np.array([1, 0])
+    across = np.array([-along[1], along[0]])
+    corners = [line[0] - along * _HALF, line[-1] + along * _HALF]
+    return np.array(
+        [*(each + across * _HALF for each in corners), *(each - across * _HALF for each in corners[::-1])]
+    )
 
 
 def _joined(outline: np.ndarray, hole: np.ndarray) -> np.ndarray:
@@ -247,6 +325,8 @@ def _joined(outline: np.ndarray, hole: np.ndarray) -> np.ndarray:
 _WRITERS: dict[str, tuple[str, Callable[[Sequence[MaskResult], Path], None]]] = {
     "masks": ("label-masks", _write_label_masks),
     "coco": ("coco.json", _write_coco),
+    "coco-polygons": ("coco-polygons.json", partial(_write_coco, polygons=True)),
+    "coco-panoptic": ("coco-panoptic", _write_coco_panoptic),
     "yolo": ("yolo", _write_yolo),
     "labelme": ("labelme", _write_labelme),
     "csv": ("segments.csv", _write_csv),

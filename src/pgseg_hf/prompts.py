@@ -1,12 +1,14 @@
 """Class labels and the prompt templates that they are put into."""
 
+import re
 import unicodedata
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .text_files import check_characters, read_json, read_text, split_lines
-from .values import is_list
+from .values import hex_colour, is_list, share
 
 SEGMENTATION_TEMPLATES: tuple[str, ...] = ("a photo of a {}.",)
 """The one template of the released segmentation results."""
@@ -24,6 +26,9 @@ IMAGENET_TEMPLATES: tuple[str, ...] = (
 
 PLACEHOLDER = "{}"
 SYNONYM = "|"
+SETTING = ":"
+# What labels.json of a folder of masks may say beside, see `evaluation.mask_dataset`.
+_OF_MASKS = ("ignore_index", "background", "mask_values")
 
 
 def validate_labels(labels: Sequence[str]) -> list[str]:
@@ -86,13 +91,61 @@ def split_synonyms(labels: Sequence[str]) -> list[list[str]]:
     return words
 
 
-def read_labels(text: str) -> list[str]:
-    """The labels that a command was given: words separated by commas, or `@` and a file of them, which is text with
-    words separated by commas or lines, or JSON, `["cat", ...]` or `{"labels": ["cat", ...], "synonyms": {"cat":
-    ["kitten", ...]}}`.
+@dataclass(frozen=True)
+class LabelList:
+    """Labels as a user wrote them.
+
+    Args:
+        words: of each label, `"car|automobile"`, as [`Segmenter`] takes them.
+        names: what each is called, its first word.
+        colours: `"#rrggbb"` by name, of labels that were given one.
+        thresholds: by name, 0 to 1, of labels that were given one.
+    """
+
+    words: list[str]
+    names: list[str]
+    colours: dict[str, str]
+    thresholds: dict[str, float]
+
+
+def parse_labels(labels: Sequence[str]) -> LabelList:
+    """The labels of a list, each with its synonyms and then, after colons, a colour and a threshold if it has them:
+    `"car|automobile:red:0.4"`, `"road:#808080"`, `"tree:0.3"`.
 
     Raises:
-        ValueError: the file cannot be read, a file without `@`, `;` instead of commas, or see `split_synonyms`.
+        ValueError: something after a colon that is neither, or see `split_synonyms`.
+    """
+    parts = [[part.strip() for part in label.split(SETTING)] for label in validate_labels(labels)]
+    words = split_synonyms([of_label[0] for of_label in parts])
+    found = LabelList([SYNONYM.join(each) for each in words], [each[0] for each in words], {}, {})
+    for label, name, (_, *settings) in zip(labels, found.names, parts):
+        for setting in settings:
+            is_number = re.fullmatch(r"[-+.\d]+", setting)
+            if name in (found.thresholds if is_number else found.colours):
+                raise ValueError(f"the label {label!r} has two thresholds or colours, expected one of each.")
+            if is_number:
+                found.thresholds[name] = _threshold(setting, label)
+            else:
+                place = f"what follows {SETTING!r} in the label {label!r}"
+                found.colours[name] = hex_colour(setting, place, "a threshold from 0 to 1 or ")
+    return found
+
+
+def _threshold(text: str, label: str) -> float:
+    name = f"the threshold of the label {label!r}"
+    try:
+        return share(float(text), name)
+    except ValueError:
+        raise ValueError(f"{name} is {text!r}, expected a number from 0 to 1.") from None
+
+
+def read_labels(text: str) -> LabelList:
+    """The labels that a command was given: words separated by commas, or `@` and a file of them, which is text with
+    words separated by commas or lines, or JSON, `["cat", ...]` or `{"labels": ["cat", ...], "synonyms": {"cat":
+    ["kitten", ...]}, "colours": {"cat": "#ff0000"}, "thresholds": {"cat": 0.4}}`. Each is as [`parse_labels`] takes it.
+
+    Raises:
+        ValueError: the file cannot be read, a file without `@`, `;` instead of commas, or see `parse_labels`.
     """
     path = Path(text.strip().removeprefix("@"))
     is_json = path.suffix.lower() == ".json"
@@ -108,7 +161,7 @@ def read_labels(text: str) -> list[str]:
         lines = [line for line in split_lines(read_text(path)) if line.strip()]
         labels = [label for line in lines for label in _split_labels(line.rstrip(" ,"), str(path))]
     try:
-        return [SYNONYM.join(words) for words in split_synonyms(labels)]
+        return parse_labels(labels)
     except ValueError as error:
         raise ValueError(f"{path}: {error}" if text.strip().startswith("@") else str(error)) from error
 
@@ -124,12 +177,23 @@ def _split_labels(text: str, source: str) -> list[str]:
 def _labels_of_json(path: Path) -> list[str]:
     content = read_json(path)
     labels: Any = content.get("labels") if isinstance(content, dict) else content
-    others = content.get("synonyms", {}) if isinstance(content, dict) else {}
+    names = ("synonyms", "colours", "thresholds")
+    tables = {name: content.get(name, {}) if isinstance(content, dict) else {} for name in names}
     try:
         labels = validate_labels(labels)
-        if unknown := sorted(set(others) - set(labels)):
-            raise ValueError(f"synonyms are for {unknown[0]!r}, which is none of the labels")
-        return [SYNONYM.join([label, *others.get(label, ())]) for label in labels]
+        if other := sorted(
+            set(content if isinstance(content, dict) else ()) - {"labels", *names, *_OF_MASKS}
+        ):
+            raise ValueError(f"it has {other[0]!r}, expected labels, {', '.join(names)}")
+        for name, table in tables.items():
+            if unknown := sorted(set(table) - set(labels)):
+                raise ValueError(f"{name} are for {unknown[0]!r}, which is none of the labels")
+        if wrong := [words for words in tables["synonyms"].values() if not is_list(words)]:
+            raise ValueError(f"synonyms have {wrong[0]!r}, expected a list of words")
+        parts = [[SYNONYM.join([label, *tables["synonyms"].get(label, ())])] for label in labels]
+        for label, part in zip(labels, parts):
+            part += [str(tables[name][label]) for name in ("colours", "thresholds") if label in tables[name]]
+        return [SETTING.join(part) for part in parts]
     except (TypeError, AttributeError, ValueError) as error:
         raise ValueError(
             f'{path} cannot be read, expected ["cat", "dog"] or {{"labels": ["cat", "dog"]}}: {error}'

@@ -99,6 +99,11 @@ def average_by_owner(embeds_MD: Tensor, owners: Any) -> Tensor:
     return nn.functional.normalize(sums.index_add_(0, index, embeds_MD), dim=-1)
 
 
+def best_word(logits: Tensor, words_NWD: Tensor) -> Tensor:
+    """For each of N labels the largest of the logits of its W words, [N * W, ...] to [N, ...]."""
+    return logits.unflatten(0, words_NWD.shape[:2]).amax(dim=1) if words_NWD.dim() == 3 else logits
+
+
 def group_scores(
     segment_logits_KN: Tensor,
     image_logits_N: Tensor,

@@ -1,7 +1,7 @@
 """The one way from photos and words to masks, used by the pipeline, the command line and everything else."""
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, repeat
 from typing import Any
@@ -21,6 +21,7 @@ from .scoring import (
     WindowScores,
     average_by_owner,
     best_labels,
+    best_word,
     chance_of_labels,
     group_map,
     group_scores,
@@ -70,6 +71,7 @@ class Segmentation:
         scores: float [H, W], the score of each pixel's label.
         labels: N label names.
         background: whether value 0 is background.
+        colours: of labels that were given one, "#rrggbb" by name, for drawings.
 
     Raises:
         ValueError: a background, and a label of that name.
@@ -79,9 +81,27 @@ class Segmentation:
     scores: np.ndarray = field(repr=False)
     labels: list[str]
     background: bool = False
+    colours: Mapping[str, str] | None = None
 
     def __post_init__(self) -> None:
         check_one_background(self.labels, self.background)
+
+    def with_thresholds(self, thresholds: Mapping[str, float] | None) -> "Segmentation":
+        """The same with background where a label has a lower score than its threshold; itself without thresholds."""
+        if not thresholds:
+            return self
+        least = np.array([0.0] * self.background + [thresholds.get(label, 0.0) for label in self.labels])
+        is_low = self.scores < least[self.label_map]
+        values = np.where(is_low, 0, self.label_map + (not self.background))
+        return replace(self, label_map=values, scores=np.where(is_low, 1, self.scores), background=True)
+
+    def without_absent(self) -> "Segmentation":
+        """The same with no labels but those that are there, the largest first; with the first where none is."""
+        shown = [segment for segment in self.segments() if segment.value or not self.background]
+        values = np.zeros(len(self.labels) + self.background, dtype=np.int64)
+        values[[segment.value for segment in shown]] = np.arange(len(shown)) + self.background
+        labels = [segment.label for segment in shown] or self.labels[:1]
+        return replace(self, label_map=values[self.label_map], labels=labels)
 
     def segments(self, include_absent: bool = False) -> list[Segment]:
         """The labels that are present, largest area first; with `include_absent` all, in their order."""
@@ -206,9 +226,9 @@ def _batches(images: Iterable[Any], size: int) -> Iterator[list[Any]]:
         yield batch
 
 
-def remarks_on_one_label(labels: Sequence[str], background_threshold: float | None) -> list[str]:
+def remarks_on_one_label(labels: Sequence[str], background: bool) -> list[str]:
     """A sentence on a label that is alone and has no background to leave anything to."""
-    if len(labels) > 1 or background_threshold is not None:
+    if len(labels) > 1 or background:
         return []
     return [
         f"{labels[0]!r} is the only label and there is no background threshold, so that it covers the whole image; "
@@ -241,7 +261,7 @@ class Segmenter:
             images: path, bytes, file object, PIL image or array [H, W, 3], or a list, tuple, column of `datasets` or
                 pandas series of these.
             labels: names of what may be in the images; `"car|automobile"` is one label that is called by its first
-                word and scored by the mean of all.
+                word and scored by all, as `synonyms` of the options says.
             options: instead of the segmenter's.
 
         Raises:
@@ -262,21 +282,74 @@ class Segmenter:
         `smooth / 2` more: for frames of a video, scores are averaged over so many neighbours."""
         options = options or self.options
         words, labels = labels, [words[0] for words in split_synonyms(labels)]
-        background = options.background_threshold is not None
-        check_one_background(labels, background)
+        options.check_labels(labels)
         class_embeds = self.class_embeddings(words, options)
-        for remark in (
-            *remarks_on_one_label(labels, options.background_threshold),
-            *self.remarks_on_far_labels(labels, class_embeds, options),
-        ):
-            logger.warning_once(remark)
-        scored = (self.score(image, class_embeds, options) for image in self.encode(images, options))
-        for image in averaged_over_neighbours(scored, whole_number(smooth, "smooth")):
-            label_map, best = image.label_map()
-            yield Segmentation(label_map.cpu().numpy(), best.cpu().numpy(), labels, background)
+        smooth = whole_number(smooth, "smooth")
+        if options.min_area is not None and smooth > 1:
+            raise ValueError(
+                f"min_area is {options.min_area} and smooth {smooth}; with min_area smooth is 1."
+            )
+        if options.min_area is None:
+            for remark in (
+                *remarks_on_one_label(labels, options.has_background),
+                *self.remarks_on_far_labels(labels, class_embeds, options),
+            ):
+                logger.warning_once(remark)
+        encoded = self.encode(images, options)
+        if options.min_area is None:
+            scored = (self.score(image, class_embeds, options) for image in encoded)
+            maps = (image.label_map() for image in averaged_over_neighbours(scored, smooth))
+        else:
+            maps = (self._map_of_largest(image, class_embeds, options) for image in encoded)
+        background = options.background_threshold is not None
+        for label_map, best in maps:
+            given = (label_map.cpu().numpy(), best.cpu().numpy(), labels, background, options.colours)
+            yield Segmentation(*given).with_thresholds(options.thresholds)
+
+    def _map_of_largest(
+        self, image: EncodedImage, class_embeds: Tensor, options: SegmentationOptions
+    ) -> tuple[Tensor, Tensor]:
+        """As [`~ScoredImage.label_map`], of the labels alone that cover most of the image."""
+        found = sorted(self.largest(image, class_embeds, options.min_area or 0.0, options))
+        label_map, best = self.score(image, class_embeds[found], options).label_map()
+        values = [0, *(index + 1 for index in found)] if options.background_threshold is not None else found
+        return torch.tensor(values, device=label_map.device)[label_map], best
+
+    def largest(
+        self,
+        image: EncodedImage,
+        class_embeds: Tensor,
+        min_area: float,
+        options: SegmentationOptions | None = None,
+    ) -> list[int]:
+        """Which labels cover most of an image when all compete, the largest first; one that means nearly the same as a
+        larger one is left out.
+
+        Args:
+            image: from [`~Segmenter.encode`].
+            class_embeds: from [`~Segmenter.class_embeddings`].
+            min_area: share of the pixels that a label must have to count, 0 to 1.
+            options: `templates`, `top_k` and `patch_weight` are used.
+
+        Returns:
+            at least one number of a label: the largest where none reaches `min_area`.
+        """
+        options = replace(options or self.options, background_threshold=None)
+        scored = self.score(image, class_embeds, options)
+        label_map, _ = replace(scored, size=scored.resized).label_map()
+        areas = label_map.flatten().bincount(minlength=len(class_embeds)) / label_map.numel()
+        words = class_embeds.reshape(len(class_embeds), -1, class_embeds.shape[-1])
+        found: list[int] = []
+        for index in areas.argsort(descending=True, stable=True).tolist():
+            if found and areas[index] < max(min_area, 1 / label_map.numel()):
+                break
+            if not found or (words[found].flatten(0, 1) @ words[index].T).max() < SAME_MEANING:
+                found.append(index)
+        return found
 
     def class_embeddings(self, labels: Sequence[str], options: SegmentationOptions | None = None) -> Tensor:
-        """Labels in the joint space, unit rows [N, D]; of synonyms, `"car|automobile"`, the unit mean."""
+        """Labels in the joint space, unit rows [N, D]; of synonyms, `"car|automobile"`, the unit mean. Where the best
+        of synonyms counts, [N, W, D] with as many words as a label has at most, the first filling up."""
         options = options or self.options
         words = split_synonyms(labels)
         flat = [word for each in words for word in each]
@@ -284,7 +357,12 @@ class Segmenter:
         embeds = self.processor.get_class_embeddings(self.model, flat, options.templates)
         if len(flat) == len(words):
             return embeds
-        return average_by_owner(embeds, [number for number, each in enumerate(words) for _ in each])
+        owners = [number for number, each in enumerate(words) for _ in each]
+        if options.synonyms == "average":
+            return average_by_owner(embeds, owners)
+        most = max(map(len, words))
+        places = [[flat.index(word) for word in (each + each[:1] * most)[:most]] for each in words]
+        return embeds[torch.tensor(places, device=embeds.device)]
 
     def encode(
         self, images: Iterable[Any], options: SegmentationOptions | None = None
@@ -306,19 +384,21 @@ class Segmenter:
 
         Args:
             image: from [`~Segmenter.encode`].
-            class_embeds: [N, D], from [`~Segmenter.class_embeddings`].
+            class_embeds: [N, D] or [N, W, D], from [`~Segmenter.class_embeddings`].
             options: threshold, `top_k`, `patch_weight` and, with a threshold, `templates` are used.
             may_have_background: [`~ScoredImage.with_background`] will be called on the result.
         """
         options = options or self.options
         threshold, weight, top_k = options.background_threshold, *self._weight_and_top_k(options)
-        others, is_alone = None, len(class_embeds) == 1
+        others, is_alone, all_words = None, len(class_embeds) == 1, class_embeds.flatten(0, -2)
         if threshold is not None or may_have_background or is_alone:
             others = self._other_words(class_embeds, options)
         scored = ScoredImage(image.size, image.resized)
         for window in image.windows:
             features = self._features(window)
-            (image_logits,), (segment_logits,) = self.model.get_logits(features, class_embeds)
+            (image_logits,), (segment_logits,) = self.model.get_logits(features, all_words)
+            image_logits = best_word(image_logits, class_embeds)
+            segment_logits = best_word(segment_logits.T, class_embeds).T
             scores = WindowScores(
                 window.groups,
                 group_scores(segment_logits, image_logits, top_k=top_k),
@@ -331,7 +411,7 @@ class Segmenter:
                     segment_logits, self.model.get_logits(features, others)[1][0], 1
                 )
             if weight:
-                patch_logits = self.model.get_patch_logits(features, class_embeds)[0]
+                patch_logits = best_word(self.model.get_patch_logits(features, all_words)[0], class_embeds)
                 scores.patch_scores = patch_scores(patch_logits, image_logits, top_k=top_k)
                 if others is not None:
                     other_logits = self.model.get_patch_logits(features, others)[0]
@@ -360,7 +440,8 @@ class Segmenter:
         words = None if self.processor is None else self.processor.vocabulary
         if words:
             embeds = self.class_embeddings(words, options)
-            different = (embeds @ class_embeds.T.to(embeds.dtype)).amax(dim=1) < SAME_MEANING
+            labels = class_embeds.flatten(0, -2).to(embeds.dtype)
+            different = (embeds @ labels.T).amax(dim=1) < SAME_MEANING
             if different.any():
                 return embeds[different]
         if len(class_embeds) > 1:
@@ -376,7 +457,7 @@ class Segmenter:
 
         Args:
             labels: N labels.
-            class_embeds: [N, D], from [`~Segmenter.class_embeddings`].
+            class_embeds: [N, D] or [N, W, D], from [`~Segmenter.class_embeddings`].
             options: `templates` is used.
         """
         words = self.processor.vocabulary or ()
@@ -384,7 +465,8 @@ class Segmenter:
             return []
         known = self.class_embeddings(words, options)
         spacing = (known @ known.T).fill_diagonal_(-1).amax(dim=1).float().quantile(0.1)
-        nearest = (class_embeds.to(known.dtype) @ known.T).max(dim=1)
+        likeness = class_embeds.to(known.dtype) @ known.T
+        nearest = (likeness if likeness.dim() == 2 else likeness.amax(dim=1)).max(dim=1)
         return [
             f"{label!r} is far from the {len(words)} words that this checkpoint learned, of which {words[index]!r} is "
             "the nearest; its mask may mean nothing."

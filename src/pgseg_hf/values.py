@@ -3,9 +3,11 @@
 import math
 import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import suppress
 from typing import Any, TypeGuard
 
 import numpy as np
+from PIL import ImageColor
 
 
 def is_list(value: Any) -> TypeGuard[Sequence[Any]]:
@@ -61,6 +63,20 @@ def share(value: Any, name: str, others: str = "") -> float:
     if not 0 <= found <= 1:
         raise ValueError(f"{name} is {value!r}, expected {others}a number from 0 to 1.")
     return found
+
+
+def hex_colour(value: Any, name: str, others: str = "") -> str:
+    """A colour as `"#rrggbb"`, from one that is written as in CSS: `"#f00"`, `"#ff0000"`, `"red"`.
+
+    Raises:
+        ValueError: another value, or a colour that light shines through.
+    """
+    rgb: tuple[int, ...] = ()
+    with suppress(ValueError, AttributeError, TypeError):
+        rgb = ImageColor.getrgb(value)
+    if len(rgb) != 3 or max(rgb) > 255:
+        raise ValueError(f"{name} is {value!r}, expected {others}a colour such as '#ff0000' or 'red'.")
+    return f"#{bytes(rgb).hex()}"
 
 
 def _is_truth(value: Any) -> bool:

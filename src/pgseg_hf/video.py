@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from .files import folder_written_whole, write_atomically, write_image
 from .values import whole_number
-from .visualization import indexed_png, overlay
+from .visualization import indexed_png, label_colours, overlay
 
 if TYPE_CHECKING:
     from .options import SegmentationOptions
@@ -280,12 +280,12 @@ def segment_video(
         def drawn() -> Iterator[Frame]:
             for frame, result in segment_frames(segmenter, source, labels, options, smooth, every):
                 if folder is not None:
-                    png = indexed_png(result.label_map, len(result.labels), result.background)
+                    colours = label_colours(result.labels, result.colours)
+                    png = indexed_png(result.label_map, len(result.labels), result.background, colours)
                     write_image(png, folder / f"{totals.frames:06d}.png")
                 totals.add(frame, result)
-                picture = overlay(
-                    frame.image, result.label_map, result.labels, result.background, legend=False
-                )
+                shown = (result.label_map, result.labels, result.background)
+                picture = overlay(frame.image, *shown, legend=False, colours=result.colours)
                 yield Frame(picture, frame.pts)
                 progress.update()
 

@@ -23,6 +23,10 @@ def what_is_wrong_with(folder: str | os.PathLike) -> str | None:
     for path in sorted(Path(folder).iterdir()):
         if path.suffix in _SUFFIXES and path.is_file() and (reason := what_is_wrong_with_file(path)):
             return f"{path} {reason}"
+    if not (Path(folder) / "config.json").exists():
+        return (
+            f"{folder} has no config.json: copy the whole folder, or save a model there by save_pretrained."
+        )
     return None
 
 

@@ -22,6 +22,9 @@ from model_catalogue import Catalogue  # noqa: E402
 from settings import MAX_LABELS, Settings  # noqa: E402
 from studies import read_labels  # noqa: E402
 
+from pgseg_hf import SegmentationOptions  # noqa: E402
+from pgseg_hf.suggestions import everyday_words  # noqa: E402
+
 MASKS, ROWS, MASK, LABELS, GROUPS, HEAT, WORDS, NUMBER, FIRST, SECOND, NOTE, FOUND, STUDY, OTHER = range(14)
 
 
@@ -112,8 +115,29 @@ def test_without_labels_the_models_own_words_are_looked_for(handlers, asked, str
     assert shown[STUDY].encoded is given[STUDY].encoded
     _, explained = handlers.segment(street_file, None, False, None, None, "sliding", 0)
     assert [each["label"] for each in explained["labels"]] == labels
-    with pytest.raises(ValueError, match="no vocabulary of its own"):
-        handlers.show_masks(*asked(words="", model="tiny"))
+    everyday = handlers.show_masks(*asked(words="", model="tiny"))[FOUND].split(", ")
+    assert set(everyday) <= set(everyday_words()), "of a model that knows no words of its own"
+
+
+def test_labels_with_synonyms_colours_and_thresholds(handlers, asked, street_file):
+    """As the library segments by them; another colour or threshold needs no model."""
+    plain = handlers.show_masks(*asked(words="road|pavement, tree:0, building"))
+    study = plain[STUDY]
+    assert study.labels == ["road", "tree", "building"] and plain[FOUND] == gr.skip()
+    words = "road|pavement:red, tree:1, building:#00f:0.3"
+    shown = handlers.show_masks(*asked(words=words, study=study))
+    assert shown[STUDY].scored is study.scored
+    result = shown[STUDY].segmentation(None)
+    options = SegmentationOptions(
+        window_size="auto", thresholds={"tree": 1, "building": 0.3}, colours={"road": "red"}
+    )
+    segmenter = handlers.laboratory.catalogue.load("")
+    expected = segmenter(street_file, ["road|pavement", "tree", "building"], options)
+    np.testing.assert_array_equal(result.label_map, expected.label_map)
+    colours = {name.rpartition(" ")[0]: colour for name, colour in shown[MASKS].color_map.items()}
+    assert {"road": "#ff0000", "building": "#0000ff"}.items() >= colours.items() and colours
+    with pytest.raises(ValueError, match="'reddish', expected a threshold from 0 to 1 or a colour"):
+        handlers.show_masks(*asked(words="road:reddish"))
 
 
 @pytest.mark.parametrize(

@@ -68,6 +68,16 @@ class TestSegment:
         assert found["options"]["short_side"] == (short_side or None)
         assert found["model"] == "pgseg-small-everyday"
 
+    def test_synonyms_colours_and_thresholds_of_labels(self, client, street_file):
+        labels = "building|house:#00f:0.4, road\ntree:1"
+        mask, found = call(client, street_file, labels=labels)
+        options = SegmentationOptions(thresholds={"building": 0.4, "tree": 1}, colours={"building": "blue"})
+        expected = load_segmenter()(street_file, ["building|house", "road", "tree"], options)
+        assert (np.asarray(Image.open(mask)) != expected.label_map).mean() < 1e-4
+        assert [each["label"] for each in found["labels"]] == ["background", "building", "road", "tree"]
+        assert found["labels"][1]["colour"] == "#0000ff" and found["labels"][3]["area"] == 0
+        assert Image.open(mask).getpalette()[3:6] == [0, 0, 255]
+
     def test_another_resolution_gives_another_mask(self, client, street_file):
         masks = [np.asarray(Image.open(call(client, street_file, short_side=side)[0])) for side in (0, 256)]
         assert masks[0].shape == masks[1].shape and (masks[0] != masks[1]).any()

@@ -128,7 +128,12 @@ class TestLabels:
         ("text", "message"),
         [
             (",".join(f"word {i}" for i in range(500)), f"500 labels are more than the {MAX_LABELS}"),
+            (
+                ",".join(f"word {i}|other {i}" for i in range(151)),
+                f"302 labels are more than the {MAX_LABELS}",
+            ),
             ("a" * 101, "101 letters"),
+            ("cat:reddish", "'reddish', expected a threshold"),
             ("cat, Cat", "repeats"),
         ],
     )

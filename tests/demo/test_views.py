@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -37,8 +38,9 @@ def test_masks_are_in_the_labels_own_colours_the_largest_first():
     assert image.size == (20, 40)
     assert [name for _, name in masks] == ["dog 0.50", "cat 0.50"]
     assert masks[0][0].sum() == 400 and masks[0][0].max() == 1
-    assert shown["color_map"]["cat 0.50"] == views.colours_of(LABELS)["cat"]
-    assert views.colours_of(LABELS)["cat"] == "#{:02x}{:02x}{:02x}".format(*palette(1)[0])
+    assert shown["color_map"]["cat 0.50"] == "#{:02x}{:02x}{:02x}".format(*palette(1)[0])
+    chosen = views.annotated(Image.new("RGB", (20, 40)), replace(result(), colours={"cat": "#ff0000"}))
+    assert chosen["color_map"]["cat 0.50"] == "#ff0000"
 
 
 def test_large_pictures_are_shown_smaller():

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pgseg_hf.evaluation.analysis import GroupStatistics
+from pgseg_hf.evaluation.metrics.analysis import GroupStatistics
 
 IGNORED = 255
 HALVES = torch.tensor([[0, 0, 1, 1]] * 4)

@@ -18,8 +18,8 @@ from PIL import Image
 
 from pgseg_hf import SegmentationOptions
 from pgseg_hf.evaluation import BrokenPicture, ConfusionMatrix, MaskFolder, MaskOptions, evaluate_masks
-from pgseg_hf.evaluation.benchmarks import BENCHMARKS, open_benchmark
-from pgseg_hf.evaluation.preparing import (
+from pgseg_hf.evaluation.benchmarks.catalogue import BENCHMARKS, open_benchmark
+from pgseg_hf.evaluation.benchmarks.preparing import (
     prepare_cityscapes,
     prepare_coco_object,
     prepare_coco_object_from_stuff,

@@ -11,7 +11,7 @@ import pytest
 import pgseg_hf
 from pgseg_hf.prompts import validate_labels
 
-FOLDER = Path(pgseg_hf.__file__).parent / "evaluation" / "class_names"
+FOLDER = Path(pgseg_hf.__file__).parent / "evaluation" / "benchmarks" / "class_names"
 COUNTS = {
     "ade20k": 150,
     "cityscapes": 19,

@@ -14,7 +14,7 @@ from PIL import Image
 from tiny_models import make_photo
 
 from pgseg_hf.evaluation import classification
-from pgseg_hf.evaluation.benchmarks import read_class_names
+from pgseg_hf.evaluation.benchmarks.catalogue import read_class_names
 from pgseg_hf.evaluation.classification import (
     ClassFinder,
     Classifier,

@@ -20,7 +20,7 @@ from pgseg_hf import DEFAULT_CHECKPOINT, PGSegModel, __version__, evaluation
 from pgseg_hf.cli import build_parser, main
 from pgseg_hf.evaluation import baselines, command, running
 from pgseg_hf.evaluation.arguments import parse_thresholds
-from pgseg_hf.evaluation.benchmarks import read_class_names
+from pgseg_hf.evaluation.benchmarks.catalogue import read_class_names
 from pgseg_hf.evaluation.reports import cell, to_markdown
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "evaluate_pgseg.py"

@@ -9,8 +9,8 @@ from PIL import Image
 from tiny_models import make_photo
 
 from pgseg_hf.evaluation import BrokenPicture, MaskDataset, MaskOptions, evaluate_masks
-from pgseg_hf.evaluation.benchmarks import BENCHMARKS
-from pgseg_hf.evaluation.hub_masks import hub_pictures
+from pgseg_hf.evaluation.benchmarks.catalogue import BENCHMARKS
+from pgseg_hf.evaluation.benchmarks.hub_masks import hub_pictures
 
 SIZES = [(8, 8), (10, 12), (9, 11)]
 TRUTHS = [quarters(np.roll([0, 1, 2, 255], number), size) for number, size in enumerate(SIZES)]

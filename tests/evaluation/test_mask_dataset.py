@@ -10,7 +10,7 @@ from mask_folders import LABELS, make_folder
 from PIL import Image
 
 from pgseg_hf.evaluation import ConfusionMatrix, MaskFolder
-from pgseg_hf.evaluation.mask_dataset import parse_mask_values
+from pgseg_hf.evaluation.benchmarks.mask_dataset import parse_mask_values
 from pgseg_hf.images import load_label_map
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"

@@ -15,7 +15,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import confusion_matrix, jaccard_score
 
-from pgseg_hf.evaluation.mean_iou import MeanIoU
+from pgseg_hf.evaluation.metrics.mean_iou import MeanIoU
 
 FIGURES = {
     "mean_iou",

@@ -7,14 +7,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from pgseg_hf.evaluation import coco_masks
-from pgseg_hf.evaluation.coco_masks import (
+from pgseg_hf.evaluation.benchmarks import coco_masks
+from pgseg_hf.evaluation.benchmarks.coco_masks import (
     decode_segmentation,
     decompress_run_lengths,
     expand_run_lengths,
     fill_polygon,
 )
-from pgseg_hf.evaluation.preparing import (
+from pgseg_hf.evaluation.benchmarks.preparing import (
     COCO_CATEGORY_IDS,
     CONTEXT_CATEGORY_IDS,
     PreparationSummary,

@@ -7,9 +7,9 @@ import yaml
 from tiny_models import make_photo
 
 from pgseg_hf.evaluation import MaskDataset
-from pgseg_hf.evaluation.benchmarks import BENCHMARKS
+from pgseg_hf.evaluation.benchmarks.catalogue import BENCHMARKS
+from pgseg_hf.evaluation.metrics.refinement import PixelAdaptiveRefinement
 from pgseg_hf.evaluation.protocols import PROTOCOLS, Protocol, load_protocol
-from pgseg_hf.evaluation.refinement import PixelAdaptiveRefinement
 
 # The released configurations' values; the unified protocol has one for all.
 THRESHOLDS = {

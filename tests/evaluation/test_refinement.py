@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pgseg_hf.evaluation.refinement import PixelAdaptiveRefinement
+from pgseg_hf.evaluation.metrics.refinement import PixelAdaptiveRefinement
 
 SEEDS = st.integers(0, 10**6)
 

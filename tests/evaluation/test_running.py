@@ -19,7 +19,7 @@ from tiny_models import make_photo
 from pgseg_hf import SegmentationOptions, load_segmenter
 from pgseg_hf.evaluation import MaskFolder, MaskOptions, evaluate_masks, running
 from pgseg_hf.evaluation.classification import Classes, Classifier, LabelledPicture
-from pgseg_hf.evaluation.masks import SegmentedPicture
+from pgseg_hf.evaluation.evaluator import SegmentedPicture
 from pgseg_hf.evaluation.running import (
     Output,
     checkpoint_hash,

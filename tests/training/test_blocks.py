@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pgseg_hf.data.records import Record, UnusableRecord
-from pgseg_hf.training.blocks import read_in_blocks
+from pgseg_hf.training.batches.reading import read_in_blocks
 
 
 def reader(source, part=0, parts=1, block=3, state=None, seed=1):

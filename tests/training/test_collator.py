@@ -10,8 +10,8 @@ from tiny_models import CLIP_TEXT, tiny_model
 from transformers import Trainer, TrainingArguments
 
 from pgseg_hf import PGSegImageProcessorPil, PGSegProcessor, default_tokenizer
-from pgseg_hf.training.collator import PGSegCollator
-from pgseg_hf.training.preparation import Example
+from pgseg_hf.training.batches.collator import PGSegCollator
+from pgseg_hf.training.batches.preparation import Example
 
 
 @pytest.fixture(scope="module")

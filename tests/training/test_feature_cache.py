@@ -13,10 +13,10 @@ from tiny_models import tiny_model
 
 from pgseg_hf.data.augmentation import AugmentationOptions
 from pgseg_hf.data.sources import SourceSpec, open_source
-from pgseg_hf.training.collator import PGSegCollator
-from pgseg_hf.training.feature_cache import DONE, CacheOptions, cache_features
-from pgseg_hf.training.mixing import Draw, seeded
-from pgseg_hf.training.preparation import Preparation
+from pgseg_hf.training.batches.collator import PGSegCollator
+from pgseg_hf.training.batches.feature_cache import DONE, CacheOptions, cache_features
+from pgseg_hf.training.batches.mixing import Draw, seeded
+from pgseg_hf.training.batches.preparation import Preparation
 
 
 @pytest.fixture

@@ -21,13 +21,13 @@ from tiny_models import CLIP_TEXT
 from pgseg_hf import PGSegImageProcessorPil, PGSegProcessor, default_tokenizer, load_segmenter
 from pgseg_hf.cli import main
 from pgseg_hf.data.photos import Photo, read_photos
-from pgseg_hf.training.fine_tuning import split_photos
-from pgseg_hf.training.fine_tuning_report import (
+from pgseg_hf.training.fine_tuning.report import (
     average_precisions,
     confused_labels,
     labels_always_together,
     precision_by_chance,
 )
+from pgseg_hf.training.fine_tuning.run import split_photos
 
 COLOURS = {"rose": (200, 30, 40), "sea": (20, 60, 200), "meadow": (40, 180, 50)}
 PATIENCE = 900

@@ -10,7 +10,7 @@ from tiny_models import make_photo
 
 from pgseg_hf import load_segmenter
 from pgseg_hf.data.records import Record, UnusableRecord
-from pgseg_hf.training.map_dataset import RecordDataset
+from pgseg_hf.training.batches.map_dataset import RecordDataset
 
 
 class Records:

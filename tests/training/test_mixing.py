@@ -6,7 +6,7 @@ from fake_sources import WEIGHTS
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pgseg_hf.training.mixing import Draw, Mixture, seeded
+from pgseg_hf.training.batches.mixing import Draw, Mixture, seeded
 
 # Seeds
 

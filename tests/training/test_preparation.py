@@ -14,8 +14,8 @@ from tiny_models import make_photo
 
 from pgseg_hf.data.augmentation import AugmentationOptions
 from pgseg_hf.data.records import Record, UnusableRecord
-from pgseg_hf.training.preparation import CROP_TRIES, Example, Preparation
-from pgseg_hf.training.texts import TextOptions
+from pgseg_hf.training.batches.preparation import CROP_TRIES, Example, Preparation
+from pgseg_hf.training.batches.texts import TextOptions
 
 SEEDS = st.integers(0, 2**31 - 1)
 PHOTOS = Path(__file__).parents[3] / "shared" / "data"

@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 from pgseg_hf.data.records import UnusableRecord
 from pgseg_hf.data.sources import SourceSpec, open_source
 from pgseg_hf.images import load_image
-from pgseg_hf.training import streams
-from pgseg_hf.training.streams import StreamOptions, TrainingStream
+from pgseg_hf.training.batches import streams
+from pgseg_hf.training.batches.streams import StreamOptions, TrainingStream
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
 

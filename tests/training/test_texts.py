@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from pgseg_hf.data.records import Record, UnusableRecord
 from pgseg_hf.prompts import validate_labels
-from pgseg_hf.training.texts import (
+from pgseg_hf.training.batches.texts import (
     TextOptions,
     choose_texts,
     clean_tags,

@@ -13,7 +13,7 @@ from tiny_models import CLIP_TEXT, make_photo, tiny_model
 from transformers import Trainer, TrainingArguments
 
 from pgseg_hf import PGSegModel, default_tokenizer
-from pgseg_hf.training.collator import PGSegCollator
+from pgseg_hf.training.batches.collator import PGSegCollator
 
 COUNT = 7
 WORDS = ["cat", "dog", "tree", "sky", "car"]

@@ -9,18 +9,18 @@ from typing import TYPE_CHECKING
 from ..lazy import lazy_names
 
 if TYPE_CHECKING:
-    from .confusion import IGNORE_INDEX, ConfusionMatrix
-    from .mask_dataset import BrokenPicture, MaskDataset, MaskFolder, Picture
-    from .masks import MaskOptions, MaskScores, evaluate_masks
-    from .oracle import oracle_map
+    from .benchmarks.mask_dataset import BrokenPicture, MaskDataset, MaskFolder, Picture
+    from .evaluator import MaskOptions, MaskScores, evaluate_masks
+    from .metrics.confusion import IGNORE_INDEX, ConfusionMatrix
+    from .metrics.oracle import oracle_map
 else:
     __getattr__, __dir__ = lazy_names(
         __name__,
         {
-            "confusion": ["IGNORE_INDEX", "ConfusionMatrix"],
-            "mask_dataset": ["BrokenPicture", "MaskDataset", "MaskFolder", "Picture"],
-            "masks": ["MaskOptions", "MaskScores", "evaluate_masks"],
-            "oracle": ["oracle_map"],
+            "metrics.confusion": ["IGNORE_INDEX", "ConfusionMatrix"],
+            "benchmarks.mask_dataset": ["BrokenPicture", "MaskDataset", "MaskFolder", "Picture"],
+            "evaluator": ["MaskOptions", "MaskScores", "evaluate_masks"],
+            "metrics.oracle": ["oracle_map"],
         },
     )
 

@@ -6,15 +6,15 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .. import losses
+from .. import distributed
 from ..data.augmentation import Augmentation, AugmentationOptions
 from ..data.records import Record, UnusableRecord
 from ..data.sources import MapSource, SourceSpec, open_source
 from ..images import load_image, load_label_map
 from ..modeling_pgseg import PGSegModel
 from ..segmentation import Segmenter
-from .confusion import ConfusionMatrix
-from .mask_dataset import MaskDataset
+from .benchmarks.mask_dataset import MaskDataset
+from .metrics.confusion import ConfusionMatrix
 
 # Of the position prior: cells of its map, and how many crops it is made of.
 _GRID = (24, 32)
@@ -43,8 +43,8 @@ class Baselines:
 
     def sum_over_processes(self, device: str | torch.device = "cpu") -> "Baselines":
         """Adds what all processes counted, each on its part of the pictures; every process has to call it."""
-        if losses.world_size() > 1:
-            total = losses.sum_over_processes(torch.from_numpy(self.pixels).to(device))
+        if distributed.world_size() > 1:
+            total = distributed.sum_over_processes(torch.from_numpy(self.pixels).to(device))
             self.pixels = total.cpu().numpy()
             if self.prior is not None:
                 self.prior.sum_over_processes(device)

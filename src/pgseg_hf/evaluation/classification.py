@@ -14,7 +14,7 @@ import torch.distributed as dist
 from PIL import Image
 from transformers.utils import logging
 
-from .. import losses
+from .. import distributed
 from ..data.columns import Columns, tags_of
 from ..data.records import Record, UnusableRecord
 from ..data.sources import MapSource, Source, SourceSpec, open_source
@@ -23,9 +23,9 @@ from ..images import ImageSource, find_images, load_image
 from ..modeling_pgseg import PGSegModel
 from ..processing_pgseg import PGSegProcessor
 from ..prompts import IMAGENET_TEMPLATES, SEGMENTATION_TEMPLATES, validate_labels
-from .benchmarks import read_class_names
-from .hub_masks import open_split
-from .mask_dataset import digest, file_digests
+from .benchmarks.catalogue import read_class_names
+from .benchmarks.hub_masks import open_split
+from .benchmarks.mask_dataset import digest, file_digests
 
 logger = logging.get_logger(__name__)
 
@@ -213,12 +213,12 @@ class ClassificationScores:
 
     def sum_over_processes(self, device: str | torch.device = "cpu") -> "ClassificationScores":
         """Adds what all processes counted; every process has to call it."""
-        total = losses.sum_over_processes(
+        total = distributed.sum_over_processes(
             torch.tensor([*self.hits, self.pictures, self.reused], device=device)
         ).tolist()
         self.hits, self.pictures, self.reused = np.array(total[:2]), total[2], total[3]
-        if losses.world_size() > 1:
-            others: list = [None] * losses.world_size()
+        if distributed.world_size() > 1:
+            others: list = [None] * distributed.world_size()
             dist.all_gather_object(others, self.broken)
             self.broken = {name: reason for broken in others for name, reason in broken.items()}
         return self

@@ -16,15 +16,15 @@ from ..checkpoint import load_segmenter
 from ..data.augmentation import AugmentationOptions
 from ..run_records import model_record
 from ..segmentation import Segmenter
-from . import preparing
 from .arguments import parse_thresholds
 from .baselines import count_baselines, position_prior, untrained
-from .benchmarks import BENCHMARKS, open_benchmark
+from .benchmarks import preparing
+from .benchmarks.catalogue import BENCHMARKS, open_benchmark
+from .benchmarks.hub_masks import hub_pictures
+from .benchmarks.mask_dataset import MaskDataset, parse_mask_values
 from .classification import Classifier, open_imagenet, template_sets
-from .confusion import ConfusionMatrix
-from .hub_masks import hub_pictures
-from .mask_dataset import MaskDataset, parse_mask_values
-from .masks import MaskEvaluator, MaskOptions, MaskScores, without_nan
+from .evaluator import MaskEvaluator, MaskOptions, MaskScores, without_nan
+from .metrics.confusion import ConfusionMatrix
 from .protocols import Protocol, load_protocol
 from .reports import write_report
 from .running import Output, checkpoint_hash, classify_in_parts, evaluate_in_parts, versions

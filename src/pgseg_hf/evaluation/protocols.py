@@ -11,10 +11,10 @@ from ..prompts import SEGMENTATION_TEMPLATES, validate_templates
 from ..scoring import TOP_K
 from ..segmentation import SegmentationOptions
 from ..text_files import read_yaml
-from .benchmarks import BENCHMARKS
-from .mask_dataset import MaskDataset
-from .masks import SynonymRule
-from .refinement import PixelAdaptiveRefinement
+from .benchmarks.catalogue import BENCHMARKS
+from .benchmarks.mask_dataset import MaskDataset
+from .evaluator import SynonymRule
+from .metrics.refinement import PixelAdaptiveRefinement
 
 REFINEMENTS = ("none", "pamr")
 

@@ -34,9 +34,9 @@ from ..files import remove_unfinished, write_atomically, write_image, write_json
 from ..run_records import differences, read_record
 from ..segmentation import Segmenter
 from ..visualization import indexed_png, overlay, side_by_side
+from .benchmarks.mask_dataset import MaskDataset, Picture
 from .classification import Classes, ClassificationScores, Classifier
-from .mask_dataset import MaskDataset, Picture
-from .masks import MaskEvaluator, MaskOptions, MaskScores, SegmentedPicture
+from .evaluator import MaskEvaluator, MaskOptions, MaskScores, SegmentedPicture
 
 logger = logging.get_logger(__name__)
 

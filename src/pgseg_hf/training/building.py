@@ -23,7 +23,7 @@ from ..data.scenes import SceneSource
 from ..data.sources import MapSource, Source, SourceSpec, open_source
 from ..distributed import world_size
 from ..efficientnet_lite import IMAGE_MEAN, IMAGE_STD, EfficientNetLiteConfig
-from ..evaluation.confusion import MANY_UNKNOWN
+from ..evaluation.metrics.confusion import MANY_UNKNOWN
 from ..image_processing_pil_pgseg import PGSegImageProcessorPil
 from ..images import load_label_map
 from ..modeling_pgseg import PGSegModel
@@ -33,13 +33,13 @@ from ..run_records import flat, hash_of
 from ..text_files import read_json, read_yaml
 from ..tokenization import default_tokenizer
 from .arguments import DataArguments, ModelArguments, RunArguments
-from .collator import PGSegCollator
+from .batches.collator import PGSegCollator
+from .batches.feature_cache import CacheOptions, cache_features
+from .batches.patch_names import CellNamer
+from .batches.preparation import IGNORED, Preparation
+from .batches.streams import StreamOptions, TrainingStream
+from .batches.texts import TextOptions
 from .continuing import hash_of_files
-from .feature_cache import CacheOptions, cache_features
-from .patch_names import CellNamer
-from .preparation import IGNORED, Preparation
-from .streams import StreamOptions, TrainingStream
-from .texts import TextOptions
 
 # Weights of no dimension.
 logger = logging.get_logger(__name__)

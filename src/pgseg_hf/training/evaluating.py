@@ -14,9 +14,9 @@ from transformers.utils import logging
 
 from ..data.sources import MapSource, SourceSpec, open_source
 from ..distributed import sum_over_processes
+from ..evaluation.benchmarks.mask_dataset import MaskFolder
 from ..evaluation.classification import zero_shot_accuracy
-from ..evaluation.mask_dataset import MaskFolder
-from ..evaluation.masks import MaskEvaluator, MaskOptions, SegmentedPicture, evaluate_masks
+from ..evaluation.evaluator import MaskEvaluator, MaskOptions, SegmentedPicture, evaluate_masks
 from ..files import write_image
 from ..modeling_pgseg import PGSegModel
 from ..processing_pgseg import PGSegProcessor

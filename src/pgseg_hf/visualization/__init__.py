@@ -1,11 +1,11 @@
 """Colours and drawings for label maps: the one place where a mask becomes a picture.
 
 A *label map* is an integer array [H, W]. Without a background its values index the given labels; with one, 0 is
-background and label i has value i + 1. A label's colour depends on its index alone, so the same label has the same
-colour in every picture of a run.
+background and label i has value i + 1. A label's colour depends on its index alone, or is chosen, so the same label
+has the same colour in every picture of a run.
 """
 
-from .colours import group_palette, palette
+from .colours import group_palette, label_colours, palette
 from .heat import heat_map
 from .maps import draw_contours, draw_groups, find_contours, indexed_png, overlay, side_by_side
 from .prototypes import prototype_maps
@@ -17,6 +17,7 @@ __all__ = [
     "group_palette",
     "heat_map",
     "indexed_png",
+    "label_colours",
     "overlay",
     "palette",
     "prototype_maps",

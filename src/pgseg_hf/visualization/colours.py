@@ -1,9 +1,11 @@
-"""The one colour map: a label's colour depends on its index alone."""
+"""The one colour map: a label's colour depends on its index alone, unless it was chosen."""
 
 import functools
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
+from PIL import ImageColor
 
 # Okabe and Ito, "Color Universal Design" (2008), in an order that keeps neighbours apart. Their black hides on a
 # photograph: a dark wine red stands in for it.
@@ -19,6 +21,7 @@ BASE_COLOURS = (
 )
 _NUM_COLOURS = 1024  # distinct colours; after that they repeat
 _NUM_GROUP_COLOURS = 64
+_SAME_COLOUR = 60**2  # squared distance in units of `_seen_colours`
 
 # What protanopes and deuteranopes see, in linear RGB: Machado et al., "A Physiologically-based Model for Simulation
 # of Color Vision Deficiency" (2009), severity 1.
@@ -49,6 +52,27 @@ def palette(n: int) -> npt.NDArray[np.uint8]:
     if n <= len(BASE_COLOURS):
         return np.array(BASE_COLOURS, dtype=np.uint8)[:n]
     return _all_colours()[np.arange(n) % _NUM_COLOURS]
+
+
+def label_colours(labels: Sequence[str], chosen: Mapping[str, str] | None = None) -> npt.NDArray[np.uint8]:
+    """The colours of labels, uint8 [N, 3] (RGB): those that were chosen, "#rrggbb", the others by the palette, where a
+    colour that is nearly a chosen one gives way to a further one."""
+    colours = palette(len(labels))
+    own = [index for index, label in enumerate(labels) if label in (chosen or {})]
+    if not chosen or not own:
+        return colours
+    colours[own] = [ImageColor.getrgb(chosen[labels[index]]) for index in own]
+    seen = _seen_colours(colours[own])
+
+    def are_taken(some: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:
+        looks = _seen_colours(some)
+        return np.min([_distance(looks, each) for each in seen], axis=0) < _SAME_COLOUR
+
+    doubled = np.setdiff1d(np.flatnonzero(are_taken(colours)), own)
+    further = palette(2 * len(labels) + len(BASE_COLOURS))[len(labels) :]
+    further = further[~are_taken(further)][: len(doubled)]
+    colours[doubled[: len(further)]] = further
+    return colours
 
 
 def group_palette(n: int) -> npt.NDArray[np.uint8]:

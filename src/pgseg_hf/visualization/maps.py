@@ -1,13 +1,13 @@
 """Label maps over a picture, beside one another, and as files."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw
 
-from .colours import group_palette, palette
+from .colours import group_palette, label_colours, palette
 from .legend import legend_entries, with_legend
 from .text import INK, PAPER, drawable, fitted, font_of, letter_size
 
@@ -23,6 +23,7 @@ def overlay(
     alpha: float = 0.55,
     legend: bool = True,
     contours: bool = True,
+    colours: Mapping[str, str] | None = None,
 ) -> Image.Image:
     """Colour a picture by its label map.
 
@@ -38,6 +39,7 @@ def overlay(
             It stands to the right of a tall picture and under a wide one. Labels in letters that the font lacks have
             their number, from 1.
         contours: whether to draw a light line between regions.
+        colours: "#rrggbb" of labels that are not to have the palette's, by name.
 
     Returns:
         An RGB picture: W x H, or larger by the legend.
@@ -53,7 +55,9 @@ def overlay(
             f"The label map is {values.shape[1]} x {values.shape[0]} (width x height), "
             f"the image {picture.width} x {picture.height}: they must be of one size."
         )
-    return _painted(picture, values, names, palette(len(names)), background, alpha, legend, contours)
+    return _painted(
+        picture, values, names, label_colours(names, colours), background, alpha, legend, contours
+    )
 
 
 def draw_groups(
@@ -92,6 +96,7 @@ def draw_contours(
     labels: Sequence[str],
     background: bool = False,
     legend: bool = True,
+    colours: Mapping[str, str] | None = None,
 ) -> Image.Image:
     """Draw only the borders of the regions, each in the colour of its label, over the picture as it is.
 
@@ -100,7 +105,7 @@ def draw_contours(
         label_map: as for `overlay`.
         labels: the names, as given for the segmentation.
         background: whether 0 is background, whose side of a border stays free.
-        legend: as for `overlay`.
+        legend, colours: as for `overlay`.
 
     Raises:
         ValueError: as `overlay`.
@@ -110,13 +115,13 @@ def draw_contours(
     values = _checked_map(label_map)
     width = max(1, round(min(picture.size) / 500))
     band = find_contours(values, 5 * width) & ~find_contours(values, width) & (values >= background)
-    colours = palette(len(labels))
+    rows = label_colours(list(labels), colours)
     drawn = np.array(plain)
-    drawn[band] = colours[values[band] - background]
+    drawn[band] = rows[values[band] - background]
     if not legend:
         return Image.fromarray(drawn)
     counts = np.bincount(values.ravel(), minlength=len(labels) + background)[int(background) :]
-    return with_legend(Image.fromarray(drawn), legend_entries(list(labels), colours, counts, values.size))
+    return with_legend(Image.fromarray(drawn), legend_entries(list(labels), rows, counts, values.size))
 
 
 def find_contours(label_map: Any, width: int = 1) -> npt.NDArray[np.bool_]:
@@ -172,7 +177,12 @@ def side_by_side(images: Sequence[Image.Image], titles: Sequence[str] | None = N
     return canvas
 
 
-def indexed_png(label_map: Any, num_labels: int | None = None, background: bool = False) -> Image.Image:
+def indexed_png(
+    label_map: Any,
+    num_labels: int | None = None,
+    background: bool = False,
+    colours: npt.NDArray[np.uint8] | None = None,
+) -> Image.Image:
     """A label map as a picture whose pixel values are the map's own values: what is saved as a mask.
 
     Args:
@@ -180,6 +190,7 @@ def indexed_png(label_map: Any, num_labels: int | None = None, background: bool 
         num_labels: how many labels there are, so that all masks of a run get one format; judged by the largest value
             where not given.
         background: whether 0 is background; it is black in the palette.
+        colours: of the labels, uint8 [N, 3], from `label_colours`; by default the palette's.
 
     Returns:
         A palette image (mode `P`) in the labels' colours for up to 256 values, else a 16-bit one (mode `I;16`).
@@ -194,10 +205,12 @@ def indexed_png(label_map: Any, num_labels: int | None = None, background: bool 
     if count > 2**8:
         return Image.fromarray(values.astype(np.uint16))
     mask = Image.fromarray(values.astype(np.uint8)).convert("P")
-    colours = palette(256 - background)
+    rows = palette(256 - background)
+    if colours is not None:
+        rows[: len(colours)] = colours
     if background:
-        colours = np.vstack([np.zeros((1, 3), dtype=np.uint8), colours])
-    mask.putpalette(colours.tobytes())
+        rows = np.vstack([np.zeros((1, 3), dtype=np.uint8), rows])
+    mask.putpalette(rows.tobytes())
     return mask
 
 

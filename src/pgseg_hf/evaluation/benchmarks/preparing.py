@@ -17,9 +17,9 @@ import numpy as np
 from PIL import Image
 from transformers.utils import logging
 
-from ..files import mask_source, remove_unfinished, write_mask, write_text
-from ..images import MAX_IMAGE_PIXELS, load_label_map
-from ..run_records import file_digest
+from ...files import mask_source, remove_unfinished, write_mask, write_text
+from ...images import MAX_IMAGE_PIXELS, load_label_map
+from ...run_records import file_digest
 from .coco_masks import decode_segmentation
 
 COCO_CATEGORY_IDS: tuple[int, ...] = tuple(

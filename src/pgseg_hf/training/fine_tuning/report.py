@@ -13,16 +13,16 @@ import torch
 from PIL import Image
 from transformers.utils import logging
 
-from ..checkpoint import load_segmenter
-from ..data.metadata import find_metadata
-from ..data.photos import LabelledPhotos, Photo
-from ..evaluation.mask_dataset import MaskDataset, MaskFolder
-from ..evaluation.masks import MaskOptions, evaluate_masks, without_nan
-from ..files import write_image, write_json, write_text
-from ..images import load_image
-from ..options import BACKGROUND
-from ..segmentation import Segmentation, SegmentationOptions, Segmenter
-from ..visualization import overlay, side_by_side
+from ...checkpoint import load_segmenter
+from ...data.metadata import find_metadata
+from ...data.photos import LabelledPhotos, Photo
+from ...evaluation.benchmarks.mask_dataset import MaskDataset, MaskFolder
+from ...evaluation.evaluator import MaskOptions, evaluate_masks, without_nan
+from ...files import write_image, write_json, write_text
+from ...images import load_image
+from ...options import BACKGROUND
+from ...segmentation import Segmentation, SegmentationOptions, Segmenter
+from ...visualization import overlay, side_by_side
 
 logger = logging.get_logger(__name__)
 

@@ -17,13 +17,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from ..data.augmentation import Crop
-from ..data.records import Record, UnusableRecord
-from ..data.sources import MapSource, Source
-from ..files import write_json
-from ..modeling_pgseg import PGSegModel
-from ..text_files import read_json
-from .continuing import bytes_of
+from ...data.augmentation import Crop
+from ...data.records import Record, UnusableRecord
+from ...data.sources import MapSource, Source
+from ...files import write_json
+from ...modeling_pgseg import PGSegModel
+from ...text_files import read_json
+from ..continuing import bytes_of
 from .mixing import Draw, seeded
 from .patch_names import CellNamer
 from .preparation import Preparation

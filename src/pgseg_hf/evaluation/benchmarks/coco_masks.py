@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from ..images import MAX_IMAGE_PIXELS
+from ...images import MAX_IMAGE_PIXELS
 
 try:
     from pycocotools import mask as _official  # type: ignore[import-not-found, import-untyped, unused-ignore]

@@ -15,14 +15,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..data.metadata import find_metadata, read_metadata
-from ..files import path_inside
-from ..images import ImageSource, NoLabelMap, find_images, load_image, load_label_map
-from ..prompts import validate_labels
-from ..run_records import file_digest
-from ..text_files import read_json
-from ..values import is_whole
-from .confusion import IGNORE_INDEX
+from ...data.metadata import find_metadata, read_metadata
+from ...files import path_inside
+from ...images import ImageSource, NoLabelMap, find_images, load_image, load_label_map
+from ...prompts import validate_labels
+from ...run_records import file_digest
+from ...text_files import read_json
+from ...values import is_whole
+from ..metrics.confusion import IGNORE_INDEX
 
 _READERS = 4
 

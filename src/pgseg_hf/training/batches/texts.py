@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from ..data.records import Record, UnusableRecord
-from ..prompts import SEGMENTATION_TEMPLATES, build_prompts, join_words, validate_templates
+from ...data.records import Record, UnusableRecord
+from ...prompts import SEGMENTATION_TEMPLATES, build_prompts, join_words, validate_templates
 
 SENTENCE_TEMPLATES: tuple[str, ...] = (
     *SEGMENTATION_TEMPLATES,

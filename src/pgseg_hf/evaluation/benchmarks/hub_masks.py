@@ -2,9 +2,9 @@
 
 from functools import partial
 
-from ..data.columns import Columns
-from ..data.tables import StreamedTable, TableSource, open_hub
-from ..images import ImageSource
+from ...data.columns import Columns
+from ...data.tables import StreamedTable, TableSource, open_hub
+from ...images import ImageSource
 from .mask_dataset import Picture
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..values import is_whole, whole_number
+from ...values import is_whole, whole_number
 
 # The affinity's bandwidth as a share of the local standard deviation, and what keeps it above 0 where there is none:
 # `models/mods/pamr.py` of the released code.

@@ -11,8 +11,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from ..efficientnet_lite import EfficientNetLiteHead
-from ..files import write_atomically
+from ...efficientnet_lite import EfficientNetLiteHead
+from ...files import write_atomically
 
 # Names that are kept of a cell, at most.
 KEPT = 4

@@ -13,17 +13,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..configuration_pgseg import PGSegConfig
-from ..data.photos import LabelledPhotos, Photo, read_photos
-from ..files import write_json, write_text
-from ..run_records import differences, read_record
-from ..text_files import read_json
-from .arguments import Arguments, DataArguments, ModelArguments, RunArguments
-from .checkpoints import RUN_FILES
-from .feature_cache import CachedSource
-from .fine_tuning_report import JSON_NAME, PICTURES_NAME, REPORT_NAME, write_report
+from ...configuration_pgseg import PGSegConfig
+from ...data.photos import LabelledPhotos, Photo, read_photos
+from ...files import write_json, write_text
+from ...run_records import differences, read_record
+from ...text_files import read_json
+from ..arguments import Arguments, DataArguments, ModelArguments, RunArguments
+from ..batches.feature_cache import CachedSource
+from ..checkpoints import RUN_FILES
+from ..run import Run
 from .options import RECORD_NAME, features_folder
-from .run import Run
+from .report import JSON_NAME, PICTURES_NAME, REPORT_NAME, write_report
 
 LEAST_PHOTOS = 8
 MOST_HELD_OUT = 500

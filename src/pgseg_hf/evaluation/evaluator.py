@@ -13,14 +13,14 @@ import torch.distributed as dist
 from PIL import Image
 from transformers.utils import logging
 
-from .. import losses
+from .. import distributed
 from ..scoring import average_by_owner, best_labels, merge_windows
 from ..segmentation import EncodedImage, ScoredImage, SegmentationOptions, Segmenter
-from .analysis import GroupStatistics
-from .confusion import IGNORE_INDEX, ConfusionMatrix
-from .mask_dataset import BrokenPicture, MaskDataset, Picture
-from .oracle import oracle_map, resized_truth
-from .refinement import PixelAdaptiveRefinement
+from .benchmarks.mask_dataset import BrokenPicture, MaskDataset, Picture
+from .metrics.analysis import GroupStatistics
+from .metrics.confusion import IGNORE_INDEX, ConfusionMatrix
+from .metrics.oracle import oracle_map, resized_truth
+from .metrics.refinement import PixelAdaptiveRefinement
 
 logger = logging.get_logger(__name__)
 
@@ -122,13 +122,13 @@ class MaskScores:
         for matrix in self._matrices():
             matrix.sum_over_processes(device)
         # Where there is one process nothing is moved: not every device knows float64.
-        if self.groups is not None and losses.world_size() > 1:
-            total = losses.sum_over_processes(torch.from_numpy(self.groups.as_array()).to(device))
+        if self.groups is not None and distributed.world_size() > 1:
+            total = distributed.sum_over_processes(torch.from_numpy(self.groups.as_array()).to(device))
             self.groups = GroupStatistics.from_array(total.cpu().numpy())
         counts = torch.tensor([self.pictures, self.reused], device=device)
-        self.pictures, self.reused = losses.sum_over_processes(counts).tolist()
-        if losses.world_size() > 1:
-            others: list[Any] = [None] * losses.world_size()
+        self.pictures, self.reused = distributed.sum_over_processes(counts).tolist()
+        if distributed.world_size() > 1:
+            others: list[Any] = [None] * distributed.world_size()
             dist.all_gather_object(others, (self.broken, self.seconds))
             self.broken = {name: reason for broken, _ in others for name, reason in broken.items()}
             self.seconds = max(seconds for _, seconds in others)
@@ -386,7 +386,7 @@ def evaluate_masks(
     """
     scores = MaskEvaluator(segmenter, dataset, options)(dataset.pictures)
     # A part of several processes has to be seen with the others.
-    for doubt in scores.doubts(dataset) if losses.world_size() == 1 else ():
+    for doubt in scores.doubts(dataset) if distributed.world_size() == 1 else ():
         logger.warning_once(doubt)
     return scores
 

@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 from itertools import islice
 
-from ..data.records import Record, UnusableRecord
-from ..data.sources import StreamSource
+from ...data.records import Record, UnusableRecord
+from ...data.sources import StreamSource
 from .mixing import Draw, seeded
 
 State = list[int]

@@ -6,7 +6,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from .. import losses
+from ... import distributed
 
 IGNORE_INDEX = 255
 """Value of mask pixels that do not count, the field's habit."""
@@ -78,7 +78,7 @@ class ConfusionMatrix:
     def sum_over_processes(self, device: str | torch.device = "cpu") -> None:
         """Adds the counts of all processes of `torch.distributed`; `device` as its backend needs it."""
         counts = torch.from_numpy(np.append(self.counts.ravel(), self.ignored)).to(device)
-        *total, self.ignored = losses.sum_over_processes(counts).tolist()
+        *total, self.ignored = distributed.sum_over_processes(counts).tolist()
         self.counts = np.array(total, dtype=np.int64).reshape(self.counts.shape)
 
     def ignored_share(self) -> float:

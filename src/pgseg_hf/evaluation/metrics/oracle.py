@@ -7,8 +7,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..scoring import WindowScores
-from ..segmentation import ScoredImage
+from ...scoring import WindowScores
+from ...segmentation import ScoredImage
 from .confusion import IGNORE_INDEX
 
 

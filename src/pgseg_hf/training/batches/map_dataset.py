@@ -8,8 +8,8 @@ import torch
 from torch.utils.data import Dataset
 from transformers.utils import logging
 
-from ..data.records import Record, UnusableRecord
-from ..data.sources import MapSource
+from ...data.records import Record, UnusableRecord
+from ...data.sources import MapSource
 
 logger = logging.get_logger(__name__)
 

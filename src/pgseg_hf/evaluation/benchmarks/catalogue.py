@@ -12,9 +12,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ..files import path_inside
-from ..text_files import read_text, split_lines
-from .confusion import IGNORE_INDEX
+from ...files import path_inside
+from ...text_files import read_text, split_lines
+from ..metrics.confusion import IGNORE_INDEX
 from .mask_dataset import MaskDataset, MaskFolder, Picture, picture_name, require_files
 
 BACKGROUND = "background"

@@ -7,10 +7,10 @@ from typing import cast
 import numpy as np
 from PIL import Image
 
-from ..data.augmentation import Augmentation, AugmentationOptions, Crop
-from ..data.records import Record, UnusableRecord
-from ..images import ImageSource, load_image, load_label_map
-from ..prompts import build_prompts
+from ...data.augmentation import Augmentation, AugmentationOptions, Crop
+from ...data.records import Record, UnusableRecord
+from ...images import ImageSource, load_image, load_label_map
+from ...prompts import build_prompts
 from .texts import TextOptions, choose_texts, load_noun_model
 
 IGNORED = 255

@@ -3,8 +3,8 @@
 import argparse
 from pathlib import Path
 
-from .. import DEFAULT_CHECKPOINT
-from ..files import refuse_missing_folder
+from ... import DEFAULT_CHECKPOINT
+from ...files import refuse_missing_folder
 
 TABLES = (".csv", ".tsv", ".txt", ".json", ".jsonl", ".parquet")
 RECORD_NAME = "fine_tuning.json"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ..tokenization import warn_of_cut_texts
+from ...tokenization import warn_of_cut_texts
 from .preparation import Example
 
 LAYOUTS = ("paired", "shared")

@@ -13,11 +13,11 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers.utils import logging
 
-from ..data.records import Record, UnusableRecord
-from ..data.sources import MapSource, Source, StreamSource
-from .blocks import State, read_in_blocks
-from .continuing import changes, contents_of
+from ...data.records import Record, UnusableRecord
+from ...data.sources import MapSource, Source, StreamSource
+from ..continuing import changes, contents_of
 from .mixing import Draw, Mixture, seeded
+from .reading import State, read_in_blocks
 
 logger = logging.get_logger(__name__)
 

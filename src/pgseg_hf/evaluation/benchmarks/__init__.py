@@ -1,0 +1,1 @@
+"""What is measured: images with masks, the field's benchmarks by name, and masks prepared from their downloads."""

@@ -1,0 +1,1 @@
+"""From sources of images and texts to endless batches: reading, mixing, texts, views, cached features."""
