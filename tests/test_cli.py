@@ -385,7 +385,8 @@ def test_convert(tmp_path, capsys):
 
 
 def test_segmenting_needs_no_extra(tmp_path):
-    extras = "accelerate datasets evaluate pyarrow pandas gradio matplotlib spacy onnx onnxruntime peft pycocotools cv2"
+    extras = "accelerate datasets evaluate pyarrow pandas gradio matplotlib spacy onnx onnxruntime peft pycocotools"
+    extras += " cv2 av"
     photo = make_photo()
     photo.save(tmp_path / "photo.png")
     code = (

@@ -197,7 +197,7 @@ def test_the_notebook_runs(tmp_path):
 @pytest.mark.parametrize(
     "page",
     [*REPOSITORY.glob("*.md"), *REPOSITORY.glob("[des]*/**/README.md"), *REPOSITORY.glob("examples/*.md")],
-    ids=str,
+    ids=lambda page: str(page.relative_to(REPOSITORY)),
 )
 def test_links_of_a_page_lead_somewhere(page):
     text = page.read_text(encoding="utf-8")

@@ -160,6 +160,17 @@ class TestOverlay:
         )
         assert shown_colours(without) == shown_colours(with_background) == {tuple(palette(3)[2].tolist())}
 
+    @pytest.mark.parametrize("rows", [1, 7, 500])
+    @pytest.mark.parametrize("background", [False, True])
+    def test_strips_change_nothing(self, rows, background, monkeypatch):
+        """Of a picture whose lines are three pixels wide."""
+        photo = Image.effect_noise((1600, 1500), 80).convert("RGB")
+        label_map = np.kron(np.arange(35).reshape(5, 7) % 3, np.ones((300, 229), dtype=int))[:, :1600]
+        whole = overlay(photo, label_map, ["a", "b", "c"], background, legend=False)
+        monkeypatch.setattr("pgseg_hf.visualization.maps._STRIP_PIXELS", rows * 1600)
+        strips = overlay(photo, label_map, ["a", "b", "c"], background, legend=False)
+        np.testing.assert_array_equal(np.asarray(strips), np.asarray(whole))
+
     def test_the_legend_lists_only_what_is_there_the_largest_first(self, drawn_text):
         label_map = np.zeros((100, 100), dtype=np.uint8)
         label_map[:70] = 3

@@ -13,7 +13,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from . import DEFAULT_CHECKPOINT, __version__
-from .command_line import CommandParser
+from .command_line import CommandParser, process_rank
 from .evaluation.arguments import (
     add_evaluate_arguments,
     add_prepare_arguments,
@@ -25,6 +25,7 @@ from .options import FORMATS, SegmentationOptions
 from .prompts import LabelList, parse_labels, read_labels, validate_templates
 from .suggestions import MIN_AREA, everyday_words
 from .training.fine_tuning.options import add_train_arguments, check_train_arguments
+from .values import whole_number
 
 DTYPES = ("float32", "bfloat16", "float16", "int8")
 
@@ -74,7 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _add_segment(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("segment", help="segment a picture or a folder of pictures by words")
+    parser = commands.add_parser("segment", help="segment pictures, a folder or a video by words")
     parser.set_defaults(check=_check_segment)
     parser.add_argument(
         "images",
@@ -126,7 +127,7 @@ def _add_segment(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--overwrite",
         action="store_true",
-        help="an overlay, a mask and results of --format that are there are made anew",
+        help="an overlay, a mask, a video and results of --format that are there are made anew",
     )
     parser.add_argument(
         "--json", action="store_true", help="areas, scores and files as JSON on standard output"
@@ -153,6 +154,49 @@ def _add_segment(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--batch-size", type=int, default=8, help="windows in one pass of the image encoder")
     parser.add_argument("--device", help="default: cuda where there is one, else cpu")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="int8 is for a CPU")
+    _add_folders(parser)
+    _add_video(parser)
+
+
+def _add_folders(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("folders and large pictures")
+    group.add_argument(
+        "--workers",
+        type=int,
+        default=2,
+        metavar="N",
+        help="threads that read pictures and write results while the model works (default: 2); 0: none",
+    )
+    group.add_argument(
+        "--max-pixels",
+        type=int,
+        default=500_000_000,
+        metavar="N",
+        help="larger pictures are refused (default: 500,000,000; decoded, a picture has 3 bytes a pixel)",
+    )
+    group.add_argument(
+        "--short-side",
+        type=int,
+        metavar="PX",
+        help="what a picture's short side is resized to for the model (default: the checkpoint's); with more, and "
+        "--window, small things in large pictures are seen",
+    )
+
+
+def _add_video(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "videos", "IMAGE is a video: --output is one too, --mask a folder of PNGs"
+    )
+    parser.set_defaults(video=None, picture=None, pictures=None)
+    group.add_argument(
+        "--smooth",
+        type=int,
+        metavar="N",
+        help="scores are averaged over N frames (default: 5), so that labels hold still; 1 for each by itself",
+    )
+    group.add_argument(
+        "--every", type=int, metavar="N", help="the model sees one of N frames, whose labels hold for all"
+    )
 
 
 def _add_convert(commands: argparse._SubParsersAction) -> None:
@@ -169,6 +213,8 @@ def _add_convert(commands: argparse._SubParsersAction) -> None:
 
 def _check_segment(args: argparse.Namespace) -> None:
     """Refuses what could not be done before torch is imported; labels, options, output and picture are ready then."""
+    if process_rank():  # The first process of `accelerate launch` refuses, and writes what is one for all.
+        args.overwrite, args.quiet, args.format = True, True, []
     asked = _read_words(args)
     args.words = asked.words
     args.options = SegmentationOptions(
@@ -177,20 +223,24 @@ def _check_segment(args: argparse.Namespace) -> None:
         background_threshold=args.background_threshold,
         templates=tuple(validate_templates(args.template)) if args.template else None,
         batch_size=args.batch_size,
+        shortest_edge=args.short_side,
         synonyms=args.synonyms,
         thresholds=asked.thresholds,
         colours=asked.colours,
         min_area=args.min_area,
     )
+    whole_number(args.workers, "--workers", least=0)
+    whole_number(args.max_pixels, "--max-pixels")
     args.options.check_labels(asked.names)
     refuse_missing_folder(args.model)
     places, source = _find_places(args.images)
+    if _check_video(args, places):
+        return
     from .images import load_image  # late: it imports transformers, though not torch
 
     path = Path("stdin" if source == "-" else urlsplit(source).path if source else places[0])
-    args.picture = args.pictures = None
     if source or (len(places) == 1 and path.is_file()):
-        args.picture = load_image(sys.stdin.buffer if source == "-" else source or path)
+        args.picture = load_image(sys.stdin.buffer if source == "-" else source or path, args.max_pixels)
         args.image = source or str(path)
         if not args.format:
             args.output = args.output or Path(f"{path.stem}-segmented.png")
@@ -205,6 +255,29 @@ def _check_segment(args: argparse.Namespace) -> None:
     )
     args.output = args.output or Path(name)
     _check_folder(args, places, None if source is None else path)
+
+
+def _check_video(args: argparse.Namespace, places: list[Path]) -> bool:
+    """Whether a video is meant, whose arguments are checked then."""
+    from .video import SMOOTH, VIDEO_EXTENSIONS, WRITTEN, check_video  # late: it imports transformers
+
+    video = next((place for place in places if place.suffix.lower() in VIDEO_EXTENSIONS), None)
+    if video is None or video.is_dir():
+        for option in ("smooth", "every"):
+            if getattr(args, option) is not None:
+                raise ValueError(f"--{option} is {getattr(args, option)}, but there is no video.")
+        return False
+    if len(places) > 1 or args.format:
+        reason = f"one of {len(places)}" if len(places) > 1 else "a video, and --format is for pictures"
+        raise ValueError(f"{video} is {reason}; videos go alone, with --output and --mask.")
+    if args.vocabulary is not None:
+        raise ValueError(f"{video} is a video, whose frames have the same words; expected --labels.")
+    ending = video.suffix.lower() if video.suffix.lower() in WRITTEN else ".mp4"
+    args.video, args.output = video, args.output or Path(f"{video.stem}-segmented{ending}")
+    args.smooth = whole_number(SMOOTH if args.smooth is None else args.smooth, "--smooth")
+    args.every = whole_number(1 if args.every is None else args.every, "--every")
+    check_video(video, args.output, args.mask, args.overwrite)
+    return True
 
 
 def _read_words(args: argparse.Namespace) -> LabelList:

@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import os
 import sys
 from typing import Any
 
@@ -38,3 +39,9 @@ class CommandParser(argparse.ArgumentParser):
 
 def _with_hyphens(option: str) -> str:
     return option.replace("_", "-")
+
+
+def process_rank(name: str = "RANK") -> int:
+    """Which of several processes this is, that `accelerate launch` or `torchrun` started; 0 for one by itself. Under
+    "LOCAL_RANK" it counts on this machine."""
+    return int(os.environ.get(name) or 0)

@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
@@ -13,12 +14,14 @@ import torch
 from transformers.utils import logging
 
 from .checkpoint import load_segmenter
+from .command_line import process_rank
 from .conversion import convert_released, read_overrides, read_state_dict, write_backbone, write_converted
 from .efficientnet_lite import convert_efficientnet_lite, is_efficientnet_lite
 from .files import write_image
 from .folders import FolderSummary, segment_folder
 from .outputs import MaskResult, write_formats
-from .segmentation import Segmentation, Segmenter
+from .segmentation import Segment, Segmentation, Segmenter
+from .video import segment_video
 from .visualization import indexed_png, label_colours, overlay
 from .weights import refuse_bad_weights
 
@@ -36,8 +39,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def segment(args: argparse.Namespace) -> int:
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if process_rank() and (args.picture is not None or args.video is not None):
+        return 0  # A folder can be shared, a picture or a video cannot.
+    device = args.device or (f"cuda:{process_rank('LOCAL_RANK')}" if torch.cuda.is_available() else "cpu")
     segmenter = load_segmenter(args.model, args.options, device=device, dtype=getattr(torch, args.dtype))
+    if args.video is not None:
+        return _segment_video(args, segmenter)
     if args.pictures is not None:
         return _segment_folder(args, segmenter)
     start = time.monotonic()
@@ -58,12 +65,33 @@ def segment(args: argparse.Namespace) -> int:
             asdict(segment) | {"pixels": round(segment.area * width * height)}
             for segment in result.segments(include_absent=True)
         ]
-        files = {"overlay": str(args.output)} | ({"mask": str(args.mask)} if args.mask else {})
-        found = {"image": args.image, "width": width, "height": height, "segments": segments, **files}
+        found = {"image": args.image, "width": width, "height": height, "segments": segments, **_files(args)}
         _print_json([found], {}, [])
     elif not args.quiet:
-        print(_table(result))
+        print(_table(result.segments(include_absent=True)))
         print(f"{Path(args.image).name}: {width} x {height} pixels in {seconds:.1f} s -> {args.output}")
+    return 0
+
+
+def _files(args: argparse.Namespace) -> dict[str, str]:
+    return {"overlay": str(args.output)} | ({"mask": str(args.mask)} if args.mask else {})
+
+
+def _segment_video(args: argparse.Namespace, segmenter: Segmenter) -> int:
+    settings = {"smooth": args.smooth, "every": args.every, "overwrite": args.overwrite}
+    summary = segment_video(segmenter, args.video, args.words, args.output, args.mask, **settings)
+    (width, height), rate = summary.size, summary.frames / summary.seconds
+    if args.json:
+        segments = [asdict(segment) for segment in summary.segments]
+        found = {"video": str(args.video), "width": width, "height": height, "frames": summary.frames}
+        found |= {"frame_rate": summary.rate, "segments": segments, **_files(args)}
+        print(json.dumps({"videos": [found]}, indent=2))
+    elif not args.quiet:
+        print(_table(summary.segments))
+        print(
+            f"{args.video.name}: {summary.frames} frames of {width} x {height} pixels in {summary.seconds:.1f} s, "
+            f"{rate:.1f} frames/s -> {', '.join(_files(args).values())}"
+        )
     return 0
 
 
@@ -72,9 +100,9 @@ def _print_json(images: list[dict], broken: dict[str, str], files: list[Path]) -
     print(json.dumps({"images": images, "broken": broken, "files": [str(path) for path in files]}, indent=2))
 
 
-def _table(result: Segmentation) -> str:
+def _table(segments: Sequence[Segment]) -> str:
     """Label, share of pixels and score of each label, largest first."""
-    segments = sorted(result.segments(include_absent=True), key=lambda segment: -segment.area)
+    segments = sorted(segments, key=lambda segment: -segment.area)
     width = max(len("label"), *(len(segment.label) for segment in segments))
     rows = [f"{'label':<{width}}   share   score"]
     for segment in segments:
@@ -86,7 +114,10 @@ def _table(result: Segmentation) -> str:
 def _segment_folder(args: argparse.Namespace, segmenter: Segmenter) -> int:
     if args.picture is not None:  # no file of the user's: the formats name one
         write_image(args.picture, args.pictures[0])
-    summary = segment_folder(segmenter, args.root, args.output, args.words, images=args.pictures)
+    settings = {"images": args.pictures, "workers": args.workers, "max_pixels": args.max_pixels}
+    summary = segment_folder(segmenter, args.root, args.output, args.words, **settings)
+    if process_rank():
+        return 0  # The first process tells and counts for all.
     files = write_formats(summary.results, args.format, args.output)
     for name, reason in summary.broken.items():
         print(f"broken: {name}: {reason}", file=sys.stderr)
@@ -108,9 +139,12 @@ def _print_summary(summary: FolderSummary, places: list[Path]) -> None:
     for label, pixels in summary.pixels.most_common():
         print(f"{label}: {pixels / total:.1%}")
     renewed = f"{summary.renewed} had changed since they were done, " if summary.renewed else ""
+    count = summary.segmented + summary.elsewhere
+    others = f" ({summary.elsewhere} by other processes)" if summary.elsewhere else ""
+    speed = f" ({count / summary.seconds:.1f} images/s)" if count else ""
     print(
-        f"{summary.segmented} pictures segmented, {summary.skipped} done before, {len(summary.broken)} broken, "
-        f"{renewed}in {summary.seconds:.1f} s -> {', '.join(map(str, places))}"
+        f"{count} pictures segmented{others}, {summary.skipped} done before, {len(summary.broken)} broken, "
+        f"{renewed}in {summary.seconds:.1f} s{speed} -> {', '.join(map(str, places))}"
     )
 
 

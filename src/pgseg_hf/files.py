@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
+from PIL.PngImagePlugin import PngImageFile, PngInfo
 from safetensors import SafetensorError
 
 # Names of files that are being written, and how long one has to lie untouched to be one that was left behind.
@@ -136,9 +136,9 @@ def mask_scores(path: Path) -> list[float | None] | None:
 
 def _text_of(path: Path, key: str) -> str | None:
     try:
-        with Image.open(path, formats=("PNG",)) as mask:
+        with PngImageFile(path) as mask:  # not Image.open, which refuses large ones
             return mask.info.get(key)
-    except OSError:
+    except (OSError, SyntaxError):
         return None
 
 

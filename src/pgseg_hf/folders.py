@@ -1,26 +1,41 @@
-"""Segmenting a folder of pictures: progress, continuing where a run stopped, broken pictures reported and not fatal."""
+"""Segmenting a folder of pictures: progress, continuing where a run stopped, broken pictures reported and not fatal,
+and several processes on one folder."""
 
+import shutil
 import time
-from collections import Counter
-from collections.abc import Sequence
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-import numpy as np
+from filelock import FileLock, Timeout
 from PIL import Image
 from transformers.utils import logging
 
 from .files import mask_source, remove_unfinished, write_image, write_json, write_mask
-from .images import images_apart_from, load_image
+from .images import MAX_IMAGE_PIXELS, images_apart_from, load_image
 from .outputs import MaskResult
 from .prompts import split_synonyms
 from .run_records import differences, file_digest, model_record, read_record
-from .segmentation import SegmentationOptions, Segmenter
+from .segmentation import Segmentation, SegmentationOptions, Segmenter
+from .values import whole_number
 from .visualization import indexed_png, label_colours, overlay
 
 logger = logging.get_logger(__name__)
 
 RECORD_NAME = "segmentation.json"
+LOCKS = ".locks"
+
+WORKERS = 2
+"""Threads that read pictures and write results by default."""
+
+# Pictures that a process claims at a time, and seconds between looks at those that others have claimed.
+_SHARED_AT_ONCE, _POLL_SECONDS = 8, 0.5
+# The results of a larger picture are written before the next ones are made.
+_LARGE_PIXELS = 2**25
 
 
 @dataclass
@@ -29,15 +44,17 @@ class FolderSummary:
 
     Args:
         segmented: pictures of this run.
+        elsewhere: pictures that other processes have done meanwhile.
         skipped: pictures that an earlier run had done.
         renewed: how many of the segmented ones an earlier run had done before they were changed.
         broken: file names and what was wrong with them.
         seconds: wall time.
-        pixels: pixels of each label, over the pictures of this run.
+        pixels: pixels of each label, over the pictures of this run and of other processes meanwhile.
         results: the masks of all pictures that are not broken, of earlier runs too.
     """
 
     segmented: int = 0
+    elsewhere: int = 0
     skipped: int = 0
     renewed: int = 0
     broken: dict[str, str] = field(default_factory=dict)
@@ -54,11 +71,17 @@ def segment_folder(
     options: SegmentationOptions | None = None,
     overlays: bool = True,
     images: Sequence[Path] | None = None,
+    workers: int = WORKERS,
+    max_pixels: int = MAX_IMAGE_PIXELS,
 ) -> FolderSummary:
     """Segments all pictures of a folder into `output`: `masks/NAME.png` (indexed, values as in [`Segmentation`]),
     `overlays/NAME.png` with a legend, and in `segmentation.json` what they depend on: labels, options, the model's
     weights and its processor. Pictures that are done are skipped, so a stopped run is continued by the same call; one
     whose file has changed since is segmented anew. `images` are files under `folder`, instead of all in it.
+
+    Several processes may make the same call at once: each picture is segmented by one of them, and all return when all
+    pictures are done. `workers` threads read pictures and write results while the model works; with 0 all goes one
+    after the other. Pictures of more than `max_pixels` count as broken.
 
     Raises:
         ValueError: no pictures, labels that make no sense, or an output folder that holds a run with other labels,
@@ -76,62 +99,232 @@ def segment_folder(
         **model_record(segmenter),
     }
     continues = _is_continued(record, output)
-    names = _output_names(images, folder)
-    digests = {path: _digest(path) for path in images}
-    made_from = {path: mask_source(output / "masks" / names[path]) if continues else None for path in images}
-    waiting = [
-        path
-        for path in images
-        if made_from[path] != digests[path] or (overlays and not (output / "overlays" / names[path]).exists())
-    ]
-    summary = FolderSummary(skipped=len(images) - len(waiting))
     remove_unfinished(output)
     write_json(record, output / RECORD_NAME)
-    with logging.tqdm(total=len(waiting), desc="Segmenting", unit="image") as progress:
-        for first in range(0, len(waiting), options.batch_size):
-            paths = waiting[first : first + options.batch_size]
-            batch, broken = _load_images(paths)
-            for path, reason in broken.items():
-                stale = "; its mask is of what was there before" if made_from[path] is not None else ""
-                summary.broken[str(path.relative_to(folder))] = f"{reason}{stale}"
-            progress.update(len(broken))
-            results = segmenter.stream(batch.values(), labels, options)
-            for (path, image), result in zip(batch.items(), results, strict=True):
-                if overlays:
-                    shown = (result.label_map, result.labels, result.background)
-                    picture = overlay(image, *shown, colours=result.colours)
-                    write_image(picture, output / "overlays" / names[path])
-                colours = label_colours(result.labels, result.colours)
-                mask = indexed_png(result.label_map, len(labels), result.background, colours)
-                scores = [segment.score for segment in result.segments(include_absent=True)]
-                write_mask(mask, output / "masks" / names[path], digests[path], scores)
-                summary.segmented += 1
-                summary.renewed += made_from[path] not in (None, digests[path])
-                for segment in result.segments():
-                    summary.pixels[segment.label] += int(np.count_nonzero(result.mask(segment)))
-                progress.update()
-    called = [words[0] for words in split_synonyms(labels)]
-    how = (options.has_background, options.colours, options.min_area is not None)
-    for path in images:
-        name = path.relative_to(folder)
-        if str(name) not in summary.broken:
-            mask_file = output / "masks" / names[path]
-            summary.results.append(MaskResult(path, name.as_posix(), names[path], mask_file, called, *how))
-    summary.seconds = time.monotonic() - start
-    return summary
+    run = _Run(segmenter, folder, output, labels, options, overlays, images, continues)
+    run.segment(whole_number(workers, "workers", least=0), whole_number(max_pixels, "max_pixels"))
+    run.summary.results = [
+        run.result_of(path) for path in images if str(path.relative_to(folder)) not in run.summary.broken
+    ]
+    run.summary.seconds = time.monotonic() - start
+    return run.summary
 
 
-def _load_images(paths: Sequence[Path]) -> tuple[dict[Path, Image.Image], dict[Path, str]]:
-    """The images that can be read, and what is wrong with the others."""
-    images: dict[Path, Image.Image] = {}
-    broken: dict[Path, str] = {}
-    for path in paths:
+class _Share:
+    """Some neighbouring pictures that one process works on at a time, as long as it lives."""
+
+    def __init__(self, lock: Path, pictures: list[Path]):
+        self.pictures = pictures
+        self.open = 0
+        self._lock = FileLock(lock)
+
+    def claim(self) -> bool:
         try:
-            images[path] = load_image(path)
-        except ValueError as error:
-            broken[path] = str(error)
-            logger.warning(f"skipped {path.name}: {error}")
-    return images, broken
+            self._lock.acquire(blocking=False)
+        except Timeout:
+            return False
+        return True
+
+    def done(self, count: int = 1) -> None:
+        self.open -= count
+        if not self.open:
+            self._lock.release()
+
+
+@dataclass
+class _Loaded:
+    """A picture that was read, or what is wrong with it."""
+
+    path: Path
+    share: _Share
+    digest: str
+    image: Image.Image | None = None
+    reason: str = ""
+
+
+class _Run:
+    """One process's part of a folder."""
+
+    def __init__(
+        self,
+        segmenter: Segmenter,
+        folder: Path,
+        output: Path,
+        labels: Sequence[str],
+        options: SegmentationOptions,
+        overlays: bool,
+        images: Sequence[Path],
+        continues: bool,
+    ):
+        self.folder, self.output, self.overlays = folder, output, overlays
+        self.names = _output_names(images, folder)
+        self._stream = partial(segmenter.stream, labels=labels, options=options)
+        self._images = images
+        self._called = [words[0] for words in split_synonyms(labels)]
+        self._how = (options.has_background, options.colours, options.min_area is not None)
+        self.made_from = {path: mask_source(self.mask_of(path)) if continues else None for path in images}
+        # Of nobody knows what; what another process makes of them meanwhile is known.
+        self._unknown = set() if continues else {self._version(path) for path in images}
+        self.summary = FolderSummary()
+
+    def mask_of(self, path: Path) -> Path:
+        return self.output / "masks" / self.names[path]
+
+    def overlay_of(self, path: Path) -> Path:
+        return self.output / "overlays" / self.names[path]
+
+    def result_of(self, path: Path) -> MaskResult:
+        name, mask = path.relative_to(self.folder).as_posix(), self.mask_of(path)
+        return MaskResult(path, name, self.names[path], mask, self._called, *self._how)
+
+    def _version(self, path: Path) -> tuple[Path, int]:
+        mask = self.mask_of(path)
+        return mask, mask.stat().st_mtime_ns if mask.exists() else 0
+
+    def is_done(self, path: Path) -> bool:
+        source = mask_source(self.mask_of(path))
+        is_drawn = not self.overlays or self.overlay_of(path).exists()
+        is_known = source is not None and self._version(path) not in self._unknown
+        return is_known and is_drawn and source == _digest(path)
+
+    def segment(self, workers: int, max_pixels: int) -> None:
+        """Segments what is not done, waiting for pictures that other processes work on."""
+        locks = self.output / LOCKS
+        locks.mkdir(exist_ok=True)
+        shares = []
+        for number, first in enumerate(range(0, len(self._images), _SHARED_AT_ONCE)):
+            pictures = self._images[first : first + _SHARED_AT_ONCE]
+            waiting = [path for path in pictures if not self.is_done(path)]
+            self.summary.skipped += len(pictures) - len(waiting)
+            if waiting:
+                shares.append(_Share(locks / f"{number}.lock", waiting))
+        total = sum(len(share.pictures) for share in shares)
+        with (
+            logging.tqdm(total=total, desc="Segmenting", unit="image") as progress,
+            ThreadPoolExecutor(max(1, workers)) as pool,
+        ):
+            try:
+                while shares:
+                    held: list[_Share] = []
+                    self._segment_shares(shares, held, pool, workers, max_pixels, progress)
+                    shares = held
+                    if shares:
+                        time.sleep(_POLL_SECONDS)
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+        # Whoever comes later finds everything done.
+        shutil.rmtree(locks, ignore_errors=True)
+
+    def _segment_shares(
+        self,
+        shares: Sequence[_Share],
+        held: list[_Share],
+        pool: ThreadPoolExecutor,
+        workers: int,
+        max_pixels: int,
+        progress: Any,
+    ) -> None:
+        """Segments shares but for those that other processes hold, which are added to `held`."""
+        reading = (
+            pool.submit(_load, path, share, max_pixels)
+            for path, share in self._claimed(shares, held, progress)
+        )
+        given: deque[_Loaded] = deque()
+        writing: deque[tuple[Future[Counter], _Loaded]] = deque()
+
+        def pictures() -> Iterator[Image.Image]:
+            for loaded in _results(reading, ahead=workers):
+                if loaded.image is None:
+                    self._report(loaded)
+                    progress.update()
+                else:
+                    given.append(loaded)
+                    yield loaded.image
+
+        def finish(left: int) -> None:
+            while len(writing) > left:
+                future, loaded = writing.popleft()
+                self._count(loaded, future.result())
+                progress.update()
+
+        for result in self._stream(pictures()):
+            writing.append((pool.submit(self._write, given[0], result), given.popleft()))
+            finish(0 if result.label_map.size > _LARGE_PIXELS else 2 * workers)
+        finish(0)
+
+    def _claimed(
+        self, shares: Sequence[_Share], held: list[_Share], progress: Any
+    ) -> Iterator[tuple[Path, _Share]]:
+        for share in shares:
+            if not share.claim():
+                held.append(share)
+                continue
+            here = []
+            for path in share.pictures:
+                if self.is_done(path):
+                    self._count_elsewhere(path)
+                    progress.update()
+                else:
+                    here.append(path)
+            share.open = len(here) + 1
+            for path in here:
+                yield path, share
+            share.done()
+
+    def _write(self, loaded: _Loaded, result: Segmentation) -> Counter:
+        """Writes a picture's results, and counts the pixels of its labels."""
+        assert loaded.image is not None
+        if self.overlays:
+            shown = (result.label_map, result.labels, result.background)
+            picture = overlay(loaded.image, *shown, colours=result.colours)
+            write_image(picture, self.overlay_of(loaded.path))
+        loaded.image = None
+        colours = label_colours(result.labels, result.colours)
+        mask = indexed_png(result.label_map, len(result.labels), result.background, colours)
+        segments = result.segments(include_absent=True)
+        scores = [segment.score for segment in segments]
+        write_mask(mask, self.mask_of(loaded.path), loaded.digest, scores)
+        return Counter(
+            {each.label: round(each.area * result.label_map.size) for each in segments if each.area}
+        )
+
+    def _count(self, loaded: _Loaded, pixels: Counter) -> None:
+        self.summary.segmented += 1
+        self.summary.renewed += self.made_from[loaded.path] not in (None, loaded.digest)
+        self.summary.pixels += pixels
+        loaded.share.done()
+
+    def _count_elsewhere(self, path: Path) -> None:
+        self.summary.elsewhere += 1
+        for each in self.result_of(path).segments()[2]:
+            self.summary.pixels[each["label"]] += each["pixels"]
+
+    def _report(self, loaded: _Loaded) -> None:
+        logger.warning(f"skipped {loaded.path.name}: {loaded.reason}")
+        is_stale = self.made_from[loaded.path] is not None
+        stale = "; its mask is of what was there before" if is_stale else ""
+        self.summary.broken[str(loaded.path.relative_to(self.folder))] = f"{loaded.reason}{stale}"
+        loaded.share.done()
+
+
+def _load(path: Path, share: _Share, max_pixels: int) -> _Loaded:
+    digest = _digest(path)
+    try:
+        return _Loaded(path, share, digest, load_image(path, max_pixels))
+    except ValueError as error:
+        return _Loaded(path, share, digest, reason=str(error))
+
+
+def _results(futures: Iterator[Future[_Loaded]], ahead: int) -> Iterator[_Loaded]:
+    """What futures give, in their order; so many of them are begun before they are needed."""
+    begun: deque[Future[_Loaded]] = deque()
+    for future in futures:
+        begun.append(future)
+        if len(begun) > ahead:
+            yield begun.popleft().result()
+    while begun:
+        yield begun.popleft().result()
 
 
 def _digest(path: Path) -> str:

@@ -6,7 +6,7 @@ import http.client
 import os
 import re
 import string
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -92,7 +92,7 @@ def load_image(source: ImageSource, max_pixels: int = MAX_IMAGE_PIXELS) -> Image
         if width * height > max_pixels:
             raise ValueError(
                 f"{name} has {width} x {height} = {width * height:,} pixels, more than the {max_pixels:,} "
-                "that are read: make it smaller first"
+                "that are read: make it smaller first, or raise max_pixels (--max-pixels)"
             )
         return to_rgb(image, name)
 
@@ -181,7 +181,7 @@ def load_label_map(source: ImageSource, weights: Sequence[int] | None = None) ->
             values = _mask_values(source, weights, name)
         else:
             data, name = _read_bytes(source)
-            with Image.open(BytesIO(data), formats=_LABEL_FORMATS) as image:
+            with _open_image(BytesIO(data), data[:_SIGNATURE_BYTES], name, _LABEL_FORMATS) as image:
                 values = _mask_values(image, weights, name)
     except (MemoryError, NoLabelMap):
         raise
@@ -344,7 +344,9 @@ def _fetched(address: str) -> bytes:
     return data
 
 
-def _open_image(stream: BinaryIO, signature: bytes, name: str) -> Image.Image:
+def _open_image(
+    stream: BinaryIO, signature: bytes, name: str, formats: Iterable[str] = tuple(IMAGE_FORMATS)
+) -> Image.Image:
     """Let the first of Pillow's decoders that takes the bytes read the header.
 
     The decoders are asked one by one because `PIL.Image.open` refuses more than 179 megapixels and warns
@@ -352,7 +354,7 @@ def _open_image(stream: BinaryIO, signature: bytes, name: str) -> Image.Image:
     """
     Image.init()
     reason = f"its first bytes are {signature!r}"
-    for image_format in IMAGE_FORMATS:
+    for image_format in formats:
         if image_format not in Image.OPEN:
             continue
         factory, accept = Image.OPEN[image_format]
@@ -364,7 +366,7 @@ def _open_image(stream: BinaryIO, signature: bytes, name: str) -> Image.Image:
             raise
         except Exception as error:  # given broken files, decoders raise nearly anything
             reason = f"{type(error).__name__}: {error}"
-    expected = ", ".join(IMAGE_FORMATS)
+    expected = ", ".join(formats)
     raise ValueError(f"{name} is not an image, or is corrupt ({reason}); expected one of {expected}")
 
 

@@ -287,15 +287,16 @@ def _best_labels_by_chunks(
         total[rows] += torch.exp(part - best[rows]).sum(dim=0)
     # Among the channels that are not listed, which all score 0, only the first can be an argmax.
     unlisted = next((number for number in range(num_channels) if number not in set(channels)), num_channels)
-    labels = torch.empty(size, dtype=torch.int64, device=scores_CHW.device)
+    labels = torch.empty(size, dtype=_dtype_to_count(num_channels), device=scores_CHW.device)
     for rows in strips:
         is_zero = torch.exp(-best[rows]) / total[rows] == 1 / total[rows]
         labels[rows] = torch.where(is_zero, unlisted, num_channels)
     for start, rows, part in parts():
         as_probable = torch.exp(part - best[rows]) / total[rows] == 1 / total[rows]
-        numbers = torch.tensor([*channels[start : start + step], num_channels], device=labels.device)
+        numbers = torch.tensor([*channels[start : start + step], num_channels]).to(labels)
         labels[rows] = torch.minimum(labels[rows], numbers[_first_true(as_probable)])
-    return labels, best
+    del total
+    return labels.long(), best
 
 
 def _best_labels_by_rows(

@@ -1,8 +1,9 @@
 """The one way from photos and words to masks, used by the pipeline, the command line and everything else."""
 
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice
+from itertools import chain, repeat
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,7 @@ from .scoring import (
     patch_scores,
     window_starts,
 )
-from .values import are_images
+from .values import are_images, whole_number
 from .weights import refuse_other_tokenizer
 
 logger = logging.get_logger(__name__)
@@ -37,6 +38,10 @@ logger = logging.get_logger(__name__)
 NEUTRAL_WORDS = ("object", "thing", "background", "scene")
 # Words whose embeddings have at least this cosine are taken for one meaning, and do not compete.
 SAME_MEANING = 0.5
+# Pixels that are counted at once, whose scores NumPy makes float64.
+_COUNTED_AT_ONCE = 2**22
+# A batch is full with so many pixels of images.
+_BATCH_PIXELS = 2**26
 
 
 @dataclass
@@ -101,8 +106,12 @@ class Segmentation:
     def segments(self, include_absent: bool = False) -> list[Segment]:
         """The labels that are present, largest area first; with `include_absent` all, in their order."""
         names = [BACKGROUND, *self.labels] if self.background else self.labels
-        counts = np.bincount(self.label_map.ravel(), minlength=len(names))
-        totals = np.bincount(self.label_map.ravel(), weights=self.scores.ravel(), minlength=len(names))
+        counts, totals = np.zeros(len(names), dtype=int), np.zeros(len(names))
+        values, scores = self.label_map.ravel(), self.scores.ravel()
+        for start in range(0, values.size, _COUNTED_AT_ONCE):
+            part = slice(start, start + _COUNTED_AT_ONCE)
+            counts += np.bincount(values[part], minlength=len(names))
+            totals += np.bincount(values[part], weights=scores[part], minlength=len(names))
         order = range(len(names)) if include_absent else np.argsort(-counts, kind="stable")
         return [
             Segment(
@@ -182,6 +191,41 @@ class ScoredImage:
         return best_labels(scores, channels, count, self.size)
 
 
+def averaged_over_neighbours(images: Iterable[ScoredImage], count: int) -> Iterator[ScoredImage]:
+    """Each image with the windows of the `count` images around it, fewer at both ends: scores are means over windows.
+
+    Raises:
+        ValueError: neighbours of different sizes.
+    """
+    after = count // 2
+    near: deque[ScoredImage | None] = deque([None] * count, maxlen=count)
+    for image in chain(images, repeat(None, after)):
+        near.append(image)
+        middle = near[-1 - after]
+        if middle is None:
+            continue
+        present = [each for each in near if each is not None]
+        if len({each.size for each in present}) > 1:
+            raise ValueError(
+                f"images of {', '.join(map(str, sorted({each.size for each in present})))} (height, width) follow one "
+                "another, expected one size where scores are averaged over neighbours."
+            )
+        yield replace(middle, windows=[window for each in present for window in each.windows])
+
+
+def _batches(images: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    """Lists of `size` images, of fewer where they are large and in memory."""
+    batch, pixels = [], 0
+    for image in images:
+        batch.append(image)
+        pixels += image.width * image.height if isinstance(image, Image.Image) else 0
+        if len(batch) == size or pixels > _BATCH_PIXELS:
+            yield batch
+            batch, pixels = [], 0
+    if batch:
+        yield batch
+
+
 def remarks_on_one_label(labels: Sequence[str], background: bool) -> list[str]:
     """A sentence on a label that is alone and has no background to leave anything to."""
     if len(labels) > 1 or background:
@@ -228,36 +272,48 @@ class Segmenter:
         return next(self.stream([images], labels, options))
 
     def stream(
-        self, images: Iterable[Any], labels: Sequence[str], options: SegmentationOptions | None = None
+        self,
+        images: Iterable[Any],
+        labels: Sequence[str],
+        options: SegmentationOptions | None = None,
+        smooth: int = 1,
     ) -> Iterator[Segmentation]:
-        """Segments images one after the other, in their order, reading no more of them than a batch ahead."""
+        """Segments images one after the other, in their order, reading no more of them than a batch ahead, and
+        `smooth / 2` more: for frames of a video, scores are averaged over so many neighbours."""
         options = options or self.options
         words, labels = labels, [words[0] for words in split_synonyms(labels)]
         options.check_labels(labels)
         class_embeds = self.class_embeddings(words, options)
+        smooth = whole_number(smooth, "smooth")
+        if options.min_area is not None and smooth > 1:
+            raise ValueError(
+                f"min_area is {options.min_area} and smooth {smooth}; with min_area smooth is 1."
+            )
         if options.min_area is None:
             for remark in (
                 *remarks_on_one_label(labels, options.has_background),
                 *self.remarks_on_far_labels(labels, class_embeds, options),
             ):
                 logger.warning_once(remark)
-        for image in self.encode(images, options):
-            label_map, scores = self._label_map(image, class_embeds, options)
-            background = options.background_threshold is not None
-            result = Segmentation(label_map, scores, labels, background, options.colours)
-            yield result.with_thresholds(options.thresholds)
-
-    def _label_map(
-        self, image: EncodedImage, class_embeds: Tensor, options: SegmentationOptions
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """The best label of each pixel of the original, int64 [H, W], and its score [H, W]."""
+        encoded = self.encode(images, options)
         if options.min_area is None:
-            label_map, best = self.score(image, class_embeds, options).label_map()
-            return label_map.cpu().numpy(), best.cpu().numpy()
-        found = sorted(self.largest(image, class_embeds, options.min_area, options))
+            scored = (self.score(image, class_embeds, options) for image in encoded)
+            maps = (image.label_map() for image in averaged_over_neighbours(scored, smooth))
+        else:
+            maps = (self._map_of_largest(image, class_embeds, options) for image in encoded)
+        background = options.background_threshold is not None
+        for label_map, best in maps:
+            given = (label_map.cpu().numpy(), best.cpu().numpy(), labels, background, options.colours)
+            yield Segmentation(*given).with_thresholds(options.thresholds)
+
+    def _map_of_largest(
+        self, image: EncodedImage, class_embeds: Tensor, options: SegmentationOptions
+    ) -> tuple[Tensor, Tensor]:
+        """As [`~ScoredImage.label_map`], of the labels alone that cover most of the image."""
+        found = sorted(self.largest(image, class_embeds, options.min_area or 0.0, options))
         label_map, best = self.score(image, class_embeds[found], options).label_map()
         values = [0, *(index + 1 for index in found)] if options.background_threshold is not None else found
-        return np.array(values)[label_map.cpu().numpy()], best.cpu().numpy()
+        return torch.tensor(values, device=label_map.device)[label_map], best
 
     def largest(
         self,
@@ -313,9 +369,8 @@ class Segmenter:
     ) -> Iterator[EncodedImage]:
         """The image encoder's part of [`~Segmenter.stream`], image by image."""
         options = options or self.options
-        iterator = iter(images)
-        while batch := list(islice(iterator, options.batch_size)):
-            yield from self._encode_batch([load_image(image) for image in batch], options)
+        for batch in _batches(images, options.batch_size):
+            yield from self._encode_batch(batch, options)
 
     @torch.inference_mode()
     def score(
@@ -483,12 +538,13 @@ class Segmenter:
         return step, pixel_values, [(row, column) for row in rows for column in columns]
 
     @torch.inference_mode()
-    def _encode_batch(self, images: list[Image.Image], options: SegmentationOptions) -> list[EncodedImage]:
+    def _encode_batch(self, images: Iterable[Any], options: SegmentationOptions) -> list[EncodedImage]:
         """Cuts images into windows and encodes those of one shape together."""
         encoded: list[EncodedImage] = []
         by_shape: dict[tuple[int, ...], list[tuple[EncodedImage, int, int, Tensor]]] = {}
         step = 1
-        for image in images:
+        for source_image in images:
+            image = load_image(source_image)
             step, source, places = self._windows(self._pixel_values(image, options), options)
             height, width = source.shape[-2:]
             encoded.append(EncodedImage((image.height, image.width), (height * step, width * step)))

@@ -11,6 +11,9 @@ from .colours import group_palette, label_colours, palette
 from .legend import legend_entries, with_legend
 from .text import INK, PAPER, drawable, fitted, font_of, letter_size
 
+# Pixels that are painted at a time.
+_STRIP_PIXELS = 2**22
+
 
 def overlay(
     image: Image.Image,
@@ -237,7 +240,7 @@ def _checked_map(label_map: Any, num_values: int | None = None) -> npt.NDArray[n
         raise ValueError(f"A label map's values start at 0, got {low}.")
     if num_values is not None and high >= num_values:
         raise ValueError(f"The label map holds the value {high}, but values go up to {num_values - 1}.")
-    return values.astype(np.int64)
+    return values.astype(np.int64, copy=False)
 
 
 def _rgb(image: Image.Image) -> Image.Image:
@@ -249,7 +252,7 @@ def _rgb(image: Image.Image) -> Image.Image:
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, (*PAPER, 255)), image).convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _painted(
@@ -278,19 +281,38 @@ def _paint(
     alpha: float,
     contours: bool,
 ) -> Image.Image:
-    """The picture under its colours; see `overlay`."""
+    """The picture under its colours, see `overlay`; strip by strip, each with what lines from beside it need."""
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha must lie between 0 and 1, got {alpha}.")
     if background:
         colours = np.vstack([np.zeros((1, 3), dtype=np.uint8), colours])
+    line = max(1, round(min(picture.size) / 500)) if contours else 0
+    (width, height), painted = picture.size, Image.new("RGB", picture.size)
+    step = max(1, _STRIP_PIXELS // width)
+    for top in range(0, height, step):
+        bottom = min(top + step, height)
+        first, last = max(top - line, 0), min(bottom + line, height)
+        strip = picture.crop((0, first, width, last))
+        strip = _paint_strip(strip, values[first:last], colours, background, alpha, line)
+        painted.paste(strip.crop((0, top - first, width, bottom - first)), (0, top))
+    return painted
+
+
+def _paint_strip(
+    picture: Image.Image,
+    values: npt.NDArray[np.int64],
+    colours: npt.NDArray[np.uint8],
+    background: bool,
+    alpha: float,
+    line: int,
+) -> Image.Image:
     # Grey, and its shadows lifted: over black every colour would be black.
     grey = picture.convert("L").point([round(80 + 0.65 * level) for level in range(256)]).convert("RGB")
     faded = Image.blend(picture, grey, alpha)
     painted = Image.blend(faded, Image.fromarray(colours[values]), alpha)
     if background:
         painted = Image.composite(painted, picture, Image.fromarray(values > 0))
-    if contours:
-        width = max(1, round(min(picture.size) / 500))
-        line = np.where(find_contours(values, width), np.uint8(210), np.uint8(0))
-        painted.paste(PAPER, mask=Image.fromarray(line))
+    if line:
+        lines = np.where(find_contours(values, line), np.uint8(210), np.uint8(0))
+        painted.paste(PAPER, mask=Image.fromarray(lines))
     return painted

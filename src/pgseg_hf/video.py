@@ -1,0 +1,340 @@
+"""Segmenting videos frame by frame in constant memory. PyAV, `pgseg-hf[video]`, is imported when asked for."""
+
+import itertools
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from PIL import Image
+from transformers.utils import logging
+
+from .files import folder_written_whole, write_atomically, write_image
+from .values import whole_number
+from .visualization import indexed_png, label_colours, overlay
+
+if TYPE_CHECKING:
+    from .options import SegmentationOptions
+    from .segmentation import Segment, Segmentation, Segmenter
+
+logger = logging.get_logger(__name__)
+
+VIDEO_EXTENSIONS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".wmv", ".3gp", ".mts")
+"""File name endings, in lower case, of what is taken for a video."""
+
+SMOOTH = 5
+"""Frames over which scores are averaged by default."""
+
+# Containers that are written, with their encoders, and these encoders' options.
+WRITTEN = {
+    ".mp4": ("mp4", "libx264"),
+    ".mov": ("mov", "libx264"),
+    ".mkv": ("matroska", "libx264"),
+    ".webm": ("webm", "libvpx-vp9"),
+}
+_ENCODER_OPTIONS = {
+    "libx264": {"crf": "20", "preset": "veryfast"},
+    "libvpx-vp9": {"crf": "30", "b": "0", "deadline": "realtime", "cpu-used": "6"},
+}
+_BT709, _LIMITED_RANGE = 1, 1
+# A video that ends earlier than its header says by more than this, and this share of it, is truncated.
+_MISSING_SECONDS, _MISSING_SHARE = 0.5, 0.02
+
+
+def load_av() -> Any:
+    """PyAV.
+
+    Raises:
+        ValueError: it is not installed.
+    """
+    try:
+        import av
+    except ImportError as error:
+        raise ValueError(
+            "videos need PyAV, which is not installed, expected pip install 'pgseg-hf[video]'."
+        ) from error
+    return av
+
+
+@dataclass
+class Frame:
+    """A frame of a video.
+
+    Args:
+        image: upright, RGB.
+        pts: when it is shown, in units of the video's `time_base`.
+    """
+
+    image: Image.Image = field(repr=False)
+    pts: int
+
+
+class Video:
+    """The frames of a video file, read one by one each time they are iterated over.
+
+    Args:
+        path: a file of any format that FFmpeg reads.
+
+    Attributes:
+        rate: frames a second, on average.
+        time_base: seconds of a unit of time.
+        length: frames by the file's header, an estimate; None where it does not tell.
+
+    Raises:
+        ValueError: PyAV is not installed, or the file is no video, is broken (also later, while frames are read) or
+            ends before its header says.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        with self._open() as container:
+            stream = container.streams.video[0]
+            self.rate = Fraction(stream.average_rate or stream.guessed_rate or 25)
+            self.time_base: Fraction = stream.time_base
+            ends = [
+                stream.duration * stream.time_base if stream.duration else None,
+                _seconds_of_tag(stream.metadata.get("DURATION", "")),
+                container.duration / 1e6 if container.duration and len(container.streams) == 1 else None,
+            ]
+            self._seconds = next((float(end) for end in ends if end), None)
+            length = stream.frames or (self._seconds and round(self._seconds * self.rate))
+            self.length: int | None = length or None
+
+    def __iter__(self) -> Iterator[Frame]:
+        av = load_av()
+        count, pts = 0, -1
+        with self._open() as container:
+            stream = container.streams.video[0]
+            stream.thread_type = "AUTO"
+            first, last = None, 0.0
+            decoded = container.decode(stream)
+            while True:
+                try:
+                    frame = next(decoded, None)
+                except av.error.FFmpegError as error:
+                    raise self._broken(f"{error.strerror} after {count} frames") from error
+                if frame is None:
+                    break
+                step = 1 / (self.rate * self.time_base)
+                given = round(count * step) if frame.pts is None else frame.pts
+                pts = given if first is None else max(given, pts + 1)
+                first = pts if first is None else first
+                last = float((pts - first + (frame.duration or step)) * self.time_base)
+                count += 1
+                yield Frame(_upright(frame), pts)
+        if not count:
+            raise self._broken("it has no frames")
+        missing = (self._seconds or 0.0) - last
+        if missing > max(_MISSING_SECONDS, _MISSING_SHARE * last):
+            raise self._broken(f"it ends after {last:.1f} of {self._seconds:.1f} seconds")
+
+    def _open(self) -> Any:
+        av = load_av()
+        try:
+            container = av.open(str(self.path))
+        except (av.error.FFmpegError, OSError) as error:
+            raise self._broken(error.strerror or str(error)) from error
+        if not container.streams.video:
+            container.close()
+            raise ValueError(f"{self.path} holds no pictures, only sound; expected a video.")
+        return container
+
+    def _broken(self, reason: str) -> ValueError:
+        return ValueError(
+            f"{self.path} is broken, truncated or no video: {reason}; expected the whole file, copy it again."
+        )
+
+
+def _seconds_of_tag(text: str) -> float | None:
+    """Of "00:00:02.500000", as Matroska has it."""
+    try:
+        hours, minutes, seconds = text.split(":")
+        return 3600 * int(hours) + 60 * int(minutes) + float(seconds)
+    except ValueError:
+        return None
+
+
+def _upright(frame: Any) -> Image.Image:
+    """A telephone stores frames as its sensor lies, and by how much players turn them."""
+    image = frame.to_image()
+    return image.rotate(frame.rotation, expand=True) if frame.rotation % 360 else image
+
+
+def segment_frames(
+    segmenter: "Segmenter",
+    frames: Iterable[Frame],
+    labels: Sequence[str],
+    options: "SegmentationOptions | None" = None,
+    smooth: int = SMOOTH,
+    every: int = 1,
+) -> Iterator[tuple[Frame, "Segmentation"]]:
+    """Each frame with its segmentation, in their order. No more frames are held than a batch and
+    `every * (smooth / 2 + 1)`.
+
+    Args:
+        segmenter: whose model and processor decide.
+        frames: of one size.
+        labels: as for [`Segmenter`].
+        options: instead of the segmenter's.
+        smooth: scores are averaged over so many encoded frames, those before and after alike; 1 for each by itself.
+        every: one of so many frames is encoded, the middle one, and its labels hold for all of them.
+
+    Raises:
+        ValueError: options or labels that make no sense.
+    """
+    smooth, every = whole_number(smooth, "smooth"), whole_number(every, "every")
+    options = options or segmenter.options
+    options = replace(options, batch_size=max(1, options.batch_size // every))
+    blocks, encoded = itertools.tee(_blocks(frames, every))
+    results = segmenter.stream((block[len(block) // 2].image for block in encoded), labels, options, smooth)
+    # Results first: at the end of `blocks` there is none to be left over.
+    for result, block in zip(results, blocks):
+        for frame in block:
+            yield frame, result
+
+
+def _blocks(frames: Iterable[Frame], size: int) -> Iterator[list[Frame]]:
+    iterator = iter(frames)
+    while block := list(itertools.islice(iterator, size)):
+        yield block
+
+
+@dataclass
+class VideoSummary:
+    """What was made of a video.
+
+    Args:
+        frames: how many.
+        size: width and height.
+        rate: frames a second of the video.
+        seconds: wall time.
+        segments: area and score of each label over all frames, in the labels' order.
+    """
+
+    frames: int
+    size: tuple[int, int]
+    rate: float
+    seconds: float
+    segments: list["Segment"]
+
+
+def check_video(video: Path, output: Path | None, mask: Path | None, overwrite: bool) -> None:
+    """Raises a ValueError for a video that cannot be read, or results that cannot be written or are there already."""
+    Video(video)
+    if output is not None and output.suffix.lower() not in WRITTEN:
+        raise ValueError(
+            f"{output} has no ending of a video that can be written, expected {', '.join(WRITTEN)}."
+        )
+    if mask is not None and (mask.suffix or mask.is_file()):
+        raise ValueError(
+            f"--mask is {mask}, expected a folder for a PNG of each frame: a video would change labels' numbers."
+        )
+    for place in (output, mask):
+        if place is None or not place.exists():
+            continue
+        if place.samefile(video):
+            raise ValueError(f"{place} is the video itself; choose another output path.")
+        if not overwrite and (place.is_file() or any(place.iterdir())):
+            raise ValueError(f"{place} exists already; choose another path, or --overwrite replaces it.")
+
+
+def segment_video(
+    segmenter: "Segmenter",
+    video: str | Path,
+    labels: Sequence[str],
+    output: str | Path,
+    mask: str | Path | None = None,
+    options: "SegmentationOptions | None" = None,
+    smooth: int = SMOOTH,
+    every: int = 1,
+    overwrite: bool = False,
+) -> VideoSummary:
+    """Writes a video's overlay, of its size and timing and without sound, whole or not at all.
+
+    Args:
+        segmenter: whose model and processor decide.
+        video: a file of any format that FFmpeg reads.
+        labels: as for [`Segmenter`].
+        output: the overlay, .mp4, .mov, .mkv (H.264) or .webm (VP9).
+        mask: folder for an indexed PNG of each frame, `000000.png` and so on, as videos lose labels' numbers.
+        options, smooth, every: as for [`segment_frames`].
+        overwrite: results that are there are replaced.
+
+    Raises:
+        ValueError: options, labels, or a video that make no sense, results that are there, or PyAV is not installed.
+    """
+    start = time.monotonic()
+    output, mask = Path(output), None if mask is None else Path(mask)
+    check_video(Path(video), output, mask, overwrite)
+    source = Video(video)
+    totals = _Totals()
+    with ExitStack() as stack:
+        folder = None if mask is None else stack.enter_context(folder_written_whole(mask, replace=True))
+        progress = stack.enter_context(
+            logging.tqdm(total=source.length, desc="Segmenting", unit="frame", smoothing=0.1)
+        )
+
+        def drawn() -> Iterator[Frame]:
+            for frame, result in segment_frames(segmenter, source, labels, options, smooth, every):
+                if folder is not None:
+                    colours = label_colours(result.labels, result.colours)
+                    png = indexed_png(result.label_map, len(result.labels), result.background, colours)
+                    write_image(png, folder / f"{totals.frames:06d}.png")
+                totals.add(frame, result)
+                shown = (result.label_map, result.labels, result.background)
+                picture = overlay(frame.image, *shown, legend=False, colours=result.colours)
+                yield Frame(picture, frame.pts)
+                progress.update()
+
+        write_atomically(output, lambda file: _encode(drawn(), file, source, output.suffix.lower()))
+    return VideoSummary(
+        totals.frames, totals.size, float(source.rate), time.monotonic() - start, totals.segments()
+    )
+
+
+class _Totals:
+    """Sums over frames."""
+
+    def __init__(self) -> None:
+        self.frames, self.size = 0, (0, 0)
+        self._sums: list[tuple[Segment, float, float]] = []
+
+    def add(self, frame: Frame, result: "Segmentation") -> None:
+        found = result.segments(include_absent=True)
+        before = self._sums or [(each, 0.0, 0.0) for each in found]
+        self._sums = [
+            (each, area + each.area, scores + each.area * (each.score or 0.0))
+            for each, (_, area, scores) in zip(found, before)
+        ]
+        self.frames, self.size = self.frames + 1, frame.image.size
+
+    def segments(self) -> list["Segment"]:
+        return [
+            replace(each, area=area / self.frames, score=scores / area if area else None)
+            for each, area, scores in self._sums
+        ]
+
+
+def _encode(frames: Iterator[Frame], file: BinaryIO, source: Video, ending: str) -> None:
+    """Writes frames with their times; the size is the first one's."""
+    av = load_av()
+    container_format, codec = WRITTEN[ending]
+    first = next(frames)
+    width, height = first.image.size
+    pixel_format = "yuv444p" if width % 2 or height % 2 else "yuv420p"
+    with av.open(file, "w", format=container_format) as container:
+        stream = container.add_stream(codec, rate=source.rate, options=_ENCODER_OPTIONS[codec])
+        stream.width, stream.height, stream.pix_fmt = width, height, pixel_format
+        context = stream.codec_context
+        context.time_base = source.time_base
+        context.colorspace, context.color_range = _BT709, _LIMITED_RANGE
+        for frame in itertools.chain([first], frames):
+            picture = av.VideoFrame.from_image(frame.image).reformat(
+                format=pixel_format, dst_colorspace=_BT709
+            )
+            picture.pts, picture.time_base = frame.pts, source.time_base
+            container.mux(stream.encode(picture))
+        container.mux(stream.encode())
