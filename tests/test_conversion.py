@@ -21,11 +21,11 @@ from pgseg_hf.conversion import (
     infer_config,
     read_overrides,
     read_released_checkpoint,
-    read_state_dict,
     rename_key,
     write_converted,
 )
 from pgseg_hf.modeling_pgseg import PGSegModel
+from pgseg_hf.torch_files import read_state_dict
 
 GOLDENS = Path(__file__).parent / "goldens"
 OVERRIDES = {"vision_config": {"num_attention_heads": 3}, "text_config": {"num_attention_heads": 1}}

@@ -8,7 +8,6 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoBackbone, AutoConfig, AutoImageProcessor
 
 from pgseg_hf.cli import main
-from pgseg_hf.conversion import read_state_dict
 from pgseg_hf.efficientnet_lite import (
     IMAGE_MEAN,
     IMAGE_STD,
@@ -17,6 +16,7 @@ from pgseg_hf.efficientnet_lite import (
     EfficientNetLiteConv,
     convert_efficientnet_lite,
 )
+from pgseg_hf.torch_files import read_state_dict
 
 reference = pytest.importorskip("efficientnet_lite_pytorch")
 

@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from .checkpoint import load_segmenter
 from .command_line import process_rank
-from .conversion import convert_released, read_overrides, read_state_dict, write_backbone, write_converted
+from .conversion import convert_released, read_overrides, write_backbone, write_converted
 from .efficientnet_lite import convert_efficientnet_lite, is_efficientnet_lite
 from .files import write_image
 from .folders import FolderSummary, segment_folder

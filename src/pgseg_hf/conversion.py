@@ -2,17 +2,9 @@
 
 import math
 import os
-import pickle
 import re
-import tarfile
-import types
-import warnings
-import zipfile
-from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,7 +21,7 @@ from .modeling_pgseg import PGSegModel
 from .processing_pgseg import PGSegProcessor
 from .text_files import read_json
 from .tokenization import default_tokenizer
-from .weights import what_is_wrong_with_file
+from .torch_files import read_state_dict, tensors_of
 
 logger = logging.get_logger(__name__)
 
@@ -160,6 +152,93 @@ def convert_state_dict(released: Mapping[str, Tensor]) -> tuple[dict[str, Tensor
     return converted, unknown
 
 
+class _Shapes:
+    """What the shapes of converted tensors tell of the architecture."""
+
+    def __init__(self, converted: Mapping[str, Tensor]):
+        self.converted = converted
+
+    def shape(self, name: str, ndim: int) -> torch.Size:
+        if name not in self.converted:
+            raise ValueError(f"the checkpoint has no tensor for {name}; is it a released PGSeg checkpoint?")
+        found = self.converted[name].shape
+        if len(found) != ndim or 0 in found:
+            raise ValueError(f"{name} has shape {list(found)}, expected {ndim} dimensions, none of them 0.")
+        return found
+
+    def count(self, pattern: str) -> int:
+        names = {int(found[1]): found[0] for name in self.converted if (found := re.match(pattern, name))}
+        if names and max(names) >= len(names):
+            first = min(set(range(len(names))) - set(names))
+            raise ValueError(f"the checkpoint has tensors {names[max(names)]}... but none of number {first}.")
+        return len(names)
+
+    def vision(self) -> dict[str, Any]:
+        stage = "vision_model.encoder.stages."
+        width, channels, patch, _ = self.shape(
+            "vision_model.embeddings.patch_embeddings.projection.weight", 4
+        )
+        grid = round(self.shape("vision_model.embeddings.position_embeddings", 3)[1] ** 0.5)
+        num_stages = self.count(r"vision_model\.encoder\.stages\.(\d+)\.")
+        parts_of_grouping = ("group_token", "group_projector.", "downsample.", "npr.")
+        grouping = [
+            index
+            for index in range(num_stages)
+            if any(
+                name.startswith(tuple(f"{stage}{index}.{part}" for part in parts_of_grouping))
+                for name in self.converted
+            )
+        ]
+        ungrouped = [0] * (num_stages - len(grouping))
+        return {
+            "hidden_size": width,
+            "intermediate_size": self.shape(f"{stage}0.layers.0.mlp.fc1.weight", 2)[0],
+            "depths": [
+                self.count(rf"vision_model\.encoder\.stages\.{index}\.layers\.(\d+)\.")
+                for index in range(num_stages)
+            ],
+            "num_group_tokens": [self.shape(f"{stage}{index}.group_token", 3)[1] for index in grouping]
+            + ungrouped,
+            "num_output_groups": [
+                self.shape(f"{stage}{index}.downsample.mlp_inter.fc2.weight", 2)[0] for index in grouping
+            ]
+            + ungrouped,
+            "num_attention_heads": max(width // HEAD_WIDTH, 1),
+            "image_size": grid * patch,
+            "patch_size": patch,
+            "num_channels": channels,
+            "assign_mlp_ratio": [
+                _ratio(self.shape(f"{stage}0.downsample.mlp_inter.fc1.weight", 2)[0], width),
+                _ratio(self.shape(f"{stage}0.downsample.mlp_channels.fc1.weight", 2)[0], width),
+            ],
+            "prototype_projection_dim": self.shape(f"{stage}0.npr.projection.0.weight", 2)[0],
+            "drop_path_rate": 0.0,
+            "npr_variant": "released",
+        }
+
+    def text(self) -> dict[str, Any]:
+        vocab_size, text_width = self.shape("text_model.embeddings.token_embedding.weight", 2)
+        return {
+            "vocab_size": vocab_size,
+            "hidden_size": text_width,
+            "intermediate_size": self.shape("text_model.encoder.layers.0.mlp.fc1.weight", 2)[0],
+            "num_hidden_layers": self.count(r"text_model\.encoder\.layers\.(\d+)\."),
+            "num_attention_heads": max(text_width // HEAD_WIDTH, 1),
+            "max_position_embeddings": self.shape("text_model.embeddings.position_embedding.weight", 2)[0],
+            "eos_token_id": vocab_size - 1,
+            "bos_token_id": vocab_size - 2,
+            "pad_token_id": vocab_size - 1,
+        }
+
+    def top(self) -> dict[str, Any]:
+        hidden, _ = self.shape("visual_projection.0.weight", 2)
+        return {
+            "projection_dim": self.shape("visual_projection.3.weight", 2)[0],
+            "projection_intermediate_dim": hidden,
+            "num_text_prototypes": self.shape("released_text_prototypes", 3)[1],
+        }
+
+
 def infer_config(converted: Mapping[str, Tensor], overrides: Mapping[str, Any] | None = None) -> PGSegConfig:
     """The configuration that the shapes of converted tensors tell; numbers of heads default to 64 channels a head.
 
@@ -171,78 +250,8 @@ def infer_config(converted: Mapping[str, Tensor], overrides: Mapping[str, Any] |
         ValueError: a tensor that shows the architecture is missing or has another number of dimensions, or an override
             is no field or makes no sense.
     """
-
-    def shape(name: str, ndim: int) -> torch.Size:
-        if name not in converted:
-            raise ValueError(f"the checkpoint has no tensor for {name}; is it a released PGSeg checkpoint?")
-        found = converted[name].shape
-        if len(found) != ndim or 0 in found:
-            raise ValueError(f"{name} has shape {list(found)}, expected {ndim} dimensions, none of them 0.")
-        return found
-
-    def count(pattern: str) -> int:
-        names = {int(found[1]): found[0] for name in converted if (found := re.match(pattern, name))}
-        if names and max(names) >= len(names):
-            first = min(set(range(len(names))) - set(names))
-            raise ValueError(f"the checkpoint has tensors {names[max(names)]}... but none of number {first}.")
-        return len(names)
-
-    stage = "vision_model.encoder.stages."
-    width, channels, patch, _ = shape("vision_model.embeddings.patch_embeddings.projection.weight", 4)
-    grid = round(shape("vision_model.embeddings.position_embeddings", 3)[1] ** 0.5)
-    num_stages = count(r"vision_model\.encoder\.stages\.(\d+)\.")
-    parts_of_grouping = ("group_token", "group_projector.", "downsample.", "npr.")
-    grouping = [
-        index
-        for index in range(num_stages)
-        if any(
-            name.startswith(tuple(f"{stage}{index}.{part}" for part in parts_of_grouping))
-            for name in converted
-        )
-    ]
-    ungrouped = [0] * (num_stages - len(grouping))
-    text_layers = count(r"text_model\.encoder\.layers\.(\d+)\.")
-    vocab_size, text_width = shape("text_model.embeddings.token_embedding.weight", 2)
-    vision: dict[str, Any] = {
-        "hidden_size": width,
-        "intermediate_size": shape(f"{stage}0.layers.0.mlp.fc1.weight", 2)[0],
-        "depths": [
-            count(rf"vision_model\.encoder\.stages\.{index}\.layers\.(\d+)\.") for index in range(num_stages)
-        ],
-        "num_group_tokens": [shape(f"{stage}{index}.group_token", 3)[1] for index in grouping] + ungrouped,
-        "num_output_groups": [
-            shape(f"{stage}{index}.downsample.mlp_inter.fc2.weight", 2)[0] for index in grouping
-        ]
-        + ungrouped,
-        "num_attention_heads": max(width // HEAD_WIDTH, 1),
-        "image_size": grid * patch,
-        "patch_size": patch,
-        "num_channels": channels,
-        "assign_mlp_ratio": [
-            _ratio(shape(f"{stage}0.downsample.mlp_inter.fc1.weight", 2)[0], width),
-            _ratio(shape(f"{stage}0.downsample.mlp_channels.fc1.weight", 2)[0], width),
-        ],
-        "prototype_projection_dim": shape(f"{stage}0.npr.projection.0.weight", 2)[0],
-        "drop_path_rate": 0.0,
-        "npr_variant": "released",
-    }
-    text: dict[str, Any] = {
-        "vocab_size": vocab_size,
-        "hidden_size": text_width,
-        "intermediate_size": shape("text_model.encoder.layers.0.mlp.fc1.weight", 2)[0],
-        "num_hidden_layers": text_layers,
-        "num_attention_heads": max(text_width // HEAD_WIDTH, 1),
-        "max_position_embeddings": shape("text_model.embeddings.position_embedding.weight", 2)[0],
-        "eos_token_id": vocab_size - 1,
-        "bos_token_id": vocab_size - 2,
-        "pad_token_id": vocab_size - 1,
-    }
-    hidden, _ = shape("visual_projection.0.weight", 2)
-    top: dict[str, Any] = {
-        "projection_dim": shape("visual_projection.3.weight", 2)[0],
-        "projection_intermediate_dim": hidden,
-        "num_text_prototypes": shape("released_text_prototypes", 3)[1],
-    }
+    shapes = _Shapes(converted)
+    vision, text, top = shapes.vision(), shapes.text(), shapes.top()
     overrides = dict(overrides or {})
     text.update(_checked_fields(overrides.pop("text_config", {}), text, "text_config"))
     vision.update(_checked_fields(overrides.pop("vision_config", {}), vision, "vision_config"))
@@ -274,174 +283,6 @@ def _checked_fields(overrides: Any, known: Mapping[str, Any], name: str) -> Mapp
                 f"override {name + '.' if name else ''}{key} is no field of {config_class.__name__}."
             )
     return overrides
-
-
-class _Inert:
-    """Stands for any object of a pickle that is not a tensor: takes whatever the pickle does to it, does nothing."""
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> "_Inert":
-        return super().__new__(cls)
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        pass
-
-    def __call__(self, *args: Any, **kwargs: Any) -> "_Inert":
-        return self
-
-    def __setstate__(self, state: Any) -> None:
-        pass
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        pass
-
-    def __hash__(self) -> int:
-        return id(self)
-
-    def append(self, value: Any) -> None:
-        pass
-
-    def extend(self, values: Any) -> None:
-        pass
-
-    def add(self, value: Any) -> None:
-        pass
-
-
-class _Function:
-    """A function that a pickle may call but, unlike a plain one, not set attributes of."""
-
-    __slots__ = ("_function",)
-
-    def __init__(self, function: Callable):
-        self._function = function
-
-    def __call__(self, *args: Any) -> Any:
-        return self._function(*args)
-
-    def __setstate__(self, state: Any) -> None:
-        pass
-
-
-def _inert_class(*args: Any) -> type[_Inert]:
-    return _Inert
-
-
-_TENSOR_REBUILDERS = ("_rebuild_tensor", "_rebuild_tensor_v2")
-
-
-def _checked(rebuild: Callable, storage: Any, offset: int, shape: tuple, *others: Any) -> Tensor:
-    """A tensor whose numbers are all there; strides of 0 would make any number of them out of one."""
-    size, there = math.prod(shape) * storage.dtype.itemsize, storage._untyped_storage.nbytes()
-    if size > there:
-        raise ValueError(f"a tensor of shape {list(shape)} has {there:,} of its {size:,} bytes")
-    return rebuild(storage, offset, shape, *others)
-
-
-# Python's own and not the one in C, which takes memory for as many objects as the file says that it has.
-class _TensorUnpickler(pickle._Unpickler):
-    """Builds tensors and plain containers; every other class or function of the file becomes [`_Inert`]."""
-
-    storage_bytes: Callable[[str], int]
-    """How much of the file is there for a storage."""
-
-    def load(self) -> Any:
-        read = getattr(self, "persistent_load", None)  # torch's, made for the file
-
-        def persistent_load(saved_id: tuple) -> Any:
-            if saved_id[0] == "storage":
-                _, kind, key, _, count, *_ = saved_id
-                if not 0 <= count * kind.dtype.itemsize <= self.storage_bytes(key):
-                    raise ValueError(f"a storage of {count} numbers is larger than the file")
-            return read(saved_id) if read else None
-
-        self.persistent_load = persistent_load  # type: ignore[assignment]
-        return super().load()
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("collections", "OrderedDict"):
-            return OrderedDict
-        if module == "torch._utils" and name in _TENSOR_REBUILDERS:
-            return _Function(partial(_checked, getattr(torch._utils, name)))
-        if (module, name) == ("torch._utils", "_rebuild_parameter"):
-            return _Function(torch._utils._rebuild_parameter)
-        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            return getattr(torch, name)
-        if (module, name) == ("torch", "Size"):
-            return torch.Size
-        if name == "getattr":  # how old pickles name a class inside another
-            return _Function(_inert_class)
-        return _Inert
-
-
-def _safe_pickle(path: Path) -> types.SimpleNamespace:
-    """What torch.load needs of a pickle module, for one file.
-
-    Raises:
-        ValueError: the file is packed, so that nobody knows how much is in it.
-    """
-    size = path.stat().st_size
-    records: dict[str, int] = {}
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            records = {entry.filename.partition("/data/")[2]: entry.file_size for entry in archive.infolist()}
-            if sum(entry.file_size for entry in archive.infolist()) > size:
-                raise ValueError("its parts are larger than the file; expected it as torch.save writes it")
-
-    class Unpickler(_TensorUnpickler):
-        def storage_bytes(self, key: str) -> int:
-            return records.get(key, 0) if records else size
-
-    return types.SimpleNamespace(
-        Unpickler=Unpickler,
-        load=lambda file, **options: Unpickler(file, **options).load(),
-        __name__="pgseg_hf.conversion",
-    )
-
-
-def read_state_dict(path: str | os.PathLike) -> dict[str, Tensor]:
-    """The tensors of a `.pth` file, bare or under `model`, with nothing in the file executed; whatever else it holds is
-    left out.
-
-    Raises:
-        ValueError: no such file, not a torch checkpoint, or one that is no mapping.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path} is no file; expected a released checkpoint (.pth).")
-    try:
-        with warnings.catch_warnings():
-            # torch.load only warns that it hands such a file to torch.jit.load, which runs code of the file.
-            warnings.filterwarnings("error", message=".*TorchScript archive.*")
-            if tarfile.is_tarfile(path):
-                raise ValueError("it is a tar file, as torch before 0.2 wrote it")
-            content = torch.load(
-                path, map_location="cpu", pickle_module=_safe_pickle(path), weights_only=False
-            )
-    except Exception as error:  # torch and pickle raise all kinds of errors on foreign files
-        if reason := what_is_wrong_with_file(path):
-            raise ValueError(f"{path} {reason}") from error
-        raise ValueError(
-            f"{path} cannot be read as a PyTorch checkpoint: {type(error).__name__}: {error}"
-        ) from error
-    if not isinstance(content, Mapping):
-        raise ValueError(f"{path} holds a {type(content).__name__}, expected a dict with the entry 'model'.")
-    tensors = _tensors_of(content)
-    size = sum(tensor.nbytes for tensor in tensors.values())
-    if size > path.stat().st_size:
-        raise ValueError(
-            f"{path} has {path.stat().st_size:,} bytes for tensors of {size:,}, which share them."
-        )
-    return tensors
-
-
-def _tensors_of(content: Mapping[Any, Any]) -> dict[str, Tensor]:
-    if isinstance(content.get("model"), Mapping):
-        content = content["model"]
-    return {
-        name.removeprefix("module."): value
-        for name, value in content.items()
-        if isinstance(name, str) and isinstance(value, Tensor)
-    }
 
 
 def read_released_checkpoint(path: str | os.PathLike) -> dict[str, Tensor]:
@@ -486,7 +327,7 @@ def convert_released(
             or makes no sense.
     """
     if isinstance(checkpoint, Mapping):
-        released = _of_pgseg(_tensors_of(checkpoint), "the state dict")
+        released = _of_pgseg(tensors_of(checkpoint), "the state dict")
     else:
         released = read_released_checkpoint(checkpoint)
     converted, unknown = convert_state_dict(released)
