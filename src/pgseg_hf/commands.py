@@ -21,6 +21,7 @@ from .files import write_image
 from .folders import FolderSummary, segment_folder
 from .outputs import MaskResult, write_formats
 from .segmentation import Segment, Segmentation, Segmenter
+from .torch_files import read_state_dict
 from .video import segment_video
 from .visualization import indexed_png, label_colours, overlay
 from .weights import refuse_bad_weights
