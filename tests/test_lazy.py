@@ -79,6 +79,7 @@ def test_segmenting_imports_little_beside_transformers(tiny_folder, tmp_path):
     assert apart == {
         "pgseg_hf.evaluation.arguments",
         "pgseg_hf.training",
+        "pgseg_hf.training.fine_tuning",
         "pgseg_hf.training.fine_tuning.options",
     }
     own_needs = modules_after("import torch, transformers.models.clip.modeling_clip, PIL.Image, tokenizers")

@@ -23,7 +23,8 @@ LABELS = ["cat", "dog", "grass"]
 
 @pytest.fixture(scope="module")
 def segmenter():
-    model = tiny_backbone_model(text_config={"vocab_size": 49408, "max_position_embeddings": 16}).eval()
+    ids = {"vocab_size": 49408, "bos_token_id": 49406, "eos_token_id": 49407, "pad_token_id": 49407}
+    model = tiny_backbone_model(text_config=ids | {"max_position_embeddings": 16}).eval()
     processor = PGSegProcessor(
         PGSegImageProcessorPil(size={"shortest_edge": SIDE, "longest_edge": 2048}),
         default_tokenizer(16),

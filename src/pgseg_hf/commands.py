@@ -150,7 +150,7 @@ def _print_summary(summary: FolderSummary, places: list[Path]) -> None:
 
 
 def train(args: argparse.Namespace) -> int:
-    report = _needing_extra("training.fine_tuning").fine_tune(args)
+    report = _needing_extra("training.fine_tuning.run").fine_tune(args)
     for name in ("before", "after"):
         figures = ", ".join(
             f"{figure.replace('_', ' ')} {value:.3f}"

@@ -61,9 +61,8 @@ class PGSegPreTrainedModel(PreTrainedModel):
                 pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
             )
         except Exception as error:
-            reason = (
-                what_is_wrong_with(pretrained_model_name_or_path) if pretrained_model_name_or_path else None
-            )
+            name = pretrained_model_name_or_path
+            reason = what_is_wrong_with(name, needed="config.json") if name else None
             if reason is None:
                 raise
             raise OSError(reason) from error

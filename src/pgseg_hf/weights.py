@@ -15,18 +15,16 @@ _SUFFIXES = (".safetensors", ".bin", ".json")
 _LARGEST_HEADER = 100_000_000  # bytes, that of the safetensors library
 
 
-def what_is_wrong_with(folder: str | os.PathLike) -> str | None:
+def what_is_wrong_with(folder: str | os.PathLike, needed: str | None = None) -> str | None:
     """The likely reason why a checkpoint's folder cannot be read, and the way out; None where its files look whole, and
-    for a name on the Hub."""
+    for a name on the Hub. `needed` is a file that it must have."""
     if not os.path.isdir(folder):
         return None
     for path in sorted(Path(folder).iterdir()):
         if path.suffix in _SUFFIXES and path.is_file() and (reason := what_is_wrong_with_file(path)):
             return f"{path} {reason}"
-    if not (Path(folder) / "config.json").exists():
-        return (
-            f"{folder} has no config.json: copy the whole folder, or save a model there by save_pretrained."
-        )
+    if needed is not None and not (Path(folder) / needed).exists():
+        return f"{folder} has no {needed}: copy the whole folder, or save a model there by save_pretrained."
     return None
 
 
