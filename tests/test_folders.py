@@ -164,7 +164,7 @@ def test_a_killed_process_leaves_its_share_to_others(tiny_folder, tmp_path):
     [
         (["--workers", "-1"], "--workers is -1"),
         (["--max-pixels", "0"], "--max-pixels is 0"),
-        (["--short-side", "0"], "shortest_edge is 0"),
+        (["--short-side", "0"], "--short-side is 0"),
     ],
 )
 def test_wrong_numbers_are_told_before_a_model_is_loaded(photos, capsys, extra, message):
@@ -224,3 +224,13 @@ def test_hundred_megapixels_in_bounded_memory(tmp_path):
     small, large = (load_label_map(tmp_path / f"{name}-mask.png") for name in ("small.png", "large.jpg"))
     assert large.shape == (10_000, 10_000) and len(np.unique(large)) > 2
     assert (large[2::5, 2::5] == small).mean() > 0.9
+
+
+def test_ctrl_c_says_how_to_go_on(tiny_folder, photos, tmp_path, capsys, monkeypatch):
+    def stopped(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pgseg_hf.commands.segment_folder", stopped)
+    arguments = ["--labels", "cat,dog", "--model", tiny_folder, "--output", tmp_path / "out"]
+    assert run("segment", photos, *arguments) == 130
+    assert "and the same command goes on from them." in capsys.readouterr().err
