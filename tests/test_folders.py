@@ -50,6 +50,22 @@ def test_threads_change_nothing(tiny_segmenter, photos, tmp_path):
     assert not (tmp_path / "3" / ".locks").exists()
 
 
+def test_what_a_kill_left_just_before_is_removed(tiny_segmenter, photos, tmp_path, monkeypatch):
+    left = tmp_path / "masks" / ".pgseg-left.part"
+    left.parent.mkdir()
+    left.touch()
+    write = folders.write_mask
+
+    def slow(*args):
+        if left.exists():
+            os.utime(left, (0, 0))  # a minute has passed
+        return write(*args)
+
+    monkeypatch.setattr(folders, "write_mask", slow)
+    segment_folder(tiny_segmenter, photos, tmp_path, ["cat", "dog"])
+    assert not left.exists()
+
+
 def test_pictures_are_read_while_the_model_works(tiny_segmenter, photos, tmp_path, monkeypatch):
     """The next pictures are there before the last ones are segmented; no more of them than threads."""
     read, ahead = [], []
