@@ -291,10 +291,13 @@ def _connect(handlers: Handlers, parts: Parts, app: gr.Blocks) -> None:
         api_visibility="private",
         queue=False,
     )
+    # The page has an example's image and labels; a program that leaves them out does not mean these.
+    given, said = gr.Image(type="filepath", visible=False, label="Image"), gr.Textbox("", visible=False)
+    given.preprocess = image.preprocess
     mask, found_labels = gr.File(visible=False, label="mask"), gr.JSON(visible=False, label="labels")
     gr.Button(visible=False).click(
         speaking(handlers.segment),
-        [image, words, background, threshold, model, window, short_side],
+        [given, said, background, threshold, model, window, short_side],
         [mask, found_labels],
         **{**shared, "api_visibility": "public"},
         api_name="segment",

@@ -85,10 +85,16 @@ def test_segment_as_a_program(tiny_folder, photo_file, tmp_path):
         (["--labels", "cat", "--model", "no/such/folder"], "no PGSeg checkpoint"),
         (["--labels", "cat", "--background-threshold", "7"], "7.0"),
         (["--labels", "cat,background", "--background-threshold", ".5"], "labels have 'background', and"),
-        (["--labels", "cat", "--batch-size", "0"], "batch_size is 0"),
+        (["--labels", "cat", "--batch-size", "0"], "--batch-size is 0"),
         (["--labels", "cat", "--output", "picture.xyz"], "ending"),
-        (["--labels", "cat", "--window", "8", "--stride", "9"], "stride is 9"),
-        (["--labels", "cat", "--template", "no hole"], "no hole"),
+        (["--labels", "cat", "--window", "8", "--stride", "9"], "--stride is 9"),
+        (["--labels", "cat", "--whole", "--stride", "9"], "--stride is 9, but there is no --window"),
+        (["--labels", "cat", "--patch-weight", "2"], "--patch-weight is 2.0"),
+        (["--labels", "cat", "--patch-weight", "0.5"], "or --patch-weight 0"),
+        (
+            ["--labels", "cat", "--template", "no hole"],
+            "--template must hold '{}' exactly once, got 'no hole'",
+        ),
     ],
 )
 def test_clear_errors(tiny_folder, photo_file, tmp_path, capsys, monkeypatch, extra, message):
@@ -342,7 +348,8 @@ def test_values_keep_their_signs():
 def test_a_wrong_option_names_the_nearest(arguments, nearest, capsys):
     with pytest.raises(SystemExit) as error:
         run(*arguments)
-    assert error.value.code == 2 and f"there is no option {nearest}" in capsys.readouterr().err
+    errors = capsys.readouterr().err
+    assert error.value.code == 2 and f"there is no option {nearest}" in errors and errors.count("\n") == 1
 
 
 def test_no_such_device(tiny_folder, photo_file, capsys):
@@ -452,7 +459,7 @@ def test_wrong_labels_are_told_before_a_model_is_loaded(
         ([], "one of the arguments --labels --vocabulary is required"),
         (["--labels", "cat", "--vocabulary", "everyday"], "not allowed with argument"),
         (["--labels", "cat", "--min-area", "0.1"], "--min-area is 0.1, but there is no --vocabulary"),
-        (["--vocabulary", "everyday", "--min-area", "3"], "min_area is 3.0, expected"),
+        (["--vocabulary", "everyday", "--min-area", "3"], "--min-area is 3.0, expected"),
         (["--vocabulary", "words.txt"], "expected @words.txt"),
         (["--vocabulary", "@words.txt"], "words.txt cannot be read"),
         (["--labels", "cat", "--synonyms", "first"], "invalid choice: 'first'"),
@@ -515,6 +522,16 @@ def test_the_best_of_synonyms(tiny_folder, photo_file, tmp_path, capsys):
         found[rule] = json.loads(capsys.readouterr().out)["images"][0]["segments"]
     assert [segment["label"] for segment in found["best"]] == ["cat", "dog"]
     assert found["best"] != found["average"]
+
+
+def test_the_weight_of_patches(tmp_path, capsys):
+    """By the checkpoint that ships, which names patches."""
+    found = []
+    for weight in ("0", "1"):
+        arguments = ["--labels", "horse, sand, sea", "--patch-weight", weight, "--json"]
+        assert run("segment", PHOTOS / "horses.jpg", *arguments, "--output", tmp_path / f"{weight}.png") == 0
+        found.append(json.loads(capsys.readouterr().out)["images"][0]["segments"])
+    assert found[0] != found[1]
 
 
 def test_a_vocabulary_names_what_is_there(tmp_path):

@@ -50,6 +50,22 @@ def test_threads_change_nothing(tiny_segmenter, photos, tmp_path):
     assert not (tmp_path / "3" / ".locks").exists()
 
 
+def test_what_a_kill_left_just_before_is_removed(tiny_segmenter, photos, tmp_path, monkeypatch):
+    left = tmp_path / "masks" / ".pgseg-left.part"
+    left.parent.mkdir()
+    left.touch()
+    write = folders.write_mask
+
+    def slow(*args):
+        if left.exists():
+            os.utime(left, (0, 0))  # a minute has passed
+        return write(*args)
+
+    monkeypatch.setattr(folders, "write_mask", slow)
+    segment_folder(tiny_segmenter, photos, tmp_path, ["cat", "dog"])
+    assert not left.exists()
+
+
 def test_pictures_are_read_while_the_model_works(tiny_segmenter, photos, tmp_path, monkeypatch):
     """The next pictures are there before the last ones are segmented; no more of them than threads."""
     read, ahead = [], []
@@ -164,7 +180,7 @@ def test_a_killed_process_leaves_its_share_to_others(tiny_folder, tmp_path):
     [
         (["--workers", "-1"], "--workers is -1"),
         (["--max-pixels", "0"], "--max-pixels is 0"),
-        (["--short-side", "0"], "shortest_edge is 0"),
+        (["--short-side", "0"], "--short-side is 0"),
     ],
 )
 def test_wrong_numbers_are_told_before_a_model_is_loaded(photos, capsys, extra, message):
@@ -224,3 +240,13 @@ def test_hundred_megapixels_in_bounded_memory(tmp_path):
     small, large = (load_label_map(tmp_path / f"{name}-mask.png") for name in ("small.png", "large.jpg"))
     assert large.shape == (10_000, 10_000) and len(np.unique(large)) > 2
     assert (large[2::5, 2::5] == small).mean() > 0.9
+
+
+def test_ctrl_c_says_how_to_go_on(tiny_folder, photos, tmp_path, capsys, monkeypatch):
+    def stopped(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pgseg_hf.commands.segment_folder", stopped)
+    arguments = ["--labels", "cat,dog", "--model", tiny_folder, "--output", tmp_path / "out"]
+    assert run("segment", photos, *arguments) == 130
+    assert "and the same command goes on from them." in capsys.readouterr().err

@@ -68,6 +68,7 @@ def test_a_video_as_a_program(tiny_folder, tiny_segmenter, clip, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "12 frames of 96 x 64 pixels" in done.stdout and "clip-segmented.mp4, masks" in done.stdout
+    assert "colours: cat #e69f00, dog #" in done.stdout
     assert "12/12" in done.stderr and "frame/s" in done.stderr, "progress"
     overlay, frames = Video(tmp_path / "clip-segmented.mp4"), list(Video(clip))
     assert (overlay.rate, overlay.length) == (Fraction(30000, 1001), 12)
@@ -88,6 +89,7 @@ def test_a_video_as_a_program(tiny_folder, tiny_segmenter, clip, tmp_path):
     assert (done.returncode, done.stderr) == (0, b"")
     (found,) = json.loads(done.stdout)["videos"]
     assert (found["frames"], found["width"], found["mask"]) == (12, 96, "masks")
+    assert found["segments"][0]["colour"] == "#e69f00"
     maps = [load_label_map(tmp_path / "masks" / f"{number:06d}.png") for number in range(12)]
     for segment in found["segments"]:
         assert segment["area"] == pytest.approx(np.mean([part == segment["value"] for part in maps]))

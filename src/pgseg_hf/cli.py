@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from io import TextIOWrapper
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from . import DEFAULT_CHECKPOINT, __version__
@@ -27,6 +28,17 @@ from .suggestions import MIN_AREA, everyday_words
 from .training.fine_tuning.options import add_train_arguments, check_train_arguments
 from .values import whole_number
 
+# Options that the library calls otherwise.
+_OPTIONS = {
+    "window_size": "--window",
+    "window_stride": "--stride",
+    "background_threshold": "--background-threshold",
+    "batch_size": "--batch-size",
+    "patch_weight": "--patch-weight",
+    "shortest_edge": "--short-side",
+    "min_area": "--min-area",
+    "templates": "--template",
+}
 DTYPES = ("float32", "bfloat16", "float16", "int8")
 
 
@@ -49,7 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"pgseg {args.command}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"pgseg {args.command}: stopped; files that were finished stay.", file=sys.stderr)
+        goes_on = ", and the same command goes on from them" if getattr(args, "pictures", None) else ""
+        print(f"pgseg {args.command}: stopped; files that were finished stay{goes_on}.", file=sys.stderr)
         return 130
 
 
@@ -147,7 +160,13 @@ def _add_segment(commands: argparse._SubParsersAction) -> None:
     windows.add_argument(
         "--window", type=int, metavar="PX", help="side of the sliding window on the resized picture"
     )
-    parser.add_argument("--stride", type=int, metavar="PX", help="from one window to the next")
+    parser.add_argument("--stride", type=int, metavar="PX", help="from one window to the next, with --window")
+    parser.add_argument(
+        "--patch-weight",
+        type=float,
+        metavar="W",
+        help="0 to 1: share of the patches' own scores in a pixel's, beside its group's (default: the checkpoint's)",
+    )
     parser.add_argument(
         "--template", action="append", help='a prompt such as "a photo of a {}."; may be repeated'
     )
@@ -217,18 +236,7 @@ def _check_segment(args: argparse.Namespace) -> None:
         args.overwrite, args.quiet, args.format = True, True, []
     asked = _read_words(args)
     args.words = asked.words
-    args.options = SegmentationOptions(
-        window_size=None if args.whole else ("auto" if args.window is None else args.window),
-        window_stride="auto" if args.stride is None else args.stride,
-        background_threshold=args.background_threshold,
-        templates=tuple(validate_templates(args.template)) if args.template else None,
-        batch_size=args.batch_size,
-        shortest_edge=args.short_side,
-        synonyms=args.synonyms,
-        thresholds=asked.thresholds,
-        colours=asked.colours,
-        min_area=args.min_area,
-    )
+    args.options = _read_options(args, asked)
     whole_number(args.workers, "--workers", least=0)
     whole_number(args.max_pixels, "--max-pixels")
     args.options.check_labels(asked.names)
@@ -255,6 +263,35 @@ def _check_segment(args: argparse.Namespace) -> None:
     )
     args.output = args.output or Path(name)
     _check_folder(args, places, None if source is None else path)
+
+
+def _read_options(args: argparse.Namespace, asked: LabelList) -> SegmentationOptions:
+    """The library's options; what is wrong is called as on the command line."""
+    if args.stride is not None and args.window is None:
+        raise ValueError(f"--stride is {args.stride}, but there is no --window; expected both.")
+    given: dict[str, Any] = {
+        "window_size": args.window,
+        "window_stride": args.stride,
+        "background_threshold": args.background_threshold,
+        "batch_size": args.batch_size,
+        "patch_weight": args.patch_weight,
+        "shortest_edge": args.short_side,
+        "min_area": args.min_area,
+    }
+    given = {name: value for name, value in given.items() if value is not None}
+    if args.whole:
+        given["window_size"] = None
+    try:
+        return SegmentationOptions(
+            templates=tuple(validate_templates(args.template)) if args.template else None,
+            synonyms=args.synonyms,
+            thresholds=asked.thresholds,
+            colours=asked.colours,
+            **given,
+        )
+    except ValueError as error:
+        name, _, rest = str(error).partition(" ")
+        raise ValueError(f"{_OPTIONS.get(name.partition('[')[0], name)} {rest}") from error
 
 
 def _check_video(args: argparse.Namespace, places: list[Path]) -> bool:

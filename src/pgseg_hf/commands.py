@@ -82,13 +82,17 @@ def _segment_video(args: argparse.Namespace, segmenter: Segmenter) -> int:
     settings = {"smooth": args.smooth, "every": args.every, "overwrite": args.overwrite}
     summary = segment_video(segmenter, args.video, args.words, args.output, args.mask, **settings)
     (width, height), rate = summary.size, summary.frames / summary.seconds
+    names = [each.label for each in summary.segments if each.value or not args.options.has_background]
+    rows = label_colours(names, args.options.colours).tolist()
+    colours = {name: f"#{bytes(row).hex()}" for name, row in zip(names, rows)}  # frames have no legend
     if args.json:
-        segments = [asdict(segment) for segment in summary.segments]
+        segments = [asdict(each) | {"colour": colours.get(each.label)} for each in summary.segments]
         found = {"video": str(args.video), "width": width, "height": height, "frames": summary.frames}
         found |= {"frame_rate": summary.rate, "segments": segments, **_files(args)}
         print(json.dumps({"videos": [found]}, indent=2))
     elif not args.quiet:
         print(_table(summary.segments))
+        print(f"colours: {', '.join(f'{name} {colour}' for name, colour in colours.items())}")
         print(
             f"{args.video.name}: {summary.frames} frames of {width} x {height} pixels in {summary.seconds:.1f} s, "
             f"{rate:.1f} frames/s -> {', '.join(_files(args).values())}"

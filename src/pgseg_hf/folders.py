@@ -103,6 +103,7 @@ def segment_folder(
     write_json(record, output / RECORD_NAME)
     run = _Run(segmenter, folder, output, labels, options, overlays, images, continues)
     run.segment(whole_number(workers, "workers", least=0), whole_number(max_pixels, "max_pixels"))
+    remove_unfinished(output)  # again: what was left just before the start is old now
     run.summary.results = [
         run.result_of(path) for path in images if str(path.relative_to(folder)) not in run.summary.broken
     ]

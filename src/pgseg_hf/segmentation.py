@@ -485,7 +485,7 @@ class Segmenter:
             raise ValueError(
                 f"patch_weight is {weight}, but the model was trained with contrastive_pooling "
                 f"{self.model.config.contrastive_pooling!r} and does not name patches; expected 0: "
-                "SegmentationOptions(patch_weight=0), or for good "
+                "SegmentationOptions(patch_weight=0) or --patch-weight 0, or for good "
                 "processor.patch_weight = 0 and processor.save_pretrained(folder)."
             )
         return weight, self.processor.top_k if options.top_k == "auto" else options.top_k

@@ -78,6 +78,15 @@ class TestSegment:
         assert found["labels"][1]["colour"] == "#0000ff" and found["labels"][3]["area"] == 0
         assert Image.open(mask).getpalette()[3:6] == [0, 0, 255]
 
+    def test_what_is_left_out_is_not_the_examples(self, client, street_file):
+        image = gradio_client.handle_file(street_file)
+        found = [
+            client.predict(image=image, api_name="/segment", **labels)[1] for labels in ({}, {"labels": ""})
+        ]
+        assert found[0] == found[1], "what is in it"
+        with pytest.raises(TypeError, match="image"):
+            client.predict(labels="cat", api_name="/segment")
+
     def test_another_resolution_gives_another_mask(self, client, street_file):
         masks = [np.asarray(Image.open(call(client, street_file, short_side=side)[0])) for side in (0, 256)]
         assert masks[0].shape == masks[1].shape and (masks[0] != masks[1]).any()
