@@ -160,7 +160,7 @@ def _add_segment(commands: argparse._SubParsersAction) -> None:
     windows.add_argument(
         "--window", type=int, metavar="PX", help="side of the sliding window on the resized picture"
     )
-    parser.add_argument("--stride", type=int, metavar="PX", help="from one window to the next, with --window")
+    parser.add_argument("--stride", type=int, metavar="PX", help="from one window to the next")
     parser.add_argument(
         "--patch-weight",
         type=float,
@@ -267,8 +267,8 @@ def _check_segment(args: argparse.Namespace) -> None:
 
 def _read_options(args: argparse.Namespace, asked: LabelList) -> SegmentationOptions:
     """The library's options; what is wrong is called as on the command line."""
-    if args.stride is not None and args.window is None:
-        raise ValueError(f"--stride is {args.stride}, but there is no --window; expected both.")
+    if args.stride is not None and args.whole:
+        raise ValueError(f"--stride is {args.stride}, but with --whole there is no window; leave out one of them.")
     given: dict[str, Any] = {
         "window_size": args.window,
         "window_stride": args.stride,
