@@ -128,7 +128,10 @@ class _Share:
     def done(self, count: int = 1) -> None:
         self.open -= count
         if not self.open:
-            self._lock.release()
+            self.give_up()
+
+    def give_up(self) -> None:
+        self._lock.release()
 
 
 @dataclass
@@ -212,6 +215,9 @@ class _Run:
                         time.sleep(_POLL_SECONDS)
             except BaseException:
                 pool.shutdown(cancel_futures=True)
+                # A notebook keeps the traceback, and with it the locks, which its next call would wait for.
+                for share in shares:
+                    share.give_up()
                 raise
         # Whoever comes later finds everything done.
         shutil.rmtree(locks, ignore_errors=True)
