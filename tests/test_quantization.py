@@ -151,7 +151,8 @@ def test_a_tower_is_loaded_alone_from_the_folder_of_both_and_from_its_own(kept, 
     expected = both.vision_model(pixels).pooler_output
     for name in ("both", "vision"):
         tower = PGSegVisionModel.from_pretrained(tmp_path / name)
-        assert not tower.random_weights
+        states = tower(pixels, output_hidden_states=True).hidden_states
+        assert not tower.random_weights and {state.dtype for state in states} == {torch.float32}
         torch.testing.assert_close(tower(pixels).pooler_output, expected)
 
 
