@@ -151,6 +151,23 @@ print(json.dumps([found.segmented, found.elsewhere, found.skipped]))
     assert len(summary.results) == 20
 
 
+def test_a_stopped_call_leaves_its_share_to_the_next(tiny_segmenter, photos, tmp_path, monkeypatch):
+    labels, stream = ["cat", "dog"], tiny_segmenter.stream
+
+    def stopped(*args, **kwargs):
+        yield next(stream(*args, **kwargs))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tiny_segmenter, "stream", stopped)
+    with pytest.raises(KeyboardInterrupt) as kept:
+        segment_folder(tiny_segmenter, photos, tmp_path / "out", labels)
+    monkeypatch.setattr(tiny_segmenter, "stream", stream)
+    # Not for ever.
+    monkeypatch.setattr(folders.time, "sleep", lambda seconds: pytest.fail("waits for itself"))
+    summary = segment_folder(tiny_segmenter, photos, tmp_path / "out", labels)
+    assert summary.segmented + summary.skipped == 20 and kept.value is not None
+
+
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
 def test_a_killed_process_leaves_its_share_to_others(tiny_folder, tmp_path):
     (tmp_path / "photos").mkdir()

@@ -1,6 +1,8 @@
 """Models in int8: near float32, small, saved and loaded, and not to be trained."""
 
+import copy
 import json
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,7 @@ from tiny_backbones import tiny_backbone_model
 from tiny_models import tiny_model, tiny_texts
 from transformers.activations import GELUActivation
 
-from pgseg_hf import PGSegModel, int8, load_segmenter
+from pgseg_hf import PGSegModel, PGSegVisionModel, int8, load_segmenter
 from pgseg_hf.cli import main
 from pgseg_hf.export import export_onnx
 from pgseg_hf.int8 import Int8Linear, QuantizedInput, rounded
@@ -124,9 +126,39 @@ def test_either_kernel_multiplies_activates_and_keeps_its_weight(has_onednn, mon
         assert layer(x.bfloat16(), activation).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("has_onednn", [True, False])
+def test_packed_weights_are_copied_pickled_and_loaded(has_onednn, monkeypatch):
+    if has_onednn and not int8._has_onednn():
+        pytest.skip("torch has no int8 product of oneDNN here")
+    monkeypatch.setattr(int8, "_has_onednn", lambda: has_onednn)
+    layer, other = (Int8Linear(torch.nn.Linear(24, 10)).eval() for _ in range(2))
+    x = torch.randn(3, 24)
+    layer.pack()
+    other.pack()
+    assert not layer.zeros.any() and layer.zeros.shape == (10,)
+    assert not torch.equal(other(x), layer(x))
+    other.load_state_dict(layer.state_dict())
+    for same in (other, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert same.weight is None and torch.equal(same(x), layer(x))
+
+
+@pytest.mark.parametrize("kept", [[], ["vision_model.embeddings"], ["vision_model"]])
+def test_a_tower_is_loaded_alone_from_the_folder_of_both_and_from_its_own(kept, tmp_path):
+    both = quantised(tiny_model(), tmp_path / "float", modules_to_not_convert=kept)
+    both.save_pretrained(tmp_path / "both")
+    both.vision_model.save_pretrained(tmp_path / "vision")
+    pixels = torch.randn(2, 3, 32, 32)
+    expected = both.vision_model(pixels).pooler_output
+    for name in ("both", "vision"):
+        tower = PGSegVisionModel.from_pretrained(tmp_path / name)
+        states = tower(pixels, output_hidden_states=True).hidden_states
+        assert not tower.random_weights and {state.dtype for state in states} == {torch.float32}
+        torch.testing.assert_close(tower(pixels).pooler_output, expected)
+
+
 def test_training_is_refused(tmp_path):
     int8 = quantised(tiny_model(), tmp_path)
-    assert not int8.training and not int8.hf_quantizer.is_trainable
+    assert not any(module.training for module in int8.modules()) and not int8.hf_quantizer.is_trainable
     with pytest.raises(ValueError, match=r"in int8.*cannot be trained.*float32"):
         int8.train()(input_ids=tiny_texts(2), pixel_values=torch.randn(2, 3, 16, 16), return_loss=True)
 

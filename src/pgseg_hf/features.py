@@ -164,7 +164,7 @@ class JointImages:
 
 def log_odds_of_being_seen(log_shares: Tensor, looks: float) -> Tensor:
     """Log odds that one at least of so many looks, each at a point drawn at random, falls on what has this share of a
-    picture: of $1-(1-s)^n$."""
+    image: of $1-(1-s)^n$."""
     negligible = NEGLIGIBLE_LOG_SHARE - math.log(looks)
     log_shares = log_shares.clamp(max=math.log1p(-SMALLEST_SHARE))
     log_unseen = looks * torch.log1p(-log_shares.clamp(min=negligible).exp())

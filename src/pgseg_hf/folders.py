@@ -1,4 +1,4 @@
-"""Segmenting a folder of pictures: progress, continuing where a run stopped, broken pictures reported and not fatal,
+"""Segmenting a folder of images: progress, continuing where a run stopped, broken images reported and not fatal,
 and several processes on one folder."""
 
 import shutil
@@ -30,11 +30,11 @@ RECORD_NAME = "segmentation.json"
 LOCKS = ".locks"
 
 WORKERS = 2
-"""Threads that read pictures and write results by default."""
+"""Threads that read images and write results by default."""
 
-# Pictures that a process claims at a time, and seconds between looks at those that others have claimed.
+# Images that a process claims at a time, and seconds between looks at those that others have claimed.
 _SHARED_AT_ONCE, _POLL_SECONDS = 8, 0.5
-# The results of a larger picture are written before the next ones are made.
+# Pixels whose results, 12 bytes each, may wait for being written.
 _LARGE_PIXELS = 2**25
 
 
@@ -43,14 +43,14 @@ class FolderSummary:
     """What a run over a folder did.
 
     Args:
-        segmented: pictures of this run.
-        elsewhere: pictures that other processes have done meanwhile.
-        skipped: pictures that an earlier run had done.
+        segmented: images of this run.
+        elsewhere: images that other processes have done meanwhile.
+        skipped: images that an earlier run had done.
         renewed: how many of the segmented ones an earlier run had done before they were changed.
         broken: file names and what was wrong with them.
         seconds: wall time.
-        pixels: pixels of each label, over the pictures of this run and of other processes meanwhile.
-        results: the masks of all pictures that are not broken, of earlier runs too.
+        pixels: pixels of each label, over the images of this run and of other processes meanwhile.
+        results: the masks of all images that are not broken, of earlier runs too.
     """
 
     segmented: int = 0
@@ -74,17 +74,17 @@ def segment_folder(
     workers: int = WORKERS,
     max_pixels: int = MAX_IMAGE_PIXELS,
 ) -> FolderSummary:
-    """Segments all pictures of a folder into `output`: `masks/NAME.png` (indexed, values as in [`Segmentation`]),
+    """Segments all images of a folder into `output`: `masks/NAME.png` (indexed, values as in [`Segmentation`]),
     `overlays/NAME.png` with a legend, and in `segmentation.json` what they depend on: labels, options, the model's
-    weights and its processor. Pictures that are done are skipped, so a stopped run is continued by the same call; one
+    weights and its processor. Images that are done are skipped, so a stopped run is continued by the same call; one
     whose file has changed since is segmented anew. `images` are files under `folder`, instead of all in it.
 
-    Several processes may make the same call at once: each picture is segmented by one of them, and all return when all
-    pictures are done. `workers` threads read pictures and write results while the model works; with 0 all goes one
-    after the other. Pictures of more than `max_pixels` count as broken.
+    Several processes may make the same call at once: each image is segmented by one of them, and all return when all
+    images are done. `workers` threads read images and write results while the model works; with 0 all goes one
+    after the other. Images of more than `max_pixels` count as broken.
 
     Raises:
-        ValueError: no pictures, labels that make no sense, or an output folder that holds a run with other labels,
+        ValueError: no images, labels that make no sense, or an output folder that holds a run with other labels,
             options or another model.
     """
     folder, output = Path(folder), Path(output)
@@ -112,10 +112,10 @@ def segment_folder(
 
 
 class _Share:
-    """Some neighbouring pictures that one process works on at a time, as long as it lives."""
+    """Some neighbouring images that one process works on at a time, as long as it lives."""
 
-    def __init__(self, lock: Path, pictures: list[Path]):
-        self.pictures = pictures
+    def __init__(self, lock: Path, images: list[Path]):
+        self.images = images
         self.open = 0
         self._lock = FileLock(lock)
 
@@ -129,12 +129,15 @@ class _Share:
     def done(self, count: int = 1) -> None:
         self.open -= count
         if not self.open:
-            self._lock.release()
+            self.give_up()
+
+    def give_up(self) -> None:
+        self._lock.release()
 
 
 @dataclass
 class _Loaded:
-    """A picture that was read, or what is wrong with it."""
+    """An image that was read, or what is wrong with it."""
 
     path: Path
     share: _Share
@@ -189,17 +192,17 @@ class _Run:
         return is_known and is_drawn and source == _digest(path)
 
     def segment(self, workers: int, max_pixels: int) -> None:
-        """Segments what is not done, waiting for pictures that other processes work on."""
+        """Segments what is not done, waiting for images that other processes work on."""
         locks = self.output / LOCKS
         locks.mkdir(exist_ok=True)
         shares = []
         for number, first in enumerate(range(0, len(self._images), _SHARED_AT_ONCE)):
-            pictures = self._images[first : first + _SHARED_AT_ONCE]
-            waiting = [path for path in pictures if not self.is_done(path)]
-            self.summary.skipped += len(pictures) - len(waiting)
+            images = self._images[first : first + _SHARED_AT_ONCE]
+            waiting = [path for path in images if not self.is_done(path)]
+            self.summary.skipped += len(images) - len(waiting)
             if waiting:
                 shares.append(_Share(locks / f"{number}.lock", waiting))
-        total = sum(len(share.pictures) for share in shares)
+        total = sum(len(share.images) for share in shares)
         with (
             logging.tqdm(total=total, desc="Segmenting", unit="image") as progress,
             ThreadPoolExecutor(max(1, workers)) as pool,
@@ -213,6 +216,9 @@ class _Run:
                         time.sleep(_POLL_SECONDS)
             except BaseException:
                 pool.shutdown(cancel_futures=True)
+                # A notebook keeps the traceback, and with it the locks, which its next call would wait for.
+                for share in shares:
+                    share.give_up()
                 raise
         # Whoever comes later finds everything done.
         shutil.rmtree(locks, ignore_errors=True)
@@ -234,7 +240,7 @@ class _Run:
         given: deque[_Loaded] = deque()
         writing: deque[tuple[Future[Counter], _Loaded]] = deque()
 
-        def pictures() -> Iterator[Image.Image]:
+        def images() -> Iterator[Image.Image]:
             for loaded in _results(reading, ahead=workers):
                 if loaded.image is None:
                     self._report(loaded)
@@ -249,9 +255,9 @@ class _Run:
                 self._count(loaded, future.result())
                 progress.update()
 
-        for result in self._stream(pictures()):
+        for result in self._stream(images()):
             writing.append((pool.submit(self._write, given[0], result), given.popleft()))
-            finish(0 if result.label_map.size > _LARGE_PIXELS else 2 * workers)
+            finish(min(2 * workers, _LARGE_PIXELS // result.label_map.size))
         finish(0)
 
     def _claimed(
@@ -262,7 +268,7 @@ class _Run:
                 held.append(share)
                 continue
             here = []
-            for path in share.pictures:
+            for path in share.images:
                 if self.is_done(path):
                     self._count_elsewhere(path)
                     progress.update()
@@ -274,12 +280,12 @@ class _Run:
             share.done()
 
     def _write(self, loaded: _Loaded, result: Segmentation) -> Counter:
-        """Writes a picture's results, and counts the pixels of its labels."""
+        """Writes an image's results, and counts the pixels of its labels."""
         assert loaded.image is not None
         if self.overlays:
             shown = (result.label_map, result.labels, result.background)
-            picture = overlay(loaded.image, *shown, colours=result.colours)
-            write_image(picture, self.overlay_of(loaded.path))
+            image = overlay(loaded.image, *shown, colours=result.colours)
+            write_image(image, self.overlay_of(loaded.path))
         loaded.image = None
         colours = label_colours(result.labels, result.colours)
         mask = indexed_png(result.label_map, len(result.labels), result.background, colours)
@@ -329,7 +335,7 @@ def _results(futures: Iterator[Future[_Loaded]], ahead: int) -> Iterator[_Loaded
 
 
 def _digest(path: Path) -> str:
-    """Of a picture's file; nothing for one that cannot be read, which is reported when its turn comes."""
+    """Of an image's file; nothing for one that cannot be read, which is reported when its turn comes."""
     try:
         return file_digest(path)
     except OSError:
@@ -346,7 +352,7 @@ def _is_continued(record: dict, output: Path) -> bool:
 
 
 def _output_names(images: Sequence[Path], folder: Path) -> dict[Path, Path]:
-    """A name ending in .png for each picture, the old ending kept where another picture's name would be the same, also
+    """A name ending in .png for each image, the old ending kept where another image's name would be the same, also
     on a disk that takes capitals for small letters."""
     relative = {path: path.relative_to(folder) for path in images}
     whole = {path: name.with_name(f"{name.name}.png") for path, name in relative.items()}

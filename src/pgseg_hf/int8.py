@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from transformers.activations import GELUActivation
 
 # Without these instructions sums of products of 8 bits may overflow: inputs are then rounded to 7.
-_ROUNDS_TO_7_BITS = not torch.cpu._is_vnni_supported()
+# (torch keeps the questions for itself; where they are missing, the machine counts as without.)
+_ROUNDS_TO_7_BITS = not getattr(torch.cpu, "_is_vnni_supported", bool)()
 
 
 def rounded(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -50,7 +51,7 @@ class QuantizedInput(NamedTuple):
 @cache
 def has_bfloat16() -> bool:
     """Whether the CPU has instructions for bfloat16."""
-    return bool(torch.cpu._is_avx512_bf16_supported())
+    return bool(getattr(torch.cpu, "_is_avx512_bf16_supported", bool)())
 
 
 @cache
@@ -84,21 +85,21 @@ class Int8Linear(nn.Module):
         self.register_buffer("weight", weight)
         self.register_buffer("weight_scale", scale)
         self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().float())
-        self.register_buffer("zeros", torch.zeros(self.out_features, dtype=torch.long), persistent=False)
         self.packed: Any = None
 
     def pack(self) -> None:
         """Moves the weight into the layout of the machine's kernel, the only copy of it from then on."""
         values: Any = self.weight
         scale: Any = self.weight_scale
+        # No buffer: transformers leaves one that is in no file without values.
+        self.zeros = torch.zeros(self.out_features, dtype=torch.long)
         if _has_onednn():
             self.packed, self.weight = torch.ops.onednn.qlinear_prepack(values, None), None
             return
-        zeros = torch.zeros(self.out_features, dtype=torch.long)
         with warnings.catch_warnings():
             # That these tensors will go, by which the operators are fed.
             warnings.simplefilter("ignore", UserWarning)
-            weight = torch._make_per_channel_quantized_tensor(values, scale.double(), zeros, 0)
+            weight = torch._make_per_channel_quantized_tensor(values, scale.double(), self.zeros, 0)
         engine = torch.backends.quantized.engine
         if "fbgemm" in torch.backends.quantized.supported_engines:
             torch.backends.quantized.engine = "fbgemm"  # oneDNN's would keep two copies, and is no faster
@@ -108,14 +109,33 @@ class Int8Linear(nn.Module):
             torch.backends.quantized.engine = engine
         self.weight = None
 
+    def _unpacked(self) -> Tensor | None:
+        if self.packed is None:
+            return self.weight
+        if _has_onednn():
+            return self.packed.to_dense().T.contiguous()
+        return torch.ops.quantized.linear_unpack(self.packed)[0].int_repr()
+
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.packed is not None:
-            if _has_onednn():
-                weight = self.packed.to_dense().T.contiguous()
-            else:
-                weight = torch.ops.quantized.linear_unpack(self.packed)[0].int_repr()
-            destination[f"{prefix}weight"] = weight
+        destination[f"{prefix}weight"] = self._unpacked()
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        was_packed = self.packed is not None
+        self.weight, self.packed = self._unpacked(), None
+        super()._load_from_state_dict(*args, **kwargs)
+        if was_packed:
+            self.pack()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles, also on a machine with another kernel: a packed weight can be neither."""
+        buffers = self._buffers | {"weight": self._unpacked()}
+        return self.__dict__ | {"_buffers": buffers, "packed": self.packed is not None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state | {"packed": None})
+        if state["packed"]:
+            self.pack()
 
     def quantized(self, x: Tensor) -> "QuantizedInput | Tensor":
         """An input in 8 bits, which several layers may share; as it is, where the machine's kernel rounds it."""

@@ -202,7 +202,7 @@ class PGSegVisionModel(PGSegPreTrainedModel):
                 if backbone_features is None
                 else _image_sizes(backbone_features) * self.config.patch_size
             ),
-            hidden_states=tuple(hidden_states) if output_hidden_states else None,
+            hidden_states=tuple(each.to(dtype) for each in hidden_states) if output_hidden_states else None,
             attentions=tuple(assignments) if output_attentions else None,
             npr=tuple(npr) if output_npr else None,
         )

@@ -41,11 +41,11 @@ _HALF = 0.1  # half the width in pixels of a polygon that has but a line of pixe
 
 @dataclass
 class MaskResult:
-    """A picture and its mask.
+    """An image and its mask.
 
     Args:
-        image: the picture's file.
-        file_name: its name in the folder of the pictures, with slashes.
+        image: the image's file.
+        file_name: its name in the folder of the images, with slashes.
         name: the mask's name in its folder, ending in .png.
         mask: the mask's file.
         labels: N labels.
@@ -68,7 +68,7 @@ class MaskResult:
         return load_label_map(self.mask)
 
     def present(self) -> Iterator[tuple[int, str, np.ndarray]]:
-        """Number from 0, label and mask, uint8 [H, W] of 0 and 1, of the labels that are in the picture."""
+        """Number from 0, label and mask, uint8 [H, W] of 0 and 1, of the labels that are in the image."""
         label_map = self.read()
         for number, label in enumerate(self.labels):
             mask = label_map == number + self.background
@@ -130,7 +130,7 @@ def _write_label_masks(results: Sequence[MaskResult], place: Path) -> None:
 
 
 def _write_coco(results: Sequence[MaskResult], place: Path, polygons: bool = False) -> None:
-    """One annotation, with run lengths or polygons, for each label of each picture; categories count from 1."""
+    """One annotation, with run lengths or polygons, for each label of each image; categories count from 1."""
     from pycocotools import mask as rle  # type: ignore[import-not-found, import-untyped, unused-ignore]
 
     annotations: list[dict] = []
@@ -253,7 +253,7 @@ def _write_labelme(results: Sequence[MaskResult], place: Path) -> None:
 
 
 def _write_csv(results: Sequence[MaskResult], place: Path) -> None:
-    """A line for each picture and label, absent ones too unless the labels are a vocabulary."""
+    """A line for each image and label, absent ones too unless the labels are a vocabulary."""
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(["image", "width", "height", "label", "pixels", "area", "score"])

@@ -140,7 +140,7 @@ def _replace_layers(model: nn.Module, kept: list[str]) -> None:
     for name, module in list(model.named_modules()):
         is_kept = any(name == part or name.startswith(f"{part}.") for part in kept)
         if not is_kept and (replacement := _replacement(name, module)) is not None:
-            model.set_submodule(name, replacement(module))
+            model.set_submodule(name, replacement(module).train(module.training))
 
 
 class PGSegInt8Quantizer(HfQuantizer):
@@ -164,6 +164,7 @@ class PGSegInt8Quantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         if not self.pre_quantized:
             _replace_layers(model, self.quantization_config.modules_to_not_convert or [])
+        self._tell_parts(model)
         for module in model.modules():
             if isinstance(module, Int8Linear):
                 module.pack()
@@ -171,6 +172,14 @@ class PGSegInt8Quantizer(HfQuantizer):
                 is_whole = not any(type(part) is nn.Linear for part in module.modules())
                 module.compute_dtype = torch.bfloat16 if is_whole else None
         model.requires_grad_(False)
+
+    def _tell_parts(self, model: PreTrainedModel) -> None:
+        """Says in each tower's configuration what it is: a tower is saved and loaded without the other, too."""
+        kept = self.quantization_config.modules_to_not_convert or []
+        for name, part in model.named_children():
+            if isinstance(part, PreTrainedModel) and name not in kept:
+                config: Any = part.config
+                config.quantization_config = PGSegInt8Config([each.removeprefix(f"{name}.") for each in kept])
 
     def is_serializable(self) -> bool:
         return True
