@@ -88,7 +88,10 @@ def test_segment_as_a_program(tiny_folder, photo_file, tmp_path):
         (["--labels", "cat", "--batch-size", "0"], "--batch-size is 0"),
         (["--labels", "cat", "--output", "picture.xyz"], "ending"),
         (["--labels", "cat", "--window", "8", "--stride", "9"], "--stride is 9"),
-        (["--labels", "cat", "--whole", "--stride", "9"], "--stride is 9, but with --whole there is no window"),
+        (
+            ["--labels", "cat", "--whole", "--stride", "9"],
+            "--stride is 9, but with --whole there is no window",
+        ),
         (["--labels", "cat", "--patch-weight", "2"], "--patch-weight is 2.0"),
         (["--labels", "cat", "--patch-weight", "0.5"], "or --patch-weight 0"),
         (

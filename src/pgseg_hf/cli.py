@@ -268,7 +268,9 @@ def _check_segment(args: argparse.Namespace) -> None:
 def _read_options(args: argparse.Namespace, asked: LabelList) -> SegmentationOptions:
     """The library's options; what is wrong is called as on the command line."""
     if args.stride is not None and args.whole:
-        raise ValueError(f"--stride is {args.stride}, but with --whole there is no window; leave out one of them.")
+        raise ValueError(
+            f"--stride is {args.stride}, but with --whole there is no window; leave out one of them."
+        )
     given: dict[str, Any] = {
         "window_size": args.window,
         "window_stride": args.stride,
