@@ -355,6 +355,13 @@ def test_a_wrong_option_names_the_nearest(arguments, nearest, capsys):
     assert error.value.code == 2 and f"there is no option {nearest}" in errors and errors.count("\n") == 1
 
 
+def test_a_stride_alone_needs_a_checkpoint_with_a_window(tiny_folder, photo_file, tmp_path, capsys):
+    asked = ["--labels", "cat, dog", "--stride", "8", "--output", tmp_path / "out.png"]
+    assert run("segment", photo_file, *asked) == 2  # with the checkpoint that ships
+    assert "--stride is 8, but" in capsys.readouterr().err and not (tmp_path / "out.png").exists()
+    assert run("segment", photo_file, *asked, "--model", tiny_folder) == 0
+
+
 def test_no_such_device(tiny_folder, photo_file, capsys):
     assert run("segment", photo_file, "--labels", "cat", "--model", tiny_folder, "--device", "abacus") == 2
     assert "abacus" in capsys.readouterr().err

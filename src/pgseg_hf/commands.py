@@ -44,6 +44,10 @@ def segment(args: argparse.Namespace) -> int:
         return 0  # A folder can be shared, a picture or a video cannot.
     device = args.device or (f"cuda:{process_rank('LOCAL_RANK')}" if torch.cuda.is_available() else "cpu")
     segmenter = load_segmenter(args.model, args.options, device=device, dtype=getattr(torch, args.dtype))
+    if args.stride is not None and args.window is None and segmenter.processor.window_size is None:
+        raise ValueError(
+            f"--stride is {args.stride}, but {args.model} takes the whole image at once; expected --window too."
+        )
     if args.video is not None:
         return _segment_video(args, segmenter)
     if args.pictures is not None:

@@ -507,10 +507,6 @@ class Segmenter:
         stride = self.processor.window_stride if options.window_stride == "auto" else options.window_stride
         if size is not None:
             refuse_gaps(size, stride)
-        elif options.window_stride != "auto":
-            raise ValueError(
-                f"window_stride is {stride}, but the whole image is encoded at once; expected a window_size too."
-            )
         patch = self.model.config.vision_config.patch_size
         if self._cuts_features(size) and (size % patch or stride % patch):
             raise ValueError(
