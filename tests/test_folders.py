@@ -7,7 +7,9 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -116,6 +118,29 @@ def test_processes_share_a_folder(tiny_folder, photos, tmp_path, launcher):
         rows = list(csv.DictReader(file))
     assert sorted(row["image"] for row in rows) == sorted(f"{n:02d}.png" for n in range(20) for _ in "ab")
     assert not (tmp_path / "out" / ".locks").exists()
+
+
+def test_of_two_runs_that_start_together_one_has_the_folder(tiny_segmenter, photos, tmp_path, monkeypatch):
+    """Both find no record, and both would write theirs."""
+    together, read, first = threading.Barrier(2, timeout=60), folders.read_record, threading.local()
+
+    def read_together(path):
+        known = read(path)
+        if not hasattr(first, "done"):
+            first.done = together.wait()
+        return known
+
+    monkeypatch.setattr(folders, "read_record", read_together)
+    output, asked = tmp_path / "out", (["cat", "dog"], ["cat", "horse"])
+    with ThreadPoolExecutor(2) as pool:
+        runs = [pool.submit(segment_folder, tiny_segmenter, photos, output, labels) for labels in asked]
+    (loser,) = (number for number, run in enumerate(runs) if run.exception())
+    theirs, ours = asked[1 - loser], asked[loser]
+    assert f"{output} holds results with labels = {theirs} there and {ours} now" in str(
+        runs[loser].exception()
+    )
+    assert json.loads((output / "segmentation.json").read_text())["labels"] == theirs
+    assert runs[1 - loser].result().segmented == 20
 
 
 def test_each_picture_is_segmented_once(tiny_folder, photos, tmp_path, monkeypatch):

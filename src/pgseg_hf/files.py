@@ -46,11 +46,19 @@ def refuse_missing_folder(name_or_path: str | os.PathLike) -> None:
         )
 
 
-def write_atomically(path: str | os.PathLike, write: Callable[[BinaryIO], None]) -> Path:
+def write_atomically(
+    path: str | os.PathLike, write: Callable[[BinaryIO], None], replace: bool = True
+) -> Path:
     """Writes a file under a temporary name in its folder, then renames it.
+
+    Args:
+        path: of the file.
+        write: fills the open file.
+        replace: whether an older file gives way.
 
     Raises:
         ValueError: the folder cannot be made or written to; nothing is left behind.
+        FileExistsError: there is a file that is not to give way, perhaps since a moment ago.
     """
     path = Path(path)
     temporary: str | None = None
@@ -63,13 +71,27 @@ def write_atomically(path: str | os.PathLike, write: Callable[[BinaryIO], None])
         with os.fdopen(handle, "wb") as file:
             write(file)
         os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
+        (os.replace if replace else _link)(temporary, path)
     except OSError as error:
+        if isinstance(error, FileExistsError) and not replace:
+            raise
         raise ValueError(f"{path} cannot be written: {error}; choose another output path.") from error
     finally:
         if temporary is not None and os.path.exists(temporary):
             os.unlink(temporary)
     return path
+
+
+def _link(temporary: str, path: Path) -> None:
+    """Gives a file its name, if no other has it: of several processes one succeeds."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        raise
+    except OSError:  # a disk without links, such as exFAT
+        if path.exists():
+            raise FileExistsError(path) from None
+        os.replace(temporary, path)
 
 
 def _umask() -> int:
@@ -142,19 +164,19 @@ def _text_of(path: Path, key: str) -> str | None:
         return None
 
 
-def write_json(content: Any, path: str | os.PathLike) -> Path:
-    """Writes JSON, whole or not at all."""
-    return write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", path)
+def write_json(content: Any, path: str | os.PathLike, replace: bool = True) -> Path:
+    """Writes JSON, see [`write_atomically`]."""
+    return write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", path, replace)
 
 
-def write_text(text: str, path: str | os.PathLike) -> Path:
-    """Writes text in UTF-8, whole or not at all. What is no character, as in a file name of another encoding, is
+def write_text(text: str, path: str | os.PathLike, replace: bool = True) -> Path:
+    """Writes text in UTF-8, see [`write_atomically`]. What is no character, as in a file name of another encoding, is
     escaped as JSON does it."""
 
     def write(file: BinaryIO) -> None:
         file.write(text.encode("utf-8", errors="backslashreplace"))
 
-    return write_atomically(path, write)
+    return write_atomically(path, write, replace)
 
 
 @contextmanager
