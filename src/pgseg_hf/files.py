@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -36,6 +37,20 @@ def path_inside(folder: Path, name: str) -> Path:
     if path.is_absolute() or path.drive or ".." in path.parts:
         raise ValueError(f"{name!r} leads out of the folder {folder}.")
     return Path(str(folder), path)
+
+
+def is_web_address(text: str) -> bool:
+    """Whether a text is an `http(s)://` address.
+
+    Raises:
+        ValueError: an address of another kind, such as `s3://`, which is not fetched.
+    """
+    kind = re.match("([A-Za-z][A-Za-z0-9+.-]+)://", text)
+    if kind is not None and kind[1].lower() not in ("http", "https"):
+        raise ValueError(
+            f"{text!r} is an address of kind {kind[1]}, only http and https are fetched: download it first"
+        )
+    return kind is not None
 
 
 def refuse_missing_folder(name_or_path: str | os.PathLike) -> None:
@@ -123,13 +138,13 @@ def image_format(path: str | os.PathLike, is_mask: bool = False) -> str:
         )
     if found is None or found not in Image.SAVE:
         raise ValueError(
-            f"{path} has no ending of a picture format that can be written, for instance .png or .jpg."
+            f"{path} has no ending of an image format that can be written, for instance .png or .jpg."
         )
     return found
 
 
 def write_image(image: Image.Image, path: str | os.PathLike, **options: Any) -> Path:
-    """Writes a picture in the format of its ending, whole or not at all; `options` are those of `Image.save`."""
+    """Writes an image in the format of its ending, whole or not at all; `options` are those of `Image.save`."""
     found = image_format(path)
     return write_atomically(path, lambda file: image.save(file, format=found, **options))
 

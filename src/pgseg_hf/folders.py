@@ -17,10 +17,12 @@ from transformers.utils import logging
 
 from .files import mask_source, remove_unfinished, write_image, write_json, write_mask
 from .images import MAX_IMAGE_PIXELS, images_apart_from, load_image
+from .label_maps import Segmentation
+from .options import SegmentationOptions
 from .outputs import MaskResult
 from .prompts import split_synonyms
 from .run_records import differences, file_digest, model_record, read_record
-from .segmentation import Segmentation, SegmentationOptions, Segmenter
+from .segmentation import Segmenter
 from .values import whole_number
 from .visualization import indexed_png, label_colours, overlay
 

@@ -142,7 +142,7 @@ class TestFolders:
             ValueError, match=r"nowhere is no folder, no pattern of tar files and no hub:NAME"
         ):
             open_imagenet(str(tmp_path / "nowhere"))
-        with pytest.raises(ValueError, match="holds no pictures"):
+        with pytest.raises(ValueError, match="holds no images"):
             open_imagenet(str(tmp_path))
         write_class_folders(tmp_path, ["n99999999"])
         with pytest.raises(ValueError, match=r"n99999999.*.png has the label n99999999|'n99999999'"):
