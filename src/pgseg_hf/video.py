@@ -20,7 +20,7 @@ from .visualization import indexed_png, label_colours, overlay
 if TYPE_CHECKING:
     from .label_maps import Segment, Segmentation
     from .options import SegmentationOptions
-from .segmentation import Segmenter
+    from .segmentation import Segmenter
 
 logger = logging.get_logger(__name__)
 
