@@ -155,8 +155,7 @@ def one_of_two_processes(rank, folder, backbone):
                 parameter.grad /= 2
         optimizer.step()
     torch.save(
-        (full_weights(model), plain.state_dict(), plain_model(backbone).state_dict()),
-        f"{folder}/{rank}.pt",
+        (full_weights(model), plain.state_dict(), plain_model(backbone).state_dict()), f"{folder}/{rank}.pt"
     )
     dist.destroy_process_group()
 

@@ -106,9 +106,7 @@ def test_500_steps_in_half_precision_stay_finite(variant, dtype):
     for step in range(500):
         with torch.autocast("cpu", dtype):
             outputs = model(
-                tiny_texts(8, words=5, seed=step % 8),
-                tiny_images(8, seed=step % 8),
-                return_loss=True,
+                tiny_texts(8, words=5, seed=step % 8), tiny_images(8, seed=step % 8), return_loss=True
             )
         scaler.scale(outputs.loss).backward()
         scaler.unscale_(optimizer)

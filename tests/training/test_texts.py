@@ -10,13 +10,7 @@ from hypothesis import strategies as st
 
 from pgseg_hf.data.records import Record, UnusableRecord
 from pgseg_hf.prompts import validate_labels
-from pgseg_hf.training.batches.texts import (
-    TextOptions,
-    choose_texts,
-    clean_tags,
-    find_nouns,
-    load_noun_model,
-)
+from pgseg_hf.training.batches.texts import TextOptions, choose_texts, clean_tags, find_nouns, load_noun_model
 
 SEEDS = st.integers(0, 2**31 - 1)
 TAGS = st.lists(st.text(max_size=8), max_size=12)

@@ -206,10 +206,7 @@ class Augmentation:
 
 
 def random_resized_box(
-    size: tuple[int, int],
-    scale: tuple[float, float],
-    ratio: tuple[float, float],
-    rng: np.random.Generator,
+    size: tuple[int, int], scale: tuple[float, float], ratio: tuple[float, float], rng: np.random.Generator
 ) -> tuple[int, int, int, int]:
     """A box of random area, shape and place, by the rule of torchvision's `RandomResizedCrop`.
 

@@ -56,10 +56,7 @@ class GradientCache:
     """
 
     def __init__(
-        self,
-        model: PGSegModel,
-        chunk_size: int,
-        autocast: Callable[[], AbstractContextManager] = nullcontext,
+        self, model: PGSegModel, chunk_size: int, autocast: Callable[[], AbstractContextManager] = nullcontext
     ):
         if chunk_size < 2:
             raise ValueError(f"chunk_size is {chunk_size}, expected at least 2 for BatchNorm.")

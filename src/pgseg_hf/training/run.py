@@ -31,22 +31,12 @@ from .building import (
     sync_batchnorm,
     without_scalars,
 )
-from .checkpoints import (
-    load_checkpoint,
-    prepare_output_dir,
-    resolve_resume,
-    save_checkpoint,
-)
+from .checkpoints import load_checkpoint, prepare_output_dir, resolve_resume, save_checkpoint
 from .continuing import changes
 from .evaluating import Evaluator, best_metric
 from .finishing import model_card, publish, save_weights, upload
 from .gradient_cache import GradientCache, average_gradients
-from .optimization import (
-    ExponentialMovingAverage,
-    build_optimizer,
-    cosine_schedule,
-    own_settings_kept,
-)
+from .optimization import ExponentialMovingAverage, build_optimizer, cosine_schedule, own_settings_kept
 from .reporting import Clock, Meter, RunLog
 
 # What a run that goes on may change, and then says; what it learns from and by may not.
