@@ -20,7 +20,7 @@ from tiny_models import CLIP_TEXT
 
 from pgseg_hf import PGSegImageProcessorPil, PGSegProcessor, default_tokenizer, load_segmenter
 from pgseg_hf.cli import main
-from pgseg_hf.data.photos import Photo, read_photos
+from pgseg_hf.data.photos import Record, read_photos
 from pgseg_hf.training.fine_tuning.report import (
     average_precisions,
     confused_labels,
@@ -201,16 +201,16 @@ def test_labels_by_folders_rows_and_metadata(tmp_path):
     rows = [f"{name},{label}" for name, own in labels.items() for label in own]
     (tmp_path / "long.tsv").write_text("\n".join(["image,tags", *rows, "00.png,ROSE"]).replace(",", "\t"))
     found = read_photos(tmp_path / "flat", tmp_path / "long.tsv")
-    assert {photo.file_name: photo.labels for photo in found.photos} == labels and not found.left_out
+    assert {photo.name: photo.tags for photo in found.photos} == labels and not found.left_out
     rows = [{"file_name": name, "labels": own} for name, own in labels.items()]
     (tmp_path / "list.json").write_text(json.dumps(rows))
     found = read_photos(tmp_path / "flat", tmp_path / "list.json")
-    assert {photo.file_name: photo.labels for photo in found.photos} == labels
+    assert {photo.name: photo.tags for photo in found.photos} == labels
     lines = [json.dumps({"file_name": "00.png", "caption": "a rose"}), "no JSON", '{"file_name": "01.png"}']
     lines.append(json.dumps({"file_name": "a caption where the name should be " * 99, "caption": "a rose"}))
     (tmp_path / "flat" / "metadata.jsonl").write_text("\n".join(lines))
     found = read_photos(tmp_path / "flat")
-    assert [(photo.captions, photo.labels) for photo in found.photos] == [(["a rose"], [])]
+    assert [(photo.captions, photo.tags) for photo in found.photos] == [(["a rose"], [])]
     assert found.left_out["no label"] == ["01.png"] and len(found.left_out["broken row"]) == 1
     assert len(found.left_out["no such file"]) == 1
     (tmp_path / "flat" / "metadata.jsonl").unlink()
@@ -223,17 +223,17 @@ def test_the_held_out_part_has_every_label_that_can_be_spared(count):
     rng = np.random.default_rng(count)
     words = [f"label {number}" for number in range(10)]
     photos = [
-        Photo(f"{n}.jpg", [words[n % 10], *(word for word in words[:2] if n % 10 > 1 and rng.random() < 0.3)])
+        Record("", [], [words[n % 10], *(each for each in words[:2] if n % 10 > 1 and rng.random() < 0.3)])
         for n in range(count)
     ]
-    photos.append(Photo("single.jpg", ["only once"]))
+    photos.append(Record("", [], ["only once"]))
     train, held_out = split_photos(photos, 0.2, seed=1)
     assert len(train) + len(held_out) == len(photos)
     assert len(held_out) == pytest.approx(min(0.2 * len(photos), 500), abs=1.1)
     assert split_photos(photos, 0.2, seed=1)[1] == held_out
     assert count < 200 or split_photos(photos, 0.2, seed=2)[1] != held_out
-    learned, measured = ({label for photo in part for label in photo.labels} for part in (train, held_out))
-    assert learned == {label for photo in photos for label in photo.labels}
+    learned, measured = ({label for photo in part for label in photo.tags} for part in (train, held_out))
+    assert learned == {label for photo in photos for label in photo.tags}
     assert "only once" not in measured
     assert count < 200 or measured == set(words)
 
@@ -255,5 +255,6 @@ def test_figures_of_the_report():
     scores = targets.astype(float)
     scores[:8, :2] = 1
     assert confused_labels(scores, targets, ["a", "b", "c"]) == [("a", "b", 0.0)]
-    photos = [Photo("1", ["a", "b"]), Photo("2", ["a", "b", "c"]), Photo("3", ["c"])]
+    labels = (["a", "b"], ["a", "b", "c"], ["c"])
+    photos = [Record("", tags=tags, name=str(number)) for number, tags in enumerate(labels)]
     assert labels_always_together(photos) == [["a", "b"]]

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from ..data.records import Record, UnusableRecord
-from ..data.sources import Source, StreamSource
+from ..data.sources import Source, StreamSource, records_of
 from ..run_records import hash_of
 
 SAMPLED_RECORDS = 256
@@ -56,12 +56,8 @@ def _sample(source: Source) -> Iterator[Record | UnusableRecord]:
         shards = np.unique(np.linspace(0, source.num_shards - 1, SAMPLED_SHARDS).astype(int))
         for shard in shards:
             yield from islice(source.read_shard(int(shard)), SAMPLED_RECORDS // len(shards))
-        return
-    for index in np.unique(np.linspace(0, len(source) - 1, SAMPLED_RECORDS).astype(int)):
-        try:
-            yield source[int(index)]
-        except UnusableRecord as error:
-            yield error
+    else:
+        yield from records_of(source, SAMPLED_RECORDS)
 
 
 def bytes_of(part: Any) -> bytes:

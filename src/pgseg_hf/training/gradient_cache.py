@@ -178,7 +178,7 @@ def _differentiable(features: Any) -> list[Tensor]:
 def _concatenated(chunks: list[Any]) -> Any:
     """The features of all chunks, in one dataclass of their kind."""
 
-    def joined(*parts: Tensor | None) -> Tensor | None:
+    def joined(*parts: Any) -> Tensor | None:
         return None if parts[0] is None else torch.cat(parts)
 
     return type(chunks[0])(**tree_map(joined, *map(vars, chunks)))

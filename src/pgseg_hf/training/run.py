@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, broadcast, gather_object, send_to_device, set_seed
 from huggingface_hub import HfApi
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ..distributed import sum_over_processes
@@ -96,7 +96,7 @@ class Run:
         self.seconds_before = 0.0
         self.started = time.monotonic()
 
-    def prepare(self, model: PGSegModel) -> None:
+    def prepare(self, model: nn.Module) -> None:
         """Optimizer and schedule; all that can be wrong is found by then, and only then the output folder changes."""
         run, accelerator = self.options, self.accelerator
         if run.sync_batchnorm and not run.chunk_size:  # chunks have statistics of their own
@@ -116,7 +116,7 @@ class Run:
             floor=run.learning_rate / 10 if floor is None else floor,
         )
         self.resume = prepare_output_dir(
-            accelerator, run.output_dir, run.resume_from_checkpoint, run.overwrite_output_dir
+            accelerator, self.output_dir, run.resume_from_checkpoint, run.overwrite_output_dir
         )
         self.model, self.optimizer, self.schedule = accelerator.prepare(model, optimizer, schedule)
         self.plain_model = accelerator.unwrap_model(self.model)

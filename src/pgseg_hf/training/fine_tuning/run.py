@@ -14,7 +14,8 @@ import numpy as np
 import torch
 
 from ...configuration_pgseg import PGSegConfig
-from ...data.photos import LabelledPhotos, Photo, read_photos
+from ...data.photos import LabelledPhotos, read_photos, row_of
+from ...data.records import Record
 from ...files import write_json, write_text
 from ...run_records import differences, read_record
 from ...text_files import read_json
@@ -58,7 +59,7 @@ def fine_tune(args: argparse.Namespace) -> dict[str, Any]:
     resume = "latest" if (output / RECORD_NAME).is_file() else None
     write_json(record, output / RECORD_NAME)
     for name, part in (("train", train), ("held-out", held_out)):
-        rows = (json.dumps(photo.to_row(), ensure_ascii=False) for photo in part)
+        rows = (json.dumps(row_of(photo), ensure_ascii=False) for photo in part)
         write_text("".join(f"{row}\n" for row in rows), output / _SPLIT / f"{name}.jsonl")
     labels = list(photos.count_labels())
     write_json({"names": {label: [] for label in labels}}, output / _SPLIT / "labels.json")
@@ -67,7 +68,7 @@ def fine_tune(args: argparse.Namespace) -> dict[str, Any]:
         run.processor.vocabulary = list(dict.fromkeys([*run.processor.vocabulary, *labels]))
     results = run.train()
     caches = [source for source in run.stream.sources if isinstance(source, CachedSource)]
-    broken = [train[index].file_name for source in caches for index in source.unusable()]
+    broken = [train[index].name for source in caches for index in source.unusable()]
     if broken:
         photos.left_out["broken image"] = broken
     report = write_report(args, photos, train, held_out, results)
@@ -89,7 +90,7 @@ def _refuse_too_few(photos: LabelledPhotos) -> None:
         )
 
 
-def split_photos(photos: list[Photo], share: float, seed: int) -> tuple[list[Photo], list[Photo]]:
+def split_photos(photos: list[Record], share: float, seed: int) -> tuple[list[Record], list[Record]]:
     """Photos to train on, and photos held out: a share of the photos of each label, rare labels first. A label of a
     single photo is trained on."""
     order = np.random.default_rng(seed).permutation(len(photos)).tolist()
@@ -97,7 +98,7 @@ def split_photos(photos: list[Photo], share: float, seed: int) -> tuple[list[Pho
     wanted = most / len(photos)
     of_label: dict[str, list[int]] = {}
     for index in order:
-        for label in photos[index].labels:
+        for label in photos[index].tags:
             of_label.setdefault(label, []).append(index)
     left = Counter({label: len(indices) for label, indices in of_label.items()})
     held: dict[int, None] = {}
@@ -105,7 +106,7 @@ def split_photos(photos: list[Photo], share: float, seed: int) -> tuple[list[Pho
     def hold(indices: list[int], count: int) -> None:
         count -= sum(index in held for index in indices)
         for index in indices:
-            own = photos[index].labels
+            own = photos[index].tags
             if count <= 0 or len(held) >= most:
                 return
             if index not in held and all(left[label] > 1 for label in own):
@@ -168,8 +169,8 @@ def _record(args: argparse.Namespace, photos: LabelledPhotos) -> dict[str, Any]:
     """What a run depends on."""
     digest = hashlib.sha256()
     for photo in photos.photos:
-        state = (photos.folder / photo.file_name).stat()
-        digest.update(json.dumps([photo.to_row(), state.st_size, state.st_mtime_ns]).encode())
+        state = (photos.folder / photo.name).stat()
+        digest.update(json.dumps([row_of(photo), state.st_size, state.st_mtime_ns]).encode())
     return {
         "photos": str(args.photos.resolve()),
         "number of photos": len(photos.photos),
