@@ -94,6 +94,11 @@ def test_broken_metadata(tmp_path, kind, content, message):
         open_path(tmp_path)
 
 
+def test_a_row_longer_than_the_usual_block_of_csv(tmp_path):
+    source = open_path(write_folder(tmp_path, [{"file_name": "0.png", "caption": "word\n" * 500_000}], "csv"))
+    assert source[0].captions == [" ".join(["word"] * 500_000)]
+
+
 @pytest.mark.parametrize("kind", ["jsonl", "csv"])
 def test_metadata_are_read_in_blocks(tmp_path, monkeypatch, kind):
     monkeypatch.setattr(metadata, "_BLOCK_BYTES", 300)
