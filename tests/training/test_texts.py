@@ -42,23 +42,18 @@ def test_tags_make_a_sentence_of_any_subset_in_any_order():
     assert sentences["skirt, hat and boots"] == pytest.approx(2000 / 18, rel=0.25)
 
 
-def test_sentences_use_all_templates():
+def test_templates_of_sentences_and_of_labels_are_drawn():
     options = TextOptions(templates=["a photo of a {}.", "{}!"])
     captions = Counter(texts.caption for texts in many_texts(Record("x.jpg", tags=["hat"]), options))
     assert set(captions) == {"a photo of a hat.", "hat!"} and min(captions.values()) > 100
+    options = TextOptions(label_templates=["{}", "the {}"])
+    found = {tuple(sorted(each.labels)) for each in many_texts(Record("x", tags=["a", "b"]), options)}
+    assert found == {("a", "b"), ("a", "the b"), ("b", "the a"), ("the a", "the b")}
 
 
 def test_labels_are_all_tags_in_the_one_template_that_makes_equal_tags_equal():
     for texts in many_texts(Record("x.jpg", tags=["hat", "fire truck"]), count=20):
         assert sorted(texts.labels) == ["a photo of a fire truck.", "a photo of a hat."]
-
-
-def test_label_templates_are_drawn_for_each_label():
-    options = TextOptions(label_templates=["{}", "the {}"])
-    labels = Counter(
-        tuple(sorted(texts.labels)) for texts in many_texts(Record("x", tags=["a", "b"]), options)
-    )
-    assert set(labels) == {("a", "b"), ("a", "the b"), ("b", "the a"), ("the a", "the b")}
 
 
 def test_max_tags_bounds_sentence_and_labels():
