@@ -143,7 +143,7 @@ def test_what_endings_mean():
 @pytest.mark.parametrize(
     ("files", "reason", "message"),
     [
-        ({"a.txt": b"x"}, "no picture", "one.tar/a has no picture that can be read: txt"),
+        ({"a.txt": b"x"}, "no picture", "one.tar/a has no image that can be read: txt"),
         ({"a.png": b"x"}, "no text", "no caption and no tags: png"),
         ({"a.png": b"x", "a.json": b'{"alt": "x"}'}, "no text", "png, json with the keys alt"),
         ({"a.png": b"x", "a.txt": b" \n"}, "no text", "no caption"),

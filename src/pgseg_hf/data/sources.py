@@ -62,7 +62,7 @@ class SourceSpec:
         kind: "folder", "hub", "webdataset" or "synthetic"; "auto" goes by what the path looks like.
         weight: the source's share of the records, against the other sources' weights.
         split, name, streaming: for data sets of the Hub, as `datasets.load_dataset` takes them.
-        image_column: column of the picture, in shards the ending of its file; by default the usual names.
+        image_column: column of the image, in shards the ending of its file; by default the usual names.
         caption_column: a string or a list of strings; in shards an ending or a key of the `.json`.
         tags_column: a list of strings, a string split at commas, semicolons and `|`, or class labels.
         mask_column: label maps.

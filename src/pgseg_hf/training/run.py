@@ -337,7 +337,7 @@ class Run:
         return folder
 
     def finish(self) -> dict[str, Any]:
-        """Writes the result: the last weights, measured on all pictures."""
+        """Writes the result: the last weights, measured on all images."""
         with self.model_to_keep() as model:
             if self.evaluator and not self.figures:
                 self.figures = self.evaluator(model)

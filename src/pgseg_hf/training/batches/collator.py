@@ -22,13 +22,13 @@ _NO_LIMIT = 1_000_000
 
 
 class PGSegCollator:
-    """Stacks pictures and tokenises their texts; for a `DataLoader`, or transformers' `Trainer` with
+    """Stacks images and tokenises their texts; for a `DataLoader`, or transformers' `Trainer` with
     `remove_unused_columns=False`.
 
-    "paired": each picture has its caption, and its labels for the multi-label loss. "shared": the texts of a batch are
-    collected, equal ones once, and each picture's positives are its labels, or its caption where it has none.
+    "paired": each image has its caption, and its labels for the multi-label loss. "shared": the texts of a batch are
+    collected, equal ones once, and each image's positives are its labels, or its caption where it has none.
 
-    On several processes the paired layout needs `num_labels` where pictures have labels, so that every process makes
+    On several processes the paired layout needs `num_labels` where images have labels, so that every process makes
     batches of the same kind: they would wait for each other.
 
     Args:
@@ -36,9 +36,9 @@ class PGSegCollator:
         context_length: longest text in tokens, by default the tokenizer's `model_max_length`; the rest is cut off.
         layout: "paired" or "shared".
         padding: "max_length" makes all texts `context_length` long, "longest" as long as the batch's longest.
-        num_labels: in the paired layout the number of labels of every picture, padded or cut; 0 for none. By default
+        num_labels: in the paired layout the number of labels of every image, padded or cut; 0 for none. By default
             the largest number in the batch.
-        texts: in the shared layout the texts of every batch, which the examples' are among: words that no picture of
+        texts: in the shared layout the texts of every batch, which the examples' are among: words that no image of
             a batch has are then negatives too.
         synonyms: in the shared layout, other texts for a text. A batch has one of them for all of its images, drawn by
             the batch's content, so that no text of an image is a negative of another that shows the same; on several

@@ -47,7 +47,7 @@ def write_report(
     held_out: Sequence[Record],
     results: dict[str, Any],
 ) -> dict[str, Any]:
-    """Measures both models and writes `report.md`, `report.json` and pictures; returns the content of the JSON."""
+    """Measures both models and writes `report.md`, `report.json` and images; returns the content of the JSON."""
     output, device = args.output, results["device"]
     segmenters = {
         "before": load_segmenter(args.model, device=device),
@@ -228,7 +228,7 @@ def draw_pictures(
     count = min(_PICTURES, len(measured))
     most_common = labels[:_LABELS_OF_A_PICTURE]
     for photo in [measured[number * len(measured) // count] for number in range(count)]:
-        # In one order, so that a label has one colour in all pictures.
+        # In one order, so that a label has one colour in all images.
         words = [label for label in labels if label in photo.tags or label in most_common]
         words = words or _known_words(photo, segmenters["before"])
         if not words:
