@@ -407,7 +407,12 @@ class PGSegConfig(PreTrainedConfig):
     sub_configs_defaults = {"text_config": PGSegTextConfig, "vision_config": PGSegVisionConfig}
     # Trainer stacks the rest of a `PGSegOutput` over batches and processes: logits_per_image, image_embeds and
     # segment_embeds. These cannot be where batches differ in their number of texts or in their size.
-    keys_to_ignore_at_inference = ["contrastive_loss", "multi_label_loss", "image_prototype_loss", "image_prototype_losses", "text_prototype_loss", "assignment_loss", "num_negatives", "logits_per_text", "segment_logits", "patch_logits", "text_embeds", "grouping", "image_sizes", "text_model_output", "vision_model_output"]
+    keys_to_ignore_at_inference = [
+        *("contrastive_loss", "multi_label_loss", "image_prototype_loss", "image_prototype_losses"),
+        *("text_prototype_loss", "assignment_loss", "num_negatives", "logits_per_text", "segment_logits"),
+        *("patch_logits", "text_embeds", "grouping", "image_sizes", "text_model_output"),
+        "vision_model_output",
+    ]
 
     text_config: Any = None
     vision_config: Any = None
