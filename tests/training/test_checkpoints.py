@@ -4,18 +4,16 @@ import itertools
 import json
 import os
 import pickle
-import random
 import shutil
 import time
 
-import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from torch import nn
+from training_runs import Training
 
 from pgseg_hf.training import checkpoints
 from pgseg_hf.training.checkpoints import (
@@ -23,9 +21,7 @@ from pgseg_hf.training.checkpoints import (
     load_checkpoint,
     prepare_output_dir,
     resolve_resume,
-    save_checkpoint,
 )
-from pgseg_hf.training.optimization import ExponentialMovingAverage, build_optimizer, cosine_schedule
 
 
 @pytest.fixture(autouse=True)
@@ -35,46 +31,6 @@ def fresh_accelerator():
     yield
     checkpoints.logging.disable_propagation()
     AcceleratorState._reset_state(reset_partial_state=True)
-
-
-class Training:
-    """A tiny run whose steps draw from all three random generators and whose model has buffers."""
-
-    def __init__(self, seed=0, averaged=True):
-        for set_seed in (random.seed, np.random.seed, torch.manual_seed):
-            set_seed(seed)
-        self.accelerator = Accelerator(cpu=True, step_scheduler_with_optimizer=False)
-        model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 1))
-        self.average = ExponentialMovingAverage(model, decay=0.8) if averaged else None
-        optimizer = build_optimizer(model, learning_rate=0.1)
-        schedule = cosine_schedule(optimizer, 2, 20)
-        self.model, self.optimizer, self.schedule = self.accelerator.prepare(model, optimizer, schedule)
-
-    def step(self):
-        inputs = torch.randn(4, 3) + random.random() + torch.from_numpy(np.random.rand(4, 3)).float()
-        loss = self.model(inputs).square().mean()
-        self.accelerator.backward(loss)
-        self.optimizer.step()
-        self.schedule.step()
-        self.optimizer.zero_grad()
-        if self.average is not None:
-            self.average.update_parameters(self.accelerator.unwrap_model(self.model))
-        return loss.item(), self.schedule.get_last_lr()
-
-    def save(self, folder, step, **kwargs):
-        position = {"batch": step, "rank": self.accelerator.process_index}
-        return save_checkpoint(self.accelerator, folder, step, position, ema=self.average, **kwargs)
-
-    def load(self, path):
-        return load_checkpoint(self.accelerator, path, self.average)
-
-    def state(self):
-        parts = {"model": self.model.state_dict()}
-        if self.average is not None:
-            parts["average"] = self.average.state_dict()
-        return {
-            f"{part}.{name}": value.clone() for part, state in parts.items() for name, value in state.items()
-        }
 
 
 def assert_same(first, second):
@@ -156,17 +112,6 @@ def test_where_no_checkpoint_is_whole_nothing_is_renamed(tmp_path):
     assert names(tmp_path) == [path.name]
 
 
-def test_a_checkpoint_of_other_dependencies_is_refused(tmp_path):
-    run = Training()
-    path = run.save(tmp_path, 1, extra={"depends_on": {"looks": 1, "loss": "info_nce"}})
-    run.step()
-    state = run.state()
-    with pytest.raises(ValueError, match="loss was info_nce and is sigmoid"):
-        load_checkpoint(run.accelerator, path, run.average, {"looks": 1, "loss": "sigmoid"})
-    assert_same(run.state(), state)
-    load_checkpoint(run.accelerator, path, run.average, {"looks": 1, "loss": "info_nce"})
-
-
 # What a checkpoint may be resumed by
 
 
@@ -242,11 +187,18 @@ def test_random_states_that_accelerate_cannot_set_are_noticed(tmp_path):
 
 
 def test_checkpoints_of_other_settings_are_refused(tmp_path):
-    path = Training().save(tmp_path / "averaged", 1)
-    with pytest.raises(ValueError, match="has averaged weights, this run does not average"):
+    run = Training()
+    path = run.save(tmp_path / "averaged", 1, extra={"depends_on": {"looks": 1, "loss": "info_nce"}})
+    run.step()
+    state = run.state()
+    with pytest.raises(ValueError, match="loss was info_nce and is sigmoid"):
+        load_checkpoint(run.accelerator, path, run.average, {"looks": 1, "loss": "sigmoid"})
+    assert_same(run.state(), state)
+    load_checkpoint(run.accelerator, path, run.average, {"looks": 1, "loss": "info_nce"})
+    with pytest.raises(ValueError, match="has averaged weights"):
         Training(averaged=False).load(path)
     plain = Training(averaged=False).save(tmp_path / "plain", 1)
-    with pytest.raises(ValueError, match="lacks averaged weights, this run needs them"):
+    with pytest.raises(ValueError, match="lacks averaged weights"):
         Training().load(plain)
     content = json.loads((path / "progress.json").read_text())
     (path / "progress.json").write_text(json.dumps({**content, "world_size": 8}))
@@ -286,9 +238,7 @@ class Killed(BaseException):
 
 OPERATIONS = (
     *((os, name) for name in ("replace", "mkdir", "fsync", "unlink", "rmdir")),
-    *((checkpoints, name) for name in ("write_json", "save_model")),
-    *((torch, name) for name in ("save",)),
-    (Accelerator, "save_state"),
+    *((checkpoints, "write_json"), (checkpoints, "save_model"), (torch, "save"), (Accelerator, "save_state")),
 )
 
 
@@ -370,12 +320,7 @@ def test_everything_is_on_the_disk_before_it_takes_its_name(tmp_path, monkeypatc
 def slowly(name):
     """Makes a step of saving so slow that a process that does not wait would overtake."""
     original = getattr(checkpoints, name)
-
-    def slow(*args, **kwargs):
-        time.sleep(0.1)
-        return original(*args, **kwargs)
-
-    setattr(checkpoints, name, slow)
+    setattr(checkpoints, name, lambda *args: (time.sleep(0.1), original(*args))[1])
 
 
 def one_of_two_processes(rank, folder):

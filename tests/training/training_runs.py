@@ -3,20 +3,26 @@
 import contextlib
 import importlib.util
 import os
+import random
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from tiny_models import TINY_FIELDS
+from torch import nn
 
 from pgseg_hf.training.arguments import parse_arguments
+from pgseg_hf.training.checkpoints import load_checkpoint, save_checkpoint
+from pgseg_hf.training.optimization import ExponentialMovingAverage, build_optimizer, cosine_schedule
 from pgseg_hf.training.reporting import read_log
 from pgseg_hf.training.run import Run
 
@@ -70,6 +76,46 @@ def run_here(folder, *options, **settings):
 def totals(folder):
     """The loss of each step."""
     return [line["total"] for line in read_log(folder / "log.jsonl") if "total" in line]
+
+
+class Training:
+    """A tiny run whose steps draw from all three random generators and whose model has buffers."""
+
+    def __init__(self, seed=0, averaged=True):
+        for set_seed in (random.seed, np.random.seed, torch.manual_seed):
+            set_seed(seed)
+        self.accelerator = Accelerator(cpu=True, step_scheduler_with_optimizer=False)
+        model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 1))
+        self.average = ExponentialMovingAverage(model, decay=0.8) if averaged else None
+        optimizer = build_optimizer(model, learning_rate=0.1)
+        schedule = cosine_schedule(optimizer, 2, 20)
+        self.model, self.optimizer, self.schedule = self.accelerator.prepare(model, optimizer, schedule)
+
+    def step(self):
+        inputs = torch.randn(4, 3) + random.random() + torch.from_numpy(np.random.rand(4, 3)).float()
+        loss = self.model(inputs).square().mean()
+        self.accelerator.backward(loss)
+        self.optimizer.step()
+        self.schedule.step()
+        self.optimizer.zero_grad()
+        if self.average is not None:
+            self.average.update_parameters(self.accelerator.unwrap_model(self.model))
+        return loss.item(), self.schedule.get_last_lr()
+
+    def save(self, folder, step, **kwargs):
+        position = {"batch": step, "rank": self.accelerator.process_index}
+        return save_checkpoint(self.accelerator, folder, step, position, ema=self.average, **kwargs)
+
+    def load(self, path):
+        return load_checkpoint(self.accelerator, path, self.average)
+
+    def state(self):
+        parts = {"model": self.model.state_dict()}
+        if self.average is not None:
+            parts["average"] = self.average.state_dict()
+        return {
+            f"{part}.{name}": value.clone() for part, state in parts.items() for name, value in state.items()
+        }
 
 
 class Launched:
