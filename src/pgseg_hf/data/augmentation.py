@@ -75,8 +75,12 @@ class AugmentationOptions:
                 f"min_ratio and max_ratio are {self.min_ratio} and {self.max_ratio}, expected "
                 "0 < min_ratio <= max_ratio (width over height)."
             )
-        if self.crop_sides is not None:
-            self._check_crop_sides(self.crop_sides)
+        sides = self.crop_sides
+        if sides is not None and not (len(sides) == 2 and 0 < sides[0] <= min(sides[1], self.short_side)):
+            raise ValueError(
+                f"crop_sides are {sides}, expected a smallest and a largest side in pixels, the smallest not above "
+                f"short_side ({self.short_side})."
+            )
         for name in ("horizontal_flip", "color_jitter", "grayscale", "blur", "erasing"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected a number between 0 and 1.")
@@ -88,13 +92,6 @@ class AugmentationOptions:
             raise ValueError(
                 f"image_mean and image_std are {self.image_mean} and {self.image_std}, expected three numbers each, "
                 "those of image_std above 0."
-            )
-
-    def _check_crop_sides(self, sides: Sequence[float]) -> None:
-        if len(sides) != 2 or not 0 < sides[0] <= sides[1] or sides[0] > self.short_side:
-            raise ValueError(
-                f"crop_sides are {sides}, expected a smallest and a largest side in pixels, the smallest not above "
-                f"short_side ({self.short_side})."
             )
 
 

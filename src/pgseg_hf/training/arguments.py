@@ -218,10 +218,6 @@ class RunArguments:
         if not 0 <= self.warmup_ratio < 1:
             raise ValueError(f"warmup_ratio is {self.warmup_ratio}, expected a share from 0 to below 1.")
 
-    @property
-    def betas(self) -> tuple[float, float]:
-        return self.adam_beta1, self.adam_beta2
-
 
 Arguments = tuple[ModelArguments, DataArguments, RunArguments]
 

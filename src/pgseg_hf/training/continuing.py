@@ -30,9 +30,19 @@ def changes(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 def hash_of_files(path: Path) -> str | None:
     """A hash of a file, or of a folder's files with their names; None where there is neither."""
+    hashes = file_hashes(path)
+    return hash_of(list(hashes.items())) if hashes else None
+
+
+def file_hashes(path: Path) -> dict[str, str]:
+    """The SHA-256 of a file, or of a folder's files by their names in it."""
     files = [path] if path.is_file() else sorted(each for each in path.rglob("*") if each.is_file())
-    hashes = [(str(each.relative_to(path)), hashlib.sha256(each.read_bytes()).hexdigest()) for each in files]
-    return hash_of(hashes) if files else None
+    return {each.relative_to(path).as_posix(): sha256(each) for each in files}
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def contents_of(source: Source) -> str:

@@ -104,9 +104,8 @@ class Run:
         epochs = 0 if run.max_steps else (run.num_epochs or 0) * self.stream.batches_per_epoch
         self.total_steps = run.max_steps or max(1, math.ceil(epochs))
         self.ema = ExponentialMovingAverage(model, run.ema_decay) if run.ema_decay else None
-        optimizer = build_optimizer(
-            model, run.learning_rate, run.weight_decay, run.betas, run.backbone_learning_rate_factor
-        )
+        betas, factor = (run.adam_beta1, run.adam_beta2), run.backbone_learning_rate_factor
+        optimizer = build_optimizer(model, run.learning_rate, run.weight_decay, betas, factor)
         start, floor = run.warmup_learning_rate, run.min_learning_rate
         schedule = cosine_schedule(
             optimizer,

@@ -61,10 +61,9 @@ class PGSegCollator:
         synonyms: Mapping[str, Sequence[str]] | None = None,
         negatives: Sequence[str] = (),
     ):
-        if layout not in LAYOUTS:
-            raise ValueError(f"layout is {layout!r}, expected one of {', '.join(LAYOUTS)}.")
-        if padding not in PADDINGS:
-            raise ValueError(f"padding is {padding!r}, expected one of {', '.join(PADDINGS)}.")
+        for name, value, known in (("layout", layout, LAYOUTS), ("padding", padding, PADDINGS)):
+            if value not in known:
+                raise ValueError(f"{name} is {value!r}, expected one of {', '.join(known)}.")
         if context_length is None:
             context_length = tokenizer.model_max_length
         if not 3 <= context_length < _NO_LIMIT:
@@ -75,16 +74,11 @@ class PGSegCollator:
             raise ValueError(f"num_labels is {num_labels}; it is for the paired layout, and 0 or more.")
         if texts is not None and (layout != "shared" or not texts):
             raise ValueError("texts are for the shared layout, and at least one.")
-        self.tokenizer = tokenizer
-        self.context_length = context_length
-        self.layout = layout
-        self.padding = padding
-        self.num_labels = num_labels
         if synonyms and layout != "shared":
             raise ValueError(f"synonyms are for the shared layout, and layout is {layout!r}.")
-        self.texts = texts
-        self.synonyms = dict(synonyms or {})
-        self.negatives = list(negatives)
+        self.tokenizer, self.context_length = tokenizer, context_length
+        self.layout, self.padding, self.num_labels = layout, padding, num_labels
+        self.texts, self.synonyms, self.negatives = texts, dict(synonyms or {}), list(negatives)
         self.cut_texts = 0
         """How many texts were cut so far, in this process."""
 

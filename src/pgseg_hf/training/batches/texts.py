@@ -55,10 +55,9 @@ class TextOptions:
     def __post_init__(self) -> None:
         validate_templates(self.templates)
         validate_templates(self.label_templates)
-        if self.max_tags < 1:
-            raise ValueError(f"max_tags is {self.max_tags}, expected at least 1.")
-        if self.num_nouns < 0:
-            raise ValueError(f"num_nouns is {self.num_nouns}, expected 0 or more.")
+        for name, least in (("max_tags", 1), ("num_nouns", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected at least {least}.")
         if self.num_nouns and not self.noun_model:
             raise ValueError(
                 f"num_nouns is {self.num_nouns}, which needs noun_model, a spaCy pipeline such as 'en_core_web_sm'."
