@@ -5,7 +5,6 @@ import re
 import sys
 import tempfile
 from collections import Counter
-from pathlib import Path
 
 import datasets
 import fsspec
@@ -29,9 +28,6 @@ from pgseg_hf.data import sources as data
 from pgseg_hf.data.records import Record, UnusableRecord
 from pgseg_hf.data.sources import SourceSpec, check_source
 from pgseg_hf.data.tables import open_hub
-from pgseg_hf.images import load_image
-
-SHARED = Path(__file__).parents[3] / "shared" / "data"
 
 
 @pytest.fixture(autouse=True)
@@ -169,23 +165,6 @@ def test_the_check_looks_all_over_a_table():
     Half.__len__ = lambda self: 0
     with pytest.raises(ValueError, match="half has no records"):
         check_source(Half())
-
-
-@pytest.mark.parametrize(
-    ("name", "length", "captions"),
-    [("ccp", 1094, 0), ("camvid", 367, 0), ("caltech101", 8677, 0), ("flickr1k", 1000, 5)],
-)
-def test_real_folders(name, length, captions):
-    folder = SHARED / name / "train"
-    if not folder.is_dir():
-        pytest.skip("needs ../shared")
-    source = open_path(folder)
-    assert len(source) == length
-    record = source[length - 1]
-    assert len(record.captions) == captions
-    assert bool(record.tags) != bool(captions)
-    assert (record.mask is not None) == (name == "camvid")
-    assert min(load_image(record.image).size) >= 60
 
 
 # Data sets of the Hub

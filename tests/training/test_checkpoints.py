@@ -68,7 +68,11 @@ def test_the_newest_are_kept(tmp_path):
     run = Training()
     (tmp_path / "checkpoint-best").mkdir()
     (tmp_path / "checkpoint-00000000").mkdir()
-    for step in (9, 10, 99_999_999, 100_000_000):
+    left = tmp_path / ".partial-checkpoint-00000009"
+    left.mkdir()
+    (left / "left by a kill").write_bytes(b"half")
+    assert "left by a kill" not in names(run.save(tmp_path, 9))
+    for step in (10, 99_999_999, 100_000_000):
         path = run.save(tmp_path, step, keep=2)
     foreign = ["checkpoint-00000000", "checkpoint-best"]
     assert names(tmp_path) == sorted([*foreign, "checkpoint-100000000", "checkpoint-99999999"])

@@ -99,15 +99,18 @@ def test_a_cache_of_something_else_is_refused(tmp_path, source, prepare, options
         cache_features([source], prepare, model, options)
 
 
-def test_images_that_cannot_be_read_are_left_out(tmp_path, prepare, options):
+def test_images_that_cannot_be_read_are_left_out(tmp_path, prepare, options, monkeypatch):
     folder = Path(numbered_folder(tmp_path / "data", 4))
     name = json.loads((folder / "metadata.jsonl").read_text().splitlines()[2])["file_name"]
     (folder / name).write_bytes(b"no image")
     source = open_source(SourceSpec(path=str(folder)))
-    (cached,) = cache_features([source], prepare, tiny_backbone_model().eval(), options)
+    model = tiny_backbone_model().eval()
+    (cached,) = cache_features([source], prepare, model, options)
     with pytest.raises(ValueError, match="no usable view"):
         cached[2]
-    assert len(cached[1].views) == 2
+    assert len(cached[1].views) == 2 and cached.unusable() == [2]
+    monkeypatch.setattr(prepare, "draw", None)  # no second try
+    cache_features([source], prepare, model, options)
 
 
 def test_only_frozen_backbones_and_tables(source, prepare, options):

@@ -1,8 +1,6 @@
 """From records to examples: broken ones named, and tags of crops read off masks."""
 
-import json
 import pickle
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +15,6 @@ from pgseg_hf.training.batches.preparation import CROP_TRIES, Example, Preparati
 from pgseg_hf.training.batches.texts import TextOptions
 
 SEEDS = st.integers(0, 2**31 - 1)
-PHOTOS = Path(__file__).parents[3] / "shared" / "data"
 SMALL = AugmentationOptions(image_size=16)
 PLAIN = TextOptions(templates=["{}"], label_templates=["{}"])
 # One pixel of the photo becomes one of the crop, so that shares can be counted.
@@ -168,21 +165,3 @@ def test_a_noun_model_that_is_missing_is_noticed_at_once():
     pytest.importorskip("spacy")
     with pytest.raises(ValueError, match="en_none_sm"):
         Preparation(texts=TextOptions(num_nouns=1, noun_model="en_none_sm"))
-
-
-def test_street_scenes_get_the_tags_of_their_crops():
-    folder = PHOTOS / "camvid" / "train"
-    if not folder.is_dir():
-        pytest.skip("camvid is not here")
-    labels = json.loads((folder.parent / "labels.json").read_text())["labels"]
-    lines = (folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines()
-    crops = AugmentationOptions(image_size=48, crop_sides=(24, 96))
-    preparation = Preparation(crops, PLAIN, mask_labels=labels)
-    shown = []
-    for index, row in enumerate(map(json.loads, lines[:40])):
-        record = Record(folder / row["file_name"], tags=row["tags"], mask=folder / row["mask_file_name"])
-        example = preparation(record, np.random.default_rng(index))
-        assert example.labels and set(example.labels) <= set(labels)
-        shown.append((len(example.labels), len(row["tags"])))
-    of_crops, of_photos = np.mean(shown, axis=0)
-    assert 1.5 < of_crops < 0.7 * of_photos
