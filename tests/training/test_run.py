@@ -225,6 +225,7 @@ def test_going_on_with_moved_data_and_other_settings_but_no_other_run(
     said = capsys.readouterr().out
     assert "learning_rate was 0.001 and is 0.0005." in said and "weight_decay was 0.05 and is 0.3" in said
     assert "steps of the run was 7 and is 9" in said
+    assert "The best weights until here do not count: " in said  # this run measures nothing
     rates = [line["learning_rate"] for line in read_log(output / "log.jsonl") if "total" in line]
     expected = 5e-4 * learning_rate_factor(8, 0, 9, peak=5e-4, start=5e-6, floor=5e-5)
     assert rates[7] == pytest.approx(expected)
