@@ -5,10 +5,10 @@ import math
 
 import pytest
 from huggingface_hub.errors import StrictDataclassError
-from tiny_models import tiny_config, tiny_model
+from tiny_models import tiny_config
 
 from pgseg_hf.configuration_pgseg import PGSegConfig, PGSegTextConfig, PGSegVisionConfig
-from pgseg_hf.modeling_pgseg import PGSegModel, PGSegVisionModel
+from pgseg_hf.modeling_pgseg import PGSegVisionModel
 from pgseg_hf.variants import NPR_VARIANTS
 
 
@@ -182,12 +182,3 @@ def test_round_trip_through_json(config, tmp_path):
     assert stored["vision_config"]["npr_variant"] == config.npr_variant
     assert PGSegVisionConfig.from_pretrained(tmp_path).to_dict() == config.vision_config.to_dict()
     assert PGSegTextConfig.from_pretrained(tmp_path).to_dict() == config.text_config.to_dict()
-
-
-def test_npr_variant_can_be_chosen_on_loading(tmp_path):
-    tiny_model(npr_variant="corrected").save_pretrained(tmp_path)
-    model = PGSegModel.from_pretrained(tmp_path, npr_variant="none")
-    assert model.config.npr_variant == "none"
-    assert not any("prototype" in name for name in model.state_dict())
-    with pytest.raises(ValueError, match="npr_variant is 'paper'"):
-        PGSegModel.from_pretrained(tmp_path, npr_variant="paper")

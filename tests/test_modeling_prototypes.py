@@ -61,25 +61,6 @@ def test_text_prototypes_that_no_text_has_stay():
     assert not torch.isclose(model.text_prototypes[:, :2], before[:, :2]).all(-1).any()
 
 
-@pytest.mark.parametrize("training", [False, True])
-def test_released_text_prototypes_move_at_every_call_and_image_prototypes_never(training):
-    model = tiny_model(npr_variant="released", num_text_prototypes=4).train(training)
-    before = prototype_buffers(model)
-    model.get_image_features(tiny_images(2))
-    assert moved(model, before) == set()
-    with torch.no_grad():
-        model.get_text_features(tiny_texts(5))
-    assert moved(model, before) == {"released_text_prototypes"}
-    # One call with many prompts is one update.
-    once = model.released_text_prototypes.clone()
-    model.released_text_prototypes.copy_(before["released_text_prototypes"])
-    with torch.no_grad():
-        model.get_text_features(tiny_texts(5)[None])
-    assert torch.equal(model.released_text_prototypes, once)
-    model(**inputs_of(), return_loss=True)
-    assert moved(model, before) == {"released_text_prototypes"}
-
-
 @torch.no_grad()
 def test_size_of_the_prototypes_part_at_higher_resolution():
     sizes = {}

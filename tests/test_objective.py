@@ -120,20 +120,6 @@ def test_each_image_as_its_own_text_has_the_plain_losses(models):
     torch.testing.assert_close(targeted.text_prototype_loss, plain.text_prototype_loss)
 
 
-def test_shared_texts_may_come_in_any_order_and_number(models):
-    texts, order = tiny_texts(5), [3, 0, 4, 1, 2]
-    targets = torch.tensor([[1, 0, 1, 0, 0], [0, 1, 1, 0, 0], [0, 0, 0, 0, 0]])
-    losses = [
-        models["corrected"](
-            **inputs_of(pixel_values=tiny_images(3).double(), input_ids=ids, text_targets=chosen),
-            return_loss=True,
-        )
-        for ids, chosen in ((texts, targets), (texts[order], targets[:, order]))
-    ]
-    torch.testing.assert_close(losses[0].contrastive_loss, losses[1].contrastive_loss)
-    assert all(loss.loss.isfinite() for loss in losses)
-
-
 def test_a_batch_of_images_without_any_text_has_finite_losses(models):
     inputs = inputs_of(pixel_values=tiny_images(3).double(), text_targets=torch.zeros(3, 3))
     output = models["corrected"](**inputs, return_loss=True)
