@@ -61,14 +61,6 @@ def test_every_tensor_of_the_full_model_has_its_place(full, full_state, full_mod
         assert all(ours in kinds[entry["kind"]] for ours in rename(name)), name
 
 
-def test_parameters_of_the_full_model_are_as_many_but_for_those_dropped(full, full_state, full_model):
-    dropped = [name for name in full_state if not rename(name)]
-    assert all(name.startswith("img_encoder.mapping_text.") for name in dropped)
-    without = sum(full_state[name].numel() for name in dropped if full["state_dict"][name]["kind"] == "param")
-    assert full["n_parameters"] == 64_677_394
-    assert sum(each.numel() for each in full_model.parameters()) == full["n_parameters"] - without
-
-
 def test_configuration_of_the_full_model_is_the_default_one(full_model):
     default = PGSegConfig(
         npr_variant="released",

@@ -33,6 +33,9 @@ def test_embeddings_are_those_of_the_whole_model(tmp_path, variant):
     model.save_pretrained(tmp_path)
     text_model, report = PGSegTextModelWithProjection.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(report.values())
+    by_auto_class = AutoModelForTextEncoding.from_pretrained(tmp_path)
+    assert type(by_auto_class) is PGSegTextModelWithProjection
+    assert_same_tensors(by_auto_class, text_model)
     texts = tiny_texts(4, words=[1, 3, 5, 7])
     mask = torch.ones_like(texts)
     expected = model.get_text_features(texts, attention_mask=mask).pooler_output
@@ -42,22 +45,12 @@ def test_embeddings_are_those_of_the_whole_model(tmp_path, variant):
     torch.testing.assert_close(text_model(prompts), expected.unflatten(0, (2, 2)).mean(1))
 
 
-def test_save_and_load_round_trip(tmp_path):
-    model = PGSegTextModelWithProjection(tiny_config()).eval()
-    model.save_pretrained(tmp_path)
-    for loaded in (
-        PGSegTextModelWithProjection.from_pretrained(tmp_path),
-        AutoModelForTextEncoding.from_pretrained(tmp_path),
-    ):
-        assert type(loaded) is PGSegTextModelWithProjection
-        assert_same_tensors(loaded, model)
-
-
 def test_whole_model_takes_its_tensors(tmp_path):
     text_model = PGSegTextModelWithProjection(tiny_config()).eval()
     text_model.save_pretrained(tmp_path)
     model, report = PGSegModel.from_pretrained(tmp_path, output_loading_info=True)
     assert not report["unexpected_keys"]
+    assert_same_tensors(PGSegTextModelWithProjection.from_pretrained(tmp_path), text_model)
     embeds = model.get_text_features(tiny_texts(3)).pooler_output
     torch.testing.assert_close(embeds, text_model(tiny_texts(3)))
 
