@@ -1,6 +1,7 @@
 """The losses of a batch: their parts, shared and absent texts, text prototypes."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -279,6 +280,22 @@ def test_a_step_asks_a_few_things_about_its_texts(monkeypatch):
     with Waits() as waits:
         model(**inputs, return_loss=True).loss.backward()
     assert 0 < len(waits.seen) <= 7
+
+
+@pytest.mark.gpu
+def test_a_step_waits_for_the_gpu_a_few_times():
+    step = _whole_step("cuda")
+    step()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    # What is asked, and copies of token ids to the CPU and back.
+    assert sum("synchronizing" in str(warning.message) for warning in caught) <= 12
 
 
 @pytest.mark.gpu
