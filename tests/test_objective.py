@@ -271,14 +271,20 @@ def test_after_the_texts_nothing_waits_for_a_gpu(fields, monkeypatch):
     assert not waits.seen
 
 
+def _whole_step(device):
+    model = tiny_model().to(device).train()
+    inputs = inputs_of() | {"tag_input_ids": tiny_texts(6, words=2, seed=1).unflatten(0, (3, 2))}
+    inputs = {name: value.to(device) for name, value in inputs.items()}
+    return lambda: model(**inputs, return_loss=True).loss.backward()
+
+
 def test_a_step_asks_a_few_things_about_its_texts(monkeypatch):
     """Where they begin and end, which are there, how many differ, and which tokens are words."""
     monkeypatch.setattr("pgseg_hf.prototypes.match_prototypes", match_on_device)
     monkeypatch.setattr("pgseg_hf.modeling_vision._refuse_unfinite", lambda *_: None)
-    model, inputs = tiny_model().train(), inputs_of()
-    inputs["tag_input_ids"] = tiny_texts(6, words=2, seed=1).unflatten(0, (3, 2))
+    step = _whole_step("cpu")
     with Waits() as waits:
-        model(**inputs, return_loss=True).loss.backward()
+        step()
     assert 0 < len(waits.seen) <= 7
 
 
