@@ -19,7 +19,7 @@ from sklearn.metrics import average_precision_score
 from tiny_backbones import tiny_backbone_model
 from tiny_models import CLIP_TEXT
 
-from pgseg_hf import PGSegImageProcessorPil, PGSegProcessor, default_tokenizer, load_segmenter
+from pgseg_hf import PGSegConfig, PGSegImageProcessorPil, PGSegProcessor, default_tokenizer, load_segmenter
 from pgseg_hf.cli import main
 from pgseg_hf.data.photos import Record, read_photos
 from pgseg_hf.training.fine_tuning.report import (
@@ -28,7 +28,7 @@ from pgseg_hf.training.fine_tuning.report import (
     labels_always_together,
     precision_by_chance,
 )
-from pgseg_hf.training.fine_tuning.run import split_photos
+from pgseg_hf.training.fine_tuning.run import competing_words, split_photos
 
 
 @pytest.fixture(autouse=True)
@@ -115,6 +115,8 @@ def test_from_a_folder_and_a_table_to_a_model_with_a_report(photos, checkpoint, 
     assert not list(output.glob("checkpoint-*")) and not (photos.parent / "my-model-features").exists()
     segmenter = load_segmenter(output)
     assert sorted(segmenter.processor.vocabulary) == sorted(["cat", *COLOURS])
+    competing = json.loads((output / "split" / "labels.json").read_text())["names"]
+    assert sorted(competing) == sorted(["cat", *COLOURS])
     assert segmenter(photos / "00.png", list(COLOURS)).label_map.shape == (64, 72)
     assert f"its report: {output / 'report.md'}" in done.stdout
 
@@ -159,6 +161,7 @@ def test_a_killed_run_goes_on_with_the_same_command(photos, checkpoint, capsys):
         (None, ["--steps", "0"], "--steps is 0, expected at least 1"),
         (None, ["--held-out", "1.5"], "--held-out is 1.5, expected a share"),
         (None, ["--masks", "absent"], "--masks is absent, which is no folder"),
+        (None, ["--masks", "{taken}"], "taken"),
         (None, ["--model", "/absent/model"], "/absent/model is no folder"),
         (None, ["--output", "{photos}"], "which holds the photos"),
         (None, ["--output", "{taken}"], "taken holds something else"),
@@ -177,6 +180,13 @@ def test_mistakes_are_told_before_anything_is_written(photos, checkpoint, capsys
     assert error.startswith("pgseg train: error: ") and "\n" not in error
     assert re.search(message, error), error
     assert sorted(photos.parent.rglob("*")) == before
+
+
+def test_known_words_compete_where_patches_are_named(checkpoint):
+    config = PGSegConfig.from_pretrained(checkpoint)
+    assert competing_words(str(checkpoint), config) == ["cat", "sea"]
+    config.contrastive_pooling = "groups"
+    assert competing_words(str(checkpoint), config) == []
 
 
 def test_one_label_for_all_is_refused(photos, checkpoint, capsys):

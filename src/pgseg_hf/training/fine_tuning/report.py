@@ -45,6 +45,7 @@ def write_report(
     photos: LabelledPhotos,
     train: Sequence[Record],
     held_out: Sequence[Record],
+    masks: MaskDataset | None,
     results: dict[str, Any],
 ) -> dict[str, Any]:
     """Measures both models and writes `report.md`, `report.json` and images; returns the content of the JSON."""
@@ -70,7 +71,6 @@ def write_report(
         "steps": results["steps"],
         "seconds": round(results["train_runtime"], 1),
     }
-    masks = find_masks(args, held_out)
     for name, segmenter in segmenters.items():
         report[name] = image_figures(scores[name], targets, precisions[name])
         if masks is not None:

@@ -17,6 +17,7 @@ from ...configuration_pgseg import PGSegConfig
 from ...data.photos import LabelledPhotos, read_photos, row_of
 from ...data.records import Record
 from ...files import write_json, write_text
+from ...processing_pgseg import PGSegProcessor
 from ...run_records import differences, read_record
 from ...text_files import read_json
 from ..arguments import Arguments, DataArguments, ModelArguments, RunArguments
@@ -24,7 +25,7 @@ from ..batches.feature_cache import CachedSource
 from ..checkpoints import RUN_FILES
 from ..run import Run
 from .options import RECORD_NAME, features_folder
-from .report import JSON_NAME, PICTURES_NAME, REPORT_NAME, write_report
+from .report import JSON_NAME, PICTURES_NAME, REPORT_NAME, find_masks, write_report
 
 LEAST_PHOTOS = 8
 MOST_HELD_OUT = 500
@@ -56,13 +57,15 @@ def fine_tune(args: argparse.Namespace) -> dict[str, Any]:
         _clean_up(output)
         return read_json(output / JSON_NAME) | {"done_before": True}
     train, held_out = split_photos(photos.photos, args.held_out, args.seed)
+    masks = find_masks(args, held_out)  # may refuse a folder, which is to be known before training
     resume = "latest" if (output / RECORD_NAME).is_file() else None
     write_json(record, output / RECORD_NAME)
     for name, part in (("train", train), ("held-out", held_out)):
         rows = (json.dumps(row_of(photo), ensure_ascii=False) for photo in part)
         write_text("".join(f"{row}\n" for row in rows), output / _SPLIT / f"{name}.jsonl")
     labels = list(photos.count_labels())
-    write_json({"names": {label: [] for label in labels}}, output / _SPLIT / "labels.json")
+    names = [*labels, *competing_words(args.model, config)] if labels else []
+    write_json({"names": {name: [] for name in names}}, output / _SPLIT / "labels.json")
     run = Run(choose_arguments(args, config, len(train), bool(labels), resume))
     if run.processor.vocabulary is not None:
         run.processor.vocabulary = list(dict.fromkeys([*run.processor.vocabulary, *labels]))
@@ -71,9 +74,17 @@ def fine_tune(args: argparse.Namespace) -> dict[str, Any]:
     broken = [train[index].name for source in caches for index in source.unusable()]
     if broken:
         photos.left_out["broken image"] = broken
-    report = write_report(args, photos, train, held_out, results)
+    report = write_report(args, photos, train, held_out, masks, results)
     _clean_up(output)
     return report | {"done_before": False}
+
+
+def competing_words(model: str, config: PGSegConfig) -> list[str]:
+    """Words that the checkpoint knows. They compete for the patches, as in segmentation, and have no loss of their own:
+    without them an image's one label learns to cover all of it."""
+    if config.contrastive_pooling != "patches":
+        return []
+    return PGSegProcessor.from_pretrained(model).vocabulary or []
 
 
 def _refuse_too_few(photos: LabelledPhotos) -> None:
