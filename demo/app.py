@@ -22,6 +22,7 @@ from model_catalogue import Catalogue
 from settings import MAX_SHORT_SIDE, Settings, read_settings
 
 from pgseg_hf import DEFAULT_CHECKPOINT
+from pgseg_hf.suggestions import MIN_AREA
 
 EXAMPLES = Path(__file__).parent / "examples"
 EXAMPLE_LABELS = {
@@ -35,6 +36,7 @@ EXAMPLE_LABELS = {
 }
 FIRST = "horses.jpg"  # segmented when the page opens
 WINDOWS = [("sliding window", "sliding"), ("whole image", "whole")]
+SYNONYMS = [("average", "average"), ("best at each place", "best")]
 # The system's own letters: fonts of the web would need a network.
 FONTS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"]
 CODE_FONTS = ["ui-monospace", "Consolas", "monospace"]
@@ -153,7 +155,7 @@ def _what_is_asked(catalogue: Catalogue, settings: Settings) -> Parts:
             min_width=150,
         )
     threshold.preprocess = as_it_is
-    with gr.Accordion("Model, resolution, labels of a benchmark", open=False):
+    with gr.Accordion("Model, resolution, labels and prompts", open=False):
         model = gr.Dropdown(
             catalogue.names, value=catalogue.default, label="Model", **_picker(catalogue, settings)
         )
@@ -162,9 +164,34 @@ def _what_is_asked(catalogue: Catalogue, settings: Settings) -> Parts:
         short_side = gr.Slider(
             0, MAX_SHORT_SIDE, 0, step=16, label="Short side in pixels (0: the model's own)"
         )
-    short_side.preprocess = as_it_is
+        min_area = gr.Slider(
+            *(0, 1, 0),
+            step=0.01,
+            label="Minimum area of a label",
+            info=f"share of the image, 0: every label (What is in it?: {MIN_AREA})",
+        )
+        synonyms = gr.Radio(
+            SYNONYMS,
+            value="average",
+            label="Synonyms",
+            info="for labels such as car|automobile",
+            interactive=False,
+            elem_id="synonyms",
+        )
+        templates = gr.Textbox(
+            "",  # no default would make it a parameter that programs must give
+            label="Prompt templates, one a line",
+            info="{} stands for the label; the model's own where there are none",
+            placeholder="a photo of a {}.",
+            lines=2,
+            max_lines=8,
+        )
+    short_side.preprocess = min_area.preprocess = as_it_is
     return {
-        "asked": [image, words, background, threshold, model, window, short_side],
+        "asked": [
+            *(image, words, background, threshold, model, window, short_side),
+            *(min_area, synonyms, templates),
+        ],
         "asking": [button, no_words, examples, preset],
     }
 
@@ -240,7 +267,8 @@ def _what_is_found(catalogue: Catalogue, settings: Settings) -> Parts:
 
 def _connect(handlers: Handlers, parts: Parts, app: gr.Blocks) -> None:
     """What happens when; requests of all kinds share one queue."""
-    image, words, background, threshold, model, window, short_side = asked = parts["asked"]
+    image, words, background, threshold, *others = asked = parts["asked"]
+    synonyms = others[4]
     _, _, _, _, groups, heat, became, number, *_ = found = parts["found"]
     study, _ = states = parts["states"]
     button, no_words, examples, preset = parts["asking"]
@@ -271,6 +299,9 @@ def _connect(handlers: Handlers, parts: Parts, app: gr.Blocks) -> None:
     background.change(
         lambda on: gr.Slider(interactive=on), background, threshold, api_visibility="private", queue=False
     )
+    words.change(
+        None, words, synonyms, js="(words) => ({ __type__: 'update', interactive: words.includes('|') })"
+    )
     # Only once there is something to change.
     again = {"trigger_mode": "always_last", "show_progress": "minimal", "show_progress_on": found, **shared}
     moved = _if_segmented(show_masks, len(outputs))
@@ -297,7 +328,7 @@ def _connect(handlers: Handlers, parts: Parts, app: gr.Blocks) -> None:
     mask, found_labels = gr.File(visible=False, label="mask"), gr.JSON(visible=False, label="labels")
     gr.Button(visible=False).click(
         speaking(handlers.segment),
-        [given, said, background, threshold, model, window, short_side],
+        [given, said, background, threshold, *others],
         [mask, found_labels],
         **{**shared, "api_visibility": "public"},
         api_name="segment",

@@ -16,7 +16,7 @@ from gradio_client.utils import is_http_url_like
 from limits import time_limit
 from model_catalogue import Catalogue
 from settings import MAX_DATA_LETTERS, MAX_LABELS, MAX_SHORT_SIDE, MIN_SHORT_SIDE, Settings, is_zerogpu
-from studies import Choices, Laboratory, Study, Upload, read_labels, read_upload
+from studies import Choices, Laboratory, Study, Upload, read_labels, read_templates, read_upload
 from views import (
     annotated,
     group_views,
@@ -29,6 +29,7 @@ from views import (
 
 from pgseg_hf import Segmentation
 from pgseg_hf.evaluation.benchmarks.catalogue import BENCHMARKS
+from pgseg_hf.prompts import LabelList
 
 NO_MODEL = "none"
 NOT_HERE = "The image is not on the server; please upload it again."
@@ -107,6 +108,10 @@ class Asked:
         model: a name of the catalogue, or on the Hub.
         window: "sliding" or "whole".
         short_side: in pixels, 0 for what the model was saved with.
+        min_area: share of the image that a label must cover to count; 0 for all labels, and the library's for what is
+            found without words.
+        synonyms: "average" or "best".
+        templates: prompt templates, one a line; the model's own where there are none.
         other: name of the model to compare with, or "none".
         number: of the window whose groups are shown, from 1.
         study: of the last call.
@@ -120,6 +125,9 @@ class Asked:
     model: str
     window: str
     short_side: int
+    min_area: float
+    synonyms: Any
+    templates: str | None
     other: str | None
     number: int
     study: Study | None
@@ -158,7 +166,9 @@ class Handlers:
         asked = Asked(*values)
         upload = read_upload(asked.path, self.settings.max_pixels)
         labels = read_labels(asked.words)
-        choices = self._choices(asked.model, asked.window, asked.short_side)
+        choices = self._choices(
+            asked.model, asked.window, asked.short_side, asked.min_area, asked.synonyms, asked.templates
+        )
         limit = asked.limit
         study, other_study = self._studies(upload, labels, choices, asked)
         result = study.segmentation(limit)
@@ -190,13 +200,14 @@ class Handlers:
         )
 
     def _studies(
-        self, upload: Upload, labels: list[str], choices: Choices, asked: Asked
+        self, upload: Upload, labels: LabelList | None, choices: Choices, asked: Asked
     ) -> tuple[Study, Study | None]:
         """Of the model, and of the one to compare with."""
         others = None
         if asked.other and asked.other != NO_MODEL:
-            others = replace(choices, model=self.laboratory.catalogue.real_name(asked.other))
-            if others == choices:
+            # By the labels that count for the first.
+            others = replace(choices, model=self.laboratory.catalogue.real_name(asked.other), min_area=None)
+            if others.model == choices.model:
                 raise ValueError(
                     f"{choices.model} is the model already; choose another one to compare it with."
                 )
@@ -204,7 +215,7 @@ class Handlers:
             study = self.laboratory.study(upload, labels, choices, asked.study)
             if others is None:
                 return study, None
-            return study, self.laboratory.study(upload, labels or study.labels, others, asked.other_study)
+            return study, self.laboratory.study(upload, study.kept_labels, others, asked.other_study)
 
     def segment(
         self,
@@ -215,25 +226,32 @@ class Handlers:
         model: str,
         window: str,
         short_side: int,
+        min_area: float,
+        synonyms: Any,
+        templates: str | None,
     ) -> tuple[str, dict]:
         """Segment an image by words.
 
         Args:
             image: the image.
             labels: what may be in it, separated by commas or lines, each with its synonyms, colour and threshold if it
-                has them, as in "car|automobile:red:0.4"; empty for what the model finds of the words that it learned.
+                has them, as in "car|automobile:red:0.4"; empty for what is found of everyday words.
             background: whether there is background where no label scores as much as the threshold.
             threshold: from 0 to 1.
             model: name of a model that the server offers, or of one on the Hugging Face Hub.
             window: "sliding" for windows over the image, "whole" for the image at once.
             short_side: pixels that the image's short side is resized to, 0 for what the model was saved with.
+            min_area: share of the image that a label must cover to count when all compete, from 0 to 1; 0 for all
+                labels, and 0.02 where there are none.
+            synonyms: whether a label is scored by the "average" of its synonyms or by the "best" at each place.
+            templates: prompts such as "a photo of a {}.", one a line; empty for the model's own.
 
         Returns:
             the mask, an indexed PNG whose values are explained in the second result: labels, areas and scores.
         """
         upload = read_upload(image, self.settings.max_pixels)
         limit = _limit(background, threshold)
-        choices = self._choices(model, window, short_side)
+        choices = self._choices(model, window, short_side, min_area, synonyms, templates)
         with self._limited(choices):
             study = self.laboratory.study(upload, read_labels(labels), choices)
         result = study.segmentation(limit)
@@ -275,7 +293,15 @@ class Handlers:
         with time_limit(self.settings.max_seconds):
             yield
 
-    def _choices(self, model: str | None, window: str | None, short_side: float | None) -> Choices:
+    def _choices(
+        self,
+        model: str | None,
+        window: str | None,
+        short_side: float | None,
+        min_area: float | None,
+        synonyms: Any,
+        templates: str | None,
+    ) -> Choices:
         """What was chosen, under the model's real name.
 
         Raises:
@@ -289,7 +315,16 @@ class Handlers:
                 f"short_side is {side:g}, expected 0 for the model's own, or a whole number of pixels from "
                 f"{MIN_SHORT_SIDE} to {MAX_SHORT_SIDE}."
             )
-        return Choices(self.laboratory.catalogue.real_name(model or ""), window == "sliding", int(side))
+        choices = Choices(
+            self.laboratory.catalogue.real_name(model or ""),
+            window == "sliding",
+            int(side),
+            min_area or None,
+            synonyms,
+            read_templates(templates),
+        )
+        _ = choices.options  # the library refuses what makes no sense
+        return choices
 
     def _masks(self, upload: Upload, result: Segmentation, **options: Any) -> gr.AnnotatedImage:
         return gr.AnnotatedImage(**annotated(upload.image, result), **options)

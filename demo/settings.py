@@ -11,7 +11,8 @@ from pgseg_hf.command_line import CommandParser
 
 # The longest preset that is offered has as many (ImageNet-S-300).
 MAX_LABELS = 300
-MAX_LABEL_LETTERS = 100
+MAX_TEMPLATES = 80  # as many as the longest list for ImageNet
+MAX_LETTERS = 100  # of a label or template
 # Pixels that a visitor may have an image's short side resized to.
 MIN_SHORT_SIDE = 64
 MAX_SHORT_SIDE = 672

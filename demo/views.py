@@ -10,6 +10,7 @@ from PIL import Image
 from studies import Prototypes, Study
 
 from pgseg_hf import Segmentation
+from pgseg_hf.scoring import best_word
 from pgseg_hf.segmentation import remarks_on_one_label
 from pgseg_hf.visualization import draw_groups, group_palette, heat_map, indexed_png, label_colours
 
@@ -88,6 +89,9 @@ def report(result: Segmentation, study: Study, threshold: float | None) -> dict[
             "window": "sliding" if study.choices.sliding else "whole",
             "short_side": study.choices.short_side or None,
             "background_threshold": threshold,
+            "min_area": study.choices.min_area,
+            "synonyms": study.choices.synonyms,
+            "templates": study.choices.templates,
         },
         "labels": [
             {
@@ -120,11 +124,12 @@ def group_views(
     scores = scored.windows[index].scores
     kept = (study.scored.windows[index].scores > 0).any(dim=0)
     chosen = scores.argmax(dim=1) - int(threshold is not None)
-    cosines = torch.nn.functional.normalize(window.segments.float(), dim=-1) @ study.class_embeds.float().T
-    count = len(cosines)
-    best = cosines.amax(dim=0).masked_fill(~kept, -2.0)
+    segments = torch.nn.functional.normalize(window.segments.float(), dim=-1)
+    count = len(segments)
+    cosines = best_word(study.class_embeds.float().flatten(0, -2) @ segments.T, study.class_embeds)
+    best = cosines.amax(dim=1).masked_fill(~kept, -2.0)
     rows = sorted(best.topk(min(MAX_HEAT_MAP_ROWS, len(best))).indices.tolist())
-    values = cosines.T.masked_fill(~kept[:, None], float("nan"))[rows]
+    values = cosines.masked_fill(~kept[:, None], float("nan"))[rows]
     of_row = {label: row for row, label in enumerate(rows)}
     heat = heat_map(
         values,

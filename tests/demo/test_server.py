@@ -78,6 +78,17 @@ class TestSegment:
         assert found["labels"][1]["colour"] == "#0000ff" and found["labels"][3]["area"] == 0
         assert Image.open(mask).getpalette()[3:6] == [0, 0, 255]
 
+    def test_minimum_area_synonyms_and_templates(self, client, street_file):
+        options = {"min_area": 0.1, "synonyms": "best", "templates": "the {}.\na photo of a {}."}
+        words = ["building|house", "road", "tree", "cat"]
+        mask, found = call(client, street_file, labels=", ".join(words), **options)
+        options["templates"] = ("the {}.", "a photo of a {}.")
+        expected = load_segmenter()(street_file, words, SegmentationOptions(**options)).without_absent()
+        areas = {each["label"]: each["area"] for each in found["labels"]}
+        assert areas == pytest.approx({each.label: each.area for each in expected.segments()}, abs=1e-4)
+        assert np.asarray(Image.open(mask)).max() < len(areas) < 4
+        assert options.items() <= (found["options"] | {"templates": options["templates"]}).items()
+
     def test_what_is_left_out_is_not_the_examples(self, client, street_file):
         image = gradio_client.handle_file(street_file)
         found = [
@@ -118,6 +129,9 @@ class TestHostileInput:
             (street_file, {"short_side": 1}, "short_side is 1, expected 0"),
             (street_file, {"background": True, "threshold": None}, "threshold is None"),
             (street_file, {"labels": "ro\0ad"}, "no text"),
+            (street_file, {"min_area": 2}, "min_area is 2"),
+            (street_file, {"synonyms": "worst"}, "worst"),
+            (street_file, {"templates": "a photo"}, "'a photo'"),
             (street_file, {"model": "no\0where"}, "is no model"),
             (None, {}, "Choose an image"),
         ):

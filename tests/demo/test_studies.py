@@ -13,11 +13,11 @@ from model_catalogue import Catalogue
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from settings import MAX_LABELS, Settings
-from studies import Choices, Laboratory, read_labels, read_upload
+from studies import Choices, Laboratory, read_labels, read_templates, read_upload
 
 from pgseg_hf import SegmentationOptions
 
-LABELS = ["building", "road", "tree"]
+LABELS = read_labels("building, road, tree")
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ class TestStudy:
             shortest_edge=224,
             longest_edge=1344,
         )
-        expected = laboratory.catalogue.load("")(street_file, LABELS, options)
+        expected = laboratory.catalogue.load("")(street_file, LABELS.words, options)
         np.testing.assert_array_equal(result.label_map, expected.label_map)
         np.testing.assert_array_equal(result.scores, expected.scores)
         assert result.background == expected.background
@@ -70,9 +70,9 @@ class TestStudy:
         assert len(passes) == 1
         for threshold in (None, 0.1, 0.9):
             laboratory.study(upload, LABELS, WHOLE, first).segmentation(threshold)
-        other = laboratory.study(upload, ["sky", "car"], WHOLE, first)
+        other = laboratory.study(upload, read_labels("sky, car"), WHOLE, first)
         assert len(passes) == 1
-        fresh = laboratory.study(upload, ["sky", "car"], WHOLE)
+        fresh = laboratory.study(upload, read_labels("sky, car"), WHOLE)
         assert len(passes) == 2
         torch.testing.assert_close(other.scored.label_map(), fresh.scored.label_map(), rtol=0, atol=0)
         assert laboratory.study(upload, LABELS, WHOLE, first) is first
@@ -107,7 +107,7 @@ class TestStudy:
         assert [stage.count for stage in study.prototypes] == [32, 16]
         height, width = study.encoded.resized
         assert study.prototypes[0].patches.shape == (-(-height // 16), -(-width // 16))
-        again = laboratory.with_prototypes(upload, laboratory.study(upload, ["sky"], WHOLE, study))
+        again = laboratory.with_prototypes(upload, laboratory.study(upload, read_labels("sky"), WHOLE, study))
         assert again.prototypes is study.prototypes
         assert len(passes) == 2
 
@@ -119,10 +119,11 @@ class TestStudy:
 
 class TestLabels:
     def test_commas_and_lines_separate(self):
-        assert read_labels(" cat, dog\n\nhot dog ,") == ["cat", "dog", "hot dog"]
+        assert read_labels(" cat, dog\n\nhot dog ,").names == ["cat", "dog", "hot dog"]
+        assert read_labels(" \n,") is None and read_templates(" \n") is None
 
     def test_markup_is_a_word_like_any_other(self):
-        assert read_labels("<script>alert(1)</script>") == ["<script>alert(1)</script>"]
+        assert read_labels("<script>alert(1)</script>").names == ["<script>alert(1)</script>"]
 
     @pytest.mark.parametrize(
         ("text", "message"),
@@ -140,6 +141,21 @@ class TestLabels:
     def test_what_makes_no_sense_is_said(self, text, message):
         with pytest.raises(ValueError, match=message):
             read_labels(text)
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("a photo.", "templates.0. .*'a photo.'"),
+            ("a {}.\nno {} of {}.", "templates.1. .*'no {} of {}.'"),
+            ("\n".join(["{}"] * 81), "81 templates"),
+            ("{}" + "a" * 99, "101 letters"),
+            ("a\0 {}", "x00"),
+        ],
+    )
+    def test_templates_that_make_no_sense_are_named(self, text, message):
+        assert read_templates("a {}. \n\nthe {}.") == ("a {}.", "the {}.")
+        with pytest.raises(ValueError, match=message):
+            read_templates(text)
 
 
 class TestUpload:

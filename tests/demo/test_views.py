@@ -10,7 +10,7 @@ import views
 from model_catalogue import Catalogue
 from PIL import Image
 from settings import Settings
-from studies import Choices, Laboratory, Prototypes, read_upload
+from studies import Choices, Laboratory, Prototypes, read_labels, read_upload
 
 from pgseg_hf import Segmentation
 from pgseg_hf.visualization import palette
@@ -28,7 +28,7 @@ def result(background: bool = True) -> Segmentation:
 def studied(street_file):
     upload = read_upload(street_file, 10**6)
     laboratory = Laboratory(Catalogue(Settings()))
-    labels = ["building", "road", "pavement", "tree", "sky", "car", "`pedestrian`"]
+    labels = read_labels("building, road, pavement, tree, sky, car, `pedestrian`")
     return upload, laboratory.study(upload, labels, Choices("pgseg-small-everyday"))
 
 
@@ -68,7 +68,10 @@ def test_the_mask_and_its_explanation_agree(studied, background):
     assert [entry["colour"] for entry in explained["labels"]] == [
         "#{:02x}{:02x}{:02x}".format(*c) for c in colours
     ]
-    assert explained["options"] == {"window": "sliding", "short_side": None, "background_threshold": 0.3}
+    assert explained["options"] == {
+        **{"window": "sliding", "short_side": None, "background_threshold": 0.3},
+        **{"min_area": None, "synonyms": "average", "templates": None},
+    }
 
 
 def test_groups_say_which_label_they_became(studied):
@@ -90,7 +93,7 @@ def test_below_the_threshold_a_group_became_background(studied):
 
 def test_many_labels_do_not_make_a_heat_map_of_all(studied, street_file):
     upload, _ = studied
-    labels = [f"word {i}" for i in range(200)]
+    labels = read_labels("\n".join(f"word {i}" for i in range(200)))
     study = Laboratory(Catalogue(Settings())).study(upload, labels, Choices("pgseg-small-everyday", False))
     _, heat, words = views.group_views(upload.image, study, None)
     assert f"Shown are the {views.MAX_HEAT_MAP_ROWS} labels" in words
