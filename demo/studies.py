@@ -4,18 +4,17 @@ import binascii
 import hashlib
 import unicodedata
 from base64 import b64decode
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from io import BytesIO
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from limits import map_size, resampled
 from model_catalogue import Catalogue
 from PIL import Image
-from settings import MAX_LABELS, MAX_LETTERS, MAX_SHORT_SIDE, MAX_TEMPLATES
+from settings import MAX_LABELS, MAX_LETTERS, MAX_TEMPLATES
 
 from pgseg_hf import Segmentation, SegmentationOptions, Segmenter
 from pgseg_hf.images import load_image
@@ -29,44 +28,25 @@ try:
 except ImportError:  # anywhere but on a Space with ZeroGPU
     spaces = None
 
-LONGEST_EDGE = 2 * MAX_SHORT_SIDE  # of an image that is resized to a visitor's short side
 GPU_SECONDS = 60  # that a function borrows a GPU for, at most
 
 
 @dataclass(frozen=True)
 class Choices:
-    """How an image is segmented, but for its background.
+    """How an image is segmented.
 
     Args:
         model: a name of the catalogue, or on the Hub.
-        sliding: windows over the image instead of the image at once.
-        short_side: pixels that the image's short side is resized to; 0 for what the model was saved with.
-        min_area, synonyms, templates: as [`SegmentationOptions`] has them.
+        options: all but the background, which [`Study.segmentation`] is asked for.
     """
 
     model: str
-    sliding: bool = True
-    short_side: int = 0
-    min_area: float | None = None
-    synonyms: Literal["average", "best"] = "average"
-    templates: tuple[str, ...] | None = None
+    options: SegmentationOptions = field(default_factory=SegmentationOptions)
 
     @property
-    def encoding(self) -> tuple[str, bool, int]:
+    def encoding(self) -> tuple[Any, ...]:
         """What decides how the image is encoded, whatever the labels."""
-        return self.model, self.sliding, self.short_side
-
-    @property
-    def options(self) -> SegmentationOptions:
-        """The same for the library."""
-        return SegmentationOptions(
-            window_size="auto" if self.sliding else None,
-            shortest_edge=self.short_side or None,
-            longest_edge=LONGEST_EDGE if self.short_side else None,
-            min_area=self.min_area,
-            synonyms=self.synonyms,
-            templates=self.templates,
-        )
+        return self.model, self.options.window_size, self.options.shortest_edge
 
 
 @dataclass(frozen=True)
@@ -84,17 +64,8 @@ class Upload:
     name: str
 
 
-@dataclass(frozen=True)
-class Prototypes:
-    """One stage's prototypes on an image.
-
-    Args:
-        patches: int64 [h, w], the prototype that each patch belongs to.
-        count: how many there are.
-    """
-
-    patches: np.ndarray = field(repr=False)
-    count: int
+# One stage's prototypes on an image: which one each patch belongs to, int64 [h, w], and how many there are.
+Prototypes = tuple[np.ndarray, int]
 
 
 @dataclass(frozen=True)
@@ -160,7 +131,7 @@ class Laboratory:
 
     def __init__(self, catalogue: Catalogue):
         self.catalogue = catalogue
-        on_gpu = spaces.GPU(duration=GPU_SECONDS) if spaces is not None else _as_it_is
+        on_gpu = spaces.GPU(duration=GPU_SECONDS) if spaces is not None else lambda function: function
         self._study_on_gpu = on_gpu(_study)
         self._prototypes_on_gpu = on_gpu(_prototypes)
 
@@ -177,10 +148,9 @@ class Laboratory:
         model = self.catalogue.digest(choices.model)
         if labels is None:
             words = self._vocabulary(segmenter)
-            labels, choices = (
-                LabelList(words, words, {}, {}),
-                replace(choices, min_area=choices.min_area or MIN_AREA),
-            )
+            labels = LabelList(words, words, {}, {})
+            options = replace(choices.options, min_area=choices.options.min_area or MIN_AREA)
+            choices = replace(choices, options=options)
         source = (upload.digest, choices.encoding, model)
         if before is not None and (before.digest, before.choices.encoding, before.model) != source:
             before = None
@@ -213,10 +183,6 @@ class Laboratory:
     @property
     def _device(self) -> str:
         return self.catalogue.settings.device
-
-
-def _as_it_is(function: Callable) -> Callable:
-    return function
 
 
 # What a ZeroGPU runs, in another process: all it needs is among the arguments, and results are on the CPU.
@@ -261,31 +227,24 @@ def _prototypes(
     if segmenter.model.config.npr_variant == "none":
         return ()
     segmenter.model.to(device)
-    pixel_values = prepared(segmenter, upload.image, choices.options)
+    edges = {"shortest_edge": choices.options.shortest_edge, "longest_edge": choices.options.longest_edge}
+    size = {"size": edges} if choices.options.shortest_edge else {}
+    batch = segmenter.processor.image_processor(upload.image, return_tensors="pt", **size)
     with torch.inference_mode():
+        pixel_values = batch["pixel_values"].to(segmenter.model.device)
         output = segmenter.model.vision_model(pixel_values, output_npr=True, output_attentions=True)
     counts = [stage.prototypes.shape[1] for stage in output.npr]
-    return tuple(Prototypes(*pair) for pair in zip(prototype_maps(output), counts))
-
-
-def prepared(segmenter: Segmenter, image: Image.Image, options: SegmentationOptions) -> torch.Tensor:
-    """The whole image as the model takes it, [1, 3, h, w]."""
-    edges = {"shortest_edge": options.shortest_edge, "longest_edge": options.longest_edge}
-    size = {"size": edges} if options.shortest_edge else {}
-    batch = segmenter.processor.image_processor(image, return_tensors="pt", **size)
-    return batch["pixel_values"].to(segmenter.model.device)
+    return tuple(zip(prototype_maps(output), counts))
 
 
 def _moved(image: Any, device: torch.device | str) -> Any:
     """An encoded or scored image with the tensors of its windows on a device."""
-    windows = [
-        replace(
-            window,
-            **{name: value.to(device) for name, value in vars(window).items() if torch.is_tensor(value)},
-        )
-        for window in image.windows
-    ]
-    return replace(image, windows=windows)
+
+    def moved(window: Any) -> Any:
+        tensors = {name: value for name, value in vars(window).items() if torch.is_tensor(value)}
+        return replace(window, **{name: value.to(device) for name, value in tensors.items()})
+
+    return replace(image, windows=[moved(window) for window in image.windows])
 
 
 def read_labels(text: str | None) -> LabelList | None:

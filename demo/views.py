@@ -79,6 +79,7 @@ def report(result: Segmentation, study: Study, threshold: float | None) -> dict[
     """What was asked and found, for JSON."""
     colours = colours_of(result)
     height, width = result.label_map.shape
+    options = study.choices.options
     return {
         "width": width,
         "height": height,
@@ -86,12 +87,10 @@ def report(result: Segmentation, study: Study, threshold: float | None) -> dict[
         "made_at": {"width": study.made_at[1], "height": study.made_at[0]},
         "model": study.choices.model,
         "options": {
-            "window": "sliding" if study.choices.sliding else "whole",
-            "short_side": study.choices.short_side or None,
+            "window": "whole" if options.window_size is None else "sliding",
+            "short_side": options.shortest_edge,
             "background_threshold": threshold,
-            "min_area": study.choices.min_area,
-            "synonyms": study.choices.synonyms,
-            "templates": study.choices.templates,
+            **{name: getattr(options, name) for name in ("min_area", "synonyms", "templates")},
         },
         "labels": [
             {
@@ -179,8 +178,8 @@ def prototype_views(image: Image.Image, stages: tuple[Prototypes, ...]) -> list[
     shown = image.resize(shown_size(*image.size), Image.Resampling.LANCZOS)
     return [
         (
-            draw_groups(shown, stage.patches, stage.count, legend=False),
-            f"stage {number}: {len(np.unique(stage.patches))} of {stage.count} prototypes in use",
+            draw_groups(shown, patches, count, legend=False),
+            f"stage {number}: {len(np.unique(patches))} of {count} prototypes in use",
         )
-        for number, stage in enumerate(stages, start=1)
+        for number, (patches, count) in enumerate(stages, start=1)
     ]

@@ -163,8 +163,7 @@ def test_a_visitor_looks_round(browser, server, screenshots, size):
     visit.context.close()
 
 
-@pytest.mark.parametrize("theme", ["light", "dark"])
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(("size", "theme"), [("phone", "dark"), ("desktop", "light")])
 def test_a_visitor_uploads_types_looks_and_downloads(browser, server, screenshots, street_file, size, theme):
     visit = Visit(browser, server, size, theme)
     page = visit.page
@@ -208,8 +207,7 @@ def test_a_visitor_uploads_types_looks_and_downloads(browser, server, screenshot
     visit.context.close()
 
 
-@pytest.mark.parametrize("theme", ["light", "dark"])
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(("size", "theme"), [("phone", "light"), ("desktop", "dark")])
 def test_a_visitor_compares_two_models(browser, server, screenshots, street_file, size, theme):
     visit = Visit(browser, server, size, theme)
     page = visit.page

@@ -192,8 +192,8 @@ def test_labels_with_synonyms_colours_and_thresholds(handlers, asked, street_fil
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"short_side": math.nan}, "short_side is nan, expected a number"),
-        ({"short_side": None}, "short_side is None, expected a number"),
+        ({"short_side": math.nan}, "short_side is nan, expected 0"),
+        ({"short_side": None}, "short_side is None"),
         ({"short_side": 1}, "short_side is 1, expected 0 .* from 64 to 672"),
         ({"short_side": 673}, "short_side is 673"),
         ({"short_side": 64.5}, "short_side is 64.5"),
@@ -244,7 +244,7 @@ def test_a_slow_download_does_not_count(tmp_path, street_file, monkeypatch):
     load = Catalogue.load
 
     def slowly(catalogue, name):
-        if not catalogue._offered:
+        if not catalogue._loaded:
             clock[0] += 1000
         return load(catalogue, name)
 

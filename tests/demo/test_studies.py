@@ -45,21 +45,18 @@ def upload(street_file):
     return read_upload(street_file, 10**6)
 
 
-WHOLE = Choices("pgseg-small-everyday", sliding=False)
+NAME = "pgseg-small-everyday"
+WHOLE = Choices(NAME, SegmentationOptions(window_size=None))
+SMALL = SegmentationOptions(window_size=None, shortest_edge=224, longest_edge=1344)
 
 
 class TestStudy:
-    @pytest.mark.parametrize("sliding", [False, True])
+    @pytest.mark.parametrize("window", ["auto", None])
     @pytest.mark.parametrize("threshold", [None, 0.2, 1.0])
-    def test_masks_are_the_librarys(self, laboratory, upload, street_file, sliding, threshold):
-        choices = replace(WHOLE, sliding=sliding, short_side=224)
-        result = laboratory.study(upload, LABELS, choices).segmentation(threshold)
-        options = SegmentationOptions(
-            window_size="auto" if sliding else None,
-            background_threshold=threshold,
-            shortest_edge=224,
-            longest_edge=1344,
-        )
+    def test_masks_are_the_librarys(self, laboratory, upload, street_file, window, threshold):
+        options = replace(SMALL, window_size=window)
+        result = laboratory.study(upload, LABELS, Choices(NAME, options)).segmentation(threshold)
+        options = replace(options, background_threshold=threshold)
         expected = laboratory.catalogue.load("")(street_file, LABELS.words, options)
         np.testing.assert_array_equal(result.label_map, expected.label_map)
         np.testing.assert_array_equal(result.scores, expected.scores)
@@ -79,14 +76,14 @@ class TestStudy:
 
     def test_another_picture_or_resolution_does(self, laboratory, upload, street_file, passes):
         first = laboratory.study(upload, LABELS, WHOLE)
-        laboratory.study(upload, LABELS, replace(WHOLE, short_side=224), first)
+        laboratory.study(upload, LABELS, Choices(NAME, SMALL), first)
         flipped = replace(upload, image=upload.image.transpose(Image.Transpose.ROTATE_180), digest="other")
         assert laboratory.study(flipped, LABELS, WHOLE, first).digest == "other"
         assert len(passes) == 3
 
     def test_other_weights_of_the_same_name_do(self, upload, tiny_folder, tmp_path):
         folder = shutil.copytree(tiny_folder, tmp_path / "own")
-        choices = Choices("own", sliding=False)
+        choices = replace(WHOLE, model="own")
 
         def laboratory() -> Laboratory:
             return Laboratory(Catalogue(Settings(models=(str(folder),))))
@@ -104,9 +101,9 @@ class TestStudy:
 
     def test_prototypes_are_looked_for_once(self, laboratory, upload, passes):
         study = laboratory.with_prototypes(upload, laboratory.study(upload, LABELS, WHOLE))
-        assert [stage.count for stage in study.prototypes] == [32, 16]
+        assert [count for _, count in study.prototypes] == [32, 16]
         height, width = study.encoded.resized
-        assert study.prototypes[0].patches.shape == (-(-height // 16), -(-width // 16))
+        assert study.prototypes[0][0].shape == (-(-height // 16), -(-width // 16))
         again = laboratory.with_prototypes(upload, laboratory.study(upload, read_labels("sky"), WHOLE, study))
         assert again.prototypes is study.prototypes
         assert len(passes) == 2

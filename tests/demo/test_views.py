@@ -10,9 +10,9 @@ import views
 from model_catalogue import Catalogue
 from PIL import Image
 from settings import Settings
-from studies import Choices, Laboratory, Prototypes, read_labels, read_upload
+from studies import Choices, Laboratory, read_labels, read_upload
 
-from pgseg_hf import Segmentation
+from pgseg_hf import Segmentation, SegmentationOptions
 from pgseg_hf.visualization import palette
 
 LABELS = ["cat", "dog", "wall"]
@@ -94,14 +94,16 @@ def test_below_the_threshold_a_group_became_background(studied):
 def test_many_labels_do_not_make_a_heat_map_of_all(studied, street_file):
     upload, _ = studied
     labels = read_labels("\n".join(f"word {i}" for i in range(200)))
-    study = Laboratory(Catalogue(Settings())).study(upload, labels, Choices("pgseg-small-everyday", False))
+    study = Laboratory(Catalogue(Settings())).study(
+        upload, labels, Choices("pgseg-small-everyday", SegmentationOptions(window_size=None))
+    )
     _, heat, words = views.group_views(upload.image, study, None)
     assert f"Shown are the {views.MAX_HEAT_MAP_ROWS} labels" in words
     assert heat.height < 1200
 
 
 def test_prototypes_have_a_picture_for_each_stage(studied):
-    stages = (Prototypes(np.array([[0, 5], [5, 5]]), 32), Prototypes(np.array([[1]]), 8))
+    stages = ((np.array([[0, 5], [5, 5]]), 32), (np.array([[1]]), 8))
     (first, caption), (_, other) = views.prototype_views(studied[0].image, stages)
     assert caption == "stage 1: 2 of 32 prototypes in use" and other == "stage 2: 1 of 8 prototypes in use"
     assert first.size == studied[0].image.size
