@@ -227,11 +227,10 @@ class Handlers:
                 raise ValueError(
                     f"{choices.model} is the model already; choose another one to compare it with."
                 )
+        make = self.laboratory.study
         with self._limited(choices, *others):
-            study = self.laboratory.study(upload, labels, choices, asked.study)
-            compared = [
-                self.laboratory.study(upload, study.kept_labels, other, asked.other_study) for other in others
-            ]
+            study = make(upload, labels, choices, asked.study)
+            compared = [make(upload, study.kept_labels, each, asked.other_study) for each in others]
         return study, *(compared or [None])
 
     def segment(
@@ -266,19 +265,8 @@ class Handlers:
         Returns:
             the mask, an indexed PNG whose values are explained in the second result: labels, areas and scores.
         """
-        given = (
-            image,
-            labels,
-            background,
-            threshold,
-            model,
-            window,
-            short_side,
-            min_area,
-            synonyms,
-            templates,
-        )
-        upload, asked, choices, limit = self._read(Asked(*given))
+        how = (model, window, short_side, min_area, synonyms, templates)
+        upload, asked, choices, limit = self._read(Asked(image, labels, background, threshold, *how))
         with self._limited(choices):
             study = self.laboratory.study(upload, asked, choices)
         result = study.segmentation(limit)

@@ -61,15 +61,9 @@ class Scale:
 FULL = Scale()
 QUICK = Scale(
     vision={
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "depths": [1, 1, 1],
-        "num_hidden_layers": 3,
-        "num_group_tokens": [8, 8, 0],
-        "num_output_groups": [8, 8, 0],
-        "num_attention_heads": 2,
-        "image_size": 32,
-        "patch_size": 8,
+        **{"hidden_size": 32, "intermediate_size": 64, "depths": [1, 1, 1], "num_hidden_layers": 3},
+        **{"num_group_tokens": [8, 8, 0], "num_output_groups": [8, 8, 0], "num_attention_heads": 2},
+        **{"image_size": 32, "patch_size": 8},
     },
     text={"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2},
     heads={"projection_dim": 8, "projection_intermediate_dim": 24},
@@ -170,14 +164,12 @@ def prototype_job(scale: Scale, device: str) -> Job:
         (groups, last, width),
         (16, last, scale.heads.get("projection_dim", 256)),
     ]
-    inputs = [
-        (
-            torch.randn(batch, length, channels, device=device),
-            torch.nn.functional.normalize(torch.randn(1, count, channels, device=device), dim=-1),
-            torch.randn(batch, count, channels, device=device, requires_grad=True),
-        )
-        for length, count, channels in parts
-    ]
+    inputs = []
+    for length, count, channels in parts:
+        tokens = torch.randn(batch, length, channels, device=device)
+        seeds = torch.nn.functional.normalize(torch.randn(1, count, channels, device=device), dim=-1)
+        centers = torch.randn(batch, count, channels, device=device, requires_grad=True)
+        inputs.append((tokens, seeds, centers))
     scale_of_loss = torch.tensor(10.0, device=device)
 
     def job() -> None:
