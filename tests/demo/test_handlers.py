@@ -4,7 +4,6 @@ import asyncio
 import json
 import math
 import os
-import shutil
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,25 +29,19 @@ MASKS, ROWS, MASK, LABELS, GROUPS, HEAT, WORDS, NUMBER, FIRST, SECOND, NOTE, FOU
 
 
 @pytest.fixture(scope="module")
-def handlers(tiny_folder, tmp_path_factory) -> Handlers:
-    other = tmp_path_factory.mktemp("models") / "tiny"
-    shutil.copytree(tiny_folder, other)
-    settings = Settings(models=(str(other),))
-    return Handlers(settings, Catalogue(settings), str(tmp_path_factory.mktemp("cache")))
+def handlers(catalogue, tmp_path_factory) -> Handlers:
+    return Handlers(catalogue.settings, catalogue, str(tmp_path_factory.mktemp("cache")))
 
 
 @pytest.fixture
 def asked(street_file):
-    values = dict.fromkeys((field.name for field in fields(Asked)), None)
-    values |= {"path": street_file, "words": "road, tree", "background": False, "threshold": 0.3}
+    values = dict.fromkeys(field.name for field in fields(Asked))
+    values |= {"path": street_file, "words": "road, tree", "background": False, "threshold": 0.3, **PLAIN}
     values |= {
         "model": "pgseg-small-everyday",
         "other": "none",
         "window": "sliding",
         "short_side": 0,
-        "min_area": 0,
-        "synonyms": "average",
-        "templates": "",
         "number": 1,
     }
 
@@ -233,9 +226,8 @@ def test_masks_of_less_detail_are_said_to_be(handlers, asked, street_file, monke
     assert first.shape == second.shape and (first == second).mean() > 0.95
 
 
-def test_a_request_has_only_so_much_time(tiny_folder, asked, tmp_path):
-    settings = Settings(max_seconds=0)
-    hurried = Handlers(settings, Catalogue(settings), str(tmp_path))
+def test_a_request_has_only_so_much_time(handlers, asked, tmp_path):
+    hurried = Handlers(Settings(max_seconds=0), handlers.laboratory.catalogue, str(tmp_path))
     with pytest.raises(ValueError, match="longer than the 0 seconds"):
         hurried.show_masks(*asked())
 
@@ -297,8 +289,7 @@ def test_only_files_of_visitors_are_opened(tmp_path):
         take(SimpleNamespace(url="data:image/png;base64," + "A" * 28_000_000, path=None))
 
 
-@pytest.mark.parametrize("place", [0, 1])
-def test_no_web_address_of_a_request_is_fetched(place, monkeypatch):
+def test_no_web_address_of_a_request_is_fetched(monkeypatch):
     """Whichever component it is for."""
     fetched = []
 
@@ -307,20 +298,23 @@ def test_no_web_address_of_a_request_is_fetched(place, monkeypatch):
         raise OSError("no network")
 
     monkeypatch.setattr("gradio.processing_utils.async_ssrf_protected_download", fetch)
+    monkeypatch.setattr(Handlers, "first_study", lambda *_: None)
 
-    def request(app, path):
+    def request(app, place, path):
         function = next(each for each in app.fns.values() if each.api_name == "segment")
         values = [None, "tree", False, 0.3, "", "whole", 0, *PLAIN.values()]
         values[place] = {"path": path, "meta": {"_type": "gradio.FileData"}}
         asyncio.run(app.preprocess_data(function, values, None))
 
-    for path, message in (("https://example.com/a.jpg", "web address"), ("a\0b", "not on the server")):
-        with pytest.raises(gr.Error, match=message):
-            request(build_app(Settings()), path)
-    assert fetched == []
-    with pytest.raises(OSError, match="no network"):
-        request(build_app(Settings(web_pictures=True)), "https://example.com/a.jpg")
-    assert fetched == ["https://example.com/a.jpg"]
+    closed, open_one = build_app(Settings()), build_app(Settings(web_pictures=True))
+    for place in (0, 1):
+        for path, message in (("https://example.com/a.jpg", "web address"), ("a\0b", "not on the server")):
+            with pytest.raises(gr.Error, match=message):
+                request(closed, place, path)
+        assert fetched == []
+        with pytest.raises(OSError, match="no network"):
+            request(open_one, place, "https://example.com/a.jpg")
+        assert fetched.pop() == "https://example.com/a.jpg"
 
 
 def test_presets_are_labels_that_can_be_taken():

@@ -20,11 +20,6 @@ from pgseg_hf import SegmentationOptions
 LABELS = read_labels("building, road, tree")
 
 
-@pytest.fixture(scope="module")
-def laboratory() -> Laboratory:
-    return Laboratory(Catalogue(Settings()))
-
-
 @pytest.fixture
 def passes(laboratory, monkeypatch) -> list[int]:
     """An entry for every pass of the image encoder."""

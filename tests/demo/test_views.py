@@ -7,10 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import views
-from model_catalogue import Catalogue
 from PIL import Image
-from settings import Settings
-from studies import Choices, Laboratory, read_labels, read_upload
+from studies import Choices, read_labels, read_upload
 
 from pgseg_hf import Segmentation, SegmentationOptions
 from pgseg_hf.visualization import palette
@@ -25,9 +23,8 @@ def result(background: bool = True) -> Segmentation:
 
 
 @pytest.fixture(scope="module")
-def studied(street_file):
+def studied(laboratory, street_file):
     upload = read_upload(street_file, 10**6)
-    laboratory = Laboratory(Catalogue(Settings()))
     labels = read_labels("building, road, pavement, tree, sky, car, `pedestrian`")
     return upload, laboratory.study(upload, labels, Choices("pgseg-small-everyday"))
 
@@ -91,10 +88,10 @@ def test_below_the_threshold_a_group_became_background(studied):
     assert "background" in views.group_views(upload.image, study, 1.0, 0)[2]
 
 
-def test_many_labels_do_not_make_a_heat_map_of_all(studied, street_file):
+def test_many_labels_do_not_make_a_heat_map_of_all(studied, laboratory):
     upload, _ = studied
     labels = read_labels("\n".join(f"word {i}" for i in range(200)))
-    study = Laboratory(Catalogue(Settings())).study(
+    study = laboratory.study(
         upload, labels, Choices("pgseg-small-everyday", SegmentationOptions(window_size=None))
     )
     _, heat, words = views.group_views(upload.image, study, None)
