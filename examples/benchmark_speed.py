@@ -16,6 +16,7 @@ import copy
 import gc
 import json
 import platform
+import subprocess
 import sys
 import tempfile
 import time
@@ -26,12 +27,12 @@ from typing import Any
 import torch
 import transformers
 from speed_jobs import (
+    CHECKPOINTED,
     GROUPVIT,
     SCALES,
     VARIANTS,
     PhotoJobs,
     Scale,
-    StartJobs,
     build_model,
     encoding_job,
     pixels,
@@ -54,11 +55,11 @@ from speed_measuring import (
 )
 from speed_report import draw_curves, insert_table, is_headline, markdown
 
+from pgseg_hf import load_segmenter
 from pgseg_hf.command_line import CommandParser
 from pgseg_hf.files import write_json, write_text
 
 CONTENDERS = (GROUPVIT, *VARIANTS)
-CHECKPOINTED = "corrected, gradient checkpointing"
 MATMUL = "matmul"
 PASSES = "encoder passes"
 Row = dict[str, Any]
@@ -146,7 +147,7 @@ class Benchmark:
             title = f"training step, batch {batch}, {_name(dtype)}"
             images = pixels(self.images[0][0], batch).to(self.device)
             fitting = [name for name, own in of_batch.items() if "peak" in own]
-            jobs = {name: build_training_job(self.scale, name, images) for name in fitting}
+            jobs = {name: training_job(self.scale, name, images) for name in fitting}
             try:
                 timed = self._counted("training", title, jobs, self.rounds // 2, dtype, batch)
             except torch.OutOfMemoryError:
@@ -216,15 +217,21 @@ class Benchmark:
             "import pgseg_hf, transformers",
             "import torch and transformers' CLIP",
         )
+        photo, segmenter = str(Path(__file__).parent / "images" / "dog.jpg"), load_segmenter()
         with tempfile.TemporaryDirectory() as folder:
-            starts = StartJobs(folder)
+
+            def process(*arguments: str) -> Job:
+                command = [sys.executable, *arguments]
+                return lambda: subprocess.run(command, cwd=folder, check=True, capture_output=True)
+
+            segment = ("-m", "pgseg_hf", "segment", photo, "--labels", "dog, grass, sky", "--overwrite")
             jobs = {
-                plain: starts.process("-c", plain),
-                ours: starts.process("-c", ours),
-                "pgseg --help": starts.process("-m", "pgseg_hf", "--help"),
-                clip: starts.process("-c", "import torch, transformers.models.clip.modeling_clip"),
-                PASSES: starts.encoder_passes,
-                "pgseg segment": starts.segment,
+                plain: process("-c", plain),
+                ours: process("-c", ours),
+                "pgseg --help": process("-m", "pgseg_hf", "--help"),
+                clip: process("-c", "import torch, transformers.models.clip.modeling_clip"),
+                PASSES: lambda: list(segmenter.encode([photo])),
+                "pgseg segment": process(*segment),
             }
             rows, seconds = self._timed("start", "process start, default checkpoint", jobs, self.rounds // 4)
         # All that is above the encoder passes, against the import.
@@ -262,7 +269,7 @@ class Benchmark:
         batch = self.scale.prototype_batch
         images = pixels(self.images[0][0], unit).to(self.device)
         jobs = {
-            "step": build_training_job(self.scale, "corrected", images),
+            "step": training_job(self.scale, "corrected", images),
             "corrected": prototype_job(self.scale, self.device),
         }
         title = f"prototypes at batch {batch}"
@@ -306,13 +313,6 @@ def _memory_of(contender: str, memory: dict[str, dict[str, Any]]) -> Row:
     return row
 
 
-def build_training_job(scale: Scale, contender: str, images: torch.Tensor) -> Job:
-    """The training step of a contender on the images' device; on CUDA by autocast."""
-    checkpointing = contender == CHECKPOINTED
-    model = build_model(scale, "corrected" if checkpointing else contender).to(images.device)
-    return training_job(model, images, torch.bfloat16 if images.is_cuda else None, checkpointing)
-
-
 SECTIONS: dict[str, Callable[[Benchmark], list[Row]]] = {
     name: getattr(Benchmark, name)
     for name in ("start", "encoder", "int8", "photo", "prototypes", "training", "compiled", "curves")
@@ -328,7 +328,7 @@ def measure_one(spec: dict[str, Any]) -> dict[str, Any]:
         return peak_memory(photos.segmentation(spec["labels"]), device)
     images = pixels(scale.images[0][0], spec["batch"])
     try:
-        job = build_training_job(scale, spec["contender"], images.to(device))
+        job = training_job(scale, spec["contender"], images.to(device))
         job()  # what comes with the first step: kernels, the optimizer's state
         return peak_memory(job, device)
     except torch.OutOfMemoryError:
