@@ -93,15 +93,7 @@ def report(result: Segmentation, study: Study, threshold: float | None) -> dict[
             **{name: getattr(options, name) for name in ("min_area", "synonyms", "templates")},
         },
         "labels": [
-            {
-                "value": segment.value,
-                "label": segment.label,
-                "area": segment.area,
-                "score": segment.score,
-                "colour": "#000000"
-                if result.background and segment.value == 0
-                else colours[result.labels[segment.value - result.background]],
-            }
+            {**vars(segment), "colour": colours.get(segment.label, "#000000")}
             for segment in result.segments(include_absent=True)
         ],
     }
@@ -143,10 +135,10 @@ def group_views(
     part = part.crop((window.left, window.top, window.left + width, window.top + height))
     factor = max(1, round(_LEAST_WINDOW_SIDE / min(part.size)))
     part = part.resize((width * factor, height * factor), Image.Resampling.BICUBIC)
-    picture = draw_groups(part, window.groups, count, legend=False)
+    drawn = draw_groups(part, window.groups, count, legend=False)
     shares = np.bincount(window.groups.numpy().ravel(), minlength=count) / window.groups.numel()
     names = ["background" if label < 0 else study.labels[label] for label in chosen.tolist()]
-    return picture, heat, _group_words(names, shares, study, len(rows))
+    return drawn, heat, _group_words(names, shares, study, len(rows))
 
 
 def _group_words(names: list[str], shares: np.ndarray, study: Study, shown: int) -> str:

@@ -107,22 +107,22 @@ class Scenes:
 
     @property
     def images(self) -> list[Image.Image]:
-        return [picture.read() for picture in self.dataset.pictures]
+        return [image.read() for image in self.dataset.pictures]
 
 
 def make_scenes(split: str, size: int, count: int, seed: int = EVALUATION_SEED) -> Scenes:
     """The first `count` scenes of a split."""
     source = SceneSource(SceneOptions(size=size, length=count, seed=seed, split=split))
-    pictures = [Picture(f"{split}-{index}", record.image, record.mask) for index, record in enumerate(source)]
+    images = [Picture(f"{split}-{index}", record.image, record.mask) for index, record in enumerate(source)]
     captions = [source.describe(index) for index in range(count)]
-    return Scenes(MaskDataset(f"scenes of {split}", source.labels, pictures), captions)
+    return Scenes(MaskDataset(f"scenes of {split}", source.labels, images), captions)
 
 
 def write_scenes(scenes: Scenes, folder: Path) -> Path:
     """The scenes as a folder that training can measure on."""
-    for picture in scenes.dataset.pictures:
-        write_image(picture.image, folder / "images" / f"{picture.name}.png")
-        write_image(picture.mask, folder / "masks" / f"{picture.name}.png")
+    for each in scenes.dataset.pictures:
+        write_image(each.image, folder / "images" / f"{each.name}.png")
+        write_image(each.mask, folder / "masks" / f"{each.name}.png")
     write_json({"labels": scenes.dataset.labels}, folder / "labels.json")
     return folder
 
@@ -204,7 +204,7 @@ class Ablation:
             sources = [contents_of(open_source(spec)) for spec in data.source_specs()]
         except ValueError as error:  # which training says as well
             sources = [str(error)]
-        scenes = [picture.tobytes().hex() for each in self.sets.values() for picture in each.images]
+        scenes = [image.tobytes().hex() for each in self.sets.values() for image in each.images]
         files = {
             f"files of {name}": hash_of_files(Path(str(value)))
             for name, value in self.settings.items()

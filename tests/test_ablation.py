@@ -126,8 +126,8 @@ def test_scenes_to_measure_on_are_not_those_of_training():
     again = ablate_npr.make_scenes("test", 32, 5)
     curve = ablate_npr.make_scenes("test", 32, 5, ablate_npr.CURVE_SEED)
     novel = ablate_npr.make_scenes("novel", 32, 5)
-    pictures = [np.asarray(image).tobytes() for each in (scenes, curve, novel) for image in each.images]
-    assert len(set(pictures)) == 15
+    images = [np.asarray(image).tobytes() for each in (scenes, curve, novel) for image in each.images]
+    assert len(set(images)) == 15
     assert scenes.captions == again.captions and all(" on " in caption for caption in scenes.captions)
 
 

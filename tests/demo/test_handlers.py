@@ -247,7 +247,7 @@ def test_a_slow_download_does_not_count(tmp_path, street_file, monkeypatch):
     assert handlers.segment(street_file, "tree", False, 0, "", "whole", 0, **PLAIN)
 
 
-def test_other_views_want_masks_of_the_same_picture_first(handlers, asked, street_file, tmp_path):
+def test_other_views_want_masks_of_the_same_image_first(handlers, asked, street_file, tmp_path):
     assert "Segment" in handlers.show_prototypes(street_file, None)[1]
     study = handlers.show_masks(*asked())[STUDY]
     gallery, _, seen = handlers.show_prototypes(street_file, study)

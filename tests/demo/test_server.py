@@ -103,7 +103,7 @@ class TestHostileInput:
     def test_what_is_refused_is_said_and_the_next_visitor_is_served(self, client, street_file, tmp_path):
         large, text = tmp_path / "large.png", tmp_path / "text.jpg"
         Image.new("1", (8000, 6250)).save(large)
-        text.write_text("no picture")
+        text.write_text("no image")
         for path, options, message in (
             (large, {}, "50,000,000 pixels"),
             (text, {}, "'text.jpg' is not an image"),
@@ -147,9 +147,9 @@ class TestHostileInput:
 
     def test_nothing_is_fetched_for_a_visitor(self, client, street_file):
         address = {"path": "http://127.0.0.1:1/photo.jpg", "meta": {"_type": "gradio.FileData"}}
-        for picture, labels in ((address, "tree"), (street_file, address)):
+        for given, labels in ((address, "tree"), (street_file, address)):
             with pytest.raises(AppError, match="web address is not fetched"):
-                call(client, picture, labels)
+                call(client, given, labels)
 
 
 class TestManyVisitors:

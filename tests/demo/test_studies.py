@@ -69,7 +69,7 @@ class TestStudy:
         torch.testing.assert_close(other.scored.label_map(), fresh.scored.label_map(), rtol=0, atol=0)
         assert laboratory.study(upload, LABELS, WHOLE, first) is first
 
-    def test_another_picture_or_resolution_does(self, laboratory, upload, street_file, passes):
+    def test_another_image_or_resolution_does(self, laboratory, upload, street_file, passes):
         first = laboratory.study(upload, LABELS, WHOLE)
         laboratory.study(upload, LABELS, Choices(NAME, SMALL), first)
         flipped = replace(upload, image=upload.image.transpose(Image.Transpose.ROTATE_180), digest="other")
@@ -169,7 +169,7 @@ class TestUpload:
     @pytest.mark.parametrize(
         "data", [b"", b"plain text", b"<svg xmlns='http://www.w3.org/2000/svg'/>", b"\x89PNG\r\n"]
     )
-    def test_a_file_that_is_no_picture(self, data, tmp_path):
+    def test_a_file_that_is_no_image(self, data, tmp_path):
         path = tmp_path / "photo.jpg"
         path.write_bytes(data)
         with pytest.raises(ValueError, match=r"'photo.jpg' is") as caught:

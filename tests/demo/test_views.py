@@ -40,7 +40,7 @@ def test_masks_are_in_the_labels_own_colours_the_largest_first():
     assert chosen["color_map"]["cat 0.50"] == "#ff0000"
 
 
-def test_large_pictures_are_shown_smaller():
+def test_large_images_are_shown_smaller():
     large = Segmentation(np.zeros((3000, 1500), int), np.zeros((3000, 1500)), ["cat"], False)
     image, masks = views.annotated(Image.new("RGB", (1500, 3000)), large)["value"]
     assert image.size == (512, 1024) and masks[0][0].shape == (1024, 512)
@@ -73,13 +73,13 @@ def test_the_mask_and_its_explanation_agree(studied, background):
 
 def test_groups_say_which_label_they_became(studied):
     upload, study = studied
-    picture, heat, words = views.group_views(upload.image, study, None, 0)
+    drawn, heat, words = views.group_views(upload.image, study, None, 0)
     groups = study.encoded.windows[0].groups
     largest = groups.flatten().bincount().argmax()
     label = study.labels[study.scored.windows[0].scores[largest].argmax()]
     share = (groups == largest).float().mean()
     assert f"{largest + 1} ({share:.0%}) → `{label}`" in words
-    assert min(picture.size) >= 300 and heat.width > 400
+    assert min(drawn.size) >= 300 and heat.width > 400
     assert "`" + "`pedestrian" not in words  # a visitor's marks end no code span
 
 
@@ -99,7 +99,7 @@ def test_many_labels_do_not_make_a_heat_map_of_all(studied, laboratory):
     assert heat.height < 1200
 
 
-def test_prototypes_have_a_picture_for_each_stage(studied):
+def test_prototypes_have_an_image_for_each_stage(studied):
     stages = ((np.array([[0, 5], [5, 5]]), 32), (np.array([[1]]), 8))
     (first, caption), (_, other) = views.prototype_views(studied[0].image, stages)
     assert caption == "stage 1: 2 of 32 prototypes in use" and other == "stage 2: 1 of 8 prototypes in use"
