@@ -125,14 +125,18 @@ def test_without_labels_everyday_words_are_looked_for(handlers, asked, street_fi
     assert fewer[STUDY].labels == labels[: len(fewer[STUDY].labels)] != labels
 
 
-@pytest.mark.parametrize("knows", ["nothing", "street", "everyday and more"])
+@pytest.mark.parametrize("knows", ["nothing", "street", "more than the shipped one"])
 def test_which_words_are_looked_for_is_the_checkpoints_affair(handlers, asked, monkeypatch, knows):
     """One that learned a few names looks for these, a fine-tuned one for its new ones too."""
-    processor = handlers.laboratory.catalogue.load("tiny").processor
-    own = {"nothing": None, "street": ["road", "pavement"]}.get(knows, [*everyday_words(), "quagga"])
-    monkeypatch.setattr(processor, "vocabulary", own)
+    shipped, own = (handlers.laboratory.catalogue.load(name).processor for name in ("", "tiny"))
+    words, expected = {
+        "nothing": (None, everyday_words()),
+        "street": (["road", "pavement"], ["road", "pavement"]),
+        "more than the shipped one": ([*shipped.vocabulary, "quagga"], [*everyday_words(), "quagga"]),
+    }[knows]
+    monkeypatch.setattr(own, "vocabulary", words)
     study = handlers.show_masks(*asked(words="", model="tiny"))[STUDY]
-    assert study.asked.names == (own or everyday_words())
+    assert study.asked.names == expected
 
 
 def test_minimum_area_synonyms_and_templates_are_the_librarys(handlers, asked, street_file):
