@@ -17,17 +17,19 @@ from ..data.augmentation import AugmentationOptions
 from ..run_records import model_record
 from ..segmentation import Segmenter
 from .arguments import parse_thresholds
-from .baselines import count_baselines, position_prior, untrained
+from .baselines import best_label, everywhere, position_prior, stretched, untrained
 from .benchmarks import preparing
 from .benchmarks.catalogue import BENCHMARKS, open_benchmark
 from .benchmarks.hub_masks import hub_pictures
 from .benchmarks.mask_dataset import MaskDataset, parse_mask_values
 from .classification import Classifier, open_imagenet, template_sets
-from .evaluator import MaskEvaluator, MaskOptions, MaskScores, without_nan
+from .evaluator import MaskEvaluator, MaskOptions, SegmentedPicture, without_nan
 from .metrics.confusion import ConfusionMatrix
+from .metrics.refinement import PixelAdaptiveRefinement
+from .metrics.sums import ImageSums
 from .protocols import Protocol, load_protocol
 from .reports import write_report
-from .running import Output, checkpoint_hash, classify_in_parts, evaluate_in_parts, versions
+from .running import CLASSIFICATION_CHUNK, Output, checkpoint_hash, evaluate_in_parts, versions
 
 
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:
@@ -75,77 +77,74 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
 
 def _segment(args: argparse.Namespace, segmenter: Segmenter, folder: Path, name: str) -> dict[str, Any]:
     dataset, protocol = _open(args), _protocol(args).resolved(segmenter.processor)
-    thresholds = parse_thresholds(args.thresholds) if args.thresholds else ()
-    threshold = args.background_threshold
-    if threshold is None:
-        threshold = protocol.threshold(args.benchmark, dataset)
-    dataset.check_threshold(threshold)
+    dataset.check_threshold(args.background_threshold)
+    threshold = protocol.threshold(args.benchmark, dataset)
     options = MaskOptions(
-        segmentation=protocol.segmentation(threshold, args.batch_size),
-        thresholds=thresholds,
+        segmentation=replace(
+            protocol.segmentation, background_threshold=threshold, batch_size=args.batch_size
+        ),
+        thresholds=parse_thresholds(args.thresholds) if args.thresholds else (),
         synonyms=protocol.synonyms,
         released_names=protocol.class_names == "released",
         oracle=args.analysis,
         groups=args.analysis,
-        refinement=protocol.make_refinement(),
+        refinement=PixelAdaptiveRefinement() if protocol.refinement == "pamr" else None,
         skip_broken=args.skip_broken,
         readers=args.readers,
     )
-    settings = {
+    asked = {
         "benchmark": args.benchmark,
-        "data": f"{dataset.name}, {len(dataset)} pictures, {len(dataset.labels)} labels",
         "protocol": protocol.to_dict(),
         "background_threshold": threshold,
         **({"refinement": str(options.refinement)} if options.refinement else {}),
-        **({"mask_values": args.mask_values} if args.mask_values else {}),
         **_source_of_masks(args),
     }
-    record = {
-        # What these two stand for is in the fingerprint, whatever the name of the folder.
-        **{key: value for key, value in settings.items() if key not in ("data", "mask_values")},
-        **model_record(segmenter),
-        "dtype": args.dtype,
-        "pictures": _on_main_process(dataset.fingerprint),
-        "thresholds": options.thresholds,
-        "analysis": args.analysis,
-    }
+    more = {"thresholds": options.thresholds, "analysis": args.analysis}
     prior_map = _prior_map(args, segmenter, dataset) if args.baselines and args.train else None
-    output = _prepared(Output(folder, record, args.overwrite))
+    output = _output(args, segmenter, folder, asked | more, dataset.fingerprint)
     scores = evaluate_in_parts(segmenter, dataset, options, output, args.save_predictions, args.visualize)
-    found = scores.to_dict()
-    rows = {"model": _figures(scores.confusion)}
+    rows = {"model": scores.confusion.figures()}
     if scores.oracle is not None:
-        rows["oracle: its groups, named by the masks"] = _figures(scores.oracle)
+        rows["oracle: its groups, named by the masks"] = scores.oracle.figures()
     if args.baselines:
         whole = dataset.only(each for each in dataset.pictures if each.name not in scores.broken)
         rows |= _baselines(args, segmenter, whole, options, prior_map)
+    found = scores.to_dict()
+    names = ("thresholds", "best_threshold", "groups", "iou", "mean_iou_absent_as_zero", "ignored_share")
     return {
         "title": f"{name} on {dataset.name}, protocol {protocol.name}",
         "rows": rows,
-        **{
-            key: found[key]
-            for key in ("thresholds", "best_threshold", "groups", "iou", "broken")
-            if key in found
-        },
-        "mean_iou_absent_as_zero": found["mean_iou_absent_as_zero"],
-        "ignored_share": found["ignored_share"],
+        **{key: found[key] for key in names if key in found},
         "warnings": scores.doubts(dataset),
-        "pictures": scores.pictures,
-        "reused": scores.reused,
-        "settings": {**settings, "seconds_of_all_calls": round(scores.seconds, 1)},
+        **_counted(scores),
+        "settings": {
+            **asked,
+            "data": f"{dataset.name}, {len(dataset)} images, {len(dataset.labels)} labels",
+            **({"mask_values": args.mask_values} if args.mask_values else {}),
+            "seconds_of_all_calls": round(scores.seconds, 1),
+        },
     }
 
 
-def _on_main_process(fingerprint: Callable[[], str]) -> str:
-    """Of pictures, which are all read for it; the record is the main process's affair."""
-    return fingerprint() if PartialState().is_main_process else ""
-
-
-def _prepared(output: Output) -> Output:
-    if PartialState().is_main_process:
+def _output(
+    args: argparse.Namespace,
+    segmenter: Segmenter,
+    folder: Path,
+    asked: dict[str, Any],
+    fingerprint: Callable[[], str],
+) -> Output:
+    """The folder of the results, with the record of all that the counts depend on: the main process's affair, which
+    reads all images for their fingerprint."""
+    output, state = Output(folder, asked, args.overwrite), PartialState()
+    if state.is_main_process:
+        output.record |= {**model_record(segmenter), "dtype": args.dtype, "pictures": fingerprint()}
         output.prepare()
-    PartialState().wait_for_everyone()
+    state.wait_for_everyone()
     return output
+
+
+def _counted(scores: ImageSums) -> dict[str, Any]:
+    return {"broken": scores.broken, "pictures": scores.pictures, "reused": scores.reused}
 
 
 def _source_of_masks(args: argparse.Namespace) -> dict[str, str]:
@@ -184,23 +183,15 @@ def _open(args: argparse.Namespace) -> MaskDataset:
 def _protocol(args: argparse.Namespace) -> Protocol:
     """The protocol with what the command line changes."""
     protocol = load_protocol(args.protocol or ("checkpoint" if args.benchmark == "folder" else "pgseg"))
-    changes = {
+    changes: dict[str, Any] = {
         name: value
         for name, value in (("synonyms", args.synonyms), ("refinement", args.refinement))
         if value is not None and value != getattr(protocol, name)
     }
     if args.background_threshold is not None:
-        changes |= {"background_threshold": args.background_threshold, "background_thresholds": {}}
+        segmentation = replace(protocol.segmentation, background_threshold=args.background_threshold)
+        changes |= {"segmentation": segmentation, "background_thresholds": {}}
     return replace(protocol, name=f"{protocol.name}, changed", **changes) if changes else protocol
-
-
-def _figures(confusion: ConfusionMatrix) -> dict[str, float]:
-    return {
-        "mean_iou": confusion.mean_iou(),
-        "pixel_accuracy": confusion.pixel_accuracy(),
-        "mean_accuracy": confusion.mean_accuracy(),
-        "frequency_weighted_iou": confusion.frequency_weighted_iou(),
-    }
 
 
 def _prior_map(args: argparse.Namespace, segmenter: Segmenter, dataset: MaskDataset) -> np.ndarray:
@@ -223,35 +214,33 @@ def _baselines(
     """Figures of what a model has to beat; the same on every process, which each count a part of the pictures."""
     state = PartialState()
     part = dataset.part(state.process_index, state.num_processes)
+    prior = ConfusionMatrix(len(dataset.labels), dataset.ignore_index)
+
+    def count_prior(found: SegmentedPicture) -> None:
+        if prior_map is not None:
+            prior.add(found.truth, stretched(prior_map, found.truth.shape))
+
     torch.manual_seed(args.seed)
     plain = replace(options, oracle=True, groups=False, thresholds=())
-    scores = MaskEvaluator(untrained(segmenter), part, plain)(part.pictures)
+    scores = MaskEvaluator(untrained(segmenter), part, plain, count_prior)(part.pictures)
     scores.sum_over_processes(state.device)
+    assert scores.oracle is not None
     rows = {
-        "untrained model": _figures(scores.confusion),
-        "oracle: groups of the untrained model, named by the masks": _figures(_oracle(scores)),
+        "untrained model": scores.confusion.figures(),
+        "oracle: groups of the untrained model, named by the masks": scores.oracle.figures(),
     }
-    baselines = count_baselines(part, prior_map).sum_over_processes(state.device)
-    best = baselines.best_label()
-    if dataset.background is not None:
-        rows[f"{dataset.labels[dataset.background]} everywhere"] = _figures(
-            baselines.everywhere(dataset.background)
-        )
-    if best != dataset.background:
-        rows[f"{dataset.labels[best]} everywhere, the best single label"] = _figures(
-            baselines.everywhere(best)
-        )
-    if baselines.prior is not None:
-        rows["position prior of the training tags"] = _figures(baselines.prior)
+    pixels = scores.confusion.counts.sum(axis=1)
+    best, background = best_label(pixels), dataset.background
+    if background is not None:
+        rows[f"{dataset.labels[background]} everywhere"] = everywhere(pixels, background).figures()
+    if best != background:
+        rows[f"{dataset.labels[best]} everywhere, the best single label"] = everywhere(pixels, best).figures()
+    if prior_map is not None:
+        prior.sum_over_processes(state.device)
+        rows["position prior of the training tags"] = prior.figures()
     return rows
 
 
-def _oracle(scores: MaskScores) -> ConfusionMatrix:
-    assert scores.oracle is not None
-    return scores.oracle
-
-
-# Options that only one kind of benchmark has, with what they are when they are not given.
 def _classify(args: argparse.Namespace, segmenter: Segmenter, folder: Path, name: str) -> dict[str, Any]:
     classes = open_imagenet(args.data, args.split, args.label_column)
     kind = args.templates or "subset"
@@ -262,6 +251,7 @@ def _classify(args: argparse.Namespace, segmenter: Segmenter, folder: Path, name
         template_sets()[kind],
         batch_size=args.batch_size,
         skip_broken=args.skip_broken,
+        readers=args.readers,
     )
     side = segmenter.model.config.vision_config.image_size
     settings = {
@@ -269,21 +259,14 @@ def _classify(args: argparse.Namespace, segmenter: Segmenter, folder: Path, name
         "templates": f"{kind}, {len(classifier.templates)}",
         "size": f"short side {round(side * 256 / 224)}, centre {side} px",
     }
-    record = {
-        **settings,
-        **model_record(segmenter),
-        "dtype": args.dtype,
-        "label_column": args.label_column,
-        "pictures": _on_main_process(classes.fingerprint),
-    }
-    scores = classify_in_parts(classifier, classes, _prepared(Output(folder, record, args.overwrite)))
+    asked = settings | {"label_column": args.label_column}
+    output = _output(args, segmenter, folder, asked, classes.fingerprint)
+    scores = output.count(classifier, classes.pictures(), CLASSIFICATION_CHUNK)
     return {
         "title": f"{name} on {classes.name}, zero-shot classification",
         "rows": {"model": {key: value for key, value in scores.to_dict().items() if key != "pictures"}},
-        "broken": scores.broken,
-        "pictures": scores.pictures,
-        "reused": scores.reused,
-        "settings": {**settings, "data": f"{scores.pictures} pictures, {len(classes.labels)} classes"},
+        **_counted(scores),
+        "settings": {**settings, "data": f"{scores.pictures} images, {len(classes.labels)} classes"},
     }
 
 

@@ -15,7 +15,8 @@ from typing import Any
 from ...files import path_inside
 from ...text_files import read_text, split_lines
 from ..metrics.confusion import IGNORE_INDEX
-from .mask_dataset import MaskDataset, MaskFolder, Picture, picture_name, require_files
+from .mask_dataset import MaskDataset, MaskFolder, picture_name, require_files
+from .reading import Picture
 
 BACKGROUND = "background"
 _CLASS_NAMES = Path(__file__).parent / "class_names"

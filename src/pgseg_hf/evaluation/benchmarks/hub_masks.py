@@ -5,7 +5,7 @@ from functools import partial
 from ...data.columns import Columns
 from ...data.tables import StreamedTable, TableSource, open_hub
 from ...images import ImageSource
-from .mask_dataset import Picture
+from .reading import Picture
 
 
 def hub_pictures(

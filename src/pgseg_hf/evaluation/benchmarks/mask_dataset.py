@@ -1,80 +1,27 @@
 """Pictures with masks: what a benchmark is, however its files lie."""
 
 import copy
-import hashlib
-import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from ...data.metadata import find_metadata, read_metadata
 from ...files import path_inside
-from ...images import ImageSource, NoLabelMap, find_images, load_image, load_label_map
+from ...images import NoLabelMap, find_images, load_label_map
 from ...prompts import validate_labels
-from ...run_records import file_digest
+from ...run_records import hash_of
 from ...text_files import read_json
 from ...values import is_whole
 from ..metrics.confusion import IGNORE_INDEX
-
-_READERS = 4
+from .reading import BrokenPicture, Picture, file_digests
 
 # Of the colours of masks: #rrggbb as a number.
 _COLOURS = (65536, 256, 1)
-
-Source = ImageSource | Callable[[], ImageSource]
-"""A file, its bytes or an image; or a function that gives one, for pictures that lie in tables."""
-
-
-class BrokenPicture(ValueError):
-    """A picture or mask that cannot be decoded, such as a truncated file; `name` is the picture's."""
-
-    def __init__(self, name: str, message: str):
-        super().__init__(message)
-        self.name = name
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A picture and its mask, not read yet.
-
-    Args:
-        name: unique in its data set; the name of its result files, without an ending.
-        image: the picture.
-        mask: one integer a pixel.
-    """
-
-    name: str
-    image: Source
-    mask: Source
-
-    @property
-    def image_place(self) -> str:
-        """What messages call the picture."""
-        return str(self.image) if isinstance(self.image, (str, os.PathLike)) else f"picture {self.name}"
-
-    @property
-    def mask_place(self) -> str:
-        """What messages call the mask."""
-        return str(self.mask) if isinstance(self.mask, (str, os.PathLike)) else f"the mask of {self.name}"
-
-    def read(self) -> Image.Image:
-        """The picture, RGB.
-
-        Raises:
-            BrokenPicture: it cannot be decoded.
-        """
-        try:
-            return load_image(self.image() if callable(self.image) else self.image)
-        except ValueError as error:
-            raise BrokenPicture(self.name, f"{self.image_place}: {error}") from error
 
 
 @dataclass
@@ -178,25 +125,10 @@ class MaskDataset:
         """Equal for the same pictures with the same meaning, wherever they lie: labels and other names, and of each
         picture its name and the contents of its files, which are all read for it."""
         meaning = [self.labels, self.background, self.ignore_index, self.rgb_weights, self.origin]
-        tables = [sorted((self.values or {}).items()), sorted((self.synonyms or {}).items())]
+        tables = [sorted((self.values or {}).items()), sorted(self.synonyms.items())]
         sources = [source for each in self.pictures for source in (each.image, each.mask)]
         files = [[each.name for each in self.pictures], file_digests(sources)]
-        return digest([meaning, tables, sorted(self.released.items()), files])
-
-
-def digest(content: Any) -> str:
-    """16 digits that stand for a nested list of numbers and texts."""
-    return hashlib.sha256(json.dumps(content, default=list).encode()).hexdigest()[:16]
-
-
-def file_digests(sources: Sequence[Source]) -> list[str | None]:
-    """Of each source what stands for its contents; None for what is no file."""
-
-    def of(source: Source) -> str | None:
-        return file_digest(source) if isinstance(source, (str, os.PathLike)) else None
-
-    with ThreadPoolExecutor(_READERS) as pool:
-        return list(pool.map(of, sources))
+        return hash_of([meaning, tables, sorted(self.released.items()), files])
 
 
 def _ranges(values: Iterable[int]) -> str:
