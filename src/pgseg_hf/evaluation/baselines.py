@@ -1,14 +1,21 @@
 """What a model has to beat: one label everywhere, the position prior of the training tags, groups at random."""
 
+from dataclasses import replace
+from typing import Any
+
 import numpy as np
+import torch
+from accelerate import PartialState
 from PIL import Image
 
 from ..data.augmentation import Augmentation, AugmentationOptions
-from ..data.records import Record, UnusableRecord
+from ..data.records import UnusableRecord
 from ..data.sources import MapSource, SourceSpec, open_source
 from ..images import load_image, load_label_map
 from ..modeling_pgseg import PGSegModel
 from ..segmentation import Segmenter
+from .benchmarks.mask_dataset import MaskDataset
+from .evaluator import MaskEvaluator, MaskOptions, SegmentedPicture
 from .metrics.confusion import ConfusionMatrix
 
 # Of the position prior: cells of its map, and how many crops it is made of.
@@ -18,13 +25,53 @@ _CROPS = 12_800
 _TAG_SHARE = 0.02
 
 
-def everywhere(pixels: np.ndarray, label: int) -> ConfusionMatrix:
-    """Confusion of the map that is one label everywhere.
+def measure_baselines(
+    segmenter: Segmenter,
+    dataset: MaskDataset,
+    options: MaskOptions,
+    seed: int = 0,
+    prior_map: np.ndarray | None = None,
+) -> dict[str, dict[str, float]]:
+    """Figures of what a model has to beat, by name. Of several processes each counts a part of the images; every one
+    has to call it, and all get the same.
 
     Args:
-        pixels: int64 [N], true pixels of each label.
-        label: the one.
+        segmenter: of the model.
+        dataset: all images.
+        options: what the model is measured with.
+        seed: of the untrained model.
+        prior_map: from [`position_prior`], to be measured too.
     """
+    state = PartialState()
+    part = dataset.part(state.process_index, state.num_processes)
+    prior = ConfusionMatrix(len(dataset.labels), dataset.ignore_index)
+
+    def count_prior(found: SegmentedPicture) -> None:
+        if prior_map is not None:
+            prior.add(found.truth, _stretched(prior_map, found.truth.shape))
+
+    torch.manual_seed(seed)
+    plain = replace(options, oracle=True, groups=False, thresholds=())
+    scores = MaskEvaluator(untrained(segmenter), part, plain, count_prior)(part.pictures)
+    scores.sum_over_processes(state.device)
+    assert scores.oracle is not None
+    rows = {
+        "untrained model": scores.confusion,
+        "oracle: groups of the untrained model, named by the masks": scores.oracle,
+    }
+    pixels = scores.confusion.counts.sum(axis=1)
+    best, background = best_label(pixels), dataset.background
+    if background is not None:
+        rows[f"{dataset.labels[background]} everywhere"] = everywhere(background, pixels)
+    if best != background:
+        rows[f"{dataset.labels[best]} everywhere, the best single label"] = everywhere(best, pixels)
+    if prior_map is not None:
+        rows["position prior of the training tags"] = prior.sum_over_processes(state.device)
+    return {name: matrix.figures() for name, matrix in rows.items()}
+
+
+def everywhere(label: int, pixels: np.ndarray) -> ConfusionMatrix:
+    """Confusion of the map that is one label everywhere, from the true pixels of each label, int64 [N]."""
     matrix = ConfusionMatrix(len(pixels), ignore_index=None)
     matrix.counts[:, label] = pixels
     return matrix
@@ -37,8 +84,7 @@ def best_label(pixels: np.ndarray) -> int:
     return int((pixels / counted).argmax())
 
 
-def stretched(prior_map: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """A map of labels [h, w] at another size [H, W]."""
+def _stretched(prior_map: np.ndarray, size: Any) -> np.ndarray:
     small = Image.fromarray(prior_map.astype(np.int32))
     return np.asarray(small.resize(size[::-1], Image.Resampling.NEAREST))
 
@@ -63,34 +109,22 @@ def position_prior(path: str, labels: list[str], options: AugmentationOptions, s
             record = source[index]
         except UnusableRecord:
             continue
-        _add_crops(record, labels, augmentation, crops, rng, (sums, counts))
+        image, mask = load_image(record.image), None
+        if record.mask is not None:
+            mask = Image.fromarray(load_label_map(record.mask).astype(np.uint8))
+        for _ in range(crops):
+            crop = augmentation.draw_crop(image.size, rng)
+            if mask is None:
+                tags = np.array([label in record.tags for label in labels])
+            else:
+                values = augmentation.crop_mask(mask, crop).ravel()
+                tags = np.bincount(values, minlength=256)[: len(labels)] > _TAG_SHARE * len(values)
+            left, top, right, bottom = np.array(crop.box) / [*image.size, *image.size]
+            rows = slice(int(top * _GRID[0]), int(np.ceil(bottom * _GRID[0])))
+            columns = slice(int(left * _GRID[1]), int(np.ceil(right * _GRID[1])))
+            sums[:, rows, columns] += tags[:, None, None]
+            counts[rows, columns] += 1
     return (sums / counts).argmax(0)
-
-
-def _add_crops(
-    record: Record,
-    labels: list[str],
-    augmentation: Augmentation,
-    crops: int,
-    rng: np.random.Generator,
-    totals: tuple[np.ndarray, np.ndarray],
-) -> None:
-    sums, counts = totals
-    image, mask = load_image(record.image), None
-    if record.mask is not None:
-        mask = Image.fromarray(load_label_map(record.mask).astype(np.uint8))
-    for _ in range(crops):
-        crop = augmentation.draw_crop(image.size, rng)
-        if mask is None:
-            tags = np.array([label in record.tags for label in labels])
-        else:
-            values = augmentation.crop_mask(mask, crop).ravel()
-            tags = np.bincount(values, minlength=256)[: len(labels)] > _TAG_SHARE * len(values)
-        left, top, right, bottom = np.array(crop.box) / [*image.size, *image.size]
-        rows = slice(int(top * _GRID[0]), int(np.ceil(bottom * _GRID[0])))
-        columns = slice(int(left * _GRID[1]), int(np.ceil(right * _GRID[1])))
-        sums[:, rows, columns] += tags[:, None, None]
-        counts[rows, columns] += 1
 
 
 def untrained(segmenter: Segmenter) -> Segmenter:

@@ -17,14 +17,13 @@ from ..data.augmentation import AugmentationOptions
 from ..run_records import model_record
 from ..segmentation import Segmenter
 from .arguments import parse_thresholds
-from .baselines import best_label, everywhere, position_prior, stretched, untrained
+from .baselines import measure_baselines, position_prior
 from .benchmarks import preparing
 from .benchmarks.catalogue import BENCHMARKS, open_benchmark
 from .benchmarks.hub_masks import hub_pictures
 from .benchmarks.mask_dataset import MaskDataset, parse_mask_values
 from .classification import Classifier, open_imagenet, template_sets
-from .evaluator import MaskEvaluator, MaskOptions, SegmentedPicture, without_nan
-from .metrics.confusion import ConfusionMatrix
+from .evaluator import MaskOptions, without_nan
 from .metrics.refinement import PixelAdaptiveRefinement
 from .metrics.sums import ImageSums
 from .protocols import Protocol, load_protocol
@@ -60,7 +59,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     segmenter = load_segmenter(args.checkpoint, device=device, dtype=getattr(torch, args.dtype))
     content = run(args, segmenter, folder, name)
     if not content["pictures"]:
-        raise ValueError(f"none of the pictures of {args.data} could be read.")
+        raise ValueError(f"none of the images of {args.data} could be read.")
     content["settings"] |= {
         "checkpoint": args.checkpoint if args.checkpoint != DEFAULT_CHECKPOINT else f"{name}, which ships",
         "weights_sha256": checkpoint_hash(args.checkpoint),
@@ -100,15 +99,17 @@ def _segment(args: argparse.Namespace, segmenter: Segmenter, folder: Path, name:
         **_source_of_masks(args),
     }
     more = {"thresholds": options.thresholds, "analysis": args.analysis}
-    prior_map = _prior_map(args, segmenter, dataset) if args.baselines and args.train else None
+    prior_map = _prior_map(args, segmenter, dataset)
     output = _output(args, segmenter, folder, asked | more, dataset.fingerprint)
-    scores = evaluate_in_parts(segmenter, dataset, options, output, args.save_predictions, args.visualize)
+    scores = evaluate_in_parts(
+        segmenter, dataset, options, output, args.save_predictions, args.visualize or 0
+    )
     rows = {"model": scores.confusion.figures()}
     if scores.oracle is not None:
         rows["oracle: its groups, named by the masks"] = scores.oracle.figures()
     if args.baselines:
         whole = dataset.only(each for each in dataset.pictures if each.name not in scores.broken)
-        rows |= _baselines(args, segmenter, whole, options, prior_map)
+        rows |= measure_baselines(segmenter, whole, options, args.seed, prior_map)
     found = scores.to_dict()
     names = ("thresholds", "best_threshold", "groups", "iou", "mean_iou_absent_as_zero", "ignored_share")
     return {
@@ -158,7 +159,7 @@ def _source_of_masks(args: argparse.Namespace) -> dict[str, str]:
 
 
 def _open(args: argparse.Namespace) -> MaskDataset:
-    """The pictures that were asked for."""
+    """The images that were asked for."""
     if args.data.startswith("hub:"):
         if args.benchmark == "folder":
             raise ValueError("hub:NAME has no labels of its own; give the --benchmark that its masks are of.")
@@ -166,10 +167,8 @@ def _open(args: argparse.Namespace) -> MaskDataset:
             raise ValueError(
                 f"background is {args.background!r}, but {args.benchmark} has its own; leave it out."
             )
-        mask_column = args.mask_column or "mask"
-        pictures, fingerprint = hub_pictures(
-            args.data.removeprefix("hub:"), args.split, args.image_column, mask_column
-        )
+        columns = (args.image_column, args.mask_column or "mask")
+        pictures, fingerprint = hub_pictures(args.data.removeprefix("hub:"), args.split, *columns)
         title = f"{args.benchmark} {args.split} of {args.data}"
         dataset = BENCHMARKS[args.benchmark].over(pictures, title, origin=fingerprint)
     else:
@@ -194,7 +193,10 @@ def _protocol(args: argparse.Namespace) -> Protocol:
     return replace(protocol, name=f"{protocol.name}, changed", **changes) if changes else protocol
 
 
-def _prior_map(args: argparse.Namespace, segmenter: Segmenter, dataset: MaskDataset) -> np.ndarray:
+def _prior_map(args: argparse.Namespace, segmenter: Segmenter, dataset: MaskDataset) -> np.ndarray | None:
+    """For the position prior, where it was asked for."""
+    if not args.train:
+        return None
     crops = AugmentationOptions(
         image_size=segmenter.model.config.vision_config.image_size,
         crop_sides=tuple(args.crop_sides) if args.crop_sides else None,
@@ -202,43 +204,6 @@ def _prior_map(args: argparse.Namespace, segmenter: Segmenter, dataset: MaskData
         horizontal_flip=0.0,
     )
     return position_prior(args.train, dataset.labels, crops, args.seed)
-
-
-def _baselines(
-    args: argparse.Namespace,
-    segmenter: Segmenter,
-    dataset: MaskDataset,
-    options: MaskOptions,
-    prior_map: np.ndarray | None,
-) -> dict[str, dict[str, float]]:
-    """Figures of what a model has to beat; the same on every process, which each count a part of the pictures."""
-    state = PartialState()
-    part = dataset.part(state.process_index, state.num_processes)
-    prior = ConfusionMatrix(len(dataset.labels), dataset.ignore_index)
-
-    def count_prior(found: SegmentedPicture) -> None:
-        if prior_map is not None:
-            prior.add(found.truth, stretched(prior_map, found.truth.shape))
-
-    torch.manual_seed(args.seed)
-    plain = replace(options, oracle=True, groups=False, thresholds=())
-    scores = MaskEvaluator(untrained(segmenter), part, plain, count_prior)(part.pictures)
-    scores.sum_over_processes(state.device)
-    assert scores.oracle is not None
-    rows = {
-        "untrained model": scores.confusion.figures(),
-        "oracle: groups of the untrained model, named by the masks": scores.oracle.figures(),
-    }
-    pixels = scores.confusion.counts.sum(axis=1)
-    best, background = best_label(pixels), dataset.background
-    if background is not None:
-        rows[f"{dataset.labels[background]} everywhere"] = everywhere(pixels, background).figures()
-    if best != background:
-        rows[f"{dataset.labels[best]} everywhere, the best single label"] = everywhere(pixels, best).figures()
-    if prior_map is not None:
-        prior.sum_over_processes(state.device)
-        rows["position prior of the training tags"] = prior.figures()
-    return rows
 
 
 def _classify(args: argparse.Namespace, segmenter: Segmenter, folder: Path, name: str) -> dict[str, Any]:
@@ -270,16 +235,6 @@ def _classify(args: argparse.Namespace, segmenter: Segmenter, folder: Path, name
     }
 
 
-PREPARERS: dict[str, Callable[..., preparing.PreparationSummary]] = {
-    "coco_object": preparing.prepare_coco_object,
-    "coco_object_from_stuff": preparing.prepare_coco_object_from_stuff,
-    "coco_stuff": preparing.prepare_coco_stuff,
-    "context": preparing.prepare_context,
-    "cityscapes": preparing.prepare_cityscapes,
-    "lvis": preparing.prepare_lvis,
-}
-
-
 def prepare(args: argparse.Namespace) -> preparing.PreparationSummary:
     """Runs `pgseg prepare`. The folder may be one above that of the benchmark, as for `pgseg evaluate`.
 
@@ -289,12 +244,9 @@ def prepare(args: argparse.Namespace) -> preparing.PreparationSummary:
     benchmark = BENCHMARKS[args.what.removesuffix("_from_stuff")]
     places = (args.folder / name for name in benchmark.roots)
     root = next((place for place in places if place.is_dir()), args.folder)
-    chosen: dict[str, Any] = {}
-    if args.split is not None:
-        if args.what == "context":
-            raise ValueError("context has no --split: both are in its annotations.")
-        if args.what == "lvis":
-            chosen["annotations"] = f"lvis_v1_{args.split}.json"
-        else:
-            chosen["split"] = args.split
-    return PREPARERS[args.what](root, **chosen)
+    make = getattr(preparing, f"prepare_{args.what}")
+    if args.split is None:
+        return make(root)
+    if args.what == "context":
+        raise ValueError("context has no --split: both are in its annotations.")
+    return make(root, f"lvis_v1_{args.split}.json" if args.what == "lvis" else args.split)
