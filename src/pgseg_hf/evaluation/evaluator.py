@@ -40,8 +40,8 @@ class MaskOptions:
         groups: also figures of the groups, see [`GroupStatistics`].
         released_names: labels have the names of the released code in prompts, where these differ.
         refinement: applied to the scores before each pixel's best label is chosen.
-        skip_broken: pictures that cannot be decoded are named and left out; otherwise they are an error.
-        readers: threads that read pictures ahead.
+        skip_broken: images that cannot be decoded are named and left out; otherwise they are an error.
+        readers: threads that read images ahead.
     """
 
     segmentation: SegmentationOptions | None = None
@@ -84,21 +84,6 @@ class MaskScores(ImageSums):
     by_threshold: dict[float, ConfusionMatrix] = field(default_factory=dict)
     oracle: ConfusionMatrix | None = None
     groups: GroupStatistics | None = None
-
-    @classmethod
-    def empty(cls, dataset: MaskDataset, options: MaskOptions) -> "MaskScores":
-        """Nothing counted yet."""
-
-        def matrix() -> ConfusionMatrix:
-            return ConfusionMatrix(len(dataset.labels), dataset.ignore_index)
-
-        return cls(
-            labels=dataset.labels,
-            confusion=matrix(),
-            by_threshold={threshold: matrix() for threshold in options.thresholds},
-            oracle=matrix() if options.oracle else None,
-            groups=GroupStatistics() if options.groups else None,
-        )
 
     def arrays(self) -> dict[str, np.ndarray]:
         parts: dict[str, Sums | None] = {
@@ -187,13 +172,13 @@ class SegmentedPicture:
 
 
 class MaskEvaluator:
-    """Segments pictures of a data set and counts, see [`evaluate_masks`].
+    """Segments images of a data set and counts, see [`evaluate_masks`].
 
     Args:
         segmenter: the model's.
         dataset: its labels and how its masks are read.
         options: what to do.
-        on_picture: called with each picture that was counted.
+        on_picture: called with each image that was counted.
 
     Raises:
         ValueError: a background threshold for a data set without a background.
@@ -214,12 +199,22 @@ class MaskEvaluator:
                 f"thresholds are {list(self.options.thresholds)}, but there is no background_threshold; expected one, "
                 "for a data set with a background."
             )
-        self.labels, self.values = segmentation_labels(dataset, self.segmentation)
-        prompts, self._owners = _prompt_names(self.labels, dataset, self.options)
+        dataset.check_threshold(self.segmentation.background_threshold)
+        background = None if self.segmentation.background_threshold is None else dataset.background
+        asked = [value for value in range(len(dataset.labels)) if value != background]
+        # For each value of the segmentation that of the data set's masks.
+        self.values = np.array(asked if background is None else [background, *asked])
+        own = dataset.released if self.options.released_names else {}
+        others = dataset.synonyms if self.options.synonyms != "none" else {}
+        labels = [dataset.labels[value] for value in asked]
+        names = [[own.get(label, label), *others.get(label, ())] for label in labels]
+        # The number of the label that each embedded name stands for.
+        self._owners = np.array([number for number, each in enumerate(names) for _ in each])
+        prompts = [name for each in names for name in each]
         self.class_embeds = segmenter.class_embeddings(prompts, self.segmentation)
         if self.options.synonyms == "average":
             self.class_embeds = average_by_owner(self.class_embeds, self._owners)
-            self._owners = np.arange(len(self.labels))
+            self._owners = np.arange(len(labels))
 
     @property
     def skip_broken(self) -> bool:
@@ -228,7 +223,17 @@ class MaskEvaluator:
 
     def empty(self) -> MaskScores:
         """Nothing counted yet."""
-        return MaskScores.empty(self.dataset, self.options)
+
+        def matrix() -> ConfusionMatrix:
+            return ConfusionMatrix(len(self.dataset.labels), self.dataset.ignore_index)
+
+        return MaskScores(
+            labels=self.dataset.labels,
+            confusion=matrix(),
+            by_threshold={threshold: matrix() for threshold in self.options.thresholds},
+            oracle=matrix() if self.options.oracle else None,
+            groups=GroupStatistics() if self.options.groups else None,
+        )
 
     def __call__(self, pictures: Iterable[Picture]) -> MaskScores:
         """Counts some of the data set's images."""
@@ -312,7 +317,7 @@ class MaskEvaluator:
 def evaluate_masks(
     segmenter: Segmenter, dataset: MaskDataset, options: MaskOptions | None = None
 ) -> MaskScores:
-    """Segments the pictures of a data set and compares with their masks, at the pictures' own sizes.
+    """Segments the images of a data set and compares with their masks, at the images' own sizes.
 
     The background is a label like the others, with its name as prompt, unless there is a `background_threshold`: then
     it has no prompt and is where no other label scores as much.
@@ -324,7 +329,7 @@ def evaluate_masks(
         options: what to do.
 
     Raises:
-        ValueError: broken files, masks of another size than their picture, values that are no labels, or a
+        ValueError: broken files, masks of another size than their image, values that are no labels, or a
             background threshold for a data set without a background.
     """
     scores = MaskEvaluator(segmenter, dataset, options)(dataset.pictures)
@@ -332,28 +337,3 @@ def evaluate_masks(
     for doubt in scores.doubts(dataset) if distributed.world_size() == 1 else ():
         logger.warning_once(doubt)
     return scores
-
-
-def segmentation_labels(dataset: MaskDataset, options: SegmentationOptions) -> tuple[list[str], np.ndarray]:
-    """The labels to segment, and for each value of the segmentation that of the data set's masks.
-
-    Raises:
-        ValueError: a background threshold for a data set without a background.
-    """
-    dataset.check_threshold(options.background_threshold)
-    order = list(range(len(dataset.labels)))
-    if options.background_threshold is None or dataset.background is None:
-        return dataset.labels, np.array(order)
-    order.remove(dataset.background)
-    return [dataset.labels[value] for value in order], np.array([dataset.background, *order])
-
-
-def _prompt_names(
-    labels: list[str], dataset: MaskDataset, options: MaskOptions
-) -> tuple[list[str], np.ndarray]:
-    """The names to embed, and the number of the label that each one stands for."""
-    own = dataset.released if options.released_names else {}
-    others = dataset.synonyms if options.synonyms != "none" else {}
-    names = [[own.get(label, label), *others.get(label, ())] for label in labels]
-    owners = [number for number, each in enumerate(names) for _ in each]
-    return [name for each in names for name in each], np.array(owners)

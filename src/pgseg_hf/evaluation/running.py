@@ -6,15 +6,13 @@ import platform
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from importlib import metadata
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import accelerate
 import numpy as np
-import PIL
 import torch
-import transformers
 from accelerate import PartialState
 from PIL import Image
 from transformers.utils import (
@@ -33,6 +31,7 @@ from ..segmentation import Segmenter
 from ..visualization import indexed_png, overlay, side_by_side
 from .benchmarks.mask_dataset import MaskDataset
 from .benchmarks.reading import Picture
+from .classification import Classifier
 from .evaluator import MaskEvaluator, MaskOptions, MaskScores, SegmentedPicture
 from .metrics.sums import ImageSums
 
@@ -40,20 +39,6 @@ logger = logging.get_logger(__name__)
 
 CHUNK, CLASSIFICATION_CHUNK = 16, 256
 """Images that are counted together, with masks and with classes."""
-
-
-class Counter(Protocol):
-    """What counts images: a [`MaskEvaluator`] or a [`Classifier`]."""
-
-    @property
-    def skip_broken(self) -> bool:
-        """Whether broken images are left out."""
-
-    def empty(self) -> ImageSums:
-        """Nothing counted yet."""
-
-    def __call__(self, pictures: Iterable[Any]) -> ImageSums:
-        """Counts some images."""
 
 
 # What an evaluation writes into its folder beside run.json.
@@ -107,7 +92,7 @@ class Output:
 
     def count(
         self,
-        counter: Counter,
+        counter: MaskEvaluator | Classifier,
         pictures: Iterable[Any],
         chunk: int,
         files_of: Callable[[Picture], Iterable[Path]] = lambda picture: (),
@@ -124,7 +109,8 @@ class Output:
             chunk: how many go together; a stopped run loses at most so many in each process.
             files_of: what else has to be there for an image that was counted.
         """
-        state, total = PartialState(), counter.empty()
+        state = PartialState()
+        total: Any = counter.empty()
         length = len(pictures) if isinstance(pictures, list) else None
         pictures = iter(pictures)
         with logging.tqdm(
@@ -133,13 +119,8 @@ class Output:
             for number, part in enumerate(iter(lambda: list(islice(pictures, chunk)), [])):
                 if number % state.num_processes == state.process_index:
                     path = self.folder / "parts" / f"{number:06d}.npz"
-                    counted = self._read_part(path, counter)
-                    whole = (
-                        [] if counted is None else [each for each in part if each.name not in counted.broken]
-                    )
-                    if counted is None or not all(
-                        file.is_file() for each in whole for file in files_of(each)
-                    ):
+                    counted = counter.empty()
+                    if not self._is_whole(path, counted, part, files_of, counter.skip_broken):
                         counted = counter(part)
                         counted.save(path)
                     total.merge(counted)
@@ -147,17 +128,19 @@ class Output:
         return total.sum_over_processes(state.device)
 
     @staticmethod
-    def _read_part(path: Path, counter: Counter) -> ImageSums | None:
-        """What an earlier run counted; None where there is nothing, a damaged file, or what is to be an error now."""
+    def _is_whole(path: Path, counted: ImageSums, part: list, files_of: Callable, skip_broken: bool) -> bool:
+        """Whether an earlier run has counted a chunk, whose counts are added then, and its files are there."""
         if not path.is_file():
-            return None
-        counted = counter.empty()
+            return False
         try:
             counted.add_file(path)
         except ValueError as error:
             logger.warning(f"{error}; it is counted again.")
-            return None
-        return counted if counter.skip_broken or not counted.broken else None
+            return False
+        whole = (each for each in part if each.name not in counted.broken)
+        return (skip_broken or not counted.broken) and all(
+            file.is_file() for each in whole for file in files_of(each)
+        )
 
 
 def evaluate_in_parts(
@@ -236,13 +219,10 @@ def versions(device: torch.device | str) -> dict[str, str]:
     """What the figures were made with."""
     device = torch.device(device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    packages = ("torch", "transformers", "accelerate", "numpy", "pillow")
     return {
         "pgseg_hf": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "accelerate": accelerate.__version__,
-        "numpy": np.__version__,
-        "pillow": PIL.__version__,
+        **{package: metadata.version(package) for package in packages},
         "python": platform.python_version(),
         "device": f"{device.type} ({name})",
     }

@@ -32,18 +32,18 @@ def legend_entries(
     return entries or [_Entry("nothing found")]
 
 
-def with_legend(picture: Image.Image, entries: list[_Entry]) -> Image.Image:
-    """The picture with a panel that lists the entries: to the right of a tall picture, under a wide one."""
-    font = font_of(letter_size(picture))
+def with_legend(image: Image.Image, entries: list[_Entry]) -> Image.Image:
+    """The image with a panel that lists the entries: to the right of a tall image, under a wide one."""
+    font = font_of(letter_size(image))
     layout = _Layout.of(entries, font)
     count = len(entries)
-    beside = picture.width <= 1.25 * picture.height
+    beside = image.width <= 1.25 * image.height
     if beside:
-        fitting = max(_MIN_LEGEND_ROWS, (picture.height - 2 * layout.pad) // layout.row)
+        fitting = max(_MIN_LEGEND_ROWS, (image.height - 2 * layout.pad) // layout.row)
         columns = min(_MAX_LEGEND_COLUMNS, math.ceil(count / fitting))
         rows = min(fitting, math.ceil(count / columns)) if columns > 1 else count
     else:
-        columns = min(count, max(1, (picture.width - layout.pad) // (layout.column + 2 * layout.pad)))
+        columns = min(count, max(1, (image.width - layout.pad) // (layout.column + 2 * layout.pad)))
         rows = min(_MIN_LEGEND_ROWS, math.ceil(count / columns))
 
     if count > rows * columns:
@@ -54,12 +54,12 @@ def with_legend(picture: Image.Image, entries: list[_Entry]) -> Image.Image:
         ]
     panel = _draw_legend(entries, rows, columns, layout, font)
     if beside:
-        canvas = Image.new("RGB", (picture.width + panel.width, max(picture.height, panel.height)), PAPER)
-        canvas.paste(panel, (picture.width, 0))
+        canvas = Image.new("RGB", (image.width + panel.width, max(image.height, panel.height)), PAPER)
+        canvas.paste(panel, (image.width, 0))
     else:
-        canvas = Image.new("RGB", (max(picture.width, panel.width), picture.height + panel.height), PAPER)
-        canvas.paste(panel, (0, picture.height))
-    canvas.paste(picture, (0, 0))
+        canvas = Image.new("RGB", (max(image.width, panel.width), image.height + panel.height), PAPER)
+        canvas.paste(panel, (0, image.height))
+    canvas.paste(image, (0, 0))
     return canvas
 
 
