@@ -64,7 +64,6 @@ _EVALUATE: dict[str, dict[str, dict[str, Any]]] = {
         "--save-predictions": {**_SWITCH, "help": "write every label map as an indexed PNG"},
         "--visualize": {
             "type": int,
-            "default": 0,
             "metavar": "N",
             "help": "draw N images beside their truth",
         },

@@ -307,7 +307,7 @@ def _safe_name(value: Any, key: str, where: str) -> str:
     """A file name from an annotation file, and its folder where it comes from an address; it stays in the root."""
     parts = value.split("/") if isinstance(value, str) else []
     is_address = key == "coco_url"
-    kept = parts[-2:] if is_address and len(parts) > 2 else parts
+    kept = parts[2:][-2:] if is_address else parts  # an address begins with http: and nothing
     if len(kept) != 1 + is_address or not all(_NAME.fullmatch(part) and part.isprintable() for part in kept):
         expected = "an address ending in FOLDER/FILE" if is_address else "a file name without folders"
         raise ValueError(f"{where} has {key} = {value!r}, expected {expected}.")
