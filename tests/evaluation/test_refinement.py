@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pgseg_hf.evaluation.metrics.refinement import PixelAdaptiveRefinement
@@ -73,16 +73,6 @@ def test_equals_the_formula_pixel_by_pixel(size, iterations, dilations):
     torch.testing.assert_close(single, expected.float(), rtol=1e-4, atol=1e-5)
 
 
-def test_a_uniform_image_gives_the_plain_mean_of_the_neighbours():
-    scores = random(3, 2, 6, 7)
-    refined = PixelAdaptiveRefinement(1, (1, 2))(scores, torch.full((3, 6, 7), 0.3))
-    for y in range(6):
-        for x in range(7):
-            around = neighbours_of(y, x, (6, 7), (1, 2))
-            expected = torch.stack([scores[:, a, b] for a, b in around]).mean(0)
-            torch.testing.assert_close(refined[:, y, x], expected)
-
-
 @pytest.mark.parametrize("iterations", [1, 10])
 @pytest.mark.parametrize("column", [2, 4])
 def test_a_boundary_beside_an_edge_moves_onto_it(column, iterations):
@@ -114,6 +104,7 @@ def test_constants_stay_and_means_stay_within_their_channel(seed, height, width,
     assert (refined.amin((1, 2)) >= scores.amin((1, 2)) - 1e-4).all()
 
 
+@settings(max_examples=20)
 @given(SEEDS)
 def test_probabilities_stay_probabilities(seed):
     scores = (5 * random(seed, 4, 6, 7)).softmax(0)
@@ -140,15 +131,6 @@ def test_the_scores_given_are_not_changed(options):
     assert torch.equal(refined, refined_before)
 
 
-def test_no_iterations_are_the_identity():
-    scores = random(9, 2, 4, 5)
-    assert torch.equal(PixelAdaptiveRefinement(iterations=0)(scores, random(10, 3, 4, 5)), scores)
-
-
-def test_defaults_and_dilations_from_a_list():
-    assert PixelAdaptiveRefinement() == PixelAdaptiveRefinement(10, [8, 16])
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_rounded_once(dtype):
     scores, image = random(11, 2, 6, 7).to(dtype), random(12, 3, 6, 7)
@@ -158,10 +140,11 @@ def test_half_precision_is_rounded_once(dtype):
     assert torch.equal(refined, refine(scores.float(), image).to(dtype))
 
 
-def test_no_channels_and_no_graph():
-    assert PixelAdaptiveRefinement()(torch.zeros(0, 4, 5), torch.zeros(3, 4, 5)).shape == (0, 4, 5)
-    scores = random(13, 2, 4, 5).requires_grad_()
-    assert not PixelAdaptiveRefinement()(scores, random(14, 3, 4, 5)).requires_grad
+def test_nothing_to_do_and_no_graph():
+    scores, image = random(13, 2, 4, 5).requires_grad_(), random(14, 3, 4, 5)
+    assert torch.equal(PixelAdaptiveRefinement(iterations=0)(scores, image), scores)
+    assert PixelAdaptiveRefinement()(torch.zeros(0, 4, 5), image).shape == (0, 4, 5)
+    assert not PixelAdaptiveRefinement()(scores, image).requires_grad
 
 
 @pytest.mark.parametrize(
@@ -169,10 +152,9 @@ def test_no_channels_and_no_graph():
     [
         (torch.zeros(2, 4, 5), torch.zeros(3, 8, 10), r"\(2, 4, 5\) and the image \(3, 8, 10\)"),
         (torch.zeros(2, 4, 5), torch.zeros(1, 4, 5), r"the image \(1, 4, 5\)"),
-        (torch.zeros(1, 2, 4, 5), torch.zeros(1, 3, 4, 5), r"expected \[C, H, W\]"),
         (torch.zeros(4, 5), torch.zeros(3, 4, 5), r"scores have shape \(4, 5\)"),
-        (torch.zeros(2, 4, 5), torch.zeros(3, 4, 5, dtype=torch.uint8), "the image is torch.uint8"),
-        (torch.zeros(2, 4, 5, dtype=torch.long), torch.zeros(3, 4, 5), "scores is torch.int64"),
+        (torch.zeros(2, 4, 5), torch.zeros(3, 4, 5, dtype=torch.uint8), "the image torch.uint8"),
+        (torch.zeros(2, 4, 5, dtype=torch.long), torch.zeros(3, 4, 5), "scores are torch.int64"),
     ],
 )
 def test_other_sizes_and_types(scores, image, message):

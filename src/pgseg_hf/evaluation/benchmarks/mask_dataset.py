@@ -247,7 +247,7 @@ def _read_labels(folder: Path, mask_values: Mapping[str, str | None] | None) -> 
     try:
         return _checked_labels(read_json(path), mask_values)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f'{path} cannot be read, expected {{"labels": [...]}}: {error}') from error
+        raise ValueError(f'{path}, expected {{"labels": [...], ...}}: {error}') from error
 
 
 def _checked_labels(content: dict, mask_values: Mapping[str, str | None] | None) -> dict:
