@@ -7,8 +7,9 @@ import pytest
 from huggingface_hub.errors import StrictDataclassError
 from tiny_models import tiny_config, tiny_model
 
-from pgseg_hf.configuration_pgseg import NPR_VARIANTS, PGSegConfig, PGSegTextConfig, PGSegVisionConfig
+from pgseg_hf.configuration_pgseg import PGSegConfig, PGSegTextConfig, PGSegVisionConfig
 from pgseg_hf.modeling_pgseg import PGSegModel, PGSegVisionModel
+from pgseg_hf.variants import NPR_VARIANTS
 
 
 def test_defaults_are_the_papers():

@@ -7,8 +7,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pgseg_hf import kernels
-from pgseg_hf.configuration_pgseg import NPR_VARIANTS
 from pgseg_hf.kernels import attention_in_parts, linear, plain_kernels
+from pgseg_hf.variants import NPR_VARIANTS
 
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 4e-2, torch.float64: 1e-12}
 needs_onednn = pytest.mark.skipif(

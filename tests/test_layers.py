@@ -14,12 +14,12 @@ from tiny_models import (
 )
 from torch import nn
 
-from pgseg_hf.configuration_pgseg import NPR_VARIANTS
 from pgseg_hf.layers import (
     PGSegDropPath,
     PGSegMLP,
 )
 from pgseg_hf.modeling_pgseg import PGSegVisionModel
+from pgseg_hf.variants import NPR_VARIANTS
 
 # Stochastic depth
 

@@ -24,8 +24,8 @@ from torch import nn
 from torch.nn.functional import normalize
 from transformers import AutoModel
 
-from pgseg_hf.configuration_pgseg import NPR_VARIANTS
 from pgseg_hf.modeling_pgseg import PGSegModel, PGSegVisionModel
+from pgseg_hf.variants import NPR_VARIANTS
 
 SIDES = st.integers(4, 40)
 

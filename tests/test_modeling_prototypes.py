@@ -16,12 +16,12 @@ from tiny_models import (
 from torch.nn.functional import normalize
 
 from pgseg_hf import npr
-from pgseg_hf.configuration_pgseg import NPR_VARIANTS
 from pgseg_hf.layers import mean_of_groups
 from pgseg_hf.modeling_pgseg import PGSegModel, PGSegVisionModel
 from pgseg_hf.npr import PGSegStagePrototypes
 from pgseg_hf.projection import PGSegProjection
 from pgseg_hf.prototypes import updated_prototypes
+from pgseg_hf.variants import NPR_VARIANTS
 
 
 def test_corrected_prototypes_move_in_training_with_gradient_alone():

@@ -8,9 +8,10 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from pgseg_hf.configuration_pgseg import NPR_VARIANTS, PGSegConfig
+from pgseg_hf.configuration_pgseg import PGSegConfig
 from pgseg_hf.modeling_pgseg import PGSegModel
 from pgseg_hf.scoring import WindowScores
+from pgseg_hf.variants import NPR_VARIANTS
 
 VARIANTS = pytest.mark.parametrize("variant", NPR_VARIANTS)
 PATCHES = {"vision_config": {"segment_source": "patches"}}

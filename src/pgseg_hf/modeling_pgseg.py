@@ -7,18 +7,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi, ModelCard
 from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.utils import ModelOutput, logging
+from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
 from .backbone import load_backbone
 from .configuration_pgseg import PGSegConfig
 from .features import ImageFeatures, JointImages, TextFeatures, TextOwners, clamped_scale, normalized
-from .groupvit import config_from_groupvit, read_groupvit
-from .model_cards import generate_model_card, is_processor_card
+from .groupvit import load_groupvit
+from .model_cards import WithModelCard
 from .modeling_base import PGSegPreTrainedModel, name_unused
 from .modeling_text import PGSegTextModel, PGSegTextModelWithProjection
 from .modeling_vision import PGSegVisionModel, PGSegVisionOutput
@@ -27,8 +26,6 @@ from .objective import Losses, compute_losses
 from .precision import KeepsPrecision, full_precision
 from .projection import PGSegProjection
 from .token_ids import different_texts, find_words, padded_on_the_right, up_to_ends
-
-logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -104,7 +101,7 @@ def _refuse_bad_texts(input_ids: Tensor | None, for_losses: bool) -> None:
         )
 
 
-class PGSegModel(KeepsPrecision, PGSegPreTrainedModel):
+class PGSegModel(KeepsPrecision, WithModelCard, PGSegPreTrainedModel):
     """Both towers in one joint space, with the losses of the method."""
 
     _auto_class = "AutoModel"
@@ -146,17 +143,6 @@ class PGSegModel(KeepsPrecision, PGSegPreTrainedModel):
             for module in (self.text_model, self.text_projection):
                 module.eval().requires_grad_(False)
         return self
-
-    def _tensors_left_out(self) -> tuple[str, ...]:
-        """Prefixes of GroupViT's tensors that this model has no use for."""
-        vision = self.config.vision_config
-        if vision.segment_source == "groups":
-            return ()
-        last = sum(tokens > 0 for tokens in vision.num_group_tokens) - 1
-        grouping = f"vision_model.encoder.stages.{last}.downsample."
-        return tuple(
-            grouping + part for part in ("assign.v_proj.", "assign.proj.", "norm_new_x.", "mlp_channels.")
-        )
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -444,20 +430,6 @@ class PGSegModel(KeepsPrecision, PGSegPreTrainedModel):
             return self._image_features(vision)
         return self._encode_texts(input_ids, attention_mask, for_losses=True)[1]
 
-    def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
-        """As for every transformers model; a repository without a model card gets a generated one first, with what
-        that of the checkpoint says which was loaded."""
-        token, private = kwargs.get("token"), kwargs.get("private")
-        api = HfApi(token=token)
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        has_card = api.file_exists(repo_id, "README.md")
-        if has_card and is_processor_card(ModelCard.load(repo_id, token=token)):
-            has_card = False
-        if not kwargs.get("create_pr") and not has_card:
-            starts = [self.name_or_path] if self.name_or_path else []
-            generate_model_card(self.config, repo_id, starts=starts).push_to_hub(repo_id, token=token)
-        return super().push_to_hub(repo_id, **kwargs)
-
     @classmethod
     def from_parts(
         cls, backbone_name_or_path: str | None = None, text_name_or_path: str | None = None, **kwargs: Any
@@ -511,19 +483,7 @@ class PGSegModel(KeepsPrecision, PGSegPreTrainedModel):
         Raises:
             ValueError: there is no such checkpoint, it is no GroupViT, or not a whole one.
         """
-        source = read_groupvit(name_or_path)
-        model = cls(config_from_groupvit(source.config, npr_variant, **kwargs))
-        model.vision_model.set_attn_implementation("eager")
-        tensors = source.state_dict()
-        report = model.load_state_dict(tensors, strict=False)
-        unexpected = [
-            name for name in report.unexpected_keys if not name.startswith(model._tensors_left_out())
-        ]
-        if unexpected:
-            raise ValueError(f"tensors of {name_or_path} that PGSeg does not have: {', '.join(unexpected)}.")
-        new = [name for name in model.state_dict() if name not in tensors]
-        logger.warning(f"Warm start from {name_or_path}; newly initialised: {', '.join(new) or 'nothing'}.")
-        return model.eval()
+        return load_groupvit(cls, name_or_path, npr_variant, **kwargs)
 
 
 __all__ = ["PGSegModel", "PGSegOutput"]

@@ -13,11 +13,12 @@ from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
 from .backbone import PGSegBackboneEmbeddings
-from .configuration_pgseg import NPR_VARIANTS, PGSegVisionConfig
+from .configuration_pgseg import PGSegVisionConfig
 from .features import StageFeatures
 from .layers import PGSegVisionEmbeddings, PGSegVisionEncoder, StageOutput, mean_of_groups
 from .modeling_base import PGSegPreTrainedModel, name_unused
 from .npr import npr_of
+from .variants import NPR_VARIANTS
 
 
 @dataclass

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from .configuration_pgseg import NPR_VARIANTS, PGSegVisionConfig, VariantSettings
+from .configuration_pgseg import PGSegVisionConfig
 from .distributed import sum_over_processes
 from .features import StageFeatures, TextFeatures, TextOwners
 from .kernels import project_mixtures, projects_first
@@ -28,6 +28,7 @@ from .prototypes import (
     tokens_to_weights,
     updated_prototypes,
 )
+from .variants import NPR_VARIANTS, VariantSettings
 
 
 @torch.no_grad()
