@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from benchmark_layouts import LAYOUTS, quarters, write_benchmark, write_mask, write_picture
+from benchmark_layouts import LAYOUTS, quarters, write_benchmark, write_mask
 from mask_folders import KnownGroups, make_folder
 
 from pgseg_hf import SegmentationOptions
@@ -165,32 +165,6 @@ class TestEveryBenchmark:
         )
         with pytest.raises(ValueError, match=message):
             evaluate_masks(known_segmenter(name, ()), dataset, options_for(name))
-
-
-def test_voc_by_hand(tmp_path):
-    # 8 x 8 pixels without the top row: 12 of background, 12 of aeroplane, 16 of monitor and 16 of person, all right. Of
-    # a second picture that is all aeroplane the model finds a quarter.
-    miniature, dataset = written("voc", tmp_path)
-    write_picture(miniature.images[1], (8, 8))
-    write_mask(miniature.masks[1], np.full((8, 8), 1), "palette")
-    scores = evaluate_masks(
-        known_segmenter("voc", (0, 1, 20, 15)), dataset.only(dataset.pictures[:2]), options_for("voc")
-    ).to_dict()
-    iou = {"background": 12 / 28, "aeroplane": 28 / 76, "monitor": 16 / 32, "person": 16 / 32}
-    # In VOC's order person is the 15th and monitor the 20th class.
-    assert {label: value for label, value in scores["iou"].items() if value is not None} == iou
-    assert scores["mean_iou"] == pytest.approx(sum(iou.values()) / 4)
-    assert scores["mean_iou_absent_as_zero"] == pytest.approx(sum(iou.values()) / 21)
-
-
-def test_ade_has_no_class_zero(tmp_path):
-    miniature, dataset = written("ade20k", tmp_path)
-    raw = quarters((0, 0, 1, 150), (8, 8))
-    write_mask(miniature.masks[0], raw)
-    np.testing.assert_array_equal(dataset.truth(dataset.pictures[0]), quarters((255, 255, 0, 149), (8, 8)))
-    scores = evaluate_masks(known_segmenter("ade20k", (5, 5, 0, 149)), dataset.part(0, 2))
-    assert scores.confusion.counts.sum() == 32
-    assert scores.to_dict()["mean_iou"] == 1
 
 
 def test_class_255_of_lvis_counts(tmp_path):

@@ -242,13 +242,6 @@ def test_data_that_are_not_there(evaluate, tmp_path, capsys):
     assert error.value.code == 2 and "no_such" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("option", ["--background-threshold", "--thresholds"])
-def test_a_threshold_needs_a_background(evaluate, data, capsys, option):
-    (data / "labels.json").write_text(json.dumps({"labels": LABELS["labels"]}))
-    assert evaluate(option, "0.5")[0] == 2
-    assert "background" in capsys.readouterr().err
-
-
 def test_broken_pictures(evaluate, data, tmp_path, capsys):
     path = data / "images" / "001.jpg"
     path.write_bytes(path.read_bytes()[:200])

@@ -39,13 +39,6 @@ def test_folders_with_metadata_and_labels_of_spreadsheets_and_editors(tmp_path, 
     assert found.truth(found.pictures[4]).tolist() == MASKS[4].tolist()
 
 
-def test_labels_may_be_in_the_folder_above(tmp_path):
-    folder = make_folder(tmp_path / "val", MASKS[:1], {**LABELS, "ignore_index": None, "background": 0})
-    (folder / "labels.json").rename(tmp_path / "labels.json")
-    masks = MaskFolder(folder)
-    assert (masks.labels, masks.ignore_index, masks.background) == (LABELS["labels"], None, 0)
-
-
 def test_parts_of_a_folder(tmp_path):
     folder = MaskFolder(make_folder(tmp_path / "a", MASKS))
     numbers = {pair.name: number for number, pair in enumerate(folder.pictures)}

@@ -174,23 +174,3 @@ class TestWhatTheSegmenterDoes:
         options = replace(PROTOCOLS["checkpoint"].segmentation, background_threshold=0.1)
         own = tiny_segmenter(photo, labels, replace(tiny_segmenter.options, background_threshold=0.1))
         assert (tiny_segmenter(photo, labels, options).label_map == own.label_map).all()
-
-    @pytest.mark.parametrize("edge", [32, 48])
-    def test_another_short_side(self, tiny_segmenter, edge):
-        protocol = PROTOCOLS["pgseg"].changed({"shortest_edge": edge, "window": 32, "stride": 16})
-        found = self.encoded(tiny_segmenter, protocol)
-        assert found.resized == (edge, round(edge * 120 / 90))
-        assert {tuple(window.groups.shape) for window in found.windows} == {(32, 32)}
-        # Of 48 x 64 pixels: rows at 0 and 16, columns at 0, 16 and 32.
-        assert len(found.windows) == {32: 2, 48: 6}[edge]
-
-    def test_the_long_side_is_limited(self, tiny_segmenter):
-        protocol = PROTOCOLS["pgseg"].changed({"shortest_edge": 32, "longest_edge": 64, "window": None})
-        found = self.encoded(tiny_segmenter, protocol, size=(120, 40))
-        assert found.resized == (21, 64)
-        unlimited = protocol.changed({"longest_edge": None})
-        assert self.encoded(tiny_segmenter, unlimited, size=(120, 40)).resized == (32, 96)
-
-    def test_the_whole_picture_is_one_window(self, tiny_segmenter):
-        found = self.encoded(tiny_segmenter, PROTOCOLS["checkpoint"].changed({"window": None}))
-        assert [tuple(window.groups.shape) for window in found.windows] == [(64, 85)]

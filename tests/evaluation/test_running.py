@@ -135,9 +135,7 @@ def test_a_run_of_something_else_is_not_mixed_in(tmp_path, folder):
     output = prepared(tmp_path / "out")
     evaluate_in_parts(Recorder(), folder, OPTIONS, output, save_predictions=True, num_pictures=1)
     assert json.loads((tmp_path / "out" / "run.json").read_text())["threshold"] is None
-    with pytest.raises(
-        ValueError, match=r"threshold = None there and 0.5 now; dtype = None there and 'bf16'"
-    ):
+    with pytest.raises(ValueError, match=r"threshold = None there and 0.5 now; dtype = None there"):
         prepared(tmp_path / "out", threshold=0.5, dtype="bf16")
     segmenter = Recorder()
     evaluate_in_parts(segmenter, folder, OPTIONS, output)
@@ -156,20 +154,16 @@ def test_parts_without_a_record_are_left_alone(tmp_path, folder, content):
     record.unlink() if content is None else record.write_text(content)
     before = sorted((tmp_path / "out" / "parts").iterdir())
     for overwrite in (False, True):
-        with pytest.raises(
-            ValueError, match="parts is there" if content is None else "run.json cannot be read"
-        ):
+        with pytest.raises(ValueError, match=r"parts is there|run.json cannot be read"):
             Output(tmp_path / "out", RECORD, overwrite).prepare()
     assert sorted((tmp_path / "out" / "parts").iterdir()) == before
 
 
 def test_broken_pictures_are_named_by_parts_too(tmp_path, folder):
-    path = folder.pictures[2].image
+    path, strict = folder.pictures[2].image, replace(OPTIONS, skip_broken=False)
     path.write_bytes(path.read_bytes()[:300])
     with pytest.raises(ValueError, match=r"002.jpg"):
-        evaluate_in_parts(
-            Recorder(), folder, replace(OPTIONS, skip_broken=False), prepared(tmp_path / "stopped")
-        )
+        evaluate_in_parts(Recorder(), folder, strict, prepared(tmp_path / "stopped"))
     for sizes in ([8, 10, 14, 16], []):
         segmenter = Recorder()
         output = prepared(tmp_path / "out")
@@ -178,29 +172,24 @@ def test_broken_pictures_are_named_by_parts_too(tmp_path, folder):
         assert list(scores.broken) == ["images/002"] and "002.jpg" in scores.broken["images/002"]
         assert scores.pictures == 4
     with pytest.raises(ValueError, match=r"002.jpg"):
-        evaluate_in_parts(Recorder(), folder, replace(OPTIONS, skip_broken=False), output)
+        evaluate_in_parts(Recorder(), folder, strict, output)
     whole = folder.only(folder.pictures[:2] + folder.pictures[3:])
     expected = evaluate_masks(Recorder(), whole, OPTIONS)
     assert scores.confusion.counts.tolist() == expected.confusion.counts.tolist()
 
 
-@pytest.mark.parametrize(
-    ("background", "values"),
-    [(None, [[0, 1], [1, 2]]), (0, [[0, 1], [1, 2]]), (2, [[0, 1], [1, 2]])],
-)
-def test_predictions_and_pictures(tmp_path, background, values):
+@pytest.mark.parametrize("background", [None, 0, 2])
+def test_predictions_and_pictures(tmp_path, background):
     labels = {**LABELS, "background": background}
     folder = MaskFolder(make_folder(tmp_path / "data", masks_of(5), labels))
     output = prepared(tmp_path / "out")
-    evaluate_in_parts(
-        KnownGroups(one_hot(0, 1, 1, 2)), folder, OPTIONS, output, save_predictions=True, num_pictures=2
-    )
+    evaluate_in_parts(KnownGroups(one_hot(0, 1, 1, 2)), folder, OPTIONS, output, True, num_pictures=2)
     for number in range(5):
         mask = Image.open(tmp_path / "out" / "predictions" / "images" / f"{number:03d}.png")
         assert mask.mode == "P" and mask.size == (8, 8 + 2 * number)
         half = 4 + number
         quarters = np.asarray(mask)[[0, half - 1, half, -1]][:, [0, 3, 4, 7]]
-        np.testing.assert_array_equal(quarters, np.kron(values, np.ones((2, 2), int)))
+        np.testing.assert_array_equal(quarters, np.kron([[0, 1], [1, 2]], np.ones((2, 2), int)))
     palette = mask.getpalette()
     assert (palette[:3] == [0, 0, 0]) == (background == 0)
     drawn = tmp_path / "out" / "pictures" / "images"
