@@ -210,7 +210,7 @@ def test_a_part_of_the_pictures_in_another_type(evaluate):
         (["--background", "moon"], "background 'moon' is none of the labels"),
         (["--background-threshold", "2"], "background_threshold is 2.0"),
         (["--thresholds", "high"], "thresholds are 'high'"),
-        (["--thresholds", "0.5:3:0.5", "--background-threshold", "0.5"], "thresholds has"),
+        (["--thresholds", "0.5:3:1", "--background-threshold", "0.5"], "a threshold is 1.5"),
         (["--limit", "0"], "count is 0"),
         (["--batch-size", "0"], "batch_size is 0"),
         (["--readers", "0"], "readers is 0"),

@@ -194,5 +194,5 @@ def test_thresholds_need_a_background(tmp_path):
         evaluate_masks(KnownGroups(one_hot(0)), folder, MaskOptions(segmentation))
     with pytest.raises(ValueError, match=r"thresholds are \[0.5\]"):
         evaluate_masks(KnownGroups(one_hot(0)), folder, MaskOptions(thresholds=(0.5,)))
-    with pytest.raises(ValueError, match=r"thresholds has 1\.5"):
+    with pytest.raises(ValueError, match=r"threshold is 1\.5"):
         MaskOptions(thresholds=(0.5, 1.5))

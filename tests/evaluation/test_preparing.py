@@ -145,7 +145,13 @@ class TestCocoObject:
 
     @pytest.mark.parametrize(
         "name",
-        [*["../a.jpg", "/a.jpg", "b/a.jpg", "..", ".a.jpg", "b\\a.jpg", "C:a.jpg"], "", "a\n.jpg", "a" * 300, None],
+        [
+            *["../a.jpg", "/a.jpg", "b/a.jpg", "..", ".a.jpg", "b\\a.jpg", "C:a.jpg"],
+            "",
+            "a\n.jpg",
+            "a" * 300,
+            None,
+        ],
     )
     def test_names_stay_in_the_root(self, tmp_path, name):
         root = tmp_path / "x" / "y"

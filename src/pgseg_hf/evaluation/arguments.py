@@ -43,16 +43,10 @@ _EVALUATE: dict[str, dict[str, dict[str, Any]]] = {
             "folder, else pgseg"
         },
         "--background-threshold": {"type": float, "metavar": "T", "help": "instead of the protocol's"},
-        "--thresholds": {
-            "metavar": "FROM:TO:STEP",
-            "help": "also count these background thresholds, in the same pass",
-        },
+        "--thresholds": {"metavar": "FROM:TO:STEP", "help": "also count these background thresholds"},
         "--synonyms": {"choices": ("none", "average", "merge"), "help": "instead of the protocol's"},
         "--refinement": {"choices": ("none", "pamr"), "help": "instead of the protocol's"},
-        "--templates": {
-            "choices": TEMPLATE_SETS,
-            "help": "for imagenet: 1, 7 (default) or 80 prompts for each class",
-        },
+        "--templates": {"choices": TEMPLATE_SETS, "help": "for imagenet: 1, 7 (default) or 80 prompts"},
     },
     "more figures and files": {
         "--analysis": {**_SWITCH, "help": "the groups: oracle, purity, coverage, redundancy ..."},
@@ -62,11 +56,7 @@ _EVALUATE: dict[str, dict[str, dict[str, Any]]] = {
         | {"help": "of training, for the position prior"},
         "--seed": {"type": int, "default": 0, "help": "of the untrained model and the position prior"},
         "--save-predictions": {**_SWITCH, "help": "write every label map as an indexed PNG"},
-        "--visualize": {
-            "type": int,
-            "metavar": "N",
-            "help": "draw N images beside their truth",
-        },
+        "--visualize": {"type": int, "metavar": "N", "help": "draw N images beside their truth"},
         "--output": {"type": Path, "help": "folder of the results; default: CHECKPOINT-BENCHMARK-SPLIT"},
         "--overwrite": {**_SWITCH, "help": "drop what another evaluation counted there"},
     },
@@ -79,17 +69,9 @@ _EVALUATE: dict[str, dict[str, dict[str, Any]]] = {
     },
 }
 _OF_MASKS = (
-    *("limit", "background", "image_column", "mask_column", "protocol", "background_threshold", "thresholds"),
-    *(
-        "synonyms",
-        "refinement",
-        "analysis",
-        "baselines",
-        "train",
-        "crop_sides",
-        "save_predictions",
-        "visualize",
-    ),
+    *("limit", "background", "image_column", "mask_column", "protocol", "background_threshold"),
+    *("thresholds", "synonyms", "refinement", "analysis", "baselines", "train", "crop_sides"),
+    *("save_predictions", "visualize"),
 )
 _OF_CLASSES = ("templates", "label_column")
 

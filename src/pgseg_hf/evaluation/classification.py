@@ -58,7 +58,7 @@ class ClassFinder:
         }
 
     def __call__(self, tags: Sequence[str], name: str) -> int:
-        """Raises a ValueError for a picture whose tags name no class or several."""
+        """Raises a ValueError for an image whose tags name no class or several."""
         if tuple(tags) in self._listed:
             return self._listed[tuple(tags)]
         # One that writes several names, such as "tench, Tinca tinca", means what any of them does.
@@ -80,7 +80,7 @@ class Classes:
         name: for reports.
         labels: names of the classes.
         pictures: gives them, or why one cannot be read, afresh at every call.
-        fingerprint: gives what changes with the pictures; it may read them all.
+        fingerprint: gives what changes with the images; it may read them all.
     """
 
     name: str
@@ -90,16 +90,16 @@ class Classes:
 
 
 def open_imagenet(path: str, split: str = "val", label_column: str | None = None) -> Classes:
-    """ImageNet's pictures.
+    """ImageNet's images.
 
     Args:
         path: a folder with a folder for each class (its WordNet id or name), there or in `split/`; tar shards, with
             the class in `.cls` or another ending; or a data set of the Hub (`hub:imagenet-1k`).
-        split: folder of the pictures, or split of the data set.
+        split: folder of the images, or split of the data set.
         label_column: in shards and tables, "cls" and "label" by default.
 
     Raises:
-        ValueError: there are no pictures, or names of classes that ImageNet does not have.
+        ValueError: there are no images, or names of classes that ImageNet does not have.
     """
     content = read_class_names("imagenet")
     labels, ids = content["labels"], content["wnids"]
@@ -257,20 +257,20 @@ def zero_shot_accuracy(
     labels: Sequence[str],
     batch_size: int = 64,
 ) -> dict[str, float]:
-    """Share of pictures whose label is the most similar one, or among the five most similar, see [`Classifier`].
+    """Share of images whose label is the most similar one, or among the five most similar, see [`Classifier`].
 
     Args:
         model: in evaluation mode.
         processor: of that model.
-        pictures: each with its one label.
-        labels: all that a picture may have.
-        batch_size: pictures in one pass of the image encoder, and read at once.
+        pictures: images, each with its one label.
+        labels: all that an image may have.
+        batch_size: images in one pass of the image encoder, and read at once.
 
     Returns:
-        `top1`, `top5` (NaN without pictures) and `pictures`, their number.
+        `top1`, `top5` (NaN without images) and `pictures`, their number.
 
     Raises:
-        ValueError: a picture's label that is not among the labels, a broken picture, a model in training mode.
+        ValueError: an image's label that is not among the labels, a broken image, a model in training mode.
     """
     numbers = {label: number for number, label in enumerate(validate_labels(labels))}
 

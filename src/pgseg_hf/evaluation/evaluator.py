@@ -13,6 +13,7 @@ from transformers.utils import logging
 from .. import distributed
 from ..scoring import average_by_owner, best_labels, merge_windows
 from ..segmentation import EncodedImage, ScoredImage, SegmentationOptions, Segmenter
+from ..values import share, whole_number
 from .benchmarks.mask_dataset import MaskDataset
 from .benchmarks.reading import Picture, read_batches
 from .metrics.analysis import GroupStatistics
@@ -55,15 +56,12 @@ class MaskOptions:
     readers: int = 2
 
     def __post_init__(self) -> None:
-        if self.synonyms not in get_args(SynonymRule):
-            raise ValueError(
-                f"synonyms is {self.synonyms!r}, expected one of {', '.join(get_args(SynonymRule))}."
-            )
-        if self.readers < 1:
-            raise ValueError(f"readers is {self.readers}, expected at least 1.")
+        rules = get_args(SynonymRule)
+        if self.synonyms not in rules:
+            raise ValueError(f"synonyms is {self.synonyms!r}, expected one of {', '.join(rules)}.")
+        whole_number(self.readers, "readers")
         for threshold in self.thresholds:
-            if not 0 <= threshold <= 1:
-                raise ValueError(f"thresholds has {threshold}, expected numbers from 0 to 1.")
+            share(threshold, "a threshold")
 
 
 @dataclass(kw_only=True)
@@ -86,23 +84,21 @@ class MaskScores(ImageSums):
     groups: GroupStatistics | None = None
 
     def arrays(self) -> dict[str, np.ndarray]:
-        parts: dict[str, Sums | None] = {
+        parts: dict[Any, Sums | None] = {
             "model": self.confusion,
             "oracle": self.oracle,
             "groups": self.groups,
         }
-        parts |= {str(threshold): matrix for threshold, matrix in self.by_threshold.items()}
         return {
             f"{part} {name}": sums
-            for part, counted in parts.items()
-            for name, sums in (counted.arrays() if counted is not None else {}).items()
+            for part, counted in (parts | self.by_threshold).items()
+            if counted is not None
+            for name, sums in counted.arrays().items()
         }
 
     def best_threshold(self) -> float | None:
         """The one of `by_threshold` with the largest mean IoU; None where there are none."""
-        return max(
-            self.by_threshold, key=lambda threshold: self.by_threshold[threshold].mean_iou(), default=None
-        )
+        return max(self.by_threshold, key=lambda each: self.by_threshold[each].mean_iou(), default=None)
 
     def doubts(self, dataset: MaskDataset) -> list[str]:
         """What a reader of the figures has to know about the data set's masks, see [`ConfusionMatrix`]; above all that

@@ -31,7 +31,7 @@ class MaskDataset:
     Args:
         name: of the data, for reports.
         labels: name of each value, 0 to N - 1; a background among them where there is one.
-        pictures: all of them.
+        pictures: its images, all of them.
         background: the value that means background, None for none.
         ignore_index: value that does not count; None for none.
         values: for each raw value of the files its label or `ignore_index`, no others occur; by default labels and
