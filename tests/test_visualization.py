@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
@@ -208,13 +208,6 @@ class TestOverlay:
         assert drawn_text[:12:2] == expected
         assert [text[:12] for text in drawn_text[12::2]] == ["label 7: wor", "label 8: wor"]
         assert all(text.endswith("…") for text in drawn_text[12::2]) and drawn.width < 700
-
-    @settings(deadline=None, max_examples=10)
-    @given(st.lists(st.text(), min_size=1, max_size=6), st.integers(1, 40), st.integers(1, 40), st.booleans())
-    def test_any_labels(self, labels, width, height, background):
-        label_map = np.arange(width * height).reshape(height, width) % (len(labels) + background)
-        drawn = overlay(picture(width, height), label_map, labels, background=background)
-        assert drawn.width >= width and drawn.height >= height
 
     @pytest.mark.parametrize("mode", ["1", "LA", "P", "RGBA", "CMYK", "I;16"])
     def test_any_mode_and_tensors(self, mode):

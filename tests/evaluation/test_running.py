@@ -18,7 +18,7 @@ from tiny_models import make_photo
 
 from pgseg_hf import SegmentationOptions, load_segmenter
 from pgseg_hf.evaluation import MaskFolder, MaskOptions, Picture, evaluate_masks, running
-from pgseg_hf.evaluation.classification import Classifier
+from pgseg_hf.evaluation.classification import ClassificationScores, Classifier
 from pgseg_hf.evaluation.evaluator import SegmentedPicture
 from pgseg_hf.evaluation.metrics.mean_iou import MeanIoU
 from pgseg_hf.evaluation.running import Output, checkpoint_hash, draw_evaluation, evaluate_in_parts, versions
@@ -297,6 +297,7 @@ class OneProcess:
             "masks": [self.evaluate(count) for count in range(6)],
             "classes": [classify(segmenter, count, self.folder) for count in (0, 1, 4, 9)],
             "mean_iou": [mean_iou(count, self.rank) for count in range(3)],
+            "seconds": ClassificationScores(seconds=self.rank + 1.0).sum_over_processes().seconds,
         }
         (self.folder / f"{self.rank}.json").write_text(json.dumps(results))
         dist.destroy_process_group()
@@ -347,7 +348,7 @@ def test_two_processes_give_what_one_gives(tmp_path, tiny_folder, tiny_segmenter
     assert [each["pictures"] for each in expected] == [0, 1, 3, 8] and list(expected[3]["broken"]) == ["p2"]
     assert 0 < expected[3]["hits"][1] < 8
     for each in results:
-        assert each["classes"] == expected
+        assert (each["classes"], each["seconds"]) == (expected, 2.0)
         for count, found in enumerate(each["mean_iou"]):
             for name, value in mean_iou(count).items():
                 np.testing.assert_array_equal(found[name], value)
