@@ -143,6 +143,11 @@ class TestOverlay:
             pure[:30], plain[:30] if background else np.full_like(plain[:30], palette(1)[0])
         )
 
+    def test_the_image_fades_to_a_lighter_grey_under_its_colour(self):
+        drawn = overlay(picture(9, 9), np.zeros((9, 9), int), ["a"], alpha=0.5, legend=False)
+        # 120 becomes 80 + 0.65 * 120 = 158, half of it is mixed in, then half of the colour.
+        np.testing.assert_allclose(drawn.getpixel((4, 4)), (139 + palette(1)[0].astype(int)) / 2, atol=1)
+
     @pytest.mark.parametrize(("rows", "background"), [(1, False), (7, True), (500, True)])
     def test_strips_change_nothing(self, rows, background, monkeypatch):
         """Of an image whose lines are two pixels wide."""
