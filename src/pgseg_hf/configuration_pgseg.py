@@ -21,8 +21,7 @@ PROTOTYPE_MATCHINGS = ("hungarian", "order")
 PROTOTYPE_MIXINGS = ("prototypes", "tokens")
 CONTRASTIVE_POOLINGS = ("mean", "groups", "mixture", "patches")
 CONTRASTIVE_LOSSES = ("info_nce", "multi_positive", "sigmoid")
-
-
+# A file that asks for more keeps the machine busy for hours before anything of it is read.
 _MOST_LAYERS = 10_000
 
 
@@ -268,7 +267,6 @@ class PGSegVisionConfig(PreTrainedConfig):
     def _validate_stages(self) -> None:
         stages = len(self.depths)
         for name, values in (("depths", self.depths), ("num_group_tokens", self.num_group_tokens)):
-            # A file that asks for more keeps the machine busy for hours before anything of it is read.
             _require(
                 sum(values) <= _MOST_LAYERS,
                 f"vision_config.{name} is {list(values)}, expected at most {_MOST_LAYERS:,} in all.",
@@ -330,9 +328,8 @@ class PGSegVisionConfig(PreTrainedConfig):
         shares = ("dropout", "attention_dropout", "drop_path_rate", "prototype_momentum")
         _require_range(self, shares, 0, 1, prefix="vision_config.")
         _require(self.drop_path_rate < 1, "vision_config.drop_path_rate is 1, which drops every branch.")
-        _require_range(
-            self, ("layer_norm_eps", "initializer_range", "assign_eps"), 0, prefix="vision_config."
-        )
+        small = ("layer_norm_eps", "initializer_range", "assign_eps")
+        _require_range(self, small, 0, prefix="vision_config.")
         _require_choice("vision_config.hidden_act", self.hidden_act, ACT2FN)
 
 
@@ -487,10 +484,8 @@ class PGSegConfig(PreTrainedConfig):
         _require_range(self, scales)
         _require_range(self, ("rejection_threshold", "label_balance"), 0, 1)
         _require_range(self, ("mixture_looks", "num_text_prototypes"), 1)
-        _require(
-            self.max_logit_scale > 0,
-            f"max_logit_scale is {self.max_logit_scale}, expected a positive number.",
-        )
+        bound = self.max_logit_scale
+        _require(bound > 0, f"max_logit_scale is {bound}, expected a positive number.")
         _require_choice("prototype_matching", self.prototype_matching, PROTOTYPE_MATCHINGS)
         _require_choice("contrastive_pooling", self.contrastive_pooling, CONTRASTIVE_POOLINGS)
         _require_choice("contrastive_loss", self.contrastive_loss, CONTRASTIVE_LOSSES)

@@ -19,7 +19,13 @@ from .features import ImageFeatures, JointImages, TextFeatures, TextOwners, clam
 from .groupvit import load_groupvit
 from .model_cards import WithModelCard
 from .modeling_base import PGSegPreTrainedModel, name_unused
-from .modeling_text import PGSegTextModel, PGSegTextModelWithProjection
+from .modeling_text import (
+    EmbedsTokens,
+    PGSegTextModel,
+    PGSegTextModelWithProjection,
+    mean_over_prompts,
+    refuse_bad_texts,
+)
 from .modeling_vision import PGSegVisionModel, PGSegVisionOutput
 from .npr import init_prototypes, npr_of
 from .objective import Losses, compute_losses
@@ -89,19 +95,7 @@ class PGSegOutput(ModelOutput):
         return tuple(value.to_tuple() if isinstance(value, ModelOutput) else value for value in self.values())
 
 
-def _refuse_bad_texts(input_ids: Tensor | None, for_losses: bool) -> None:
-    if input_ids is None or input_ids.ndim not in (2, 3):
-        shape = None if input_ids is None else list(input_ids.shape)
-        raise ValueError(
-            f"input_ids has shape {shape}, expected token ids [texts, length] or [labels, prompts, length]."
-        )
-    if for_losses and input_ids.ndim == 3:
-        raise ValueError(
-            f"input_ids has shape {list(input_ids.shape)}; the losses need one prompt a text, [texts, length]."
-        )
-
-
-class PGSegModel(KeepsPrecision, WithModelCard, PGSegPreTrainedModel):
+class PGSegModel(KeepsPrecision, WithModelCard, EmbedsTokens, PGSegPreTrainedModel):
     """Both towers in one joint space, with the losses of the method."""
 
     _auto_class = "AutoModel"
@@ -128,13 +122,6 @@ class PGSegModel(KeepsPrecision, WithModelCard, PGSegPreTrainedModel):
             init_prototypes(self.get_buffer(self.precise_buffer), self.npr.text_dim)
             self._keep_in_fp32_modules_strict = [self.precise_buffer]
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        """Those of the text tower's tokens."""
-        return self.text_model.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.text_model.set_input_embeddings(value)
 
     def train(self, mode: bool = True) -> "PGSegModel":
         """As ever, but a frozen text tower stays in evaluation mode and without gradient, after loading too."""
@@ -172,12 +159,7 @@ class PGSegModel(KeepsPrecision, WithModelCard, PGSegPreTrainedModel):
         Returns:
             the text tower's output, `pooler_output` [N, D] projected and not normalised.
         """
-        outputs, _ = self._encode_text(input_ids, attention_mask, position_ids, **kwargs)
-        embeds = self.text_projection(outputs.pooler_output)
-        outputs.pooler_output = (
-            embeds.unflatten(0, input_ids.shape[:2]).mean(1) if input_ids.ndim == 3 else embeds
-        )
-        return outputs
+        return self._encode_texts(input_ids, attention_mask, False, position_ids=position_ids, **kwargs)[0]
 
     def _encode_text(
         self,
@@ -294,39 +276,34 @@ class PGSegModel(KeepsPrecision, WithModelCard, PGSegPreTrainedModel):
         tag_input_ids = kwargs.pop("label_input_ids", tag_input_ids)
         tag_attention_mask = kwargs.pop("label_attention_mask", tag_attention_mask)
         name_unused(kwargs)
-        _refuse_bad_texts(input_ids, bool(return_loss))
+        return_loss = bool(return_loss)
+        refuse_bad_texts(input_ids, return_loss)
         towers = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
         all_ids, all_mask, owners = input_ids, attention_mask, None
         if return_loss:
             all_ids, all_mask, owners = self.gather_texts(
-                input_ids,
-                attention_mask,
-                tag_input_ids,
-                tag_attention_mask,
-                text_targets,
-                patch_targets,
+                input_ids, attention_mask, tag_input_ids, tag_attention_mask, text_targets, patch_targets
             )
         # Captions and labels pass the text tower together, so that BatchNorm sees them together; before the images, as
         # what is asked about token ids has a GPU wait, which then has little to do.
         text, text_features = self._encode_texts(
-            all_ids, all_mask, for_losses=bool(return_loss), position_ids=position_ids, **towers
+            all_ids, all_mask, return_loss, position_ids=position_ids, **towers
         )
         vision = self.get_image_features(
             pixel_values=pixel_values,
             backbone_features=backbone_features,
-            output_npr=bool(return_loss),
+            output_npr=return_loss,
             return_dict=True,
             **towers,
         )
         text.pooler_output = text.pooler_output[: len(input_ids)]
         text.last_hidden_state = text.last_hidden_state[: input_ids.shape[:-1].numel()]
         logits_per_image, segment_logits = self.get_logits(vision, text.pooler_output)
-        patch_logits = None if return_loss else self.get_patch_logits(vision, text.pooler_output)
         output = PGSegOutput(
             logits_per_image=logits_per_image,
             logits_per_text=logits_per_image.T,
             segment_logits=segment_logits,
-            patch_logits=patch_logits,
+            patch_logits=None if return_loss else self.get_patch_logits(vision, text.pooler_output),
             image_embeds=normalized(vision.pooler_output),
             text_embeds=normalized(text.pooler_output),
             segment_embeds=normalized(vision.segment_embeds),
@@ -336,9 +313,8 @@ class PGSegModel(KeepsPrecision, WithModelCard, PGSegPreTrainedModel):
             vision_model_output=vision,
         )
         if return_loss:
-            losses = compute_losses(self, self._image_features(vision), text_features, owners)
+            output.add_losses(compute_losses(self, self._image_features(vision), text_features, owners))
             vision.npr = None
-            output.add_losses(losses)
         return output
 
     @staticmethod
@@ -385,9 +361,8 @@ class PGSegModel(KeepsPrecision, WithModelCard, PGSegPreTrainedModel):
         plain = not details and kwargs.get("position_ids") is None
         sparing = for_losses and plain and not config.attention_dropout
         output, prototypes = self._encode_text(input_ids, attention_mask, sparing=sparing, **kwargs)
-        pooled, output.pooler_output = output.pooler_output, self.text_projection(output.pooler_output)
-        if input_ids.ndim == 3:
-            output.pooler_output = output.pooler_output.unflatten(0, input_ids.shape[:2]).mean(1)
+        pooled = output.pooler_output
+        output.pooler_output = mean_over_prompts(self.text_projection(pooled), input_ids)
         if not for_losses:
             return output, None
         word_mask, has_ended = find_words(input_ids, self.config.text_config)
