@@ -24,8 +24,7 @@ from pgseg_hf import (
     default_tokenizer,
     load_segmenter,
 )
-from pgseg_hf.evaluation.benchmarks.mask_dataset import digest
-from pgseg_hf.run_records import model_record
+from pgseg_hf.run_records import hash_of, model_record
 
 # Owner and name as the Hub allows them: no dots in a row, nothing that leads into or out of a folder.
 _HUB_NAME = re.compile(r"(?!.*\.\.)[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
@@ -115,7 +114,7 @@ class Catalogue:
                 reason = str(error).replace(place, "it").replace(str(Path(place).parent), "")
                 raise ValueError(f"{name} cannot be loaded: {reason}") from error
         with self._lock:
-            self._digests[name] = digest(model_record(segmenter))
+            self._digests[name] = hash_of(model_record(segmenter))
         watch(segmenter.model)
         return segmenter
 
