@@ -18,8 +18,6 @@ from PIL import ExifTags, Image
 from tiny_models import make_photo
 
 from pgseg_hf.images import (
-    IMAGE_EXTENSIONS,
-    MAX_IMAGE_PIXELS,
     load_image,
     load_label_map,
     resized_size,
@@ -48,6 +46,11 @@ def nearest_name(pixel: tuple[int, int, int]) -> str:
     return min(names, key=lambda name: sum(abs(a - b) for a, b in zip(pixel, names[name])))
 
 
+def shows_quadrants(image: Image.Image) -> bool:
+    corners = [nearest_name(image.getpixel(place)) for place in ((4, 4), (25, 4), (4, 15))]
+    return corners == ["red", "green", "blue"]
+
+
 @pytest.mark.parametrize(
     "image_format", ["PNG", "BMP", "TIFF", "PPM", "JPEG", "WEBP", "GIF", "JPEG2000", "AVIF"]
 )
@@ -57,22 +60,12 @@ def test_reads_every_listed_format(image_format):
         pytest.skip(f"this Pillow cannot write {image_format}")
     image = load_image(encoded(quadrants(), image_format))
     assert (image.mode, image.size) == ("RGB", (30, 20))
-    corners = [nearest_name(image.getpixel(place)) for place in ((4, 4), (25, 4), (4, 15))]
-    assert corners == ["red", "green", "blue"]
-
-
-def test_extensions_are_those_of_formats_that_pillow_knows():
-    known = Image.registered_extensions()
-    assert {known.get(extension, "absent") for extension in IMAGE_EXTENSIONS if extension != ".jfif"} <= {
-        "JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "absent",
-    }  # fmt: skip
-    assert {".jpg", ".jpeg", ".png", ".webp", ".tif"} <= set(IMAGE_EXTENSIONS)
-    assert all(extension == extension.lower() for extension in IMAGE_EXTENSIONS)
+    assert shows_quadrants(image)
 
 
 def test_all_kinds_of_source_give_the_same_image(tmp_path):
     data = encoded(quadrants())
-    path = tmp_path / "picture.png"
+    path = tmp_path / "image.png"
     path.write_bytes(data)
     used_stream = io.BytesIO(data)
     used_stream.read(5)
@@ -86,15 +79,15 @@ def test_all_kinds_of_source_give_the_same_image(tmp_path):
 
 
 def test_reads_from_an_address(tmp_path):
-    (tmp_path / "picture.png").write_bytes(encoded(quadrants()))
+    (tmp_path / "image.png").write_bytes(encoded(quadrants()))
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         address = f"http://127.0.0.1:{server.server_port}"
-        assert load_image(f"{address}/picture.png").tobytes() == quadrants().tobytes()
+        assert load_image(f"{address}/image.png").tobytes() == quadrants().tobytes()
         (tmp_path / "drei Bären.png").write_bytes(encoded(quadrants()))
         assert load_image(f"{address}/drei Bären.png").tobytes() == quadrants().tobytes()
-        (tmp_path / "page.html").write_text("<!DOCTYPE html><img src=picture.png>")
+        (tmp_path / "page.html").write_text("<!DOCTYPE html><img src=image.png>")
         for name, message in (
             ("absent.png", "cannot be fetched: .*404.*; download it and give the file"),
             ("page.html", "is a web page, not an image: give the address of the image itself"),
@@ -107,15 +100,20 @@ def test_reads_from_an_address(tmp_path):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("s3://bucket/a.png", "is an address of kind s3, only http and https are fetched: download it first"),
+        ("s3://bucket/a.png", "kind s3, only http and https are fetched"),
         ("http://[a.png", "cannot be fetched"),
-        (
-            Path("https://example.org/a.png"),
-            "a web address must be a string, a path loses one of its slashes",
-        ),
+        (Path("https://example.org/a.png"), "a web address must be a string"),
+        ("no/such/file.png", "no/such/file.png"),
+        (Path(__file__).parent, "directory"),
+        (io.StringIO("text"), "binary mode"),
+        ("data:image/png;base64,???", "not valid base64"),
+        (5, "int: 5"),
+        (None, "NoneType"),
+        (["a.png"], "list"),
     ],
+    ids=str,
 )
-def test_addresses_that_are_not_fetched(source, message):
+def test_sources_that_cannot_be_read(source, message):
     with pytest.raises(ValueError, match=message):
         load_image(source)
 
@@ -129,7 +127,7 @@ def test_a_photo_with_a_second_view_is_not_an_animation(caplog):
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("image_format", ["JPEG", "PNG", "TIFF"])
 def test_exif_orientation_is_undone(orientation, image_format):
-    stored = {  # how a camera stores the upright picture under each orientation
+    stored = {  # how a camera stores the upright image under each orientation
         1: None,
         2: Image.Transpose.FLIP_LEFT_RIGHT,
         3: Image.Transpose.ROTATE_180,
@@ -146,11 +144,7 @@ def test_exif_orientation_is_undone(orientation, image_format):
 
     upright = load_image(data)
     assert upright.size == (30, 20)
-    assert [nearest_name(upright.getpixel(place)) for place in ((4, 4), (25, 4), (4, 15))] == [
-        "red",
-        "green",
-        "blue",
-    ]
+    assert shows_quadrants(upright)
     assert to_rgb(upright).size == (30, 20), "reading twice must not rotate twice"
 
 
@@ -182,17 +176,9 @@ def test_alpha_is_laid_over_white(mode):
 
 def test_transparency_of_palette_grey_and_rgb_files():
     palette = quadrants().quantize(8)
-    transparent_index = palette.getpixel((4, 4))
-    assert load_image(encoded(palette, transparency=transparent_index)).getpixel((4, 4)) == WHITE
-    assert (
-        nearest_name(load_image(encoded(palette, transparency=transparent_index)).getpixel((25, 4)))
-        == "green"
-    )
-    assert (
-        nearest_name(load_image(encoded(palette, "GIF", transparency=transparent_index)).getpixel((4, 4)))
-        == "white"
-    )
-
+    for image_format in ("PNG", "GIF"):
+        image = load_image(encoded(palette, image_format, transparency=palette.getpixel((4, 4))))
+        assert [nearest_name(image.getpixel(place)) for place in ((4, 4), (25, 4))] == ["white", "green"]
     assert load_image(encoded(quadrants(), transparency=RED)).getpixel((4, 4)) == WHITE
     assert load_image(encoded(Image.new("L", (4, 4), 7), transparency=7)).getpixel((0, 0)) == WHITE
     assert load_image(encoded(Image.new("L", (4, 4), 7), transparency=8)).getpixel((0, 0)) == (7, 7, 7)
@@ -205,11 +191,7 @@ def test_other_colour_modes(mode):
     image = to_rgb(quadrants(mode) if mode != "P" else quadrants().quantize(8))
     assert (image.mode, image.size) == ("RGB", (30, 20))
     if mode in ("P", "CMYK", "YCbCr", "HSV"):
-        assert [nearest_name(image.getpixel(place)) for place in ((4, 4), (25, 4), (4, 15))] == [
-            "red",
-            "green",
-            "blue",
-        ]
+        assert shows_quadrants(image)
     else:
         red, green, blue = image.getpixel((4, 4))
         assert red == green == blue
@@ -217,11 +199,7 @@ def test_other_colour_modes(mode):
 
 def test_cmyk_jpeg():
     image = load_image(encoded(quadrants("CMYK"), "JPEG", quality=95))
-    assert [nearest_name(image.getpixel(place)) for place in ((4, 4), (25, 4), (4, 15))] == [
-        "red",
-        "green",
-        "blue",
-    ]
+    assert shows_quadrants(image)
 
 
 @pytest.mark.parametrize("image_format", ["PNG", "TIFF"])
@@ -244,18 +222,19 @@ def test_every_sixteen_bit_mode(mode):
     assert np.asarray(to_rgb(image))[0, :, 0].tolist() == [0, 255, 100]
 
 
-@pytest.mark.parametrize("values", [[[-1, 5]], [[0, 65536]]])
-def test_integers_beyond_sixteen_bits_are_refused(values):
-    with pytest.raises(ValueError, match="16-bit"):
-        to_rgb(Image.fromarray(np.array(values, dtype=np.int32)))
-
-
 @pytest.mark.parametrize(
-    ("value", "message"), [(np.nan, "NaN"), (np.inf, "NaN or inf"), (0.5, "from 0 to 0.5")]
+    ("values", "dtype", "message"),
+    [
+        ([-1, 5], np.int32, "from -1 to 5"),
+        ([0, 65536], np.int32, "from 0 to 65536"),
+        ([0, np.nan], np.float32, "NaN"),
+        ([0, np.inf], np.float32, "infinite"),
+        ([0, 0.5], np.float32, "from 0 to 0.5"),
+    ],
 )
-def test_float_images_are_refused(value, message):
+def test_values_without_a_range_are_refused(values, dtype, message):
     with pytest.raises(ValueError, match=message):
-        to_rgb(Image.fromarray(np.array([[0, value]], dtype=np.float32)))
+        to_rgb(Image.fromarray(np.array([values], dtype=dtype)))
 
 
 @pytest.mark.parametrize("image_format", ["GIF", "PNG", "WEBP", "TIFF"])
@@ -285,18 +264,13 @@ def test_an_open_animation_gives_its_current_frame(caplog):
         assert animation.tell() == 1
 
 
-@pytest.mark.parametrize("size", [(1, 1), (1, 5000), (5000, 1)])
-def test_smallest_and_thinnest_images(size):
-    assert load_image(encoded(Image.new("RGB", size, RED))).size == size
-
-
 def broken_files():
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 40, 3), dtype=np.uint8))
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 40, 3), dtype=np.uint8))
     for image_format in ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM"):
-        data = encoded(picture, image_format)
+        data = encoded(image, image_format)
         yield f"{image_format} cut in half", data[: len(data) // 2]
         yield f"{image_format} header only", data[:12]
-    png = encoded(picture)
+    png = encoded(image)
     yield "PNG with wrong bytes inside", png[:60] + bytes(200) + png[260:]
     yield "empty", b""
     yield "one byte", b"P"
@@ -333,19 +307,6 @@ def test_arbitrary_bytes_never_raise_anything_but_value_error(tail, head):
             assert "bytes" in str(error)
 
 
-@pytest.mark.parametrize("source", ["no/such/file.png", "", "data:image/png;base64,???", 5, None, ["a.png"]])
-def test_sources_that_cannot_be_read(source):
-    with pytest.raises(ValueError):
-        load_image(source)
-
-
-def test_folder_and_text_stream_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="directory"):
-        load_image(tmp_path)
-    with pytest.raises(ValueError, match="binary mode"):
-        load_image(io.StringIO("text"))
-
-
 def test_to_rgb_takes_only_pil_images_with_pixels():
     with pytest.raises(ValueError, match="ndarray"):
         to_rgb(np.zeros((4, 4, 3), dtype=np.uint8))
@@ -369,14 +330,6 @@ def test_own_limit_names_the_size_and_comes_before_decoding():
     checksum = zlib.crc32(header_of_a_huge_png[12:29]).to_bytes(4, "big")
     with pytest.raises(ValueError, match="3,600,000,000"):
         load_image(header_of_a_huge_png[:29] + checksum + header_of_a_huge_png[33:])
-
-
-def test_hundred_megapixels():
-    data = encoded(Image.new("1", (10_000, 10_000)))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert load_image(data).size == (10_000, 10_000)
-    assert MAX_IMAGE_PIXELS >= 10_000**2
 
 
 @settings(max_examples=40, deadline=None)
@@ -454,9 +407,7 @@ def test_masks_of_any_mode_keep_their_values(mode, tmp_path):
 
 def test_masks_with_loss_are_refused(tmp_path):
     Image.new("L", (20, 20)).save(tmp_path / "mask.jpg")
-    with pytest.raises(
-        ValueError, match=r"mask.jpg.* is no mask that can be read, expected one of PNG, TIFF"
-    ):
+    with pytest.raises(ValueError, match=r"mask.jpg.* is no mask"):
         load_label_map(tmp_path / "mask.jpg")
 
 

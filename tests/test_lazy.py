@@ -3,6 +3,7 @@
 import ast
 import inspect
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -17,64 +18,78 @@ from pgseg_hf import configuration_pgseg, evaluation
 from pgseg_hf.evaluation import arguments
 from pgseg_hf.evaluation.benchmarks import catalogue
 
-HEAVY = ("torch", "transformers", "scipy")
+HEAVY = {"torch", "transformers", "scipy"}
+EXTRAS = "accelerate datasets evaluate pyarrow pandas gradio matplotlib spacy onnx onnxruntime peft pycocotools cv2 av"
 
 
-def modules_after(code: str, cwd=None) -> set[str]:
-    """The names in `sys.modules` of a new process at the end of a code."""
-    code = (
-        "import atexit, json, sys\n"
-        "atexit.register(lambda: print('\\n' + json.dumps(sorted(sys.modules))))\n" + code
-    )
+def printed(code: str, cwd=None) -> list:
+    """What a new process prints in JSON, a line each."""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=cwd)
-    assert "Traceback" not in done.stderr, done.stderr
-    return set(json.loads(done.stdout.splitlines()[-1]))
-
-
-def command(*arguments: str) -> str:
-    return f"from pgseg_hf.cli import main\nmain({list(arguments)!r})"
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith(("[", '"'))]
 
 
 def test_the_package_imports_neither_torch_nor_transformers():
-    assert not modules_after("import pgseg_hf, pgseg_hf.evaluation").intersection(HEAVY)
+    (modules,) = printed(
+        "import json, sys, pgseg_hf, pgseg_hf.evaluation; print(json.dumps(list(sys.modules)))"
+    )
+    assert not HEAVY.intersection(modules)
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["--help"],
-        ["--version"],
-        *([name, "--help"] for name in ("segment", "train", "convert", "evaluate", "prepare")),
-        ["segment", "a.jpg", "--lables", "cat"],
-        ["segment", "a.jpg", "--labels", "cat,cat"],
-        ["segment", "a.jpg", "--labels", "cat", "--background-threshold", "7"],
-        ["segment", "absent.jpg", "--labels", "cat"],
-        ["segment", ".", "--labels", "cat", "--model", "/no/such/folder"],
-        ["convert", "absent.pth", "out"],
-        ["train", "absent", "--output", "out"],
-        ["train", ".", "--output", "out", "--labels-from", "absent.csv"],
-        ["evaluate", "--benchmark", "voc", "--data", "absent"],
-        ["evaluate", "--benchmark", "folder", "--data", ".", "--templates", "full"],
-        ["prepare", "lvis", "absent"],
-    ],
-    ids=" ".join,
-)
-def test_help_and_errors_do_not_wait_for_torch(arguments):
-    assert not modules_after(command(*arguments)).intersection(HEAVY)
+COMMANDS = [
+    "--help",
+    "--version",
+    *(f"{name} --help" for name in ("segment", "train", "convert", "evaluate", "prepare")),
+    "segment a.jpg --lables cat",
+    "segment a.jpg --labels cat,cat",
+    "segment a.jpg --labels cat --background-threshold 7",
+    "segment absent.jpg --labels cat",
+    "segment . --labels cat --model /no/such/folder",
+    "convert absent.pth out",
+    "train absent --output out",
+    "train . --output out --labels-from absent.csv",
+    "evaluate --benchmark voc --data absent",
+    "evaluate --benchmark folder --data . --templates full",
+    "prepare lvis absent",
+]
 
 
-def test_a_broken_picture_does_not_wait_for_torch(tmp_path):
-    (tmp_path / "broken.jpg").write_bytes(b"no picture")
-    assert "torch" not in modules_after(command("segment", "broken.jpg", "--labels", "cat"), tmp_path)
+def test_help_and_errors_do_not_wait_for_torch(tmp_path):
+    """All in one process, the last one for an image that cannot be read, which needs transformers alone."""
+    (tmp_path / "broken.jpg").write_bytes(b"no image")
+    code = f"""
+import json, sys
+from contextlib import redirect_stdout
+from pgseg_hf.cli import main
+
+for command in {[*COMMANDS, "segment broken.jpg --labels cat"]}:
+    with redirect_stdout(sys.stderr):
+        try:
+            main(command.split())
+        except SystemExit:
+            pass
+    print(json.dumps([command, *sys.modules]))
+"""
+    *light, broken = printed(code, tmp_path)
+    assert len(light) == len(COMMANDS)
+    for command, *modules in light:
+        assert not HEAVY.intersection(modules), command
+    assert "torch" not in broken
 
 
-def test_segmenting_imports_little_beside_transformers(tiny_folder, tmp_path):
+def test_segmenting_needs_no_extra_and_imports_little_beside_transformers(tiny_folder, tmp_path):
     make_photo().save(tmp_path / "photo.png")
-    arguments = ["segment", "photo.png", "--labels", "cat,dog", "--model", str(tiny_folder)]
-    used = modules_after(command(*arguments), tmp_path)
-    assert (tmp_path / "photo-segmented.png").is_file()
-    extras = {"datasets", "evaluate", "gradio", "matplotlib", "pandas", "pyarrow", "spacy", "onnx"}
-    assert not used & {*extras, "transformers.trainer"}
+    code = f"""
+import json, sys
+sys.modules.update(dict.fromkeys({EXTRAS.split()}))
+import torch, transformers.models.clip.modeling_clip, PIL.Image, tokenizers
+own_needs = set(sys.modules)
+from pgseg_hf.cli import main
+main(["segment", "photo.png", "--labels", "cat,dog", "--model", {tiny_folder!r}, "--quiet"])
+print(json.dumps(sorted(set(sys.modules) - own_needs)))
+"""
+    (used,) = printed(code, tmp_path)
+    assert (tmp_path / "photo-segmented.png").is_file() and "transformers.trainer" not in used
     apart = {name for name in used if name.startswith(("pgseg_hf.training", "pgseg_hf.evaluation."))}
     assert apart == {
         "pgseg_hf.evaluation.arguments",
@@ -82,9 +97,8 @@ def test_segmenting_imports_little_beside_transformers(tiny_folder, tmp_path):
         "pgseg_hf.training.fine_tuning",
         "pgseg_hf.training.fine_tuning.options",
     }
-    own_needs = modules_after("import torch, transformers.models.clip.modeling_clip, PIL.Image, tokenizers")
-    others = {name for name in used - own_needs if not name.startswith("pgseg_hf")}
-    assert len(others) < 150, sorted(others)
+    others = [name for name in used if not name.startswith("pgseg_hf")]
+    assert len(others) < 150, others
 
 
 ROUTES = {
@@ -106,31 +120,36 @@ IMPORTS = (
 )
 
 
-def classes_of(code: str, routes: list[str], folder: str) -> list[str]:
-    code += "".join(f"print(type({route}).__name__)\n" for route in routes)
-    code = f"folder = {folder!r}\n{code}"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()[-len(routes) :]
+FORKS = """
+import json, os, sys
+import torch
+
+def in_a_fork(code, routes):
+    if not os.fork():
+        names = dict(folder={folder!r})
+        exec(code, names)
+        print(json.dumps([type(eval(route, names)).__name__ for route in routes]), flush=True)
+        os._exit(0)
+    assert os.wait()[1] == 0, (code, routes)
+"""
 
 
-@pytest.mark.parametrize("route", ROUTES)
-def test_transformers_finds_a_class_by_itself(tiny_folder, route):
-    assert classes_of(f"import pgseg_hf\n{IMPORTS}", [route], tiny_folder) == [ROUTES[route]]
-
-
-@pytest.mark.parametrize(
-    "code",
-    [
-        f"{IMPORTS}import pgseg_hf\n",
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks of POSIX")
+def test_transformers_finds_a_class_by_itself(tiny_folder):
+    """Each in a process that has asked for nothing else, and all whatever comes first."""
+    prefixes = [
+        f"{IMPORTS}import pgseg_hf",
         f"import pgseg_hf.modeling_pgseg\n{IMPORTS}",
         f"import pgseg_hf.pipeline\n{IMPORTS}",
         f"from transformers import AutoConfig\nfrom pgseg_hf import *\n{IMPORTS}",
-    ],
-    ids=["transformers first", "the model first", "the pipeline first", "configurations before"],
-)
-def test_transformers_finds_all_classes_whatever_comes_first(tiny_folder, code):
-    assert classes_of(code, list(ROUTES), tiny_folder) == list(ROUTES.values())
+    ]
+    code = FORKS.format(folder=tiny_folder)
+    code += "".join(f"in_a_fork({prefix!r}, {list(ROUTES)!r})\n" for prefix in prefixes)
+    code += f"import pgseg_hf\n{IMPORTS}"
+    code += "".join(f"in_a_fork({IMPORTS!r}, [{route!r}])\n" for route in ROUTES)
+    found = printed(code)
+    assert found[:4] == [list(ROUTES.values())] * 4
+    assert found[4:] == [[name] for name in ROUTES.values()]
 
 
 def test_the_packages_have_their_names():

@@ -1,6 +1,7 @@
 """Class labels and templates: what is accepted, what is refused and how prompts are made."""
 
 import re
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -12,6 +13,7 @@ from pgseg_hf.prompts import (
     build_prompts,
     join_words,
     parse_labels,
+    read_labels,
     validate_labels,
     validate_templates,
 )
@@ -90,6 +92,63 @@ def test_a_label_has_synonyms_a_colour_and_a_threshold():
 def test_what_follows_a_label_is_named_where_it_is_wrong(label, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         parse_labels(["dog", label])
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("labels.txt", "cat|kitten, dog\n\ngrass\n"),
+        ("labels.txt", "\ufeffcat | kitten,\r\ndog,\r\ngrass"),
+        ("labels.json", '["cat|kitten", "dog", "grass"]'),
+        ("labels.json", '{"labels": ["cat", "dog", "grass"], "synonyms": {"cat": ["kitten"]}}'),
+    ],
+)
+def test_labels_of_a_file(tmp_path, name, content):
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    assert read_labels(f"@{tmp_path / name}") == read_labels("cat|kitten,dog,grass")
+
+
+def test_colours_and_thresholds_of_a_file(tmp_path):
+    (tmp_path / "labels.json").write_text(
+        '{"labels": ["horse", "sand"], "synonyms": {"horse": ["pony"]}, "colours": {"sand": "#00F"}, '
+        '"thresholds": {"horse": 0.7, "sand": 1}}'
+    )
+    assert read_labels(f"@{tmp_path / 'labels.json'}") == read_labels("horse|pony:.7, sand:blue:1")
+
+
+@pytest.mark.parametrize(
+    ("labels", "content", "message"),
+    [
+        ("labels.txt", "cat", "'labels.txt', the name of a file; expected @labels.txt"),
+        ("@absent.txt", None, "absent.txt cannot be read"),
+        ("@labels.json", '{"cat": 1}', "labels.json cannot be read"),
+        ("@labels.json", "[1]", "labels[0]"),
+        ("@labels.json", '{"labels": ["cat"], "synonyms": {"dog": ["hound"]}}', "synonyms are for 'dog'"),
+        ("@labels.json", '{"labels": ["cat"], "colours": {"dog": "red"}}', "colours are for 'dog'"),
+        (
+            "@labels.json",
+            '{"labels": ["cat"], "thresholds": {"cat": 7}}',
+            "labels.json: the threshold",
+        ),
+        ("@labels.json", '{"labels": ["cat"], "colors": {"cat": "red"}}', "'colors'"),
+        ("@labels.json", '{"labels": ["cat"], "synonyms": {"cat": "kitten"}}', "'kitten'"),
+        ("@labels.json", "cat, dog", "labels.json is no JSON"),
+        ("@labels.txt", "cat\ndog\n\nCat\n", "labels.txt: labels[2] 'Cat' repeats labels[0]"),
+        ("@labels.txt", "", "labels.txt: no labels"),
+        ("@labels.txt", "cat;dog", "'cat,dog'"),
+        ("@labels.txt", "cat:7\ndog", "labels.txt: the threshold of the label 'cat:7' is '7'"),
+        ("cat; dog", None, "'cat; dog'"),
+        ("cat|kitten|, dog", None, "labels[2] is empty"),
+        ("cat|dog, dog|hound", None, "labels[2] 'dog' repeats labels[1]"),
+        ("wall|background, cat, background", None, "'background' repeats"),
+    ],
+)
+def test_what_is_wrong_with_labels_is_named(tmp_path, monkeypatch, labels, content, message):
+    monkeypatch.chdir(tmp_path)
+    if content is not None:
+        Path(labels.removeprefix("@")).write_text(content)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        read_labels(labels)
 
 
 @pytest.mark.parametrize(

@@ -90,6 +90,21 @@ def test_modules_that_are_named_stay_as_they_are(tmp_path):
     assert plain and all(name.startswith(("text_model.", "vision_model.encoder.")) for name in plain)
 
 
+def test_modules_that_are_not_there_are_refused(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"has 'text_modle', which PGSegModel .* vision_model, .*or names in them"
+    ):
+        quantised(tiny_model(), tmp_path, modules_to_not_convert=["vision_model.encoder", "text_modle"])
+
+
+def test_another_dtype_is_refused(tmp_path):
+    int8 = quantised(tiny_model(), tmp_path)
+    for move in (int8.bfloat16, lambda: int8.to("cpu", torch.float64)):
+        with pytest.raises(ValueError, match=r"dtype is torch\.(bfloat16|float64), but .* int8"):
+            move()
+    assert int8.to("cpu", torch.float32) is int8
+
+
 def test_rounding_is_within_half_a_step_and_keeps_rows_of_zeros():
     weight = torch.randn(5, 7)
     weight[2] = 0

@@ -16,65 +16,48 @@ __version__ = "0.1.0"
 DEFAULT_CHECKPOINT = str(Path(__file__).parent / "checkpoints" / "pgseg-small-everyday")
 """The checkpoint that ships with the package, a `from_pretrained` name like any other."""
 
-if TYPE_CHECKING:
-    from .checkpoint import load_segmenter
-    from .configuration_pgseg import PGSegConfig, PGSegTextConfig, PGSegVisionConfig
-    from .efficientnet_lite import EfficientNetLiteBackbone, EfficientNetLiteConfig
-    from .image_processing_pgseg import PGSegImageProcessor
-    from .image_processing_pil_pgseg import PGSegImageProcessorPil
-    from .modeling_base import PGSegPreTrainedModel
-    from .modeling_pgseg import PGSegModel, PGSegOutput
-    from .modeling_text import PGSegTextModel, PGSegTextModelWithProjection
-    from .modeling_vision import PGSegVisionModel, PGSegVisionOutput
-    from .options import SegmentationOptions
-    from .pipeline import OpenVocabularySegmentationPipeline
-    from .processing_pgseg import PGSegProcessor
-    from .segmentation import Segmentation, Segmenter
-    from .tokenization import default_tokenizer
-else:
-    __getattr__, __dir__ = lazy_names(
-        __name__,
-        {
-            "checkpoint": ["load_segmenter"],
-            "configuration_pgseg": ["PGSegConfig", "PGSegTextConfig", "PGSegVisionConfig"],
-            "efficientnet_lite": ["EfficientNetLiteBackbone", "EfficientNetLiteConfig"],
-            "image_processing_pgseg": ["PGSegImageProcessor"],
-            "image_processing_pil_pgseg": ["PGSegImageProcessorPil"],
-            "modeling_base": ["PGSegPreTrainedModel"],
-            "modeling_pgseg": ["PGSegModel", "PGSegOutput"],
-            "modeling_text": ["PGSegTextModel", "PGSegTextModelWithProjection"],
-            "modeling_vision": ["PGSegVisionModel", "PGSegVisionOutput"],
-            "options": ["SegmentationOptions"],
-            "pipeline": ["OpenVocabularySegmentationPipeline"],
-            "processing_pgseg": ["PGSegProcessor"],
-            "segmentation": ["Segmentation", "Segmenter"],
-            "tokenization": ["default_tokenizer"],
-        },
-    )
+if TYPE_CHECKING:  # as the table below, for mypy and editors
+    from .checkpoint import load_segmenter as load_segmenter
+    from .configuration_pgseg import PGSegConfig as PGSegConfig
+    from .configuration_pgseg import PGSegTextConfig as PGSegTextConfig
+    from .configuration_pgseg import PGSegVisionConfig as PGSegVisionConfig
+    from .efficientnet_lite import EfficientNetLiteBackbone as EfficientNetLiteBackbone
+    from .efficientnet_lite import EfficientNetLiteConfig as EfficientNetLiteConfig
+    from .image_processing_pgseg import PGSegImageProcessor as PGSegImageProcessor
+    from .image_processing_pil_pgseg import PGSegImageProcessorPil as PGSegImageProcessorPil
+    from .label_maps import Segmentation as Segmentation
+    from .modeling_base import PGSegPreTrainedModel as PGSegPreTrainedModel
+    from .modeling_pgseg import PGSegModel as PGSegModel
+    from .modeling_pgseg import PGSegOutput as PGSegOutput
+    from .modeling_text import PGSegTextModel as PGSegTextModel
+    from .modeling_text import PGSegTextModelWithProjection as PGSegTextModelWithProjection
+    from .modeling_vision import PGSegVisionModel as PGSegVisionModel
+    from .modeling_vision import PGSegVisionOutput as PGSegVisionOutput
+    from .options import SegmentationOptions as SegmentationOptions
+    from .pipeline import OpenVocabularySegmentationPipeline as OpenVocabularySegmentationPipeline
+    from .processing_pgseg import PGSegProcessor as PGSegProcessor
+    from .segmentation import Segmenter as Segmenter
+    from .tokenization import default_tokenizer as default_tokenizer
+
+_NAMES = {
+    "checkpoint": ["load_segmenter"],
+    "configuration_pgseg": ["PGSegConfig", "PGSegTextConfig", "PGSegVisionConfig"],
+    "efficientnet_lite": ["EfficientNetLiteBackbone", "EfficientNetLiteConfig"],
+    "image_processing_pgseg": ["PGSegImageProcessor"],
+    "image_processing_pil_pgseg": ["PGSegImageProcessorPil"],
+    "label_maps": ["Segmentation"],
+    "modeling_base": ["PGSegPreTrainedModel"],
+    "modeling_pgseg": ["PGSegModel", "PGSegOutput"],
+    "modeling_text": ["PGSegTextModel", "PGSegTextModelWithProjection"],
+    "modeling_vision": ["PGSegVisionModel", "PGSegVisionOutput"],
+    "options": ["SegmentationOptions"],
+    "pipeline": ["OpenVocabularySegmentationPipeline"],
+    "processing_pgseg": ["PGSegProcessor"],
+    "segmentation": ["Segmenter"],
+    "tokenization": ["default_tokenizer"],
+}
+if not TYPE_CHECKING:
+    __getattr__, __dir__ = lazy_names(__name__, _NAMES)
+__all__ = ["DEFAULT_CHECKPOINT", *(name for names in _NAMES.values() for name in names)]
 
 register(sys.modules[__name__])
-
-__all__ = [
-    "DEFAULT_CHECKPOINT",
-    "EfficientNetLiteBackbone",
-    "EfficientNetLiteConfig",
-    "OpenVocabularySegmentationPipeline",
-    "PGSegConfig",
-    "PGSegImageProcessor",
-    "PGSegImageProcessorPil",
-    "PGSegModel",
-    "PGSegOutput",
-    "PGSegPreTrainedModel",
-    "PGSegProcessor",
-    "PGSegTextConfig",
-    "PGSegTextModel",
-    "PGSegTextModelWithProjection",
-    "PGSegVisionConfig",
-    "PGSegVisionModel",
-    "PGSegVisionOutput",
-    "Segmentation",
-    "SegmentationOptions",
-    "Segmenter",
-    "default_tokenizer",
-    "load_segmenter",
-]

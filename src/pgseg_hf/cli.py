@@ -21,7 +21,7 @@ from .evaluation.arguments import (
     check_evaluate_arguments,
     check_prepare_arguments,
 )
-from .files import image_format, refuse_missing_folder
+from .files import image_format, is_web_address, refuse_missing_folder
 from .options import FORMATS, SegmentationOptions
 from .prompts import LabelList, parse_labels, read_labels, validate_templates
 from .suggestions import MIN_AREA, everyday_words
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command.
 
     Returns:
-        the exit code: 0, or 1 where some pictures of a folder were broken, or 2 for an error in what was asked for, or
+        the exit code: 0, or 1 where some images of a folder were broken, or 2 for an error in what was asked for, or
             130 where it was stopped by Ctrl-C.
     """
     args = build_parser().parse_args(arguments)
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"pgseg {args.command}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        goes_on = ", and the same command goes on from them" if getattr(args, "pictures", None) else ""
+        goes_on = ", and the same command goes on from them" if getattr(args, "paths", None) else ""
         print(f"pgseg {args.command}: stopped; files that were finished stay{goes_on}.", file=sys.stderr)
         return 130
 
@@ -88,15 +88,25 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _add_segment(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("segment", help="segment pictures, a folder or a video by words")
-    parser.set_defaults(check=_check_segment)
+    parser = commands.add_parser("segment", help="segment images, a folder or a video by words")
+    parser.set_defaults(check=_check_segment, video=None, image=None, paths=None)
     parser.add_argument(
         "images",
         nargs="+",
         metavar="IMAGE",
-        help='a picture, its http(s) address, - for standard input, or any number of pictures, patterns ("*.jpg") and '
+        help='an image, its http(s) address, - for standard input, or any number of images, patterns ("*.jpg") and '
         "folders",
     )
+    _add_words(parser)
+    _add_results(parser)
+    _add_recipe(parser.add_argument_group("model and recipe"))
+    _add_folders(parser.add_argument_group("folders and large images"))
+    _add_video(
+        parser.add_argument_group("videos", "IMAGE is a video: --output is one too, --mask a folder of PNGs")
+    )
+
+
+def _add_words(parser: argparse.ArgumentParser) -> None:
     words = parser.add_mutually_exclusive_group(required=True)
     words.add_argument(
         "--labels",
@@ -111,7 +121,7 @@ def _add_segment(commands: argparse._SubParsersAction) -> None:
         "--min-area",
         type=float,
         metavar="SHARE",
-        help=f"of the picture that a word of --vocabulary must cover, 0 to 1 (default: {MIN_AREA})",
+        help=f"of the image that a word of --vocabulary must cover, 0 to 1 (default: {MIN_AREA})",
     )
     parser.add_argument(
         "--synonyms",
@@ -120,13 +130,16 @@ def _add_segment(commands: argparse._SubParsersAction) -> None:
         help="how the words of one label count: by their mean, or at each place by the best",
     )
     parser.add_argument(
-        "--model", default=DEFAULT_CHECKPOINT, help="folder or Hub name (default: the shipped model)"
+        "--template", action="append", help='a prompt such as "a photo of a {}."; may be repeated'
     )
+
+
+def _add_results(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output",
         "--output-dir",
         type=Path,
-        help="the overlay, or the folder of results for several pictures or with --format",
+        help="the overlay, or the folder of results for several images or with --format",
     )
     parser.add_argument(
         "--format",
@@ -147,66 +160,61 @@ def _add_segment(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--quiet", action="store_true", help="nothing but errors, and --json")
     parser.add_argument(
-        "--mask", type=Path, help="also write the label map as an indexed PNG or TIFF (one picture only)"
+        "--mask", type=Path, help="also write the label map as an indexed PNG or TIFF (one image only)"
     )
-    parser.add_argument(
+
+
+def _add_recipe(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--model", default=DEFAULT_CHECKPOINT, help="folder or Hub name (default: the shipped model)"
+    )
+    group.add_argument(
         "--background-threshold",
         type=float,
         metavar="T",
         help="0 to 1: where no label scores T there is background; without it a single label covers everything",
     )
-    windows = parser.add_mutually_exclusive_group()
-    windows.add_argument("--whole", action="store_true", help="the whole picture at once, no sliding window")
+    windows = group.add_mutually_exclusive_group()
+    windows.add_argument("--whole", action="store_true", help="the whole image at once, no sliding window")
     windows.add_argument(
-        "--window", type=int, metavar="PX", help="side of the sliding window on the resized picture"
+        "--window", type=int, metavar="PX", help="side of the sliding window on the resized image"
     )
-    parser.add_argument("--stride", type=int, metavar="PX", help="from one window to the next")
-    parser.add_argument(
+    group.add_argument("--stride", type=int, metavar="PX", help="from one window to the next")
+    group.add_argument(
         "--patch-weight",
         type=float,
         metavar="W",
         help="0 to 1: share of the patches' own scores in a pixel's, beside its group's (default: the checkpoint's)",
     )
-    parser.add_argument(
-        "--template", action="append", help='a prompt such as "a photo of a {}."; may be repeated'
-    )
-    parser.add_argument("--batch-size", type=int, default=8, help="windows in one pass of the image encoder")
-    parser.add_argument("--device", help="default: cuda where there is one, else cpu")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="int8 is for a CPU")
-    _add_folders(parser)
-    _add_video(parser)
+    group.add_argument("--batch-size", type=int, default=8, help="windows in one pass of the image encoder")
+    group.add_argument("--device", help="default: cuda where there is one, else cpu")
+    group.add_argument("--dtype", choices=DTYPES, default="float32", help="int8 is for a CPU")
 
 
-def _add_folders(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("folders and large pictures")
+def _add_folders(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--workers",
         type=int,
-        default=2,
         metavar="N",
-        help="threads that read pictures and write results while the model works (default: 2); 0: none",
+        help="threads that read a folder's images and write results while the model works (default: 2); 0: none",
     )
     group.add_argument(
         "--max-pixels",
         type=int,
         default=500_000_000,
         metavar="N",
-        help="larger pictures are refused (default: 500,000,000; decoded, a picture has 3 bytes a pixel)",
+        help="larger images and videos are refused (default: 500,000,000; decoded, an image has 3 bytes a pixel)",
     )
     group.add_argument(
         "--short-side",
         type=int,
         metavar="PX",
-        help="what a picture's short side is resized to for the model (default: the checkpoint's); with more, and "
-        "--window, small things in large pictures are seen",
+        help="what an image's short side is resized to for the model (default: the checkpoint's); with more, and "
+        "--window, small things in large images are seen",
     )
 
 
-def _add_video(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group(
-        "videos", "IMAGE is a video: --output is one too, --mask a folder of PNGs"
-    )
-    parser.set_defaults(video=None, picture=None, pictures=None)
+def _add_video(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--smooth",
         type=int,
@@ -231,13 +239,13 @@ def _add_convert(commands: argparse._SubParsersAction) -> None:
 
 
 def _check_segment(args: argparse.Namespace) -> None:
-    """Refuses what could not be done before torch is imported; labels, options, output and picture are ready then."""
+    """Refuses what could not be done before torch is imported; labels, options, output and image are ready then."""
+    formats = args.format
     if process_rank():  # The first process of `accelerate launch` refuses, and writes what is one for all.
         args.overwrite, args.quiet, args.format = True, True, []
     asked = _read_words(args)
     args.words = asked.words
     args.options = _read_options(args, asked)
-    whole_number(args.workers, "--workers", least=0)
     whole_number(args.max_pixels, "--max-pixels")
     args.options.check_labels(asked.names)
     refuse_missing_folder(args.model)
@@ -247,30 +255,42 @@ def _check_segment(args: argparse.Namespace) -> None:
     from .images import load_image  # late: it imports transformers, though not torch
 
     path = Path("stdin" if source == "-" else urlsplit(source).path if source else places[0])
-    if source or (len(places) == 1 and path.is_file()):
-        args.picture = load_image(sys.stdin.buffer if source == "-" else source or path, args.max_pixels)
-        args.image = source or str(path)
-        if not args.format:
-            args.output = args.output or Path(f"{path.stem}-segmented.png")
-            _check_places(path, args.output, args.mask, args.overwrite)
-            return
-    if args.mask is not None:
-        raise ValueError("--mask is for one picture; a folder's masks are in OUTPUT/masks.")
-    name = (
-        "segmented"
-        if len(places) > 1
-        else f"{path.stem if path.is_file() or source else path.resolve().name}-segmented"
-    )
-    args.output = args.output or Path(name)
+    is_one = source is not None or (len(places) == 1 and path.is_file())
+    if is_one:
+        args.name = source or str(path)
+        args.image = load_image(sys.stdin.buffer if source == "-" else source or path, args.max_pixels)
+    if is_one and not args.format:
+        if not formats:
+            _refuse(args, "there is one image; it is for folders and several images", "workers")
+        args.output = args.output or Path(f"{path.stem}-segmented.png")
+        _check_places(path, args.output, args.mask, args.overwrite)
+        return
+    _refuse(args, "it is for one image; a folder's masks are in OUTPUT/masks", "mask")
+    args.workers = whole_number(2 if args.workers is None else args.workers, "--workers", least=0)
+    if source is None and set(args.format) <= {"png"} and not process_rank():
+        _refuse(
+            args,
+            "results of a folder are continued, and made anew only where an image has changed or in another --output",
+            "overwrite",
+        )
+    stem = path.stem if is_one else path.resolve().name
+    args.output = args.output or Path("segmented" if len(places) > 1 else f"{stem}-segmented")
     _check_folder(args, places, None if source is None else path)
+
+
+def _refuse(args: argparse.Namespace, reason: str, *options: str) -> None:
+    """Refuses options that would have no effect."""
+    for option in options:
+        value = getattr(args, option)
+        if value is not None and value is not False and value != []:
+            said = "given" if value is True else value
+            raise ValueError(f"--{option.replace('_', '-')} is {said}, but {reason}.")
 
 
 def _read_options(args: argparse.Namespace, asked: LabelList) -> SegmentationOptions:
     """The library's options; what is wrong is called as on the command line."""
-    if args.stride is not None and args.whole:
-        raise ValueError(
-            f"--stride is {args.stride}, but with --whole there is no window; leave out one of them."
-        )
+    if args.whole:
+        _refuse(args, "with --whole there is no window; leave out one of them", "stride")
     given: dict[str, Any] = {
         "window_size": args.window,
         "window_stride": args.stride,
@@ -302,28 +322,24 @@ def _check_video(args: argparse.Namespace, places: list[Path]) -> bool:
 
     video = next((place for place in places if place.suffix.lower() in VIDEO_EXTENSIONS), None)
     if video is None or video.is_dir():
-        for option in ("smooth", "every"):
-            if getattr(args, option) is not None:
-                raise ValueError(f"--{option} is {getattr(args, option)}, but there is no video.")
+        _refuse(args, "there is no video", "smooth", "every")
         return False
-    if len(places) > 1 or args.format:
-        reason = f"one of {len(places)}" if len(places) > 1 else "a video, and --format is for pictures"
-        raise ValueError(f"{video} is {reason}; videos go alone, with --output and --mask.")
-    if args.vocabulary is not None:
-        raise ValueError(f"{video} is a video, whose frames have the same words; expected --labels.")
+    if len(places) > 1:
+        raise ValueError(f"{video} is one of {len(places)}; videos go alone, with --output and --mask.")
+    _refuse(args, f"{video} is a video; it is for images", "format", "workers")
+    _refuse(args, f"{video} is a video, whose frames have the same words; expected --labels", "vocabulary")
     ending = video.suffix.lower() if video.suffix.lower() in WRITTEN else ".mp4"
     args.video, args.output = video, args.output or Path(f"{video.stem}-segmented{ending}")
     args.smooth = whole_number(SMOOTH if args.smooth is None else args.smooth, "--smooth")
     args.every = whole_number(1 if args.every is None else args.every, "--every")
-    check_video(video, args.output, args.mask, args.overwrite)
+    check_video(video, args.output, args.mask, args.overwrite, args.max_pixels)
     return True
 
 
 def _read_words(args: argparse.Namespace) -> LabelList:
     """The labels, or the words of a vocabulary, which have a least area then."""
     if args.labels is not None:
-        if args.min_area is not None:
-            raise ValueError(f"--min-area is {args.min_area}, but there is no --vocabulary; expected both.")
+        _refuse(args, "there is no --vocabulary; expected both", "min_area")
         return read_labels(args.labels)
     args.min_area = MIN_AREA if args.min_area is None else args.min_area
     if args.vocabulary.strip() == "everyday":
@@ -332,39 +348,38 @@ def _read_words(args: argparse.Namespace) -> LabelList:
 
 
 def _check_folder(args: argparse.Namespace, places: list[Path], source: Path | None) -> None:
-    """Finds the pictures of a run into a folder; what came from no file is to be kept as one in OUTPUT/images."""
+    """Finds the images of a run into a folder; what came from no file is to be kept as one in OUTPUT/images."""
     from .images import IMAGE_EXTENSIONS, images_apart_from
     from .outputs import check_formats
 
     output = args.output
     if output.is_file() or output.suffix.lower() in IMAGE_EXTENSIONS:
         raise ValueError(
-            f"--output is {output}, expected a folder for the results of several pictures or --format."
+            f"--output is {output}, expected a folder for the results of several images or --format."
         )
     check_formats(args.format, output, args.overwrite)
     if source is not None:
         args.root = output / "images"
-        args.pictures = [args.root / f"{source.stem or 'image'}.png"]
-        if args.pictures[0].exists() and not args.overwrite:
-            raise ValueError(f"{args.pictures[0]} exists already; --overwrite replaces it.")
+        args.paths = [args.root / f"{source.stem or 'image'}.png"]
+        if args.paths[0].exists() and not args.overwrite:
+            raise ValueError(f"{args.paths[0]} exists already; --overwrite replaces it.")
         return
-    args.picture = None
     if len(places) == 1 and places[0].is_dir():
-        args.root, args.pictures = places[0], images_apart_from(places[0], output)
+        args.root, args.paths = places[0], images_apart_from(places[0], output)
         return
     found = [images_apart_from(place, output) if place.is_dir() else [place] for place in places]
-    args.pictures = list(dict.fromkeys(Path(os.path.abspath(path)) for paths in found for path in paths))
-    args.root = Path(os.path.commonpath([path.parent for path in args.pictures]))
+    args.paths = list(dict.fromkeys(Path(os.path.abspath(path)) for paths in found for path in paths))
+    args.root = Path(os.path.commonpath([path.parent for path in args.paths]))
 
 
 def _find_places(given: list[str]) -> tuple[list[Path], str | None]:
     """The files and folders that are meant, patterns resolved; or a single address or "-" for standard input."""
     places: list[Path] = []
     for text in given:
-        if text == "-" or (":" in text and _is_web_address(text)):
+        if text == "-" or is_web_address(text):
             if len(given) > 1:
                 raise ValueError(
-                    f"{text!r} is one of {len(given)}; addresses and - go alone, without other pictures."
+                    f"{text!r} is one of {len(given)}; addresses and - go alone, without other images."
                 )
             return [], text
         if Path(text).exists():
@@ -377,16 +392,10 @@ def _find_places(given: list[str]) -> tuple[list[Path], str | None]:
         matches = [Path(name) for name in sorted(glob.glob(text, recursive=True))]
         matches = [path for path in matches if path.is_dir() or path.suffix.lower() in IMAGE_EXTENSIONS]
         if not matches:
-            raise ValueError(f"{text!r} fits no picture and no folder.")
-        # Of `photos/**` the folders' own pictures are matches already.
+            raise ValueError(f"{text!r} fits no image and no folder.")
+        # Of `photos/**` the folders' own images are matches already.
         places += [path for path in matches if path.is_file()] or matches
     return places, None
-
-
-def _is_web_address(text: str) -> bool:
-    from .images import is_web_address  # late, as above
-
-    return is_web_address(text)
 
 
 def _check_places(image: Path, output: Path, mask: Path | None, overwrite: bool) -> None:
@@ -398,7 +407,7 @@ def _check_places(image: Path, output: Path, mask: Path | None, overwrite: bool)
             raise ValueError(f"--output and --mask are both {mask}; give them different names.")
     for place in (output, mask):
         if place is not None and _same_file(place, image):
-            raise ValueError(f"{place} is the picture itself; choose another output path.")
+            raise ValueError(f"{place} is the image itself; choose another output path.")
         if place is not None and place.exists() and not overwrite:
             raise ValueError(f"{place} exists already; --overwrite replaces it.")
 

@@ -19,8 +19,9 @@ from .conversion import convert_released, read_overrides, write_backbone, write_
 from .efficientnet_lite import convert_efficientnet_lite, is_efficientnet_lite
 from .files import write_image
 from .folders import FolderSummary, segment_folder
+from .label_maps import Segment, Segmentation
 from .outputs import MaskResult, write_formats
-from .segmentation import Segment, Segmentation, Segmenter
+from .segmentation import Segmenter
 from .torch_files import read_state_dict
 from .video import segment_video
 from .visualization import indexed_png, label_colours, overlay
@@ -40,8 +41,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def segment(args: argparse.Namespace) -> int:
-    if process_rank() and (args.picture is not None or args.video is not None):
-        return 0  # A folder can be shared, a picture or a video cannot.
+    if process_rank() and args.paths is None:
+        return 0  # A folder can be shared, an image or a video cannot.
     device = args.device or (f"cuda:{process_rank('LOCAL_RANK')}" if torch.cuda.is_available() else "cpu")
     segmenter = load_segmenter(args.model, args.options, device=device, dtype=getattr(torch, args.dtype))
     if args.stride is not None and args.window is None and segmenter.processor.window_size is None:
@@ -50,10 +51,10 @@ def segment(args: argparse.Namespace) -> int:
         )
     if args.video is not None:
         return _segment_video(args, segmenter)
-    if args.pictures is not None:
+    if args.paths is not None:
         return _segment_folder(args, segmenter)
     start = time.monotonic()
-    result = segmenter(args.picture, args.words)
+    result = segmenter(args.image, args.words)
     assert isinstance(result, Segmentation)
     if args.vocabulary is not None:
         result = result.without_absent()
@@ -62,19 +63,19 @@ def segment(args: argparse.Namespace) -> int:
         mask = indexed_png(result.label_map, len(result.labels), result.background, colours)
         write_image(mask, args.mask)
     shown = (result.label_map, result.labels, result.background)
-    write_image(overlay(args.picture, *shown, colours=result.colours), args.output)
-    width, height = args.picture.size
+    write_image(overlay(args.image, *shown, colours=result.colours), args.output)
+    width, height = args.image.size
     seconds = time.monotonic() - start
     if args.json:
         segments = [
             asdict(segment) | {"pixels": round(segment.area * width * height)}
             for segment in result.segments(include_absent=True)
         ]
-        found = {"image": args.image, "width": width, "height": height, "segments": segments, **_files(args)}
+        found = {"image": args.name, "width": width, "height": height, "segments": segments, **_files(args)}
         _print_json([found], {}, [])
     elif not args.quiet:
         print(_table(result.segments(include_absent=True)))
-        print(f"{Path(args.image).name}: {width} x {height} pixels in {seconds:.1f} s -> {args.output}")
+        print(f"{Path(args.name).name}: {width} x {height} pixels in {seconds:.1f} s -> {args.output}")
     return 0
 
 
@@ -84,6 +85,7 @@ def _files(args: argparse.Namespace) -> dict[str, str]:
 
 def _segment_video(args: argparse.Namespace, segmenter: Segmenter) -> int:
     settings = {"smooth": args.smooth, "every": args.every, "overwrite": args.overwrite}
+    settings["max_pixels"] = args.max_pixels
     summary = segment_video(segmenter, args.video, args.words, args.output, args.mask, **settings)
     (width, height), rate = summary.size, summary.frames / summary.seconds
     names = [each.label for each in summary.segments if each.value or not args.options.has_background]
@@ -105,7 +107,7 @@ def _segment_video(args: argparse.Namespace, segmenter: Segmenter) -> int:
 
 
 def _print_json(images: list[dict], broken: dict[str, str], files: list[Path]) -> None:
-    """One object, the same for one picture and for many."""
+    """One object, the same for one image and for many."""
     print(json.dumps({"images": images, "broken": broken, "files": [str(path) for path in files]}, indent=2))
 
 
@@ -121,9 +123,9 @@ def _table(segments: Sequence[Segment]) -> str:
 
 
 def _segment_folder(args: argparse.Namespace, segmenter: Segmenter) -> int:
-    if args.picture is not None:  # no file of the user's: the formats name one
-        write_image(args.picture, args.pictures[0])
-    settings = {"images": args.pictures, "workers": args.workers, "max_pixels": args.max_pixels}
+    if args.image is not None:  # no file of the user's: the formats name one
+        write_image(args.image, args.paths[0])
+    settings = {"images": args.paths, "workers": args.workers, "max_pixels": args.max_pixels}
     summary = segment_folder(segmenter, args.root, args.output, args.words, **settings)
     if process_rank():
         return 0  # The first process tells and counts for all.
@@ -152,7 +154,7 @@ def _print_summary(summary: FolderSummary, places: list[Path]) -> None:
     others = f" ({summary.elsewhere} by other processes)" if summary.elsewhere else ""
     speed = f" ({count / summary.seconds:.1f} images/s)" if count else ""
     print(
-        f"{count} pictures segmented{others}, {summary.skipped} done before, {len(summary.broken)} broken, "
+        f"{count} images segmented{others}, {summary.skipped} done before, {len(summary.broken)} broken, "
         f"{renewed}in {summary.seconds:.1f} s{speed} -> {', '.join(map(str, places))}"
     )
 
@@ -210,7 +212,7 @@ def evaluate(args: argparse.Namespace) -> int:
             print(f"broken: {name}: {reason}", file=sys.stderr)
         reused = f", {content['reused']} of them counted by an earlier run," if content["reused"] else ""
         seconds = content["settings"]["seconds"]
-        print(f"\n{content['pictures']} pictures{reused} in {seconds} s -> {content['folder']}")
+        print(f"\n{content['pictures']} images{reused} in {seconds} s -> {content['folder']}")
     return 1 if content["broken"] else 0
 
 

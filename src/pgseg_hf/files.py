@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -38,6 +39,20 @@ def path_inside(folder: Path, name: str) -> Path:
     return Path(str(folder), path)
 
 
+def is_web_address(text: str) -> bool:
+    """Whether a text is an `http(s)://` address.
+
+    Raises:
+        ValueError: an address of another kind, such as `s3://`, which is not fetched.
+    """
+    kind = re.match("([A-Za-z][A-Za-z0-9+.-]+)://", text)
+    if kind is not None and kind[1].lower() not in ("http", "https"):
+        raise ValueError(
+            f"{text!r} is an address of kind {kind[1]}, only http and https are fetched: download it first"
+        )
+    return kind is not None
+
+
 def refuse_missing_folder(name_or_path: str | os.PathLike) -> None:
     """Raises a ValueError for the path of a checkpoint that cannot be a name on the Hub and is no folder."""
     if Path(name_or_path).is_absolute() and not Path(name_or_path).is_dir():
@@ -46,11 +61,19 @@ def refuse_missing_folder(name_or_path: str | os.PathLike) -> None:
         )
 
 
-def write_atomically(path: str | os.PathLike, write: Callable[[BinaryIO], None]) -> Path:
+def write_atomically(
+    path: str | os.PathLike, write: Callable[[BinaryIO], None], replace: bool = True
+) -> Path:
     """Writes a file under a temporary name in its folder, then renames it.
+
+    Args:
+        path: of the file.
+        write: fills the open file.
+        replace: whether an older file gives way.
 
     Raises:
         ValueError: the folder cannot be made or written to; nothing is left behind.
+        FileExistsError: there is a file that is not to give way, perhaps since a moment ago.
     """
     path = Path(path)
     temporary: str | None = None
@@ -63,13 +86,27 @@ def write_atomically(path: str | os.PathLike, write: Callable[[BinaryIO], None])
         with os.fdopen(handle, "wb") as file:
             write(file)
         os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
+        (os.replace if replace else _link)(temporary, path)
     except OSError as error:
+        if isinstance(error, FileExistsError) and not replace:
+            raise
         raise ValueError(f"{path} cannot be written: {error}; choose another output path.") from error
     finally:
         if temporary is not None and os.path.exists(temporary):
             os.unlink(temporary)
     return path
+
+
+def _link(temporary: str, path: Path) -> None:
+    """Gives a file its name, if no other has it: of several processes one succeeds."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        raise
+    except OSError:  # a disk without links, such as exFAT
+        if path.exists():
+            raise FileExistsError(path) from None
+        os.replace(temporary, path)
 
 
 def _umask() -> int:
@@ -101,13 +138,13 @@ def image_format(path: str | os.PathLike, is_mask: bool = False) -> str:
         )
     if found is None or found not in Image.SAVE:
         raise ValueError(
-            f"{path} has no ending of a picture format that can be written, for instance .png or .jpg."
+            f"{path} has no ending of an image format that can be written, for instance .png or .jpg."
         )
     return found
 
 
 def write_image(image: Image.Image, path: str | os.PathLike, **options: Any) -> Path:
-    """Writes a picture in the format of its ending, whole or not at all; `options` are those of `Image.save`."""
+    """Writes an image in the format of its ending, whole or not at all; `options` are those of `Image.save`."""
     found = image_format(path)
     return write_atomically(path, lambda file: image.save(file, format=found, **options))
 
@@ -142,19 +179,19 @@ def _text_of(path: Path, key: str) -> str | None:
         return None
 
 
-def write_json(content: Any, path: str | os.PathLike) -> Path:
-    """Writes JSON, whole or not at all."""
-    return write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", path)
+def write_json(content: Any, path: str | os.PathLike, replace: bool = True) -> Path:
+    """Writes JSON, see [`write_atomically`]."""
+    return write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", path, replace)
 
 
-def write_text(text: str, path: str | os.PathLike) -> Path:
-    """Writes text in UTF-8, whole or not at all. What is no character, as in a file name of another encoding, is
+def write_text(text: str, path: str | os.PathLike, replace: bool = True) -> Path:
+    """Writes text in UTF-8, see [`write_atomically`]. What is no character, as in a file name of another encoding, is
     escaped as JSON does it."""
 
     def write(file: BinaryIO) -> None:
         file.write(text.encode("utf-8", errors="backslashreplace"))
 
-    return write_atomically(path, write)
+    return write_atomically(path, write, replace)
 
 
 @contextmanager

@@ -17,10 +17,12 @@ from transformers.utils import logging
 
 from .files import mask_source, remove_unfinished, write_image, write_json, write_mask
 from .images import MAX_IMAGE_PIXELS, images_apart_from, load_image
+from .label_maps import Segmentation
+from .options import SegmentationOptions
 from .outputs import MaskResult
 from .prompts import split_synonyms
 from .run_records import differences, file_digest, model_record, read_record
-from .segmentation import Segmentation, SegmentationOptions, Segmenter
+from .segmentation import Segmenter
 from .values import whole_number
 from .visualization import indexed_png, label_colours, overlay
 
@@ -98,9 +100,8 @@ def segment_folder(
         "options": {**asdict(options), "batch_size": None},
         **model_record(segmenter),
     }
-    continues = _is_continued(record, output)
+    continues = _is_continued(record, output / RECORD_NAME)
     remove_unfinished(output)
-    write_json(record, output / RECORD_NAME)
     run = _Run(segmenter, folder, output, labels, options, overlays, images, continues)
     run.segment(whole_number(workers, "workers", least=0), whole_number(max_pixels, "max_pixels"))
     remove_unfinished(output)  # again: what was left just before the start is old now
@@ -342,13 +343,21 @@ def _digest(path: Path) -> str:
         return ""
 
 
-def _is_continued(record: dict, output: Path) -> bool:
-    """Whether masks that are there are of the same run; without a record nobody knows what they are of."""
-    known = read_record(output / RECORD_NAME)
-    changes = [] if known is None else differences(known, record)
-    if changes:
-        raise ValueError(f"{output} holds results with {'; '.join(changes)}. Choose another output folder.")
-    return known is not None
+def _is_continued(record: dict, path: Path) -> bool:
+    """Whether masks that are there are of the same run; without a record, which is written then, nobody knows what they
+    are of."""
+    known = read_record(path)
+    if known is None:
+        try:
+            write_json(record, path, replace=False)
+            return False
+        except FileExistsError:  # another run began just now
+            known = read_record(path)
+    if changes := differences(known, record):
+        raise ValueError(
+            f"{path.parent} holds results with {'; '.join(changes)}. Choose another output folder."
+        )
+    return True
 
 
 def _output_names(images: Sequence[Path], folder: Path) -> dict[Path, Path]:

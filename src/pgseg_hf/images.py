@@ -17,6 +17,8 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps
 from transformers.utils import logging
 
+from .files import is_web_address
+
 logger = logging.get_logger(__name__)
 
 # Formats that Pillow decodes by itself. Others are left out on purpose: EPS starts a Ghostscript process, and
@@ -50,7 +52,7 @@ _URL_TIMEOUT_SECONDS = 30
 
 
 class NoLabelMap(ValueError):
-    """A picture that can be read and is no mask: several channels, or values that are no whole numbers."""
+    """An image that can be read and is no mask: several channels, or values that are no whole numbers."""
 
 
 ImageSource = str | os.PathLike | bytes | bytearray | memoryview | BinaryIO | Image.Image | np.ndarray
@@ -206,10 +208,10 @@ def _mask_values(source: Any, weights: Sequence[int] | None, name: str) -> np.nd
 
 
 def find_images(folder: Path, leave_out: Path | None = None) -> list[Path]:
-    """The pictures in a folder and its subfolders, sorted; hidden files and the folder `leave_out` are not searched.
+    """The images in a folder and its subfolders, sorted; hidden files and the folder `leave_out` are not searched.
 
     Raises:
-        ValueError: no folder, or no pictures in it.
+        ValueError: no folder, or no images in it.
     """
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder.")
@@ -224,21 +226,21 @@ def find_images(folder: Path, leave_out: Path | None = None) -> list[Path]:
     )
     if not images:
         raise ValueError(
-            f"{folder} holds no pictures; known endings are {', '.join(sorted(IMAGE_EXTENSIONS))}."
+            f"{folder} holds no images; known endings are {', '.join(sorted(IMAGE_EXTENSIONS))}."
         )
     return images
 
 
 def images_apart_from(folder: Path, output: Path) -> list[Path]:
-    """The pictures of a folder without what runs write into `output`, which may lie in the folder, or above it.
+    """The images of a folder without what runs write into `output`, which may lie in the folder, or above it.
 
     Raises:
-        ValueError: results would lie among the pictures.
+        ValueError: results would lie among the images.
     """
     here, there = folder.resolve(), output.resolve()
     if here == there or any(here.is_relative_to(there / kind) for kind in ("masks", "overlays")):
         raise ValueError(
-            f"results in {output} would lie among the pictures of {folder}; choose another output folder."
+            f"results in {output} would lie among the images of {folder}; choose another output folder."
         )
     return find_images(folder, leave_out=output if there.is_relative_to(here) else None)
 
@@ -249,7 +251,7 @@ def resized_size(
     """The size for a short side of `shortest_edge` at the same aspect ratio.
 
     Where the long side would pass `longest_edge`, it gets that length instead; no side falls below `MIN_SIDE` (or
-    `shortest_edge`), so that the thinnest pictures still have patches.
+    `shortest_edge`), so that the thinnest images still have patches.
 
     Args:
         height, width: pixels of the image as it is.
@@ -315,20 +317,6 @@ def _read_bytes(source: Any) -> tuple[bytes, str]:
         "an image must be a path, an http(s) address, a binary file object, bytes or a PIL image, "
         f"got {type(source).__name__}: {source!r}"
     )
-
-
-def is_web_address(text: str) -> bool:
-    """Whether a text is an `http(s)://` address.
-
-    Raises:
-        ValueError: an address of another kind, such as `s3://`, which is not fetched.
-    """
-    kind = re.match("([A-Za-z][A-Za-z0-9+.-]+)://", text)
-    if kind is not None and kind[1].lower() not in ("http", "https"):
-        raise ValueError(
-            f"{text!r} is an address of kind {kind[1]}, only http and https are fetched: download it first"
-        )
-    return kind is not None
 
 
 def _fetched(address: str) -> bytes:

@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -19,6 +20,17 @@ def rounded(weight: Tensor) -> tuple[Tensor, Tensor]:
     rows = weight.detach().float()
     scale = (rows.abs().amax(1) / 127).clamp(min=torch.finfo(torch.float32).tiny)
     return (rows / scale[:, None]).round().to(torch.int8), scale
+
+
+def refuse_other_dtype(apply: Callable[[Tensor], Tensor]) -> None:
+    """Raises a ValueError for what `model.to(dtype)` and the like do to each tensor, if it would change float32."""
+    dtype = apply(torch.empty(0)).dtype
+    if dtype != torch.float32:
+        raise ValueError(
+            f"dtype is {dtype}, but this model is in int8, whose scales and biases are float32 and which computes in "
+            "bfloat16 by itself where the CPU can; expected to move it to no dtype, or the checkpoint that it was "
+            "made of, loaded in float32."
+        )
 
 
 class QuantizedInput(NamedTuple):
@@ -86,6 +98,10 @@ class Int8Linear(nn.Module):
         self.register_buffer("weight_scale", scale)
         self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().float())
         self.packed: Any = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        refuse_other_dtype(fn)
+        return super()._apply(fn, recurse)
 
     def pack(self) -> None:
         """Moves the weight into the layout of the machine's kernel, the only copy of it from then on."""

@@ -76,9 +76,12 @@ class MaskResult:
                 yield number, label, mask.astype(np.uint8)
 
     def segments(self) -> tuple[int, int, list[dict[str, Any]]]:
-        """Width, height, and label, value, pixels, area (share) and mean score of all labels and the background."""
+        """Width, height, and label, value, pixels, area (share) and mean score of all labels and the background, which
+        has no score."""
         label_map, names = self.read(), [BACKGROUND, *self.labels] if self.background else self.labels
         scores = mask_scores(self.mask) or [None] * len(names)
+        if self.background:  # of older masks, 1
+            scores[0] = None
         counts = np.bincount(label_map.ravel(), minlength=len(names))
         shares = counts / label_map.size
         found = [

@@ -11,8 +11,9 @@ from transformers.utils import logging
 
 from .configuration_pgseg import PGSegConfig
 from .images import load_image
+from .label_maps import Segmentation
 from .options import SegmentationOptions
-from .segmentation import Segmentation, Segmenter
+from .segmentation import Segmenter
 from .weights import refuse_bad_weights
 
 logger = logging.get_logger(__name__)
@@ -61,6 +62,7 @@ class OpenVocabularySegmentationPipeline(Pipeline):
             )
 
         refuse_bad_weights(self.model, self.model.config._name_or_path or type(self.model).__name__)
+        self._segmenter = Segmenter(self.model, self.processor)
 
     def __call__(self, images: Any, labels: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """Segments one image or several.
@@ -73,7 +75,8 @@ class OpenVocabularySegmentationPipeline(Pipeline):
 
         Returns:
             for each image a list of {label, score, mask}, largest area first; `mask` is a PIL image of mode "L" of the
-            image's size, 255 where the label is. With a background threshold one of the labels is "background".
+            image's size, 255 where the label is. With a background threshold one of the labels is "background", whose
+            score is None.
 
         Raises:
             ValueError: no labels, or labels, options or images that make no sense.
@@ -112,8 +115,8 @@ class OpenVocabularySegmentationPipeline(Pipeline):
     def _forward(
         self, inputs: dict[str, Image.Image], labels: Sequence[str], options: dict[str, Any] | None = None
     ) -> Any:
-        segmenter = Segmenter(self.model, self.processor, SegmentationOptions(**(options or {})))
-        return {"segmentation": segmenter(inputs["image"], labels)}
+        found = self._segmenter(inputs["image"], labels, SegmentationOptions(**(options or {})))
+        return {"segmentation": found}
 
     def postprocess(self, outputs: dict[str, Segmentation]) -> list[dict[str, Any]]:
         segmentation = outputs["segmentation"]

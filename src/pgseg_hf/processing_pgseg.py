@@ -3,7 +3,6 @@
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from huggingface_hub import HfApi
@@ -21,14 +20,6 @@ from .values import are_images, is_list, share, whole_number
 from .weights import what_is_wrong_with
 
 logger = logging.get_logger(__name__)
-
-_MAX_CACHED_LABELS = 20_000
-_WeightSignature = tuple[tuple[Any, ...], ...]
-_TokenKey = tuple[tuple[Any, ...], ...]
-# For each model the state of its text weights and, for each label's padding and token ids, the embedding made with
-# them. Not an attribute of the processor, which is copied, pickled and saved.
-_class_embeddings: WeakKeyDictionary[torch.nn.Module, tuple[_WeightSignature, dict[_TokenKey, torch.Tensor]]]
-_class_embeddings = WeakKeyDictionary()
 
 
 class PGSegProcessor(ProcessorMixin):
@@ -270,9 +261,8 @@ class PGSegProcessor(ProcessorMixin):
         """Embed class labels: the mean over templates of the text features, then L2-normalised.
 
         This is the released recipe: the features are averaged as they leave the text head, not normalised one
-        by one. An embedding is computed once for a model and a label in its templates, until the text weights
-        change. (Only prompts that are new pass the text tower, which in the released variant moves its buffer
-        of text prototypes each time.)
+        by one. All prompts pass the text tower, which in the released variant moves its buffer of text prototypes;
+        [`Segmenter`] keeps what it was asked for.
 
         Args:
             model: a `PGSegModel` (anything with its `get_text_features`, `text_model` and `text_projection`),
@@ -293,48 +283,24 @@ class PGSegProcessor(ProcessorMixin):
             raise ValueError("class embeddings need the model in evaluation mode: call model.eval() first")
         templates = self.templates if templates is None else validate_templates(templates)
         prompts = build_prompts(labels, templates)
-        rows = self._token_rows(labels, prompts)
-        padding = (self.tokenizer.pad_token_id,)
-        count = len(templates)
-        keys = [(padding, *rows[n : n + count]) for n in range(0, len(rows), count)]
-
-        signature = _text_weight_signature(model)
-        known_signature, known = _class_embeddings.get(model, (None, {}))
-        if signature is None or signature != known_signature:
-            known = {}
-        new = [n for n, key in enumerate(keys) if key not in known]
-        fresh: dict[_TokenKey, torch.Tensor] = {}
-        if new:
-            ids, mask = self._padded([row for n in new for row in keys[n][1:]])
-            embeddings = _embed_prompts(
-                model, ids.unflatten(0, (-1, count)), mask.unflatten(0, (-1, count)), batch_size
-            )
-            fresh = {keys[n]: embedding for n, embedding in zip(new, embeddings)}
-        result = torch.stack([fresh[key] if key in fresh else known[key] for key in keys])
-        if signature is not None:
-            merged = {**known, **fresh} if len(known) + len(fresh) <= _MAX_CACHED_LABELS else fresh
-            _class_embeddings[model] = (signature, merged)
-        return result
+        ids, mask = (part.unflatten(0, (-1, len(templates))) for part in self._tokens(labels, prompts))
+        return _embed_prompts(model, ids, mask, batch_size)
 
     def _context(self, text_kwargs: dict) -> int:
         """Tokens that a text may have."""
         return text_kwargs.get("max_length") or self.tokenizer.model_max_length
 
-    def _token_rows(self, labels: Sequence[str], prompts: list[list[str]]) -> list[tuple[int, ...]]:
-        """Token ids of prompts without padding, which takes most of a tokenizer's time."""
+    def _tokens(self, labels: Sequence[str], prompts: list[list[str]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids and attention mask [N * T, L]. Other than padding by the tokenizer's call this leaves it, which
+        threads may share, as it is."""
         text_kwargs: dict = {**self.text_kwargs, "padding": False}
         encoded = self.tokenizer([prompt for of_label in prompts for prompt in of_label], **text_kwargs)
         check_distinct_labels(encoded, labels, prompts, self._context(text_kwargs))
-        return [tuple(row) for row in encoded["input_ids"]]
-
-    def _padded(self, rows: list[tuple[int, ...]]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Token ids and attention mask [N, L]. Other than padding by its call this leaves the tokenizer, which threads
-        may share, as it is."""
-        lists = {"input_ids": [list(row) for row in rows], "attention_mask": [[1] * len(row) for row in rows]}
+        rows = {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"]}
         padding = {
             name: self.text_kwargs[name] for name in ("padding", "max_length") if name in self.text_kwargs
         }
-        padded = self.tokenizer.pad(lists, return_tensors="pt", padding_side="right", **padding)
+        padded = self.tokenizer.pad(rows, return_tensors="pt", padding_side="right", **padding)
         return padded["input_ids"], padded["attention_mask"]
 
     def post_process_semantic_segmentation(
@@ -452,21 +418,6 @@ def _embed_prompts(model: Any, ids: torch.Tensor, mask: torch.Tensor, batch_size
         wide = joined.float() if joined.dtype in (torch.float16, torch.bfloat16) else joined
         mean = wide.view(labels, templates, -1).mean(dim=1)
         return torch.nn.functional.normalize(mean, dim=-1).to(joined.dtype)
-
-
-def _text_weight_signature(model: Any) -> _WeightSignature | None:
-    """Something that changes whenever a weight or buffer of the text tower or its head is replaced or written
-    to.
-
-    None where that cannot be told: inference tensors count no versions, and weights on the meta device
-    (offloaded) have no address.
-    """
-    tensors = []
-    for module in (model.text_model, model.text_projection):
-        tensors += [*module.parameters(), *module.buffers()]
-    if any(tensor.is_inference() or tensor.is_meta for tensor in tensors):
-        return None
-    return tuple((tensor.data_ptr(), tensor._version, tensor.dtype, str(tensor.device)) for tensor in tensors)
 
 
 __all__ = ["PGSegProcessor"]

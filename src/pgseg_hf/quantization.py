@@ -14,6 +14,7 @@ Between the products the stages compute in bfloat16 where the CPU has instructio
 """
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .int8 import Int8Linear, has_bfloat16, rounded
+from .int8 import Int8Linear, has_bfloat16, refuse_other_dtype, rounded
 from .layers import PGSegVisionEncoder
 
 METHOD = "pgseg_int8"
@@ -40,7 +41,7 @@ class PGSegInt8Config(QuantizationConfigMixin):
 
     Args:
         modules_to_not_convert: names of modules that stay float32 with all that is in them, such as
-            `["vision_model.embeddings"]`.
+            `["vision_model.embeddings"]`; those that a model does not have are refused.
     """
 
     def __init__(self, modules_to_not_convert: list[str] | None = None, **kwargs: Any):
@@ -73,6 +74,10 @@ class _Stored(nn.Module):
         values: Any = self.weight_int8
         scale: Any = self.weight_scale
         return values[index] * scale[index][..., None]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        refuse_other_dtype(fn)
+        return super()._apply(fn, recurse)
 
     @property
     def weight(self) -> Tensor:
@@ -158,8 +163,15 @@ class PGSegInt8Quantizer(HfQuantizer):
         return torch.float32
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        kept = self.quantization_config.modules_to_not_convert or []
         if self.pre_quantized:
-            _replace_layers(model, self.quantization_config.modules_to_not_convert or [])
+            _replace_layers(model, kept)
+        elif unknown := sorted(set(kept) - {name for name, _ in model.named_modules()}):
+            parts = ", ".join(name for name, _ in model.named_children())
+            raise ValueError(
+                f"modules_to_not_convert has {unknown[0]!r}, which {type(model).__name__} does not have, expected "
+                f"{parts} or names in them."
+            )
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         if not self.pre_quantized:

@@ -8,8 +8,10 @@ Shapes: K groups, N labels, H x W pixels of a window or an image, h x w patches.
 Source: released `segmentation/evaluation/pgseg_seg.py`, the same as GroupViT's `group_vit_seg.py`.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import chain, repeat
 from typing import Any
 
 import torch
@@ -350,3 +352,49 @@ def dense_probabilities(
     dense = scores.new_zeros(num_channels, *size)
     dense[channels] = scores
     return stretch(dense, target_size or size).softmax(dim=0)
+
+
+@dataclass
+class ScoredImage:
+    """An image's windows with their groups' scores for some labels.
+
+    Args:
+        size: height and width of the original.
+        resized: height and width of what the windows cover.
+        windows: their scores.
+    """
+
+    size: tuple[int, int]
+    resized: tuple[int, int]
+    windows: list[WindowScores] = field(default_factory=list)
+
+    def with_background(self, threshold: float) -> "ScoredImage":
+        """The same with a background channel in front, from scores without one."""
+        return replace(self, windows=[window.with_background(threshold) for window in self.windows])
+
+    def label_map(self) -> tuple[Tensor, Tensor]:
+        """The best label of each pixel of the original, int64 [H, W], and its score [H, W]."""
+        scores, channels, count = merge_windows(self.windows, self.resized)
+        return best_labels(scores, channels, count, self.size)
+
+
+def averaged_over_neighbours(images: Iterable[ScoredImage], count: int) -> Iterator[ScoredImage]:
+    """Each image with the windows of the `count` images around it, fewer at both ends: scores are means over windows.
+
+    Raises:
+        ValueError: neighbours of different sizes.
+    """
+    after = count // 2
+    near: deque[ScoredImage | None] = deque([None] * count, maxlen=count)
+    for image in chain(images, repeat(None, after)):
+        near.append(image)
+        middle = near[-1 - after]
+        if middle is None:
+            continue
+        present = [each for each in near if each is not None]
+        if len({each.size for each in present}) > 1:
+            raise ValueError(
+                f"images of {', '.join(map(str, sorted({each.size for each in present})))} (height, width) follow one "
+                "another, expected one size where scores are averaged over neighbours."
+            )
+        yield replace(middle, windows=[window for each in present for window in each.windows])

@@ -1,31 +1,29 @@
 """The one way from photos and words to masks, used by the pipeline, the command line and everything else."""
 
-from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain, repeat
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
 from transformers.utils import logging
 
 from .images import load_image
+from .label_maps import Segmentation
 from .modeling_pgseg import PGSegModel, PGSegVisionOutput
-from .options import BACKGROUND, SegmentationOptions, check_one_background, refuse_gaps
+from .options import SegmentationOptions, refuse_gaps
 from .processing_pgseg import PGSegProcessor
-from .prompts import split_synonyms
+from .prompts import split_synonyms, validate_templates
 from .scoring import (
+    ScoredImage,
     WindowScores,
     average_by_owner,
-    best_labels,
+    averaged_over_neighbours,
     best_word,
     chance_of_labels,
     group_map,
     group_scores,
-    merge_windows,
     patch_scores,
     window_starts,
 )
@@ -38,95 +36,10 @@ logger = logging.get_logger(__name__)
 NEUTRAL_WORDS = ("object", "thing", "background", "scene")
 # Words whose embeddings have at least this cosine are taken for one meaning, and do not compete.
 SAME_MEANING = 0.5
-# Pixels that are counted at once, whose scores NumPy makes float64.
-_COUNTED_AT_ONCE = 2**22
+# Lists of labels whose embeddings are kept.
+_KEPT_EMBEDDINGS = 32
 # A batch is full with so many pixels of images.
 _BATCH_PIXELS = 2**26
-
-
-@dataclass
-class Segment:
-    """One label's part of a segmentation.
-
-    Args:
-        label: as it was given, or "background".
-        value: its value in the label map.
-        area: share of the image's pixels, 0 to 1.
-        score: mean score of these pixels, 0 to 1; None where there are none.
-    """
-
-    label: str
-    value: int
-    area: float
-    score: float | None
-
-
-@dataclass
-class Segmentation:
-    """The labels of an image's pixels.
-
-    Args:
-        label_map: int64 [H, W] of the original image's size. Without a background, values index `labels`; with one,
-            0 is background and label i has value i + 1.
-        scores: float [H, W], the score of each pixel's label.
-        labels: N label names.
-        background: whether value 0 is background.
-        colours: of labels that were given one, "#rrggbb" by name, for drawings.
-
-    Raises:
-        ValueError: a background, and a label of that name.
-    """
-
-    label_map: np.ndarray = field(repr=False)
-    scores: np.ndarray = field(repr=False)
-    labels: list[str]
-    background: bool = False
-    colours: Mapping[str, str] | None = None
-
-    def __post_init__(self) -> None:
-        check_one_background(self.labels, self.background)
-
-    def with_thresholds(self, thresholds: Mapping[str, float] | None) -> "Segmentation":
-        """The same with background where a label has a lower score than its threshold; itself without thresholds."""
-        if not thresholds:
-            return self
-        least = np.array([0.0] * self.background + [thresholds.get(label, 0.0) for label in self.labels])
-        is_low = self.scores < least[self.label_map]
-        values = np.where(is_low, 0, self.label_map + (not self.background))
-        return replace(self, label_map=values, scores=np.where(is_low, 1, self.scores), background=True)
-
-    def without_absent(self) -> "Segmentation":
-        """The same with no labels but those that are there, the largest first; with the first where none is."""
-        shown = [segment for segment in self.segments() if segment.value or not self.background]
-        values = np.zeros(len(self.labels) + self.background, dtype=np.int64)
-        values[[segment.value for segment in shown]] = np.arange(len(shown)) + self.background
-        labels = [segment.label for segment in shown] or self.labels[:1]
-        return replace(self, label_map=values[self.label_map], labels=labels)
-
-    def segments(self, include_absent: bool = False) -> list[Segment]:
-        """The labels that are present, largest area first; with `include_absent` all, in their order."""
-        names = [BACKGROUND, *self.labels] if self.background else self.labels
-        counts, totals = np.zeros(len(names), dtype=int), np.zeros(len(names))
-        values, scores = self.label_map.ravel(), self.scores.ravel()
-        for start in range(0, values.size, _COUNTED_AT_ONCE):
-            part = slice(start, start + _COUNTED_AT_ONCE)
-            counts += np.bincount(values[part], minlength=len(names))
-            totals += np.bincount(values[part], weights=scores[part], minlength=len(names))
-        order = range(len(names)) if include_absent else np.argsort(-counts, kind="stable")
-        return [
-            Segment(
-                label=names[value],
-                value=int(value),
-                area=float(counts[value] / self.label_map.size),
-                score=float(totals[value] / counts[value]) if counts[value] else None,
-            )
-            for value in order
-            if counts[value] or include_absent
-        ]
-
-    def mask(self, segment: Segment) -> np.ndarray:
-        """Where a segment is, bool [H, W]."""
-        return self.label_map == segment.value
 
 
 @dataclass
@@ -167,52 +80,6 @@ class EncodedImage:
     windows: list[WindowFeatures] = field(default_factory=list)
 
 
-@dataclass
-class ScoredImage:
-    """An image's windows with their groups' scores for some labels.
-
-    Args:
-        size: height and width of the original.
-        resized: height and width of what the windows cover.
-        windows: their scores.
-    """
-
-    size: tuple[int, int]
-    resized: tuple[int, int]
-    windows: list[WindowScores] = field(default_factory=list)
-
-    def with_background(self, threshold: float) -> "ScoredImage":
-        """The same with a background channel in front, from scores without one."""
-        return replace(self, windows=[window.with_background(threshold) for window in self.windows])
-
-    def label_map(self) -> tuple[Tensor, Tensor]:
-        """The best label of each pixel of the original, int64 [H, W], and its score [H, W]."""
-        scores, channels, count = merge_windows(self.windows, self.resized)
-        return best_labels(scores, channels, count, self.size)
-
-
-def averaged_over_neighbours(images: Iterable[ScoredImage], count: int) -> Iterator[ScoredImage]:
-    """Each image with the windows of the `count` images around it, fewer at both ends: scores are means over windows.
-
-    Raises:
-        ValueError: neighbours of different sizes.
-    """
-    after = count // 2
-    near: deque[ScoredImage | None] = deque([None] * count, maxlen=count)
-    for image in chain(images, repeat(None, after)):
-        near.append(image)
-        middle = near[-1 - after]
-        if middle is None:
-            continue
-        present = [each for each in near if each is not None]
-        if len({each.size for each in present}) > 1:
-            raise ValueError(
-                f"images of {', '.join(map(str, sorted({each.size for each in present})))} (height, width) follow one "
-                "another, expected one size where scores are averaged over neighbours."
-            )
-        yield replace(middle, windows=[window for each in present for window in each.windows])
-
-
 def _batches(images: Iterable[Any], size: int) -> Iterator[list[Any]]:
     """Lists of `size` images, of fewer where they are large and in memory."""
     batch, pixels = [], 0
@@ -236,8 +103,23 @@ def remarks_on_one_label(labels: Sequence[str], background: bool) -> list[str]:
     ]
 
 
+def _text_weights(model: PGSegModel) -> tuple | None:
+    """Something that changes whenever a weight or buffer of the text tower or its head is replaced or written to.
+
+    None where that cannot be told: inference tensors count no versions, and weights on the meta device
+    (offloaded) have no address.
+    """
+    tensors: list[Tensor] = []
+    for module in (model.text_model, model.text_projection):
+        tensors += [*module.parameters(), *module.buffers()]
+    if any(tensor.is_inference() or tensor.is_meta for tensor in tensors):
+        return None
+    return tuple((tensor.data_ptr(), tensor._version, tensor.dtype, str(tensor.device)) for tensor in tensors)
+
+
 class Segmenter:
-    """Segments images with a model and its processor.
+    """Segments images with a model and its processor. Embeddings of labels are computed once, until the weights of the
+    text tower change.
 
     Args:
         model: in evaluation mode, on any device and in any dtype.
@@ -251,6 +133,7 @@ class Segmenter:
         self.model = model.eval()
         self.processor = processor
         self.options = options or SegmentationOptions()
+        self._known_embeds: dict[tuple, Tensor] = {}
 
     def __call__(
         self, images: Any, labels: Sequence[str], options: SegmentationOptions | None = None
@@ -354,7 +237,7 @@ class Segmenter:
         words = split_synonyms(labels)
         flat = [word for each in words for word in each]
         refuse_other_tokenizer(self.model.config, self.processor.tokenizer, "the segmenter")
-        embeds = self.processor.get_class_embeddings(self.model, flat, options.templates)
+        embeds = self._embeddings_of_words(flat, options.templates)
         if len(flat) == len(words):
             return embeds
         owners = [number for number, each in enumerate(words) for _ in each]
@@ -363,6 +246,18 @@ class Segmenter:
         most = max(map(len, words))
         places = [[flat.index(word) for word in (each + each[:1] * most)[:most]] for each in words]
         return embeds[torch.tensor(places, device=embeds.device)]
+
+    def _embeddings_of_words(self, words: list[str], templates: Sequence[str] | None) -> Tensor:
+        templates = self.processor.templates if templates is None else validate_templates(templates)
+        weights = _text_weights(self.model)
+        key = (tuple(words), tuple(templates), weights)
+        if weights is None or key not in self._known_embeds:
+            embeds = self.processor.get_class_embeddings(self.model, words, templates)
+            if weights is None:
+                return embeds
+            kept = self._known_embeds if len(self._known_embeds) < _KEPT_EMBEDDINGS else {}
+            self._known_embeds = {**kept, key: embeds}
+        return self._known_embeds[key].clone()
 
     def encode(
         self, images: Iterable[Any], options: SegmentationOptions | None = None

@@ -13,12 +13,14 @@ from PIL import Image
 from transformers.utils import logging
 
 from .files import folder_written_whole, write_atomically, write_image
+from .images import MAX_IMAGE_PIXELS
 from .values import whole_number
 from .visualization import indexed_png, label_colours, overlay
 
 if TYPE_CHECKING:
+    from .label_maps import Segment, Segmentation
     from .options import SegmentationOptions
-    from .segmentation import Segment, Segmentation, Segmenter
+from .segmentation import Segmenter
 
 logger = logging.get_logger(__name__)
 
@@ -77,6 +79,7 @@ class Video:
 
     Args:
         path: a file of any format that FFmpeg reads.
+        max_pixels: a video with larger frames is refused.
 
     Attributes:
         rate: frames a second, on average.
@@ -84,14 +87,19 @@ class Video:
         length: frames by the file's header, an estimate; None where it does not tell.
 
     Raises:
-        ValueError: PyAV is not installed, or the file is no video, is broken (also later, while frames are read) or
-            ends before its header says.
+        ValueError: PyAV is not installed, or the file is no video, is broken (also later, while frames are read), too
+            large or ends before its header says.
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, max_pixels: int = MAX_IMAGE_PIXELS):
         self.path = Path(path)
         with self._open() as container:
             stream = container.streams.video[0]
+            if stream.width * stream.height > max_pixels:
+                raise ValueError(
+                    f"{path} has frames of {stream.width} x {stream.height} = {stream.width * stream.height:,} pixels, "
+                    f"more than the {max_pixels:,} that are read: raise max_pixels (--max-pixels)."
+                )
             self.rate = Fraction(stream.average_rate or stream.guessed_rate or 25)
             self.time_base: Fraction = stream.time_base
             ends = [
@@ -139,7 +147,7 @@ class Video:
             raise self._broken(error.strerror or str(error)) from error
         if not container.streams.video:
             container.close()
-            raise ValueError(f"{self.path} holds no pictures, only sound; expected a video.")
+            raise ValueError(f"{self.path} holds no images, only sound; expected a video.")
         return container
 
     def _broken(self, reason: str) -> ValueError:
@@ -221,9 +229,11 @@ class VideoSummary:
     segments: list["Segment"]
 
 
-def check_video(video: Path, output: Path | None, mask: Path | None, overwrite: bool) -> None:
+def check_video(
+    video: Path, output: Path | None, mask: Path | None, overwrite: bool, max_pixels: int = MAX_IMAGE_PIXELS
+) -> None:
     """Raises a ValueError for a video that cannot be read, or results that cannot be written or are there already."""
-    Video(video)
+    Video(video, max_pixels)
     if output is not None and output.suffix.lower() not in WRITTEN:
         raise ValueError(
             f"{output} has no ending of a video that can be written, expected {', '.join(WRITTEN)}."
@@ -251,6 +261,7 @@ def segment_video(
     smooth: int = SMOOTH,
     every: int = 1,
     overwrite: bool = False,
+    max_pixels: int = MAX_IMAGE_PIXELS,
 ) -> VideoSummary:
     """Writes a video's overlay, of its size and timing and without sound, whole or not at all.
 
@@ -262,14 +273,15 @@ def segment_video(
         mask: folder for an indexed PNG of each frame, `000000.png` and so on, as videos lose labels' numbers.
         options, smooth, every: as for [`segment_frames`].
         overwrite: results that are there are replaced.
+        max_pixels: a video with larger frames is refused.
 
     Raises:
         ValueError: options, labels, or a video that make no sense, results that are there, or PyAV is not installed.
     """
     start = time.monotonic()
     output, mask = Path(output), None if mask is None else Path(mask)
-    check_video(Path(video), output, mask, overwrite)
-    source = Video(video)
+    check_video(Path(video), output, mask, overwrite, max_pixels)
+    source = Video(video, max_pixels)
     totals = _Totals()
     with ExitStack() as stack:
         folder = None if mask is None else stack.enter_context(folder_written_whole(mask, replace=True))
@@ -285,8 +297,8 @@ def segment_video(
                     write_image(png, folder / f"{totals.frames:06d}.png")
                 totals.add(frame, result)
                 shown = (result.label_map, result.labels, result.background)
-                picture = overlay(frame.image, *shown, legend=False, colours=result.colours)
-                yield Frame(picture, frame.pts)
+                painted = overlay(frame.image, *shown, legend=False, colours=result.colours)
+                yield Frame(painted, frame.pts)
                 progress.update()
 
         write_atomically(output, lambda file: _encode(drawn(), file, source, output.suffix.lower()))
@@ -313,7 +325,7 @@ class _Totals:
 
     def segments(self) -> list["Segment"]:
         return [
-            replace(each, area=area / self.frames, score=scores / area if area else None)
+            replace(each, area=area / self.frames, score=scores / area if scores else None)
             for each, area, scores in self._sums
         ]
 
@@ -332,9 +344,9 @@ def _encode(frames: Iterator[Frame], file: BinaryIO, source: Video, ending: str)
         context.time_base = source.time_base
         context.colorspace, context.color_range = _BT709, _LIMITED_RANGE
         for frame in itertools.chain([first], frames):
-            picture = av.VideoFrame.from_image(frame.image).reformat(
+            encoded = av.VideoFrame.from_image(frame.image).reformat(
                 format=pixel_format, dst_colorspace=_BT709
             )
-            picture.pts, picture.time_base = frame.pts, source.time_base
-            container.mux(stream.encode(picture))
+            encoded.pts, encoded.time_base = frame.pts, source.time_base
+            container.mux(stream.encode(encoded))
         container.mux(stream.encode())
