@@ -76,7 +76,7 @@ def test_values_as_a_benchmark_has_them(tmp_path):
 def test_other_columns(tmp_path):
     path = save(make_table("photo", "annotation"), tmp_path / "table", "saved")
     for image, mask, message in (
-        (None, "annotation", r"no column of pictures by a usual name .*columns are photo, annotation"),
+        (None, "annotation", r"no column of images by a usual name .*columns are photo, annotation"),
         ("photo", "mask", r"has no column 'mask'; its columns are photo, annotation"),
         ("picture", "annotation", "has no column 'picture'"),
     ):
