@@ -17,13 +17,15 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
 import gradio as gr
 from gradio_client.utils import is_file_obj_with_meta, traverse
-from handlers import NO_MODEL, Handlers, as_it_is, check_file, file_as_it_is, presets, speaking
+from handlers import NO_MODEL, Handlers, check_file, file_as_it_is, presets, speaking
 from model_catalogue import Catalogue
 from settings import MAX_SHORT_SIDE, Settings, read_settings
 
 from pgseg_hf import DEFAULT_CHECKPOINT
+from pgseg_hf.suggestions import MIN_AREA
 
-EXAMPLES = Path(__file__).parent / "examples"
+HERE = Path(__file__).parent
+EXAMPLES = HERE / "examples"
 EXAMPLE_LABELS = {
     "horses.jpg": "horse, person, sand, sea, rock",
     "dog.jpg": "dog, ground, tree",
@@ -35,23 +37,10 @@ EXAMPLE_LABELS = {
 }
 FIRST = "horses.jpg"  # segmented when the page opens
 WINDOWS = [("sliding window", "sliding"), ("whole image", "whole")]
+SYNONYMS = [("average", "average"), ("best at each place", "best")]
 # The system's own letters: fonts of the web would need a network.
 FONTS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"]
 CODE_FONTS = ["ui-monospace", "Consolas", "monospace"]
-PAGE_SCRIPT = (Path(__file__).parent / "page.js").read_text()
-# On a phone: images of prototypes one below the other, and a heat map that is moved sideways.
-CSS = """
-#tip { position: fixed; z-index: 100; padding: 2px 8px; border-radius: 4px; background: #111; color: #fff;
-  pointer-events: none; font-family: sans-serif; }
-#results .image-container { touch-action: manipulation; }
-#results img.mask:not(.inactive) { opacity: var(--mask-opacity, 0.6); }
-#examples .gallery { flex-wrap: nowrap; overflow-x: auto; }
-#examples .gallery-item img { height: 64px; width: 84px; object-fit: cover; }
-#prototypes .grid-wrap { max-height: none; height: auto; }
-#prototypes .grid-container { grid-template-columns: repeat(auto-fit, minmax(280px, 1fr)) !important; }
-#heat .image-container, #heat .image-container > button, #heat .image-frame { display: block; overflow-x: auto; }
-#heat img { width: 100%; min-width: 600px; max-width: none; }
-"""
 INTRODUCTION = """# PGSeg: segment by words
 Type what may be in an image and get a mask for each label. The model learned from images and their texts, never from a
 mask; the one that ships is small, finds large things best, and misses thin ones.
@@ -126,12 +115,10 @@ def _what_is_asked(catalogue: Catalogue, settings: Settings) -> Parts:
         elem_id="image",
     )
     image.preprocess = file_as_it_is(image.GRADIO_CACHE, str(EXAMPLES))
+    samples = [[str(EXAMPLES / name)] for name in EXAMPLE_LABELS]
+    shown = [gr.Image(visible=False)]
     examples = gr.Dataset(
-        components=[gr.Image(visible=False)],
-        samples=[[str(EXAMPLES / name)] for name in EXAMPLE_LABELS],
-        type="index",
-        label="Examples",
-        elem_id="examples",
+        components=shown, samples=samples, type="index", label="Examples", elem_id="examples"
     )
     words = gr.Textbox(
         EXAMPLE_LABELS[FIRST],
@@ -144,29 +131,47 @@ def _what_is_asked(catalogue: Catalogue, settings: Settings) -> Parts:
         no_words = gr.Button("What is in it?", min_width=120)
     with gr.Row():
         background = gr.Checkbox(False, label="Background where no label fits", min_width=150)
-        threshold = gr.Slider(
-            *(0, 1, 0.5),
-            step=0.01,
-            label="Background threshold",
-            elem_id="threshold",
-            interactive=False,
-            min_width=150,
+        threshold = _slider(
+            0.5, "Background threshold", elem_id="threshold", interactive=False, min_width=150
         )
-    threshold.preprocess = as_it_is
-    with gr.Accordion("Model, resolution, labels of a benchmark", open=False):
-        model = gr.Dropdown(
-            catalogue.names, value=catalogue.default, label="Model", **_picker(catalogue, settings)
-        )
-        preset = gr.Dropdown(list(presets()), value=None, label="Labels of a benchmark")
-        window = gr.Radio(WINDOWS, value="sliding", label="Inference")
-        short_side = gr.Slider(
-            0, MAX_SHORT_SIDE, 0, step=16, label="Short side in pixels (0: the model's own)"
-        )
-    short_side.preprocess = as_it_is
+    with gr.Accordion("Model, resolution, labels and prompts", open=False):
+        preset, *choices = _choices(catalogue, settings)
     return {
-        "asked": [image, words, background, threshold, model, window, short_side],
+        "asked": [image, words, background, threshold, *choices],
         "asking": [button, no_words, examples, preset],
     }
+
+
+def _choices(catalogue: Catalogue, settings: Settings) -> list[Any]:
+    """Labels of a benchmark, and what hardly anybody changes."""
+    model = gr.Dropdown(
+        catalogue.names, value=catalogue.default, label="Model", **_picker(catalogue, settings)
+    )
+    preset = gr.Dropdown(list(presets()), value=None, label="Labels of a benchmark")
+    window = gr.Radio(WINDOWS, value="sliding", label="Inference")
+    short_side = _slider(0, "Short side in pixels (0: the model's own)", maximum=MAX_SHORT_SIDE, step=16)
+    info = f"share of the image, 0: every label (What is in it?: {MIN_AREA})"
+    min_area = _slider(0, "Minimum area of a label", info=info)
+    info = "for labels such as car|automobile"
+    synonyms = gr.Radio(
+        SYNONYMS, value="average", label="Synonyms", info=info, interactive=False, elem_id="synonyms"
+    )
+    templates = gr.Textbox(
+        "",  # without a value programs would have to give one
+        label="Prompt templates, one a line",
+        info="{} stands for the label; the model's own where there are none",
+        placeholder="a photo of a {}.",
+        lines=2,
+        max_lines=8,
+    )
+    return [preset, model, window, short_side, min_area, synonyms, templates]
+
+
+def _slider(value: float, label: str, maximum: float = 1, step: float = 0.01, **options: Any) -> gr.Slider:
+    """A slider from 0 whose value the handlers look at: Gradio's refusals say nothing."""
+    slider = gr.Slider(0, maximum, value, step=step, label=label, **options)
+    slider.preprocess = lambda payload: payload
+    return slider
 
 
 def _picker(catalogue: Catalogue, settings: Settings) -> dict[str, Any]:
@@ -200,14 +205,12 @@ def _what_is_found(catalogue: Catalogue, settings: Settings) -> Parts:
         with gr.Row():
             mask = gr.DownloadButton("Mask (PNG)", interactive=False, min_width=120)
             labels = gr.DownloadButton("Labels (JSON)", interactive=False, min_width=120)
+        columns: dict[str, Any] = {
+            "headers": ["label", "area", "score"],
+            "column_widths": ["50%", "25%", "25%"],
+        }
         rows = gr.Dataframe(
-            headers=["label", "area", "score"],
-            label="Labels",
-            interactive=False,
-            datatype="str",
-            wrap=True,
-            column_widths=["50%", "25%", "25%"],
-            elem_id="rows",
+            label="Labels", interactive=False, datatype="str", wrap=True, elem_id="rows", **columns
         )
     with gr.Tab("Groups"):
         number = gr.Slider(1, 2, 1, step=1, label="Window", visible=False)
@@ -217,12 +220,7 @@ def _what_is_found(catalogue: Catalogue, settings: Settings) -> Parts:
         became = gr.Markdown("Press **Segment** first.")
     with gr.Tab("Prototypes") as tab:
         gallery = gr.Gallery(
-            label="Prototypes",
-            show_label=False,
-            height="auto",
-            object_fit="contain",
-            visible=False,
-            elem_id="prototypes",
+            show_label=False, height="auto", object_fit="contain", visible=False, elem_id="prototypes"
         )
         explained = gr.Markdown()
     with gr.Tab("Comparison"):
@@ -240,16 +238,14 @@ def _what_is_found(catalogue: Catalogue, settings: Settings) -> Parts:
 
 def _connect(handlers: Handlers, parts: Parts, app: gr.Blocks) -> None:
     """What happens when; requests of all kinds share one queue."""
-    image, words, background, threshold, model, window, short_side = asked = parts["asked"]
+    image, words, background, threshold, *choices = asked = parts["asked"]
     _, _, _, _, groups, heat, became, number, *_ = found = parts["found"]
     study, _ = states = parts["states"]
     button, no_words, examples, preset = parts["asking"]
     tab, *of_prototypes = parts["prototypes"]
-    shared: dict[str, Any] = {
-        "concurrency_limit": handlers.settings.concurrency,
-        "concurrency_id": "model",
-        "api_visibility": "private",
-    }
+    private: dict[str, Any] = {"api_visibility": "private"}
+    at_once = private | {"queue": False}
+    shared = private | {"concurrency_limit": handlers.settings.concurrency, "concurrency_id": "model"}
     show_masks = speaking(handlers.show_masks)
     inputs, outputs = [*asked, *parts["other"], number, *states], [*found, words, *states]
     show_results = f"(...values) => {{ showResults(); return values.slice(0, {len(inputs)}); }}"
@@ -260,44 +256,31 @@ def _connect(handlers: Handlers, parts: Parts, app: gr.Blocks) -> None:
     nothing = gr.State("")
     without_words = [nothing if each is words else each for each in inputs]
     no_words.click(show_masks, without_words, outputs, **asking)
-    chosen = examples.click(
-        lambda index: (str(EXAMPLES / list(EXAMPLE_LABELS)[index]), list(EXAMPLE_LABELS.values())[index]),
-        examples,
-        [image, words],
-        api_visibility="private",
-        queue=False,
-    )
+    known = [(str(EXAMPLES / name), labels) for name, labels in EXAMPLE_LABELS.items()]
+    chosen = examples.click(lambda index: known[index], examples, [image, words], **at_once)
     chosen.then(show_masks, inputs, outputs, **asking)
-    background.change(
-        lambda on: gr.Slider(interactive=on), background, threshold, api_visibility="private", queue=False
+    of_title = presets()
+    preset.input(
+        lambda title: of_title.get(title, (gr.skip(), gr.skip())), preset, [words, background], **at_once
     )
+    background.change(lambda on: gr.Slider(interactive=on), background, threshold, **at_once)
+    has_synonyms = "(words) => ({ __type__: 'update', interactive: words.includes('|') })"
+    words.change(None, words, choices[4], js=has_synonyms)
     # Only once there is something to change.
     again = {"trigger_mode": "always_last", "show_progress": "minimal", "show_progress_on": found, **shared}
     moved = _if_segmented(show_masks, len(outputs))
     threshold.release(moved, inputs, outputs, **again)
     background.input(moved, inputs, outputs, **again)
-    number.release(
-        speaking(handlers.show_groups),
-        [image, background, threshold, number, study],
-        [groups, heat, became],
-        **again,
-    )
+    of_groups = [image, background, threshold, number, study]
+    number.release(speaking(handlers.show_groups), of_groups, [groups, heat, became], **again)
     tab.select(speaking(handlers.show_prototypes), [image, study], [*of_prototypes, study], **shared)
-    known = presets()
-    preset.input(
-        lambda title: known.get(title, (gr.skip(), gr.skip())),
-        preset,
-        [words, background],
-        api_visibility="private",
-        queue=False,
-    )
     # The page has an example's image and labels; a program that leaves them out does not mean these.
     given, said = gr.Image(type="filepath", visible=False, label="Image"), gr.Textbox("", visible=False)
     given.preprocess = image.preprocess
     mask, found_labels = gr.File(visible=False, label="mask"), gr.JSON(visible=False, label="labels")
     gr.Button(visible=False).click(
         speaking(handlers.segment),
-        [given, said, background, threshold, model, window, short_side],
+        [given, said, background, threshold, *choices],
         [mask, found_labels],
         **{**shared, "api_visibility": "public"},
         api_name="segment",
@@ -342,8 +325,8 @@ def launch(settings: Settings, **options: Any) -> Any:
     _keep_clean(Path(app.GRADIO_CACHE), settings.keep_seconds)
     return app.launch(
         theme=theme,
-        css=CSS,
-        js=PAGE_SCRIPT,
+        css_paths=HERE / "page.css",
+        js=(HERE / "page.js").read_text(),
         mcp_server=settings.mcp,
         max_file_size=settings.max_file_size,
         allowed_paths=[str(EXAMPLES)],

@@ -15,20 +15,22 @@ from gradio.processing_utils import save_bytes_to_cache
 from gradio_client.utils import is_http_url_like
 from limits import time_limit
 from model_catalogue import Catalogue
-from settings import MAX_DATA_LETTERS, MAX_LABELS, MAX_SHORT_SIDE, MIN_SHORT_SIDE, Settings, is_zerogpu
-from studies import Choices, Laboratory, Study, Upload, read_labels, read_upload
-from views import (
-    annotated,
-    group_views,
-    mask_file,
-    notes,
-    prototype_views,
-    report,
-    table,
+from settings import (
+    LONGEST_EDGE,
+    MAX_DATA_LETTERS,
+    MAX_LABELS,
+    MAX_SHORT_SIDE,
+    MIN_SHORT_SIDE,
+    Settings,
+    is_zerogpu,
 )
+from studies import Choices, Laboratory, Study, Upload, read_labels, read_templates, read_upload
+from views import annotated, group_views, mask_file, notes, prototype_views, report, table
 
-from pgseg_hf import Segmentation
+from pgseg_hf import SegmentationOptions
 from pgseg_hf.evaluation.benchmarks.catalogue import BENCHMARKS
+from pgseg_hf.prompts import LabelList
+from pgseg_hf.values import share, whole_number
 
 NO_MODEL = "none"
 NOT_HERE = "The image is not on the server; please upload it again."
@@ -63,11 +65,6 @@ def file_as_it_is(*folders: str) -> Callable[[Any], str | None]:
     return preprocess
 
 
-def as_it_is(payload: Any) -> Any:
-    """What takes the place of a slider's `preprocess`, whose refusals say nothing: the handlers look at its value."""
-    return payload
-
-
 def check_file(payload: dict[str, Any], web_files: bool) -> dict[str, Any]:
     """A file of a request before Gradio looks for it.
 
@@ -100,13 +97,7 @@ class Asked:
     """The values of the page that its masks depend on, in the order of the components in `_connect`.
 
     Args:
-        path: of the uploaded image.
-        words: labels as typed; none for what the model finds of its vocabulary.
-        background: whether there is a background.
-        threshold: of it.
-        model: a name of the catalogue, or on the Hub.
-        window: "sliding" or "whole".
-        short_side: in pixels, 0 for what the model was saved with.
+        path, words, ...: as [`Handlers.segment`] takes them.
         other: name of the model to compare with, or "none".
         number: of the window whose groups are shown, from 1.
         study: of the last call.
@@ -114,21 +105,50 @@ class Asked:
     """
 
     path: str | None
-    words: str
+    words: str | None
     background: bool
-    threshold: float
-    model: str
+    threshold: float | None
+    model: str | None
     window: str
     short_side: int
-    other: str | None
-    number: int
-    study: Study | None
-    other_study: Study | None
+    min_area: float | None
+    synonyms: Any
+    templates: str | None
+    other: str | None = None
+    number: int = 1
+    study: Study | None = None
+    other_study: Study | None = None
+
+    @property
+    def choices(self) -> Choices:
+        """The same for a study.
+
+        Raises:
+            ValueError: a choice that there is not; programs send anything.
+        """
+        if self.window not in ("sliding", "whole"):
+            raise ValueError(f"window is {self.window!r}, expected 'sliding' or 'whole'.")
+        side = self.short_side
+        is_number = isinstance(side, (int, float)) and math.isfinite(side) and side == int(side)
+        if not (is_number and (side == 0 or MIN_SHORT_SIDE <= side <= MAX_SHORT_SIDE)):
+            raise ValueError(
+                f"short_side is {side!r}, expected 0 for the model's own, or a whole number of pixels from "
+                f"{MIN_SHORT_SIDE} to {MAX_SHORT_SIDE}."
+            )
+        options = SegmentationOptions(
+            window_size="auto" if self.window == "sliding" else None,
+            shortest_edge=int(side) or None,
+            longest_edge=LONGEST_EDGE if side else None,
+            min_area=self.min_area or None,
+            synonyms=self.synonyms,
+            templates=read_templates(self.templates),
+        )
+        return Choices(self.model or "", options)
 
     @property
     def limit(self) -> float | None:
         """The background threshold of the library."""
-        return _limit(self.background, self.threshold)
+        return share(self.threshold, "threshold") if self.background else None
 
 
 class Handlers:
@@ -156,29 +176,28 @@ class Handlers:
     def show_masks(self, *values: Any) -> tuple:
         """All that the page shows for the values of [`Asked`], and the studies for the next call."""
         asked = Asked(*values)
-        upload = read_upload(asked.path, self.settings.max_pixels)
-        labels = read_labels(asked.words)
-        choices = self._choices(asked.model, asked.window, asked.short_side)
-        limit = asked.limit
+        upload, labels, choices, limit = self._read(asked)
         study, other_study = self._studies(upload, labels, choices, asked)
         result = study.segmentation(limit)
         both = [gr.AnnotatedImage(visible=False)] * 2
         if other_study is not None:
             results = {choices.model: result, other_study.choices.model: other_study.segmentation(limit)}
-            both = [self._masks(upload, each, label=name, visible=True) for name, each in results.items()]
+            both = [
+                gr.AnnotatedImage(**annotated(upload.image, each), label=name, visible=True)
+                for name, each in results.items()
+            ]
         count = len(study.encoded.windows)
         seen_before = asked.study is not None and asked.study.encoded is study.encoded
-        number = int(_number("window", asked.number)) if seen_before else count // 2 + 1
+        number = whole_number(asked.number, "window") if seen_before else count // 2 + 1
         said = notes(study, limit)
         explained = json.dumps(report(result, study, limit), indent=1, ensure_ascii=False)
+        files = {"mask.png": mask_file(result), "labels.json": explained.encode()}
         return (
-            self._masks(upload, result),
+            gr.AnnotatedImage(**annotated(upload.image, result)),
             table(result),
-            gr.DownloadButton(
-                value=self._file(mask_file(result), f"{upload.name}-mask.png"), interactive=True
-            ),
-            gr.DownloadButton(
-                value=self._file(explained.encode(), f"{upload.name}-labels.json"), interactive=True
+            *(
+                gr.DownloadButton(value=self._file(data, f"{upload.name}-{name}"), interactive=True)
+                for name, data in files.items()
             ),
             *group_views(upload.image, study, limit, number - 1),
             gr.Slider(maximum=max(2, count), value=number, visible=count > 1),
@@ -189,22 +208,30 @@ class Handlers:
             other_study,
         )
 
+    def _read(self, asked: Asked) -> tuple[Upload, LabelList | None, Choices, float | None]:
+        """The image, the labels, what was chosen under the model's real name, and the background threshold."""
+        upload = read_upload(asked.path, self.settings.max_pixels)
+        choices = asked.choices
+        choices = replace(choices, model=self.laboratory.catalogue.real_name(choices.model))
+        return upload, read_labels(asked.words), choices, asked.limit
+
     def _studies(
-        self, upload: Upload, labels: list[str], choices: Choices, asked: Asked
+        self, upload: Upload, labels: LabelList | None, choices: Choices, asked: Asked
     ) -> tuple[Study, Study | None]:
-        """Of the model, and of the one to compare with."""
-        others = None
+        """Of the model, and of the one to compare with, by the labels that count for the first."""
+        others = []
         if asked.other and asked.other != NO_MODEL:
-            others = replace(choices, model=self.laboratory.catalogue.real_name(asked.other))
-            if others == choices:
+            options = replace(choices.options, min_area=None)
+            others = [Choices(self.laboratory.catalogue.real_name(asked.other), options)]
+            if others[0].model == choices.model:
                 raise ValueError(
                     f"{choices.model} is the model already; choose another one to compare it with."
                 )
-        with self._limited(*filter(None, (choices, others))):
-            study = self.laboratory.study(upload, labels, choices, asked.study)
-            if others is None:
-                return study, None
-            return study, self.laboratory.study(upload, labels or study.labels, others, asked.other_study)
+        make = self.laboratory.study
+        with self._limited(choices, *others):
+            study = make(upload, labels, choices, asked.study)
+            compared = [make(upload, study.kept_labels, each, asked.other_study) for each in others]
+        return study, *(compared or [None])
 
     def segment(
         self,
@@ -215,27 +242,33 @@ class Handlers:
         model: str,
         window: str,
         short_side: int,
+        min_area: float,
+        synonyms: Any,
+        templates: str | None,
     ) -> tuple[str, dict]:
         """Segment an image by words.
 
         Args:
             image: the image.
             labels: what may be in it, separated by commas or lines, each with its synonyms, colour and threshold if it
-                has them, as in "car|automobile:red:0.4"; empty for what the model finds of the words that it learned.
+                has them, as in "car|automobile:red:0.4"; empty for what is found of everyday words.
             background: whether there is background where no label scores as much as the threshold.
             threshold: from 0 to 1.
             model: name of a model that the server offers, or of one on the Hugging Face Hub.
             window: "sliding" for windows over the image, "whole" for the image at once.
             short_side: pixels that the image's short side is resized to, 0 for what the model was saved with.
+            min_area: share of the image that a label must cover to count when all compete, from 0 to 1; 0 for all
+                labels, and 0.02 where there are none.
+            synonyms: whether a label is scored by the "average" of its synonyms or by the "best" at each place.
+            templates: prompts such as "a photo of a {}.", one a line; empty for the model's own.
 
         Returns:
             the mask, an indexed PNG whose values are explained in the second result: labels, areas and scores.
         """
-        upload = read_upload(image, self.settings.max_pixels)
-        limit = _limit(background, threshold)
-        choices = self._choices(model, window, short_side)
+        how = (model, window, short_side, min_area, synonyms, templates)
+        upload, asked, choices, limit = self._read(Asked(image, labels, background, threshold, *how))
         with self._limited(choices):
-            study = self.laboratory.study(upload, read_labels(labels), choices)
+            study = self.laboratory.study(upload, asked, choices)
         result = study.segmentation(limit)
         return self._file(mask_file(result), f"{upload.name}-mask.png"), report(result, study, limit)
 
@@ -246,8 +279,9 @@ class Handlers:
         upload = read_upload(path, self.settings.max_pixels)
         if study is None or study.digest != upload.digest:
             raise ValueError("Press Segment first.")
-        index = min(max(int(_number("window", number)), 1), len(study.encoded.windows)) - 1
-        return group_views(upload.image, study, _limit(background, threshold), index)
+        index = min(whole_number(number, "window"), len(study.encoded.windows)) - 1
+        limit = share(threshold, "threshold") if background else None
+        return group_views(upload.image, study, limit, index)
 
     def show_prototypes(self, path: str | None, study: Study | None) -> tuple:
         """The prototypes of the image that was segmented last, and the study with them."""
@@ -275,44 +309,9 @@ class Handlers:
         with time_limit(self.settings.max_seconds):
             yield
 
-    def _choices(self, model: str | None, window: str | None, short_side: float | None) -> Choices:
-        """What was chosen, under the model's real name.
-
-        Raises:
-            ValueError: a choice that there is not; programs send anything.
-        """
-        if window not in ("sliding", "whole"):
-            raise ValueError(f"window is {window!r}, expected 'sliding' or 'whole'.")
-        side = _number("short_side", short_side)
-        if side and not (side.is_integer() and MIN_SHORT_SIDE <= side <= MAX_SHORT_SIDE):
-            raise ValueError(
-                f"short_side is {side:g}, expected 0 for the model's own, or a whole number of pixels from "
-                f"{MIN_SHORT_SIDE} to {MAX_SHORT_SIDE}."
-            )
-        return Choices(self.laboratory.catalogue.real_name(model or ""), window == "sliding", int(side))
-
-    def _masks(self, upload: Upload, result: Segmentation, **options: Any) -> gr.AnnotatedImage:
-        return gr.AnnotatedImage(**annotated(upload.image, result), **options)
-
     def _file(self, data: bytes, name: str) -> str:
         """A file where Gradio serves it, and deletes it once it was handed out."""
         return save_bytes_to_cache(data, name, self.cache)
-
-
-def _limit(background: bool | None, threshold: float | None) -> float | None:
-    """The library's background threshold for what was chosen."""
-    if not background:
-        return None
-    value = _number("threshold", threshold)
-    if not 0 <= value <= 1:
-        raise ValueError(f"threshold is {value:g}, expected a number from 0 to 1.")
-    return value
-
-
-def _number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ValueError(f"{name} is {value!r}, expected a number.")
-    return float(value)
 
 
 def presets() -> dict[str, tuple[str, bool]]:

@@ -4,7 +4,6 @@ import contextlib
 import re
 import tempfile
 import threading
-from collections import OrderedDict
 from pathlib import Path
 from weakref import WeakValueDictionary
 
@@ -25,8 +24,7 @@ from pgseg_hf import (
     default_tokenizer,
     load_segmenter,
 )
-from pgseg_hf.evaluation.benchmarks.mask_dataset import digest
-from pgseg_hf.run_records import model_record
+from pgseg_hf.run_records import hash_of, model_record
 
 # Owner and name as the Hub allows them: no dots in a row, nothing that leads into or out of a folder.
 _HUB_NAME = re.compile(r"(?!.*\.\.)[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
@@ -55,10 +53,9 @@ class Catalogue:
             for name, place in _offered(given).items():
                 if self._places.setdefault(name, place) != place:
                     raise ValueError(f"two models are called {name}: {self._places[name]} and {place}.")
-        self._offered: dict[str, Segmenter] = {}
-        self._visitors: OrderedDict[str, Segmenter] = OrderedDict()  # the one used last at the end
+        self._loaded: dict[str, Segmenter] = {}  # the one used last at the end
         self._digests: dict[str, str] = {}  # of all that were loaded, the last under each name
-        self._lock = threading.Lock()  # of the three, never held while a model is loaded
+        self._lock = threading.Lock()  # of these, never held while a model is loaded
         # Of a model while it is loaded: nobody waits for another one's download, and nothing is loaded twice.
         self._loading: WeakValueDictionary[str, threading.Lock] = WeakValueDictionary()
 
@@ -74,18 +71,24 @@ class Catalogue:
             ValueError: unknown name, or a model that cannot be loaded; says nothing of where files lie.
         """
         name = self.real_name(name)
-        if name not in self._places and not self.settings.any_hub_model:
-            raise ValueError(f"{name!r} is not offered here, expected one of {', '.join(self.names)}.")
-        if name not in self._places and not _HUB_NAME.fullmatch(name):
-            raise ValueError(
-                f"{name[:100]!r} is no model, expected one of the list or a name on the Hub such as owner/name. "
-                "Folders can be chosen where the server was started with --models FOLDER."
-            )
+        if name not in self._places:
+            if not self.settings.any_hub_model:
+                raise ValueError(f"{name!r} is not offered here, expected one of {', '.join(self.names)}.")
+            if not _HUB_NAME.fullmatch(name):
+                raise ValueError(
+                    f"{name[:100]!r} is no model, expected one of the list or a name on the Hub such as owner/name. "
+                    "Folders can be chosen where the server was started with --models FOLDER."
+                )
         with self._lock:
             loading = self._loading.setdefault(name, threading.Lock())
         with loading:
-            found = self._found(name) or self._load(name)
-            self._keep(name, found)
+            found = self._loaded.get(name) or self._load(name)
+            with self._lock:
+                self._loaded.pop(name, None)
+                self._loaded[name] = found
+                visitors = [each for each in self._loaded if each not in self._places]
+                for each in visitors[:-_KEPT_MODELS]:
+                    del self._loaded[each]
         return found
 
     def digest(self, name: str) -> str:
@@ -98,20 +101,6 @@ class Catalogue:
         """What a model is called that a visitor named; the shipped one for nothing."""
         return name.strip() or self.default
 
-    def _found(self, name: str) -> Segmenter | None:
-        with self._lock:
-            return self._offered.get(name) or self._visitors.get(name)
-
-    def _keep(self, name: str, segmenter: Segmenter) -> None:
-        with self._lock:
-            if name in self._places:
-                self._offered[name] = segmenter
-                return
-            self._visitors[name] = segmenter
-            self._visitors.move_to_end(name)
-            while len(self._visitors) > _KEPT_MODELS:
-                self._visitors.popitem(last=False)
-
     def _load(self, name: str) -> Segmenter:
         # With ZeroGPU there is no GPU but while a function borrows it.
         device = "cpu" if is_zerogpu() else self.settings.device
@@ -122,9 +111,10 @@ class Catalogue:
                     _download(name, place, self.settings.max_model_bytes)
                 segmenter = load_any(place, device, getattr(torch, self.settings.dtype))
             except (ValueError, OSError, HfHubHTTPError, httpx.HTTPError) as error:
-                raise ValueError(f"{name} cannot be loaded: {_without(place, str(error))}") from error
+                reason = str(error).replace(place, "it").replace(str(Path(place).parent), "")
+                raise ValueError(f"{name} cannot be loaded: {reason}") from error
         with self._lock:
-            self._digests[name] = digest(model_record(segmenter))
+            self._digests[name] = hash_of(model_record(segmenter))
         watch(segmenter.model)
         return segmenter
 
@@ -182,7 +172,3 @@ def _download(name: str, folder: str, max_bytes: int) -> None:
     if size > max_bytes:
         raise ValueError(f"it has {size:,} bytes, more than the {max_bytes:,} that this server takes.")
     snapshot_download(name, local_dir=folder, allow_patterns=wanted, token=False)
-
-
-def _without(place: str, message: str) -> str:
-    return message.replace(place, "it").replace(str(Path(place).parent), "")

@@ -4,6 +4,7 @@ import argparse
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -11,10 +12,12 @@ from pgseg_hf.command_line import CommandParser
 
 # The longest preset that is offered has as many (ImageNet-S-300).
 MAX_LABELS = 300
-MAX_LABEL_LETTERS = 100
+MAX_TEMPLATES = 80  # as many as the longest list for ImageNet
+MAX_LETTERS = 100  # of a label or template
 # Pixels that a visitor may have an image's short side resized to.
 MIN_SHORT_SIDE = 64
 MAX_SHORT_SIDE = 672
+LONGEST_EDGE = 2 * MAX_SHORT_SIDE  # of an image that is resized to these
 # Of a `data:` address: a file of 20 MB in base64.
 MAX_DATA_LETTERS = 28_000_000
 
@@ -32,7 +35,7 @@ class Settings:
         concurrency: requests that are worked on at once; the others wait.
         keep_seconds: how long images and results of a visitor stay on the server.
         max_seconds: that the model has for one request; what takes longer is given up.
-        web_pictures: whether a program may name a picture by a web address, which the server then fetches.
+        web_pictures: whether a program may name an image by a web address, which the server then fetches.
         max_pixels: of an image.
         max_file_size: of an upload, as Gradio takes it.
         max_model_bytes: of a model of the Hub that a visitor names.
@@ -52,78 +55,49 @@ class Settings:
     max_model_bytes: int = 2 * 10**9
 
 
-# Options with their defaults and what they are; all are at least 1.
-_WHOLE_NUMBERS = {
-    "concurrency": (Settings.concurrency, "requests that are worked on at once"),
-    "keep_seconds": (Settings.keep_seconds, "how long a visitor's images and results stay on the server"),
-    "max_seconds": (
-        Settings.max_seconds,
-        "that the model has for one request; what takes longer is given up",
-    ),
+_HELP = {
+    "models": "further models to offer: folders of checkpoints, folders of such folders, or names on the Hub "
+    f"(in the variable separated by {os.pathsep!r}); no other folder of the server can be opened",
+    "any_hub_model": "visitors may name any public model of the Hub",
+    "mcp": "serve /segment as an MCP tool too; needs gradio[mcp]",
+    "device": "where models run; a GPU by default, if there is one",
+    "dtype": "int8, with --device cpu, keeps PGSeg's models in a third of the memory",
+    "concurrency": "requests that are worked on at once",
+    "keep_seconds": "how long a visitor's images and results stay on the server",
+    "max_seconds": "that the model has for one request; what takes longer is given up",
+    "web_pictures": "programs may name an image by a public web address, which the server fetches, of whatever size",
 }
 
 
 def read_settings(arguments: Sequence[str] | None = None) -> Settings:
     """The settings of a command line; the environment variables that `--help` names are its defaults."""
     parser = CommandParser(description="Segment images by words, in the browser.")
-    models = [name for name in os.environ.get("PGSEG_DEMO_MODELS", "").split(os.pathsep) if name]
-    parser.add_argument(
-        "--models",
-        nargs="+",
-        default=models,
-        metavar="MODEL",
-        help="further models to offer: folders of checkpoints, folders of such folders, or names on the Hub "
-        f"(PGSEG_DEMO_MODELS, separated by {os.pathsep!r}); no other folder of the server can be opened",
-    )
-    parser.add_argument(
-        "--any-hub-model",
-        action=argparse.BooleanOptionalAction,
-        default=_is_on("PGSEG_DEMO_ANY_HUB_MODEL", "1"),
-        help="visitors may name any public model of the Hub (PGSEG_DEMO_ANY_HUB_MODEL)",
-    )
-    parser.add_argument(
-        "--mcp",
-        action=argparse.BooleanOptionalAction,
-        default=_is_on("PGSEG_DEMO_MCP", "0"),
-        help="serve /segment as an MCP tool too; needs gradio[mcp] (PGSEG_DEMO_MCP)",
-    )
-    parser.add_argument(
-        "--device",
-        default=os.environ.get("PGSEG_DEMO_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu"),
-        help="where models run (PGSEG_DEMO_DEVICE)",
-    )
-    parser.add_argument(
-        "--dtype",
-        choices=("float32", "int8"),
-        default=os.environ.get("PGSEG_DEMO_DTYPE") or "float32",
-        help="int8, with --device cpu, keeps PGSeg's models in a third of the memory (PGSEG_DEMO_DTYPE)",
-    )
-    for option, (default, what) in _WHOLE_NUMBERS.items():
-        variable = f"PGSEG_DEMO_{option.upper()}"
-        parser.add_argument(
-            f"--{option.replace('_', '-')}",
-            type=int,
-            default=int(os.environ.get(variable, default)),
-            help=f"{what} ({variable})",
-        )
-    parser.add_argument(
-        "--web-pictures",
-        action=argparse.BooleanOptionalAction,
-        default=_is_on("PGSEG_DEMO_WEB_PICTURES", "0"),
-        help="programs may name an image by a public web address, which the server fetches, of whatever size "
-        "(PGSEG_DEMO_WEB_PICTURES)",
-    )
-    args = parser.parse_args(arguments)
-    for name in _WHOLE_NUMBERS:
-        if getattr(args, name) < 1:
-            parser.error(f"{name} is {getattr(args, name)}, expected at least 1")
-    return Settings(**{**vars(args), "models": tuple(args.models)})
+    defaults = vars(Settings()) | {"device": "cuda" if torch.cuda.is_available() else "cpu"}
+    for name, what in _HELP.items():
+        variable, default = f"PGSEG_DEMO_{name.upper()}", defaults[name]
+        given = os.environ.get(variable)
+        how: dict[str, Any] = {"default": given or default}
+        if isinstance(default, bool):
+            how = {"action": argparse.BooleanOptionalAction, "default": _is_on(variable, default)}
+        elif isinstance(default, int):
+            how |= {"type": int, "metavar": "N"}  # argparse reads a default that is text by its type too
+        elif name == "models":
+            places = [place for place in (given or "").split(os.pathsep) if place]
+            how = {"nargs": "+", "default": places, "metavar": "MODEL"}
+        elif name == "dtype":
+            how["choices"] = ("float32", "int8")
+        parser.add_argument(f"--{name.replace('_', '-')}", help=f"{what} ({variable})", **how)
+    found = vars(parser.parse_args(arguments))
+    for name, value in found.items():
+        if type(value) is int and value < 1:
+            parser.error(f"{name} is {value}, expected at least 1")
+    return Settings(**found | {"models": tuple(found["models"])})
 
 
 def is_zerogpu() -> bool:
     """Whether this is a Space whose GPU is there only inside functions of `spaces.GPU`."""
-    return _is_on("SPACES_ZERO_GPU", "0")
+    return _is_on("SPACES_ZERO_GPU", False)
 
 
-def _is_on(variable: str, default: str) -> bool:
-    return os.environ.get(variable, default).lower() in ("1", "true", "yes", "on")
+def _is_on(variable: str, default: bool) -> bool:
+    return os.environ.get(variable, str(default)).lower() in ("1", "true", "yes", "on")

@@ -4,7 +4,6 @@ import binascii
 import hashlib
 import unicodedata
 from base64 import b64decode
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from io import BytesIO
 from pathlib import Path
@@ -15,13 +14,13 @@ import torch
 from limits import map_size, resampled
 from model_catalogue import Catalogue
 from PIL import Image
-from settings import MAX_LABEL_LETTERS, MAX_LABELS, MAX_SHORT_SIDE
+from settings import MAX_LABELS, MAX_LETTERS, MAX_TEMPLATES
 
 from pgseg_hf import Segmentation, SegmentationOptions, Segmenter
 from pgseg_hf.images import load_image
-from pgseg_hf.prompts import SYNONYM, LabelList, parse_labels
+from pgseg_hf.prompts import SYNONYM, LabelList, parse_labels, validate_templates
 from pgseg_hf.segmentation import EncodedImage, ScoredImage
-from pgseg_hf.suggestions import suggest_labels
+from pgseg_hf.suggestions import MIN_AREA, everyday_words
 from pgseg_hf.visualization import prototype_maps
 
 try:
@@ -29,32 +28,25 @@ try:
 except ImportError:  # anywhere but on a Space with ZeroGPU
     spaces = None
 
-LONGEST_EDGE = 2 * MAX_SHORT_SIDE  # of an image that is resized to a visitor's short side
 GPU_SECONDS = 60  # that a function borrows a GPU for, at most
 
 
 @dataclass(frozen=True)
 class Choices:
-    """What decides how an image is encoded.
+    """How an image is segmented.
 
     Args:
         model: a name of the catalogue, or on the Hub.
-        sliding: windows over the image instead of the image at once.
-        short_side: pixels that the image's short side is resized to; 0 for what the model was saved with.
+        options: all but the background, which [`Study.segmentation`] is asked for.
     """
 
     model: str
-    sliding: bool = True
-    short_side: int = 0
+    options: SegmentationOptions = field(default_factory=SegmentationOptions)
 
-    def options(self, background_threshold: float | None = None) -> SegmentationOptions:
-        """The same for the library."""
-        return SegmentationOptions(
-            window_size="auto" if self.sliding else None,
-            background_threshold=background_threshold,
-            shortest_edge=self.short_side or None,
-            longest_edge=LONGEST_EDGE if self.short_side else None,
-        )
+    @property
+    def encoding(self) -> tuple[Any, ...]:
+        """What decides how the image is encoded, whatever the labels."""
+        return self.model, self.options.window_size, self.options.shortest_edge
 
 
 @dataclass(frozen=True)
@@ -72,17 +64,8 @@ class Upload:
     name: str
 
 
-@dataclass(frozen=True)
-class Prototypes:
-    """One stage's prototypes on an image.
-
-    Args:
-        patches: int64 [h, w], the prototype that each patch belongs to.
-        count: how many there are.
-    """
-
-    patches: np.ndarray = field(repr=False)
-    count: int
+# One stage's prototypes on an image: which one each patch belongs to, int64 [h, w], and how many there are.
+Prototypes = tuple[np.ndarray, int]
 
 
 @dataclass(frozen=True)
@@ -91,11 +74,12 @@ class Study:
 
     Args:
         digest: of the image's file.
-        choices: it was encoded with.
+        choices: it was segmented with.
         model: what stands for the model's weights and processor then.
         encoded: its features.
-        asked: N labels, with their synonyms, colours and thresholds.
-        class_embeds: [N, D], these in the joint space.
+        asked: labels, with their synonyms, colours and thresholds.
+        kept: indices of the N that count; with a minimum area the largest first.
+        class_embeds: [N, D], these in the joint space, or [N, W, D] where the best of W synonyms counts.
         scored: scores without a background.
         remarks: on labels that are far from all that the model learned.
         prototypes: of each stage, once they were looked at.
@@ -106,15 +90,22 @@ class Study:
     model: str
     encoded: EncodedImage = field(repr=False)
     asked: LabelList
+    kept: tuple[int, ...]
     class_embeds: torch.Tensor = field(repr=False)
     scored: ScoredImage = field(repr=False)
     remarks: tuple[str, ...] = ()
     prototypes: tuple[Prototypes, ...] | None = field(default=None, repr=False)
 
     @property
+    def kept_labels(self) -> LabelList:
+        """The labels that count."""
+        words, names = ([each[index] for index in self.kept] for each in (self.asked.words, self.asked.names))
+        return replace(self.asked, words=words, names=names)
+
+    @property
     def labels(self) -> list[str]:
-        """What the labels are called."""
-        return self.asked.names
+        """What these are called."""
+        return self.kept_labels.names
 
     @property
     def made_at(self) -> tuple[int, int]:
@@ -140,54 +131,58 @@ class Laboratory:
 
     def __init__(self, catalogue: Catalogue):
         self.catalogue = catalogue
-        on_gpu = spaces.GPU(duration=GPU_SECONDS) if spaces is not None else _as_it_is
+        on_gpu = spaces.GPU(duration=GPU_SECONDS) if spaces is not None else lambda function: function
         self._study_on_gpu = on_gpu(_study)
         self._prototypes_on_gpu = on_gpu(_prototypes)
 
     def study(
-        self, upload: Upload, labels: list[str], choices: Choices, before: Study | None = None
+        self, upload: Upload, labels: LabelList | None, choices: Choices, before: Study | None = None
     ) -> Study:
-        """A study of an image, by labels as [`read_labels`] gives them, or by what is found in it where none are given;
-        the image encoder only runs where `before` is of another image, other choices or other weights.
+        """A study of an image by labels, or by those words of a vocabulary that cover most of it where none are given;
+        the image encoder only runs where `before` is of another image, resolution or window, or of other weights.
 
         Raises:
             ValueError: a model that cannot be loaded, or that takes too long.
         """
-        segmenter = self._model(choices)
+        segmenter = self.catalogue.load(choices.model)
         model = self.catalogue.digest(choices.model)
-        if before is not None and (before.digest, before.choices, before.model) != (
-            upload.digest,
-            choices,
-            model,
-        ):
+        if labels is None:
+            words = self._vocabulary(segmenter)
+            labels = LabelList(words, words, {}, {})
+            options = replace(choices.options, min_area=choices.options.min_area or MIN_AREA)
+            choices = replace(choices, options=options)
+        source = (upload.digest, choices.encoding, model)
+        if before is not None and (before.digest, before.choices.encoding, before.model) != source:
             before = None
-        asked = parse_labels(labels) if labels else None
-        if before is not None and asked is not None and before.asked.words == asked.words:
-            return before if before.asked == asked else replace(before, asked=asked)
-        study = self._study_on_gpu(segmenter, self._device, upload, asked, choices, before)
+        if before is not None and (before.asked.words, before.choices) == (labels.words, choices):
+            return before if before.asked == labels else replace(before, asked=labels)
+        study = self._study_on_gpu(segmenter, self._device, upload, labels, choices, before)
         return replace(study, model=model)
+
+    def _vocabulary(self, segmenter: Segmenter) -> list[str]:
+        """Everyday words, and what a fine-tuned checkpoint learned beside those of the shipped one; a checkpoint that
+        learned few of them has its own alone."""
+        own, everyday = segmenter.processor.vocabulary, everyday_words()
+        if not own:
+            return everyday
+        if len({*own} & {*everyday}) < len(everyday) / 2:
+            return list(own)
+        shipped = self.catalogue.load("").processor.vocabulary or ()
+        return everyday + [word for word in own if word not in {*everyday, *shipped}]
 
     def with_prototypes(self, upload: Upload, study: Study) -> Study:
         """The same study with the prototypes of the whole image; empty for a model without any."""
         if study.prototypes is not None and study.digest == upload.digest:
             return study
-        segmenter = self._model(study.choices)
+        segmenter = self.catalogue.load(study.choices.model)
         if self.catalogue.digest(study.choices.model) != study.model:
             raise ValueError(f"{study.choices.model} has changed since; press Segment again.")
         found = self._prototypes_on_gpu(segmenter, self._device, upload, study.choices)
         return replace(study, prototypes=found)
 
-    def _model(self, choices: Choices) -> Segmenter:
-        """The model, loaded outside of the time that a GPU is lent for."""
-        return self.catalogue.load(choices.model)
-
     @property
     def _device(self) -> str:
         return self.catalogue.settings.device
-
-
-def _as_it_is(function: Callable) -> Callable:
-    return function
 
 
 # What a ZeroGPU runs, in another process: all it needs is among the arguments, and results are on the CPU.
@@ -195,30 +190,35 @@ def _study(
     segmenter: Segmenter,
     device: str,
     upload: Upload,
-    asked: LabelList | None,
+    asked: LabelList,
     choices: Choices,
     before: Study | None,
 ) -> Study:
     segmenter.model.to(device)
-    options = choices.options()
+    options = choices.options
     if before is None:
         encoded = next(iter(segmenter.encode([upload.image], options)))
     else:
         encoded = _moved(before.encoded, device)
-    asked = asked or parse_labels(suggest_labels(segmenter, encoded, options=options))
     class_embeds = segmenter.class_embeddings(asked.words, options)
+    kept = range(len(asked.words))
+    if options.min_area is not None:
+        kept = segmenter.largest(encoded, class_embeds, options.min_area, options)
+        class_embeds = class_embeds[kept]
     scored = segmenter.score(encoded, class_embeds, options, may_have_background=True)
-    return Study(
+    study = Study(
         digest=upload.digest,
         choices=choices,
         model="",
         encoded=_moved(encoded, "cpu") if before is None else before.encoded,
         asked=asked,
+        kept=tuple(kept),
         class_embeds=class_embeds.cpu(),
         scored=_moved(scored, "cpu"),
-        remarks=tuple(segmenter.remarks_on_far_labels(asked.names, class_embeds, options)),
         prototypes=None if before is None else before.prototypes,
     )
+    remarks = segmenter.remarks_on_far_labels(study.labels, class_embeds, options)
+    return replace(study, remarks=tuple(remarks))
 
 
 def _prototypes(
@@ -227,36 +227,28 @@ def _prototypes(
     if segmenter.model.config.npr_variant == "none":
         return ()
     segmenter.model.to(device)
-    pixel_values = prepared(segmenter, upload.image, choices.options())
+    edges = {"shortest_edge": choices.options.shortest_edge, "longest_edge": choices.options.longest_edge}
+    size = {"size": edges} if choices.options.shortest_edge else {}
+    batch = segmenter.processor.image_processor(upload.image, return_tensors="pt", **size)
     with torch.inference_mode():
+        pixel_values = batch["pixel_values"].to(segmenter.model.device)
         output = segmenter.model.vision_model(pixel_values, output_npr=True, output_attentions=True)
     counts = [stage.prototypes.shape[1] for stage in output.npr]
-    return tuple(Prototypes(*pair) for pair in zip(prototype_maps(output), counts))
-
-
-def prepared(segmenter: Segmenter, image: Image.Image, options: SegmentationOptions) -> torch.Tensor:
-    """The whole image as the model takes it, [1, 3, h, w]."""
-    edges = {"shortest_edge": options.shortest_edge, "longest_edge": options.longest_edge}
-    size = {"size": edges} if options.shortest_edge else {}
-    batch = segmenter.processor.image_processor(image, return_tensors="pt", **size)
-    return batch["pixel_values"].to(segmenter.model.device)
+    return tuple(zip(prototype_maps(output), counts))
 
 
 def _moved(image: Any, device: torch.device | str) -> Any:
     """An encoded or scored image with the tensors of its windows on a device."""
-    windows = [
-        replace(
-            window,
-            **{name: value.to(device) for name, value in vars(window).items() if torch.is_tensor(value)},
-        )
-        for window in image.windows
-    ]
-    return replace(image, windows=windows)
+
+    def moved(window: Any) -> Any:
+        tensors = {name: value for name, value in vars(window).items() if torch.is_tensor(value)}
+        return replace(window, **{name: value.to(device) for name, value in tensors.items()})
+
+    return replace(image, windows=[moved(window) for window in image.windows])
 
 
-def read_labels(text: str | None) -> list[str]:
-    """Labels from words that are separated by commas or lines, each as [`parse_labels`] takes it; none of an empty
-    text.
+def read_labels(text: str | None) -> LabelList | None:
+    """Labels from words that are separated by commas or lines, each as [`parse_labels`] takes it; None without any.
 
     Raises:
         ValueError: too many labels or synonyms, a very long one, one that is given twice, or one with a character that
@@ -269,21 +261,36 @@ def read_labels(text: str | None) -> list[str]:
         raise ValueError(
             f"{count} labels are more than the {MAX_LABELS} that this demo takes; leave some out."
         )
-    for label in labels:
-        odd = next((letter for letter in label if unicodedata.category(letter) in ("Cc", "Cs")), None)
+    _check_texts(labels, "label")
+    return parse_labels(labels) if labels else None
+
+
+def read_templates(text: str | None) -> tuple[str, ...] | None:
+    """Prompt templates, one in each line; None without any.
+
+    Raises:
+        ValueError: too many, a very long one, or one without `{}`.
+    """
+    templates = [line.strip() for line in (text or "").splitlines() if line.strip()]
+    if len(templates) > MAX_TEMPLATES:
+        raise ValueError(
+            f"{len(templates)} templates are more than the {MAX_TEMPLATES} that this demo takes."
+        )
+    _check_texts(templates, "template")
+    return tuple(validate_templates(templates)) if templates else None
+
+
+def _check_texts(texts: list[str], what: str) -> None:
+    for text in texts:
+        odd = next((letter for letter in text if unicodedata.category(letter) in ("Cc", "Cs")), None)
         if odd is not None:
             raise ValueError(
-                f"The label {label[:30]!r} has the character {odd!r}, which is no text; leave it out."
+                f"The {what} {text[:30]!r} has the character {odd!r}, which is no text; leave it out."
             )
-    longest = max(labels, key=len, default="")
-    if len(longest) > MAX_LABEL_LETTERS:
-        raise ValueError(
-            f"The label {longest[:30]!r}… has {len(longest)} letters, more than {MAX_LABEL_LETTERS}; make it shorter, "
-            "or separate words by commas."
-        )
-    if labels:
-        parse_labels(labels)
-    return labels
+        if len(text) > MAX_LETTERS:
+            raise ValueError(
+                f"The {what} {text[:30]!r}… has {len(text)} letters, more than {MAX_LETTERS}; make it shorter."
+            )
 
 
 class _NamedBytes(BytesIO):

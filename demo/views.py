@@ -10,6 +10,7 @@ from PIL import Image
 from studies import Prototypes, Study
 
 from pgseg_hf import Segmentation
+from pgseg_hf.scoring import best_word
 from pgseg_hf.segmentation import remarks_on_one_label
 from pgseg_hf.visualization import draw_groups, group_palette, heat_map, indexed_png, label_colours
 
@@ -78,6 +79,7 @@ def report(result: Segmentation, study: Study, threshold: float | None) -> dict[
     """What was asked and found, for JSON."""
     colours = colours_of(result)
     height, width = result.label_map.shape
+    options = study.choices.options
     return {
         "width": width,
         "height": height,
@@ -85,20 +87,13 @@ def report(result: Segmentation, study: Study, threshold: float | None) -> dict[
         "made_at": {"width": study.made_at[1], "height": study.made_at[0]},
         "model": study.choices.model,
         "options": {
-            "window": "sliding" if study.choices.sliding else "whole",
-            "short_side": study.choices.short_side or None,
+            "window": "whole" if options.window_size is None else "sliding",
+            "short_side": options.shortest_edge,
             "background_threshold": threshold,
+            **{name: getattr(options, name) for name in ("min_area", "synonyms", "templates")},
         },
         "labels": [
-            {
-                "value": segment.value,
-                "label": segment.label,
-                "area": segment.area,
-                "score": segment.score,
-                "colour": "#000000"
-                if result.background and segment.value == 0
-                else colours[result.labels[segment.value - result.background]],
-            }
+            {**vars(segment), "colour": colours.get(segment.label, "#000000")}
             for segment in result.segments(include_absent=True)
         ],
     }
@@ -120,11 +115,12 @@ def group_views(
     scores = scored.windows[index].scores
     kept = (study.scored.windows[index].scores > 0).any(dim=0)
     chosen = scores.argmax(dim=1) - int(threshold is not None)
-    cosines = torch.nn.functional.normalize(window.segments.float(), dim=-1) @ study.class_embeds.float().T
-    count = len(cosines)
-    best = cosines.amax(dim=0).masked_fill(~kept, -2.0)
+    segments = torch.nn.functional.normalize(window.segments.float(), dim=-1)
+    count = len(segments)
+    cosines = best_word(study.class_embeds.float().flatten(0, -2) @ segments.T, study.class_embeds)
+    best = cosines.amax(dim=1).masked_fill(~kept, -2.0)
     rows = sorted(best.topk(min(MAX_HEAT_MAP_ROWS, len(best))).indices.tolist())
-    values = cosines.T.masked_fill(~kept[:, None], float("nan"))[rows]
+    values = cosines.masked_fill(~kept[:, None], float("nan"))[rows]
     of_row = {label: row for row, label in enumerate(rows)}
     heat = heat_map(
         values,
@@ -139,10 +135,10 @@ def group_views(
     part = part.crop((window.left, window.top, window.left + width, window.top + height))
     factor = max(1, round(_LEAST_WINDOW_SIDE / min(part.size)))
     part = part.resize((width * factor, height * factor), Image.Resampling.BICUBIC)
-    picture = draw_groups(part, window.groups, count, legend=False)
+    drawn = draw_groups(part, window.groups, count, legend=False)
     shares = np.bincount(window.groups.numpy().ravel(), minlength=count) / window.groups.numel()
     names = ["background" if label < 0 else study.labels[label] for label in chosen.tolist()]
-    return picture, heat, _group_words(names, shares, study, len(rows))
+    return drawn, heat, _group_words(names, shares, study, len(rows))
 
 
 def _group_words(names: list[str], shares: np.ndarray, study: Study, shown: int) -> str:
@@ -174,8 +170,8 @@ def prototype_views(image: Image.Image, stages: tuple[Prototypes, ...]) -> list[
     shown = image.resize(shown_size(*image.size), Image.Resampling.LANCZOS)
     return [
         (
-            draw_groups(shown, stage.patches, stage.count, legend=False),
-            f"stage {number}: {len(np.unique(stage.patches))} of {stage.count} prototypes in use",
+            draw_groups(shown, patches, count, legend=False),
+            f"stage {number}: {len(np.unique(patches))} of {count} prototypes in use",
         )
-        for number, stage in enumerate(stages, start=1)
+        for number, (patches, count) in enumerate(stages, start=1)
     ]

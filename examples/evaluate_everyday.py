@@ -17,7 +17,7 @@ IoU is of a class over all images, mIoU their mean over the classes that occur.
 
 import argparse
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,74 +33,21 @@ from pgseg_hf.evaluation.benchmarks.mask_dataset import MaskFolder
 from pgseg_hf.evaluation.metrics.confusion import ConfusionMatrix
 from pgseg_hf.files import write_json
 from pgseg_hf.images import load_image, load_label_map
-from pgseg_hf.segmentation import EncodedImage, Segmenter
+from pgseg_hf.segmentation import Segmenter
 
 IGNORED = 255
 # What a newcomer would call COCO's categories.
 WORDS = {
-    "tv": "television",
-    "couch": "sofa",
-    "cell phone": "phone",
-    "dining table": "table",
-    "potted plant": "plant",
-    "sports ball": "ball",
-    "mouse": "computer mouse",
-    "remote": "remote control",
-    "hair drier": "hair dryer",
-    "tie": "necktie",
+    **{"tv": "television", "couch": "sofa", "cell phone": "phone", "dining table": "table"},
+    **{"potted plant": "plant", "sports ball": "ball", "mouse": "computer mouse", "remote": "remote control"},
+    **{"hair drier": "hair dryer", "tie": "necktie"},
 }
-STUFF = [
-    "sky",
-    "grass",
-    "tree",
-    "road",
-    "wall",
-    "floor",
-    "building",
-    "water",
-    "sea",
-    "river",
-    "mountain",
-    "rock",
-    "sand",
-    "snow",
-    "field",
-    "ground",
-    "sidewalk",
-    "fence",
-    "ceiling",
-    "window",
-    "door",
-    "curtain",
-    "carpet",
-    "cabinet",
-    "house",
-    "bridge",
-    "cloud",
-    "flower",
-    "plate",
-    "food",
-    "hat",
-    "shirt",
-    "pants",
-    "shoe",
-    "lamp",
-    "pillow",
-    "blanket",
-    "towel",
-    "mirror",
-    "stairs",
-    "sign",
-    "pole",
-    "leaf",
-    "fruit",
-    "vegetable",
-    "paper",
-    "box",
-    "street",
-    "railroad tracks",
-    "table cloth",
-]
+STUFF = (
+    "sky, grass, tree, road, wall, floor, building, water, sea, river, mountain, rock, sand, snow, field, "
+    "ground, sidewalk, fence, ceiling, window, door, curtain, carpet, cabinet, house, bridge, cloud, "
+    "flower, plate, food, hat, shirt, pants, shoe, lamp, pillow, blanket, towel, mirror, stairs, sign, "
+    "pole, leaf, fruit, vegetable, paper, box, street, railroad tracks, table cloth"
+)
 # Words that no text of a training image holds, after those of the same meaning that some do.
 UNSEEN = {
     "cat": ("cat", "kitten"),
@@ -155,35 +102,65 @@ def pets_photos(folder: Path, count: int) -> list[Photo]:
     return photos
 
 
-class Evaluation:
-    """Confusion matrices by protocol, over images that are encoded once."""
+def street_photos(folder: Path) -> tuple[list[str], list[Photo]]:
+    """The labels of a folder in our own layout by everyday names, and its images with their masks."""
+    found = MaskFolder(folder)
+    photos = [
+        Photo(Path(str(each.image)), load_label_map(each.mask).astype(np.uint8)) for each in found.pictures
+    ]
+    return [STREET.get(label, label) for label in found.labels], photos
 
-    def __init__(self, segmenter: Segmenter):
-        self.segmenter = segmenter
+
+class Evaluation:
+    """Confusion matrices by protocol and settings, over images that are encoded once."""
+
+    def __init__(self, segmenter: Segmenter, settings: Sequence[SegmentationOptions]):
+        self.segmenter, self.settings = segmenter, settings
         self.matrices: dict[str, tuple[list[str], ConfusionMatrix]] = {}
+
+    def encoded(self, photos: Sequence[Photo], title: str) -> Iterator[Photo]:
+        """The images one by one; what is counted then is the image given last."""
+        for self.photo in tqdm(photos, desc=title):
+            (self.image,) = self.segmenter.encode([load_image(str(self.photo.path))])
+            yield self.photo
 
     def count(
         self,
         protocol: str,
-        photo: Photo,
-        encoded: EncodedImage,
-        options: SegmentationOptions,
+        names: Sequence[str],
         words: Sequence[str],
         values: Sequence[int],
-        names: Sequence[str],
+        **changes: Any,
     ) -> None:
-        """Adds an image, segmented with some words.
+        """Adds the image, segmented with some words.
 
         Args:
             protocol: what is counted together.
-            values: of the truth, for each value of the label map.
             names: of the truth's values.
+            words, values: what the image is segmented with, and the truth's value for each value of the label map.
+            changes: of the settings.
         """
-        embeds = self.segmenter.class_embeddings(list(words), options)
-        label_map = self.segmenter.score(encoded, embeds, options).label_map()[0].numpy()
-        empty = (list(names), ConfusionMatrix(len(names), IGNORED))
-        _, matrix = self.matrices.setdefault(protocol, empty)
-        matrix.add(photo.truth, np.array(values)[label_map])
+        for settings in self.settings:
+            options = replace(settings, **changes)
+            embeds = self.segmenter.class_embeddings(list(words), options)
+            label_map = self.segmenter.score(self.image, embeds, options).label_map()[0].numpy()
+            key, empty = (
+                f"{protocol}, patch weight {options.patch_weight}",
+                ConfusionMatrix(len(names), IGNORED),
+            )
+            _, matrix = self.matrices.setdefault(key, (list(names), empty))
+            matrix.add(self.photo.truth, np.array(values)[label_map])
+
+    def count_present(self, protocol: str, names: Sequence[str], unseen: Sequence[str]) -> None:
+        """Adds the image with the names that its masks hold; and, where one of `unseen` is among them, once for each of
+        its words."""
+        present = np.unique(self.photo.truth[self.photo.truth != IGNORED]).tolist()
+        words = [names[value] for value in present]
+        self.count(protocol, names, words, present)
+        for seen in set(words).intersection(unseen):
+            for word in UNSEEN[seen]:
+                others = [word if other == seen else other for other in words]
+                self.count(f"{seen} as {word}", names, others, present)
 
     def results(self) -> dict[str, dict[str, Any]]:
         """For each protocol mIoU and IoU of the names that occur, pixel accuracy, and that of the best single name."""
@@ -198,15 +175,6 @@ class Evaluation:
                 "iou": iou,
             }
         return found
-
-
-def street_photos(folder: Path) -> tuple[list[str], list[Photo]]:
-    """The labels of a folder in our own layout by everyday names, and its images with their masks."""
-    found = MaskFolder(folder)
-    photos = [
-        Photo(Path(str(each.image)), load_label_map(each.mask).astype(np.uint8)) for each in found.pictures
-    ]
-    return [STREET.get(label, label) for label in found.labels], photos
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -226,51 +194,6 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def count_coco(evaluation: Evaluation, folder: Path, settings: Sequence[SegmentationOptions]) -> None:
-    """The protocols `present`, `all` and `unseen`."""
-    names, photos = coco_photos(folder)
-    everything = [*names, *(word for word in STUFF if word not in names)]
-    for photo in tqdm(photos, desc="COCO"):
-        (encoded,) = evaluation.segmenter.encode([load_image(str(photo.path))])
-        present = np.unique(photo.truth[photo.truth != IGNORED]).tolist()
-        words = [names[value] for value in present]
-        for options in settings:
-            suffix = f", patch weight {options.patch_weight}"
-            how = (photo, encoded, options)
-            evaluation.count("present" + suffix, *how, words, present, names)
-            evaluation.count("all" + suffix, *how, everything, range(len(everything)), everything)
-            count_unseen(evaluation, how, words, present, names)
-
-
-def count_street(evaluation: Evaluation, folder: Path, settings: Sequence[SegmentationOptions]) -> None:
-    """The protocols `street` and, of its names, `unseen`."""
-    names, photos = street_photos(folder)
-    for photo in tqdm(photos, desc="street"):
-        (encoded,) = evaluation.segmenter.encode([load_image(str(photo.path))])
-        present = np.unique(photo.truth[photo.truth != IGNORED]).tolist()
-        words = [names[value] for value in present]
-        for options in settings:
-            how = (photo, encoded, options)
-            evaluation.count(f"street, patch weight {options.patch_weight}", *how, words, present, names)
-            count_unseen(evaluation, how, words, present, names, ("sidewalk",))
-
-
-def count_unseen(
-    evaluation: Evaluation,
-    how: tuple[Photo, EncodedImage, SegmentationOptions],
-    words: Sequence[str],
-    present: Sequence[int],
-    names: Sequence[str],
-    among: Sequence[str] = tuple(UNSEEN),
-) -> None:
-    """An image that holds a name with an unseen word, by its name and by that word."""
-    for seen in set(words) & set(among):
-        for word in UNSEEN[seen]:
-            others = [word if other == seen else other for other in words]
-            protocol = f"{seen} as {word}, patch weight {how[2].patch_weight}"
-            evaluation.count(protocol, *how, others, present, names)
-
-
 def main() -> None:
     args = parse_arguments()
     edges = {"shortest_edge": args.short_side, "longest_edge": 2048} if args.short_side else {}
@@ -278,19 +201,23 @@ def main() -> None:
     segmenter = load_segmenter(args.checkpoint, base)
     weights = args.patch_weights or [segmenter.processor.patch_weight]
     settings = [replace(base, patch_weight=weight) for weight in weights]
-    evaluation = Evaluation(segmenter)
+    evaluation = Evaluation(segmenter, settings)
     if args.coco:
-        count_coco(evaluation, args.coco, settings)
+        names, photos = coco_photos(args.coco)
+        everything = [*names, *(word for word in STUFF.split(", ") if word not in names)]
+        for _ in evaluation.encoded(photos, "COCO"):
+            evaluation.count_present("present", names, list(UNSEEN))
+            evaluation.count("all", everything, everything, range(len(everything)))
     if args.street:
-        count_street(evaluation, args.street, settings)
-    for photo in tqdm(pets_photos(args.pets, args.pets_count) if args.pets else [], desc="Pets"):
-        (encoded,) = segmenter.encode([load_image(str(photo.path))])
+        names, photos = street_photos(args.street)
+        for _ in evaluation.encoded(photos, "street"):
+            evaluation.count_present("street", names, ["sidewalk"])
+    names = ["background", "cat", "dog"]
+    for _ in evaluation.encoded(pets_photos(args.pets, args.pets_count) if args.pets else [], "Pets"):
         for threshold in args.thresholds:
-            for options in settings:
-                protocol = f"pets at {threshold}, patch weight {options.patch_weight}"
-                options = replace(options, background_threshold=threshold)
-                names = ["background", "cat", "dog"]
-                evaluation.count(protocol, photo, encoded, options, ["cat", "dog"], range(3), names)
+            evaluation.count(
+                f"pets at {threshold}", names, names[1:], range(3), background_threshold=threshold
+            )
     results = evaluation.results()
     for protocol, figures in results.items():
         name = protocol.split(" as ")[0]

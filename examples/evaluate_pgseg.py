@@ -1,4 +1,4 @@
-"""Measure a checkpoint on a benchmark of the field, or on your own pictures with masks, on any number of processes.
+"""Measure a checkpoint on a benchmark of the field, or on your own images with masks, on any number of processes.
 
     accelerate launch examples/evaluate_pgseg.py my-pgseg --benchmark voc --data VOCdevkit --protocol pgseg
 

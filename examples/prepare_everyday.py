@@ -19,9 +19,8 @@ import shutil
 import signal
 import stat
 import sys
-import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from typing import Any
 import torch
 from everyday_tags import IMAGENET_FILE, Classifier, EverydayWords
 from PIL import Image
+from tqdm.auto import trange
 
 from pgseg_hf.command_line import CommandParser
 from pgseg_hf.files import folder_written_whole, path_inside, write_json, write_text
@@ -38,7 +38,16 @@ from pgseg_hf.text_files import read_text, split_lines
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
 MAX_SIDE = 512
 BATCH = 16
-SOURCES = ("flickr8k", "intel", "rooms", "caltech", "imagenette", "clothing", "food", "ccp")
+SOURCES = {
+    "flickr8k": "folder of the images",
+    "intel": "seg_train, folders of scenes",
+    "rooms": "train, folders of rooms of Places365",
+    "caltech": "101_ObjectCategories",
+    "imagenette": "train, folders of WordNet ids",
+    "clothing": "train, folders of garments",
+    "food": "folder with images/*.jpg and tags/*.jpg.txt",
+    "ccp": "folder with metadata.jsonl, of which file_name and tags are read",
+}
 PER_CLASS = {"caltech": 45, "imagenette": 200, "clothing": 200}
 
 
@@ -63,24 +72,13 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--output", type=Path, required=True, help="folder in which everyday/ is made")
-    add("--flickr8k", type=Path, help="folder of the images")
+    for source, what in SOURCES.items():
+        add(f"--{source}", type=Path, help=what)
     add("--flickr8k_captions", type=Path, help="Flickr8k.token.txt")
-    add("--intel", type=Path, help="seg_train, folders of scenes")
-    add("--rooms", type=Path, help="train, folders of rooms of Places365")
-    add("--caltech", type=Path, help="101_ObjectCategories")
-    add("--imagenette", type=Path, help="train, folders of WordNet ids")
-    add("--clothing", type=Path, help="train, folders of garments")
-    add("--food", type=Path, help="folder with images/*.jpg and tags/*.jpg.txt")
-    add("--ccp", type=Path, help="folder with metadata.jsonl, of which file_name and tags are read")
     add("--efficientnet", type=Path, help="state dict of EfficientNet-Lite, for automatic words")
     add("--wordnet", type=Path, default=Path("/usr/share/wordnet"), help="WordNet 3.0's data.noun")
     add("--word_share", type=float, default=0.25, help="share of an image or quadrant that makes a word")
-    add(
-        "--per_class",
-        type=int,
-        default=400,
-        help="images of each scene of Intel and of each room; others have less",
-    )
+    add("--per_class", type=int, default=400, help="images of each scene of Intel and of each room")
     add("--threads", type=int, default=1)
     add("--seed", type=int, default=0, help="chooses the images of large classes")
     options = parser.parse_args(arguments)
@@ -168,10 +166,8 @@ def collect(options: argparse.Namespace, words: EverydayWords) -> list[Item]:
             continue
         if source == "flickr8k":
             found = flickr8k(root, options.flickr8k_captions, words)
-        elif source == "food":
-            found = food(root, words)
-        elif source == "ccp":
-            found = ccp(root, words)
+        elif source in ("food", "ccp"):
+            found = food(root, words) if source == "food" else ccp(root, words)
         else:
             most = PER_CLASS.get(source, options.per_class)
             found = class_folders(source, root, words, most, options.seed)
@@ -189,57 +185,40 @@ def place(item: Item, image: Image.Image, folder: Path) -> str:
     of more than 512 px is saved smaller, as JPEG.
     """
     target = folder / item.file_name
+    target.parent.mkdir(parents=True, exist_ok=True)
     if max(image.size) > MAX_SIDE:
-        target = target.with_suffix(".jpg")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        small = image.copy()
+        target, small = target.with_suffix(".jpg"), image.copy()
         small.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS)
         small.save(target, quality=90)
-        return target.relative_to(folder).as_posix()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        if not item.path.stat().st_mode & stat.S_IWUSR or item.path.is_symlink():
-            raise PermissionError(item.path)
-        os.link(item.path, target)
-    except OSError:
+    elif item.path.is_symlink() or not item.path.stat().st_mode & stat.S_IWUSR:
         shutil.copyfile(item.path, target)
-    return item.file_name
+    else:
+        try:
+            os.link(item.path, target)
+        except OSError:  # on another disk
+            shutil.copyfile(item.path, target)
+    return target.relative_to(folder).as_posix()
 
 
-def batches(items: Sequence[Item]) -> Iterable[list[tuple[Item, Image.Image]]]:
-    """Groups of images that can be read; the others are said."""
-    for start in range(0, len(items), BATCH):
+def write_images(
+    items: Sequence[Item], words: EverydayWords, classifier: Classifier | None, least: float, folder: Path
+) -> list[dict[str, Any]]:
+    """Writes images into a folder; gives the rows of its metadata, those without any word left out. An image that
+    cannot be read is said."""
+    rows: list[dict[str, Any]] = []
+    for start in trange(0, len(items), BATCH, unit=f" x {BATCH} images"):
         batch = []
         for item in items[start : start + BATCH]:
             try:
                 batch.append((item, load_image(item.path)))
             except ValueError as error:
                 print(f"left out: {error}", flush=True)
-        yield batch
-
-
-def write_images(
-    items: Sequence[Item],
-    words: EverydayWords,
-    classifier: Classifier | None,
-    least: float,
-    folder: Path,
-) -> list[dict[str, Any]]:
-    """Writes images into a folder; gives the rows of its metadata, those without any word left out."""
-    rows: list[dict[str, Any]] = []
-    began = said = time.monotonic()
-    for number, batch in enumerate(batches(items), 1):
         seen = classifier.tags([image for _, image in batch], least) if classifier and batch else [[]] * BATCH
         for (item, image), automatic in zip(batch, seen):
             tags = words.completed([*item.tags, *automatic])
             if tags or item.captions:
                 row = {"file_name": place(item, image, folder), "tags": tags, "captions": item.captions}
                 rows.append({**row, "source": item.source})
-        now, done = time.monotonic(), min(number * BATCH, len(items))
-        if now - said > 15 or done == len(items):
-            left = (now - began) / done * (len(items) - done)
-            print(f"{done:,} of {len(items):,} images, {left / 60:.1f} minutes left", flush=True)
-            said = now
     return rows
 
 

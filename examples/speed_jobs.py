@@ -1,10 +1,7 @@
 """The models and the work that `benchmark_speed.py` measures."""
 
 import io
-import subprocess
-import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +11,7 @@ from speed_measuring import Job
 from torch import Tensor
 from transformers import GroupViTConfig, GroupViTModel
 
-from pgseg_hf import PGSegModel, SegmentationOptions, Segmenter, default_tokenizer, load_segmenter
+from pgseg_hf import PGSegModel, SegmentationOptions, Segmenter, default_tokenizer
 from pgseg_hf.groupvit import config_from_groupvit
 from pgseg_hf.image_processing_pil_pgseg import PGSegImageProcessorPil
 from pgseg_hf.processing_pgseg import PGSegProcessor
@@ -22,6 +19,7 @@ from pgseg_hf.prototypes import estimate_prototypes, prototype_loss
 from pgseg_hf.quantization import PGSegInt8Config, PGSegInt8Quantizer
 
 GROUPVIT, VARIANTS = "groupvit", ("none", "corrected", "released")
+CHECKPOINTED = "corrected, gradient checkpointing"
 CONTEXT = 77
 
 
@@ -61,15 +59,9 @@ class Scale:
 FULL = Scale()
 QUICK = Scale(
     vision={
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "depths": [1, 1, 1],
-        "num_hidden_layers": 3,
-        "num_group_tokens": [8, 8, 0],
-        "num_output_groups": [8, 8, 0],
-        "num_attention_heads": 2,
-        "image_size": 32,
-        "patch_size": 8,
+        **{"hidden_size": 32, "intermediate_size": 64, "depths": [1, 1, 1], "num_hidden_layers": 3},
+        **{"num_group_tokens": [8, 8, 0], "num_output_groups": [8, 8, 0], "num_attention_heads": 2},
+        **{"image_size": 32, "patch_size": 8},
     },
     text={"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2},
     heads={"projection_dim": 8, "projection_intermediate_dim": 24},
@@ -126,15 +118,14 @@ def encoding_job(model: Any, pixel_values: Tensor, compiled: bool = False) -> Jo
     return job
 
 
-def training_job(
-    model: Any, pixel_values: Tensor, autocast: torch.dtype | None = None, checkpointing: bool = False
-) -> Job:
-    """A training step: images with a caption each, forward, loss, backward, AdamW; if `checkpointing`, with gradient
-    checkpointing of all blocks."""
-    model.train()
+def training_job(scale: Scale, contender: str, pixel_values: Tensor) -> Job:
+    """A training step of a contender on the images' device: images with a caption each, forward, loss, backward, AdamW;
+    on CUDA by autocast."""
+    checkpointing = contender == CHECKPOINTED
+    device, batch = pixel_values.device, len(pixel_values)
+    model = build_model(scale, "corrected" if checkpointing else contender).to(device).train()
     if checkpointing:
         model.gradient_checkpointing_enable()
-    device, batch = model.device, len(pixel_values)
     generator = torch.Generator().manual_seed(0)
     words = torch.randint(1, 40_000, (batch, CONTEXT), generator=generator)
     words[:, 0] = 49_406
@@ -148,7 +139,7 @@ def training_job(
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)  # no temporaries in the way
 
     def job() -> None:
-        with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
             loss = model(**inputs, return_loss=True).loss
         loss.backward()
         optimizer.step()
@@ -170,14 +161,12 @@ def prototype_job(scale: Scale, device: str) -> Job:
         (groups, last, width),
         (16, last, scale.heads.get("projection_dim", 256)),
     ]
-    inputs = [
-        (
-            torch.randn(batch, length, channels, device=device),
-            torch.nn.functional.normalize(torch.randn(1, count, channels, device=device), dim=-1),
-            torch.randn(batch, count, channels, device=device, requires_grad=True),
-        )
-        for length, count, channels in parts
-    ]
+    inputs = []
+    for length, count, channels in parts:
+        tokens = torch.randn(batch, length, channels, device=device)
+        seeds = torch.nn.functional.normalize(torch.randn(1, count, channels, device=device), dim=-1)
+        centers = torch.randn(batch, count, channels, device=device, requires_grad=True)
+        inputs.append((tokens, seeds, centers))
     scale_of_loss = torch.tensor(10.0, device=device)
 
     def job() -> None:
@@ -221,36 +210,6 @@ class PhotoJobs:
         names = self.names(labels)
         self.segmenter.class_embeddings(names)  # prompts pass the text tower once and are kept
         return lambda: self.segmenter(self.photo, names)
-
-
-class StartJobs:
-    """Processes from their start to their end, and what `pgseg segment` has to compute in any case.
-
-    Args:
-        folder: for what is written.
-    """
-
-    photo = Path(__file__).parent / "images" / "dog.jpg"
-
-    def __init__(self, folder: str):
-        self.folder = folder
-        self.segmenter = load_segmenter()
-        self.labels = ["dog", "grass", "sky"]
-        self.segmenter.class_embeddings(self.labels)  # prompts are kept: the text tower has passed already
-
-    def encoder_passes(self) -> None:
-        for _ in self.segmenter.encode([self.photo]):
-            pass
-
-    def segment(self) -> None:
-        """`pgseg segment` with the checkpoint that ships."""
-        labels = ", ".join(self.labels)
-        self.process("-m", "pgseg_hf", "segment", str(self.photo), "--labels", labels, "--overwrite")()
-
-    def process(self, *arguments: str) -> Job:
-        """A Python of its own."""
-        command = [sys.executable, *arguments]
-        return lambda: subprocess.run(command, cwd=self.folder, check=True, capture_output=True)
 
 
 def _photo(width: int, height: int) -> bytes:

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import json
+import math
 import re
 import resource
 import subprocess
@@ -77,9 +78,7 @@ def matmul_job(dtype: torch.dtype, device: str, side: int) -> tuple[Job, int]:
 
 
 def _linear_flops(x_shape: Any, weight_shape: Any, *_: Any, **__: Any) -> int:
-    rows = 1
-    for size in x_shape[:-1]:
-        rows *= size
+    rows = math.prod(x_shape[:-1])
     return 2 * rows * weight_shape[0] * weight_shape[1]
 
 
@@ -132,23 +131,15 @@ def peak_memory(job: Job, device: str) -> dict[str, float]:
         job()
         torch.cuda.synchronize()
         return {"before": before / 2**20, "peak": torch.cuda.max_memory_allocated() / 2**20}
-    _return_freed_memory()
-    reset_peak()
+    with contextlib.suppress(OSError, AttributeError):
+        # glibc keeps what was freed for later, which would count as held before the job.
+        ctypes.CDLL(None).malloc_trim(0)
+    with contextlib.suppress(OSError):
+        # Lets the peak start anew, on Linux; elsewhere it is that since the start of the process.
+        Path("/proc/self/clear_refs").write_text("5")
     before = _status("VmRSS")
     job()
     return {"before": before, "peak": _status("VmHWM")}
-
-
-def reset_peak() -> None:
-    """Lets the peak start anew, on Linux; elsewhere it is that since the start of the process."""
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def _return_freed_memory() -> None:
-    """glibc keeps what was freed for later; without this it would count as held before the job."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _status(name: str) -> float:

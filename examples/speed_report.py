@@ -1,6 +1,5 @@
 """Tables and plots of `benchmark_speed.py`."""
 
-import io
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,70 +8,63 @@ from pgseg_hf.files import write_atomically, write_text
 
 BEGIN, END = "<!-- benchmark_speed.py: begin -->", "<!-- benchmark_speed.py: end -->"
 
-GOALS: dict[tuple[str, str, str], dict[str, float]] = {
-    ("encoder", "float32", "corrected"): {"ratio": 0.92, "share": 0.9},
-    ("encoder", "float32", "released"): {"ratio": 1.12, "share": 0.9},
-    ("encoder", "bfloat16", "corrected"): {"ratio": 1.0, "share": 0.75},
-    ("encoder", "bfloat16", "released"): {"ratio": 1.05, "share": 0.75},
-    ("training", "float32", "corrected"): {"ratio": 1.05, "memory_ratio": 0.75},
-    ("training", "float32", "released"): {"ratio": 1.12},
-}
-"""Upper bounds of ratios and lower bounds of shares, by section, number format and contender."""
-LARGE_IMAGE_GOALS = {("float32", "released"): 1.10, ("bfloat16", "corrected"): 1.03}
-CUDA_GOALS = {("encoder", "corrected"): 0.7, ("training", "corrected"): 0.75}
-INT8_GOALS = {"float32": 0.5, "bfloat16": 0.9}  # of GroupViT's time
-MANY_LABELS_GOAL, PHOTO_GOAL, PROTOTYPES_GOAL = 1.1, 1.1, 0.03
-LARGE_PHOTO_GOAL = 1536  # MiB
-START_GOALS = {
-    "import pgseg_hf, transformers": {"ratio": 1.3},
-    "pgseg segment": {"ratio": 1.5},
-    "pgseg --help": {"seconds": 1.0},
-}
-
 
 def goals(row: dict[str, Any], on_cuda: bool = False) -> dict[str, float]:
-    """The bounds that a row is to keep, by the name of its figure; none for most rows."""
-    section, contender = row["section"], row["contender"]
-    if section == "prototypes":
-        return {"ratio": PROTOTYPES_GOAL}
-    if section == "int8":
-        return {"ratio": INT8_GOALS[row["of"]]}
-    if section == "large photo":
-        return {"peak": LARGE_PHOTO_GOAL}
-    if section == "start":
-        return dict(START_GOALS.get(contender, {}))
-    if section == "photo":
-        if row["of"] == "encoder passes":
-            return {} if contender == "encoder passes" else {"ratio": PHOTO_GOAL}
-        return {"ratio": MANY_LABELS_GOAL, "memory_ratio": MANY_LABELS_GOAL}
-    if on_cuda and section in ("encoder", "training"):
-        named = (section, contender) in CUDA_GOALS and "batch 256," in row["job"]
-        return {"ratio": CUDA_GOALS[section, contender]} if named else {}
-    kind = "bfloat16" if "bfloat16" in row["job"] else "float32"
-    bounds = dict(GOALS.get((section, kind, contender), {}))
-    if "448 px" in row["job"] and (kind, contender) in LARGE_IMAGE_GOALS:
-        bounds["ratio"] = LARGE_IMAGE_GOALS[kind, contender]
-    return bounds
+    """The bounds that a row is to keep, by the name of its figure: upper ones, but lower ones of shares; none for most
+    rows."""
+    job, is_float32, large = row["job"], "bfloat16" not in row["job"], "448 px" in row["job"]
+    match row["section"], row["contender"]:
+        case "encoder" | "training" as section, contender if on_cuda:
+            named = contender == "corrected" and "batch 256," in job
+            return {"ratio": 0.7 if section == "encoder" else 0.75} if named else {}
+        case "encoder", "corrected":
+            return (
+                {"ratio": 0.92, "share": 0.9}
+                if is_float32
+                else {"ratio": 1.03 if large else 1.0, "share": 0.75}
+            )
+        case "encoder", "released":
+            return (
+                {"ratio": 1.10 if large else 1.12, "share": 0.9}
+                if is_float32
+                else {"ratio": 1.05, "share": 0.75}
+            )
+        case "training", "corrected" if is_float32:
+            return {"ratio": 1.05, "memory_ratio": 0.75}
+        case "training", "released" if is_float32:
+            return {"ratio": 1.12}
+        case "int8", _:
+            return {"ratio": 0.5 if row["of"] == "float32" else 0.9}
+        case "photo", contender if contender != "encoder passes":
+            return {"ratio": 1.1} if row["of"] == "encoder passes" else {"ratio": 1.1, "memory_ratio": 1.1}
+        case "large photo", _:
+            return {"peak": 1536}  # MiB
+        case "prototypes", _:
+            return {"ratio": 0.03}
+        case "start", "pgseg --help":
+            return {"seconds": 1.0}
+        case "start", "import pgseg_hf, transformers":
+            return {"ratio": 1.3}
+        case "start", "pgseg segment":
+            return {"ratio": 1.5}
+    return {}
 
 
 def _figure(row: dict[str, Any], name: str, bounds: dict[str, float]) -> str:
     """A figure with its quartiles and, where it has a goal, the goal and whether it holds."""
     if name not in row:
         return ""
-    value = row[name]["median"] if isinstance(row[name], dict) else row[name]
-    digits = 3 if row["section"] == "prototypes" else 2
-    text = f"{value:.{digits}f}"
-    if isinstance(row[name], dict):
-        text += f" ({row[name]['low']:.{digits}f} to {row[name]['high']:.{digits}f})"
-    return text + _verdict(value, name, bounds)
+    value, spread, digits = row[name], "", 3 if row["section"] == "prototypes" else 2
+    if isinstance(value, dict):
+        spread, value = f" ({value['low']:.{digits}f} to {value['high']:.{digits}f})", value["median"]
+    return f"{value:.{digits}f}{spread}{_verdict(value, name, bounds)}"
 
 
-def _verdict(value: float, name: str, bounds: dict[str, float]) -> str:
+def _verdict(value: float, name: str, bounds: dict[str, float], factor: int = 1) -> str:
     if name not in bounds:
         return ""
-    holds = value >= bounds[name] if name == "share" else value <= bounds[name]
-    sign = ">=" if name == "share" else "<="
-    return f", goal {sign} {bounds[name]:g}: {'holds' if holds else '**missed**'}"
+    sign, holds = (">=", value >= bounds[name]) if name == "share" else ("<=", value <= bounds[name])
+    return f", goal {sign} {factor * bounds[name]:g}: {'holds' if holds else '**missed**'}"
 
 
 def _short(value: float) -> str:
@@ -126,10 +118,10 @@ def markdown(results: dict[str, Any]) -> str:
         rate = _short(row["images_per_second"]) if "images_per_second" in row else ""
         peak, memory_ratio = _memory(row, bounds)
         gflop = f"{row['gflop']:.1f}" if "gflop" in row else ""
-        time = _short(1000 * row["seconds"]["median"]) if "seconds" in row else row["not_timed"]
-        if "seconds" in bounds:
-            holds = row["seconds"]["median"] <= bounds["seconds"]
-            time += f", goal <= {1000 * bounds['seconds']:g}: {'holds' if holds else '**missed**'}"
+        time = row.get("not_timed", "")
+        if "seconds" in row:
+            median = row["seconds"]["median"]
+            time = _short(1000 * median) + _verdict(median, "seconds", bounds, factor=1000)
         cells = [row["job"], row["contender"], time, rate, ratio, gflop]
         cells += [_figure(row, "share", bounds), peak, memory_ratio]
         lines.append(f"| {' | '.join(cells)} |")
@@ -197,6 +189,4 @@ def draw_curves(rows: list[dict[str, Any]], path: Path) -> None:
         axes.set_xticks(values, [str(value) for value in values])
         axes.minorticks_off()
         axes.legend()
-    file = io.BytesIO()
-    figure.savefig(file, format="png")
-    write_atomically(path, lambda target: target.write(file.getvalue()))
+    write_atomically(path, lambda file: figure.savefig(file, format="png"))

@@ -3,9 +3,6 @@ space."""
 
 import hashlib
 import json
-import shutil
-import tempfile
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -14,10 +11,11 @@ import torch
 from text_tower_texts import NEUTRAL_FORMS
 from torch import Tensor
 from torch.nn.functional import normalize
+from tqdm.auto import tqdm
 from transformers import AutoModel, AutoTokenizer, CLIPTokenizer
 
 from pgseg_hf import PGSegTextModelWithProjection
-from pgseg_hf.files import write_atomically
+from pgseg_hf.files import folder_written_whole, write_atomically
 from pgseg_hf.projection import PGSegProjection
 
 BLOCK = 4096
@@ -53,18 +51,15 @@ class Teacher:
         return self._embed("labels", labels, encode)
 
     def _embed(self, kind: str, texts: Sequence[str], encode: Callable[[Sequence[str]], Tensor]) -> Tensor:
-        start, known = time.monotonic(), self.known[kind]
+        known = self.known[kind]
         new = [text for text in dict.fromkeys(texts) if text not in known]
-        for first in range(0, len(new), BLOCK):
+        for first in tqdm(range(0, len(new), BLOCK), f"teacher: {len(new)} {kind}", disable=not new):
             block = new[first : first + BLOCK]
             embeds = encode(block).half().numpy()
             arrays = {"texts": np.array(block), "embeds": embeds}
             path = self.cache / kind / f"{_digest(block)}.npz"
             write_atomically(path, lambda file, arrays=arrays: np.savez(file, **arrays))
             known.update(zip(block, embeds))
-            done = min(first + BLOCK, len(new))
-            left = (time.monotonic() - start) * (len(new) / done - 1)
-            print(f"teacher: {done} of {len(new)} {kind}, {left / 60:.1f} minutes left", flush=True)
         return torch.from_numpy(np.stack([known[text] for text in texts])).float()
 
     @torch.inference_mode()
@@ -76,12 +71,9 @@ class Teacher:
         order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
         for first in range(0, len(order), 256):
             rows = order[first : first + 256]
+            of_rows = [texts[row] for row in rows]
             tokens = self.tokenizer(
-                [texts[row] for row in rows],
-                padding=True,
-                truncation=True,
-                max_length=64,
-                return_tensors="pt",
+                of_rows, padding=True, truncation=True, max_length=64, return_tensors="pt"
             )
             with torch.autocast("cpu", torch.bfloat16):
                 states = self.model(**tokens).last_hidden_state.float()
@@ -122,14 +114,10 @@ class Student:
         return torch.cat([self(texts[first : first + 512]) for first in range(0, len(texts), 512)])
 
     def save(self, folder: Path) -> None:
-        """Writes both beside `folder` and renames them into place."""
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-        temporary.chmod(0o755)
-        self.model.eval().save_pretrained(temporary)
-        self.tokenizer.save_pretrained(temporary)
-        shutil.rmtree(folder, ignore_errors=True)
-        temporary.rename(folder)
+        """Writes both; what is there is replaced once they are whole."""
+        with folder_written_whole(folder, replace=True) as unfinished:
+            self.model.eval().save_pretrained(unfinished)
+            self.tokenizer.save_pretrained(unfinished)
 
 
 def space_map(embeds: Tensor, kind: str, shrinkage: float) -> tuple[Tensor, Tensor]:

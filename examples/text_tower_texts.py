@@ -10,62 +10,20 @@ from pathlib import Path
 
 import numpy as np
 
+from pgseg_hf.files import write_atomically
 from pgseg_hf.prompts import IMAGENET_TEMPLATES, SEGMENTATION_TEMPLATES, join_words
 from pgseg_hf.text_files import read_text, split_lines
 
-TEMPLATES = (
-    *SEGMENTATION_TEMPLATES,
-    *IMAGENET_TEMPLATES,
-    "{}",
-    "a {}",
-    "an {}",
-    "the {}",
-    "a photo of {}.",
-    "a photo of the {}.",
-    "an image of a {}.",
-    "a picture of a {}",
-    "a close-up photo of a {}.",
-    "there is a {} in the scene.",
-)
-PLURAL_TEMPLATES = ("{}", "the {}", "some {}", "a photo of {}.", "a photo of many {}.")
+WORDS = json.loads(Path(__file__).with_name("text_tower_words.json").read_text(encoding="utf-8"))
+TEMPLATES: tuple[str, ...] = (*SEGMENTATION_TEMPLATES, *IMAGENET_TEMPLATES, *WORDS["templates"])
+PLURAL_TEMPLATES: tuple[str, ...] = tuple(WORDS["plural_templates"])
+QUALITIES: tuple[str, ...] = tuple(WORDS["qualities"])
+EVERYDAY: tuple[str, ...] = tuple(WORDS["everyday"])
+SYNONYMS: tuple[list[str], ...] = tuple(WORDS["synonyms"])  # another word for a name, and the name
 NEUTRAL_FORMS = ("{}", "a {}", "a photo of a {}.")
 # Lexicographer files of WordNet whose nouns can be seen: animal, artifact, body, food, object, person, plant,
 # substance; and place.
 CONCRETE = {"05", "06", "08", "13", "15", "17", "18", "20", "27"}
-
-
-def _words(text: str) -> tuple[str, ...]:
-    return tuple(text.split())
-
-
-QUALITIES = _words(
-    "red orange yellow green blue purple pink brown black white grey silver golden big small tall long old new "
-    "broken wet dry clean dirty wooden metal plastic glass leather stone striped colourful bright dark young round "
-    "empty shiny furry"
-)
-
-EVERYDAY = _words(
-    "person man boy girl baby child cat dog horse cow sheep pig bird duck chicken fish bear elephant lion mouse rabbit "
-    "frog snake insect butterfly spider car bus truck train bike motorcycle boat ship airplane wheel road sidewalk "
-    "bridge house building tower church castle roof door window stairs fence wall floor ceiling room kitchen bathroom "
-    "bedroom garden trees flower leaf grass bush rock mountain hill sand beach sea river lake waterfall sky cloud "
-    "sun moon snow ice fire smoke table chair sofa bed lamp curtain carpet shelf cupboard mirror clock television "
-    "computer phone camera book newspaper pen scissors knife fork spoon plate bowl mug bottle glass pan oven fridge "
-    "toilet sink bathtub towel bag suitcase umbrella hat shirt trousers skirt dress coat shoe sock glasses "
-    "necklace hair face hand leg bread cheese meat egg rice soup cake candy apple banana tomato potato carrot "
-    "coffee ball toy guitar drum piano tent"
-)
-SYNONYMS = tuple(
-    pair.split("-")
-    for pair in _words(
-        "kitten-cat puppy-dog automobile-car lawn-grass couch-sofa infant-baby pavement-sidewalk bicycle-bike "
-        "ocean-sea forest-trees woman-person boulder-rock street-road aeroplane-airplane cup-mug snowfield-snow "
-        "pony-horse calf-cow lamb-sheep hog-pig hen-chicken lorry-truck locomotive-train yacht-boat cottage-house "
-        "stairway-stairs rug-carpet cabinet-cupboard refrigerator-fridge stove-oven skillet-pan sweets-candy "
-        "pants-trousers jacket-coat boot-shoe spectacles-glasses blossom-flower shrub-bush cellphone-phone "
-        "laptop-computer"
-    )
-)
 
 
 @dataclass
@@ -91,10 +49,8 @@ def read_glove(path: Path, cache: Path, limit: int = 100_000) -> tuple[list[str]
         size = data["dimensions"]
         words = [word for word in data["words"] if word in data["vectors"]][:limit]
         vectors = np.array([data["vectors"][word][:size] for word in words], dtype=np.float16)
-        cache.mkdir(parents=True, exist_ok=True)
-        temporary = cache / "glove.part.npz"
-        np.savez(temporary, words=np.array(words), vectors=vectors)
-        temporary.rename(kept)
+        arrays = {"words": np.array(words), "vectors": vectors}
+        write_atomically(kept, lambda file: np.savez(file, **arrays))
     with np.load(kept) as data:
         return data["words"].tolist(), data["vectors"].astype(np.float32)
 

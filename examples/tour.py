@@ -46,10 +46,10 @@ if (args.data is None) != (args.eval_data is None):
 args.output_dir.mkdir(parents=True, exist_ok=True)
 
 
-def save(picture: Image.Image, name: str) -> Image.Image:
-    """Writes a picture to the output folder; a notebook shows it too."""
-    picture.save(args.output_dir / f"{name}.png")
-    return picture
+def save(drawn: Image.Image, name: str) -> Image.Image:
+    """Writes an image to the output folder; a notebook shows it too."""
+    drawn.save(args.output_dir / f"{name}.png")
+    return drawn
 
 
 # %% [markdown]
@@ -82,11 +82,11 @@ save(overlay(image, result.label_map, labels), "masks")
 encoded = next(segmenter.encode([image]))
 embeds = segmenter.class_embeddings(labels)
 scored = segmenter.score(encoded, embeds, may_have_background=True)
-pictures = []
+overlays = []
 for threshold in (0.1, 0.3, 0.5):
     label_map, _ = scored.with_background(threshold).label_map()
-    pictures.append(overlay(image, label_map, labels, background=True, legend=False))
-save(side_by_side(pictures, ["threshold 0.1", "0.3", "0.5"]), "background")
+    overlays.append(overlay(image, label_map, labels, background=True, legend=False))
+save(side_by_side(overlays, ["threshold 0.1", "0.3", "0.5"]), "background")
 
 # %% [markdown]
 # ## 3. Look at groups and prototypes
@@ -113,12 +113,12 @@ pixel_values = segmenter.processor(images=image, return_tensors="pt")["pixel_val
 with torch.no_grad():
     seen = segmenter.model.vision_model(pixel_values, output_npr=True, output_attentions=True)
 counts = [stage.prototypes.shape[1] for stage in seen.npr or ()]
-pictures = [
+maps = [
     draw_groups(image, patches, count, legend=False)
     for patches, count in zip(prototype_maps(seen) if counts else (), counts)
 ]
 titles = [f"stage {stage}: {count} prototypes" for stage, count in enumerate(counts, start=1)]
-save(side_by_side(pictures, titles), "prototypes") if pictures else None
+save(side_by_side(maps, titles), "prototypes") if maps else None
 
 # %% [markdown]
 # ## 4. Fine-tune
@@ -161,4 +161,4 @@ print(f"5. Evaluate on {len(dataset)} images with masks.")
 for name, each in (("before", segmenter), ("after", load_segmenter(checkpoint))):
     scores = evaluate_masks(each, dataset, MaskOptions(oracle=True))
     print(f"   {name}: mean IoU {scores.confusion.mean_iou():.3f}, oracle {scores.oracle.mean_iou():.3f}")
-print(f"The fine-tuned checkpoint is {checkpoint}, pictures are beside it.")
+print(f"The fine-tuned checkpoint is {checkpoint}, images are beside it.")

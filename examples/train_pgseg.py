@@ -4,7 +4,7 @@
 
 The first argument may be a YAML file; options override it, `--help` lists them all. A stopped run goes on with the same
 command and `--resume_from_checkpoint latest`. The output folder ends as one for `from_pretrained`, with checkpoints,
-`log.jsonl`, pictures of the grouping and `all_results.json`. An error is one line; with `TRANSFORMERS_VERBOSITY=info`
+`log.jsonl`, images of the grouping and `all_results.json`. An error is one line; with `TRANSFORMERS_VERBOSITY=info`
 it comes with its traceback, and `accelerate launch --quiet` leaves out the launcher's own.
 
 The loop is `pgseg_hf.training.run.Run`: change a step, what is measured or what is saved in a class of your own that

@@ -1,4 +1,4 @@
-"""Train PGSeg with transformers' own `Trainer`, from a folder of pictures with captions or tags.
+"""Train PGSeg with transformers' own `Trainer`, from a folder of images with captions or tags.
 
     python examples/train_with_trainer.py photos checkpoint
     python examples/train_with_trainer.py photos adapter --lora
@@ -19,7 +19,7 @@ from pgseg_hf.training.batches.collator import PGSegCollator
 from pgseg_hf.training.batches.map_dataset import RecordDataset
 from pgseg_hf.training.batches.preparation import Preparation
 
-# For captions and tags that repeat between pictures, whatever the checkpoint was trained with.
+# For captions and tags that repeat between images, whatever the checkpoint was trained with.
 LOSS = "multi_positive"
 
 
@@ -47,7 +47,7 @@ def train(
     dataset = RecordDataset(open_source(SourceSpec(path=data)), Preparation(augmentation))
     most = len(dataset) // int(os.environ.get("WORLD_SIZE", "1"))
     if most < 2:
-        raise ValueError(f"{data} has {len(dataset)} pictures, expected at least 2 for each process.")
+        raise ValueError(f"{data} has {len(dataset)} images, expected at least 2 for each process.")
     trainer = Trainer(
         model=model,
         args=TrainingArguments(
@@ -63,7 +63,7 @@ def train(
             save_strategy="no",
             report_to="none",
             remove_unused_columns=False,  # the examples are no arguments of forward; the collator makes them so
-            dataloader_drop_last=True,  # BatchNorm needs more than one picture
+            dataloader_drop_last=True,  # BatchNorm needs more than one image
         ),
         train_dataset=dataset,
         data_collator=PGSegCollator(processor.tokenizer, layout="shared"),

@@ -4,7 +4,6 @@ Paths and values are written down here and not taken from the registry, so that 
 one raw value in each of its 2 x 2 quarters; the second picture has those of the first one place further.
 """
 
-import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -220,33 +219,3 @@ def write_mask(path: Path, raw: np.ndarray, encoding: str = "grey") -> None:
 def box_polygon(left: int, top: int, right: int, bottom: int) -> list[list[int]]:
     """A polygon along the pixels' edges, as in COCO's annotations."""
     return [[left, top, right, top, right, bottom, left, bottom]]
-
-
-def write_instances(path: Path, name_key: str, names, boxes, image_id: str = "id", **extra) -> np.ndarray:
-    """Annotations of pictures of 8 x 10 pixels with the same boxes (category, left, top, right, bottom) in each.
-
-    Returns:
-        [H, W] with the category of each pixel, 0 without; later boxes are on top, and are the smaller ones.
-    """
-    images, annotations = [], []
-    for number, name in enumerate(names, start=1):
-        images.append({image_id: number, name_key: name, "height": 8, "width": 10, **extra})
-        for category, *corners in boxes:
-            left, top, right, bottom = corners
-            annotations.append(
-                {
-                    "id": len(annotations) + 1,
-                    "image_id": number,
-                    "category_id": category,
-                    "segmentation": box_polygon(*corners),
-                    "area": (right - left) * (bottom - top),
-                    "iscrowd": 0,
-                }
-            )
-    key = "annotations" if image_id == "id" else "annos_segmentation"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"images": images, key: annotations}))
-    categories = np.zeros((8, 10), int)
-    for category, left, top, right, bottom in boxes:
-        categories[top:bottom, left:right] = category
-    return categories

@@ -10,7 +10,7 @@ from PIL import Image
 from tiny_models import CLIP_TEXT, make_photo, tiny_model
 
 from pgseg_hf import PGSegImageProcessorPil, PGSegProcessor, Segmenter, default_tokenizer, load_segmenter
-from pgseg_hf.configuration_pgseg import NPR_VARIANTS
+from pgseg_hf.variants import NPR_VARIANTS
 
 # No deadline: the first call of a torch function takes far longer than the next ones.
 settings.register_profile("pgseg_hf", deadline=None)

@@ -42,8 +42,9 @@ CONFIGS = {
 }
 
 
-@pytest.mark.parametrize("how", CONFIGS)
-@pytest.mark.parametrize("kind", ["none", "corrected", "backbone"])
+@pytest.mark.parametrize(
+    ("kind", "how"), [("corrected", "attention"), ("corrected", "statistics"), ("backbone", "all")]
+)
 def test_an_adapter_is_loaded_as_it_was_trained(kind, how, tmp_path):
     model = tiny_backbone_model() if kind == "backbone" else tiny_model(npr_variant=kind)
     model.save_pretrained(tmp_path / "base")

@@ -1,10 +1,11 @@
 """Backbones in the place of the patch convolution: shapes, freezing, features given instead of pixels, and everything
 that transformers does to a model."""
 
-import json
+import copy
+import math
+import re
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +13,6 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from tiny_backbones import ANY_BACKBONE, BACKBONES, backbone_fields, tiny_backbone_model
 from tiny_models import (
-    VARIANTS,
     WITHOUT_THE_PACKAGE,
     assert_same_tensors,
     tiny_config,
@@ -21,18 +21,12 @@ from tiny_models import (
     tiny_texts,
     without_noise,
 )
-from torch import nn
 from torch.nn.functional import interpolate
-from transformers import AutoBackbone, AutoModel
+from transformers import AutoBackbone
 
 from pgseg_hf.configuration_pgseg import PGSegConfig, PGSegVisionConfig
-from pgseg_hf.efficientnet_lite import EfficientNetLiteConfig
-from pgseg_hf.export import export_image_encoder, export_onnx
+from pgseg_hf.export import export_image_encoder
 from pgseg_hf.modeling_pgseg import PGSegModel, PGSegVisionModel
-
-SIZES = [(32, 32), (48, 33), (33, 50)]
-JOINT = ("segment_embeds", "patch_embeds")
-EXPORTED = [(1, 64, 64), (3, 99, 70), (2, 80, 131)]
 
 
 def patches_of(model):
@@ -43,37 +37,32 @@ def backbone_of(model):
     return patches_of(model).backbone
 
 
-def inputs_of(batch=2, size=(32, 32), **kwargs):
-    return {"input_ids": tiny_texts(batch), "pixel_values": tiny_images(batch, *size)} | kwargs
+def inputs_of(batch=2, **kwargs):
+    return {"input_ids": tiny_texts(batch), "pixel_values": tiny_images(batch, 32, 32)} | kwargs
 
 
 def features_of(model, pixel_values):
     return model.vision_model.embeddings.features(pixel_values)
 
 
-def step(model, **inputs):
+def step(model):
     """One step of AdamW, whose weight decay moves every parameter that has a gradient, though it were 0."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
-    model(**inputs, return_loss=True).loss.backward()
+    model(**inputs_of(), return_loss=True).loss.backward()
     optimizer.step()
 
 
-# Shapes
-
-
 @ANY_BACKBONE
-@pytest.mark.parametrize("size", SIZES)
 @torch.no_grad()
-def test_the_grid_is_that_of_the_finest_stage(name, size):
+def test_the_grid_is_that_of_the_finest_stage(name):
     model = tiny_backbone_model(name)
-    pixels = tiny_images(2, *size)
+    pixels = tiny_images(2, 48, 33)
     output = model.get_image_features(pixels)
-    maps = backbone_of(model)(pixels).feature_maps
-    grid = max((features.shape[-2:] for features in maps), key=lambda sides: sides[0] * sides[1])
+    grid = max((features.shape[-2:] for features in backbone_of(model)(pixels).feature_maps), key=math.prod)
     assert output.grouping.shape == (2, 4, *grid)
     torch.testing.assert_close(output.grouping.sum(1), torch.ones(2, *grid))
-    assert all(side // model.config.vision_config.patch_size in (n, n - 1) for side, n in zip(size, grid))
-    assert output.image_sizes.tolist() == [list(size)] * 2
+    assert all(side // model.config.vision_config.patch_size in (n, n - 1) for side, n in zip((48, 33), grid))
+    assert output.image_sizes.tolist() == [[48, 33]] * 2
     alone = model.get_image_features(pixels[1:])
     torch.testing.assert_close(alone.segment_embeds[0], output.segment_embeds[1], rtol=1e-3, atol=1e-4)
 
@@ -99,57 +88,39 @@ def test_stages_are_joined_on_the_finest_grid_each_normalised_by_itself():
 # Features instead of pixels
 
 
-@ANY_BACKBONE
 @torch.no_grad()
-def test_features_give_what_their_pixels_give(name):
-    model = tiny_backbone_model(name, contrastive_pooling="patches")
-    pixels = tiny_images(3, 48, 32)
+def test_features_give_what_their_pixels_give():
+    model = tiny_backbone_model("pvt_v2", contrastive_pooling="patches")
+    pixels, ids = tiny_images(3, 48, 32), tiny_texts(3)
     features = features_of(model, pixels)
-    for encode in (model.vision_model, model.get_image_features):
-        expected, output = encode(pixel_values=pixels), encode(backbone_features=features)
-        for key in ("last_hidden_state", "pooler_output", "grouping", *JOINT):
-            ours, theirs = getattr(output, key), getattr(expected, key)
-            assert (ours is None) == (theirs is None) == (encode is model.vision_model and key in JOINT), key
-            assert ours is None or torch.equal(ours, theirs), key
+    expected, output = model.get_image_features(pixels), model.get_image_features(backbone_features=features)
+    for key in ("last_hidden_state", "pooler_output", "grouping", "segment_embeds", "patch_embeds"):
+        assert torch.equal(getattr(output, key), getattr(expected, key)), key
     stride = model.config.vision_config.patch_size
     assert output.image_sizes.tolist() == [[side * stride for side in features.shape[-2:]]] * 3
-    ids = tiny_texts(3)
-    expected = model(ids, pixels, return_loss=True)
-    assert torch.equal(model(ids, backbone_features=features, return_loss=True).loss, expected.loss)
+    loss = model(ids, pixels, return_loss=True).loss
+    assert torch.equal(model(ids, backbone_features=features, return_loss=True).loss, loss)
     part, whole = model.encode_part(backbone_features=features), model.encode_part(pixels)
     assert torch.equal(part.embeds, whole.embeds) and torch.equal(part.patch_embeds, whole.patch_embeds)
-
-
-@torch.no_grad()
-def test_features_may_be_kept_in_half_precision():
-    model = tiny_backbone_model()
-    pixels = tiny_images(2, 48, 32)
-    features = features_of(model, pixels)
-    output = model.get_image_features(backbone_features=features.half())
-    torch.testing.assert_close(output.grouping, model.get_image_features(pixels).grouping, rtol=0, atol=0.05)
-    assert output.grouping.dtype == torch.float32
+    half = model.get_image_features(backbone_features=features.half()).grouping
+    torch.testing.assert_close(half, expected.grouping, rtol=0, atol=0.05)
 
 
 def wrong_inputs():
     pixels, features = torch.zeros(1, 3, 32, 32), torch.zeros(1, 20, 4, 4)
     yield {}, "pixel_values is None"
     yield {"pixel_values": pixels, "backbone_features": features}, "pixel_values are given too"
-    for shape in ((1, 19, 4, 4), (1, 21, 4, 4), (1, 3, 32, 32)):
-        message = rf"backbone_features has shape \[1, {shape[1]}, .*expected \[batch, 20, height, width\]"
+    for shape in ((1, 19, 4, 4), (1, 3, 32, 32), (20, 4, 4)):
+        message = rf"backbone_features has shape {re.escape(str(list(shape)))}.* \[batch, 20, height, width\]"
         yield {"backbone_features": torch.zeros(shape)}, message
-    yield {"backbone_features": torch.zeros(20, 4, 4)}, r"backbone_features has shape \[20, 4, 4\]"
     yield {"backbone_features": features.long()}, "type torch.int64"
     yield {"backbone_features": features / 0}, "backbone_features holds NaN or infinite"
 
 
 @pytest.mark.parametrize(("inputs", "message"), list(wrong_inputs()))
 def test_wrong_inputs_are_named(inputs, message):
-    model = tiny_backbone_model()
-    for encode in (model.vision_model, model.get_image_features, model.encode_part):
-        with pytest.raises(ValueError, match=message):
-            encode(**inputs)
     with pytest.raises(ValueError, match=message):
-        model(input_ids=tiny_texts(1), **inputs)
+        tiny_backbone_model().vision_model(**inputs)
 
 
 def test_features_for_a_model_without_a_backbone_are_refused():
@@ -160,30 +131,24 @@ def test_features_for_a_model_without_a_backbone_are_refused():
 # Learning
 
 
-@VARIANTS
 @ANY_BACKBONE
-def test_a_frozen_backbone_stays_as_it_is(name, variant):
-    model = tiny_backbone_model(name, npr_variant=variant, num_text_prototypes=4).train()
+def test_a_frozen_backbone_stays_as_it_is(name):
+    model = tiny_backbone_model(name).train()
     before = {key: value.clone() for key, value in model.state_dict().items()}
     assert not any(module.training for module in backbone_of(model).modules())
-    step(model, **inputs_of())
-    for parameter in backbone_of(model).parameters():
-        assert not parameter.requires_grad and parameter.grad is None
-    after, prefix = model.state_dict(), "vision_model.embeddings.patch_embeddings."
-    changed = {key for key, value in after.items() if not torch.equal(value, before[key])}
+    step(model)
+    assert all(each.grad is None and not each.requires_grad for each in backbone_of(model).parameters())
+    prefix = "vision_model.embeddings.patch_embeddings."
+    changed = {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
     assert not any(key.startswith(prefix + "backbone.") for key in changed)
-    for key in ("projection.weight", "norms.0.weight", "norms.0.bias"):
-        assert prefix + key in changed
+    assert {prefix + key for key in ("projection.weight", "norms.0.weight", "norms.0.bias")} <= changed
 
 
-@VARIANTS
 @ANY_BACKBONE
-def test_a_backbone_that_is_not_frozen_learns(name, variant):
-    model = tiny_backbone_model(
-        name, {"freeze_backbone": False}, npr_variant=variant, num_text_prototypes=4
-    ).train()
+def test_a_backbone_that_is_not_frozen_learns(name):
+    model = tiny_backbone_model(name, {"freeze_backbone": False}).train()
     assert all(module.training for module in backbone_of(model).modules())
-    step(model, **inputs_of())
+    step(model)
     gradients = {key: parameter.grad for key, parameter in backbone_of(model).named_parameters()}
     used = {key for key, gradient in gradients.items() if gradient is not None and gradient.any()}
     # The first layer too; those after the last chosen stage have nothing to learn from.
@@ -194,62 +159,57 @@ def test_a_backbone_that_is_not_frozen_learns(name, variant):
 @pytest.mark.parametrize("frozen", [True, False])
 def test_freezing_outlasts_loading_and_changes_of_mode(tmp_path, frozen):
     tiny_backbone_model(vision={"freeze_backbone": frozen}).save_pretrained(tmp_path)
-    for model in (PGSegModel.from_pretrained(tmp_path), AutoModel.from_pretrained(tmp_path)):
-        for mode in (False, True):
-            model.train(mode)
-            backbone = backbone_of(model)
-            assert {parameter.requires_grad for parameter in backbone.parameters()} == {not frozen}
-            assert {module.training for module in backbone.modules()} == {mode and not frozen}
-            assert patches_of(model).projection.training == mode
+    model = PGSegModel.from_pretrained(tmp_path)
+    for mode in (False, True):
+        model.train(mode)
+        backbone = backbone_of(model)
+        assert {parameter.requires_grad for parameter in backbone.parameters()} == {not frozen}
+        assert {module.training for module in backbone.modules()} == {mode and not frozen}
+        assert patches_of(model).projection.training == mode
     thawed = PGSegVisionModel.from_pretrained(tmp_path, freeze_backbone=False).train()
     assert all(parameter.requires_grad for parameter in thawed.parameters())
 
 
-@ANY_BACKBONE
-@pytest.mark.parametrize("frozen", [True, False])
-@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize(
+    ("name", "frozen", "reentrant"),
+    [
+        ("efficientnet_lite", False, False),
+        ("swin", True, True),
+        ("swin", False, True),
+        ("pvt_v2", False, False),
+    ],
+)
 def test_gradient_checkpointing_changes_nothing(name, frozen, reentrant):
-    if name == "pvt_v2" and reentrant and not frozen:
-        pytest.skip(
-            "its checkpoints begin with the pixels, which have no gradient, so it learns only without reentrance"
-        )
-    gradients = []
-    for checkpointing in (False, True):
-        model = without_noise(tiny_backbone_model(name, {"freeze_backbone": frozen}).double().train())
-        if checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    """Of backbones too whose embeddings give more than a tensor."""
+    model = without_noise(tiny_backbone_model(name, {"freeze_backbone": frozen}).double().train())
+    checkpointed = copy.deepcopy(model)
+    checkpointed.activation_checkpointing_enable({"use_reentrant": reentrant})
+    for each in (model, checkpointed):
         torch.manual_seed(3)
-        pixels = tiny_images(3, 32, 32).double()
-        model(**inputs_of(3, pixel_values=pixels), return_loss=True).loss.backward()
-        gradients.append({key: parameter.grad for key, parameter in model.named_parameters()})
-    plain, checkpointed = gradients
-    assert any(key.startswith("vision_model") and plain[key] is not None for key in plain)
-    for key, gradient in plain.items():
-        assert (gradient is None) == (checkpointed[key] is None), key
-        if gradient is not None:
-            torch.testing.assert_close(checkpointed[key], gradient, msg=key)
+        each(**inputs_of(3, pixel_values=tiny_images(3, 32, 32).double()), return_loss=True).loss.backward()
+    assert any(parameter.grad is not None for parameter in model.vision_model.parameters())
+    for (key, plain), ours in zip(model.named_parameters(), checkpointed.parameters()):
+        assert (plain.grad is None) == (ours.grad is None), key
+        if plain.grad is not None:
+            torch.testing.assert_close(ours.grad, plain.grad, msg=key)
 
 
 # Configuration, saving and loading
 
 
 @ANY_BACKBONE
-@pytest.mark.parametrize("shard", ["10KB", "1GB"])
-def test_round_trip_bit_for_bit(tmp_path, name, shard):
+@torch.no_grad()
+def test_round_trip_bit_for_bit(tmp_path, name):
     model = tiny_backbone_model(name)
-    model.save_pretrained(tmp_path, max_shard_size=shard)
-    assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (shard == "10KB")
+    model.save_pretrained(tmp_path)
     pixels = tiny_images(2, 48, 33)
-    with torch.no_grad():
-        expected = model.get_image_features(pixels)
-        for kwargs in ({}, {"device_map": "auto"}):
-            loaded = PGSegModel.from_pretrained(tmp_path, **kwargs)
-            assert_same_tensors(loaded, model)
-            # Buffers that are not saved too.
-            assert torch.equal(loaded.get_image_features(pixels).segment_embeds, expected.segment_embeds)
-        tower = PGSegVisionModel.from_pretrained(tmp_path)
-        assert_same_tensors(tower, model.vision_model)
-        assert torch.equal(tower(pixels).last_hidden_state, expected.last_hidden_state)
+    expected = model.get_image_features(pixels)
+    for kwargs in ({}, {"device_map": "auto"}):
+        loaded = PGSegModel.from_pretrained(tmp_path, **kwargs)
+        assert_same_tensors(loaded, model)
+        # Buffers that are not saved too.
+        assert torch.equal(loaded.get_image_features(pixels).segment_embeds, expected.segment_embeds)
+    assert_same_tensors(PGSegVisionModel.from_pretrained(tmp_path), model.vision_model)
 
 
 @ANY_BACKBONE
@@ -260,72 +220,45 @@ def test_configurations_round_trip(tmp_path, name):
     assert backbone.model_type == name
     given = tiny_config(vision_config=backbone_fields(name, backbone_config=backbone))
     config.save_pretrained(tmp_path)
-    stored = json.loads((tmp_path / "config.json").read_text())["vision_config"]["backbone_config"]
-    assert stored["model_type"] == name
-    for other in (
-        given,
-        PGSegConfig.from_dict(config.to_dict()),
-        PGSegConfig.from_dict(json.loads(config.to_json_string())),
-        PGSegConfig.from_pretrained(tmp_path),
-    ):
+    for other in (given, PGSegConfig.from_dict(config.to_dict()), PGSegConfig.from_pretrained(tmp_path)):
         assert other.vision_config.to_dict() == config.vision_config.to_dict()
         found = other.vision_config.backbone_config
         assert type(found) is type(backbone)
         for key, value in fields.items():
             assert list(np.ravel(getattr(found, key))) == list(np.ravel(value)), key
-    vision = PGSegVisionConfig.from_pretrained(tmp_path)
-    assert vision.to_dict() == config.vision_config.to_dict()
-
-
-@pytest.mark.parametrize(
-    ("value", "message"),
-    [
-        ({"model_type": "resnext9000"}, "model_type 'resnext9000', which transformers does not know"),
-        ({"hidden_size": 8}, "model_type None, which transformers does not know"),
-        ("dinov2", "backbone_config is 'dinov2', expected the configuration of a backbone"),
-    ],
-)
-def test_configurations_that_are_no_backbones_are_refused(value, message):
-    with pytest.raises((ValueError, StrictDataclassError), match=message):
-        PGSegVisionConfig(backbone_config=value)
+    assert PGSegVisionConfig.from_pretrained(tmp_path).to_dict() == config.vision_config.to_dict()
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        (
-            {"patch_size": 16},
-            "patch_size is 16, expected 8, the stride of the finest of the backbone's stage3, stage5",
-        ),
-        ({"patch_size": 4}, "patch_size is 4, expected 8"),
-        ({"num_channels": 1}, "num_channels is 1, and backbone_config has 3"),
+        ({"backbone_config": {"model_type": "resnext9000"}}, "model_type 'resnext9000'.* does not know"),
+        ({"backbone_config": {"hidden_size": 8}}, "model_type None"),
+        ({"backbone_config": "dinov2"}, "backbone_config is 'dinov2'"),
+        (backbone_fields(patch_size=16), "patch_size is 16, expected 8, the stride of the .* stage3, stage5"),
+        (backbone_fields(patch_size=4), "patch_size is 4, expected 8"),
+        (backbone_fields(num_channels=1), "num_channels is 1, and backbone_config has 3"),
+        ({"backbone_config": {"model_type": "clip"}}, "CLIPConfig"),
     ],
 )
-def test_a_backbone_that_does_not_fit_the_tower_is_refused(fields, message):
-    with pytest.raises(StrictDataclassError, match=message):
-        PGSegVisionConfig(**backbone_fields(**fields))
+def test_backbones_that_are_none_or_do_not_fit_are_refused(fields, message):
+    with pytest.raises((ValueError, StrictDataclassError), match=message):
+        PGSegVisionModel(PGSegVisionConfig(**fields))
 
 
-@pytest.mark.parametrize("name", [name for name in BACKBONES if name != "efficientnet_lite"])
-@pytest.mark.parametrize("factor", [2, 0.5])
+@pytest.mark.parametrize(("name", "factor"), [("dinov2", 2), ("pvt_v2", 0.5)])
 def test_a_patch_size_that_is_not_the_backbones_stride_is_refused(name, factor):
     stride = BACKBONES[name][1]
     other = int(factor * stride)
-    model = tiny_backbone_model(name, vision={"patch_size": other, "image_size": 8 * stride}).eval()
-    pixels = torch.zeros(1, 3, 8 * stride, 16 * stride)
-    with pytest.raises(ValueError, match=f"patch_size is {other}.* expected its stride, about {stride}"):
-        model.get_image_features(pixel_values=pixels)
+    model = tiny_backbone_model(name, vision={"patch_size": other, "image_size": 8 * stride})
+    with pytest.raises(ValueError, match=f"patch_size is {other}.* about {stride}"):
+        model.get_image_features(pixel_values=torch.zeros(1, 3, 8 * stride, 16 * stride))
 
 
-def test_a_model_that_is_no_backbone_is_refused():
-    with pytest.raises(ValueError, match="CLIPConfig"):
-        PGSegVisionModel(PGSegVisionConfig(backbone_config={"model_type": "clip"}))
+# Precision, attention, export
 
 
-# Precision, attention, compilation and export
-
-
-@ANY_BACKBONE
+@pytest.mark.parametrize("name", ["efficientnet_lite", "swin"])
 @torch.no_grad()
 def test_bfloat16(tmp_path, name):
     model = tiny_backbone_model(name, std=0.1)
@@ -339,15 +272,8 @@ def test_bfloat16(tmp_path, name):
         assert (output.grouping.float() - expected).abs().max() < 0.1
 
 
-def test_training_in_bfloat16_autocast():
-    model = tiny_backbone_model(vision={"freeze_backbone": False}).train()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        step(model, **inputs_of(4))
-    assert all(parameter.isfinite().all() for parameter in model.parameters())
-
-
-@ANY_BACKBONE
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("name", ["dinov2", "convnextv2"])
 @torch.no_grad()
 def test_attention_can_be_chosen_whatever_the_backbone_can_do(tmp_path, name, implementation):
     model = tiny_backbone_model(name)
@@ -362,121 +288,57 @@ def test_attention_can_be_chosen_whatever_the_backbone_can_do(tmp_path, name, im
         assert each.text_model.config._attn_implementation == implementation
         torch.testing.assert_close(each.get_image_features(pixels).grouping, expected, rtol=1e-4, atol=1e-5)
         assert isinstance(backbone_of(each), type(AutoBackbone.from_config(backbone_of(each).config)))
-        if name == "dinov2":
-            assert backbone_of(each).config._attn_implementation == implementation
-        elif name == "convnextv2":
-            assert backbone_of(each).config._attn_implementation == "eager"
+        of_backbone = implementation if name == "dinov2" else "eager"
+        assert backbone_of(each).config._attn_implementation == of_backbone
 
 
 def test_attention_can_be_chosen_by_part():
     model = tiny_backbone_model("dinov2")
     assert backbone_of(model).config._attn_implementation == "sdpa"
-    for of_backbone, of_tower in (("sdpa", "eager"), ("eager", "sdpa")):
-        by_part = {"": of_tower, "backbone_config": of_backbone}
-        model.set_attn_implementation({"": "eager", "vision_config": by_part, "text_config": "sdpa"})
-        assert model.vision_model.config._attn_implementation == of_tower
-        assert model.text_model.config._attn_implementation == "sdpa"
-        assert backbone_of(model).config._attn_implementation == of_backbone
+    by_part = {"": "eager", "backbone_config": "sdpa"}
+    model.set_attn_implementation({"": "eager", "vision_config": by_part, "text_config": "sdpa"})
+    parts = (model.vision_model, model.text_model, backbone_of(model))
+    assert [part.config._attn_implementation for part in parts] == ["eager", "sdpa", "sdpa"]
 
 
-def test_an_attention_that_the_backbone_cannot_do_is_not_written_down_for_it():
+def test_an_attention_that_the_backbone_or_nothing_can_do_leaves_it_as_it_was():
     model = tiny_backbone_model("swin")
     model.set_attn_implementation("flex_attention")
+    with pytest.raises(ValueError, match="no_such_attention"):
+        model.set_attn_implementation("no_such_attention")
     assert model.vision_model.config._attn_implementation == "flex_attention"
     assert backbone_of(model).config._attn_implementation == "sdpa"
 
 
-def test_an_attention_that_nothing_can_do_leaves_the_backbone_in_place():
-    model = tiny_backbone_model("convnextv2")
-    with pytest.raises(ValueError, match="no_such_attention"):
-        model.set_attn_implementation("no_such_attention")
-    assert not isinstance(backbone_of(model), nn.Identity)
-
-
-@ANY_BACKBONE
-@torch.no_grad()
-def test_evaluation_compiles_without_graph_breaks(name):
-    torch.compiler.reset()
-    model = tiny_backbone_model(name)
-    compiled = torch.compile(model.vision_model, fullgraph=True, backend="eager")
-    pixels = tiny_images(2, 48, 32)
-    expected = model.vision_model(pixels)
-    torch.testing.assert_close(compiled(pixels).grouping, expected.grouping, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("name", ["efficientnet_lite", "dinov2", "convnextv2", "pvt_v2", "vitdet"])
+@pytest.mark.parametrize("name", ["efficientnet_lite", "dinov2"])
 @torch.no_grad()
 def test_exported_programs_equal_the_model_at_other_sizes(name):
     model = tiny_backbone_model(name)
     program = export_image_encoder(model).module()
-    for batch, height, width in EXPORTED:
+    for batch, height, width in ((1, 64, 64), (3, 99, 70)):
         pixels = tiny_images(batch, height, width)
         features = model.get_image_features(pixels)
         expected = (features.pooler_output, features.segment_embeds, features.grouping)
         torch.testing.assert_close(program(pixels), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["efficientnet_lite", "dinov2"])
-def test_onnx_files_equal_the_model_in_onnxruntime(name, tmp_path):
-    pytest.importorskip("onnxscript")
-    onnxruntime = pytest.importorskip("onnxruntime")
-    model = tiny_backbone_model(name)
-    folder = export_onnx(model, tmp_path / "onnx")
-    session = onnxruntime.InferenceSession(folder / "image_encoder.onnx")
-    for batch, height, width in EXPORTED:
-        pixels = tiny_images(batch, height, width)
-        with torch.no_grad():
-            features = model.get_image_features(pixels)
-        expected = (features.pooler_output, features.segment_embeds, features.grouping)
-        for got, wanted in zip(session.run(None, {"pixel_values": pixels.numpy()}), expected, strict=True):
-            np.testing.assert_allclose(got, wanted.numpy(), atol=1e-4 * float(wanted.abs().max()))
+# Code that is saved with the weights
 
 
-# What else transformers asks of a model
-
-
-def test_embeddings_and_texts_as_ever():
-    model = tiny_backbone_model()
-    assert model.vision_model.get_input_embeddings() is patches_of(model)
-    assert model.text_model.get_input_embeddings().num_embeddings == model.config.text_config.vocab_size
-    model.text_model.resize_token_embeddings(60)
-    assert model(**inputs_of()).logits_per_image.isfinite().all()
-
-
-def test_a_configuration_object_is_taken_as_it_is():
-    backbone = EfficientNetLiteConfig(**BACKBONES["efficientnet_lite"][0])
-    model = tiny_model(vision_config=backbone_fields(backbone_config=backbone))
-    assert backbone_of(model).config.to_dict() == backbone.to_dict()
-
-
-_USE_SAVED_CODE = (
-    WITHOUT_THE_PACKAGE
-    + """
+_USE_SAVED_CODE = """
 import torch
-from transformers import AutoConfig, AutoModel
+from transformers import AutoModel
 
 torch.set_num_threads(1)
 folder = sys.argv[1]
 model = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
-inputs = torch.load(f"{folder}/inputs.pt")
-with torch.no_grad():
-    output = model(**inputs)
 backbone = model.vision_model.embeddings.patch_embeddings.backbone
-assert type(model).__module__.startswith("transformers_modules.")
 assert type(backbone).__name__ == "EfficientNetLiteBackbone"
-assert type(backbone).__module__.startswith("transformers_modules.")
-assert not any(parameter.requires_grad for parameter in backbone.parameters())
-assert "pgseg_hf" not in sys.modules
-config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
-assert config.vision_config.backbone_config.model_type == "efficientnet_lite"
-model.save_pretrained(f"{folder}/again")
-again = AutoModel.from_pretrained(f"{folder}/again", trust_remote_code=True)
+assert all(type(part).__module__.startswith("transformers_modules.") for part in (model, backbone))
 with torch.no_grad():
-    assert torch.equal(again(**inputs).logits_per_image, output.logits_per_image)
-torch.save(output.logits_per_image, f"{folder}/logits.pt")
+    torch.save(model(**torch.load(f"{folder}/inputs.pt")).logits_per_image, f"{folder}/logits.pt")
+assert "pgseg_hf" not in sys.modules
 """
-)
 
 
 @pytest.mark.slow
@@ -484,11 +346,11 @@ def test_saved_code_works_where_the_package_is_not_installed(tmp_path, monkeypat
     folder = tmp_path / "checkpoint"
     model = tiny_backbone_model()
     model.save_pretrained(folder)
-    assert {"backbone.py", "efficientnet_lite.py"} <= {path.name for path in Path(folder).glob("*.py")}
     torch.save(inputs_of(), folder / "inputs.pt")
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    run = subprocess.run([sys.executable, "-c", _USE_SAVED_CODE, str(folder)], capture_output=True, text=True)
+    program = [sys.executable, "-c", WITHOUT_THE_PACKAGE + _USE_SAVED_CODE, str(folder)]
+    run = subprocess.run(program, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     with torch.no_grad():
         assert torch.equal(torch.load(folder / "logits.pt"), model(**inputs_of()).logits_per_image)

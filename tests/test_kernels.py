@@ -7,7 +7,6 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pgseg_hf import kernels
-from pgseg_hf.configuration_pgseg import NPR_VARIANTS
 from pgseg_hf.kernels import attention_in_parts, linear, plain_kernels
 
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 4e-2, torch.float64: 1e-12}
@@ -62,10 +61,9 @@ def test_attention_in_parts_agrees(entries, monkeypatch):
     torch.testing.assert_close(attention_in_parts(None, query, key, value, None, 0.7)[0], expected)
 
 
-@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
-@pytest.mark.parametrize("variant", [*NPR_VARIANTS, "tokens"])
-@pytest.mark.parametrize(("height", "width"), [(32, 32), (24, 20)])
-def test_image_towers_agree(dtype, variant, height, width):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("variant", ["released", "corrected", "tokens"])
+def test_image_towers_agree(dtype, variant):
     """Stage by stage, on the same input: groups that are chosen hard would part over a rounding."""
     fields = {"vision_config": {"prototype_mixing": "tokens"}} if variant == "tokens" else {}
     model = tiny_model(npr_variant="corrected" if variant == "tokens" else variant, **fields).to(dtype)
@@ -73,7 +71,7 @@ def test_image_towers_agree(dtype, variant, height, width):
         if stage.npr is not None:
             stage.npr.projection[1].running_mean.normal_()
             stage.npr.projection[1].running_var.uniform_(0.5, 2.0)
-    images = tiny_images(3, height, width).to(dtype)
+    images = tiny_images(3, 24, 20).to(dtype)
     with torch.no_grad():
         tokens, group_tokens = model.vision_model._embed(images, None)[0], None
         for stage in model.vision_model.encoder.stages:
@@ -85,8 +83,7 @@ def test_image_towers_agree(dtype, variant, height, width):
             tokens, group_tokens = plain[:2]
 
 
-@pytest.mark.parametrize("variant", NPR_VARIANTS)
-@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(("variant", "training"), [("corrected", True), ("released", False)])
 def test_with_gradient_there_are_no_kernels(variant, training):
     def gradients():
         torch.manual_seed(0)

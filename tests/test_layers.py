@@ -14,7 +14,6 @@ from tiny_models import (
 )
 from torch import nn
 
-from pgseg_hf.configuration_pgseg import NPR_VARIANTS
 from pgseg_hf.layers import (
     PGSegDropPath,
     PGSegMLP,
@@ -48,79 +47,24 @@ def test_drop_path_rises_linearly_over_the_blocks():
 # Grouping in training
 
 
-def test_gumbel_noise_is_standard():
+def test_groups_are_drawn_evenly_in_16_bits():
     torch.manual_seed(0)
-    assign = tiny_model().vision_model.encoder.stages[0].downsample.assign
-    noise = assign.sample_noise(torch.zeros(100, 20, 50, dtype=torch.float64))
-    assert noise.shape == (100, 20, 50)
-    assert noise.mean().item() == pytest.approx(0.5772, abs=0.02)
-    assert noise.var().item() == pytest.approx(math.pi**2 / 6, rel=0.02)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_groups_are_drawn_evenly_in_16_bits(dtype):
-    torch.manual_seed(0)
-    assign = tiny_model().vision_model.encoder.stages[0].downsample.assign.to(dtype).train()
-    noise = assign.sample_noise(torch.zeros(20_000, 64, dtype=dtype))
+    assign = tiny_model().vision_model.encoder.stages[0].downsample.assign.bfloat16().train()
+    noise = assign.sample_noise(torch.zeros(20_000, 64, dtype=torch.bfloat16))
     assert noise.amax(1).mean().item() == pytest.approx(0.5772 + math.log(64), abs=0.03)
     first_eight = (noise.argmax(1) < 8).double().mean().item()
     assert first_eight == pytest.approx(1 / 8, abs=0.01)  # ties would favour them
-    pooled, _ = assign(torch.randn(2, 5, 16, dtype=dtype), torch.randn(2, 9, 16, dtype=dtype))
-    assert pooled.dtype == dtype
-
-
-def test_assignment_is_hard_with_the_gradient_of_the_soft_one():
-    assign = tiny_model().vision_model.encoder.stages[0].downsample.assign.double().eval()
-    with torch.no_grad():
-        for linear in (assign.v_proj, assign.proj):
-            linear.weight.copy_(torch.eye(16))
-            linear.bias.zero_()
-    centers = torch.randn(2, 5, 16, dtype=torch.float64, requires_grad=True)
-    tokens = torch.randn(2, 9, 16, dtype=torch.float64)
-    pooled, logits = assign(centers, tokens)
-    chosen = nn.functional.one_hot(logits.argmax(1), 5).double().transpose(1, 2)
-    torch.testing.assert_close(pooled, chosen @ tokens / (chosen.sum(2, keepdim=True) + 1))
-    weights = torch.randn_like(pooled)
-    (ours,) = torch.autograd.grad((pooled * weights).sum(), centers)
-    # The same forward value, by hand: soft assignments whose value is moved to the hard ones as a constant.
-    logits = assign(centers, tokens)[1]
-    soft = logits.softmax(1)
-    straight = soft + (chosen - soft).detach()
-    expected = straight / (straight.sum(2, keepdim=True) + 1) @ tokens
-    torch.testing.assert_close(ours, torch.autograd.grad((expected * weights).sum(), centers)[0])
-    assert ours.abs().max() > 0
+    centers, tokens = (torch.randn(2, length, 16, dtype=torch.bfloat16) for length in (5, 9))
+    assert assign(centers, tokens)[0].dtype == torch.bfloat16
 
 
 # Attention, checkpointing, compilation
 
 
-@torch.no_grad()
-def test_attention_implementations_agree(models):
-    arguments = inputs_of(pixel_values=tiny_images(3, 24, 20).double())
-    outputs = []
-    for name in ("eager", "sdpa"):
-        models["corrected"].set_attn_implementation(name)
-        outputs.append(models["corrected"](**arguments))
-    torch.testing.assert_close(outputs[0].logits_per_image, outputs[1].logits_per_image)
-    torch.testing.assert_close(outputs[0].grouping, outputs[1].grouping)
-
-
-@pytest.mark.parametrize("kind", ["none", "released", "corrected", "backbone"])
-def test_quantisation_finds_every_linear_layer(kind):
-    model = tiny_backbone_model() if kind == "backbone" else tiny_model(npr_variant=kind)
-    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    assert {type(module) for module in linears} == {nn.Linear}
-    assert model.get_input_embeddings().num_embeddings == model.config.text_config.vocab_size
-    quantised = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
-    found = [
-        module for module in quantised.modules() if isinstance(module, torch.ao.nn.quantized.dynamic.Linear)
-    ]
-    assert len(found) == len(linears) > 30
-    with torch.no_grad():
-        logits = quantised(**inputs_of()).logits_per_image
-        expected = model(**inputs_of()).logits_per_image
-    correlation = torch.corrcoef(torch.stack([logits.flatten(), expected.flatten()]))[0, 1]
-    assert correlation > 0.8 and not torch.equal(logits, expected)
+def test_linear_layers_are_torchs_own():
+    """Tools that quantise take no subclass."""
+    linears = [module for module in tiny_backbone_model().modules() if isinstance(module, nn.Linear)]
+    assert {type(module) for module in linears} == {nn.Linear} and len(linears) > 30
 
 
 def test_a_changed_layer_of_an_mlp_is_called_as_every_module():
@@ -163,41 +107,31 @@ def test_activations_made_again_give_the_same_gradient(adapted):
         assert not any(t.shape == activations.shape and torch.allclose(t, activations) for t in kept)
 
 
-@pytest.mark.parametrize(
-    ("reentrant", "source"), [(False, "groups"), (True, "groups"), (False, "patches"), (True, "patches")]
-)
+@pytest.mark.parametrize(("reentrant", "source"), [(True, "groups"), (False, "patches")])
 def test_gradient_checkpointing_changes_nothing(reentrant, source):
-    results = []
-    for checkpointing in (False, True):
-        vision = {"drop_path_rate": 0.2, "segment_source": source}
-        model = tiny_model(assignment_weight=0.1, vision_config=vision).double().train()
-        if checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": reentrant})
-            assert model.is_activation_checkpointing
+    vision = {"drop_path_rate": 0.2, "segment_source": source}
+    plain, checkpointed = (
+        tiny_model(assignment_weight=0.1, vision_config=vision).double().train() for _ in range(2)
+    )
+    checkpointed.activation_checkpointing_enable({"use_reentrant": reentrant})
+    assert checkpointed.is_activation_checkpointing
+    inputs = inputs_of(pixel_values=tiny_images(3).double(), tag_input_ids=tiny_texts(6).unflatten(0, (3, 2)))
+    for model in (plain, checkpointed):
         torch.manual_seed(3)
-        arguments = inputs_of(pixel_values=tiny_images(3).double())
-        output = model(**arguments, tag_input_ids=tiny_texts(6).unflatten(0, (3, 2)), return_loss=True)
-        output.loss.backward()
-        results.append((model, output.loss))
-    (plain, loss), (checkpointed, other_loss) = results
-    torch.testing.assert_close(loss, other_loss)
-    gradients = {name: parameter.grad for name, parameter in checkpointed.named_parameters()}
-    for name, parameter in plain.named_parameters():
-        if parameter.grad is None:
-            assert gradients[name] is None, name
-        else:
-            torch.testing.assert_close(parameter.grad, gradients[name], msg=name)
+        model(**inputs, return_loss=True).loss.backward()
+    for (name, parameter), other in zip(plain.named_parameters(), checkpointed.parameters()):
+        assert (parameter.grad is None) == (other.grad is None), name
+        if parameter.grad is not None:
+            torch.testing.assert_close(parameter.grad, other.grad, msg=name)
     for (name, buffer), other in zip(plain.named_buffers(), checkpointed.buffers(), strict=True):
         torch.testing.assert_close(buffer, other, msg=name)
 
 
-@pytest.mark.parametrize("variant", NPR_VARIANTS)
 @torch.no_grad()
-def test_evaluation_compiles_without_graph_breaks(variant):
+def test_evaluation_compiles_without_graph_breaks():
     torch.compiler.reset()
-    model = tiny_model(npr_variant=variant)
-    compiled = torch.compile(model, fullgraph=True, backend="eager")
-    expected = tiny_model(npr_variant=variant)(**inputs_of())
-    output = compiled(**inputs_of())
+    model = tiny_model()
+    expected = model(**inputs_of())
+    output = torch.compile(model, fullgraph=True, backend="eager")(**inputs_of())
     torch.testing.assert_close(output.logits_per_image, expected.logits_per_image)
     torch.testing.assert_close(output.grouping, expected.grouping)

@@ -8,7 +8,7 @@ from tiny_models import CLIP_TEXT, tiny_config, tiny_model
 from transformers import PreTrainedModel
 from transformers.processing_utils import ProcessorMixin
 
-import pgseg_hf.modeling_pgseg
+import pgseg_hf.model_cards
 import pgseg_hf.processing_pgseg
 from pgseg_hf import DEFAULT_CHECKPOINT, PGSegModel
 from pgseg_hf.model_cards import generate_model_card, processor_card
@@ -102,7 +102,7 @@ class Hub:
 @pytest.fixture
 def hub(monkeypatch):
     monkeypatch.setattr(Hub, "card", None)
-    for module in (pgseg_hf.modeling_pgseg, pgseg_hf.processing_pgseg):
+    for module in (pgseg_hf.model_cards, pgseg_hf.processing_pgseg):
         monkeypatch.setattr(module, "HfApi", Hub)
     for owner in (PreTrainedModel, ProcessorMixin):
         monkeypatch.setattr(owner, "push_to_hub", lambda self, repo_id, **kwargs: repo_id)

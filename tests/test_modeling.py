@@ -1,5 +1,6 @@
 """The models: sizes, texts, loading and saving, learning."""
 
+import copy
 import logging
 import math
 
@@ -24,8 +25,8 @@ from torch import nn
 from torch.nn.functional import normalize
 from transformers import AutoModel
 
-from pgseg_hf.configuration_pgseg import NPR_VARIANTS
-from pgseg_hf.modeling_pgseg import PGSegModel, PGSegVisionModel
+from pgseg_hf.modeling_pgseg import PGSegModel
+from pgseg_hf.variants import NPR_VARIANTS
 
 SIDES = st.integers(4, 40)
 
@@ -90,7 +91,6 @@ def test_position_embeddings_keep_height_and_width_apart(models):
         (None, "pixel_values is None"),
         (torch.zeros(3, 16, 16), r"shape \[3, 16, 16\], expected \[batch, 3, height, width\]"),
         (torch.zeros(1, 1, 16, 16), r"shape \[1, 1, 16, 16\]"),
-        (torch.zeros(1, 16, 16, 3), r"shape \[1, 16, 16, 3\]"),
         (torch.zeros(1, 3, 3, 50), "3 x 50 pixels, smaller than a patch of 4 x 4"),
         (torch.zeros(1, 3, 50, 3), "50 x 3 pixels"),
         (torch.full((1, 3, 16, 16), torch.nan), "NaN or infinite"),
@@ -98,11 +98,8 @@ def test_position_embeddings_keep_height_and_width_apart(models):
     ],
 )
 def test_bad_pixels_are_refused(pixels, message):
-    model = tiny_model()
     with pytest.raises(ValueError, match=message):
-        model.get_image_features(pixels)
-    with pytest.raises(ValueError, match=message):
-        model(input_ids=tiny_texts(1), pixel_values=pixels)
+        tiny_model()(input_ids=tiny_texts(1), pixel_values=pixels)
 
 
 @pytest.mark.parametrize(
@@ -200,11 +197,10 @@ def test_mixture_pooling_is_the_chance_to_see_each_text(batch, texts, height, wi
 
 
 @VARIANTS
-@pytest.mark.parametrize("shard", [None, "10KB"])
-def test_round_trip_bit_for_bit(tmp_path, variant, shard):
+def test_round_trip_bit_for_bit(tmp_path, variant):
     model = tiny_model(npr_variant=variant)
-    model.save_pretrained(tmp_path, **({"max_shard_size": shard} if shard else {}))
-    assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (shard is not None)
+    model.save_pretrained(tmp_path, max_shard_size="10KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
     for loaded in (
         PGSegModel.from_pretrained(tmp_path),
         AutoModel.from_pretrained(tmp_path),
@@ -216,47 +212,38 @@ def test_round_trip_bit_for_bit(tmp_path, variant, shard):
     with torch.no_grad():
         outputs = [m(**inputs_of()).logits_per_image for m in (model, loaded)]
     assert torch.equal(*outputs)
+    for tower in (model.vision_model, model.text_model):
+        assert_same_tensors(type(tower).from_pretrained(tmp_path), tower)
 
 
-def test_towers_load_from_a_joint_checkpoint(tmp_path):
-    model = tiny_model()
-    model.save_pretrained(tmp_path)
-    assert_same_tensors(PGSegVisionModel.from_pretrained(tmp_path), model.vision_model)
-    assert_same_tensors(type(model.text_model).from_pretrained(tmp_path), model.text_model)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("variant", ["released", "corrected"])
-def test_prototypes_stay_in_float32(tmp_path, dtype, variant):
+def test_prototypes_stay_in_float32(tmp_path, variant):
     model = tiny_model(npr_variant=variant, num_text_prototypes=4)
     expected = prototype_buffers(model)
     model.save_pretrained(tmp_path / "float32")
-    loaded = PGSegModel.from_pretrained(tmp_path / "float32", dtype=dtype)
+    loaded = PGSegModel.from_pretrained(tmp_path / "float32", dtype=torch.bfloat16)
     loaded.save_pretrained(tmp_path / "half")
+    part = copy.deepcopy(model)
+    part.vision_model.to(torch.float16)
     candidates = {
         "dtype=": loaded,
         "saved in half": PGSegModel.from_pretrained(tmp_path / "half", dtype="auto"),
-        ".to": tiny_model(npr_variant=variant, num_text_prototypes=4).to(dtype),
-        ".to of a part": tiny_model(npr_variant=variant, num_text_prototypes=4),
-        ".half or .bfloat16": tiny_model(npr_variant=variant, num_text_prototypes=4),
+        ".to of a part": part,
+        ".half": copy.deepcopy(model).half(),
     }
-    candidates[".to of a part"].vision_model.to(dtype)
-    half = candidates[".half or .bfloat16"]
-    half.half() if dtype == torch.float16 else half.bfloat16()
     for name, candidate in candidates.items():
-        assert candidate.vision_model.dtype == dtype, name
+        assert candidate.vision_model.dtype in (torch.bfloat16, torch.float16), name
         for buffer_name, buffer in prototype_buffers(candidate).items():
             assert buffer.dtype == torch.float32, (name, buffer_name)
             assert torch.equal(buffer, expected[buffer_name]), (name, buffer_name)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @VARIANTS
 @torch.no_grad()
-def test_half_precision_inference_is_close(dtype, variant):
+def test_half_precision_inference_is_close(variant):
     model = tiny_model(std=0.1, npr_variant=variant)
     expected = model(**inputs_of(), output_attentions=True)
-    output = model.to(dtype)(**inputs_of(), output_attentions=True)
+    output = model.bfloat16()(**inputs_of(), output_attentions=True)
     assert output.image_embeds.dtype == torch.float32
     assert (output.image_embeds - expected.image_embeds).abs().max() < 0.1
     assert (output.grouping.float() - expected.grouping).abs().max() < 0.1
@@ -272,6 +259,11 @@ def test_variant_can_be_switched_on_loading(tmp_path, variant):
     differing = set(ours) ^ set(theirs)
     assert differing == {"text_prototypes", "released_text_prototypes"}
     assert all(torch.equal(ours[name], theirs[name]) for name in set(ours) & set(theirs))
+    assert not any(
+        "prototype" in name for name in PGSegModel.from_pretrained(tmp_path, npr_variant="none").state_dict()
+    )
+    with pytest.raises(ValueError, match="npr_variant is 'paper'"):
+        PGSegModel.from_pretrained(tmp_path, npr_variant="paper")
     text_prototypes = loaded.get_buffer(loaded.npr.text_buffer)
     norms = text_prototypes.norm(dim=-1 if other == "corrected" else 1)
     torch.testing.assert_close(norms, torch.ones_like(norms))
@@ -282,6 +274,7 @@ def test_fresh_prototypes_are_random_unit_rows():
     for name, buffer in prototype_buffers(model).items():
         torch.testing.assert_close(buffer.norm(dim=-1), torch.ones_like(buffer[..., 0]), msg=name)
         assert buffer.std() > 0.05
+        assert torch.equal(buffer, PGSegModel(tiny_config()).get_buffer(name)), "the same whatever the seed"
     assert model.logit_scale.item() == pytest.approx(math.log(1 / 0.07))
     assert model.prototype_logit_scale.item() == pytest.approx(math.log(1 / 0.1))
     stages = model.vision_model.encoder.stages
@@ -318,24 +311,6 @@ def test_training_in_bfloat16_autocast():
     assert len(changed) > 0.9 * len(before)
 
 
-@pytest.mark.parametrize("pooling", ["mean", "groups"])
-@pytest.mark.parametrize("variant", ["none", "corrected"])
-def test_a_handful_of_pairs_is_learnt(variant, pooling):
-    torch.manual_seed(0)
-    model = PGSegModel(tiny_config(npr_variant=variant, contrastive_pooling=pooling)).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    arguments, losses = inputs_of(6), []
-    for _ in range(60):
-        output = model(**arguments, return_loss=True)
-        output.loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(output.contrastive_loss.item())
-    assert losses[0] > 1.5
-    assert sum(losses[-5:]) / 5 < 0.5
-
-
 def test_a_recomputed_stage_moves_its_prototypes_once():
     """Activation checkpointing of whole stages, as FSDP may do it."""
     from torch.utils.checkpoint import checkpoint
@@ -356,16 +331,6 @@ def test_a_recomputed_stage_moves_its_prototypes_once():
         torch.testing.assert_close(recomputed[name], gradient, msg=name)
     for name, buffer in buffers.items():
         assert torch.equal(moved[name], buffer), name
-
-
-def test_single_shared_text_gives_prototypes_of_its_words():
-    model = without_noise(tiny_model()).eval()
-    inputs = inputs_of()
-    by_captions = model(**inputs, return_loss=True).text_prototype_loss
-    identity = torch.eye(len(inputs["input_ids"]), dtype=torch.bool)
-    torch.testing.assert_close(
-        model(**inputs, text_targets=identity, return_loss=True).text_prototype_loss, by_captions
-    )
 
 
 def test_arguments_that_are_not_used_are_named(caplog, monkeypatch):

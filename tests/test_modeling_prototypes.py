@@ -16,12 +16,12 @@ from tiny_models import (
 from torch.nn.functional import normalize
 
 from pgseg_hf import npr
-from pgseg_hf.configuration_pgseg import NPR_VARIANTS
 from pgseg_hf.layers import mean_of_groups
-from pgseg_hf.modeling_pgseg import PGSegModel, PGSegVisionModel
+from pgseg_hf.modeling_pgseg import PGSegModel
 from pgseg_hf.npr import PGSegStagePrototypes
 from pgseg_hf.projection import PGSegProjection
 from pgseg_hf.prototypes import updated_prototypes
+from pgseg_hf.variants import NPR_VARIANTS
 
 
 def test_corrected_prototypes_move_in_training_with_gradient_alone():
@@ -59,36 +59,6 @@ def test_text_prototypes_that_no_text_has_stay():
     model(**inputs_of(input_ids=tiny_texts(3, words=[1, 2, 2])), return_loss=True)
     assert torch.equal(model.text_prototypes[:, 2:], before[:, 2:])
     assert not torch.isclose(model.text_prototypes[:, :2], before[:, :2]).all(-1).any()
-
-
-@pytest.mark.parametrize("training", [False, True])
-def test_released_text_prototypes_move_at_every_call_and_image_prototypes_never(training):
-    model = tiny_model(npr_variant="released", num_text_prototypes=4).train(training)
-    before = prototype_buffers(model)
-    model.get_image_features(tiny_images(2))
-    assert moved(model, before) == set()
-    with torch.no_grad():
-        model.get_text_features(tiny_texts(5))
-    assert moved(model, before) == {"released_text_prototypes"}
-    # One call with many prompts is one update.
-    once = model.released_text_prototypes.clone()
-    model.released_text_prototypes.copy_(before["released_text_prototypes"])
-    with torch.no_grad():
-        model.get_text_features(tiny_texts(5)[None])
-    assert torch.equal(model.released_text_prototypes, once)
-    model(**inputs_of(), return_loss=True)
-    assert moved(model, before) == {"released_text_prototypes"}
-
-
-def test_gradient_reaches_the_projection_of_prototypes_but_not_their_estimation():
-    for variant in ("corrected", "released"):
-        stage = tiny_model(npr_variant=variant).vision_model.encoder.stages[0].double()
-        tokens = torch.randn(2, 16, 16, dtype=torch.float64, requires_grad=True)
-        part = stage.npr.reconstruct(stage.npr.estimate(tokens, stage.npr.prototypes), tokens.dtype)
-        stage.zero_grad()
-        part.square().sum().backward()
-        assert tokens.grad is None
-        assert stage.npr.projection[3].weight.grad.abs().max() > 0
 
 
 @torch.no_grad()
@@ -181,12 +151,6 @@ def test_a_group_without_patches_has_a_mean_near_zero():
     torch.testing.assert_close(means, torch.tensor([[[9 / 2.501], [8e-9 / 0.001]]]))
 
 
-def test_default_width_of_the_projection_of_prototypes():
-    config = tiny_config(vision_config={"prototype_projection_dim": None, "intermediate_size": 48})
-    stages = PGSegVisionModel(config.vision_config).encoder.stages
-    assert [stage.npr.projection[0].out_features for stage in stages[:2]] == [128] * 2
-
-
 def test_initial_weights_are_the_released_ones():
     """Those too that modules without tensors of their own set, which transformers leaves out for code like ours."""
     text = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2}
@@ -198,13 +162,6 @@ def test_initial_weights_are_the_released_ones():
     layer = model.text_model.encoder.layers[0]
     assert layer.mlp.fc1.weight.std().item() == pytest.approx((2 * 64) ** -0.5, rel=0.05)
     assert layer.self_attn.q_proj.weight.std().item() == pytest.approx(64**-0.5 * (2 * 2) ** -0.5, rel=0.05)
-
-
-def test_prototypes_start_the_same_whatever_the_seed():
-    first, second = (tiny_model(seed).state_dict() for seed in (0, 1))
-    for name in ("text_prototypes", "vision_model.encoder.stages.0.npr.prototypes"):
-        assert torch.equal(first[name], second[name])
-        torch.testing.assert_close(first[name].norm(dim=-1), torch.ones(first[name].shape[:2]))
 
 
 def test_projection_by_running_statistics():

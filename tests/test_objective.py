@@ -20,13 +20,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.utils import logging
 
 from pgseg_hf import objective
-from pgseg_hf.features import log_odds_of_being_seen
+from pgseg_hf.features import TextFeatures, TextOwners, log_odds_of_being_seen
+from pgseg_hf.npr import own_texts
 from pgseg_hf.prototypes import match_on_device
 
 
 @VARIANTS
-@pytest.mark.parametrize("labels", [False, True])
-def test_parts_of_the_loss_add_up(variant, labels):
+def test_parts_of_the_loss_add_up(variant):
     model = tiny_model(
         npr_variant=variant,
         image_prototype_weight=0.3,
@@ -36,13 +36,11 @@ def test_parts_of_the_loss_add_up(variant, labels):
         num_text_prototypes=4,
     ).double()
     arguments = inputs_of(pixel_values=tiny_images(3).double())
-    if labels:
-        arguments["tag_input_ids"] = tiny_texts(6, words=2, seed=1).unflatten(0, (3, 2))
-    output = model(**arguments, return_loss=True)
-    expected = output.contrastive_loss
-    assert (output.multi_label_loss is not None) == labels
-    if labels:
-        expected = expected + 0.7 * output.multi_label_loss
+    output = model(**arguments)
+    assert output.loss is output.contrastive_loss is output.vision_model_output.npr is None
+    labels = tiny_texts(6, words=2, seed=1).unflatten(0, (3, 2))
+    output = model(**arguments, tag_input_ids=labels, return_loss=True)
+    expected = output.contrastive_loss + 0.7 * output.multi_label_loss
     if variant == "none":
         assert output.image_prototype_loss is output.text_prototype_loss is None
     else:
@@ -112,35 +110,15 @@ def test_log_odds_of_being_seen_hold_for_shares_of_any_size(looks):
     assert whole.isfinite() and whole > 9
 
 
-def test_no_losses_unless_asked_for():
-    output = tiny_model()(**inputs_of())
-    assert output.loss is None
-    assert output.contrastive_loss is None
-    assert output.vision_model_output.npr is None
-    assert all(isinstance(value, (torch.Tensor, tuple)) for value in output.to_tuple())
-
-
-def test_each_image_as_its_own_text_is_the_plain_contrastive_loss(models):
+def test_each_image_as_its_own_text_has_the_plain_losses(models):
     arguments = inputs_of(pixel_values=tiny_images(3).double())
     plain, targeted = (
         models["corrected"](**arguments, text_targets=targets, return_loss=True)
         for targets in (None, torch.eye(3))
     )
+    assert plain.multi_label_loss is None
     torch.testing.assert_close(targeted.contrastive_loss, plain.contrastive_loss)
-
-
-def test_shared_texts_may_come_in_any_order_and_number(models):
-    texts, order = tiny_texts(5), [3, 0, 4, 1, 2]
-    targets = torch.tensor([[1, 0, 1, 0, 0], [0, 1, 1, 0, 0], [0, 0, 0, 0, 0]])
-    losses = [
-        models["corrected"](
-            **inputs_of(pixel_values=tiny_images(3).double(), input_ids=ids, text_targets=chosen),
-            return_loss=True,
-        )
-        for ids, chosen in ((texts, targets), (texts[order], targets[:, order]))
-    ]
-    torch.testing.assert_close(losses[0].contrastive_loss, losses[1].contrastive_loss)
-    assert all(loss.loss.isfinite() for loss in losses)
+    torch.testing.assert_close(targeted.text_prototype_loss, plain.text_prototype_loss)
 
 
 def test_a_batch_of_images_without_any_text_has_finite_losses(models):
@@ -198,6 +176,16 @@ def test_text_prototypes_are_estimated_from_an_images_own_words(models):
     assert (ids[~mask] >= BOS).all()
     assert (ids[mask] < EOS).all()
     assert not tokens.requires_grad
+
+
+def test_text_prototypes_are_estimated_from_labels_where_an_image_has_several():
+    words, joint = torch.randn(5, 4, 8), torch.randn(5, 8)
+    word_mask = torch.tensor([[False, True, True, False]] * 5)
+    texts = TextFeatures(joint, torch.zeros(5, 4), joint, words, word_mask)
+    owners = TextOwners(2, label_mask=torch.tensor([[True, True], [True, False]]))
+    tokens, mask = own_texts(texts, owners)
+    assert torch.equal(tokens[0][mask[0]], joint[2:4])
+    assert torch.equal(tokens[1][mask[1]], words[1, 1:3])
 
 
 def test_corrected_text_loss_teaches_the_segment_tokens(models):
@@ -277,7 +265,7 @@ def test_after_the_texts_nothing_waits_for_a_gpu(fields, monkeypatch):
     """As on a GPU, but on the CPU: by the operators that would wait there."""
     parts = _training_parts("cpu", **fields)
     monkeypatch.setattr("pgseg_hf.prototypes.match_prototypes", match_on_device)
-    monkeypatch.setattr("pgseg_hf.modeling_vision._cannot_be_asked", lambda *_: True)
+    monkeypatch.setattr("pgseg_hf.modeling_vision._refuse_unfinite", lambda *_: None)
     with Waits() as waits:
         _from_images_to_gradients(*parts)
     assert not waits.seen
@@ -293,7 +281,7 @@ def _whole_step(device):
 def test_a_step_asks_a_few_things_about_its_texts(monkeypatch):
     """Where they begin and end, which are there, how many differ, and which tokens are words."""
     monkeypatch.setattr("pgseg_hf.prototypes.match_prototypes", match_on_device)
-    monkeypatch.setattr("pgseg_hf.modeling_vision._cannot_be_asked", lambda *_: True)
+    monkeypatch.setattr("pgseg_hf.modeling_vision._refuse_unfinite", lambda *_: None)
     step = _whole_step("cpu")
     with Waits() as waits:
         step()

@@ -35,7 +35,7 @@ def batch(model, targets):
     }
 
 
-@pytest.mark.parametrize("grid", [(5, 4), (1, 1), (10, 8), (2, 2), (3, 2)])
+@pytest.mark.parametrize("grid", [(1, 1), (10, 8), (3, 2)])
 @torch.no_grad()
 def test_the_loss_is_the_cross_entropy_of_the_named_cells(grid):
     model = without_noise(tiny_model(**PATCHES, patch_text_weight=0.7)).double().eval()
@@ -59,6 +59,7 @@ def test_the_loss_is_the_cross_entropy_of_the_named_cells(grid):
     without = model(**{**batch(model, targets), "patch_targets": None})
     assert without.patch_text_loss is None
     assert float(output.loss - without.loss) == pytest.approx(0.7 * expected / total)
+    assert model(**batch(model, torch.zeros(3, 2, 2, 4))).patch_text_loss == 0
 
 
 @torch.no_grad()
@@ -74,13 +75,6 @@ def test_equal_texts_are_one_text():
     output = model(**inputs)
     torch.testing.assert_close(output.patch_text_loss, expected.patch_text_loss)
     torch.testing.assert_close(output.contrastive_loss, expected.contrastive_loss)
-
-
-@torch.no_grad()
-def test_cells_without_a_name_cost_nothing():
-    model = without_noise(tiny_model(**PATCHES)).eval()
-    output = model(**batch(model, torch.zeros(3, 2, 2, 4)))
-    assert float(output.patch_text_loss) == 0
 
 
 def test_a_model_that_names_no_patches_says_so():
@@ -157,7 +151,7 @@ def test_a_cell_with_a_part_shows_half_of_the_whole_where_the_image_has_it():
     np.testing.assert_allclose(found["dog"], [[0.25 + 0.3, 0.5 + 0.2]], rtol=1e-3)
 
 
-@pytest.mark.parametrize("content", [b"", b"no safetensors at all", None])
+@pytest.mark.parametrize("content", [b"no safetensors at all", None])
 def test_files_of_something_else_are_named(tmp_path, content):
     path = tmp_path / "other"
     if content is not None:
@@ -219,7 +213,7 @@ def test_a_batch_has_the_texts_of_its_cells_by_their_words_in_this_batch():
     assert not collate(nothing_known)["patch_targets"].any()
 
 
-@pytest.mark.parametrize("stride", [1, 2, 3, 9])
+@pytest.mark.parametrize("stride", [1, 3, 9])
 def test_patches_of_a_view_a_stride_apart(stride):
     features = np.arange(2 * 5 * 7).reshape(2, 5, 7).astype(np.float16)
     record = Record(b"", ["a dog"], views=[features], view_tags=None)

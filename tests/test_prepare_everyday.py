@@ -1,20 +1,22 @@
 """Everyday words for images: the word tables, the classifier's shares, and whole runs on tiny made-up sources."""
 
 import copy
-import importlib
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import everyday_tags
 import numpy as np
+import prepare_everyday
 import pytest
 import torch
 from PIL import Image
 
 from pgseg_hf.data.sources import SourceSpec, open_source
 from pgseg_hf.efficientnet_lite import EfficientNetLiteBackbone, EfficientNetLiteConfig
+from pgseg_hf.images import load_image
 from pgseg_hf.training.batches.patch_names import CellNamer
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -27,18 +29,8 @@ CAPTIONS = {
 
 
 @pytest.fixture(scope="module")
-def modules():
-    """The script and its tables, which find each other beside it."""
-    sys.path.insert(0, str(EXAMPLES))
-    try:
-        yield {name: importlib.import_module(name) for name in ("prepare_everyday", "everyday_tags")}
-    finally:
-        sys.path.remove(str(EXAMPLES))
-
-
-@pytest.fixture(scope="module")
-def words(modules):
-    return modules["everyday_tags"].EverydayWords.read()
+def words():
+    return everyday_tags.EverydayWords.read()
 
 
 def save_image(path, size=(40, 30), seed=0):
@@ -132,10 +124,10 @@ def test_names_come_with_what_they_imply_and_without_what_says_less(words):
     assert words.completed(["food", "sheep"]) == ["food", "sheep"]
 
 
-def test_no_name_holds_a_held_out_word(modules, words):
+def test_no_name_holds_a_held_out_word(words):
     held = [words.holds_out(text) for text in ("Three kittens", "old couches", "a lawnmower")]
     assert held == [True, True, False]
-    content = json.loads(modules["everyday_tags"].WORDS_FILE.read_text())
+    content = json.loads(everyday_tags.WORDS_FILE.read_text())
     texts = [text for name, others in content["names"].items() for text in (name, *others)]
     assert not [text for text in texts if any(word in text for word in HELD_OUT)]
 
@@ -143,22 +135,19 @@ def test_no_name_holds_a_held_out_word(modules, words):
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        (lambda content: content["names"]["dog"].append("cats"), None),
         (lambda content: content["names"]["dog"].append("cat"), "stands for 'dog' and for 'cat'"),
         (lambda content: content["names"]["dog"].append("a fat kitten"), "a fat kitten"),
         (lambda content: content["classes"].update({"lawn mower": "lawn mower"}), "lawn mower"),
         (lambda content: content["folders"]["intel"].update({"sea": ["seaa"]}), "seaa"),
     ],
 )
-def test_tables_are_checked(modules, change, named):
-    tags = modules["everyday_tags"]
-    content = copy.deepcopy(json.loads(tags.WORDS_FILE.read_text()))
+def test_tables_are_checked(change, named):
+    content = copy.deepcopy(json.loads(everyday_tags.WORDS_FILE.read_text()))
+    content["names"]["dog"].append("cats")  # as a plural of another name
+    everyday_tags.EverydayWords(content)
     change(content)
-    if named is None:
-        tags.EverydayWords(content)
-        return
     with pytest.raises(ValueError, match=named):
-        tags.EverydayWords(content)
+        everyday_tags.EverydayWords(content)
 
 
 @pytest.fixture
@@ -185,10 +174,9 @@ def test_classes_take_the_name_of_the_nearest_hypernym(words, wordnet):
         words.of_classes(labels, wnids, wordnet / "nowhere")
 
 
-def test_shares_are_the_largest_of_quadrants_and_whole(modules, tmp_path):
-    tags = modules["everyday_tags"]
+def test_shares_are_the_largest_of_quadrants_and_whole(tmp_path):
     torch.save(public_weights(5), tmp_path / "weights.pth")
-    classifier = tags.Classifier(tmp_path / "weights.pth", ["cat", "dog", "cat", "tench", "dog"])
+    classifier = everyday_tags.Classifier(tmp_path / "weights.pth", ["cat", "dog", "cat", "tench", "dog"])
     assert classifier.names == ["cat", "dog", "tench"]
     images = [Image.linear_gradient("L").convert("RGB"), Image.new("RGB", (9, 9), "red")]
     shares = classifier.shares(images)
@@ -200,11 +188,15 @@ def test_shares_are_the_largest_of_quadrants_and_whole(modules, tmp_path):
     for row, names in zip(shares, found):
         assert set(names) == {name for name, share in zip(classifier.names, row) if share > 0.3}
     with pytest.raises(ValueError, match="has 5 classes, expected 2"):
-        tags.Classifier(tmp_path / "weights.pth", ["cat", "dog"])
+        everyday_tags.Classifier(tmp_path / "weights.pth", ["cat", "dog"])
 
 
-def test_a_run_writes_a_folder_that_training_reads(modules, sources, capsys):
-    modules["prepare_everyday"].main(command(sources, "--per_class", "2"))
+def test_a_run_writes_a_folder_that_training_reads(sources, capsys, monkeypatch):
+    (sources / "ccp/images/1.png").chmod(0o444)
+    (sources / "flickr/broken.jpg").write_bytes(b"broken")
+    opened = []
+    monkeypatch.setattr(prepare_everyday, "load_image", lambda path: opened.append(path) or load_image(path))
+    prepare_everyday.main(command(sources, "--per_class", "2"))
     folder = sources / "out/everyday"
     rows = rows_of(folder)
     assert rows["images/flickr8k/a.jpg"]["tags"] == ["person", "shirt", "hot dog", "dog"]
@@ -220,6 +212,13 @@ def test_a_run_writes_a_folder_that_training_reads(modules, sources, capsys):
         assert image.size == (512, 171) and image.format == "JPEG"
     assert not [word for word in HELD_OUT if word in (folder / "metadata.jsonl").read_text().lower()]
 
+    # No mask is read or copied, and files are linked unless they are read-only.
+    assert opened and not [path for path in opened if "masks" in path.parts]
+    assert not list(folder.rglob("*mask*")) and "mask" not in (folder / "metadata.jsonl").read_text()
+    assert os.path.samefile(folder / "images/flickr8k/a.jpg", sources / "flickr/a.jpg")
+    assert not os.path.samefile(folder / "images/ccp/1.png", sources / "ccp/images/1.png")
+    assert (folder / "images/ccp/1.png").read_bytes() == (sources / "ccp/images/1.png").read_bytes()
+
     source = open_source(SourceSpec(path=str(folder)))
     assert len(source) == len(rows)
     record = source[0]
@@ -230,37 +229,17 @@ def test_a_run_writes_a_folder_that_training_reads(modules, sources, capsys):
     assert set(about["licences"]) == set(about["counts"]["images"])
     assert "puppy" in about["names"]["dog"]
     said = capsys.readouterr().out
+    assert "images/flickr8k/broken.jpg" not in rows and "broken.jpg" in said
     assert "imagenette: left out" in said and "automatic words: left out" in said
 
 
-def test_no_mask_is_read_or_copied(modules, sources, monkeypatch):
-    script = modules["prepare_everyday"]
-    opened = []
-    load = script.load_image
-    monkeypatch.setattr(script, "load_image", lambda path: opened.append(path) or load(path))
-    script.main(command(sources))
-    assert opened and not [path for path in opened if "masks" in path.parts]
-    assert not list((sources / "out/everyday").rglob("*mask*"))
-    assert "mask" not in (sources / "out/everyday/metadata.jsonl").read_text()
-
-
-def test_files_are_linked_unless_they_are_read_only(modules, sources):
-    (sources / "ccp/images/1.png").chmod(0o444)
-    modules["prepare_everyday"].main(command(sources))
-    images = sources / "out/everyday/images"
-    assert os.path.samefile(images / "flickr8k/a.jpg", sources / "flickr/a.jpg")
-    assert not os.path.samefile(images / "ccp/1.png", sources / "ccp/images/1.png")
-    assert (images / "ccp/1.png").read_bytes() == (sources / "ccp/images/1.png").read_bytes()
-
-
-def test_the_classifiers_words_are_tags_too(modules, sources, wordnet, monkeypatch):
-    script = modules["prepare_everyday"]
+def test_the_classifiers_words_are_tags_too(sources, wordnet, monkeypatch):
     torch.save(public_weights(3), sources / "weights.pth")
     classes = {"labels": ["idea", "lawn mower", "small gondola"], "wnids": ["n00000004"] * 2 + ["n00000003"]}
     (sources / "classes.json").write_text(json.dumps(classes))
-    monkeypatch.setattr(script, "IMAGENET_FILE", sources / "classes.json")
+    monkeypatch.setattr(prepare_everyday, "IMAGENET_FILE", sources / "classes.json")
     more = ["--efficientnet", str(sources / "weights.pth"), "--wordnet", str(wordnet), "--word_share", "0"]
-    script.main(command(sources, *more))
+    prepare_everyday.main(command(sources, *more))
     folder = sources / "out/everyday"
     rows = rows_of(folder)
     assert set(rows["images/flickr8k/no-words.jpg"]["tags"]) == {"idea", "mower", "boat", "water"}
@@ -272,24 +251,16 @@ def test_the_classifiers_words_are_tags_too(modules, sources, wordnet, monkeypat
     assert "lawn" not in (folder / "words.json").read_text()
 
 
-def test_an_unreadable_image_is_left_out_and_said(modules, sources, capsys):
-    (sources / "flickr/a.jpg").write_bytes(b"broken")
-    modules["prepare_everyday"].main(command(sources))
-    assert "images/flickr8k/a.jpg" not in rows_of(sources / "out/everyday")
-    assert "a.jpg" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit, ValueError])
-def test_an_interrupted_run_leaves_nothing(modules, sources, monkeypatch, stop):
-    script = modules["prepare_everyday"]
+def test_an_interrupted_run_leaves_nothing(sources, monkeypatch, stop):
 
     def interrupt(*arguments):
         assert list((sources / "out").rglob("*.jpg")), "stopped before anything was written"
         raise stop("stopped")
 
-    monkeypatch.setattr(script, "summary", interrupt)
+    monkeypatch.setattr(prepare_everyday, "summary", interrupt)
     with pytest.raises((stop, SystemExit)):
-        script.main(command(sources))
+        prepare_everyday.main(command(sources))
     assert not list((sources / "out").iterdir())
 
 
@@ -303,10 +274,10 @@ def test_an_interrupted_run_leaves_nothing(modules, sources, monkeypatch, stop):
         (["--word_share", "1.5"], "--word_share is 1.5"),
     ],
 )
-def test_wrong_options_are_said(modules, tmp_path, monkeypatch, capsys, arguments, named):
+def test_wrong_options_are_said(tmp_path, monkeypatch, capsys, arguments, named):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as error:
-        modules["prepare_everyday"].main(["--output", "out", *arguments])
+        prepare_everyday.main(["--output", "out", *arguments])
     assert named in str(error.value) + capsys.readouterr().err
     assert not list(tmp_path.rglob("*everyday*"))
 

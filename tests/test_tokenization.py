@@ -3,9 +3,7 @@
 import hashlib
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from transformers import AutoProcessor, AutoTokenizer, CLIPTokenizer
+from transformers import AutoProcessor, CLIPTokenizer
 
 from pgseg_hf import PGSegImageProcessorPil, PGSegProcessor
 from pgseg_hf.tokenization import (
@@ -70,11 +68,7 @@ def test_is_a_clip_tokenizer_with_the_usual_settings(tokenizer):
     assert tokenizer.model_input_names == ["input_ids", "attention_mask"]
 
 
-def test_case_and_white_space_do_not_count(tokenizer):
-    assert tokenizer(" A  Photo\nof a\tCAT ")["input_ids"] == tokenizer("a photo of a cat")["input_ids"]
-
-
-@pytest.mark.parametrize("context_length", [3, 20, 77])
+@pytest.mark.parametrize("context_length", [3, 77])
 def test_long_text_is_cut_to_the_context_and_keeps_its_end_token(context_length):
     tokenizer = default_tokenizer(context_length)
     encoded = tokenizer(["cat " * 200, "cat"], truncation=True, padding="max_length")
@@ -84,22 +78,6 @@ def test_long_text_is_cut_to_the_context_and_keeps_its_end_token(context_length)
         assert ids[sum(mask) - 1] == END
     assert sum(encoded["attention_mask"][0]) == context_length
     assert sum(encoded["attention_mask"][1]) == 3
-
-
-def test_too_short_a_context_is_refused():
-    with pytest.raises(ValueError, match="at least 3"):
-        default_tokenizer(2)
-
-
-def test_save_and_load_round_trip(tokenizer, tmp_path):
-    tokenizer.save_pretrained(tmp_path)
-    loaded = AutoTokenizer.from_pretrained(tmp_path)
-    assert type(loaded) is CLIPTokenizer
-    assert loaded.get_vocab() == tokenizer.get_vocab()
-    assert (loaded.model_max_length, loaded.pad_token_id) == (77, END)
-    texts = [*RECORDED, "a very long text " * 50]
-    options = {"truncation": True, "padding": "max_length"}
-    assert dict(loaded(texts, **options)) == dict(tokenizer(texts, **options))
 
 
 def test_fewer_merges_are_a_smaller_tokenizer_of_the_same_kind(tmp_path):
@@ -131,35 +109,14 @@ def test_merges_for_words_keep_the_tokens_of_the_words(tokenizer):
     assert merges_for_words(["kitchen", "wombat"], len(kitchen)) == kitchen
 
 
-@pytest.mark.parametrize("merges", [0, 48_895])
-def test_a_number_of_merges_that_clip_does_not_have_is_refused(merges):
-    with pytest.raises(ValueError, match=f"merges is {merges}, expected 1 to 48894"):
-        default_tokenizer(merges=merges)
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.text(max_size=60))
-def test_any_text_stays_in_the_vocabulary_and_the_context(text):
-    tokenizer = _shared_tokenizer()
-    encoded = tokenizer(text, truncation=True, padding="max_length")
-    ids, mask = encoded["input_ids"], encoded["attention_mask"]
-    assert len(ids) == 77
-    assert all(0 <= token < 49_408 for token in ids)
-    assert ids[0] == START
-    assert set(ids[sum(mask) - 1 :]) == {END}
-
-
-@settings(max_examples=50, deadline=None)
-@given(
-    st.lists(st.text(alphabet="abcdefghijklmnopqrstuvwxyz", min_size=1, max_size=12), min_size=1, max_size=8)
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"context_length": 2}, "at least 3.* 2"),
+        ({"merges": 0}, "merges is 0, expected 1 to 48894"),
+        ({"merges": 48_895}, "merges is 48895"),
+    ],
 )
-def test_plain_words_decode_to_themselves(words):
-    tokenizer = _shared_tokenizer()
-    text = " ".join(words)
-    assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True) == text
-
-
-def _shared_tokenizer(cache=[]):  # noqa: B006 - hypothesis does not take module fixtures
-    if not cache:
-        cache.append(default_tokenizer())
-    return cache[0]
+def test_sizes_that_make_no_tokenizer_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        default_tokenizer(**fields)

@@ -6,8 +6,8 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import VARIANTS, tiny_model
-from transformers import AutoModel, pipeline
+from tiny_models import tiny_model
+from transformers import pipeline
 
 from pgseg_hf import PGSegModel, PGSegVisionModel, load_segmenter
 from pgseg_hf.weights import evaluation_mode, refuse_bad_weights, what_is_wrong_with
@@ -28,9 +28,6 @@ def test_a_whole_folder_has_nothing_wrong(folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "load", [PGSegModel.from_pretrained, PGSegVisionModel.from_pretrained, AutoModel.from_pretrained]
-)
-@pytest.mark.parametrize(
     ("change", "reason"),
     [
         (lambda data: POINTER, "pointer of git-lfs.*git lfs pull"),
@@ -41,11 +38,12 @@ def test_a_whole_folder_has_nothing_wrong(folder, tmp_path):
         (lambda data: b"PK" + bytes(1000), "is no safetensors file"),
     ],
 )
-def test_the_likely_cause_is_named(folder, load, change, reason):
+def test_the_likely_cause_is_named(folder, change, reason):
     file = folder / "model.safetensors"
     file.write_bytes(change(file.read_bytes()))
-    with pytest.raises(OSError, match=f"model.safetensors.*{reason}"):
-        load(folder)
+    for model in (PGSegModel, PGSegVisionModel):
+        with pytest.raises(OSError, match=f"model.safetensors.*{reason}"):
+            model.from_pretrained(folder)
 
 
 def test_the_command_line_and_the_pipeline_say_it_too(folder):
@@ -56,13 +54,12 @@ def test_the_command_line_and_the_pipeline_say_it_too(folder):
         pipeline(model=str(folder))
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_values_that_are_no_numbers_are_refused(folder, value):
+def test_values_that_are_no_numbers_are_refused(folder):
     model = PGSegModel.from_pretrained(folder)
     refuse_bad_weights(model, "it")
     with torch.no_grad():
-        model.visual_projection[0].weight[0, 0] = value
-        model.visual_projection[1].running_var[0] = value
+        model.visual_projection[0].weight[0, 0] = torch.nan
+        model.visual_projection[1].running_var[0] = torch.inf
     model.save_pretrained(folder)
     message = (
         r"NaN or infinite values in visual_projection.0.weight, visual_projection.1.running_var: training"
@@ -79,9 +76,8 @@ def test_a_model_that_was_never_loaded_is_refused(folder):
         refuse_bad_weights(model, "it")
 
 
-@VARIANTS
-def test_evaluation_leaves_a_model_as_it_was(variant):
-    model = tiny_model(npr_variant=variant, freeze_text=True).train()
+def test_evaluation_leaves_a_model_as_it_was():
+    model = tiny_model(npr_variant="released", freeze_text=True).train()
     model.visual_projection[1].eval()
     model.text_projection.requires_grad_(True)
     model.text_projection[1].train()

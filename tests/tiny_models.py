@@ -8,14 +8,27 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from pgseg_hf.configuration_pgseg import NPR_VARIANTS, PGSegConfig
+from pgseg_hf.configuration_pgseg import PGSegConfig
 from pgseg_hf.modeling_pgseg import PGSegModel
 from pgseg_hf.scoring import WindowScores
+from pgseg_hf.variants import NPR_VARIANTS
 
 VARIANTS = pytest.mark.parametrize("variant", NPR_VARIANTS)
 PATCHES = {"vision_config": {"segment_source": "patches"}}
 BOS, EOS = 48, 49
 CONTEXT = 12
+# Of the text tower of `tiny_config`.
+TEXT_FIELDS = {
+    "vocab_size": EOS + 1,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "max_position_embeddings": CONTEXT,
+    "bos_token_id": BOS,
+    "eos_token_id": EOS,
+    "pad_token_id": EOS,
+}
 # `model_config` of settings files: 32 pixels, with CLIP's tokenizer.
 TINY_FIELDS: dict[str, Any] = {
     "vision_config": {
@@ -63,17 +76,6 @@ def tiny_config(
     text_config: dict | None = None, vision_config: dict | None = None, **kwargs: Any
 ) -> PGSegConfig:
     """Patches of 4 pixels, 4 x 4 of them at 16 pixels, 6 and then 4 groups, 8 joint dimensions, no stochastic depth."""
-    text = {
-        "vocab_size": EOS + 1,
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "max_position_embeddings": CONTEXT,
-        "bos_token_id": BOS,
-        "eos_token_id": EOS,
-        "pad_token_id": EOS,
-    }
     vision = {
         **TINY_FIELDS["vision_config"],
         "image_size": 16,
@@ -83,7 +85,7 @@ def tiny_config(
     }
     fields = {"projection_dim": 8, "projection_intermediate_dim": 24}
     return PGSegConfig.paper(
-        text_config=text | (text_config or {}),
+        text_config=TEXT_FIELDS | (text_config or {}),
         vision_config=vision | (vision_config or {}),
         **(fields | kwargs),
     )
@@ -124,6 +126,11 @@ def tiny_texts(count: int = 2, words: int | list[int] = 5, seed: int = 0) -> Ten
     for row, length in enumerate(lengths):
         ids[row, 1 : 1 + length] = torch.randint(0, BOS, (length,), generator=generator)
     return ids
+
+
+def mask_of(ids: Tensor) -> Tensor:
+    """The attention mask of such texts, up to the first end token."""
+    return ((ids == EOS).cumsum(1) <= 1).long()
 
 
 def without_noise(model: PGSegModel) -> PGSegModel:

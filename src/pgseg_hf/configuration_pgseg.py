@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -12,6 +11,7 @@ from transformers.configuration_utils import SubConfigSpec
 
 # Registers the backbone, for configurations that name it.
 from .efficientnet_lite import EfficientNetLiteConfig
+from .variants import NPR_VARIANTS, SEGMENT_SOURCES, VariantSettings
 
 # What `pipeline` knows the task by, and what the Hub's list of tasks, and so a card, calls it.
 PIPELINE_TASK = "open-vocabulary-segmentation"
@@ -19,43 +19,9 @@ HUB_TASK = "image-segmentation"
 
 PROTOTYPE_MATCHINGS = ("hungarian", "order")
 PROTOTYPE_MIXINGS = ("prototypes", "tokens")
-SEGMENT_SOURCES = ("groups", "patches", "inputs")
 CONTRASTIVE_POOLINGS = ("mean", "groups", "mixture", "patches")
 CONTRASTIVE_LOSSES = ("info_nce", "multi_positive", "sigmoid")
-
-
-@dataclass(frozen=True)
-class VariantSettings:
-    """What a variant of NPR asks of a configuration, and of those who train and run such a model.
-
-    Args:
-        segment_source, contrastive_pooling, assignment_weight: where the configuration does not say.
-        segment_sources: those that the variant has.
-        eager_gradients: in training attention is eager unless asked otherwise.
-        guards_losses: training leaves out prototype losses that are NaN.
-        one_text_an_image: the losses need it.
-    """
-
-    segment_source: str = "groups"
-    contrastive_pooling: str = "mean"
-    assignment_weight: float = 0.0
-    segment_sources: tuple[str, ...] = SEGMENT_SOURCES
-    eager_gradients: bool = False
-    guards_losses: bool = False
-    one_text_an_image: bool = False
-
-
-# `npr.NPR` adds those of further variants.
-NPR_VARIANTS = {
-    "none": VariantSettings(),
-    "released": VariantSettings(
-        segment_sources=("groups",), eager_gradients=True, guards_losses=True, one_text_an_image=True
-    ),
-    # What three seeds of examples/ablate_npr.py support, see examples/README.md.
-    "corrected": VariantSettings("patches", "groups", 0.2),
-}
-
-
+# A file that asks for more keeps the machine busy for hours before anything of it is read.
 _MOST_LAYERS = 10_000
 
 
@@ -64,22 +30,28 @@ def _require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def _require_known_activation(name: str, value: str) -> None:
-    _require(value in ACT2FN, f"{name} is {value!r}, which is no activation of transformers.")
-
-
 def _require_choice(name: str, value: Any, choices: Iterable[str]) -> None:
     _require(value in choices, f"{name} is {value!r}, expected one of {', '.join(choices)}.")
 
 
-def _require_positive(config: Any, *names: str, prefix: str = "") -> None:
+def _require_range(
+    config: Any, names: Iterable[str], low: float = -math.inf, high: float = math.inf, prefix: str = ""
+) -> None:
+    """For fields that are not None."""
+    least = "a finite number" if math.isinf(low) else f"a finite number of at least {low}"
+    expected = least if math.isinf(high) else f"{low} to {high:,}"
     for name in names:
         value = getattr(config, name)
-        _require(value > 0, f"{prefix}{name} is {value}, expected at least 1.")
+        is_inside = value is None or (math.isfinite(value) and low <= value <= high)
+        _require(is_inside, f"{prefix}{name} is {value}, expected {expected}.")
 
 
-def _require_range(name: str, value: float, low: float, high: float) -> None:
-    _require(low <= value <= high, f"{name} is {value}, expected a number from {low} to {high}.")
+def _require_heads(config: Any, prefix: str) -> None:
+    size, heads = config.hidden_size, config.num_attention_heads
+    _require(
+        size % heads == 0,
+        f"{prefix}hidden_size is {size}, which is no multiple of num_attention_heads = {heads}.",
+    )
 
 
 class PipelineOfFolder(dict):
@@ -145,28 +117,17 @@ class PGSegTextConfig(CLIPTextConfig):
     def validate_architecture(self) -> None:
         """Checks fields against each other (called by `@strict`)."""
         sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads")
-        _require_positive(self, *sizes, prefix="text_config.")
-        _require(
-            self.hidden_size % self.num_attention_heads == 0,
-            f"text_config.hidden_size is {self.hidden_size}, which is no multiple of num_attention_heads = "
-            f"{self.num_attention_heads}.",
-        )
-        _require(
-            self.max_position_embeddings >= 2,
-            f"text_config.max_position_embeddings is {self.max_position_embeddings}, expected at least 2.",
-        )
+        _require_range(self, sizes, 1, prefix="text_config.")
+        _require_range(self, ["max_position_embeddings"], 2, prefix="text_config.")
+        _require_range(self, ["num_hidden_layers"], 0, _MOST_LAYERS, prefix="text_config.")
+        _require_range(self, ["layer_norm_eps", "initializer_range"], 0, prefix="text_config.")
+        _require_range(self, ["attention_dropout"], 0, 1, prefix="text_config.")
+        _require_heads(self, "text_config.")
+        _require_choice("text_config.hidden_act", self.hidden_act, ACT2FN)
         _require(
             isinstance(self.eos_token_id, int),
             f"text_config.eos_token_id is {self.eos_token_id}, expected the one token at which texts are pooled.",
         )
-        _require(
-            0 <= self.num_hidden_layers <= _MOST_LAYERS,
-            f"text_config.num_hidden_layers is {self.num_hidden_layers}, expected 0 to {_MOST_LAYERS:,}.",
-        )
-        _require_known_activation("text_config.hidden_act", self.hidden_act)
-        for name in ("layer_norm_eps", "initializer_range"):
-            _require_range(f"text_config.{name}", getattr(self, name), 0.0, math.inf)
-        _require_range("text_config.attention_dropout", self.attention_dropout or 0.0, 0.0, 1.0)
 
 
 def _backbone_config(fields: dict[str, Any]) -> PreTrainedConfig:
@@ -306,7 +267,6 @@ class PGSegVisionConfig(PreTrainedConfig):
     def _validate_stages(self) -> None:
         stages = len(self.depths)
         for name, values in (("depths", self.depths), ("num_group_tokens", self.num_group_tokens)):
-            # A file that asks for more keeps the machine busy for hours before anything of it is read.
             _require(
                 sum(values) <= _MOST_LAYERS,
                 f"vision_config.{name} is {list(values)}, expected at most {_MOST_LAYERS:,} in all.",
@@ -343,12 +303,8 @@ class PGSegVisionConfig(PreTrainedConfig):
         """Checks fields against each other (called by `@strict`)."""
         sizes = ("hidden_size", "intermediate_size", "num_attention_heads", "patch_size", "num_channels")
         counts = ("num_prototype_iterations", "prototype_projection_dim")
-        _require_positive(self, *sizes, *counts, prefix="vision_config.")
-        _require(
-            self.hidden_size % self.num_attention_heads == 0,
-            f"vision_config.hidden_size is {self.hidden_size}, which is no multiple of num_attention_heads = "
-            f"{self.num_attention_heads}.",
-        )
+        _require_range(self, (*sizes, *counts), 1, prefix="vision_config.")
+        _require_heads(self, "vision_config.")
         _require(
             self.image_size > 0 and self.image_size % self.patch_size == 0,
             f"vision_config.image_size is {self.image_size}, expected a multiple of patch_size = {self.patch_size}.",
@@ -369,12 +325,12 @@ class PGSegVisionConfig(PreTrainedConfig):
             f"vision_config.segment_source is {self.segment_source!r}, which the {self.npr_variant} variant does not "
             f"have; expected one of {', '.join(known)}.",
         )
-        for name in ("dropout", "attention_dropout", "drop_path_rate", "prototype_momentum"):
-            _require_range(f"vision_config.{name}", getattr(self, name), 0.0, 1.0)
+        shares = ("dropout", "attention_dropout", "drop_path_rate", "prototype_momentum")
+        _require_range(self, shares, 0, 1, prefix="vision_config.")
         _require(self.drop_path_rate < 1, "vision_config.drop_path_rate is 1, which drops every branch.")
-        for name in ("layer_norm_eps", "initializer_range", "assign_eps"):
-            _require_range(f"vision_config.{name}", getattr(self, name), 0.0, math.inf)
-        _require_known_activation("vision_config.hidden_act", self.hidden_act)
+        small = ("layer_norm_eps", "initializer_range", "assign_eps")
+        _require_range(self, small, 0, prefix="vision_config.")
+        _require_choice("vision_config.hidden_act", self.hidden_act, ACT2FN)
 
 
 @strict
@@ -408,7 +364,7 @@ class PGSegConfig(PreTrainedConfig):
         contrastive_pooling (`str`, *optional*, defaults to `"groups"` for the corrected variant, else `"mean"`):
             what an image is compared with texts by: `"mean"`, the projected mean of its segment tokens (the paper's),
             `"groups"`, the log-mean-exp over its groups of their scaled cosines (ours, a multiple-instance loss), or
-            `"mixture"`, the log odds that a text is seen in `mixture_looks` looks at the picture as it would be
+            `"mixture"`, the log odds that a text is seen in `mixture_looks` looks at the image as it would be
             segmented, where its share is the sum over groups of their area times the softmax of their scaled cosines
             over all texts (ours, for the sigmoid loss with tags that name everything that is to be told apart; a batch
             needs two different texts at least), or `"patches"`, which trains names on the patches themselves and lets
@@ -417,7 +373,7 @@ class PGSegConfig(PreTrainedConfig):
             their softmax.
         mixture_looks (`float`, defaults to 1.0):
             n of $1-(1-s)^n$, the chance that at least one of n points drawn at random falls on what has the share s of
-            a picture. At 1 the tags of a picture are driven to equal shares of it; with more looks a tag that has
+            an image. At 1 the tags of an image are driven to equal shares of it; with more looks a tag that has
             some share already is driven no further, while what is no tag gets none.
         patch_text_weight (`float`, defaults to 1.0):
             weight of the cross-entropy between the patches' softmax over texts and `patch_targets`, where there are
@@ -451,14 +407,8 @@ class PGSegConfig(PreTrainedConfig):
     keys_to_ignore_at_inference = [
         *("contrastive_loss", "multi_label_loss", "image_prototype_loss", "image_prototype_losses"),
         *("text_prototype_loss", "assignment_loss", "num_negatives", "logits_per_text", "segment_logits"),
-        *(
-            "patch_logits",
-            "text_embeds",
-            "grouping",
-            "image_sizes",
-            "text_model_output",
-            "vision_model_output",
-        ),
+        *("patch_logits", "text_embeds", "grouping", "image_sizes", "text_model_output"),
+        "vision_model_output",
     ]
 
     text_config: Any = None
@@ -527,37 +477,18 @@ class PGSegConfig(PreTrainedConfig):
 
     def validate_architecture(self) -> None:
         """Checks fields against each other (called by `@strict`)."""
-        for name in ("projection_dim", "projection_intermediate_dim", "max_logit_scale"):
-            _require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}, expected a positive number.")
-        for name in (
-            "image_prototype_weight",
-            "text_prototype_weight",
-            "multi_label_weight",
-            "assignment_weight",
-            "patch_text_weight",
-        ):
-            value: Any = getattr(self, name)
-            _require(
-                math.isfinite(value) and value >= 0, f"{name} is {value}, expected a number of at least 0."
-            )
-        _require(
-            self.num_text_prototypes is None or self.num_text_prototypes > 0,
-            f"num_text_prototypes is {self.num_text_prototypes}, expected at least 1 or None.",
-        )
-        for name in ("logit_scale_init_value", "prototype_logit_scale_init_value", "logit_bias_init_value"):
-            _require(
-                math.isfinite(getattr(self, name)),
-                f"{name} is {getattr(self, name)}, expected a finite number.",
-            )
-        for name in ("rejection_threshold", "label_balance"):
-            _require_range(name, getattr(self, name), 0.0, 1.0)
+        weights = ("image_prototype_weight", "text_prototype_weight", "multi_label_weight")
+        scales = ("logit_scale_init_value", "prototype_logit_scale_init_value", "logit_bias_init_value")
+        _require_range(self, ("projection_dim", "projection_intermediate_dim"), 1)
+        _require_range(self, (*weights, "assignment_weight", "patch_text_weight"), 0)
+        _require_range(self, scales)
+        _require_range(self, ("rejection_threshold", "label_balance"), 0, 1)
+        _require_range(self, ("mixture_looks", "num_text_prototypes"), 1)
+        bound = self.max_logit_scale
+        _require(bound > 0, f"max_logit_scale is {bound}, expected a positive number.")
         _require_choice("prototype_matching", self.prototype_matching, PROTOTYPE_MATCHINGS)
         _require_choice("contrastive_pooling", self.contrastive_pooling, CONTRASTIVE_POOLINGS)
         _require_choice("contrastive_loss", self.contrastive_loss, CONTRASTIVE_LOSSES)
-        _require(
-            1 <= self.mixture_looks < math.inf,
-            f"mixture_looks is {self.mixture_looks}, expected a number of at least 1.",
-        )
         _require(
             self.contrastive_pooling != "mixture" or self.contrastive_loss == "sigmoid",
             f"contrastive_pooling is 'mixture' and contrastive_loss {self.contrastive_loss!r}, expected 'sigmoid'.",

@@ -27,129 +27,64 @@ logger = logging.get_logger(__name__)
 
 HEAD_WIDTH = 64
 
-# Released names, in the order in which the rules are tried; `{stage}` and `{block}` are numbers.
-_RENAMES: tuple[tuple[str, str], ...] = (
-    (r"logit_scale", r"logit_scale"),
-    (r"img_encoder\.logit_scale", r"prototype_logit_scale"),
-    (
-        r"img_encoder\.patch_embed\.proj\.(weight|bias)",
-        r"vision_model.embeddings.patch_embeddings.projection.\1",
-    ),
-    (r"img_encoder\.patch_embed\.norm\.(weight|bias)", r"vision_model.embeddings.layernorm.\1"),
-    (r"img_encoder\.pos_embed", r"vision_model.embeddings.position_embeddings"),
-    (r"img_encoder\.norm\.(weight|bias)", r"vision_model.layernorm.\1"),
-    (r"img_encoder\.layers\.(\d+)\.group_token", r"vision_model.encoder.stages.\1.group_token"),
-    (
-        r"img_encoder\.layers\.(\d+)\.group_projector\.(.+)",
-        r"vision_model.encoder.stages.\1.group_projector.\2",
-    ),
-    (
-        r"img_encoder\.layers\.(\d+)\.downsample\.pre_assign_attn\.attn\.proj\.(weight|bias)",
-        r"vision_model.encoder.stages.\1.downsample.pre_assign_attn.attn.out_proj.\2",
-    ),
-    (r"img_encoder\.layers\.(\d+)\.downsample\.(.+)", r"vision_model.encoder.stages.\1.downsample.\2"),
-    (r"img_encoder\.layers\.(\d+)\.downsample_spatial\.mu", r"vision_model.encoder.stages.\1.npr.prototypes"),
-    (
-        r"img_encoder\.layers\.(\d+)\.downsample_spatial\.mapping_x\.(.+)",
-        r"vision_model.encoder.stages.\1.npr.projection.\2",
-    ),
-    (
-        r"img_encoder\.layers\.(\d+)\.blocks\.(\d+)\.attn\.proj\.(weight|bias)",
-        r"vision_model.encoder.stages.\1.layers.\2.self_attn.out_proj.\3",
-    ),
-    (
-        r"img_encoder\.layers\.(\d+)\.blocks\.(\d+)\.attn\.(qkv\.(?:weight|bias))",
-        r"vision_model.encoder.stages.\1.layers.\2.self_attn.\3",
-    ),
-    (
-        r"img_encoder\.layers\.(\d+)\.blocks\.(\d+)\.norm(\d)\.(weight|bias)",
-        r"vision_model.encoder.stages.\1.layers.\2.layer_norm\3.\4",
-    ),
-    (
-        r"img_encoder\.layers\.(\d+)\.blocks\.(\d+)\.mlp\.(fc\d\.(?:weight|bias))",
-        r"vision_model.encoder.stages.\1.layers.\2.mlp.\3",
-    ),
-    (r"img_projector\.(.+)", r"visual_projection.\1"),
-    (r"text_projector\.(.+)", r"text_projection.\1"),
-    (r"text_encoder\.Atten\.mu", r"released_text_prototypes"),
-    (r"text_encoder\.token_embedding\.weight", r"text_model.embeddings.token_embedding.weight"),
-    (r"text_encoder\.positional_embedding", r"text_model.embeddings.position_embedding.weight"),
-    (r"text_encoder\.ln_final\.(weight|bias)", r"text_model.final_layer_norm.\1"),
-    (
-        r"text_encoder\.transformer\.resblocks\.(\d+)\.attn\.in_proj_(weight|bias)",
-        r"text_model.encoder.layers.\1.self_attn.qkv.\2",
-    ),
-    (
-        r"text_encoder\.transformer\.resblocks\.(\d+)\.attn\.out_proj\.(weight|bias)",
-        r"text_model.encoder.layers.\1.self_attn.out_proj.\2",
-    ),
-    (
-        r"text_encoder\.transformer\.resblocks\.(\d+)\.ln_(\d)\.(weight|bias)",
-        r"text_model.encoder.layers.\1.layer_norm\2.\3",
-    ),
-    (
-        r"text_encoder\.transformer\.resblocks\.(\d+)\.mlp\.c_fc\.(weight|bias)",
-        r"text_model.encoder.layers.\1.mlp.fc1.\2",
-    ),
-    (
-        r"text_encoder\.transformer\.resblocks\.(\d+)\.mlp\.c_proj\.(weight|bias)",
-        r"text_model.encoder.layers.\1.mlp.fc2.\2",
-    ),
+# From released names to ours, one after the other.
+_RENAMES = (
+    (r"^img_encoder\.logit_scale$", "prototype_logit_scale"),
+    (r"^img_encoder\.patch_embed\.proj\.", "vision_model.embeddings.patch_embeddings.projection."),
+    (r"^img_encoder\.patch_embed\.norm\.", "vision_model.embeddings.layernorm."),
+    (r"^img_encoder\.pos_embed$", "vision_model.embeddings.position_embeddings"),
+    (r"^img_encoder\.norm\.", "vision_model.layernorm."),
+    (r"^img_encoder\.layers\.", "vision_model.encoder.stages."),
+    (r"\.downsample_spatial\.mu$", ".npr.prototypes"),
+    (r"\.downsample_spatial\.mapping_x\.", ".npr.projection."),
+    (r"\.pre_assign_attn\.attn\.proj\.", ".pre_assign_attn.attn.out_proj."),
+    (r"\.blocks\.(\d+)\.", r".layers.\1."),
+    (r"^text_encoder\.Atten\.mu$", "released_text_prototypes"),
+    (r"^text_encoder\.token_embedding\.", "text_model.embeddings.token_embedding."),
+    (r"^text_encoder\.positional_embedding$", "text_model.embeddings.position_embedding.weight"),
+    (r"^text_encoder\.ln_final\.", "text_model.final_layer_norm."),
+    (r"^text_encoder\.transformer\.resblocks\.", "text_model.encoder.layers."),
+    (r"(\.layers\.\d+)\.attn\.(out_)?proj\.", r"\1.self_attn.out_proj."),
+    (r"(\.layers\.\d+)\.attn\.(in_proj_|qkv\.)", r"\1.self_attn.qkv."),
+    (r"(\.layers\.\d+)\.(norm|ln_)(\d)\.", r"\1.layer_norm\3."),
+    (r"\.mlp\.c_fc\.", ".mlp.fc1."),
+    (r"\.mlp\.c_proj\.", ".mlp.fc2."),
+    (r"^img_projector\.", "visual_projection."),
+    (r"^text_projector\.", "text_projection."),
+    (r"\.linear_hidden\.([01])\.", r".\1."),
+    (r"\.linear_out\.", ".3."),
 )
-_PROJECTION_RENAMES = (("linear_hidden.0.", "0."), ("linear_hidden.1.", "1."), ("linear_out.", "3."))
 # Trained and saved by the released code, read by nothing.
-_DROPPED = re.compile(r"img_encoder\.mapping_text\..+")
+_DROPPED = "img_encoder.mapping_text."
 
 
-def rename_key(released_name: str) -> str | None:
-    """The name of a released tensor in [`PGSegModel`], None for one that is dropped.
-
-    A fused `qkv` keeps that word in its name; [`convert_state_dict`] splits it.
-
-    Raises:
-        KeyError: no such tensor in a released PGSeg.
-    """
-    if _DROPPED.fullmatch(released_name):
-        return None
+def rename(released_name: str) -> list[str]:
+    """The names in [`PGSegModel`] of what a released tensor holds: none if it is dropped, three for queries, keys and
+    values in one."""
+    if released_name.startswith(_DROPPED):
+        return []
+    name = released_name
     for pattern, replacement in _RENAMES:
-        if re.fullmatch(pattern, released_name):
-            name = re.sub(pattern, replacement, released_name)
-            if "_projection." in name or ".npr.projection." in name:
-                for old, new in _PROJECTION_RENAMES:
-                    name = name.replace(old, new)
-            return name
-    raise KeyError(released_name)
+        name = re.sub(pattern, replacement, name)
+    return [name.replace(".qkv.", f".{part}_proj.") for part in "qkv"] if ".qkv." in name else [name]
 
 
-def convert_state_dict(released: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """Renames and reshapes released tensors.
-
-    Returns:
-        tensors by their names in [`PGSegModel`], and the released names that are unknown.
-    """
+def convert_state_dict(released: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Renames and reshapes released tensors; unknown ones keep what of their names is unknown."""
     converted: dict[str, Tensor] = {}
-    unknown: list[str] = []
     for released_name, tensor in released.items():
-        try:
-            name = rename_key(released_name)
-        except KeyError:
-            unknown.append(released_name)
-            continue
-        if name is None:
-            continue
-        if ".qkv." in name:
+        names = rename(released_name)
+        if len(names) == 3:
             if tensor.ndim == 0 or tensor.shape[0] % 3:
                 raise ValueError(
                     f"{released_name} has shape {list(tensor.shape)}, expected a multiple of 3 rows (queries, keys, "
                     "values)."
                 )
-            for part, chunk in zip("qkv", tensor.chunk(3), strict=True):
-                converted[name.replace("qkv", f"{part}_proj")] = chunk.clone()
-        elif tensor.ndim == 3 and name.endswith(".weight") and "projection" in name:
-            converted[name] = tensor.squeeze(-1)
-        else:
-            converted[name] = tensor
-    return converted, unknown
+            converted |= {name: part.clone() for name, part in zip(names, tensor.chunk(3), strict=True)}
+        elif names:
+            is_convolution = tensor.ndim == 3 and "projection" in names[0] and names[0].endswith(".weight")
+            converted[names[0]] = tensor.squeeze(-1) if is_convolution else tensor
+    return converted
 
 
 class _Shapes:
@@ -180,14 +115,11 @@ class _Shapes:
         )
         grid = round(self.shape("vision_model.embeddings.position_embeddings", 3)[1] ** 0.5)
         num_stages = self.count(r"vision_model\.encoder\.stages\.(\d+)\.")
-        parts_of_grouping = ("group_token", "group_projector.", "downsample.", "npr.")
+        parts = ("group_token", "npr.prototypes", "downsample.mlp_inter.fc2.weight")
         grouping = [
             index
             for index in range(num_stages)
-            if any(
-                name.startswith(tuple(f"{stage}{index}.{part}" for part in parts_of_grouping))
-                for name in self.converted
-            )
+            if any(f"{stage}{index}.{part}" in self.converted for part in parts)
         ]
         ungrouped = [0] * (num_stages - len(grouping))
         return {
@@ -330,7 +262,7 @@ def convert_released(
         released = _of_pgseg(tensors_of(checkpoint), "the state dict")
     else:
         released = read_released_checkpoint(checkpoint)
-    converted, unknown = convert_state_dict(released)
+    converted = convert_state_dict(released)
     config = infer_config(converted, overrides)
     if config.npr_variant != "released":
         raise ValueError(
@@ -340,17 +272,15 @@ def convert_released(
     with torch.device("meta"):  # nothing is allocated before it is known to fit
         expected = PGSegModel(config).state_dict()
     report = ConversionReport(
-        unknown=unknown,
+        unknown=[name for name in released if not expected.keys() >= set(rename(name))],
         missing=sorted(set(expected) - set(converted)),
-        dropped=[name for name in released if _DROPPED.fullmatch(name)],
+        dropped=[name for name in released if not rename(name)],
     )
     if report.missing:
         raise ValueError(f"tensors missing from the checkpoint: {', '.join(report.missing)}.")
     for name, tensor in converted.items():
         if name in expected and tensor.shape != expected[name].shape:
             raise ValueError(f"{name} has shape {list(tensor.shape)}, expected {list(expected[name].shape)}.")
-    surplus = sorted(set(converted) - set(expected))
-    report.unknown.extend(surplus)
     model = PGSegModel(config)
     if any(tensor.dtype == torch.float64 for tensor in converted.values()):
         model = model.double()

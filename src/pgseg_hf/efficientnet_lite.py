@@ -183,12 +183,8 @@ class EfficientNetLiteBackbone(BackboneMixin, PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Conv2d):
             init.kaiming_normal_(module.weight, mode="fan_out")
-        elif isinstance(module, nn.BatchNorm2d):
-            init.ones_(module.weight)
-            init.zeros_(module.bias)
-            init.zeros_(module.running_mean)
-            init.ones_(module.running_var)
-            init.zeros_(module.num_batches_tracked)
+        else:
+            super()._init_weights(module)
 
     @can_return_tuple
     def forward(
@@ -240,7 +236,15 @@ AutoConfig.register("efficientnet_lite", EfficientNetLiteConfig, exist_ok=True)
 AutoBackbone.register(EfficientNetLiteConfig, EfficientNetLiteBackbone, exist_ok=True)
 
 
-_PARTS = {"_expand_conv": "expand", "_depthwise_conv": "depthwise", "_project_conv": "project"}
+# Of a block, by the public names; the first block, which does not widen, has the other normalisations alone.
+_PARTS = {
+    "expand_conv": "expand.convolution",
+    "bn0": "expand.normalization",
+    "depthwise_conv": "depthwise.convolution",
+    "bn1": "depthwise.normalization",
+    "project_conv": "project.convolution",
+    "bn2": "project.normalization",
+}
 _PROJECTION = "_blocks.{}._project_conv.weight"
 _HEAD = {
     "_conv_head.weight": "convolution.weight",
@@ -271,16 +275,14 @@ def convert_efficientnet_lite(
         ValueError: tensors are missing, too many, or of another shape.
     """
     numbers = {int(found[1]) for name in public if (found := re.match(r"_blocks\.(\d+)\.", name))}
-    # Up to the first gap, of which the first tensor is then missing.
-    count = next((number for number in range(len(numbers)) if number not in numbers), len(numbers))
-    shown = ["_conv_stem.weight", *(_PROJECTION.format(block) for block in range(max(count, 1)))]
-    shown += [_PROJECTION.format(count)] if count < len(numbers) else []
+    # Where there is a gap, its first tensor is missing.
+    shown = ["_conv_stem.weight", *(_PROJECTION.format(block) for block in range(max(len(numbers), 1)))]
     absent = [name for name in shown if name not in public or public[name].ndim != 4]
     if absent:
         raise ValueError(
             f"these are no weights of EfficientNet-Lite: {absent[0]} is missing or no convolution's weight."
         )
-    depths, sizes = _stages(public, count)
+    depths, sizes = _stages(public, len(numbers))
     config = EfficientNetLiteConfig(
         num_channels=public["_conv_stem.weight"].shape[1],
         stem_size=len(public["_conv_stem.weight"]),
@@ -317,7 +319,7 @@ def _stages(public: Mapping[str, Tensor], count: int) -> tuple[list[int], list[i
     depths: list[int] = []
     sizes: list[int] = []
     for block in range(count):
-        out = len(public[f"_blocks.{block}._project_conv.weight"])
+        out = len(public[_PROJECTION.format(block)])
         if sizes and sizes[-1] == out:
             depths[-1] += 1
         else:
@@ -332,19 +334,14 @@ def _stages(public: Mapping[str, Tensor], count: int) -> tuple[list[int], list[i
 
 def _renamed(name: str, places: list[tuple[int, int]]) -> str:
     """The backbone's name of a public tensor; an unknown one stays as it is."""
-    parts = name.split(".")
     if name == "_conv_stem.weight":
         return "stem.convolution.weight"
-    if parts[0] == "_bn0" and len(parts) == 2:
-        return f"stem.normalization.{parts[1]}"
-    if parts[0] != "_blocks" or len(parts) != 4 or not parts[1].isdigit() or int(parts[1]) >= len(places):
+    name = re.sub(r"^_bn0\.(\w+)$", r"stem.normalization.\1", name)
+    found = re.fullmatch(r"_blocks\.(\d+)\._(\w+)\.(\w+)", name)
+    if found is None or found[2] not in _PARTS or int(found[1]) >= len(places):
         return name
-    stage, block = places[int(parts[1])]
-    if parts[2] in _PARTS:
-        return f"stages.{stage}.{block}.{_PARTS[parts[2]]}.convolution.{parts[3]}"
-    # The first block does not widen, so that its normalisations are the other two, under the same numbers.
-    order = {"_bn0": "expand", "_bn1": "depthwise", "_bn2": "project"}
-    return f"stages.{stage}.{block}.{order.get(parts[2], parts[2])}.normalization.{parts[3]}"
+    stage, block = places[int(found[1])]
+    return f"stages.{stage}.{block}.{_PARTS[found[2]]}.{found[3]}"
 
 
 __all__ = [

@@ -162,6 +162,32 @@ class JointImages:
         return self._log_shares[1]
 
 
+@dataclass
+class Scales:
+    """What a model compares its features by: factors on cosines in float32 or better, of images with texts and of
+    groups with prototypes, the sigmoid loss's bias, and the seeds of the text prototypes [1, P, D]."""
+
+    contrastive: Tensor
+    prototype: Tensor | None = None
+    bias: Tensor | None = None
+    text_seeds: Tensor | None = None
+
+
+@dataclass
+class Batch:
+    """What the losses are computed from: the features of this process's images and texts, whom the texts belong to, and
+    the configuration and scales of the model that made them."""
+
+    config: Any
+    scales: Scales
+    images: ImageFeatures
+    texts: TextFeatures
+    owners: TextOwners
+
+    def __post_init__(self) -> None:
+        self.joint = JointImages.normalized(self.images)
+
+
 def log_odds_of_being_seen(log_shares: Tensor, looks: float) -> Tensor:
     """Log odds that one at least of so many looks, each at a point drawn at random, falls on what has this share of a
     image: of $1-(1-s)^n$."""

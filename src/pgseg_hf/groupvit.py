@@ -1,12 +1,18 @@
 """Transformers' GroupViT for warm starts: its architecture in PGSeg's configuration, and its checkpoints."""
 
 from dataclasses import fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 from transformers import AutoConfig, GroupViTConfig, GroupViTModel, PreTrainedConfig
+from transformers.utils import logging
 
 from .configuration_pgseg import PGSegConfig, PGSegTextConfig, PGSegVisionConfig
+
+if TYPE_CHECKING:
+    from .modeling_pgseg import PGSegModel
+
+logger = logging.get_logger(__name__)
 
 
 def config_from_groupvit(
@@ -46,7 +52,36 @@ def config_from_groupvit(
     )
 
 
-def read_groupvit(name_or_path: str) -> GroupViTModel:
+def load_groupvit(
+    model_class: type["PGSegModel"], name_or_path: str, npr_variant: str, **kwargs: Any
+) -> "PGSegModel":
+    """What [`PGSegModel.from_groupvit`] does."""
+    source = _read_groupvit(name_or_path)
+    model = model_class(config_from_groupvit(source.config, npr_variant, **kwargs))
+    model.vision_model.set_attn_implementation("eager")
+    tensors = source.state_dict()
+    left_out = _tensors_left_out(model.config)
+    unexpected = model.load_state_dict(tensors, strict=False).unexpected_keys
+    if unexpected := [name for name in unexpected if not name.startswith(left_out)]:
+        raise ValueError(f"tensors of {name_or_path} that PGSeg does not have: {', '.join(unexpected)}.")
+    new = [name for name in model.state_dict() if name not in tensors]
+    logger.warning(f"Warm start from {name_or_path}; newly initialised: {', '.join(new) or 'nothing'}.")
+    return model.eval()
+
+
+def _tensors_left_out(config: PGSegConfig) -> tuple[str, ...]:
+    """Prefixes of GroupViT's tensors that a PGSeg of this configuration does not use."""
+    vision = config.vision_config
+    if vision.segment_source == "groups":
+        return ()
+    last = sum(tokens > 0 for tokens in vision.num_group_tokens) - 1
+    grouping = f"vision_model.encoder.stages.{last}.downsample."
+    return tuple(
+        grouping + part for part in ("assign.v_proj.", "assign.proj.", "norm_new_x.", "mlp_channels.")
+    )
+
+
+def _read_groupvit(name_or_path: str) -> GroupViTModel:
     """Loads a checkpoint of transformers' GroupViT.
 
     Raises:

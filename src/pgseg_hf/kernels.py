@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from transformers.activations import GELUActivation
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .configuration_pgseg import NPR_VARIANTS
 from .int8 import Int8Linear
+from .variants import NPR_VARIANTS
 
 # Entries of attention scores that are worked on at a time where attention goes in parts: they stay in a core's cache.
 _CACHED_SCORES = 2**21

@@ -87,21 +87,17 @@ class PGSegMLP(nn.Module):
         self.fc2 = nn.Linear(hidden_features, out_features)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self._forgets_activations():
-            hidden = linear(self.fc1, x)
-            return checkpoint(
-                self._activate_and_project, hidden, use_reentrant=False, preserve_rng_state=False
-            )
-        return linear(self.fc2, linear(self.fc1, x, self.activation_fn))
-
-    def _forgets_activations(self) -> bool:
-        """Whether the activations, the largest tensors of a block, are made again for the gradient, which takes no
-        product. Not with an adapter, which may have dropout, nor in a compiled graph, whose compiler decides."""
+        # For the gradient the activations, the largest tensors of a block, are made again, which takes no product. Not
+        # with an adapter, which may have dropout, nor in a compiled graph, whose compiler decides.
         learns = self.training and torch.is_grad_enabled()
-        return learns and type(self.fc2) is nn.Linear and not torch.compiler.is_compiling()
+        if not learns or type(self.fc2) is not nn.Linear or torch.compiler.is_compiling():
+            return linear(self.fc2, linear(self.fc1, x, self.activation_fn))
 
-    def _activate_and_project(self, hidden: Tensor) -> Tensor:
-        return linear(self.fc2, self.activation_fn(hidden))
+        def activate_and_project(hidden: Tensor) -> Tensor:
+            return linear(self.fc2, self.activation_fn(hidden))
+
+        hidden = linear(self.fc1, x)
+        return checkpoint(activate_and_project, hidden, use_reentrant=False, preserve_rng_state=False)
 
 
 class PGSegMixerMLP(PGSegMLP):

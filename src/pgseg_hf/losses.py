@@ -48,18 +48,16 @@ def multi_positive_loss(
         text_targets: bool [M, G * B]; by default the transpose of `image_targets`.
     """
     text_targets = image_targets.T if text_targets is None else text_targets
-    for name, logits, targets in (
-        ("images x texts", logits_per_image, image_targets),
-        ("texts x images", logits_per_text, text_targets),
-    ):
-        if targets.shape != logits.shape:
-            raise ValueError(
-                f"text targets have shape {list(targets.shape)}, expected {name} = {list(logits.shape)}."
-            )
-    return (
-        _soft_cross_entropy(logits_per_image, image_targets)
-        + _soft_cross_entropy(logits_per_text, text_targets)
-    ) / 2
+    _refuse_other_shape(image_targets, logits_per_image, "images x texts")
+    _refuse_other_shape(text_targets, logits_per_text, "texts x images")
+    image_loss = _soft_cross_entropy(logits_per_image, image_targets)
+    return (image_loss + _soft_cross_entropy(logits_per_text, text_targets)) / 2
+
+
+def _refuse_other_shape(targets: Tensor, logits: Tensor, sides: str) -> None:
+    if targets.shape != logits.shape:
+        shape, expected = list(targets.shape), list(logits.shape)
+        raise ValueError(f"text targets have shape {shape}, expected {sides} = {expected}.")
 
 
 def sigmoid_loss(logits: Tensor, targets: Tensor, balance: float = 1.0) -> Tensor:
@@ -74,10 +72,7 @@ def sigmoid_loss(logits: Tensor, targets: Tensor, balance: float = 1.0) -> Tenso
         targets: bool [B, N], which texts belong to which image.
         balance: 0 to 1.
     """
-    if targets.shape != logits.shape:
-        raise ValueError(
-            f"text targets have shape {list(targets.shape)}, expected images x texts = {list(logits.shape)}."
-        )
+    _refuse_other_shape(targets, logits, "images x texts")
     positives = sum_over_processes(targets.sum(0).to(logits.dtype))
     negatives = sum_over_processes((~targets).sum(0).to(logits.dtype))
     weights = torch.where(targets, 1 / positives.clamp(min=1), 1 / negatives.clamp(min=1))

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError
 from transformers.utils import logging
 
@@ -21,7 +21,7 @@ _TEMPLATE = """---
 
 # {title}
 
-PGSeg (Zhang et al., NeurIPS 2023) segments pictures by words and learns from image-text pairs alone: a GroupViT whose
+PGSeg (Zhang et al., NeurIPS 2023) segments images by words and learns from image-text pairs alone: a GroupViT whose
 group tokens are supervised by non-learnable prototypes (NPR).
 
 ## Use
@@ -212,3 +212,24 @@ def generate_model_card(
         license=license_text,
     )
     return ModelCard(content)
+
+
+class WithModelCard:
+    """For a `PreTrainedModel` beside it: a repository on the Hub gets a card."""
+
+    config: PGSegConfig
+    name_or_path: str
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
+        """As for every transformers model; a repository without a model card gets a generated one first, with what
+        that of the checkpoint says which was loaded."""
+        token, private = kwargs.get("token"), kwargs.get("private")
+        api = HfApi(token=token)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        has_card = api.file_exists(repo_id, "README.md")
+        if has_card and is_processor_card(ModelCard.load(repo_id, token=token)):
+            has_card = False
+        if not kwargs.get("create_pr") and not has_card:
+            starts = [self.name_or_path] if self.name_or_path else []
+            generate_model_card(self.config, repo_id, starts=starts).push_to_hub(repo_id, token=token)
+        return super().push_to_hub(repo_id, **kwargs)  # type: ignore[misc]

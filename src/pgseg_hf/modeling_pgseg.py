@@ -7,28 +7,31 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi, ModelCard
 from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.utils import ModelOutput, logging
+from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
 from .backbone import load_backbone
 from .configuration_pgseg import PGSegConfig
 from .features import ImageFeatures, JointImages, TextFeatures, TextOwners, clamped_scale, normalized
-from .groupvit import config_from_groupvit, read_groupvit
-from .model_cards import generate_model_card, is_processor_card
+from .groupvit import load_groupvit
+from .model_cards import WithModelCard
 from .modeling_base import PGSegPreTrainedModel, name_unused
-from .modeling_text import PGSegTextModel, PGSegTextModelWithProjection
+from .modeling_text import (
+    EmbedsTokens,
+    PGSegTextModel,
+    PGSegTextModelWithProjection,
+    mean_over_prompts,
+    refuse_bad_texts,
+)
 from .modeling_vision import PGSegVisionModel, PGSegVisionOutput
 from .npr import init_prototypes, npr_of
 from .objective import Losses, compute_losses
 from .precision import KeepsPrecision, full_precision
 from .projection import PGSegProjection
 from .token_ids import different_texts, find_words, padded_on_the_right, up_to_ends
-
-logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -92,19 +95,7 @@ class PGSegOutput(ModelOutput):
         return tuple(value.to_tuple() if isinstance(value, ModelOutput) else value for value in self.values())
 
 
-def _refuse_bad_texts(input_ids: Tensor | None, for_losses: bool) -> None:
-    if input_ids is None or input_ids.ndim not in (2, 3):
-        shape = None if input_ids is None else list(input_ids.shape)
-        raise ValueError(
-            f"input_ids has shape {shape}, expected token ids [texts, length] or [labels, prompts, length]."
-        )
-    if for_losses and input_ids.ndim == 3:
-        raise ValueError(
-            f"input_ids has shape {list(input_ids.shape)}; the losses need one prompt a text, [texts, length]."
-        )
-
-
-class PGSegModel(KeepsPrecision, PGSegPreTrainedModel):
+class PGSegModel(KeepsPrecision, WithModelCard, EmbedsTokens, PGSegPreTrainedModel):
     """Both towers in one joint space, with the losses of the method."""
 
     _auto_class = "AutoModel"
@@ -132,13 +123,6 @@ class PGSegModel(KeepsPrecision, PGSegPreTrainedModel):
             self._keep_in_fp32_modules_strict = [self.precise_buffer]
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Module:
-        """Those of the text tower's tokens."""
-        return self.text_model.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.text_model.set_input_embeddings(value)
-
     def train(self, mode: bool = True) -> "PGSegModel":
         """As ever, but a frozen text tower stays in evaluation mode and without gradient, after loading too."""
         super().train(mode)
@@ -146,17 +130,6 @@ class PGSegModel(KeepsPrecision, PGSegPreTrainedModel):
             for module in (self.text_model, self.text_projection):
                 module.eval().requires_grad_(False)
         return self
-
-    def _tensors_left_out(self) -> tuple[str, ...]:
-        """Prefixes of GroupViT's tensors that this model has no use for."""
-        vision = self.config.vision_config
-        if vision.segment_source == "groups":
-            return ()
-        last = sum(tokens > 0 for tokens in vision.num_group_tokens) - 1
-        grouping = f"vision_model.encoder.stages.{last}.downsample."
-        return tuple(
-            grouping + part for part in ("assign.v_proj.", "assign.proj.", "norm_new_x.", "mlp_channels.")
-        )
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -186,12 +159,7 @@ class PGSegModel(KeepsPrecision, PGSegPreTrainedModel):
         Returns:
             the text tower's output, `pooler_output` [N, D] projected and not normalised.
         """
-        outputs, _ = self._encode_text(input_ids, attention_mask, position_ids, **kwargs)
-        embeds = self.text_projection(outputs.pooler_output)
-        outputs.pooler_output = (
-            embeds.unflatten(0, input_ids.shape[:2]).mean(1) if input_ids.ndim == 3 else embeds
-        )
-        return outputs
+        return self._encode_texts(input_ids, attention_mask, False, position_ids=position_ids, **kwargs)[0]
 
     def _encode_text(
         self,
@@ -308,39 +276,34 @@ class PGSegModel(KeepsPrecision, PGSegPreTrainedModel):
         tag_input_ids = kwargs.pop("label_input_ids", tag_input_ids)
         tag_attention_mask = kwargs.pop("label_attention_mask", tag_attention_mask)
         name_unused(kwargs)
-        _refuse_bad_texts(input_ids, bool(return_loss))
+        return_loss = bool(return_loss)
+        refuse_bad_texts(input_ids, return_loss)
         towers = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
         all_ids, all_mask, owners = input_ids, attention_mask, None
         if return_loss:
             all_ids, all_mask, owners = self.gather_texts(
-                input_ids,
-                attention_mask,
-                tag_input_ids,
-                tag_attention_mask,
-                text_targets,
-                patch_targets,
+                input_ids, attention_mask, tag_input_ids, tag_attention_mask, text_targets, patch_targets
             )
         # Captions and labels pass the text tower together, so that BatchNorm sees them together; before the images, as
         # what is asked about token ids has a GPU wait, which then has little to do.
         text, text_features = self._encode_texts(
-            all_ids, all_mask, for_losses=bool(return_loss), position_ids=position_ids, **towers
+            all_ids, all_mask, return_loss, position_ids=position_ids, **towers
         )
         vision = self.get_image_features(
             pixel_values=pixel_values,
             backbone_features=backbone_features,
-            output_npr=bool(return_loss),
+            output_npr=return_loss,
             return_dict=True,
             **towers,
         )
         text.pooler_output = text.pooler_output[: len(input_ids)]
         text.last_hidden_state = text.last_hidden_state[: input_ids.shape[:-1].numel()]
         logits_per_image, segment_logits = self.get_logits(vision, text.pooler_output)
-        patch_logits = None if return_loss else self.get_patch_logits(vision, text.pooler_output)
         output = PGSegOutput(
             logits_per_image=logits_per_image,
             logits_per_text=logits_per_image.T,
             segment_logits=segment_logits,
-            patch_logits=patch_logits,
+            patch_logits=None if return_loss else self.get_patch_logits(vision, text.pooler_output),
             image_embeds=normalized(vision.pooler_output),
             text_embeds=normalized(text.pooler_output),
             segment_embeds=normalized(vision.segment_embeds),
@@ -350,9 +313,8 @@ class PGSegModel(KeepsPrecision, PGSegPreTrainedModel):
             vision_model_output=vision,
         )
         if return_loss:
-            losses = compute_losses(self, self._image_features(vision), text_features, owners)
+            output.add_losses(compute_losses(self, self._image_features(vision), text_features, owners))
             vision.npr = None
-            output.add_losses(losses)
         return output
 
     @staticmethod
@@ -399,9 +361,8 @@ class PGSegModel(KeepsPrecision, PGSegPreTrainedModel):
         plain = not details and kwargs.get("position_ids") is None
         sparing = for_losses and plain and not config.attention_dropout
         output, prototypes = self._encode_text(input_ids, attention_mask, sparing=sparing, **kwargs)
-        pooled, output.pooler_output = output.pooler_output, self.text_projection(output.pooler_output)
-        if input_ids.ndim == 3:
-            output.pooler_output = output.pooler_output.unflatten(0, input_ids.shape[:2]).mean(1)
+        pooled = output.pooler_output
+        output.pooler_output = mean_over_prompts(self.text_projection(pooled), input_ids)
         if not for_losses:
             return output, None
         word_mask, has_ended = find_words(input_ids, self.config.text_config)
@@ -443,20 +404,6 @@ class PGSegModel(KeepsPrecision, PGSegPreTrainedModel):
             )
             return self._image_features(vision)
         return self._encode_texts(input_ids, attention_mask, for_losses=True)[1]
-
-    def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
-        """As for every transformers model; a repository without a model card gets a generated one first, with what
-        that of the checkpoint says which was loaded."""
-        token, private = kwargs.get("token"), kwargs.get("private")
-        api = HfApi(token=token)
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        has_card = api.file_exists(repo_id, "README.md")
-        if has_card and is_processor_card(ModelCard.load(repo_id, token=token)):
-            has_card = False
-        if not kwargs.get("create_pr") and not has_card:
-            starts = [self.name_or_path] if self.name_or_path else []
-            generate_model_card(self.config, repo_id, starts=starts).push_to_hub(repo_id, token=token)
-        return super().push_to_hub(repo_id, **kwargs)
 
     @classmethod
     def from_parts(
@@ -511,19 +458,7 @@ class PGSegModel(KeepsPrecision, PGSegPreTrainedModel):
         Raises:
             ValueError: there is no such checkpoint, it is no GroupViT, or not a whole one.
         """
-        source = read_groupvit(name_or_path)
-        model = cls(config_from_groupvit(source.config, npr_variant, **kwargs))
-        model.vision_model.set_attn_implementation("eager")
-        tensors = source.state_dict()
-        report = model.load_state_dict(tensors, strict=False)
-        unexpected = [
-            name for name in report.unexpected_keys if not name.startswith(model._tensors_left_out())
-        ]
-        if unexpected:
-            raise ValueError(f"tensors of {name_or_path} that PGSeg does not have: {', '.join(unexpected)}.")
-        new = [name for name in model.state_dict() if name not in tensors]
-        logger.warning(f"Warm start from {name_or_path}; newly initialised: {', '.join(new) or 'nothing'}.")
-        return model.eval()
+        return load_groupvit(cls, name_or_path, npr_variant, **kwargs)
 
 
 __all__ = ["PGSegModel", "PGSegOutput"]

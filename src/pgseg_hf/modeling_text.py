@@ -57,18 +57,37 @@ class PGSegTextModel(CLIPTextModel):
         return outputs
 
 
-class PGSegTextModelWithProjection(PGSegPreTrainedModel):
+def refuse_bad_texts(input_ids: Tensor | None, for_losses: bool = False) -> None:
+    if input_ids is None or input_ids.ndim not in ((2,) if for_losses else (2, 3)):
+        shape = None if input_ids is None else list(input_ids.shape)
+        others = ", one prompt a text for the losses" if for_losses else " or [labels, prompts, length]"
+        raise ValueError(f"input_ids has shape {shape}, expected token ids [texts, length]{others}.")
+
+
+def mean_over_prompts(embeds: Tensor, input_ids: Tensor) -> Tensor:
+    """Embeddings [N * P, D] of token ids [N, P, T], averaged to [N, D]; of [N, T] as they are."""
+    return embeds.unflatten(0, input_ids.shape[:2]).mean(1) if input_ids.ndim == 3 else embeds
+
+
+class EmbedsTokens:
+    """For a model beside it: its input embeddings are those of its text tower."""
+
+    text_model: PGSegTextModel
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.text_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.text_model.set_input_embeddings(value)
+
+
+class PGSegTextModelWithProjection(EmbedsTokens, PGSegPreTrainedModel):
     """The text tower with its projection: texts to the joint space, from a folder of its own or a whole model's."""
 
     _auto_class = "AutoModelForTextEncoding"
     input_modalities = ("text",)
     main_input_name = "input_ids"
-    _keys_to_ignore_on_load_unexpected = [
-        r"^vision_model",
-        r"^visual_projection",
-        r"logit_(scale|bias)$",
-        r"text_prototypes$",
-    ]
+    _keys_to_ignore_on_load_unexpected = [r"^vis(ion|ual)_", r"logit_(scale|bias)$", r"text_prototypes$"]
 
     def __init__(self, config: PGSegConfig):
         super().__init__(config)
@@ -79,12 +98,6 @@ class PGSegTextModelWithProjection(PGSegPreTrainedModel):
         )
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.text_model.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.text_model.set_input_embeddings(value)
-
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Embeddings [N, D] of texts, projected and not normalised, as `PGSegModel.get_text_features` gives them.
 
@@ -92,15 +105,10 @@ class PGSegTextModelWithProjection(PGSegPreTrainedModel):
             input_ids: [N, T], or [N, P, T] for P prompts of each of N labels, whose embeddings are averaged.
             attention_mask: of the same shape.
         """
-        if input_ids.ndim not in (2, 3):
-            raise ValueError(
-                f"input_ids has shape {list(input_ids.shape)}, expected token ids [texts, length] or "
-                "[labels, prompts, length]."
-            )
+        refuse_bad_texts(input_ids)
         mask = None if attention_mask is None else attention_mask.flatten(0, -2)
         outputs = self.text_model(input_ids.flatten(0, -2), attention_mask=mask, return_dict=True)
-        embeds = self.text_projection(outputs.pooler_output)
-        return embeds.unflatten(0, input_ids.shape[:2]).mean(1) if input_ids.ndim == 3 else embeds
+        return mean_over_prompts(self.text_projection(outputs.pooler_output), input_ids)
 
 
 __all__ = ["PGSegTextModel", "PGSegTextModelWithProjection"]

@@ -13,11 +13,12 @@ from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
 from .backbone import PGSegBackboneEmbeddings
-from .configuration_pgseg import NPR_VARIANTS, PGSegVisionConfig
+from .configuration_pgseg import PGSegVisionConfig
 from .features import StageFeatures
 from .layers import PGSegVisionEmbeddings, PGSegVisionEncoder, StageOutput, mean_of_groups
 from .modeling_base import PGSegPreTrainedModel, name_unused
 from .npr import npr_of
+from .variants import NPR_VARIANTS
 
 
 @dataclass
@@ -51,20 +52,16 @@ class PGSegVisionOutput(ModelOutput):
     npr: tuple[StageFeatures, ...] | None = None
 
 
-def all_finite(values: Tensor) -> Tensor:
-    """Whether no value is NaN or infinite; the minimum and maximum of what holds a NaN are NaN."""
-    low, high = values.aminmax()
-    return low.isfinite() & high.isfinite()
+def _refuse_unfinite(name: str, values: Tensor, training: bool) -> None:
+    """In training nobody looks on a GPU, which would have to be waited for; the loss is then NaN as well."""
+    if values.device.type == "meta" or values.numel() == 0 or (training and values.is_cuda):
+        return
+    low, high = values.aminmax()  # NaN where there is one
+    if not (low.isfinite() & high.isfinite()):
+        raise ValueError(f"{name} holds NaN or infinite values; expected finite ones.")
 
 
-def _cannot_be_asked(values: Tensor, training: bool) -> bool:
-    """Whether nobody looks for NaN: in training a GPU would have to be waited for, and the loss is then NaN as well."""
-    return values.device.type == "meta" or values.numel() == 0 or (training and values.is_cuda)
-
-
-def _refuse_bad_pixels(
-    pixel_values: Tensor | None, patch_size: int, channels: int, training: bool = False
-) -> None:
+def _refuse_bad_pixels(pixel_values: Tensor | None, patch_size: int, channels: int, training: bool) -> None:
     if pixel_values is None:
         raise ValueError("pixel_values is None, expected a tensor [batch, channels, height, width].")
     if pixel_values.ndim != 4 or pixel_values.shape[1] != channels:
@@ -77,26 +74,20 @@ def _refuse_bad_pixels(
             f"pixel_values is {height} x {width} pixels, smaller than a patch of {patch_size} x {patch_size}; "
             "resize it."
         )
-    if _cannot_be_asked(pixel_values, training):
-        return
-    if not all_finite(pixel_values):
-        raise ValueError("pixel_values holds NaN or infinite values; expected normalised finite pixels.")
+    _refuse_unfinite("pixel_values", pixel_values, training)
 
 
-def _refuse_bad_features(features: Tensor, channels: int, training: bool = False) -> None:
+def _refuse_bad_features(features: Tensor, channels: int, training: bool) -> None:
     if features.ndim != 4 or features.shape[1] != channels or not features.is_floating_point():
         raise ValueError(
             f"backbone_features has shape {list(features.shape)} and type {features.dtype}, expected [batch, "
             f"{channels}, height, width] of floats, as this model's embeddings.features gives them."
         )
-    if _cannot_be_asked(features, training):
-        return
-    if not all_finite(features):
-        raise ValueError("backbone_features holds NaN or infinite values; expected finite features.")
+    _refuse_unfinite("backbone_features", features, training)
 
 
 class PGSegVisionModel(PGSegPreTrainedModel):
-    """The image tower: a photo to segment tokens and the grouping of its patches."""
+    """The image tower: an image to segment tokens and the grouping of its patches."""
 
     # Saved with its code, for trust_remote_code=True where this package is not installed.
     _auto_class = "AutoModel"
@@ -104,12 +95,8 @@ class PGSegVisionModel(PGSegPreTrainedModel):
     base_model_prefix = "vision_model"
     main_input_name = "pixel_values"
     input_modalities = ("image",)
-    _keys_to_ignore_on_load_unexpected = [
-        r"^text_",
-        r"^visual_projection",
-        r"logit_scale$",
-        r"text_prototypes$",
-    ]
+    _keys_to_ignore_on_load_unexpected = [r"^text_", r"^visual_", r"logit_scale$", r"text_prototypes$"]
+    _input_embed_layer = "patch_embeddings"
 
     def __init__(self, config: PGSegVisionConfig):
         super().__init__(config)
@@ -120,9 +107,6 @@ class PGSegVisionModel(PGSegPreTrainedModel):
         self.encoder = PGSegVisionEncoder(config)
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.embeddings.patch_embeddings
 
     def get_correct_attn_implementation(
         self, requested_attention: str | None, is_init_check: bool = False
@@ -171,6 +155,10 @@ class PGSegVisionModel(PGSegPreTrainedModel):
             self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         )
         tokens, (height, width) = self._embed(pixel_values, backbone_features)
+        if backbone_features is None:
+            image_sizes = _image_sizes(pixel_values)
+        else:
+            image_sizes = _image_sizes(backbone_features) * self.config.patch_size
         dtype, tokens = tokens.dtype, tokens.to(self.encoder.compute_dtype or tokens.dtype)
         hidden_states, assignments, npr = [tokens], [], []
         group_tokens = patch_groups = None
@@ -197,11 +185,7 @@ class PGSegVisionModel(PGSegPreTrainedModel):
             pooler_output=tokens.mean(dim=1),
             patch_hidden_state=self.layernorm(patches) if output_patches else None,
             grouping=patch_groups.unflatten(2, (height, width)),
-            image_sizes=(
-                _image_sizes(pixel_values)
-                if backbone_features is None
-                else _image_sizes(backbone_features) * self.config.patch_size
-            ),
+            image_sizes=image_sizes,
             hidden_states=tuple(each.to(dtype) for each in hidden_states) if output_hidden_states else None,
             attentions=tuple(assignments) if output_attentions else None,
             npr=tuple(npr) if output_npr else None,
@@ -228,10 +212,8 @@ class PGSegVisionModel(PGSegPreTrainedModel):
 
 
 def _image_sizes(pixel_values: Tensor) -> Tensor:
-    batch, _, height, width = pixel_values.shape
-    return torch.stack(
-        [torch.full((batch,), side, device=pixel_values.device) for side in (height, width)], dim=1
-    )
+    batch, device = pixel_values.shape[0], pixel_values.device
+    return torch.stack([torch.full((batch,), side, device=device) for side in pixel_values.shape[2:]], dim=1)
 
 
 __all__ = ["PGSegVisionModel", "PGSegVisionOutput"]

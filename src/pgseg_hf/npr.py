@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from .configuration_pgseg import NPR_VARIANTS, PGSegVisionConfig, VariantSettings
+from .configuration_pgseg import PGSegVisionConfig
 from .distributed import sum_over_processes
-from .features import StageFeatures, TextFeatures, TextOwners
+from .features import Batch, TextFeatures, TextOwners
 from .kernels import project_mixtures, projects_first
 from .precision import KeepsPrecision, estimation_dtype, full_precision
 from .projection import PGSegProjection
@@ -28,6 +28,7 @@ from .prototypes import (
     tokens_to_weights,
     updated_prototypes,
 )
+from .variants import NPR_VARIANTS, VariantSettings
 
 
 @torch.no_grad()
@@ -112,26 +113,6 @@ class PGSegStagePrototypes(KeepsPrecision, nn.Module):
         return self.projection(tokens_BLC)
 
 
-class NPRBatch(NamedTuple):
-    """What the prototype losses are computed from.
-
-    config: that of the model.
-    scale: the factor on cosines, a scalar.
-    seeds: of the text prototypes, [1, P, D], constants.
-    stages: features of the grouping stages.
-    segments: [B, K, D], the last stage's groups as unit vectors of the joint space.
-    texts, owners: the texts and whom they belong to.
-    """
-
-    config: Any
-    scale: Tensor
-    seeds: Tensor | None
-    stages: tuple[StageFeatures, ...]
-    segments: Tensor
-    texts: TextFeatures
-    owners: TextOwners
-
-
 class NPRLosses(NamedTuple):
     """Losses of one batch before their weights.
 
@@ -183,10 +164,10 @@ class NPR:
     ) -> None:
         """Adds what the losses need of texts, from the tower's output [N, C] and [N, T, C]."""
 
-    def losses(self, batch: NPRBatch) -> NPRLosses:
+    def losses(self, batch: Batch) -> NPRLosses:
         """I-NPR of each grouping stage, the assignment term where it has a weight, and T-NPR."""
         by_stage, assignments = [], []
-        for stage in batch.stages:
+        for stage in batch.images.stages:
             loss, matching = self.stage_loss(
                 batch, stage.centers.to(stage.prototypes.dtype), stage.prototypes
             )
@@ -199,12 +180,12 @@ class NPR:
         return NPRLosses(tuple(by_stage), text, assignment, estimate)
 
     def stage_loss(
-        self, batch: NPRBatch, centers_BKC: Tensor, prototypes_BPC: Tensor
+        self, batch: Batch, centers_BKC: Tensor, prototypes_BPC: Tensor
     ) -> tuple[Tensor, Matching]:
         """I-NPR of one stage and the matching of its groups with prototypes."""
         raise NotImplementedError
 
-    def text_loss(self, batch: NPRBatch) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    def text_loss(self, batch: Batch) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
         """T-NPR between the last grouping stage and the texts' prototypes, and the `text_estimate` of the losses."""
         raise NotImplementedError
 
@@ -251,33 +232,33 @@ class CorrectedNPR(NPR, name="corrected"):
         features.words = zeros.masked_scatter(word_mask[..., None].expand_as(zeros), words)
 
     def stage_loss(
-        self, batch: NPRBatch, centers_BKC: Tensor, prototypes_BPC: Tensor
+        self, batch: Batch, centers_BKC: Tensor, prototypes_BPC: Tensor
     ) -> tuple[Tensor, Matching]:
         return self._loss(
             batch, centers_BKC, prototypes_BPC, torch.ones_like(prototypes_BPC[..., 0], dtype=torch.bool)
         )
 
-    def text_loss(self, batch: NPRBatch) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    def text_loss(self, batch: Batch) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
         tokens_BTD, mask_BT = own_texts(batch.texts, batch.owners)
-        count = batch.seeds.shape[1]
-        mask_BP = torch.arange(count, device=batch.seeds.device) < mask_BT.sum(1, keepdim=True)
+        seeds = batch.scales.text_seeds
+        mask_BP = torch.arange(seeds.shape[1], device=seeds.device) < mask_BT.sum(1, keepdim=True)
         prototypes = estimate_prototypes(
             tokens_BTD,
-            batch.seeds,
+            seeds,
             batch.config.vision_config.num_prototype_iterations,
             token_mask_BL=mask_BT,
             prototype_mask_BP=mask_BP,
         ).prototypes
-        return self._loss(batch, batch.segments, prototypes, mask_BP)[0], (prototypes, mask_BP)
+        return self._loss(batch, batch.joint.segments, prototypes, mask_BP)[0], (prototypes, mask_BP)
 
     def _loss(
-        self, batch: NPRBatch, centers_BKC: Tensor, prototypes_BPC: Tensor, mask_BP: Tensor
+        self, batch: Batch, centers_BKC: Tensor, prototypes_BPC: Tensor, mask_BP: Tensor
     ) -> tuple[Tensor, Matching]:
         matching = None
         if batch.config.prototype_matching == "order":
             matching = ordered_matching(centers_BKC.shape[1], mask_BP)
-        threshold = batch.config.rejection_threshold
-        return prototype_loss(centers_BKC, prototypes_BPC, batch.scale, threshold, mask_BP, matching)
+        scale, threshold = batch.scales.prototype, batch.config.rejection_threshold
+        return prototype_loss(centers_BKC, prototypes_BPC, scale, threshold, mask_BP, matching)
 
     def move_text_prototypes(self, model: Any, estimates: Tensor, mask: Tensor) -> None:
         # Below an adapter nothing moves that the adapter does not hold.

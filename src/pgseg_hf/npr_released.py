@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .features import Batch
 from .kernels import is_plain_linear
-from .npr import NPR, NPRBatch, PGSegStagePrototypes
+from .npr import NPR, PGSegStagePrototypes
 from .precision import estimation_dtype, full_precision
 from .prototypes import (
     Matching,
@@ -80,13 +81,13 @@ class ReleasedNPR(NPR, name="released"):
         return prototypes
 
     def stage_loss(
-        self, batch: NPRBatch, centers_BKC: Tensor, prototypes_BPC: Tensor
+        self, batch: Batch, centers_BKC: Tensor, prototypes_BPC: Tensor
     ) -> tuple[Tensor, Matching]:
-        threshold = batch.config.rejection_threshold
-        return released_prototype_loss(centers_BKC, prototypes_BPC, batch.scale, threshold)
+        scale, threshold = batch.scales.prototype, batch.config.rejection_threshold
+        return released_prototype_loss(centers_BKC, prototypes_BPC, scale, threshold)
 
-    def text_loss(self, batch: NPRBatch) -> tuple[Tensor, None]:
-        centers = batch.stages[-1].centers
+    def text_loss(self, batch: Batch) -> tuple[Tensor, None]:
+        centers = batch.images.stages[-1].centers
         prototypes = batch.texts.prototypes[: len(centers)]
         if centers.shape[:2] != prototypes.shape[:2]:
             raise ValueError(
@@ -97,8 +98,7 @@ class ReleasedNPR(NPR, name="released"):
         scalars = centers.to(prototypes.dtype).mean(-1, keepdim=True)
         if batch.config.guard_prototype_losses:
             scalars = scalars.detach()
-        threshold = batch.config.rejection_threshold
-        return released_prototype_loss(scalars, prototypes, batch.scale, threshold)[0], None
+        return self.stage_loss(batch, scalars, prototypes)[0], None
 
 
 def released_prototype_loss(

@@ -11,9 +11,18 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from .distributed import gather_features, gather_rows, pad_to_longest, sum_over_processes, world_size
-from .features import ImageFeatures, JointImages, TextFeatures, TextOwners, clamped_scale, normalized
+from .features import (
+    Batch,
+    ImageFeatures,
+    JointImages,
+    Scales,
+    TextFeatures,
+    TextOwners,
+    clamped_scale,
+    normalized,
+)
 from .losses import SharedTexts, info_nce, multi_label_loss, multi_positive_loss, share_texts, sigmoid_loss
-from .npr import NPRBatch, NPRLosses, npr_of
+from .npr import NPRLosses, npr_of
 from .precision import full_precision
 
 logger = logging.get_logger(__name__)
@@ -40,37 +49,18 @@ class Losses:
         return {name: value.detach() for name, value in values.items() if isinstance(value, Tensor)}
 
 
-@dataclass
-class Scales:
-    """What a model compares its features by: factors on cosines in float32 or better, of images with texts and of
-    groups with prototypes, the sigmoid loss's bias, and the seeds of the text prototypes."""
+class Objective(Batch):
+    """The losses of one global batch. Gradient flows into the features and into the scales' factors and bias."""
 
-    contrastive: Tensor
-    prototype: Tensor | None = None
-    bias: Tensor | None = None
-    text_seeds: Tensor | None = None
-
-
-class Objective:
-    """The losses of one global batch.
-
-    Args:
-        config: of the model.
-        scales: of the model; gradient flows into the factors and the bias.
-        images, texts, owners: the features of this process's batch and which texts belong to which image.
-    """
-
-    def __init__(
-        self, config: Any, scales: Scales, images: ImageFeatures, texts: TextFeatures, owners: TextOwners
-    ):
-        self.config, self.scales, self.npr = config, scales, npr_of(config)
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        config = self.config
+        self.npr = npr_of(config)
         if config.contrastive_pooling == "mixture" and config.contrastive_loss != "sigmoid":
             raise ValueError(
                 f"contrastive_pooling is 'mixture' and contrastive_loss {config.contrastive_loss!r}, expected "
                 "'sigmoid'; or set the configuration's contrastive_pooling to 'groups' or 'mean'."
             )
-        self.images, self.texts, self.owners = images, texts, owners
-        self.joint = JointImages.normalized(images)
         self.negatives: Tensor | None = None
         self.prototype_losses: NPRLosses | None = None
 
@@ -178,16 +168,7 @@ class Objective:
 
     def _add_prototype_losses(self, losses: Losses) -> None:
         config = self.config
-        batch = NPRBatch(
-            config,
-            self.scales.prototype,
-            self.scales.text_seeds,
-            self.images.stages,
-            self.joint.segments,
-            self.texts,
-            self.owners,
-        )
-        self.prototype_losses = parts = self.npr.losses(batch)
+        self.prototype_losses = parts = self.npr.losses(self)
         losses.image_prototype_by_stage = parts.image_by_stage
         losses.image_prototype = torch.stack(parts.image_by_stage).sum()
         losses.text_prototype, losses.assignment = parts.text, parts.assignment

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .distributed import sum_over_processes, world_size
 from .losses import NEVER
+from .precision import estimation_dtype
 
 EPS = 1e-6
 # Groups up to which matching stays on a GPU: with more, its many small steps should take longer than scipy's matching.
@@ -111,11 +112,7 @@ def match_prototypes(
     device = similarity_BKP.device
     if device.type == "cuda" and min(similarity_BKP.shape[1:]) <= _FEW_GROUPS:
         return match_on_device(similarity_BKP, maximize, prototype_mask_BP)
-    similarity = (
-        similarity_BKP.detach().float().cpu()
-        if similarity_BKP.dtype != torch.float64
-        else similarity_BKP.detach().cpu()
-    )
+    similarity = similarity_BKP.detach().to("cpu", estimation_dtype(similarity_BKP.dtype))
     if not torch.isfinite(similarity).all():
         raise ValueError(
             "similarities of groups and prototypes hold NaN or infinity; the features have diverged."
@@ -138,16 +135,12 @@ def match_prototypes(
         prototypes[index, : len(rows)] = chosen
         valid[index, : len(rows)] = True
 
-    def match_every(step: int, start: int) -> None:
-        for index in range(start, batch, step):
-            match(index)
-
     if matrices.size < _WORTH_THREADS:
-        match_every(1, 0)
+        for index in range(batch):
+            match(index)
     else:
-        threads = torch.get_num_threads()  # scipy lets other threads run while it matches
-        with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(match_every, [threads] * threads, range(threads)))
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # scipy lets other threads run meanwhile
+            list(pool.map(match, range(batch)))
     arrays = (torch.from_numpy(array) for array in (groups, prototypes, valid))
     return Matching(*(array.to(device, non_blocking=True) for array in arrays))
 

@@ -25,29 +25,16 @@ class _Inert:
     def __new__(cls, *args: Any, **kwargs: Any) -> "_Inert":
         return super().__new__(cls)
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        pass
-
     def __call__(self, *args: Any, **kwargs: Any) -> "_Inert":
         return self
-
-    def __setstate__(self, state: Any) -> None:
-        pass
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        pass
 
     def __hash__(self) -> int:
         return id(self)
 
-    def append(self, value: Any) -> None:
+    def _ignore(self, *args: Any, **kwargs: Any) -> None:
         pass
 
-    def extend(self, values: Any) -> None:
-        pass
-
-    def add(self, value: Any) -> None:
-        pass
+    __init__ = __setstate__ = __setitem__ = append = extend = add = _ignore
 
 
 class _Function:

@@ -45,7 +45,7 @@ def test_a_scene_is_the_same_for_its_seed_and_index():
 
 def test_it_is_a_sequence_with_an_end():
     short = SceneSource(SceneOptions(length=3))
-    assert len(short) == 3 and len(list(short)) == 3
+    assert len(short) == len(list(short)) == 3
     for index in (3, -1):
         with pytest.raises(IndexError, match=f"scene {index} of 3"):
             short[index]
@@ -73,12 +73,13 @@ def test_labels_name_shapes_and_grounds_or_coloured_shapes():
 
 
 def test_captions_tell_the_truth_and_not_always_all_of_it():
-    colored = SceneSource(SceneOptions(colored_labels=True, length=300))
+    colored = SceneSource(SceneOptions(colored_labels=True, length=100))
     lengths = set()
-    for index in range(300):
+    for index in range(100):
         record = colored[index]
         tags = record.tags
         for caption in record.captions:
+            assert not re.search(r"\ba [aeiou]|\ban [^aeiou]", caption)
             words = re.findall(r"[a-z]+", caption)
             shapes = [word for word in words if word in SHAPES]
             assert all(any(tag.endswith(shape) for tag in tags) for shape in shapes)
@@ -95,13 +96,8 @@ def test_captions_tell_the_truth_and_not_always_all_of_it():
     assert lengths == {0, 1, 2, 3}
 
 
-def test_articles():
-    captions = " ".join(caption for index in range(200) for caption in SCENES[index].captions)
-    assert "an orange" in captions and "a orange" not in captions and not re.search(r"\ban [^o]", captions)
-
-
 def test_pixels_of_an_object_have_its_colour():
-    source = SceneSource(SceneOptions(colored_labels=True, max_objects=2, length=150))
+    source = SceneSource(SceneOptions(colored_labels=True, max_objects=2, length=60))
     for record in source:
         pixels, mask = as_arrays(record)
         for value in np.unique(mask):
@@ -137,20 +133,6 @@ def test_materials_have_two_tones_in_their_pattern(color, size):
     assert 13 <= changes["striped"] <= 19 and 20 < changes["checked"] < 38 and 10 < changes["dotted"] < 20
 
 
-def test_masks_have_sharp_edges_where_the_picture_has_them():
-    """A white object on dark ground: brightness alone gives the mask back."""
-    source = SceneSource(SceneOptions(colored_labels=True, max_objects=1, length=1500))
-    agreement = []
-    for index, record in enumerate(source):
-        is_white = any(tag.startswith("white") for tag in record.tags)
-        if is_white and "asphalt" in record.tags and source.scene(index).objects[0].material == "plain":
-            pixels, mask = as_arrays(record)
-            is_object = mask != source.labels.index("asphalt")
-            bright = pixels.mean(2) > (pixels[is_object].mean() + pixels[~is_object].mean()) / 2
-            agreement.append((bright == is_object).mean())
-    assert len(agreement) >= 3 and min(agreement) > 0.99
-
-
 def test_every_label_occurs_and_objects_overlap_but_stay_visible():
     tags = {tag for record in SCENES for tag in record.tags}
     assert tags == set(SCENES.labels)
@@ -165,10 +147,9 @@ def test_small_and_large_are_said_of_small_and_large_objects():
         area = (as_arrays(record)[1] >= len(GROUNDS)).sum()
         for size, of_size in areas.items():
             of_size += [area] * any(size in caption for caption in record.captions)
-    assert min(map(len, areas.values())) > 20
-    assert np.max(areas["small"]) < np.mean(areas["large"]) and np.mean(areas["small"]) < np.min(
-        areas["large"]
-    )
+    small, large = areas.values()
+    assert min(len(small), len(large)) > 20
+    assert max(small) < np.mean(large) and np.mean(small) < min(large)
 
 
 def test_rings_have_a_hole():
@@ -210,8 +191,8 @@ def test_a_fifth_of_the_pairs_is_novel_and_no_word_is():
     ("split", "novel"), [("all", {True, False}), ("train", {False}), ("test", {False}), ("novel", {True})]
 )
 def test_splits_draw_novel_combinations_or_not(split, novel):
-    source = SceneSource(SceneOptions(split=split, length=150, max_objects=5, num_captions=0))
-    things = [thing for index in range(150) for thing in source.scene(index).objects]
+    source = SceneSource(SceneOptions(split=split, length=100, max_objects=5, num_captions=0))
+    things = [thing for index in range(100) for thing in source.scene(index).objects]
     assert {is_novel(thing.color, thing.material, thing.shape) for thing in things} == novel
     assert {thing.shape for thing in things} == set(SHAPES) and {t.color for t in things} == set(COLORS)
 
@@ -228,43 +209,34 @@ def test_no_scene_is_in_two_splits():
 # Descriptions
 
 
-def test_describing_a_scene_names_everything():
-    source = SceneSource(SceneOptions(length=100))
-    for index in range(100):
+def test_a_scene_is_described_in_full_and_agrees_with_its_record():
+    source = SceneSource(SceneOptions(length=60))
+    for index in range(60):
         scene, text = source.scene(index), source.describe(index)
         words = text.replace(",", "").split()
         things = [(thing.material, thing.color, thing.shape) for thing in scene.objects]
         at = [number for number, word in enumerate(words) if word in SHAPES]
         assert [tuple(words[number - 2 : number + 1]) for number in at] == things
-        assert text.endswith(f" on {scene.ground}") and text == source.describe(index)
-        sizes = [words[number - 3] for number in at]
-        for thing, size in zip(scene.objects, sizes):
+        assert text.endswith(f" on {scene.ground}")
+        for thing, size in zip(scene.objects, [words[number - 3] for number in at]):
             expected = "small" if thing.radius < 0.14 else "large" if thing.radius > 0.22 else None
             assert size == expected or (expected is None and size in ("a", "an"))
-
-
-def test_a_scene_and_its_record_agree():
-    source = SceneSource(SceneOptions(length=30))
-    for index in range(30):
-        scene, (pixels, mask) = source.scene(index), as_arrays(source[index])
+        pixels, mask = as_arrays(source[index])
         assert np.array_equal(scene.pixels, pixels)
-        for number, thing in enumerate(scene.objects):
-            assert (mask[scene.owners == number] == source.labels.index(thing.shape)).all()
-        assert (mask[scene.owners == -1] == source.labels.index(scene.ground)).all()
+        names = {-1: scene.ground, **{number: thing.shape for number, thing in enumerate(scene.objects)}}
+        for owner, name in names.items():
+            assert (mask[scene.owners == owner] == source.labels.index(name)).all()
 
 
 # Options
 
 
-def test_kept_scenes_are_made_once():
+def test_kept_scenes_are_made_once_and_tags_and_captions_may_be_left_out():
     kept, made = (SceneSource(SceneOptions(length=3, keep=keep)) for keep in (True, False))
     assert kept[2] is kept[2] and made[2] is not made[2]
     assert is_same(kept[2], made[2])
-
-
-def test_scenes_without_tags_or_captions():
-    assert SceneSource(SceneOptions(with_tags=False))[0].tags == []
-    assert SceneSource(SceneOptions(num_captions=0))[0].captions == []
+    bare = SceneSource(SceneOptions(with_tags=False, num_captions=0))[0]
+    assert (bare.tags, bare.captions) == ([], [])
 
 
 def test_options_in_the_path_of_a_source():
@@ -281,19 +253,15 @@ def test_options_in_the_path_of_a_source():
     "part", ["training", "sides=3", "size=big", "size", "split=train", "size=-5", "train=1"]
 )
 def test_options_in_a_path_that_make_no_sense(part):
-    with pytest.raises(ValueError, match=f"option '{part}', expected one of all, train, test, novel"):
+    with pytest.raises(ValueError, match=f"option '{part}'"):
         SceneOptions.parse(f"length=5,{part}")
 
 
-def test_an_unknown_split():
-    with pytest.raises(ValueError, match="split is 'val', expected one of all, train, test, novel"):
-        SceneOptions(split="val")
-
-
 @pytest.mark.parametrize(
-    "options", [{"size": 8}, {"length": 0}, {"max_objects": 0}, {"num_captions": -1}, {"seed": -1}]
+    "options",
+    [{"size": 8}, {"length": 0}, {"max_objects": 0}, {"num_captions": -1}, {"seed": -1}, {"split": "val"}],
 )
 def test_options_that_make_no_sense(options):
     ((name, value),) = options.items()
-    with pytest.raises(ValueError, match=f"{name} is {value}, expected at least"):
+    with pytest.raises(ValueError, match=f"{name} is {value!r}"):
         SceneOptions(**options)

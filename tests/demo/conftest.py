@@ -12,7 +12,7 @@ sys.path.insert(0, str(DEMO))
 
 @pytest.fixture(scope="package", autouse=True)
 def temporary_folder(tmp_path_factory) -> Iterator[None]:
-    """Where Gradio keeps pictures, and its client leaves an empty folder for each file that it fetches."""
+    """Where Gradio keeps images, and its client leaves an empty folder for each file that it fetches."""
     folder = tmp_path_factory.mktemp("temporary")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tempfile, "tempdir", str(folder))
@@ -21,12 +21,32 @@ def temporary_folder(tmp_path_factory) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def server(tiny_folder, tmp_path_factory) -> Iterator[Server]:
-    """The demo with a second model, called "tiny"."""
+def second_model(tiny_folder, tmp_path_factory) -> str:
+    """A folder called "tiny"."""
+    return str(shutil.copytree(tiny_folder, tmp_path_factory.mktemp("models") / "tiny"))
+
+
+@pytest.fixture(scope="session")
+def catalogue(second_model):
+    """The shipped model and a second one."""
+    from model_catalogue import Catalogue
+    from settings import Settings
+
+    return Catalogue(Settings(models=(second_model,)))
+
+
+@pytest.fixture(scope="session")
+def laboratory(catalogue):
+    from studies import Laboratory
+
+    return Laboratory(catalogue)
+
+
+@pytest.fixture(scope="session")
+def server(second_model, tmp_path_factory) -> Iterator[Server]:
+    """The demo with a second model."""
     pytest.importorskip("gradio", reason="needs pip install pgseg-hf[demo]")
-    second = tmp_path_factory.mktemp("models") / "tiny"
-    shutil.copytree(tiny_folder, second)
-    running = start_server(tmp_path_factory.mktemp("server"), "--models", str(second))
+    running = start_server(tmp_path_factory.mktemp("server"), "--models", second_model)
     yield running
     stop(running)
     assert not list((running.folder / "tmp").glob("pgseg-demo-*")), "the demo left files behind"

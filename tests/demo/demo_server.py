@@ -23,7 +23,7 @@ class Server:
     Args:
         url: of its page.
         process: that serves it.
-        folder: where it keeps pictures and results.
+        folder: where it keeps images and results.
         started: `time.monotonic()` when the command was given.
     """
 

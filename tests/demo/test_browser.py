@@ -163,9 +163,10 @@ def test_a_visitor_looks_round(browser, server, screenshots, size):
     visit.context.close()
 
 
-@pytest.mark.parametrize("theme", ["light", "dark"])
-@pytest.mark.parametrize("size", SIZES)
-def test_a_visitor_uploads_types_looks_and_downloads(browser, server, screenshots, street_file, size, theme):
+@pytest.mark.parametrize(("size", "theme"), [("phone", "dark"), ("desktop", "light")])
+def test_a_visitor_uploads_looks_downloads_and_compares(
+    browser, server, screenshots, street_file, size, theme
+):
     visit = Visit(browser, server, size, theme)
     page = visit.page
     visit.upload(street_file)
@@ -201,21 +202,10 @@ def test_a_visitor_uploads_types_looks_and_downloads(browser, server, screenshot
     visit.open_tab("Prototypes")
     page.get_by_text("stage 2: ").first.wait_for()
     page.screenshot(path=screenshots / f"{size}-{theme}-3-prototypes.png", full_page=True)
-    assert visit.problems == []
-    assert visit.elsewhere == []
     overflow = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
     assert overflow <= 0, f"the page is {overflow} pixels wider than the screen"
-    visit.context.close()
 
-
-@pytest.mark.parametrize("theme", ["light", "dark"])
-@pytest.mark.parametrize("size", SIZES)
-def test_a_visitor_compares_two_models(browser, server, screenshots, street_file, size, theme):
-    visit = Visit(browser, server, size, theme)
-    page = visit.page
-    visit.upload(street_file)
     visit.open_tab("Comparison")
-    page.screenshot(path=screenshots / f"{size}-{theme}-6-one-model.png", full_page=True)
     visit.choose_model("tiny", "Compare with")
     visit.segment("building, road, tree")
     compared = page.locator("#comparison")
@@ -253,7 +243,15 @@ def test_a_visitor_is_told_what_is_wrong_and_goes_on(browser, server, screenshot
     visit.segment("tree, road")
     page.get_by_text("'/etc' is no model").wait_for()
     page.screenshot(path=screenshots / f"{size}-light-5-options.png", full_page=True)
+    synonyms, templates = page.locator("#synonyms"), page.get_by_label("Prompt templates, one a line")
+    sync_api.expect(synonyms.locator("input").first).to_be_disabled()
+    templates.fill("a photo")
     visit.choose_model("pgseg-small-everyday")
+    visit.segment("tree|plant, road")
+    page.get_by_text("'a photo'").wait_for()
+    sync_api.expect(synonyms.locator("input").first).to_be_enabled()
+    synonyms.get_by_text("best at each place").click()
+    templates.fill("a photo of the {}.")
     page.get_by_label("whole image").check()
     visit.segment("tree, road")
     visit.wait_for_rows(lambda rows: len(rows) == 2)

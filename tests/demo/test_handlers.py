@@ -4,7 +4,6 @@ import asyncio
 import json
 import math
 import os
-import shutil
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,23 +22,21 @@ from settings import MAX_LABELS, Settings  # noqa: E402
 from studies import read_labels  # noqa: E402
 
 from pgseg_hf import SegmentationOptions  # noqa: E402
-from pgseg_hf.suggestions import everyday_words  # noqa: E402
+from pgseg_hf.suggestions import MIN_AREA, everyday_words  # noqa: E402
 
+PLAIN = {"min_area": 0, "synonyms": "average", "templates": ""}
 MASKS, ROWS, MASK, LABELS, GROUPS, HEAT, WORDS, NUMBER, FIRST, SECOND, NOTE, FOUND, STUDY, OTHER = range(14)
 
 
 @pytest.fixture(scope="module")
-def handlers(tiny_folder, tmp_path_factory) -> Handlers:
-    other = tmp_path_factory.mktemp("models") / "tiny"
-    shutil.copytree(tiny_folder, other)
-    settings = Settings(models=(str(other),))
-    return Handlers(settings, Catalogue(settings), str(tmp_path_factory.mktemp("cache")))
+def handlers(catalogue, tmp_path_factory) -> Handlers:
+    return Handlers(catalogue.settings, catalogue, str(tmp_path_factory.mktemp("cache")))
 
 
 @pytest.fixture
 def asked(street_file):
-    values = dict.fromkeys((field.name for field in fields(Asked)), None)
-    values |= {"path": street_file, "words": "road, tree", "background": False, "threshold": 0.3}
+    values = dict.fromkeys(field.name for field in fields(Asked))
+    values |= {"path": street_file, "words": "road, tree", "background": False, "threshold": 0.3, **PLAIN}
     values |= {
         "model": "pgseg-small-everyday",
         "other": "none",
@@ -98,25 +95,74 @@ def test_two_models_stand_side_by_side(handlers, asked):
 
 
 def test_a_model_is_called_by_its_name_wherever_it_is_named(handlers, street_file):
-    _, found = handlers.segment(street_file, "road, tree", False, 0, "", "whole", 0)
+    _, found = handlers.segment(street_file, "road, tree", False, 0, "", "whole", 0, **PLAIN)
     assert found["model"] == "pgseg-small-everyday"
-    _, found = handlers.segment(street_file, "road, tree", False, 0, " tiny ", "whole", 0)
+    _, found = handlers.segment(street_file, "road, tree", False, 0, " tiny ", "whole", 0, **PLAIN)
     assert found["model"] == "tiny"
 
 
-def test_without_labels_the_models_own_words_are_looked_for(handlers, asked, street_file):
+def test_without_labels_everyday_words_are_looked_for(handlers, asked, street_file):
+    """As `pgseg segment --vocabulary everyday` does."""
     given = handlers.show_masks(*asked())
     assert given[FOUND] == gr.skip()
     shown = handlers.show_masks(*asked(words=" ", study=given[STUDY], other="tiny"))
     labels = shown[FOUND].split(", ")
-    assert labels == list(shown[STUDY].labels) == list(shown[OTHER].labels)
-    segmenter = handlers.laboratory.catalogue.load("")
-    assert set(labels) <= set(segmenter.processor.vocabulary)
     assert shown[STUDY].encoded is given[STUDY].encoded
-    _, explained = handlers.segment(street_file, None, False, None, None, "sliding", 0)
+    segmenter = handlers.laboratory.catalogue.load("")
+    expected = segmenter(street_file, everyday_words(), SegmentationOptions(min_area=MIN_AREA))
+    result = shown[STUDY].segmentation(None)
+    assert set(labels) == set(expected.without_absent().labels)
+    np.testing.assert_array_equal(
+        np.array(labels)[result.label_map], np.array(everyday_words())[expected.label_map]
+    )
+    assert shown[OTHER].labels == labels, "the same for both models"
+    _, explained = handlers.segment(street_file, None, False, None, None, "sliding", 0, **PLAIN)
     assert [each["label"] for each in explained["labels"]] == labels
-    everyday = handlers.show_masks(*asked(words="", model="tiny"))[FOUND].split(", ")
-    assert set(everyday) <= set(everyday_words()), "of a model that knows no words of its own"
+    assert explained["options"]["min_area"] == MIN_AREA
+    again = handlers.show_masks(*asked(words="", study=shown[STUDY]))
+    assert again[STUDY] is shown[STUDY]
+    fewer = handlers.show_masks(*asked(words="", study=shown[STUDY], min_area=0.2))
+    assert fewer[STUDY].labels == labels[: len(fewer[STUDY].labels)] != labels
+
+
+@pytest.mark.parametrize("knows", ["nothing", "street", "more than the shipped one"])
+def test_which_words_are_looked_for_is_the_checkpoints_affair(handlers, asked, monkeypatch, knows):
+    """One that learned a few names looks for these, a fine-tuned one for its new ones too."""
+    shipped, own = (handlers.laboratory.catalogue.load(name).processor for name in ("", "tiny"))
+    words, expected = {
+        "nothing": (None, everyday_words()),
+        "street": (["road", "pavement"], ["road", "pavement"]),
+        "more than the shipped one": ([*shipped.vocabulary, "quagga"], [*everyday_words(), "quagga"]),
+    }[knows]
+    monkeypatch.setattr(own, "vocabulary", words)
+    study = handlers.show_masks(*asked(words="", model="tiny"))[STUDY]
+    assert study.asked.names == expected
+
+
+def test_minimum_area_synonyms_and_templates_are_the_librarys(handlers, asked, street_file):
+    words = "building|house, road|pavement, tree, sky, cat"
+    study = handlers.show_masks(*asked(words=words))[STUDY]
+    segmenter = handlers.laboratory.catalogue.load("")
+    for changes, given in (
+        ({"min_area": 0.2}, {"min_area": 0.2}),
+        ({"synonyms": "best"}, {"synonyms": "best"}),
+        ({"templates": "a bad photo of the {}.\n{}"}, {"templates": ("a bad photo of the {}.", "{}")}),
+        (
+            {"synonyms": "best", "min_area": 0.1, "background": True},
+            {"synonyms": "best", "min_area": 0.1, "background_threshold": 0.3},
+        ),
+    ):
+        shown = handlers.show_masks(*asked(words=words, study=study, **changes))
+        result = shown[STUDY].segmentation(given.get("background_threshold"))
+        expected = segmenter(street_file, words.split(", "), SegmentationOptions(**given))
+        names = [
+            np.array(["background"] * each.background + each.labels)[each.label_map]
+            for each in (result, expected)
+        ]
+        np.testing.assert_array_equal(*names)
+        assert (shown[STUDY].scored.windows[0].scores.shape[1] < 5) == ("min_area" in given)
+        assert shown[STUDY].encoded is study.encoded and shown[STUDY] is not study
+        assert len(shown[ROWS]) == len(shown[STUDY].labels) + result.background
 
 
 def test_labels_with_synonyms_colours_and_thresholds(handlers, asked, street_file):
@@ -143,8 +189,8 @@ def test_labels_with_synonyms_colours_and_thresholds(handlers, asked, street_fil
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"short_side": math.nan}, "short_side is nan, expected a number"),
-        ({"short_side": None}, "short_side is None, expected a number"),
+        ({"short_side": math.nan}, "short_side is nan, expected 0"),
+        ({"short_side": None}, "short_side is None"),
         ({"short_side": 1}, "short_side is 1, expected 0 .* from 64 to 672"),
         ({"short_side": 673}, "short_side is 673"),
         ({"short_side": 64.5}, "short_side is 64.5"),
@@ -155,12 +201,17 @@ def test_labels_with_synonyms_colours_and_thresholds(handlers, asked, street_fil
         ({"labels": "cat, d\0g"}, r"The label 'd\\x00g' has the character '\\x00'"),
         ({"labels": "\ud800"}, "no text"),
         ({"model": "a\0b/c"}, "is no model"),
+        ({"min_area": 1.5}, "min_area is 1.5, expected .* from 0 to 1"),
+        ({"min_area": math.nan}, "min_area is nan"),
+        ({"synonyms": "worst"}, "synonyms is 'worst'"),
+        ({"synonyms": ["best"]}, "synonyms is "),
+        ({"templates": "a photo"}, "templates.0. .*'a photo'"),
         ({"image": None}, "Choose an image"),
     ],
 )
 def test_values_that_programs_send_are_refused_by_name(handlers, street_file, changes, message):
     values = {"image": street_file, "labels": "road, tree", "background": True, "threshold": 0.3}
-    values |= {"model": None, "window": "whole", "short_side": 0}
+    values |= {"model": None, "window": "whole", "short_side": 0, **PLAIN}
     assert handlers.segment(**values)[1]["labels"]
     with pytest.raises(ValueError, match=message):
         handlers.segment(**(values | changes))
@@ -179,9 +230,8 @@ def test_masks_of_less_detail_are_said_to_be(handlers, asked, street_file, monke
     assert first.shape == second.shape and (first == second).mean() > 0.95
 
 
-def test_a_request_has_only_so_much_time(tiny_folder, asked, tmp_path):
-    settings = Settings(max_seconds=0)
-    hurried = Handlers(settings, Catalogue(settings), str(tmp_path))
+def test_a_request_has_only_so_much_time(handlers, asked, tmp_path):
+    hurried = Handlers(Settings(max_seconds=0), handlers.laboratory.catalogue, str(tmp_path))
     with pytest.raises(ValueError, match="longer than the 0 seconds"):
         hurried.show_masks(*asked())
 
@@ -190,7 +240,7 @@ def test_a_slow_download_does_not_count(tmp_path, street_file, monkeypatch):
     load = Catalogue.load
 
     def slowly(catalogue, name):
-        if not catalogue._offered:
+        if not catalogue._loaded:
             clock[0] += 1000
         return load(catalogue, name)
 
@@ -198,10 +248,10 @@ def test_a_slow_download_does_not_count(tmp_path, street_file, monkeypatch):
     handlers = Handlers(settings, Catalogue(settings), str(tmp_path))
     monkeypatch.setattr(Catalogue, "load", slowly)
     monkeypatch.setattr(limits, "time", SimpleNamespace(monotonic=lambda: clock[0]))
-    assert handlers.segment(street_file, "tree", False, 0, "", "whole", 0)
+    assert handlers.segment(street_file, "tree", False, 0, "", "whole", 0, **PLAIN)
 
 
-def test_other_views_want_masks_of_the_same_picture_first(handlers, asked, street_file, tmp_path):
+def test_other_views_want_masks_of_the_same_image_first(handlers, asked, street_file, tmp_path):
     assert "Segment" in handlers.show_prototypes(street_file, None)[1]
     study = handlers.show_masks(*asked())[STUDY]
     gallery, _, seen = handlers.show_prototypes(street_file, study)
@@ -243,8 +293,7 @@ def test_only_files_of_visitors_are_opened(tmp_path):
         take(SimpleNamespace(url="data:image/png;base64," + "A" * 28_000_000, path=None))
 
 
-@pytest.mark.parametrize("place", [0, 1])
-def test_no_web_address_of_a_request_is_fetched(place, monkeypatch):
+def test_no_web_address_of_a_request_is_fetched(monkeypatch):
     """Whichever component it is for."""
     fetched = []
 
@@ -253,25 +302,28 @@ def test_no_web_address_of_a_request_is_fetched(place, monkeypatch):
         raise OSError("no network")
 
     monkeypatch.setattr("gradio.processing_utils.async_ssrf_protected_download", fetch)
+    monkeypatch.setattr(Handlers, "first_study", lambda *_: None)
 
-    def request(app, path):
+    def request(app, place, path):
         function = next(each for each in app.fns.values() if each.api_name == "segment")
-        values = [None, "tree", False, 0.3, "", "whole", 0]
+        values = [None, "tree", False, 0.3, "", "whole", 0, *PLAIN.values()]
         values[place] = {"path": path, "meta": {"_type": "gradio.FileData"}}
         asyncio.run(app.preprocess_data(function, values, None))
 
-    for path, message in (("https://example.com/a.jpg", "web address"), ("a\0b", "not on the server")):
-        with pytest.raises(gr.Error, match=message):
-            request(build_app(Settings()), path)
-    assert fetched == []
-    with pytest.raises(OSError, match="no network"):
-        request(build_app(Settings(web_pictures=True)), "https://example.com/a.jpg")
-    assert fetched == ["https://example.com/a.jpg"]
+    closed, open_one = build_app(Settings()), build_app(Settings(web_pictures=True))
+    for place in (0, 1):
+        for path, message in (("https://example.com/a.jpg", "web address"), ("a\0b", "not on the server")):
+            with pytest.raises(gr.Error, match=message):
+                request(closed, place, path)
+        assert fetched == []
+        with pytest.raises(OSError, match="no network"):
+            request(open_one, place, "https://example.com/a.jpg")
+        assert fetched.pop() == "https://example.com/a.jpg"
 
 
 def test_presets_are_labels_that_can_be_taken():
     known = presets()
     assert known["Pascal VOC 2012, 20 classes and background"][1] is True
-    counts = {title: len(read_labels(words)) for title, (words, _) in known.items()}
+    counts = {title: len(read_labels(words).names) for title, (words, _) in known.items()}
     assert counts["ADE20K, 150 classes"] == 150
     assert max(counts.values()) <= MAX_LABELS

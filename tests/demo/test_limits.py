@@ -1,5 +1,6 @@
 """What a request may cost."""
 
+import os
 import threading
 import time
 
@@ -59,3 +60,22 @@ def test_resampling_takes_values_of_the_map():
     assert resampled(values, (2, 2)) is values
     assert resampled(values, (4, 3)).tolist() == [[1, 1, 2], [1, 1, 2], [3, 3, 4], [3, 3, 4]]
     assert resampled(resampled(values, (6, 6)), (2, 2)).tolist() == values.tolist()
+
+
+def test_old_files_of_visitors_go_and_examples_stay(tmp_path):
+    pytest.importorskip("gradio", reason="needs pip install pgseg-hf[demo]")
+    from app import _keep_clean
+
+    (tmp_path / "example.jpg").write_bytes(b"ours")
+    _keep_clean(tmp_path, keep_seconds=5)
+    for name in ("old", "new"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "photo.jpg").write_bytes(b"theirs")
+    long_ago = time.time() - 60
+    for path in (tmp_path / "old" / "photo.jpg", tmp_path / "example.jpg"):
+        os.utime(path, (long_ago, long_ago))
+    until = time.monotonic() + 30
+    while (tmp_path / "old" / "photo.jpg").exists() and time.monotonic() < until:
+        time.sleep(0.1)
+    assert sorted(path.name for path in tmp_path.rglob("*.jpg")) == ["example.jpg", "photo.jpg"]
+    assert (tmp_path / "new" / "photo.jpg").exists() and not (tmp_path / "old" / "photo.jpg").exists()

@@ -13,16 +13,11 @@ from model_catalogue import Catalogue
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from settings import MAX_LABELS, Settings
-from studies import Choices, Laboratory, read_labels, read_upload
+from studies import Choices, Laboratory, read_labels, read_templates, read_upload
 
 from pgseg_hf import SegmentationOptions
 
-LABELS = ["building", "road", "tree"]
-
-
-@pytest.fixture(scope="module")
-def laboratory() -> Laboratory:
-    return Laboratory(Catalogue(Settings()))
+LABELS = read_labels("building, road, tree")
 
 
 @pytest.fixture
@@ -45,22 +40,19 @@ def upload(street_file):
     return read_upload(street_file, 10**6)
 
 
-WHOLE = Choices("pgseg-small-everyday", sliding=False)
+NAME = "pgseg-small-everyday"
+WHOLE = Choices(NAME, SegmentationOptions(window_size=None))
+SMALL = SegmentationOptions(window_size=None, shortest_edge=224, longest_edge=1344)
 
 
 class TestStudy:
-    @pytest.mark.parametrize("sliding", [False, True])
+    @pytest.mark.parametrize("window", ["auto", None])
     @pytest.mark.parametrize("threshold", [None, 0.2, 1.0])
-    def test_masks_are_the_librarys(self, laboratory, upload, street_file, sliding, threshold):
-        choices = replace(WHOLE, sliding=sliding, short_side=224)
-        result = laboratory.study(upload, LABELS, choices).segmentation(threshold)
-        options = SegmentationOptions(
-            window_size="auto" if sliding else None,
-            background_threshold=threshold,
-            shortest_edge=224,
-            longest_edge=1344,
-        )
-        expected = laboratory.catalogue.load("")(street_file, LABELS, options)
+    def test_masks_are_the_librarys(self, laboratory, upload, street_file, window, threshold):
+        options = replace(SMALL, window_size=window)
+        result = laboratory.study(upload, LABELS, Choices(NAME, options)).segmentation(threshold)
+        options = replace(options, background_threshold=threshold)
+        expected = laboratory.catalogue.load("")(street_file, LABELS.words, options)
         np.testing.assert_array_equal(result.label_map, expected.label_map)
         np.testing.assert_array_equal(result.scores, expected.scores)
         assert result.background == expected.background
@@ -70,23 +62,23 @@ class TestStudy:
         assert len(passes) == 1
         for threshold in (None, 0.1, 0.9):
             laboratory.study(upload, LABELS, WHOLE, first).segmentation(threshold)
-        other = laboratory.study(upload, ["sky", "car"], WHOLE, first)
+        other = laboratory.study(upload, read_labels("sky, car"), WHOLE, first)
         assert len(passes) == 1
-        fresh = laboratory.study(upload, ["sky", "car"], WHOLE)
+        fresh = laboratory.study(upload, read_labels("sky, car"), WHOLE)
         assert len(passes) == 2
         torch.testing.assert_close(other.scored.label_map(), fresh.scored.label_map(), rtol=0, atol=0)
         assert laboratory.study(upload, LABELS, WHOLE, first) is first
 
-    def test_another_picture_or_resolution_does(self, laboratory, upload, street_file, passes):
+    def test_another_image_or_resolution_does(self, laboratory, upload, street_file, passes):
         first = laboratory.study(upload, LABELS, WHOLE)
-        laboratory.study(upload, LABELS, replace(WHOLE, short_side=224), first)
+        laboratory.study(upload, LABELS, Choices(NAME, SMALL), first)
         flipped = replace(upload, image=upload.image.transpose(Image.Transpose.ROTATE_180), digest="other")
         assert laboratory.study(flipped, LABELS, WHOLE, first).digest == "other"
         assert len(passes) == 3
 
     def test_other_weights_of_the_same_name_do(self, upload, tiny_folder, tmp_path):
         folder = shutil.copytree(tiny_folder, tmp_path / "own")
-        choices = Choices("own", sliding=False)
+        choices = replace(WHOLE, model="own")
 
         def laboratory() -> Laboratory:
             return Laboratory(Catalogue(Settings(models=(str(folder),))))
@@ -104,10 +96,10 @@ class TestStudy:
 
     def test_prototypes_are_looked_for_once(self, laboratory, upload, passes):
         study = laboratory.with_prototypes(upload, laboratory.study(upload, LABELS, WHOLE))
-        assert [stage.count for stage in study.prototypes] == [32, 16]
+        assert [count for _, count in study.prototypes] == [32, 16]
         height, width = study.encoded.resized
-        assert study.prototypes[0].patches.shape == (-(-height // 16), -(-width // 16))
-        again = laboratory.with_prototypes(upload, laboratory.study(upload, ["sky"], WHOLE, study))
+        assert study.prototypes[0][0].shape == (-(-height // 16), -(-width // 16))
+        again = laboratory.with_prototypes(upload, laboratory.study(upload, read_labels("sky"), WHOLE, study))
         assert again.prototypes is study.prototypes
         assert len(passes) == 2
 
@@ -119,10 +111,11 @@ class TestStudy:
 
 class TestLabels:
     def test_commas_and_lines_separate(self):
-        assert read_labels(" cat, dog\n\nhot dog ,") == ["cat", "dog", "hot dog"]
+        assert read_labels(" cat, dog\n\nhot dog ,").names == ["cat", "dog", "hot dog"]
+        assert read_labels(" \n,") is None and read_templates(" \n") is None
 
     def test_markup_is_a_word_like_any_other(self):
-        assert read_labels("<script>alert(1)</script>") == ["<script>alert(1)</script>"]
+        assert read_labels("<script>alert(1)</script>").names == ["<script>alert(1)</script>"]
 
     @pytest.mark.parametrize(
         ("text", "message"),
@@ -140,6 +133,21 @@ class TestLabels:
     def test_what_makes_no_sense_is_said(self, text, message):
         with pytest.raises(ValueError, match=message):
             read_labels(text)
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("a photo.", "templates.0. .*'a photo.'"),
+            ("a {}.\nno {} of {}.", "templates.1. .*'no {} of {}.'"),
+            ("\n".join(["{}"] * 81), "81 templates"),
+            ("{}" + "a" * 99, "101 letters"),
+            ("a\0 {}", "x00"),
+        ],
+    )
+    def test_templates_that_make_no_sense_are_named(self, text, message):
+        assert read_templates("a {}. \n\nthe {}.") == ("a {}.", "the {}.")
+        with pytest.raises(ValueError, match=message):
+            read_templates(text)
 
 
 class TestUpload:
@@ -161,7 +169,7 @@ class TestUpload:
     @pytest.mark.parametrize(
         "data", [b"", b"plain text", b"<svg xmlns='http://www.w3.org/2000/svg'/>", b"\x89PNG\r\n"]
     )
-    def test_a_file_that_is_no_picture(self, data, tmp_path):
+    def test_a_file_that_is_no_image(self, data, tmp_path):
         path = tmp_path / "photo.jpg"
         path.write_bytes(data)
         with pytest.raises(ValueError, match=r"'photo.jpg' is") as caught:

@@ -13,7 +13,7 @@ pytest.importorskip("accelerate", reason="needs pip install pgseg-hf[train]")
 
 
 @pytest.mark.slow
-def test_the_tour_leaves_pictures_and_a_checkpoint(tmp_path):
+def test_the_tour_leaves_images_and_a_checkpoint(tmp_path):
     command = [sys.executable, REPOSITORY / "examples" / "tour.py", "--output_dir", tmp_path, "--steps", "1"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -7,12 +7,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import views
-from model_catalogue import Catalogue
 from PIL import Image
-from settings import Settings
-from studies import Choices, Laboratory, Prototypes, read_upload
+from studies import Choices, read_labels, read_upload
 
-from pgseg_hf import Segmentation
+from pgseg_hf import Segmentation, SegmentationOptions
 from pgseg_hf.visualization import palette
 
 LABELS = ["cat", "dog", "wall"]
@@ -25,10 +23,9 @@ def result(background: bool = True) -> Segmentation:
 
 
 @pytest.fixture(scope="module")
-def studied(street_file):
+def studied(laboratory, street_file):
     upload = read_upload(street_file, 10**6)
-    laboratory = Laboratory(Catalogue(Settings()))
-    labels = ["building", "road", "pavement", "tree", "sky", "car", "`pedestrian`"]
+    labels = read_labels("building, road, pavement, tree, sky, car, `pedestrian`")
     return upload, laboratory.study(upload, labels, Choices("pgseg-small-everyday"))
 
 
@@ -43,7 +40,7 @@ def test_masks_are_in_the_labels_own_colours_the_largest_first():
     assert chosen["color_map"]["cat 0.50"] == "#ff0000"
 
 
-def test_large_pictures_are_shown_smaller():
+def test_large_images_are_shown_smaller():
     large = Segmentation(np.zeros((3000, 1500), int), np.zeros((3000, 1500)), ["cat"], False)
     image, masks = views.annotated(Image.new("RGB", (1500, 3000)), large)["value"]
     assert image.size == (512, 1024) and masks[0][0].shape == (1024, 512)
@@ -68,18 +65,21 @@ def test_the_mask_and_its_explanation_agree(studied, background):
     assert [entry["colour"] for entry in explained["labels"]] == [
         "#{:02x}{:02x}{:02x}".format(*c) for c in colours
     ]
-    assert explained["options"] == {"window": "sliding", "short_side": None, "background_threshold": 0.3}
+    assert explained["options"] == {
+        **{"window": "sliding", "short_side": None, "background_threshold": 0.3},
+        **{"min_area": None, "synonyms": "average", "templates": None},
+    }
 
 
 def test_groups_say_which_label_they_became(studied):
     upload, study = studied
-    picture, heat, words = views.group_views(upload.image, study, None, 0)
+    drawn, heat, words = views.group_views(upload.image, study, None, 0)
     groups = study.encoded.windows[0].groups
     largest = groups.flatten().bincount().argmax()
     label = study.labels[study.scored.windows[0].scores[largest].argmax()]
     share = (groups == largest).float().mean()
     assert f"{largest + 1} ({share:.0%}) → `{label}`" in words
-    assert min(picture.size) >= 300 and heat.width > 400
+    assert min(drawn.size) >= 300 and heat.width > 400
     assert "`" + "`pedestrian" not in words  # a visitor's marks end no code span
 
 
@@ -88,17 +88,19 @@ def test_below_the_threshold_a_group_became_background(studied):
     assert "background" in views.group_views(upload.image, study, 1.0, 0)[2]
 
 
-def test_many_labels_do_not_make_a_heat_map_of_all(studied, street_file):
+def test_many_labels_do_not_make_a_heat_map_of_all(studied, laboratory):
     upload, _ = studied
-    labels = [f"word {i}" for i in range(200)]
-    study = Laboratory(Catalogue(Settings())).study(upload, labels, Choices("pgseg-small-everyday", False))
+    labels = read_labels("\n".join(f"word {i}" for i in range(200)))
+    study = laboratory.study(
+        upload, labels, Choices("pgseg-small-everyday", SegmentationOptions(window_size=None))
+    )
     _, heat, words = views.group_views(upload.image, study, None)
     assert f"Shown are the {views.MAX_HEAT_MAP_ROWS} labels" in words
     assert heat.height < 1200
 
 
-def test_prototypes_have_a_picture_for_each_stage(studied):
-    stages = (Prototypes(np.array([[0, 5], [5, 5]]), 32), Prototypes(np.array([[1]]), 8))
+def test_prototypes_have_an_image_for_each_stage(studied):
+    stages = ((np.array([[0, 5], [5, 5]]), 32), (np.array([[1]]), 8))
     (first, caption), (_, other) = views.prototype_views(studied[0].image, stages)
     assert caption == "stage 1: 2 of 32 prototypes in use" and other == "stage 2: 1 of 8 prototypes in use"
     assert first.size == studied[0].image.size

@@ -9,12 +9,19 @@ import torch
 from data_files import numbered_shards
 from hypothesis import given
 from hypothesis import strategies as st
-from mask_folders import LABELS, QUADRANTS, make_folder
+from mask_folders import QUADRANTS, KnownGroups, make_folder
 from PIL import Image
 
+from pgseg_hf import SegmentationOptions
 from pgseg_hf.data.augmentation import AugmentationOptions
-from pgseg_hf.evaluation import MaskFolder, baselines
-from pgseg_hf.evaluation.baselines import count_baselines, position_prior, untrained
+from pgseg_hf.evaluation import MaskFolder, MaskOptions, baselines
+from pgseg_hf.evaluation.baselines import (
+    best_label,
+    everywhere,
+    measure_baselines,
+    position_prior,
+    untrained,
+)
 
 WHOLE = AugmentationOptions(image_size=16, min_scale=1.0, min_ratio=1.0, max_ratio=1.0, horizontal_flip=0.0)
 
@@ -26,41 +33,50 @@ def few_crops():
         yield
 
 
-def test_one_label_everywhere_by_hand(tmp_path):
+OPTIONS = MaskOptions(SegmentationOptions())
+
+
+class Untrained(KnownGroups):
+    """All that is asked for is the first label; it is its own untrained model."""
+
+    def __init__(self):
+        super().__init__([[1.0, 0.0, 0.0]] * 4)
+
+
+def test_rows_by_hand(tmp_path, monkeypatch):
+    monkeypatch.setattr(baselines, "untrained", lambda segmenter: segmenter)
     unknown = QUADRANTS.copy()
     unknown[0, :4] = 255
-    folder = MaskFolder(make_folder(tmp_path / "a", [unknown, np.zeros((8, 4))]))
-    found = count_baselines(folder)
-    # 12 + 32 pixels are sky, 16 are road, 32 are tree.
-    shares = [44 / 92, 16 / 92, 32 / 92]
-    for label in range(3):
-        matrix = found.everywhere(label)
-        assert matrix.counts[:, label].tolist() == [44, 16, 32] and matrix.counts.sum() == 92
-        assert matrix.pixel_accuracy() == shares[label]
-        # The two other labels are in the masks and never predicted.
-        assert matrix.mean_iou() == pytest.approx(shares[label] / 3)
-    assert found.best_label() == 0 and found.prior is None
-
-
-def test_every_value_counts_without_an_ignore_index(tmp_path):
-    labels = {**LABELS, "ignore_index": None}
-    found = count_baselines(MaskFolder(make_folder(tmp_path / "a", [QUADRANTS], labels)))
-    assert found.everywhere(1).counts.sum() == 64 and found.best_label() == 2
+    wide = np.repeat(np.repeat(QUADRANTS, 3, axis=1), 2, axis=0)
+    folder = MaskFolder(make_folder(tmp_path / "a", [unknown, wide, np.full((6, 10), 1)]))
+    rows = measure_baselines(Untrained(), folder, OPTIONS, prior_map=np.array([[0, 1], [2, 2]]))
+    # 12 + 96 pixels are sky, 16 + 96 + 60 are road, 32 + 192 are tree.
+    pixels = np.array([108, 172, 224])
+    shares = pixels / pixels.sum()
+    assert list(rows) == [
+        "untrained model",
+        "oracle: groups of the untrained model, named by the masks",
+        "tree everywhere, the best single label",
+        "position prior of the training tags",
+    ]
+    assert rows["untrained model"]["pixel_accuracy"] == shares[0]
+    best = rows["tree everywhere, the best single label"]
+    # The two other labels are in the masks and never predicted.
+    assert (best["pixel_accuracy"], best["mean_iou"]) == (shares[2], pytest.approx(shares[2] / 3))
+    prior = rows["position prior of the training tags"]
+    assert prior["pixel_accuracy"] == pytest.approx((60 + 4 - 4 + 16 * 24 + 15) / pixels.sum())
+    folder.background = 1
+    rows = measure_baselines(Untrained(), folder, OPTIONS)
+    assert rows["road everywhere"]["pixel_accuracy"] == shares[1] and len(rows) == 4
+    folder.background = 2
+    assert list(measure_baselines(Untrained(), folder, OPTIONS))[2:] == ["tree everywhere"]
 
 
 @given(st.lists(st.integers(0, 50), min_size=1, max_size=6).filter(any))
 def test_the_best_label_is_the_one_of_largest_mean_iou(pixels):
-    found = baselines.Baselines(np.array(pixels))
-    best = [found.everywhere(label).mean_iou() for label in range(len(pixels))]
-    assert best[found.best_label()] == pytest.approx(max(best))
-
-
-def test_one_map_for_pictures_of_all_sizes(tmp_path):
-    wide = np.repeat(np.repeat(QUADRANTS, 3, axis=1), 2, axis=0)
-    folder = MaskFolder(make_folder(tmp_path / "a", [QUADRANTS, wide, np.full((6, 10), 1)]))
-    found = count_baselines(folder, np.array([[0, 1], [2, 2]]))
-    assert found.prior.pixel_accuracy() == pytest.approx((64 + 16 * 24 + 15) / (64 + 16 * 24 + 60))
-    assert found.prior.counts[1].tolist() == [15, 16 + 96 + 15, 30]
+    pixels = np.array(pixels)
+    best = [everywhere(label, pixels).mean_iou() for label in range(len(pixels))]
+    assert best[best_label(pixels)] == pytest.approx(max(best))
 
 
 def write_training_folder(folder, rows):

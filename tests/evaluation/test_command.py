@@ -16,7 +16,7 @@ from mask_folders import make_folder
 from PIL import Image
 from safetensors.torch import load_file
 
-from pgseg_hf import DEFAULT_CHECKPOINT, PGSegModel, __version__, evaluation
+from pgseg_hf import DEFAULT_CHECKPOINT, __version__, evaluation
 from pgseg_hf.cli import build_parser, main
 from pgseg_hf.evaluation import baselines, command, running
 from pgseg_hf.evaluation.arguments import parse_thresholds
@@ -41,8 +41,15 @@ def data(tmp_path):
 
 
 @pytest.fixture
-def evaluate(tiny_folder, data, tmp_path):
+def evaluate(tiny_folder, tiny_segmenter, data, tmp_path, monkeypatch):
     """Runs the command on the small folder; returns the exit code and what was written."""
+    load = command.load_segmenter
+
+    def load_others(checkpoint, device, dtype):
+        is_ready = (checkpoint, dtype) == (tiny_folder, torch.float32)
+        return tiny_segmenter if is_ready else load(checkpoint, device=device, dtype=dtype)
+
+    monkeypatch.setattr(command, "load_segmenter", load_others)
 
     def run(*extra, checkpoint=tiny_folder, benchmark="folder", path=data, output="out"):
         folder = tmp_path / output
@@ -96,60 +103,39 @@ def test_results_with_all_that_they_depend_on(evaluate, tiny_folder, tmp_path, c
     assert other["settings"]["protocol"]["name"] == "checkpoint, changed"
 
 
-@pytest.mark.parametrize("change", ["mask", "picture", "labels", "processor", "weights"])
-def test_nothing_is_reused_that_has_changed(evaluate, data, tmp_path, tiny_folder, capsys, change):
+def test_nothing_is_reused_that_has_changed(evaluate, data, tmp_path, tiny_folder, capsys):
     checkpoint = shutil.copytree(tiny_folder, tmp_path / "model")
-    bare = load_file(checkpoint / "model.safetensors")
-    torch.save(bare, checkpoint / "pytorch_model.bin")
+    tensors = load_file(checkpoint / "model.safetensors")
+    torch.save(tensors, checkpoint / "pytorch_model.bin")
     (checkpoint / "model.safetensors").unlink()
     assert evaluate("--synonyms", "merge", checkpoint=str(checkpoint))[0] == 0
     # The same elsewhere is the same.
-    path = shutil.copytree(data, tmp_path / "elsewhere", copy_function=shutil.copyfile)
-    code, again = evaluate("--synonyms", "merge", checkpoint=tiny_folder, path=path)
+    elsewhere = shutil.copytree(data, tmp_path / "elsewhere", copy_function=shutil.copyfile)
+    code, again = evaluate("--synonyms", "merge", checkpoint=tiny_folder, path=elsewhere)
     assert code == 0 and again["reused"] == 3
-    if change == "weights":
-        bare["logit_scale"] += 1e-3
-        torch.save(bare, checkpoint / "pytorch_model.bin")
-    elif change == "mask":
-        Image.fromarray(np.zeros((40, 48), np.uint8)).save(data / "masks" / "000.png")
-    elif change == "picture":
-        Image.new("RGB", (48, 40), "red").save(data / "images" / "001.jpg")
-    elif change == "labels":
-        (data / "labels.json").write_text(json.dumps({**LABELS, "synonyms": {"road": ["street"]}}))
-    else:
-        file = checkpoint / "processor_config.json"
-        file.write_text(re.sub(r'("image_mean": \[\s*)[\d.]+', r"\g<1>0.4", file.read_text()))
-    capsys.readouterr()
-    assert evaluate("--synonyms", "merge", checkpoint=str(checkpoint))[0] == 2
-    changed = {"weights": "weights", "processor": "processor image_processor image_mean"}.get(
-        change, "pictures"
+
+    def is_refused(file, change, name, checkpoint=tiny_folder):
+        before = file.read_bytes()
+        change(file)
+        capsys.readouterr()
+        assert evaluate("--synonyms", "merge", checkpoint=str(checkpoint))[0] == 2
+        assert re.search(f"{name} = .* there and .* now", capsys.readouterr().err), file
+        file.write_bytes(before)
+
+    other = {**tensors, "logit_scale": tensors["logit_scale"] + 1e-3}
+    labels = json.dumps({**LABELS, "synonyms": {"road": ["street"]}})
+    black, red = Image.new("L", (48, 40)), Image.new("RGB", (48, 40), "red")
+    mean = r'("image_mean": \[\s*)[\d.]+', r"\g<1>0.4"
+    is_refused(data / "masks" / "000.png", black.save, "pictures")
+    is_refused(data / "images" / "001.jpg", red.save, "pictures")
+    is_refused(data / "labels.json", lambda file: file.write_text(labels), "pictures")
+    is_refused(checkpoint / "pytorch_model.bin", lambda file: torch.save(other, file), "weights", checkpoint)
+    is_refused(
+        checkpoint / "processor_config.json",
+        lambda file: file.write_text(re.sub(*mean, file.read_text())),
+        "processor image_processor image_mean",
+        checkpoint,
     )
-    assert re.search(f"holds an evaluation with {changed} = .* there and .* now", capsys.readouterr().err)
-
-
-def test_files_of_others_stay(evaluate, tmp_path, capsys):
-    (tmp_path / "out" / "parts").mkdir(parents=True)
-    (tmp_path / "out" / "parts" / "mine.npz").write_bytes(b"mine")
-    for extra in ([], ["--overwrite"]):
-        assert evaluate(*extra)[0] == 2
-        assert "parts is there and of no evaluation" in capsys.readouterr().err
-    assert (tmp_path / "out" / "parts" / "mine.npz").read_bytes() == b"mine"
-
-
-def test_overwriting_leaves_nothing_of_the_run_before(evaluate, tmp_path):
-    assert evaluate("--save_predictions", "--visualize", 3)[0] == 0
-    assert evaluate("--limit", 1, "--overwrite")[0] == 0
-    assert not list(tmp_path.glob("out/p*/images/*")) and len(list(tmp_path.glob("out/parts/*"))) == 1
-
-
-def test_weights_that_are_not_finite(evaluate, tiny_folder, tmp_path, capsys):
-    model = PGSegModel.from_pretrained(tiny_folder)
-    with torch.no_grad():
-        model.visual_projection[3].bias[0] = float("nan")
-    checkpoint = shutil.copytree(tiny_folder, tmp_path / "broken")
-    model.save_pretrained(checkpoint)
-    assert evaluate(checkpoint=str(checkpoint))[0] == 2
-    assert "has NaN or infinite values in" in capsys.readouterr().err
 
 
 def test_thresholds_in_one_pass(evaluate):
@@ -158,9 +144,6 @@ def test_thresholds_in_one_pass(evaluate):
     assert content["thresholds"]["0.3"]["mean_iou"] == content["rows"]["model"]["mean_iou"]
     best = max(each["mean_iou"] for each in content["thresholds"].values())
     assert content["thresholds"][str(content["best_threshold"])]["mean_iou"] == best
-    for threshold in ("0.1", "0.5"):
-        _, alone = evaluate("--background-threshold", threshold, output=threshold)
-        assert alone["rows"]["model"]["mean_iou"] == content["thresholds"][threshold]["mean_iou"]
 
 
 @pytest.mark.parametrize(
@@ -213,20 +196,6 @@ def test_analysis_and_baselines(evaluate, tmp_path, data, monkeypatch):
     assert "position prior of the training tags" not in other["rows"]
 
 
-def test_predictions_and_pictures(evaluate, tmp_path):
-    code, content = evaluate("--save_predictions", "--visualize", 2)
-    assert code == 0
-    predictions = sorted((tmp_path / "out" / "predictions").rglob("*.png"))
-    assert [path.stem for path in predictions] == ["000", "001", "002"]
-    right = total = 0
-    for path, mask in zip(predictions, masks_of(), strict=True):
-        predicted = np.asarray(Image.open(path))
-        assert predicted.shape == mask.shape
-        right, total = right + (predicted == mask).sum(), total + mask.size
-    assert content["rows"]["model"]["pixel_accuracy"] == pytest.approx(right / total)
-    assert len(list((tmp_path / "out" / "pictures").rglob("*.jpg"))) == 2
-
-
 def test_a_part_of_the_pictures_in_another_type(evaluate):
     code, content = evaluate("--limit", 2, "--dtype", "bfloat16", "--refinement", "pamr", "--batch_size=3")
     assert code == 0 and content["pictures"] == 2
@@ -239,9 +208,9 @@ def test_a_part_of_the_pictures_in_another_type(evaluate):
     [
         (["--protocol", "no_such"], "protocol is 'no_such', expected one of pgseg"),
         (["--background", "moon"], "background 'moon' is none of the labels"),
-        (["--background-threshold", "2"], "expected a number"),
+        (["--background-threshold", "2"], "background_threshold is 2.0"),
         (["--thresholds", "high"], "thresholds are 'high'"),
-        (["--thresholds", "0.5:3:0.5", "--background-threshold", "0.5"], "thresholds has"),
+        (["--thresholds", "0.5:3:1", "--background-threshold", "0.5"], "a threshold is 1.5"),
         (["--limit", "0"], "count is 0"),
         (["--batch-size", "0"], "batch_size is 0"),
         (["--readers", "0"], "readers is 0"),
@@ -260,29 +229,17 @@ def test_clear_errors(evaluate, tmp_path, capsys, extra, message):
 
 
 def test_data_that_are_not_there(evaluate, tmp_path, capsys):
-    assert evaluate(path=tmp_path / "nowhere")[0] == 2
-    assert "nowhere is no folder" in capsys.readouterr().err
-    assert evaluate(benchmark="voc")[0] == 2
-    assert "does not hold Pascal VOC" in capsys.readouterr().err
-    assert evaluate("--split", "minival", benchmark="voc")[0] == 2
-    assert "has no split 'minival'" in capsys.readouterr().err
+    for extra, asked, message in (
+        ([], {"path": tmp_path / "nowhere"}, "nowhere is no folder"),
+        ([], {"benchmark": "voc"}, "does not hold Pascal VOC"),
+        (["--split", "minival"], {"benchmark": "voc"}, "has no split 'minival'"),
+        ([], {"path": f"hub:{tmp_path}"}, "hub:NAME has no labels"),
+    ):
+        assert evaluate(*extra, **asked)[0] == 2
+        assert message in capsys.readouterr().err
     with pytest.raises(SystemExit) as error:
         evaluate(benchmark="no_such")
     assert error.value.code == 2 and "no_such" in capsys.readouterr().err
-    (tmp_path / "empty" / "images").mkdir(parents=True)
-    (tmp_path / "empty" / "masks").mkdir()
-    (tmp_path / "empty" / "labels.json").write_text(json.dumps(LABELS))
-    assert evaluate(path=tmp_path / "empty")[0] == 2
-    assert "no pictures" in capsys.readouterr().err
-    assert evaluate(path=f"hub:{tmp_path}")[0] == 2
-    assert "hub:NAME has no labels of its own" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("option", ["--background-threshold", "--thresholds"])
-def test_a_threshold_needs_a_background(evaluate, data, capsys, option):
-    (data / "labels.json").write_text(json.dumps({"labels": LABELS["labels"]}))
-    assert evaluate(option, "0.5")[0] == 2
-    assert "background" in capsys.readouterr().err
 
 
 def test_broken_pictures(evaluate, data, tmp_path, capsys):
@@ -302,17 +259,6 @@ def test_broken_pictures(evaluate, data, tmp_path, capsys):
     assert code == 1 and set(content["broken"]) == {"images/001", "images/002"}
 
 
-def test_values_outside_the_list_and_masks_of_another_size(evaluate, data, capsys):
-    mask = data / "masks" / "001.png"
-    Image.fromarray(np.full((42, 48), 7, np.uint8)).save(mask)
-    for extra in ([], ["--skip_broken"]):
-        assert evaluate(*extra)[0] == 2
-        assert re.search(r"001.png has the value 7, expected", capsys.readouterr().err)
-    Image.fromarray(np.zeros((42, 47), np.uint8)).save(mask)
-    assert evaluate(output="other")[0] == 2
-    assert re.search(r"001.png has \(42, 47\) pixels .*001.jpg \(42, 48\)", capsys.readouterr().err)
-
-
 def test_splits_of_a_folder(evaluate, data, tmp_path, capsys):
     for name in ("val", "test"):
         shutil.copytree(data, tmp_path / "own" / name)
@@ -321,53 +267,38 @@ def test_splits_of_a_folder(evaluate, data, tmp_path, capsys):
     _, whole = evaluate(path=tmp_path / "own" / "test", output="whole")
     code, split = evaluate("--split", "test", path=tmp_path / "own", output="split")
     assert code == 0 and split["rows"] == whole["rows"]
-    assert split["settings"]["data"] == "own test, 3 pictures, 3 labels"
+    assert split["settings"]["data"] == "own test, 3 images, 3 labels"
     assert evaluate("--split", "train", path=tmp_path / "own", output="none")[0] == 2
     assert "has no folder 'train' for that split, expected one of test, val" in capsys.readouterr().err
-    assert evaluate(path=tmp_path / "own", output="none")[0] == 2
-    assert "of a folder with splits give one" in capsys.readouterr().err
 
 
 def test_masks_of_0_and_255(evaluate, tmp_path, capsys):
     masks = [np.where(mask == 1, 255, 0) for mask in masks_of()]
     folder = make_folder(tmp_path / "binary", masks, {"labels": ["background", "sky"]})
     code, content = evaluate(path=folder, output="wrong")
-    assert code == 0 and content["ignored_share"] == pytest.approx(
-        np.mean(np.concatenate([*map(np.ravel, masks)]) > 0)
-    )
-    assert "1 of 2 labels are in none of the masks: sky" in content["warnings"][-2]
-    warning = "say so: --mask_values 0=background,255=sky"
+    warning = "--mask_values 0=background,255=sky"
+    assert code == 0 and content["ignored_share"] > 0.1 and warning in content["warnings"][-1]
     assert warning in capsys.readouterr().out and warning in (tmp_path / "wrong" / "results.md").read_text()
     code, content = evaluate("--mask_values", "0=background,255=sky", path=folder, output="right")
     assert code == 0 and (content["ignored_share"], content["warnings"]) == (0, [])
     assert content["settings"]["mask_values"] == "0=background,255=sky"
     assert evaluate("--mask-values", "0=sky", benchmark="voc")[0] == 2
-    assert "--mask_values is '0=sky', but voc has its own" in capsys.readouterr().err
+    assert "--mask_values is '0=sky', but voc" in capsys.readouterr().err
 
 
-def test_labels_with_signs_stay_in_their_cells(evaluate, tmp_path):
-    names = ["a | b", "<img src=x onerror=alert(1)>", "c\\|d", "e `f` **g**"]
-    folder = make_folder(tmp_path / "signs", masks_of(), {"labels": names})
-    _, content = evaluate(path=folder, output="signs-out")
-    assert set(content["iou"]) == set(names)
-    lines = (tmp_path / "signs-out" / "results.md").read_text().splitlines()
-    start = lines.index("## IoU of each label") + 2
-    rows = lines[start : lines.index("", start)]
-    assert len(rows) == 2 + len(names)
-    assert all(len(re.findall(r"(?<!\\)(?:\\\\)*\|", row)) == 3 for row in rows), rows
-    assert not any("<" in row for row in rows)
-    # A sign of a label that the labels lack is None in JSON and a dash in the table.
-    assert content["iou"][names[3]] is None or isinstance(content["iou"][names[3]], float)
-
-
-def test_cells_of_one_line():
+def test_labels_with_signs_stay_in_their_cells():
     assert cell("a\nb\r\n | c\\") == "a b \\| c\\\\"
+    names = ["a | b", "<img src=x onerror=alert(1)>", "c\\|d", "e `f` **g**"]
     content = {"title": "t", "rows": {"m|n": {"mean_iou": None}}, "settings": {"data": "x\ny|z"}}
-    content |= {"iou": {"a": None, "b": 0.5}, "broken": {"p|q": "line\nline"}}
+    content |= {"iou": dict(zip(names, [0.25, None, 0.5, 0])), "broken": {"p|q": "line\nline"}}
     markdown = to_markdown(content)
     assert "| m\\|n | - |" in markdown and "| data | x y\\|z |" in markdown
-    assert markdown.index("| b | 0.5000 |") < markdown.index("| a | - |")
-    assert "| p\\|q | line line |" in markdown
+    assert "| p\\|q | line line |" in markdown and "<" not in markdown
+    lines = markdown.splitlines()
+    start = lines.index("## IoU of each label") + 2
+    rows = lines[start : lines.index("", start)]
+    assert len(rows) == 2 + len(names) and rows[2].endswith("| 0.5000 |") and rows[-1].endswith("| - |")
+    assert all(len(re.findall(r"(?<!\\)(?:\\\\)*\|", row)) == 3 for row in rows), rows
 
 
 def test_imagenet(evaluate, tmp_path, capsys, monkeypatch):

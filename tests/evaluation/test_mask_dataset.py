@@ -1,19 +1,15 @@
 """Folders with masks: what is found, what is refused."""
 
 import json
-import os
-from pathlib import Path
 
 import numpy as np
 import pytest
 from mask_folders import LABELS, make_folder
 from PIL import Image
 
-from pgseg_hf.evaluation import ConfusionMatrix, MaskFolder
+from pgseg_hf.evaluation import MaskFolder
 from pgseg_hf.evaluation.benchmarks.mask_dataset import parse_mask_values
 from pgseg_hf.images import load_label_map
-
-SHARED = Path(__file__).parents[3] / "shared" / "data"
 
 MASKS = [np.full((6, 8), number % 3) for number in range(7)]
 
@@ -43,13 +39,6 @@ def test_folders_with_metadata_and_labels_of_spreadsheets_and_editors(tmp_path, 
     assert found.truth(found.pictures[4]).tolist() == MASKS[4].tolist()
 
 
-def test_labels_may_be_in_the_folder_above(tmp_path):
-    folder = make_folder(tmp_path / "val", MASKS[:1], {**LABELS, "ignore_index": None, "background": 0})
-    (folder / "labels.json").rename(tmp_path / "labels.json")
-    masks = MaskFolder(folder)
-    assert (masks.labels, masks.ignore_index, masks.background) == (LABELS["labels"], None, 0)
-
-
 def test_parts_of_a_folder(tmp_path):
     folder = MaskFolder(make_folder(tmp_path / "a", MASKS))
     numbers = {pair.name: number for number, pair in enumerate(folder.pictures)}
@@ -71,12 +60,15 @@ def test_parts_of_a_folder(tmp_path):
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        ({"names": []}, "labels.json cannot be read"),
-        ([], "labels.json cannot be read"),
+        ({"names": []}, "labels.json, expected"),
+        ([], "labels.json, expected"),
         ({"labels": []}, "no labels"),
-        ({**LABELS, "ignore_index": 2}, "ignore_index 2 in .* is a label"),
-        ({**LABELS, "ignore_index": "x"}, "ignore_index in .* is 'x'"),
-        ({**LABELS, "background": 3}, "background 3 in .* is no label, expected 0 to 2"),
+        ({**LABELS, "ignore_index": 2}, "labels.json.*ignore_index is 2, expected no label"),
+        ({**LABELS, "ignore_index": "x"}, "ignore_index is 'x'"),
+        ({**LABELS, "background": 3}, "background is 3, expected .* 0 to 2"),
+        ({**LABELS, "synonyms": {"sea": ["ocean"]}}, "synonyms are for 'sea'"),
+        ({**LABELS, "synonyms": {"sky": "air"}}, "synonyms of 'sky' are 'air'"),
+        ({**LABELS, "synonyms": {"sky": ["road"]}}, "road"),
     ],
 )
 def test_labels_that_make_no_sense(tmp_path, labels, message):
@@ -96,7 +88,7 @@ def test_folders_that_make_no_sense(tmp_path):
         ('{"file_name": "images/000.jpg"}', "line 2 of .*mask_file_name"),
         ("[1]", "line 1 of"),  # the first element of a list
         ("{", "line 2 of"),
-        ('{"file_name": "images/9.jpg", "mask_file_name": "masks/000.png"}', "1 pictures or masks .*9.jpg"),
+        ('{"file_name": "images/9.jpg", "mask_file_name": "masks/000.png"}', "1 images or masks .*9.jpg"),
     ):
         (folder / "metadata.jsonl").write_text(f"\n{line}\n")
         with pytest.raises(ValueError, match=message):
@@ -106,7 +98,7 @@ def test_folders_that_make_no_sense(tmp_path):
         MaskFolder(folder)
     (folder / "metadata.jsonl").unlink()
     (folder / "masks" / "001.png").unlink()
-    with pytest.raises(ValueError, match=r"1 pictures or masks .* are missing, the first is .*001.png"):
+    with pytest.raises(ValueError, match=r"1 images or masks .* are missing, the first is .*001.png"):
         MaskFolder(folder)
     (folder / "masks").rename(folder / "annotations")
     with pytest.raises(ValueError, match=r"neither metadata.jsonl nor the folders"):
@@ -147,16 +139,12 @@ def test_colours_and_values_that_do_not_count(tmp_path):
             folder.truth(folder.pictures[0])
     Image.fromarray(colours).save(path / "masks" / "000.png")
     folder = MaskFolder(path, mask_values={"#0000ff": "road", "#ff8000": "sky"})
-    with pytest.raises(
-        ValueError, match=r"the value #000000, expected one of #0000ff, #ff8000: .*--mask_values"
-    ):
+    with pytest.raises(ValueError, match=r"value #000000, expected one of #0000ff, #ff8000: .*--mask_values"):
         folder.truth(folder.pictures[0])
+    plain = MaskFolder(make_folder(tmp_path / "b", [BINARY], {"labels": ["a", "b"], "ignore_index": None}))
     with pytest.raises(
-        ValueError, match=r"has the value 255, expected one of 0 to 1: .*from 0 to 255.*--mask_values"
+        ValueError, match=r"value 255, expected one of 0 to 1: .*from 0 to 255.*--mask_values"
     ):
-        plain = MaskFolder(
-            make_folder(tmp_path / "b", [BINARY], {"labels": ["a", "b"], "ignore_index": None})
-        )
         plain.truth(plain.pictures[0])
 
 
@@ -174,7 +162,7 @@ def test_values_that_make_no_sense(tmp_path, values, message):
     with pytest.raises(ValueError, match=message):
         MaskFolder(path, mask_values=values)
     (path / "labels.json").write_text(json.dumps({**LABELS, "mask_values": values}))
-    with pytest.raises(ValueError, match=f"labels.json: .*{message}"):
+    with pytest.raises(ValueError, match=f"labels.json.*{message}"):
         MaskFolder(path)
 
 
@@ -182,19 +170,3 @@ def test_values_that_make_no_sense(tmp_path, values, message):
 def test_texts_that_say_no_values(text):
     with pytest.raises(ValueError, match="expected each value once, such as 0=background,255=sky"):
         parse_mask_values(text)
-
-
-@pytest.mark.parametrize(
-    ("name", "size", "background"),
-    [("camvid/val", 101, None), ("camvid/train", 367, None), ("ccp/test", 502, 0)],
-)
-def test_real_folders(name, size, background):
-    if not os.path.isdir(SHARED / name):
-        pytest.skip("the data are not here")
-    folder = MaskFolder(SHARED / name)
-    assert (len(folder), folder.background) == (size, background)
-    matrix = ConfusionMatrix(len(folder.labels), folder.ignore_index)
-    for picture in folder.spread(5).pictures:
-        truth = folder.truth(picture)
-        matrix.add(truth, np.minimum(truth, len(folder.labels) - 1))
-    assert matrix.mean_iou() == 1

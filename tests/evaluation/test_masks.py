@@ -1,18 +1,18 @@
 """Scores by hand with known groups."""
 
 import json
-from pathlib import Path
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+from benchmark_layouts import quarters, write_benchmark, write_mask, write_picture
 from mask_folders import LABELS, QUADRANTS, KnownGroups, make_folder, one_hot
 from PIL import Image
 
 from pgseg_hf import SegmentationOptions
 from pgseg_hf.evaluation import ConfusionMatrix, MaskFolder, MaskOptions, evaluate_masks
+from pgseg_hf.evaluation.benchmarks.catalogue import open_benchmark
 from pgseg_hf.images import load_label_map
 
 
@@ -67,38 +67,6 @@ def test_binary_masks_are_no_plausible_figures(tmp_path):
     assert (scores.confusion.mean_iou(), scores.confusion.ignored, scores.doubts(said)) == (1, 0, [])
 
 
-def test_what_does_not_count_is_kept_with_the_counts(tmp_path):
-    truth = QUADRANTS.copy()
-    truth[0, :4] = 255
-    folder = MaskFolder(make_folder(tmp_path / "a", [truth]))
-    scores = evaluate_masks(KnownGroups(one_hot(0, 1, 1, 2)), folder, MaskOptions(oracle=True))
-    read = type(scores).empty(folder, MaskOptions(oracle=True))
-    read.add_arrays(scores.to_arrays())
-    read.merge(scores)
-    assert [matrix.ignored for matrix in read._matrices()] == [8, 8]
-    assert read.confusion.ignored_share() == 4 / 64 and read.doubts(folder) == []
-
-
-def test_a_threshold_needs_a_background(tmp_path):
-    folder = MaskFolder(make_folder(tmp_path / "a", [QUADRANTS]))
-    with pytest.raises(ValueError, match=r"background_threshold is 0.5, but .* has no background"):
-        evaluate_masks(
-            KnownGroups(one_hot(0)), folder, MaskOptions(SegmentationOptions(background_threshold=0.5))
-        )
-
-
-def test_pictures_and_masks_that_do_not_fit(tmp_path):
-    folder = MaskFolder(make_folder(tmp_path / "a", [QUADRANTS]))
-    segmenter = KnownGroups(one_hot(0, 0, 0, 0))
-    mask = folder.pictures[0].mask
-    Image.fromarray(np.full((8, 8), 3, np.uint8)).save(mask)
-    with pytest.raises(ValueError, match=r"000.png has the value 3, expected one of 0 to 2, 255"):
-        evaluate_masks(segmenter, folder)
-    Image.fromarray(np.zeros((8, 9), np.uint8)).save(mask)
-    with pytest.raises(ValueError, match=r"000.png has \(8, 9\) pixels .*000.jpg \(8, 8\)"):
-        evaluate_masks(segmenter, folder)
-
-
 @pytest.mark.parametrize("threshold", [None, 0.05])
 def test_the_segmenters_own_maps_are_what_is_counted(tiny_segmenter, tmp_path, threshold):
     rng = np.random.default_rng(0)
@@ -119,24 +87,112 @@ def test_the_segmenters_own_maps_are_what_is_counted(tiny_segmenter, tmp_path, t
     assert result.oracle.pixel_accuracy() >= result.confusion.pixel_accuracy()
 
 
-def one_of_two_processes(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    part = MaskFolder(f"{folder}/data").part(rank, 2)
-    result = evaluate_masks(KnownGroups(one_hot(0, 1, 1, 2)), part, MaskOptions(oracle=True))
-    own = result.pictures
-    scores = result.sum_over_processes().to_dict()
-    Path(f"{folder}/{rank}.json").write_text(json.dumps({"own": own, "scores": scores}))
-    dist.destroy_process_group()
+def test_masks_of_another_size(tmp_path):
+    folder = MaskFolder(make_folder(tmp_path / "a", [QUADRANTS]))
+    Image.fromarray(np.zeros((8, 9), np.uint8)).save(folder.pictures[0].mask)
+    with pytest.raises(ValueError, match=r"000.png has \(8, 9\) pixels .*000.jpg \(8, 8\)"):
+        evaluate_masks(KnownGroups(one_hot(0, 0, 0, 0)), folder)
 
 
-def test_two_processes_score_as_one(tmp_path):
-    masks = [QUADRANTS, np.zeros((8, 8)), 2 - QUADRANTS]
-    folder = MaskFolder(make_folder(tmp_path / "data", masks))
-    mp.spawn(one_of_two_processes, args=(str(tmp_path),), nprocs=2)
-    alone = evaluate_masks(KnownGroups(one_hot(0, 1, 1, 2)), folder, MaskOptions(oracle=True)).to_dict()
-    results = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
-    assert [result["own"] for result in results] == [2, 1]
-    for result in results:
-        del result["scores"]["seconds"]
-        assert result["scores"].items() <= alone.items()
+# Synonyms and thresholds
+
+SYNONYMS = {"labels": ["sky", "road", "tree"], "synonyms": {"sky": ["cloud"], "tree": ["bush", "wood"]}}
+# Columns: sky, cloud, road, tree, bush, wood.
+SCORES = [
+    [0.0, 0.9, 0.8, 0.0, 0.0, 0.0],  # merged it is sky; its mean is 0.64, less than road
+    [0.6, 0.9, 1.0, 0.0, 0.0, 0.0],  # merged it is road; its mean is 1.06, more than road
+    [0.0, 0.0, 0.5, 0.1, 0.2, 0.6],  # merged it is tree; its mean is 0.52
+    [0.3, 0.0, 0.2, 0.0, 0.0, 0.1],  # sky either way
+]
+
+
+@pytest.mark.parametrize(("rule", "expected"), [("merge", [0, 1, 2, 0]), ("average", [1, 0, 2, 0])])
+@pytest.mark.parametrize("threshold", [None, 0.15])
+def test_synonyms_by_hand(tmp_path, rule, expected, threshold):
+    content = dict(SYNONYMS)
+    if threshold is not None:
+        content |= {"labels": ["sky", "none", "road", "tree"], "background": 1}
+        expected = [[0, 2, 3][label] for label in expected]
+    folder = MaskFolder(make_folder(tmp_path / "a", [quarters(expected, (8, 8))], content))
+    segmenter = KnownGroups(SCORES)
+    options = MaskOptions(SegmentationOptions(background_threshold=threshold), synonyms=rule)
+    scores = evaluate_masks(segmenter, folder, options)
+    assert segmenter.seen == [["sky", "cloud", "road", "tree", "bush", "wood"]]
+    assert scores.to_dict()["pixel_accuracy"] == 1
+    with_background = KnownGroups([*SCORES[:3], [0.0] * 6])
+    if threshold is not None:
+        counts = evaluate_masks(with_background, folder, options).confusion.counts
+        assert counts[0, 1] == 16
+
+
+def test_without_synonyms_only_labels_are_asked_for(tmp_path):
+    folder = MaskFolder(make_folder(tmp_path / "a", [np.zeros((8, 8))], SYNONYMS))
+    segmenter = KnownGroups([[1.0, 0.0, 0.0]] * 4)
+    evaluate_masks(segmenter, folder)
+    assert segmenter.seen == [["sky", "road", "tree"]]
+    with pytest.raises(ValueError, match="synonyms is 'all'"):
+        MaskOptions(synonyms="all")
+
+
+@pytest.mark.parametrize("rule", ["none", "merge", "average"])
+def test_synonyms_of_a_benchmark_with_a_model(tiny_segmenter, tmp_path, rule):
+    miniature = write_benchmark("cityscapes", tmp_path)
+    dataset = open_benchmark("cityscapes", tmp_path)
+    for number, image in enumerate(miniature.images):
+        write_picture(image, (80, 96), seed=number)
+        write_mask(miniature.masks[number], np.full((80, 96), number))
+    options = SegmentationOptions(top_k=60, window_size=16, window_stride=16)
+    names, owners = [], []
+    for number, label in enumerate(dataset.labels):
+        for word in [label, *(dataset.synonyms.get(label, ()) if rule != "none" else ())]:
+            names.append(word)
+            owners.append(number)
+    assert (len(names) > 19) == (rule != "none")
+    embeds = tiny_segmenter.class_embeddings(names, options)
+    if rule == "average":
+        means = [embeds[[owner == number for owner in owners]].mean(dim=0) for number in range(19)]
+        embeds = torch.stack([mean / mean.norm() for mean in means])
+        owners = list(range(19))
+    expected = ConfusionMatrix(19)
+    for number, features in enumerate(tiny_segmenter.encode(miniature.images, options)):
+        found = tiny_segmenter.score(features, embeds, options).label_map()[0].numpy()
+        expected.add(np.full((80, 96), number), np.array(owners)[found])
+    scores = evaluate_masks(tiny_segmenter, dataset, MaskOptions(options, synonyms=rule))
+    assert scores.confusion.counts.tolist() == expected.counts.tolist()
+    assert (expected.counts.sum(0) > 0).sum() > 1, "the test needs several labels"
+
+
+def test_thresholds_in_one_pass_are_those_of_runs_of_their_own(tiny_segmenter, tmp_path):
+    miniature = write_benchmark("voc", tmp_path)
+    dataset = open_benchmark("voc", tmp_path)
+    rng = np.random.default_rng(0)
+    for number, (image, mask) in enumerate(zip(miniature.images, miniature.masks)):
+        write_picture(image, (80, 96), seed=number)
+        write_mask(mask, rng.integers(0, 21, (80, 96)), "palette")
+    options = SegmentationOptions(background_threshold=0.02)
+    thresholds = (0.0, 0.02, 0.05, 0.1, 1.0)
+    swept = evaluate_masks(tiny_segmenter, dataset, MaskOptions(options, thresholds=thresholds))
+    background = []
+    for threshold in thresholds:
+        alone = evaluate_masks(
+            tiny_segmenter, dataset, MaskOptions(replace(options, background_threshold=threshold))
+        )
+        assert swept.by_threshold[threshold].counts.tolist() == alone.confusion.counts.tolist()
+        assert swept.to_dict()["thresholds"][str(threshold)]["mean_iou"] == alone.confusion.mean_iou()
+        background.append(int(alone.confusion.counts[:, 0].sum()))
+    assert swept.confusion.counts.tolist() == swept.by_threshold[0.02].counts.tolist()
+    assert background == sorted(background) and background[0] == 0
+    assert len(set(background)) >= 3, "the test needs thresholds that matter"
+    best = swept.best_threshold()
+    assert swept.by_threshold[best].mean_iou() == max(each.mean_iou() for each in swept.by_threshold.values())
+
+
+def test_thresholds_need_a_background(tmp_path):
+    folder = MaskFolder(make_folder(tmp_path / "a", [QUADRANTS]))
+    segmentation = SegmentationOptions(background_threshold=0.5)
+    with pytest.raises(ValueError, match=r"background_threshold is 0.5, but .* has no background"):
+        evaluate_masks(KnownGroups(one_hot(0)), folder, MaskOptions(segmentation))
+    with pytest.raises(ValueError, match=r"thresholds are \[0.5\]"):
+        evaluate_masks(KnownGroups(one_hot(0)), folder, MaskOptions(thresholds=(0.5,)))
+    with pytest.raises(ValueError, match=r"threshold is 1\.5"):
+        MaskOptions(thresholds=(0.5, 1.5))

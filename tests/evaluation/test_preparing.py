@@ -1,22 +1,14 @@
+"""Masks made from what benchmarks' downloads hold: annotations of COCO's kinds, and maps of other values."""
+
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from benchmark_layouts import box_polygon
 from PIL import Image
 
-from pgseg_hf.evaluation.benchmarks import coco_masks
-from pgseg_hf.evaluation.benchmarks.coco_masks import (
-    decode_segmentation,
-    decompress_run_lengths,
-    expand_run_lengths,
-    fill_polygon,
-)
 from pgseg_hf.evaluation.benchmarks.preparing import (
-    COCO_CATEGORY_IDS,
-    CONTEXT_CATEGORY_IDS,
     PreparationSummary,
     prepare_cityscapes,
     prepare_coco_object,
@@ -29,16 +21,10 @@ from pgseg_hf.evaluation.benchmarks.preparing import (
 
 HEIGHT, WIDTH = 4, 5
 # Rows 1 and 2 of columns 1 and 2, down the columns: 5 pixels outside, 2 inside, 2 outside, 2 inside, 9 outside.
-BLOCK = np.zeros((HEIGHT, WIDTH), dtype=bool)
-BLOCK[1:3, 1:3] = True
 BLOCK_POLYGON = [[1, 1, 3, 1, 3, 3, 1, 3]]
 BLOCK_COUNTS = {"size": [HEIGHT, WIDTH], "counts": [5, 2, 2, 2, 9]}
 # The fourth and fifth number are 2 - 2 = 0 and 9 - 2 = 7.
 BLOCK_STRING = {"size": [HEIGHT, WIDTH], "counts": "52207"}
-
-
-def box(left: float, top: float, right: float, bottom: float) -> list[list[float]]:
-    return [[left, top, right, top, right, bottom, left, bottom]]
 
 
 def write(content, path: Path) -> None:
@@ -69,137 +55,19 @@ def image(number: int = 1, name: str = "a.jpg", **other) -> dict:
 
 
 def instance(category: int, segmentation, area: float = 1.0, image_id: int = 1, **other) -> dict:
-    return {
-        "id": 7,
-        "image_id": image_id,
-        "category_id": category,
-        "segmentation": segmentation,
-        "area": area,
-        **other,
-    }
+    found = {"id": 7, "image_id": image_id, "category_id": category, "segmentation": segmentation}
+    return {**found, "area": area, **other}
 
 
 def write_instances(root: Path, images: list, annotations: list) -> None:
     write({"images": images, "annotations": annotations}, root / "annotations" / "instances_val2017.json")
 
 
-class TestSegmentations:
-    @pytest.mark.parametrize("segmentation", [BLOCK_POLYGON, BLOCK_COUNTS, BLOCK_STRING])
-    def test_the_same_block_in_every_encoding(self, segmentation):
-        mask = decode_segmentation(segmentation, HEIGHT, WIDTH)
-        assert mask.dtype == bool
-        np.testing.assert_array_equal(mask, BLOCK)
-
-    @pytest.mark.parametrize(
-        ("text", "expected"),
-        [
-            ("", []),
-            ("`0", [16]),  # bit 4 alone would say negative
-            ("T3X13oN", [100, 40, 3, 7]),  # the last is 7 - 40 = -33 in two characters
-        ],
-    )
-    def test_compressed_numbers(self, text, expected):
-        assert decompress_run_lengths(text) == expected
-
-    @pytest.mark.parametrize("text", ["5/", "5p", "5é", "T", "oooooooo0"])
-    def test_strings_that_are_no_run_lengths(self, text):
-        with pytest.raises(ValueError, match="compressed run lengths"):
-            decompress_run_lengths(text)
-
-    @given(st.lists(st.integers(0, 1), min_size=12, max_size=12))
-    def test_run_lengths_restore_a_mask(self, bits):
-        lengths, value = [0], 0
-        for bit in bits:
-            if bit != value:
-                lengths.append(0)
-                value = bit
-            lengths[-1] += 1
-        mask = np.array(bits, dtype=bool).reshape(4, 3).T
-        np.testing.assert_array_equal(expand_run_lengths(lengths, 3, 4), mask)
-
-    @given(st.tuples(*[st.integers(-3, 12)] * 4))
-    def test_boxes_between_pixels_are_exact(self, corners):
-        left, right = sorted(corners[:2])
-        top, bottom = sorted(corners[2:])
-        expected = np.zeros((8, 9), dtype=bool)
-        expected[max(top, 0) : max(bottom, 0), max(left, 0) : max(right, 0)] = True
-        (polygon,) = box(left, top, right, bottom)
-        np.testing.assert_array_equal(fill_polygon(polygon, 8, 9), expected)
-        mirrored = np.reshape(polygon, (-1, 2))[:, ::-1].ravel()
-        np.testing.assert_array_equal(fill_polygon(mirrored, 9, 8), expected.T)
-
-    def test_a_triangle_takes_the_pixels_whose_middle_is_inside(self):
-        mask = fill_polygon([0, 0, 5.6, 0, 0, 5.6], 5, 5)
-        np.testing.assert_array_equal(mask, np.add.outer(np.arange(5), np.arange(5)) + 1 < 5.6)
-
-    def test_polygons_are_united_and_holes_stay(self, monkeypatch):
-        monkeypatch.setattr(coco_masks, "_official", None)
-        both = decode_segmentation(box(0, 0, 2, 2) + box(1, 1, 4, 3), HEIGHT, WIDTH)
-        assert both.sum() == 4 + 6 - 1
-        # One outline that runs around a 3 x 3 square and back around its middle.
-        ring = [0, 0, 3, 0, 3, 3, 0, 3, 0, 0, 1, 1, 2, 1, 2, 2, 1, 2, 1, 1]
-        assert fill_polygon(ring, HEIGHT, WIDTH)[:3, :3].tolist() == [[1, 1, 1], [1, 0, 1], [1, 1, 1]]
-
-    @pytest.mark.parametrize(
-        ("segmentation", "words"),
-        [
-            (None, "None, expected a list of polygons"),
-            ([], "no polygons"),
-            ([[1, 1, 3, 1]], "at least 3 corners"),
-            ([[1, 1, 3, 1, 3, 3, 1]], "at least 3 corners"),
-            ([[1, 1, 3, 1, 3, float("nan")]], "nan"),
-            ([[1, 1, 3, 1, 3, 1e9]], "numbers up to 100,000"),
-            ([[1, 1, 3, 1, 3, "4"]], "'4'"),
-            ([1, 1, 3, 1, 3, 3], "a polygon is 1"),
-            ({"size": [5, 4], "counts": [20]}, r"\[5, 4\], expected that of the picture, \[4, 5\]"),
-            ({"counts": [20]}, "size None"),
-            ({"size": [4, 5], "counts": [5, 2]}, "add up to 7 pixels, expected 4 x 5 = 20"),
-            ({"size": [4, 5], "counts": [25, -5]}, "whole numbers from 0 on"),
-            ({"size": [4, 5], "counts": [20.0]}, "whole numbers from 0 on"),
-            ({"size": [4, 5]}, "None"),
-            ({"size": [4, 5], "counts": "5z"}, "character 1: 'z'"),
-        ],
-    )
-    def test_segmentations_that_make_no_sense(self, segmentation, words):
-        with pytest.raises(ValueError, match=words):
-            decode_segmentation(segmentation, HEIGHT, WIDTH)
-
-    def test_a_picture_without_or_with_too_many_pixels(self):
-        for height, width in ((0, 5), (10**6, 10**6)):
-            with pytest.raises(ValueError, match=f"{height} x {width}"):
-                decode_segmentation(BLOCK_POLYGON, height, width)
-
-
-class TestAgainstPycocotools:
-    def test_compressed_and_plain_run_lengths(self):
-        official = pytest.importorskip("pycocotools.mask")
-        random = np.random.default_rng(0)
-        for share in (0.01, 0.5, 0.99):
-            for _ in range(20):
-                mask = random.random(random.integers(1, 90, size=2)) < share
-                encoded = official.encode(np.asfortranarray(mask.astype(np.uint8)))
-                segmentation = {"size": list(mask.shape), "counts": encoded["counts"].decode()}
-                np.testing.assert_array_equal(decode_segmentation(segmentation, *mask.shape), mask)
-
-    def test_polygons_differ_in_few_boundary_pixels(self):
-        pytest.importorskip("pycocotools.mask")
-        random = np.random.default_rng(0)
-        differing = boundary = 0
-        for _ in range(100):
-            corners = random.uniform(-0.1, 1.1, size=(random.integers(3, 40), 2)) * (200, 150)
-            polygon = corners.round(2).ravel().tolist()
-            official = decode_segmentation([polygon], 150, 200)
-            differing += np.count_nonzero(official != fill_polygon(polygon, 150, 200))
-            boundary += np.count_nonzero(np.diff(official, axis=0)) + np.count_nonzero(np.diff(official))
-        assert boundary > 100_000
-        assert differing < 0.0005 * boundary
-
-
 class TestCocoObject:
     def test_crowds_lie_below_and_small_instances_on_top(self, tmp_path):
         annotations = [
             instance(2, BLOCK_POLYGON, area=4),  # bicycle, on top though first
-            instance(1, box(0, 0, 4, 4), area=16, iscrowd=0),
+            instance(1, box_polygon(0, 0, 4, 4), area=16, iscrowd=0),
             # A crowd of toothbrushes, below all in spite of its area.
             instance(90, {"size": [HEIGHT, WIDTH], "counts": [8, 12]}, area=0.5, iscrowd=1),
         ]
@@ -214,11 +82,6 @@ class TestCocoObject:
         ]
         assert read_mask(folder / "b_instanceTrainIds.png") == [[0] * WIDTH] * HEIGHT
         assert Image.open(folder / "b_instanceTrainIds.png").mode == "L"
-
-    def test_labels_are_the_places_among_the_categories(self):
-        assert len(COCO_CATEGORY_IDS) == 80
-        # Fire hydrant and stop sign around the unused 12; toothbrush.
-        assert [COCO_CATEGORY_IDS.index(number) + 1 for number in (1, 11, 13, 27, 90)] == [1, 11, 12, 25, 80]
 
     def test_a_stopped_run_is_continued(self, tmp_path):
         images = [image(), image(2, "b.jpg"), image(3, "c.jpg")]
@@ -242,31 +105,20 @@ class TestCocoObject:
         (folder / "c_instanceTrainIds.png").unlink()
         write_instances(tmp_path, images, good[:1])
         before = files(tmp_path)
-        with pytest.raises(
-            ValueError, match=r"b_instanceTrainIds.png was made from instances_val2017.json with"
-        ):
+        with pytest.raises(ValueError, match=r"b_instanceTrainIds.png was made from instances_val2017.json"):
             prepare_coco_object(tmp_path)
         assert files(tmp_path) == before
-
-    def test_progress_is_shown(self, tmp_path, capsys):
-        write_instances(tmp_path, [image()], [])
-        prepare_coco_object(tmp_path)
-        assert "Preparing masks: 100%" in capsys.readouterr().err
 
     @pytest.mark.parametrize(
         ("images", "annotations", "words"),
         [
-            (
-                [image()],
-                [instance(12, BLOCK_POLYGON)],
-                "annotation 7 has category_id = 12, expected one of 80",
-            ),
+            ([image()], [instance(12, BLOCK_POLYGON)], "annotation 7 has category_id = 12"),
             ([image()], [instance(1, BLOCK_POLYGON, image_id=5)], "of image 5, which is not among"),
             ([image()], [instance(1, BLOCK_POLYGON, area=None)], "area = None"),
             ([image()], [instance(1, BLOCK_POLYGON, area=float("nan"))], "area = nan"),
             ([image()], [instance(True, BLOCK_POLYGON)], "category_id = True, expected a whole number"),
             ([image(), image()], [], "image 1 is there twice"),
-            ([image(), image(2)], [], "two pictures have the mask .*a_instanceTrainIds.png"),
+            ([image(), image(2)], [], "two images have the mask .*a_instanceTrainIds.png"),
             ([image(height=0)], [], "0 x 5"),
             ([image(width=10**9)], [], "4 x 1000000000"),
             ([image(height="4")], [], "height = '4'"),
@@ -283,36 +135,19 @@ class TestCocoObject:
         assert str(tmp_path) in str(caught.value)
         assert files(tmp_path) == before
 
-    @pytest.mark.parametrize(
-        ("text", "words"),
-        [
-            ("{", "no valid JSON"),
-            ("[]", "holds a list"),
-            ("[" * 100_000, "no valid JSON"),
-            ("\xff", "no valid"),
-        ],
-    )
-    def test_broken_json(self, tmp_path, text, words):
+    @pytest.mark.parametrize("text", ["{", "[]", "[" * 100_000, "\xff", None])
+    def test_files_that_are_missing_or_broken(self, tmp_path, text):
         (tmp_path / "annotations").mkdir()
-        (tmp_path / "annotations" / "instances_val2017.json").write_bytes(text.encode("latin-1"))
-        with pytest.raises(ValueError, match=f"instances_val2017.json .*{words}"):
-            prepare_coco_object(tmp_path)
-
-    def test_missing_json(self, tmp_path):
-        with pytest.raises(ValueError, match=r"instances_val2017.json cannot be read: No such file"):
+        if text is not None:
+            (tmp_path / "annotations" / "instances_val2017.json").write_bytes(text.encode("latin-1"))
+        with pytest.raises(ValueError, match=r"instances_val2017.json"):
             prepare_coco_object(tmp_path)
 
     @pytest.mark.parametrize(
         "name",
         [
-            "../a.jpg",
-            "/a.jpg",
-            "b/a.jpg",
-            "..",
+            *["../a.jpg", "/a.jpg", "b/a.jpg", "..", ".a.jpg", "b\\a.jpg", "C:a.jpg"],
             "",
-            ".a.jpg",
-            "b\\a.jpg",
-            "C:a.jpg",
             "a\n.jpg",
             "a" * 300,
             None,
@@ -322,7 +157,7 @@ class TestCocoObject:
         root = tmp_path / "x" / "y"
         write_instances(root, [image(name=name)], [])
         before = files(tmp_path)
-        with pytest.raises(ValueError, match=r"file_name = .*expected a file name without folders"):
+        with pytest.raises(ValueError, match="file_name = "):
             prepare_coco_object(root)
         assert files(tmp_path) == before
 
@@ -352,12 +187,6 @@ class TestStuffthingmaps:
         assert counts(prepare_coco_object_from_stuff(tmp_path)) == (1, 1)
         assert source_of_coco_object(tmp_path, "val2017") is None
 
-    def test_all_171_classes(self, tmp_path):
-        folder = tmp_path / "annotations" / "train2017"
-        write_mask(self.RAW, folder / "a.png")
-        assert counts(prepare_coco_stuff(tmp_path, split="train2017")) == (1, 0)
-        assert read_mask(folder / "a_labelTrainIds.png") == [[0, 10, 11, 79], [80, 170, 255, 0]]
-
     @pytest.mark.parametrize("prepare", [prepare_coco_object_from_stuff, prepare_coco_stuff])
     def test_values_that_do_not_occur(self, tmp_path, prepare):
         folder = tmp_path / "annotations" / "val2017"
@@ -374,6 +203,10 @@ class TestStuffthingmaps:
         prepare_coco_stuff(tmp_path)
         prepared = read_mask(tmp_path / "annotations" / "val2017" / "a_labelTrainIds.png")
         assert prepared == [[*range(171), 255]]
+        write_mask(self.RAW, tmp_path / "annotations" / "train2017" / "a.png")
+        prepare_coco_stuff(tmp_path, split="train2017")
+        prepared = read_mask(tmp_path / "annotations" / "train2017" / "a_labelTrainIds.png")
+        assert prepared == [[0, 10, 11, 79], [80, 170, 255, 0]]
 
     def test_missing_and_broken_maps(self, tmp_path):
         with pytest.raises(ValueError, match="val2017 holds no stuffthingmaps"):
@@ -395,10 +228,10 @@ class TestContext:
                 )
             ],
             "annos_segmentation": [
-                {"id": 1, "image_id": 1, "category_id": 458, "segmentation": box(0, 0, 5, 2), "iscrowd": 1},
+                {"id": 1, "image_id": 1, "category_id": 458, "segmentation": box_polygon(0, 0, 5, 2)},
                 {"id": 2, "image_id": 2, "category_id": 9, "segmentation": BLOCK_STRING},
                 {"id": 3, "image_id": 1, "category_id": 2, "segmentation": BLOCK_COUNTS, "area": 99},
-                {"id": 4, "image_id": 2, "category_id": 0, "segmentation": box(1, 1, 2, 2)},
+                {"id": 4, "image_id": 2, "category_id": 0, "segmentation": box_polygon(1, 1, 2, 2)},
             ],
         }
 
@@ -420,31 +253,17 @@ class TestContext:
         assert counts(prepare_context(tmp_path)) == (0, 3)
         assert files(tmp_path) == before
 
-    def test_pictures_of_the_test_phase_are_left_out(self, tmp_path):
+    def test_phases(self, tmp_path):
         content = self.content()
         content["images"][0]["phase"] = "test"
         write(content, tmp_path / "other.json")
         assert counts(prepare_context(tmp_path, annotations="other.json")) == (2, 0)
         assert (tmp_path / "ImageSets" / "SegmentationContext" / "val.txt").read_text() == "a\n"
-
-    def test_there_are_60_ids_in_rising_order(self):
-        assert len(CONTEXT_CATEGORY_IDS) == 60
-        assert list(CONTEXT_CATEGORY_IDS) == sorted(set(CONTEXT_CATEGORY_IDS))
-
-    @pytest.mark.parametrize("phase", [None, "training", ["val"]])
-    def test_an_unknown_phase(self, tmp_path, phase):
-        content = self.content()
-        content["images"][1]["phase"] = phase
-        write(content, tmp_path / "trainval_merged.json")
-        with pytest.raises(ValueError, match="image 1 has the phase"):
-            prepare_context(tmp_path)
-
-    def test_an_unknown_category(self, tmp_path):
-        content = self.content()
-        content["annos_segmentation"][1]["category_id"] = 3
-        write(content, tmp_path / "trainval_merged.json")
-        with pytest.raises(ValueError, match="annotation 2 has category_id = 3, expected one of 60"):
-            prepare_context(tmp_path)
+        for phase in (None, "training", ["val"]):
+            content["images"][1]["phase"] = phase
+            write(content, tmp_path / "trainval_merged.json")
+            with pytest.raises(ValueError, match="image 1 has the phase"):
+                prepare_context(tmp_path)
 
     def test_the_lists_come_last(self, tmp_path):
         content = self.content()
@@ -454,13 +273,13 @@ class TestContext:
             prepare_context(tmp_path)
         assert set(files(tmp_path)) == {"trainval_merged.json", "SegmentationClassContext/b.png"}
 
-    def test_a_list_of_other_pictures_is_kept(self, tmp_path):
+    def test_a_list_of_other_images_is_kept(self, tmp_path):
         write(self.content(), tmp_path / "trainval_merged.json")
         path = tmp_path / "ImageSets" / "SegmentationContext" / "val.txt"
         path.parent.mkdir(parents=True)
         path.write_text("c\n")
         before = files(tmp_path)
-        with pytest.raises(ValueError, match=r"val\.txt lists other pictures"):
+        with pytest.raises(ValueError, match=r"val\.txt lists other images"):
             prepare_context(tmp_path)
         assert files(tmp_path) == before
 
@@ -475,32 +294,17 @@ class TestCityscapes:
         assert counts(prepare_cityscapes(tmp_path)) == (1, 0)
         assert source.read_bytes() == before
         (row,) = read_mask(folder / "lindau_000000_000019_gtFine_labelTrainIds.png")
-        counting = {
-            7: 0,
-            8: 1,
-            11: 2,
-            12: 3,
-            13: 4,
-            17: 5,
-            19: 6,
-            20: 7,
-            21: 8,
-            22: 9,
-            23: 10,
-            24: 11,
-            25: 12,
-        }
-        counting |= {26: 13, 27: 14, 28: 15, 31: 16, 32: 17, 33: 18}
+        counted = [7, 8, 11, 12, 13, *range(17, 29), 31, 32, 33]
+        counted.remove(18)
+        counting = {value: label for label, value in enumerate(counted)}
+        assert len(counting) == 19
         assert row == [counting.get(value, 255) for value in range(34)]
         assert counts(prepare_cityscapes(tmp_path)) == (0, 1)
 
-    @pytest.mark.parametrize("value", [34, 255])
-    def test_values_that_are_no_ids(self, tmp_path, value):
-        write_mask(np.uint8([[7, value]]), tmp_path / "gtFine" / "val" / "a" / "a_gtFine_labelIds.png")
-        with pytest.raises(ValueError, match=rf"a_gtFine_labelIds.png has the values \[{value}\]"):
+    def test_values_that_are_no_ids_and_missing_maps(self, tmp_path):
+        write_mask(np.uint8([[7, 34]]), tmp_path / "gtFine" / "val" / "a" / "a_gtFine_labelIds.png")
+        with pytest.raises(ValueError, match=r"a_gtFine_labelIds.png has the values \[34\]"):
             prepare_cityscapes(tmp_path)
-
-    def test_missing_maps(self, tmp_path):
         with pytest.raises(ValueError, match="train holds no CITY"):
             prepare_cityscapes(tmp_path, split="train")
 
@@ -516,7 +320,7 @@ class TestLvis:
             self.image(1, f"{server}/val2017/000000000139.jpg"),
             self.image(2, f"{server}/train2017/000000000030.jpg"),
         ]
-        annotations = [instance(1203, BLOCK_POLYGON, area=4), instance(300, box(0, 0, 5, 2), area=10)]
+        annotations = [instance(1203, BLOCK_POLYGON, area=4), instance(300, box_polygon(0, 0, 5, 2), area=10)]
         write({"images": images, "annotations": annotations}, tmp_path / "lvis_v1_val.json")
         assert counts(prepare_lvis(tmp_path)) == (2, 0)
         path = tmp_path / "annotations" / "lvis_val" / "000000000139.png"
@@ -538,16 +342,6 @@ class TestLvis:
         assert (tmp_path / "lvis_train.txt").read_text() == "train2017/a.jpg\n"
         assert (tmp_path / "annotations" / "lvis_train" / "a.png").is_file()
 
-    @pytest.mark.parametrize("category", [0, 1204])
-    def test_unknown_categories(self, tmp_path, category):
-        images = [self.image(1, "http://x/val2017/a.jpg")]
-        content = {"images": images, "annotations": [instance(category, BLOCK_POLYGON)]}
-        write(content, tmp_path / "lvis_v1_val.json")
-        with pytest.raises(
-            ValueError, match=f"category_id = {category}, expected one of 1203 from 1 to 1203"
-        ):
-            prepare_lvis(tmp_path)
-
     @pytest.mark.parametrize(
         "address",
         ["http://x/../a.jpg", "http://x//a.jpg", "http://x/val2017/..", "val2017/a.jpg", "a.jpg", "", None],
@@ -556,6 +350,6 @@ class TestLvis:
         root = tmp_path / "x" / "y"
         write({"images": [self.image(1, address)], "annotations": []}, root / "lvis_v1_val.json")
         before = files(tmp_path)
-        with pytest.raises(ValueError, match=r"coco_url = .*expected an address"):
+        with pytest.raises(ValueError, match="coco_url = "):
             prepare_lvis(root)
         assert files(tmp_path) == before

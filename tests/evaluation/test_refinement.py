@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
 from hypothesis import strategies as st
 
 from pgseg_hf.evaluation.metrics.refinement import PixelAdaptiveRefinement
@@ -73,16 +72,6 @@ def test_equals_the_formula_pixel_by_pixel(size, iterations, dilations):
     torch.testing.assert_close(single, expected.float(), rtol=1e-4, atol=1e-5)
 
 
-def test_a_uniform_image_gives_the_plain_mean_of_the_neighbours():
-    scores = random(3, 2, 6, 7)
-    refined = PixelAdaptiveRefinement(1, (1, 2))(scores, torch.full((3, 6, 7), 0.3))
-    for y in range(6):
-        for x in range(7):
-            around = neighbours_of(y, x, (6, 7), (1, 2))
-            expected = torch.stack([scores[:, a, b] for a, b in around]).mean(0)
-            torch.testing.assert_close(refined[:, y, x], expected)
-
-
 @pytest.mark.parametrize("iterations", [1, 10])
 @pytest.mark.parametrize("column", [2, 4])
 def test_a_boundary_beside_an_edge_moves_onto_it(column, iterations):
@@ -96,39 +85,6 @@ def test_a_boundary_beside_an_edge_moves_onto_it(column, iterations):
     assert torch.equal(refined.argmax(0), right.long().expand(8, 8))
 
 
-def test_a_picture_without_an_edge_moves_no_label_of_a_straight_boundary():
-    scores = torch.full((2, 8, 8), 0.1)
-    scores[0, :, :4], scores[1, :, 4:] = 0.9, 0.9
-    labels = PixelAdaptiveRefinement(3, (1,))(scores, torch.zeros(3, 8, 8)).argmax(0)
-    assert torch.equal(labels, scores.argmax(0))
-
-
-@given(SEEDS, st.integers(1, 9), st.integers(1, 9), st.integers(0, 3))
-def test_constants_stay_and_means_stay_within_their_channel(seed, height, width, iterations):
-    scores = 20 * random(seed, 3, height, width) - 10
-    scores[2] = 4.5
-    refined = PixelAdaptiveRefinement(iterations, (1, 4))(scores, random(seed + 1, 3, height, width))
-    assert refined.shape == scores.shape
-    torch.testing.assert_close(refined[2], scores[2])
-    assert (refined.amax((1, 2)) <= scores.amax((1, 2)) + 1e-4).all()
-    assert (refined.amin((1, 2)) >= scores.amin((1, 2)) - 1e-4).all()
-
-
-@given(SEEDS)
-def test_probabilities_stay_probabilities(seed):
-    scores = (5 * random(seed, 4, 6, 7)).softmax(0)
-    refined = PixelAdaptiveRefinement(10, (1, 3))(scores, random(seed + 1, 3, 6, 7))
-    torch.testing.assert_close(refined.sum(0), torch.ones(6, 7))
-    assert not torch.allclose(refined, scores, atol=0.01)
-
-
-def test_brightness_and_contrast_of_the_picture_do_not_matter():
-    scores, image = random(5, 2, 6, 7, dtype=torch.float64), random(6, 3, 6, 7, dtype=torch.float64)
-    stretched = (image - torch.tensor([0.5, 0.4, 0.3])[:, None, None]) / 0.25
-    refine = PixelAdaptiveRefinement(3, (1, 2))
-    torch.testing.assert_close(refine(scores, stretched), refine(scores, image), rtol=1e-5, atol=1e-6)
-
-
 @pytest.mark.parametrize("options", [{"iterations": 0}, {}])
 def test_the_scores_given_are_not_changed(options):
     scores, image = random(7, 2, 4, 5), random(8, 3, 4, 5)
@@ -140,15 +96,6 @@ def test_the_scores_given_are_not_changed(options):
     assert torch.equal(refined, refined_before)
 
 
-def test_no_iterations_are_the_identity():
-    scores = random(9, 2, 4, 5)
-    assert torch.equal(PixelAdaptiveRefinement(iterations=0)(scores, random(10, 3, 4, 5)), scores)
-
-
-def test_defaults_and_dilations_from_a_list():
-    assert PixelAdaptiveRefinement() == PixelAdaptiveRefinement(10, [8, 16])
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_rounded_once(dtype):
     scores, image = random(11, 2, 6, 7).to(dtype), random(12, 3, 6, 7)
@@ -158,10 +105,11 @@ def test_half_precision_is_rounded_once(dtype):
     assert torch.equal(refined, refine(scores.float(), image).to(dtype))
 
 
-def test_no_channels_and_no_graph():
-    assert PixelAdaptiveRefinement()(torch.zeros(0, 4, 5), torch.zeros(3, 4, 5)).shape == (0, 4, 5)
-    scores = random(13, 2, 4, 5).requires_grad_()
-    assert not PixelAdaptiveRefinement()(scores, random(14, 3, 4, 5)).requires_grad
+def test_nothing_to_do_and_no_graph():
+    scores, image = random(13, 2, 4, 5).requires_grad_(), random(14, 3, 4, 5)
+    assert torch.equal(PixelAdaptiveRefinement(iterations=0)(scores, image), scores)
+    assert PixelAdaptiveRefinement()(torch.zeros(0, 4, 5), image).shape == (0, 4, 5)
+    assert not PixelAdaptiveRefinement()(scores, image).requires_grad
 
 
 @pytest.mark.parametrize(
@@ -169,10 +117,9 @@ def test_no_channels_and_no_graph():
     [
         (torch.zeros(2, 4, 5), torch.zeros(3, 8, 10), r"\(2, 4, 5\) and the image \(3, 8, 10\)"),
         (torch.zeros(2, 4, 5), torch.zeros(1, 4, 5), r"the image \(1, 4, 5\)"),
-        (torch.zeros(1, 2, 4, 5), torch.zeros(1, 3, 4, 5), r"expected \[C, H, W\]"),
         (torch.zeros(4, 5), torch.zeros(3, 4, 5), r"scores have shape \(4, 5\)"),
-        (torch.zeros(2, 4, 5), torch.zeros(3, 4, 5, dtype=torch.uint8), "the image is torch.uint8"),
-        (torch.zeros(2, 4, 5, dtype=torch.long), torch.zeros(3, 4, 5), "scores is torch.int64"),
+        (torch.zeros(2, 4, 5), torch.zeros(3, 4, 5, dtype=torch.uint8), "the image torch.uint8"),
+        (torch.zeros(2, 4, 5, dtype=torch.long), torch.zeros(3, 4, 5), "scores are torch.int64"),
     ],
 )
 def test_other_sizes_and_types(scores, image, message):

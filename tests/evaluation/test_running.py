@@ -17,17 +17,11 @@ from PIL import Image
 from tiny_models import make_photo
 
 from pgseg_hf import SegmentationOptions, load_segmenter
-from pgseg_hf.evaluation import MaskFolder, MaskOptions, evaluate_masks, running
-from pgseg_hf.evaluation.classification import Classes, Classifier, LabelledPicture
+from pgseg_hf.evaluation import MaskFolder, MaskOptions, Picture, evaluate_masks, running
+from pgseg_hf.evaluation.classification import ClassificationScores, Classifier
 from pgseg_hf.evaluation.evaluator import SegmentedPicture
-from pgseg_hf.evaluation.running import (
-    Output,
-    checkpoint_hash,
-    classify_in_parts,
-    draw_evaluation,
-    evaluate_in_parts,
-    versions,
-)
+from pgseg_hf.evaluation.metrics.mean_iou import MeanIoU
+from pgseg_hf.evaluation.running import Output, checkpoint_hash, draw_evaluation, evaluate_in_parts, versions
 from pgseg_hf.visualization import overlay
 
 OPTIONS = MaskOptions(oracle=True, groups=True, skip_broken=True)
@@ -40,7 +34,7 @@ def small_chunks(monkeypatch):
 
 
 class Recorder(KnownGroups):
-    """Keeps the sizes of the pictures that it segments, and stops at the given one."""
+    """Keeps the sizes of the images that it segments, and stops at the given one."""
 
     def __init__(self, stop_at=None):
         super().__init__(one_hot(0, 1, 1, 2))
@@ -76,37 +70,35 @@ def figures(scores):
 
 
 def assert_same(scores, expected):
-    for mine, its in zip(scores._matrices(), expected._matrices(), strict=True):
-        assert mine.counts.tolist() == its.counts.tolist()
-    np.testing.assert_allclose(scores.groups.as_array(), expected.groups.as_array(), rtol=1e-12)
+    assert set(scores.arrays()) == set(expected.arrays())
+    for name, sums in scores.arrays().items():
+        np.testing.assert_allclose(sums, expected.arrays()[name], rtol=1e-12, err_msg=name)
     assert (scores.pictures, scores.broken) == (expected.pictures, expected.broken)
 
 
 @pytest.mark.parametrize("thresholds", [(), (0.2, 0.9)])
 def test_parts_give_what_one_pass_gives(tmp_path, thresholds):
-    folder = MaskFolder(make_folder(tmp_path / "data", masks_of(5), {**LABELS, "background": 0}))
-    options = OPTIONS
+    masks = masks_of(5)
+    masks[0][0, 0] = 255
+    folder = MaskFolder(make_folder(tmp_path / "data", masks, {**LABELS, "background": 0}))
+    options, segmenter = OPTIONS, Recorder()
     if thresholds:
         segmentation = SegmentationOptions(background_threshold=0.5)
         options = replace(OPTIONS, segmentation=segmentation, thresholds=thresholds)
-    segmenter = Recorder()
-    if thresholds:
         segmenter.scores = segmenter.scores[:, 1:]
     scores = evaluate_in_parts(segmenter, folder, options, prepared(tmp_path / "out"))
     assert segmenter.sizes == [8, 10, 12, 14, 16]
     expected = evaluate_masks(segmenter, folder, options)
     assert_same(scores, expected)
-    assert list(scores.by_threshold) == list(thresholds)
-    assert sorted(path.name for path in (tmp_path / "out" / "parts").iterdir()) == [
-        "000000.npz",
-        "000001.npz",
-        "000002.npz",
-    ]
+    assert list(scores.by_threshold) == list(thresholds) and scores.confusion.ignored == 1
+    parts = sorted(path.name for path in (tmp_path / "out" / "parts").iterdir())
+    assert parts == ["000000.npz", "000001.npz", "000002.npz"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["parts", "run.json"]
     segmenter.sizes.clear()
     again = evaluate_in_parts(segmenter, folder, options, prepared(tmp_path / "out"))
     assert_same(again, expected)
-    assert figures(again) == figures(scores) and segmenter.sizes == []
-    assert again.seconds == pytest.approx(scores.seconds)
+    assert (scores.reused, again.reused, segmenter.sizes) == (0, 5, [])
+    assert figures(again) == figures(scores) and again.seconds == pytest.approx(scores.seconds)
 
 
 def test_a_stopped_run_goes_on(tmp_path, folder):
@@ -141,21 +133,18 @@ def test_a_damaged_part_is_counted_again(tmp_path, folder, content, caplog):
 
 def test_a_run_of_something_else_is_not_mixed_in(tmp_path, folder):
     output = prepared(tmp_path / "out")
-    evaluate_in_parts(Recorder(), folder, OPTIONS, output)
+    evaluate_in_parts(Recorder(), folder, OPTIONS, output, save_predictions=True, num_pictures=1)
     assert json.loads((tmp_path / "out" / "run.json").read_text())["threshold"] is None
-    message = "with threshold = None there and 0.5 now; dtype = None there and 'bfloat16' now. Choose another"
-    with pytest.raises(ValueError, match=message):
-        prepared(tmp_path / "out", threshold=0.5, dtype="bfloat16")
+    with pytest.raises(ValueError, match=r"threshold = None there and 0.5 now; dtype = None there"):
+        prepared(tmp_path / "out", threshold=0.5, dtype="bf16")
     segmenter = Recorder()
     evaluate_in_parts(segmenter, folder, OPTIONS, output)
     assert segmenter.sizes == [], "the refused run has dropped parts"
 
     other = Output(tmp_path / "out", {**RECORD, "threshold": 0.5}, overwrite=True)
     other.prepare()
-    assert not (tmp_path / "out" / "parts").exists()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["run.json"]
     assert json.loads((tmp_path / "out" / "run.json").read_text())["threshold"] == 0.5
-    evaluate_in_parts(segmenter, folder, OPTIONS, other)
-    assert len(segmenter.sizes) == 5
 
 
 @pytest.mark.parametrize("content", [None, "{", "[]"])
@@ -164,19 +153,17 @@ def test_parts_without_a_record_are_left_alone(tmp_path, folder, content):
     record = tmp_path / "out" / "run.json"
     record.unlink() if content is None else record.write_text(content)
     before = sorted((tmp_path / "out" / "parts").iterdir())
-    message = "parts is there and of no evaluation" if content is None else "run.json cannot be read"
-    with pytest.raises(ValueError, match=f"{message}.*choose another"):
-        prepared(tmp_path / "out")
+    for overwrite in (False, True):
+        with pytest.raises(ValueError, match=r"parts is there|run.json cannot be read"):
+            Output(tmp_path / "out", RECORD, overwrite).prepare()
     assert sorted((tmp_path / "out" / "parts").iterdir()) == before
 
 
 def test_broken_pictures_are_named_by_parts_too(tmp_path, folder):
-    path = folder.pictures[2].image
+    path, strict = folder.pictures[2].image, replace(OPTIONS, skip_broken=False)
     path.write_bytes(path.read_bytes()[:300])
     with pytest.raises(ValueError, match=r"002.jpg"):
-        evaluate_in_parts(
-            Recorder(), folder, replace(OPTIONS, skip_broken=False), prepared(tmp_path / "stopped")
-        )
+        evaluate_in_parts(Recorder(), folder, strict, prepared(tmp_path / "stopped"))
     for sizes in ([8, 10, 14, 16], []):
         segmenter = Recorder()
         output = prepared(tmp_path / "out")
@@ -185,39 +172,29 @@ def test_broken_pictures_are_named_by_parts_too(tmp_path, folder):
         assert list(scores.broken) == ["images/002"] and "002.jpg" in scores.broken["images/002"]
         assert scores.pictures == 4
     with pytest.raises(ValueError, match=r"002.jpg"):
-        evaluate_in_parts(Recorder(), folder, replace(OPTIONS, skip_broken=False), output)
+        evaluate_in_parts(Recorder(), folder, strict, output)
     whole = folder.only(folder.pictures[:2] + folder.pictures[3:])
     expected = evaluate_masks(Recorder(), whole, OPTIONS)
     assert scores.confusion.counts.tolist() == expected.confusion.counts.tolist()
 
 
-@pytest.mark.parametrize(
-    ("background", "values"),
-    [(None, [[0, 1], [1, 2]]), (0, [[0, 1], [1, 2]]), (2, [[0, 1], [1, 2]])],
-)
-def test_predictions_and_pictures(tmp_path, background, values):
+@pytest.mark.parametrize("background", [None, 0, 2])
+def test_predictions_and_pictures(tmp_path, background):
     labels = {**LABELS, "background": background}
     folder = MaskFolder(make_folder(tmp_path / "data", masks_of(5), labels))
     output = prepared(tmp_path / "out")
-    evaluate_in_parts(
-        KnownGroups(one_hot(0, 1, 1, 2)), folder, OPTIONS, output, save_predictions=True, num_pictures=2
-    )
+    evaluate_in_parts(KnownGroups(one_hot(0, 1, 1, 2)), folder, OPTIONS, output, True, num_pictures=2)
     for number in range(5):
         mask = Image.open(tmp_path / "out" / "predictions" / "images" / f"{number:03d}.png")
         assert mask.mode == "P" and mask.size == (8, 8 + 2 * number)
         half = 4 + number
         quarters = np.asarray(mask)[[0, half - 1, half, -1]][:, [0, 3, 4, 7]]
-        np.testing.assert_array_equal(quarters, np.kron(values, np.ones((2, 2), int)))
+        np.testing.assert_array_equal(quarters, np.kron([[0, 1], [1, 2]], np.ones((2, 2), int)))
     palette = mask.getpalette()
     assert (palette[:3] == [0, 0, 0]) == (background == 0)
     drawn = tmp_path / "out" / "pictures" / "images"
     assert sorted(path.name for path in drawn.iterdir()) == ["000.jpg", "002.jpg"]
     assert all(Image.open(path).width >= 3 * 8 for path in drawn.iterdir())
-
-
-def test_without_files_only_parts_are_written(tmp_path, folder):
-    evaluate_in_parts(Recorder(), folder, OPTIONS, prepared(tmp_path / "out"))
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["parts", "run.json"]
 
 
 def test_files_that_are_missing_are_made_later(tmp_path, folder):
@@ -279,14 +256,23 @@ def test_hash_of_weights_and_versions(tmp_path, tiny_folder):
 
 
 def classify(segmenter, count, folder):
-    """Counts so many pictures, the third of which is broken."""
+    """Counts so many images, the third of which is broken."""
     names = ["cat", "dog", "grass", "sky", "road", "tree", "car"]
-    pictures = [LabelledPicture(f"p{n}", make_photo(20 + 9 * n, 50, seed=n), n % 7) for n in range(count)]
+    pictures = [Picture(f"p{n}", make_photo(20 + 9 * n, 50, seed=n), label=n % 7) for n in range(count)]
     pictures[2:3] = [replace(each, image=b"") for each in pictures[2:3]]
     classifier = Classifier(segmenter.model, segmenter.processor, names, batch_size=2, skip_broken=True)
-    classes = Classes("test", names, lambda: iter(pictures))
-    scores = classify_in_parts(classifier, classes, Output(folder / f"classes-{count}", RECORD))
+    scores = Output(folder / f"classes-{count}", RECORD).count(classifier, iter(pictures), 2)
     return {"hits": scores.hits.tolist(), "pictures": scores.pictures, "broken": scores.broken}
+
+
+def mean_iou(count, rank=None):
+    """Figures of so many maps; of two processes the first has all but the last, so that one has none of 0 and 1."""
+    own = {None: np.s_[:], 0: np.s_[:-1], 1: np.s_[-1:]}[rank]
+    truths, predictions = np.random.default_rng(0).integers(0, 3, (2, count, 4, 5))
+    metric = MeanIoU(5)
+    metric.confusion.counts[1, 1] = 0 if rank == 0 else 2**33
+    found = metric.compute(predictions=predictions[own], references=truths[own])
+    return {name: np.asarray(value).tolist() for name, value in found.items()}
 
 
 @dataclass
@@ -298,17 +284,21 @@ class OneProcess:
     checkpoint: str
 
     def run(self):
-        running.CHUNK = running.CLASSIFICATION_CHUNK = 2
-        torch.set_num_threads(1)
+        running.CHUNK = 2
+        PartialState._reset_state()
         os.environ |= {"RANK": str(self.rank), "LOCAL_RANK": str(self.rank), "MASTER_ADDR": "localhost"}
         os.environ |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
         rendezvous = f"file://{self.folder}/rendezvous"
         dist.init_process_group("gloo", init_method=rendezvous, rank=self.rank, world_size=2)
         state = PartialState(cpu=True)
         assert (state.num_processes, state.process_index) == (2, self.rank)
-        results = [self.evaluate(count) for count in range(6)]
         segmenter = load_segmenter(self.checkpoint)
-        results.append([classify(segmenter, count, self.folder) for count in (0, 1, 4, 9)])
+        results = {
+            "masks": [self.evaluate(count) for count in range(6)],
+            "classes": [classify(segmenter, count, self.folder) for count in (0, 1, 4, 9)],
+            "mean_iou": [mean_iou(count, self.rank) for count in range(3)],
+            "seconds": ClassificationScores(seconds=self.rank + 1.0).sum_over_processes().seconds,
+        }
         (self.folder / f"{self.rank}.json").write_text(json.dumps(results))
         dist.destroy_process_group()
 
@@ -318,8 +308,9 @@ class OneProcess:
         segmenter = Recorder()
         output = prepared(self.folder / str(count))
         scores = evaluate_in_parts(segmenter, folder, OPTIONS, output, count != 4)
-        arrays = {name: array.tolist() for name, array in scores.to_arrays().items()}
-        return {"sizes": segmenter.sizes, "arrays": arrays}
+        sums = {name: array.tolist() for name, array in scores.arrays().items()}
+        told = {"pictures": scores.pictures, "broken": scores.broken, "reused": scores.reused}
+        return {"sizes": segmenter.sizes, "sums": sums, "told": told}
 
 
 def one_of_two_processes(rank, folder, checkpoint):
@@ -329,32 +320,35 @@ def one_of_two_processes(rank, folder, checkpoint):
 def test_two_processes_give_what_one_gives(tmp_path, tiny_folder, tiny_segmenter):
     folder = MaskFolder(make_folder(tmp_path / "data", masks_of(5)))
     folder.pictures[3].image.write_bytes(b"\xff\xd8 broken")
-    # The run of four pictures was begun by one process, which did the second part.
+    # The run of four images was begun by one process, which did the second part.
     begun = folder.only(folder.pictures[:4])
     evaluate_in_parts(Recorder(), begun, OPTIONS, prepared(tmp_path / "4"))
     (tmp_path / "4" / "parts" / "000000.npz").unlink()
-    mp.spawn(one_of_two_processes, args=(str(tmp_path), tiny_folder), nprocs=2)
+    # Forked, so that the processes do not import everything again.
+    mp.start_processes(one_of_two_processes, args=(str(tmp_path), tiny_folder), nprocs=2, start_method="fork")
     results = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
     for count in range(6):
-        own = [each[count]["sizes"] for each in results]
-        # All whole pictures once; of four pictures no process has to do the second part again.
+        own = [each["masks"][count]["sizes"] for each in results]
+        # All whole images once; of four images no process has to do the second part again.
         expected = {3: [8, 10, 12], 4: [8, 10], 5: [8, 10, 12, 16]}.get(count, [8, 10][:count])
         assert sorted(own[0] + own[1]) == expected
-        part = folder.only(folder.pictures[:count])
-        alone = evaluate_masks(Recorder(), part, OPTIONS).to_arrays()
+        alone = evaluate_masks(Recorder(), folder.only(folder.pictures[:count]), OPTIONS)
+        told = {"pictures": alone.pictures, "broken": alone.broken, "reused": 1 if count == 4 else 0}
         for each in results:
-            arrays = each[count]["arrays"]
-            assert set(arrays) == set(alone)
-            for name in set(arrays) - {"seconds", "broken"}:
-                np.testing.assert_allclose(arrays[name], alone[name], rtol=1e-12, err_msg=name)
-            assert arrays["broken"] == alone["broken"].tolist()
+            assert each["masks"][count]["told"] == told
+            for name, sums in alone.arrays().items():
+                np.testing.assert_allclose(each["masks"][count]["sums"][name], sums, rtol=1e-12, err_msg=name)
         if count not in (0, 4):
             found = sorted(path.stem for path in (tmp_path / str(count)).glob("predictions/images/*.png"))
             assert found == [f"{number:03d}" for number in range(count) if number != 3]
     # Whole chunks belong to a process: 0 and 2 to the first, 1 to the second.
-    assert [each[5]["sizes"] for each in results] == [[8, 10, 16], [12]]
+    assert [each["masks"][5]["sizes"] for each in results] == [[8, 10, 16], [12]]
 
     expected = [classify(tiny_segmenter, count, tmp_path / "alone") for count in (0, 1, 4, 9)]
     assert [each["pictures"] for each in expected] == [0, 1, 3, 8] and list(expected[3]["broken"]) == ["p2"]
     assert 0 < expected[3]["hits"][1] < 8
-    assert all(each[6] == expected for each in results)
+    for each in results:
+        assert (each["classes"], each["seconds"]) == (expected, 2.0)
+        for count, found in enumerate(each["mean_iou"]):
+            for name, value in mean_iou(count).items():
+                np.testing.assert_array_equal(found[name], value)

@@ -4,22 +4,16 @@ import itertools
 import json
 import os
 import pickle
-import random
 import shutil
-import signal
-import subprocess
-import sys
-import textwrap
 import time
 
-import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from torch import nn
+from training_runs import Training
 
 from pgseg_hf.training import checkpoints
 from pgseg_hf.training.checkpoints import (
@@ -27,56 +21,16 @@ from pgseg_hf.training.checkpoints import (
     load_checkpoint,
     prepare_output_dir,
     resolve_resume,
-    save_checkpoint,
 )
-from pgseg_hf.training.optimization import ExponentialMovingAverage, build_optimizer, cosine_schedule
 
 
 @pytest.fixture(autouse=True)
 def fresh_accelerator():
     AcceleratorState._reset_state(reset_partial_state=True)
+    checkpoints.logging.enable_propagation()
     yield
+    checkpoints.logging.disable_propagation()
     AcceleratorState._reset_state(reset_partial_state=True)
-
-
-class Training:
-    """A tiny run whose steps draw from all three random generators and whose model has buffers."""
-
-    def __init__(self, seed=0, averaged=True):
-        for set_seed in (random.seed, np.random.seed, torch.manual_seed):
-            set_seed(seed)
-        self.accelerator = Accelerator(cpu=True, step_scheduler_with_optimizer=False)
-        model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 1))
-        self.average = ExponentialMovingAverage(model, decay=0.8) if averaged else None
-        optimizer = build_optimizer(model, learning_rate=0.1)
-        schedule = cosine_schedule(optimizer, 2, 20)
-        self.model, self.optimizer, self.schedule = self.accelerator.prepare(model, optimizer, schedule)
-
-    def step(self):
-        inputs = torch.randn(4, 3) + random.random() + torch.from_numpy(np.random.rand(4, 3)).float()
-        loss = self.model(inputs).square().mean()
-        self.accelerator.backward(loss)
-        self.optimizer.step()
-        self.schedule.step()
-        self.optimizer.zero_grad()
-        if self.average is not None:
-            self.average.update_parameters(self.accelerator.unwrap_model(self.model))
-        return loss.item(), self.schedule.get_last_lr()
-
-    def save(self, folder, step, **kwargs):
-        position = {"batch": step, "rank": self.accelerator.process_index}
-        return save_checkpoint(self.accelerator, folder, step, position, ema=self.average, **kwargs)
-
-    def load(self, path):
-        return load_checkpoint(self.accelerator, path, self.average)
-
-    def state(self):
-        parts = {"model": self.model.state_dict()}
-        if self.average is not None:
-            parts["average"] = self.average.state_dict()
-        return {
-            f"{part}.{name}": value.clone() for part, state in parts.items() for name, value in state.items()
-        }
 
 
 def assert_same(first, second):
@@ -89,71 +43,46 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_a_resumed_run_goes_on_bit_for_bit(tmp_path):
-    run = Training()
-    for _ in range(3):
-        run.step()
-    path = run.save(tmp_path, 3, extra={"best_mean_iou": 0.25})
-    expected, state = [run.step() for _ in range(4)], run.state()
-    assert path == tmp_path / "checkpoint-00000003"
-
-    resumed = Training(seed=1)
-    resumed.step()
-    progress, position = resumed.load(path)
-    assert progress == {"step": 3, "world_size": 1, "best_mean_iou": 0.25}
-    assert position == {"batch": 3, "rank": 0}
-    assert [resumed.step() for _ in range(4)] == expected
-    assert_same(resumed.state(), state)
-    for group, other in zip(run.optimizer.param_groups, resumed.optimizer.param_groups, strict=True):
-        for parameter, twin in zip(group["params"], other["params"], strict=True):
-            assert_same(run.optimizer.state[parameter], resumed.optimizer.state[twin])
-
-
-def test_resuming_twice_equals_never_stopping(tmp_path):
-    run = Training()
-    expected = [run.step() for _ in range(6)]
-    found = []
+def test_a_resumed_run_goes_on_bit_for_bit_and_once_more(tmp_path):
+    whole = Training()
+    expected = [whole.step() for _ in range(6)]
+    found, path = [], None
     for part in range(3):
         run = Training(seed=part)
-        path = prepare_output_dir(run.accelerator, tmp_path, "latest" if part else None)
-        assert (path is None) == (part == 0)
+        assert prepare_output_dir(run.accelerator, tmp_path, "latest" if part else None) == path
         if path is not None:
-            run.load(path)
+            progress, position = run.load(path)
+            assert progress == {"step": 2 * part, "world_size": 1, "best_mean_iou": 0.25}
+            assert position == {"batch": 2 * part, "rank": 0}
         found += [run.step(), run.step()]
-        run.save(tmp_path, 2 * part + 2)
+        path = run.save(tmp_path, 2 * part + 2, extra={"best_mean_iou": 0.25})
+    assert path == tmp_path / "checkpoint-00000006"
     assert found == expected
+    assert_same(run.state(), whole.state())
+    for group, other in zip(run.optimizer.param_groups, whole.optimizer.param_groups, strict=True):
+        for parameter, twin in zip(group["params"], other["params"], strict=True):
+            assert_same(run.optimizer.state[parameter], whole.optimizer.state[twin])
 
 
 def test_the_newest_are_kept(tmp_path):
     run = Training()
     (tmp_path / "checkpoint-best").mkdir()
     (tmp_path / "checkpoint-00000000").mkdir()
-    for step in (9, 10, 99_999_999, 100_000_000):
-        run.save(tmp_path, step, keep=2)
+    left = tmp_path / ".partial-checkpoint-00000009"
+    left.mkdir()
+    (left / "left by a kill").write_bytes(b"half")
+    assert "left by a kill" not in names(run.save(tmp_path, 9))
+    for step in (10, 99_999_999, 100_000_000):
+        path = run.save(tmp_path, step, keep=2)
     foreign = ["checkpoint-00000000", "checkpoint-best"]
     assert names(tmp_path) == sorted([*foreign, "checkpoint-100000000", "checkpoint-99999999"])
     assert find_latest(tmp_path).name == "checkpoint-100000000"
-    with pytest.raises(ValueError, match="keep is 0"):
-        run.save(tmp_path, 11, keep=0)
-
-
-def test_a_saved_step_stays_as_it_is(tmp_path):
-    run = Training()
-    path = run.save(tmp_path, 1)
     before = {file.name: file.read_bytes() for file in path.iterdir()}
     run.step()
-    assert run.save(tmp_path, 1) == path
+    assert run.save(tmp_path, 100_000_000) == path, "a saved step stays as it is"
     assert {file.name: file.read_bytes() for file in path.iterdir()} == before
-
-
-def test_leftovers_of_a_kill_are_no_part_of_a_checkpoint(tmp_path):
-    run = Training()
-    left = tmp_path / ".partial-checkpoint-00000001"
-    left.mkdir()
-    (left / "custom_checkpoint_0.pkl").write_bytes(b"half")
-    path = run.save(tmp_path, 1)
-    assert names(tmp_path) == [path.name]
-    run.load(path)
+    with pytest.raises(ValueError, match="keep is 0"):
+        run.save(tmp_path, 11, keep=0)
 
 
 # Damage
@@ -170,11 +99,7 @@ def test_a_damaged_latest_checkpoint_gives_way_to_the_one_before(tmp_path, name,
     if name == "progress.json":
         content = content[:20]
     (last / name).write_bytes(content)
-    checkpoints.logging.enable_propagation()
-    try:
-        assert prepare_output_dir(run.accelerator, tmp_path, "latest") == first
-    finally:
-        checkpoints.logging.disable_propagation()
+    assert prepare_output_dir(run.accelerator, tmp_path, "latest") == first
     assert "checkpoint-00000002 is damaged" in caplog.text
     assert "checkpoint-00000001 the latest" in caplog.text
     assert names(tmp_path) == [first.name, f"damaged-{last.name}"]
@@ -186,37 +111,17 @@ def test_where_no_checkpoint_is_whole_nothing_is_renamed(tmp_path):
     path = run.save(tmp_path, 1)
     (path / "optimizer.bin").unlink()
     for argument in ("latest", str(path)):
-        with pytest.raises(
-            ValueError, match=r"checkpoint-00000001 is damaged: .*optimizer.bin.*--overwrite_output"
-        ):
+        with pytest.raises(ValueError, match=r"checkpoint-00000001 is damaged: .*optimizer.bin"):
             prepare_output_dir(run.accelerator, tmp_path, argument)
     assert names(tmp_path) == [path.name]
-
-
-def test_a_checkpoint_of_other_dependencies_is_refused(tmp_path):
-    run = Training()
-    path = run.save(tmp_path, 1, extra={"depends_on": {"looks": 1, "loss": "info_nce"}})
-    run.step()
-    state = run.state()
-    with pytest.raises(
-        ValueError, match=r"is of another run: loss was info_nce and is sigmoid\. Change this back"
-    ):
-        load_checkpoint(run.accelerator, path, run.average, {"looks": 1, "loss": "sigmoid"})
-    assert_same(run.state(), state)
-    load_checkpoint(run.accelerator, path, run.average, {"looks": 1, "loss": "info_nce"})
 
 
 # What a checkpoint may be resumed by
 
 
 def test_latest_of_nothing_starts_anew(tmp_path, caplog):
-    logging = checkpoints.logging
-    logging.enable_propagation()
-    try:
-        assert resolve_resume(tmp_path / "absent", "latest") is None
-    finally:
-        logging.disable_propagation()
-    assert "absent holds no checkpoint to resume from: training starts anew" in caplog.text
+    assert resolve_resume(tmp_path / "absent", "latest") is None
+    assert "absent holds no checkpoint" in caplog.text
     assert resolve_resume(tmp_path / "absent", None) is None
     assert find_latest(tmp_path / "absent") is None
 
@@ -224,20 +129,17 @@ def test_latest_of_nothing_starts_anew(tmp_path, caplog):
 def test_checkpoints_are_never_overwritten_by_accident(tmp_path):
     run = Training()
     first, last = (run.save(tmp_path / "run", step) for step in (1, 2))
-    with pytest.raises(
-        ValueError, match="holds checkpoints, the last is checkpoint-00000002; pass --resume_from"
-    ):
-        prepare_output_dir(run.accelerator, tmp_path / "run")
-    with pytest.raises(ValueError, match="would mix with"):
-        resolve_resume(tmp_path / "run", str(first))
     other = run.save(tmp_path / "other", 7)
-    with pytest.raises(ValueError, match="would mix with"):
-        resolve_resume(tmp_path / "run", str(other))
+    with pytest.raises(ValueError, match="checkpoint-00000002; pass --resume_from"):
+        prepare_output_dir(run.accelerator, tmp_path / "run")
+    for path in (first, other):
+        with pytest.raises(ValueError, match="would mix with"):
+            resolve_resume(tmp_path / "run", str(path))
     for folder in ("run", "other", "run/checkpoint-00000009"):
         with pytest.raises(ValueError, match="is no checkpoint of training"):
             resolve_resume(tmp_path / "run", str(tmp_path / folder))
-    assert resolve_resume(tmp_path / "run", "latest") == last
-    assert resolve_resume(tmp_path / "run", str(last)) == last
+    for argument in ("latest", str(last)):
+        assert resolve_resume(tmp_path / "run", argument) == last
     assert resolve_resume(tmp_path / "new", str(other)) == other
     assert names(tmp_path / "run") == [first.name, last.name]
 
@@ -289,11 +191,18 @@ def test_random_states_that_accelerate_cannot_set_are_noticed(tmp_path):
 
 
 def test_checkpoints_of_other_settings_are_refused(tmp_path):
-    path = Training().save(tmp_path / "averaged", 1)
-    with pytest.raises(ValueError, match="has averaged weights, this run does not average"):
+    run = Training()
+    path = run.save(tmp_path / "averaged", 1, extra={"depends_on": {"looks": 1, "loss": "info_nce"}})
+    run.step()
+    state = run.state()
+    with pytest.raises(ValueError, match="loss was info_nce and is sigmoid"):
+        load_checkpoint(run.accelerator, path, run.average, {"looks": 1, "loss": "sigmoid"})
+    assert_same(run.state(), state)
+    load_checkpoint(run.accelerator, path, run.average, {"looks": 1, "loss": "info_nce"})
+    with pytest.raises(ValueError, match="has averaged weights"):
         Training(averaged=False).load(path)
     plain = Training(averaged=False).save(tmp_path / "plain", 1)
-    with pytest.raises(ValueError, match="lacks averaged weights, this run needs them"):
+    with pytest.raises(ValueError, match="lacks averaged weights"):
         Training().load(plain)
     content = json.loads((path / "progress.json").read_text())
     (path / "progress.json").write_text(json.dumps({**content, "world_size": 8}))
@@ -333,9 +242,7 @@ class Killed(BaseException):
 
 OPERATIONS = (
     *((os, name) for name in ("replace", "mkdir", "fsync", "unlink", "rmdir")),
-    *((checkpoints, name) for name in ("write_json", "save_model")),
-    *((torch, name) for name in ("save",)),
-    (Accelerator, "save_state"),
+    *((checkpoints, "write_json"), (checkpoints, "save_model"), (torch, "save"), (Accelerator, "save_state")),
 )
 
 
@@ -411,52 +318,13 @@ def test_everything_is_on_the_disk_before_it_takes_its_name(tmp_path, monkeypatc
     assert flushed[-1] == tmp_path.name
 
 
-SAVE_IN_A_LOOP = """
-    import sys
-    from pathlib import Path
-    sys.path[:0] = {paths!r}
-    from test_checkpoints import Training
-    run = Training()
-    for step in range(1, 100_000):
-        run.step()
-        run.save(Path({folder!r}), step, keep=2)
-"""
-
-
-def test_a_real_kill_leaves_a_usable_checkpoint(tmp_path):
-    here = os.path.dirname(__file__)
-    code = textwrap.dedent(SAVE_IN_A_LOOP).format(
-        paths=[here, os.path.dirname(here)], folder=str(tmp_path / "run")
-    )
-    process = subprocess.Popen([sys.executable, "-c", code])
-    try:
-        deadline = time.monotonic() + 60
-        while (latest := find_latest(tmp_path / "run")) is None or latest.name < "checkpoint-00000005":
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.01)
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    run = Training(seed=3)
-    path = prepare_output_dir(run.accelerator, tmp_path / "run", "latest")
-    progress, position = run.load(path)
-    assert progress["step"] == position["batch"] >= 5
-    run.save(tmp_path / "run", progress["step"] + 1, keep=1)
-    assert names(tmp_path / "run") == [f"checkpoint-{progress['step'] + 1:08d}"]
-
-
 # Two processes
 
 
 def slowly(name):
     """Makes a step of saving so slow that a process that does not wait would overtake."""
     original = getattr(checkpoints, name)
-
-    def slow(*args, **kwargs):
-        time.sleep(0.1)
-        return original(*args, **kwargs)
-
-    setattr(checkpoints, name, slow)
+    setattr(checkpoints, name, lambda *args: (time.sleep(0.1), original(*args))[1])
 
 
 def one_of_two_processes(rank, folder):

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from tiny_models import CLIP_TEXT, tiny_model
-from transformers import Trainer, TrainingArguments
 
 from pgseg_hf import PGSegImageProcessorPil, PGSegProcessor, default_tokenizer
 from pgseg_hf.training.batches.collator import PGSegCollator
@@ -42,15 +41,8 @@ def decode(tokenizer, ids):
 
 def test_paired(tokenizer):
     batch = PGSegCollator(tokenizer)(BATCH)
-    assert set(batch) == {
-        "pixel_values",
-        "input_ids",
-        "attention_mask",
-        "tag_input_ids",
-        "tag_attention_mask",
-        "return_loss",
-    }
-    assert batch["return_loss"] is True
+    texts = {"input_ids", "attention_mask", "tag_input_ids", "tag_attention_mask"}
+    assert set(batch) == texts | {"pixel_values", "return_loss"} and batch["return_loss"] is True
     assert batch["pixel_values"].dtype == torch.float32
     assert np.array_equal(batch["pixel_values"], np.stack([one.pixel_values for one in BATCH]))
     assert batch["input_ids"].shape == (3, 77) and batch["tag_input_ids"].shape == (3, 3, 77)
@@ -74,14 +66,9 @@ def test_paired_is_what_the_processor_makes(tokenizer):
     assert all(torch.equal(batch[name], expected[name]) for name in expected)
 
 
-def test_without_labels_there_is_no_multi_label_loss(tokenizer):
-    captions = [example("a dog"), example("a cat")]
-    assert "tag_input_ids" not in PGSegCollator(tokenizer)(captions)
-    assert "tag_input_ids" not in PGSegCollator(tokenizer, num_labels=0)(BATCH)
-
-
 @pytest.mark.parametrize("examples", [BATCH, [example("a dog"), example("a cat")]])
 def test_a_fixed_number_of_labels(tokenizer, examples):
+    assert "tag_input_ids" not in PGSegCollator(tokenizer, num_labels=0)(examples)
     batch = PGSegCollator(tokenizer, num_labels=2)(examples)
     assert batch["tag_input_ids"].shape == (len(examples), 2, 77)
     counts = batch["tag_attention_mask"].any(-1).sum(1)
@@ -108,15 +95,14 @@ def test_texts_that_are_cut_are_counted_and_told(tokenizer, caplog, monkeypatch)
 
 
 def test_shared(tokenizer):
-    batch = PGSegCollator(tokenizer, layout="shared")(BATCH)
+    collator = PGSegCollator(tokenizer, layout="shared")
+    batch = collator(BATCH)
     assert set(batch) == {"pixel_values", "input_ids", "attention_mask", "text_targets", "return_loss"}
-    assert decode(tokenizer, batch["input_ids"]) == [
-        "a photo of a dog.",
-        "a photo of grass.",
-        "nothing named",
-        "a photo of a hat.",
-    ]
+    texts = ["a photo of a dog.", "a photo of grass.", "nothing named", "a photo of a hat."]
+    assert decode(tokenizer, batch["input_ids"]) == texts
     assert batch["text_targets"].tolist() == [[1, 1, 0, 0], [0, 0, 1, 0], [1, 1, 0, 1]]
+    sent = pickle.loads(pickle.dumps(collator))(BATCH)
+    assert torch.equal(batch["input_ids"], sent["input_ids"])
 
 
 def test_texts_that_the_tokenizer_cannot_tell_apart_are_one(tokenizer):
@@ -148,25 +134,6 @@ def test_the_model_takes_it_and_learns(tokenizer, model, options):
     assert any(grad.abs().sum() > 0 for grad in grads)
 
 
-def test_trainer_uses_it(tokenizer, tmp_path):
-    model = tiny_model(text_config=CLIP_TEXT)
-    arguments = TrainingArguments(
-        output_dir=str(tmp_path),
-        max_steps=2,
-        per_device_train_batch_size=2,
-        remove_unused_columns=False,
-        use_cpu=True,
-        report_to=[],
-        save_strategy="no",
-        logging_steps=1,
-        disable_tqdm=True,
-    )
-    dataset = [vars(one) for one in BATCH * 2]
-    trainer = Trainer(model, arguments, data_collator=PGSegCollator(tokenizer), train_dataset=dataset)
-    assert trainer.train().training_loss > 0
-    assert trainer.state.global_step == 2
-
-
 def test_absent_labels_change_no_loss(tokenizer, model):
     losses = []
     for options in ({}, {"num_labels": 6}):
@@ -187,12 +154,6 @@ def test_mappings_are_examples_too(tokenizer):
     collator = PGSegCollator(tokenizer)
     batch, expected = collator(rows), collator(BATCH)
     assert all(torch.equal(batch[name], expected[name]) for name in set(batch) - {"return_loss"})
-
-
-def test_can_be_sent_to_worker_processes(tokenizer):
-    collator = PGSegCollator(tokenizer, layout="shared")
-    copy = pickle.loads(pickle.dumps(collator))
-    assert torch.equal(collator(BATCH)["input_ids"], copy(BATCH)["input_ids"])
 
 
 @pytest.mark.parametrize(
@@ -217,11 +178,8 @@ def test_a_tokenizer_without_a_limit_needs_a_context_length():
     tokenizer.model_max_length = int(1e30)
     with pytest.raises(ValueError, match="context_length is 1000"):
         PGSegCollator(tokenizer)
-
-
-def test_an_empty_batch(tokenizer):
     with pytest.raises(ValueError, match="no examples"):
-        PGSegCollator(tokenizer)([])
+        PGSegCollator(tokenizer, 77)([])
 
 
 def test_several_processes_have_batches_of_one_kind(tokenizer, monkeypatch):

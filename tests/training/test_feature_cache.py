@@ -11,6 +11,7 @@ from PIL import Image
 from tiny_backbones import BACKBONES, tiny_backbone_model
 from tiny_models import tiny_model
 
+from pgseg_hf import default_tokenizer
 from pgseg_hf.data.augmentation import AugmentationOptions
 from pgseg_hf.data.sources import SourceSpec, open_source
 from pgseg_hf.training.batches.collator import PGSegCollator
@@ -54,18 +55,9 @@ def test_examples_carry_features_into_a_batch(source, prepare, options):
     assert (
         example.pixel_values is None and example.labels == prepare(source[0], np.random.default_rng(0)).labels
     )
-    collate = PGSegCollator(FakeTokenizer(), context_length=8)
-    batch = collate([example, example])
+    batch = PGSegCollator(default_tokenizer())([example, example])
     assert "pixel_values" not in batch
     assert batch["backbone_features"].shape == (2, *example.backbone_features.shape)
-
-
-class FakeTokenizer:
-    model_max_length, pad_token_id = 8, 0
-
-    def __call__(self, texts, **kwargs):
-        ids = torch.arange(len(texts))[:, None].expand(-1, 8)
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
 def test_what_is_there_is_not_computed_again(source, prepare, options, monkeypatch):
@@ -84,11 +76,17 @@ def test_what_is_there_is_not_computed_again(source, prepare, options, monkeypat
     assert len(seen) == 1
 
 
-@pytest.mark.parametrize("change", ["backbone", "augmentation", "source"])
+@pytest.mark.parametrize("change", ["backbone", "backbone stages", "augmentation", "source"])
 def test_a_cache_of_something_else_is_refused(tmp_path, source, prepare, options, change):
-    cache_features([source], prepare, tiny_backbone_model().eval(), options)
-    model = tiny_backbone_model().eval()
-    if change == "backbone":
+    model = tiny_backbone_model("dinov2").eval()
+    cache_features([source], prepare, model, options)
+    if change == "backbone stages":
+        stages = {"model_type": "dinov2", **BACKBONES["dinov2"][0], "out_features": ["stage1"]}
+        other = tiny_backbone_model("dinov2", vision={"backbone_config": stages}).eval()
+        parts = [each.vision_model.embeddings.patch_embeddings.backbone for each in (model, other)]
+        parts[1].load_state_dict(parts[0].state_dict())
+        model = other
+    elif change == "backbone":
         with torch.no_grad():
             next(model.vision_model.embeddings.patch_embeddings.backbone.parameters()).add_(1)
     elif change == "augmentation":
@@ -97,19 +95,22 @@ def test_a_cache_of_something_else_is_refused(tmp_path, source, prepare, options
         lines = (tmp_path / "data" / "metadata.jsonl").read_text().splitlines()
         (tmp_path / "data" / "metadata.jsonl").write_text("\n".join([*lines[1:], lines[0]]) + "\n")
         source = open_source(SourceSpec(path=str(tmp_path / "data")))
-    with pytest.raises(ValueError, match=f"holds features with {change}"):
+    with pytest.raises(ValueError, match=f"holds features with {change.split()[0]}"):
         cache_features([source], prepare, model, options)
 
 
-def test_images_that_cannot_be_read_are_left_out(tmp_path, prepare, options):
+def test_images_that_cannot_be_read_are_left_out(tmp_path, prepare, options, monkeypatch):
     folder = Path(numbered_folder(tmp_path / "data", 4))
     name = json.loads((folder / "metadata.jsonl").read_text().splitlines()[2])["file_name"]
     (folder / name).write_bytes(b"no image")
     source = open_source(SourceSpec(path=str(folder)))
-    (cached,) = cache_features([source], prepare, tiny_backbone_model().eval(), options)
+    model = tiny_backbone_model().eval()
+    (cached,) = cache_features([source], prepare, model, options)
     with pytest.raises(ValueError, match="no usable view"):
         cached[2]
-    assert len(cached[1].views) == 2
+    assert len(cached[1].views) == 2 and cached.unusable() == [2]
+    monkeypatch.setattr(prepare, "draw", None)  # no second try
+    cache_features([source], prepare, model, options)
 
 
 def test_only_frozen_backbones_and_tables(source, prepare, options):
@@ -119,25 +120,15 @@ def test_only_frozen_backbones_and_tables(source, prepare, options):
         cache_features([source], prepare, tiny_backbone_model(vision={"freeze_backbone": False}), options)
 
 
-def test_a_disk_that_is_too_small_is_told_first(source, prepare, options, monkeypatch):
+def test_sizes_are_told_as_a_whole_and_a_disk_that_is_too_small(
+    source, prepare, options, monkeypatch, caplog
+):
+    model = tiny_backbone_model().eval()
     monkeypatch.setattr("shutil.disk_usage", lambda folder: type("Usage", (), {"free": 10})())
     with pytest.raises(ValueError, match="GiB are free"):
-        cache_features([source], prepare, tiny_backbone_model().eval(), options)
-
-
-def test_a_cache_of_other_stages_of_the_same_weights_is_refused(source, options):
-    prepare = Preparation(AugmentationOptions(image_size=16))
-
-    def model(stage):
-        config = {"model_type": "dinov2", **BACKBONES["dinov2"][0], "out_features": [stage]}
-        return tiny_backbone_model("dinov2", vision={"backbone_config": config}).eval()
-
-    first, second = model("stage1"), model("stage2")
-    parts = [each.vision_model.embeddings.patch_embeddings.backbone for each in (first, second)]
-    parts[1].load_state_dict(parts[0].state_dict())
-    cache_features([source], prepare, first, options)
-    with pytest.raises(ValueError, match="backbone"):
-        cache_features([source], prepare, second, options)
+        cache_features([source, source], prepare, model, options)
+    told = [line for line in caplog.messages if "GiB in" in line]
+    assert len(told) == 1 and "10 images in 2 views" in told[0]
 
 
 def test_values_beyond_float16_are_its_largest(source, prepare, options):
@@ -149,12 +140,6 @@ def test_values_beyond_float16_are_its_largest(source, prepare, options):
                 module.weight.mul_(1e4)
     (cached,) = cache_features([source], prepare, model, options)
     assert all(np.isfinite(view).all() for index in range(len(cached)) for view in cached[index].views)
-
-
-def test_sizes_are_told_as_a_whole(source, prepare, options, caplog):
-    cache_features([source, source], prepare, tiny_backbone_model().eval(), options)
-    told = [line for line in caplog.messages if "GiB in" in line]
-    assert len(told) == 1 and "10 images in 2 views" in told[0]
 
 
 def test_tags_of_any_length_are_kept(tmp_path, options):

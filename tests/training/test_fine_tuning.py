@@ -12,22 +12,31 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file
 from sklearn.metrics import average_precision_score
 from tiny_backbones import tiny_backbone_model
 from tiny_models import CLIP_TEXT
 
-from pgseg_hf import PGSegImageProcessorPil, PGSegProcessor, default_tokenizer, load_segmenter
+from pgseg_hf import PGSegConfig, PGSegImageProcessorPil, PGSegProcessor, default_tokenizer, load_segmenter
 from pgseg_hf.cli import main
-from pgseg_hf.data.photos import Photo, read_photos
+from pgseg_hf.data.photos import Record, read_photos
 from pgseg_hf.training.fine_tuning.report import (
     average_precisions,
     confused_labels,
     labels_always_together,
     precision_by_chance,
 )
-from pgseg_hf.training.fine_tuning.run import split_photos
+from pgseg_hf.training.fine_tuning.run import competing_words, split_photos
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
 
 COLOURS = {"rose": (200, 30, 40), "sea": (20, 60, 200), "meadow": (40, 180, 50)}
 PATIENCE = 900
@@ -106,6 +115,8 @@ def test_from_a_folder_and_a_table_to_a_model_with_a_report(photos, checkpoint, 
     assert not list(output.glob("checkpoint-*")) and not (photos.parent / "my-model-features").exists()
     segmenter = load_segmenter(output)
     assert sorted(segmenter.processor.vocabulary) == sorted(["cat", *COLOURS])
+    competing = json.loads((output / "split" / "labels.json").read_text())["names"]
+    assert sorted(competing) == sorted(["cat", *COLOURS])
     assert segmenter(photos / "00.png", list(COLOURS)).label_map.shape == (64, 72)
     assert f"its report: {output / 'report.md'}" in done.stdout
 
@@ -117,10 +128,9 @@ def test_from_a_folder_and_a_table_to_a_model_with_a_report(photos, checkpoint, 
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_with_the_same_command(photos, checkpoint):
+def test_a_killed_run_goes_on_with_the_same_command(photos, checkpoint, capsys):
     asked = command(photos, checkpoint, "--steps", "30")
-    whole = [part.replace("my-model", "whole") for part in asked]
-    assert subprocess.run([sys.executable, "-m", "pgseg_hf", *whole]).returncode == 0
+    assert main([part.replace("my-model", "whole") for part in asked]) == 0
     output = photos.parent / "my-model"
     for sign in ("my-model-features/*/states.npy", "my-model/checkpoint-00000010"):
         run = subprocess.Popen([sys.executable, "-m", "pgseg_hf", *asked])
@@ -131,9 +141,7 @@ def test_a_killed_run_goes_on_with_the_same_command(photos, checkpoint):
         run.send_signal(signal.SIGKILL)
         run.wait()
     assert not (output / "report.json").exists()
-    again = subprocess.run([sys.executable, "-m", "pgseg_hf", *asked], capture_output=True, text=True)
-    assert again.returncode == 0, again.stderr
-    assert "Going on from" in again.stdout
+    assert main(asked) == 0 and "Going on from" in capsys.readouterr().out
     ours, theirs = (load_file(photos.parent / name / "model.safetensors") for name in ("my-model", "whole"))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
@@ -142,11 +150,7 @@ def test_a_killed_run_goes_on_with_the_same_command(photos, checkpoint):
     ("table", "more", "message"),
     [
         ("file,labels\na.png,cat\n", [], "tags.csv has the columns file, labels, expected one of file names"),
-        (
-            "file_name,kind\n00.png,cat\n",
-            [],
-            "tags.csv has the columns file_name, kind, expected one of labels",
-        ),
+        ("file_name,kind\n00.png,cat\n", [], "tags.csv has the columns file_name, kind, expected tags"),
         ("file_name,tags\n00.png,7\n", [], r"row 1 of .*tags.csv has the label '7', expected a word"),
         ("file_name,tags\nx.png,cat\n", [], r"no photo can be used.*1 x no such file \(.*x.png \(row 1 of"),
         ("file_name,tags\n../x.png,cat\n", [], r"no photo can be used.*1 x bad path.*'../x.png' leads out"),
@@ -157,13 +161,10 @@ def test_a_killed_run_goes_on_with_the_same_command(photos, checkpoint):
         (None, ["--steps", "0"], "--steps is 0, expected at least 1"),
         (None, ["--held-out", "1.5"], "--held-out is 1.5, expected a share"),
         (None, ["--masks", "absent"], "--masks is absent, which is no folder"),
+        (None, ["--masks", "{taken}"], "taken"),
         (None, ["--model", "/absent/model"], "/absent/model is no folder"),
         (None, ["--output", "{photos}"], "which holds the photos"),
-        (
-            None,
-            ["--output", "{taken}"],
-            "taken holds something else; choose another --output, or pass --overwrite",
-        ),
+        (None, ["--output", "{taken}"], "taken holds something else"),
     ],
 )
 def test_mistakes_are_told_before_anything_is_written(photos, checkpoint, capsys, table, more, message):
@@ -179,6 +180,13 @@ def test_mistakes_are_told_before_anything_is_written(photos, checkpoint, capsys
     assert error.startswith("pgseg train: error: ") and "\n" not in error
     assert re.search(message, error), error
     assert sorted(photos.parent.rglob("*")) == before
+
+
+def test_known_words_compete_where_patches_are_named(checkpoint):
+    config = PGSegConfig.from_pretrained(checkpoint)
+    assert competing_words(str(checkpoint), config) == ["cat", "sea"]
+    config.contrastive_pooling = "groups"
+    assert competing_words(str(checkpoint), config) == []
 
 
 def test_one_label_for_all_is_refused(photos, checkpoint, capsys):
@@ -201,16 +209,16 @@ def test_labels_by_folders_rows_and_metadata(tmp_path):
     rows = [f"{name},{label}" for name, own in labels.items() for label in own]
     (tmp_path / "long.tsv").write_text("\n".join(["image,tags", *rows, "00.png,ROSE"]).replace(",", "\t"))
     found = read_photos(tmp_path / "flat", tmp_path / "long.tsv")
-    assert {photo.file_name: photo.labels for photo in found.photos} == labels and not found.left_out
+    assert {photo.name: photo.tags for photo in found.photos} == labels and not found.left_out
     rows = [{"file_name": name, "labels": own} for name, own in labels.items()]
     (tmp_path / "list.json").write_text(json.dumps(rows))
     found = read_photos(tmp_path / "flat", tmp_path / "list.json")
-    assert {photo.file_name: photo.labels for photo in found.photos} == labels
+    assert {photo.name: photo.tags for photo in found.photos} == labels
     lines = [json.dumps({"file_name": "00.png", "caption": "a rose"}), "no JSON", '{"file_name": "01.png"}']
     lines.append(json.dumps({"file_name": "a caption where the name should be " * 99, "caption": "a rose"}))
     (tmp_path / "flat" / "metadata.jsonl").write_text("\n".join(lines))
     found = read_photos(tmp_path / "flat")
-    assert [(photo.captions, photo.labels) for photo in found.photos] == [(["a rose"], [])]
+    assert [(photo.captions, photo.tags) for photo in found.photos] == [(["a rose"], [])]
     assert found.left_out["no label"] == ["01.png"] and len(found.left_out["broken row"]) == 1
     assert len(found.left_out["no such file"]) == 1
     (tmp_path / "flat" / "metadata.jsonl").unlink()
@@ -222,18 +230,19 @@ def test_labels_by_folders_rows_and_metadata(tmp_path):
 def test_the_held_out_part_has_every_label_that_can_be_spared(count):
     rng = np.random.default_rng(count)
     words = [f"label {number}" for number in range(10)]
-    photos = [
-        Photo(f"{n}.jpg", [words[n % 10], *(word for word in words[:2] if n % 10 > 1 and rng.random() < 0.3)])
+    labels = [
+        [words[n % 10], *(word for word in words[:2] if n % 10 > 1 and rng.random() < 0.3)]
         for n in range(count)
     ]
-    photos.append(Photo("single.jpg", ["only once"]))
+    photos = [Record("", tags=tags, name=str(n)) for n, tags in enumerate(labels)]
+    photos.append(Record("", [], ["only once"]))
     train, held_out = split_photos(photos, 0.2, seed=1)
     assert len(train) + len(held_out) == len(photos)
     assert len(held_out) == pytest.approx(min(0.2 * len(photos), 500), abs=1.1)
     assert split_photos(photos, 0.2, seed=1)[1] == held_out
     assert count < 200 or split_photos(photos, 0.2, seed=2)[1] != held_out
-    learned, measured = ({label for photo in part for label in photo.labels} for part in (train, held_out))
-    assert learned == {label for photo in photos for label in photo.labels}
+    learned, measured = ({label for photo in part for label in photo.tags} for part in (train, held_out))
+    assert learned == {label for photo in photos for label in photo.tags}
     assert "only once" not in measured
     assert count < 200 or measured == set(words)
 
@@ -255,5 +264,6 @@ def test_figures_of_the_report():
     scores = targets.astype(float)
     scores[:8, :2] = 1
     assert confused_labels(scores, targets, ["a", "b", "c"]) == [("a", "b", 0.0)]
-    photos = [Photo("1", ["a", "b"]), Photo("2", ["a", "b", "c"]), Photo("3", ["c"])]
+    labels = (["a", "b"], ["a", "b", "c"], ["c"])
+    photos = [Record("", tags=tags, name=str(number)) for number, tags in enumerate(labels)]
     assert labels_always_together(photos) == [["a", "b"]]

@@ -68,15 +68,16 @@ def assert_same(plain, cached, tolerance):
             torch.testing.assert_close(got[name], value, rtol=0, atol=tolerance * scale, msg=name)
 
 
-@pytest.mark.parametrize("layout", ["pairs", "labels", "shared"])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    ("variant", "layout"),
+    [*((variant, "labels") for variant in VARIANTS)]
+    + [(variant, layout) for variant in ("corrected", "mixture") for layout in ("pairs", "shared")],
+)
 def test_chunks_give_the_gradients_of_the_whole_batch(variant, layout):
-    if variant == "released" and layout == "shared":
-        pytest.skip("the released text prototypes need one text an image")
     model = with_fixed_statistics(without_noise(tiny_model(**VARIANTS[variant]).double()))
     inputs = inputs_of(layout)
     plain = state_after(model, inputs)
-    for chunk_size in (2, 3, 100):
+    for chunk_size in (2, 100):
         assert_same(plain, state_after(model, inputs, chunk_size), 1e-9)
 
 
@@ -98,12 +99,6 @@ def test_chunks_of_backbone_features(pooling):
     plain = state_after(model, inputs)
     features = model.vision_model.embeddings.features(inputs.pop("pixel_values"))
     assert_same(plain, state_after(model, inputs | {"backbone_features": features}, 3), 1e-9)
-
-
-def test_chunks_in_float32():
-    model = with_fixed_statistics(without_noise(tiny_model(assignment_weight=0.2)))
-    inputs = inputs_of("labels", batch=64, dtype=torch.float32)
-    assert_same(state_after(model, inputs), state_after(model, inputs, 8), 1e-5)
 
 
 @pytest.mark.parametrize("variant", ["released", "corrected", "assignment"])
@@ -161,28 +156,8 @@ def test_chunks_cover_the_batch_evenly(count, size):
 
 
 def test_chunks_of_one_are_refused():
-    with pytest.raises(ValueError, match="chunk_size is 1, expected at least 2"):
+    with pytest.raises(ValueError, match="chunk_size is 1"):
         GradientCache(tiny_model(), 1)
-
-
-def one_of_two_has_a_bad_loss(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    model = tiny_model(contrastive_loss="sigmoid").train()
-    inputs = inputs_of("labels", batch=4, dtype=torch.float32)
-    if rank == 1:
-        inputs["pixel_values"][0] = 1e30
-    total = GradientCache(model, 2).backward(inputs)["total"]
-    average_gradients(model.parameters())
-    torch.save((total, model.vision_model.layernorm.weight.grad), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
-
-
-def test_a_bad_loss_of_one_process_ends_the_step_of_both(tmp_path):
-    mp.spawn(one_of_two_has_a_bad_loss, args=(str(tmp_path),), nprocs=2)
-    (good, first), (bad, second) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
-    assert good.isfinite() and not bad.isfinite()
-    assert not first.any() and not second.any()
 
 
 def one_of_two_processes(rank, folder):
@@ -193,15 +168,23 @@ def one_of_two_processes(rank, folder):
     inputs = {name: value[part] for name, value in inputs_of("labels", batch=8).items()}
     GradientCache(model, 2).backward(inputs)
     average_gradients(model.parameters())
-    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
-    torch.save((gradients, dict(model.named_buffers())), f"{folder}/{rank}.pt")
+    good = {name: parameter.grad for name, parameter in model.named_parameters()}, dict(model.named_buffers())
+
+    model = tiny_model(contrastive_loss="sigmoid").train()
+    inputs = inputs_of("labels", batch=4, dtype=torch.float32)
+    if rank == 1:
+        inputs["pixel_values"][0] = 1e30
+    total = GradientCache(model, 2).backward(inputs)["total"]
+    average_gradients(model.parameters())
+    torch.save((good, (total, model.vision_model.layernorm.weight.grad)), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
-def test_chunks_on_two_processes_give_the_gradients_of_one(tmp_path):
+def test_two_processes_have_the_gradients_of_one_and_a_bad_loss_ends_the_step_of_both(tmp_path):
     mp.spawn(one_of_two_processes, args=(str(tmp_path),), nprocs=2)
     model = with_fixed_statistics(without_noise(tiny_model(assignment_weight=0.2).double()))
     plain = state_after(model, inputs_of("labels", batch=8))
     for rank in (0, 1):
-        gradients, buffers = torch.load(tmp_path / f"{rank}.pt")
+        (gradients, buffers), (total, gradient) = torch.load(tmp_path / f"{rank}.pt")
         assert_same(plain, (plain[0], gradients, buffers), 1e-9)
+        assert total.isfinite() == (rank == 0) and not gradient.any()

@@ -8,6 +8,7 @@ import torch
 from tiny_models import tiny_config, tiny_images, tiny_texts
 
 from pgseg_hf import PGSegConfig, PGSegModel, default_tokenizer
+from pgseg_hf.configuration_pgseg import NPR_VARIANTS
 from pgseg_hf.scoring import group_map
 from pgseg_hf.training.optimization import build_optimizer, cosine_schedule
 
@@ -92,23 +93,23 @@ def test_sixteen_pairs_are_learnt_and_groups_lie_on_the_objects():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("variant", ["none", "released", "corrected"])
-def test_500_steps_in_half_precision_stay_finite(variant, dtype):
+@pytest.mark.parametrize(
+    ("variant", "dtype"),
+    [*((variant, torch.bfloat16) for variant in NPR_VARIANTS), ("corrected", torch.float16)],
+)
+def test_many_steps_in_half_precision_stay_finite(variant, dtype):
     torch.manual_seed(0)
     fields = {"assignment_weight": 0.2, "contrastive_pooling": "groups"} if variant == "corrected" else {}
     config = tiny_config(npr_variant=variant, num_text_prototypes=4, guard_prototype_losses=True, **fields)
     model = PGSegModel(config).train()
     optimizer = build_optimizer(model, learning_rate=1e-3)
-    schedule = cosine_schedule(optimizer, warmup_steps=50, total_steps=500)
+    schedule = cosine_schedule(optimizer, warmup_steps=50, total_steps=250)
     scaler = torch.amp.GradScaler("cpu", enabled=dtype == torch.float16)
     skipped, left_out, losses = [], 0, []
-    for step in range(500):
+    for step in range(250):
         with torch.autocast("cpu", dtype):
             outputs = model(
-                tiny_texts(8, words=5, seed=step % 8),
-                tiny_images(8, seed=step % 8),
-                return_loss=True,
+                tiny_texts(8, words=5, seed=step % 8), tiny_images(8, seed=step % 8), return_loss=True
             )
         scaler.scale(outputs.loss).backward()
         scaler.unscale_(optimizer)

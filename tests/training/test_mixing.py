@@ -1,8 +1,10 @@
-"""Seeds, and shares of several sources."""
+"""Seeds, shares of several sources, and their epochs."""
+
+import itertools
 
 import numpy as np
 import pytest
-from fake_sources import WEIGHTS
+from fake_sources import WEIGHTS, Shards, Table, stream_of, take
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -60,3 +62,34 @@ def test_shares_by_hand():
 def test_weights_must_be_positive(weights):
     with pytest.raises(ValueError, match="expected positive numbers"):
         Mixture(weights)
+
+
+# Epochs
+
+
+def test_epochs_of_tables():
+    stream = stream_of([Table(8), Table(40)], [1, 3], world_size=2)
+    assert stream.epoch == 0
+    take(stream, 8)  # 64 records: two passes over the first, 1.2 over the second
+    assert stream.epoch == pytest.approx(0.25 * 2 + 0.75 * 1.2)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_epochs_of_streams_are_whole_passes_of_the_slowest_reader(workers):
+    stream = stream_of([Shards([8] * 2)], num_workers=workers, batch_size=2)
+    epochs = [stream.epoch for _ in itertools.islice(stream, 24)]
+    assert epochs == [0] * (8 + (workers == 2)) + [1] * 8 + [2] * (8 - (workers == 2))
+
+
+@given(WEIGHTS, st.integers(1, 4))
+def test_an_epoch_ends_after_as_many_batches_as_it_has(weights, batch_size):
+    stream = stream_of([Table(7 + 5 * n) for n in range(len(weights))], weights, batch_size=batch_size)
+    many = round(1000 * stream.batches_per_epoch)
+    stream.load_state_dict({**stream.state_dict(), "batch": many})
+    assert stream.epoch == pytest.approx(1000, abs=1)
+
+
+def test_a_stream_has_no_known_length():
+    stream = stream_of([Table(3), Shards([3])])
+    with pytest.raises(ValueError, match="shards is streamed and has no known length: give max_steps"):
+        _ = stream.batches_per_epoch

@@ -13,61 +13,28 @@ import numpy as np
 import pytest
 import torch
 from data_files import numbered_files, numbered_folder, numbered_shards, numbered_tables, tar_bytes
-from fake_sources import WEIGHTS, Shards, Table
+from fake_sources import (
+    WEIGHTS,
+    Shards,
+    Table,
+    collate,
+    numbers,
+    prepare,
+    prepare_image,
+    slowly,
+    stream_of,
+    take,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pgseg_hf.data.records import UnusableRecord
 from pgseg_hf.data.sources import SourceSpec, open_source
-from pgseg_hf.images import load_image
 from pgseg_hf.training.batches import streams
 from pgseg_hf.training.batches.streams import StreamOptions, TrainingStream
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
 
 SEEDS = st.integers(0, 2**31 - 1)
-
-
-def prepare(record, rng):
-    """The number in a record's caption and a draw."""
-    if record.name == "broken":
-        rng.random()
-        raise UnusableRecord("broken image", f"{record.captions[0]} is broken")
-    return int(record.captions[0].split()[-1]), rng.random()
-
-
-def prepare_picture(record, rng):
-    try:
-        pixel = load_image(record.image).getpixel((0, 0))[0]
-    except ValueError as error:
-        raise UnusableRecord("broken image", str(error)) from error
-    assert record.captions == [f"text {pixel}"]
-    return pixel, rng.random()
-
-
-def slowly(record, rng):
-    time.sleep(0.02)
-    return prepare(record, rng)
-
-
-def collate(examples):
-    numbers, draws = zip(*examples, strict=True)
-    return {"numbers": torch.tensor(numbers), "draws": torch.tensor(draws, dtype=torch.float64)}
-
-
-def stream_of(sources, weights=None, rank=0, world_size=1, prepare=prepare, collate=collate, **options):
-    options = StreamOptions(**{"batch_size": 4, "seed": 5, "shuffle_block": 3, **options})
-    return TrainingStream(sources, weights or [1] * len(sources), prepare, collate, options, rank, world_size)
-
-
-def take(stream, count):
-    """Numbers and draws of the next batches."""
-    batches = itertools.islice(stream, count)
-    return [(batch["numbers"].tolist(), batch["draws"].tolist()) for batch in batches]
-
-
-def numbers(batches):
-    return [number for batch, _ in batches for number in batch]
 
 
 # Which records
@@ -85,15 +52,10 @@ def test_every_record_of_a_table_comes_once_an_epoch(workers):
     assert len(set(batches)) > 6
 
 
-def test_another_seed_gives_another_order_and_other_draws():
-    (first, draws), (second, other_draws) = (take(stream_of([Table(50)], seed=seed), 1)[0] for seed in (1, 2))
-    assert first != second
-    assert not set(draws) & set(other_draws)
-
-
-def test_every_place_has_draws_of_its_own():
-    batches = take(stream_of([Table(50)]), 20)
-    assert len({draw for _, draws in batches for draw in draws}) == 80
+def test_every_seed_and_every_place_has_an_order_and_draws_of_its_own():
+    batches = [take(stream_of([Table(50)], seed=seed), 10) for seed in (1, 2)]
+    assert numbers(batches[0]) != numbers(batches[1])
+    assert len({draw for of_seed in batches for _, draws in of_seed for draw in draws}) == 80
 
 
 def test_tables_do_not_depend_on_the_number_of_workers():
@@ -119,30 +81,24 @@ def test_processes_share_the_batches_of_one(weights, world_size, batch_size):
             assert list(itertools.chain(*columns)) == batch[kind]
 
 
-def test_each_process_gets_some_of_each_source():
-    """Sources take turns, and so do processes: without mixing, each process would have one source."""
-    sources = [Table(1000), Table(1000, first=1000)]
-    for rank in (0, 1):
-        got = numbers(take(stream_of(sources, rank=rank, world_size=2), 10))
-        assert 8 < sum(number < 1000 for number in got) < 32
-
-
 @pytest.mark.parametrize("workers", [0, 2])
 def test_processes_and_workers_read_a_stream_together(workers):
-    """Each of them reads as many records; with equal shards they end the epoch together."""
-    sizes = [4] * 8
     got = []
     for rank in range(2):
-        stream = stream_of([Shards(sizes)], rank=rank, world_size=2, batch_size=2, num_workers=workers)
+        stream = stream_of([Shards([4] * 8)], rank=rank, world_size=2, batch_size=2, num_workers=workers)
         got += numbers(take(stream, 8))
     assert sorted(got) == list(range(32))
 
 
-@pytest.mark.parametrize("workers", [0, 3])
-def test_shares_of_tables_and_streams(workers):
+def test_shares_of_tables_and_streams_in_every_process():
     sources = [Table(5), Shards([6] * 4, first=100), Shards([9] * 3, first=200)]
-    got = numbers(take(stream_of(sources, [5, 3, 2], num_workers=workers, batch_size=10), 6))
+    got = numbers(take(stream_of(sources, [5, 3, 2], num_workers=3, batch_size=10), 6))
     assert Counter(number // 100 for number in got) == {0: 30, 1: 18, 2: 12}
+    # Sources take turns, and so do processes: without mixing, each process would have one source.
+    for rank in (0, 1):
+        tables = [Table(1000), Table(1000, first=1000)]
+        got = numbers(take(stream_of(tables, rank=rank, world_size=2), 10))
+        assert 8 < sum(number < 1000 for number in got) < 32
 
 
 # Going on
@@ -166,45 +122,29 @@ def check_resumption(make, count=20, seed=0):
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
-@pytest.mark.parametrize("kind", ["folder", "tar", "table", "mix"])
-def test_exact_resumption(tmp_path, monkeypatch, kind, workers):
+def test_exact_resumption(tmp_path, monkeypatch, workers):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    sources = []
-    if kind in ("folder", "mix"):
-        path = numbered_folder(tmp_path / "folder", 23)
-        (tmp_path / "folder" / "7.png").write_bytes(b"broken")
-        sources.append(open_source(SourceSpec(path)))
-    if kind in ("tar", "mix"):
-        path = numbered_shards(tmp_path / "tars", [7, 5, 9, 6], first=100)
-        content = (tmp_path / "tars" / "002.tar").read_bytes()
-        (tmp_path / "tars" / "002.tar").write_bytes(content[: len(content) // 2])
-        sources.append(open_source(SourceSpec(path)))
-    if kind in ("table", "mix"):
-        path = numbered_tables(tmp_path / "tables", [6, 8], first=200)
-        sources.append(open_source(SourceSpec(path, streaming=True)))
-    weights = [3, 2, 1][: len(sources)]
+    paths = [
+        numbered_folder(tmp_path / "folder", 23),
+        numbered_shards(tmp_path / "tars", [7, 5, 9, 6], first=100),
+        numbered_tables(tmp_path / "tables", [6, 8], first=200),
+    ]
+    (tmp_path / "folder" / "7.png").write_bytes(b"broken")
+    shard = tmp_path / "tars" / "002.tar"
+    shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2])
+    sources = [open_source(SourceSpec(path, streaming=True)) for path in paths]
     check_resumption(
-        lambda: stream_of(sources, weights, num_workers=workers, prepare=prepare_picture), seed=workers
+        lambda: stream_of(sources, [3, 2, 1], num_workers=workers, prepare=prepare_image), seed=workers
     )
 
 
 @given(st.data())
 @settings(max_examples=30)
 def test_exact_resumption_of_any_mix(data):
-    sources = data.draw(
-        st.lists(
-            st.one_of(
-                st.builds(Table, st.integers(2, 20), broken=st.just(frozenset([1]))),
-                st.builds(
-                    Shards,
-                    st.lists(st.integers(4, 9), min_size=1, max_size=4),
-                    broken=st.just(frozenset([1, 2])),
-                ),
-            ),
-            min_size=1,
-            max_size=3,
-        )
-    )
+    tables = st.builds(Table, st.integers(2, 20), broken=st.just(frozenset([1])))
+    sizes = st.lists(st.integers(4, 9), min_size=1, max_size=4)
+    shards = st.builds(Shards, sizes, broken=st.just(frozenset([1, 2])))
+    sources = data.draw(st.lists(st.one_of(tables, shards), min_size=1, max_size=3))
     block, batch = data.draw(st.integers(1, 40)), data.draw(st.integers(1, 5))
     rank = data.draw(st.integers(0, 1))
 
@@ -212,12 +152,6 @@ def test_exact_resumption_of_any_mix(data):
         return stream_of(sources, None, rank, 2, shuffle_block=block, batch_size=batch)
 
     check_resumption(make, seed=data.draw(SEEDS))
-
-
-def test_iterating_again_goes_on():
-    expected = take(stream_of([Shards([10] * 3)]), 6)
-    stream = stream_of([Shards([10] * 3)])
-    assert take(stream, 2) + take(stream, 1) + take(stream, 3) == expected
 
 
 def test_an_iteration_that_is_given_up_lets_go_of_its_shards():
@@ -239,7 +173,7 @@ def test_tables_go_on_with_other_workers_and_processes():
 
     expected = take(make(), 8)
     stream = make(workers=2)
-    assert take(stream, 3) == expected[:3]
+    assert take(stream, 2) + take(stream, 1) == expected[:3], "iterating again goes on"
     state = stream.state_dict()
     for rank in range(2):
         other = make(rank, 2, workers=3)
@@ -270,17 +204,16 @@ def test_other_streams_do_not_go_on(changes, message):
 @pytest.mark.parametrize("kind", [numbered_folder, numbered_tables, numbered_shards])
 def test_other_records_under_the_same_numbers_do_not_go_on_and_moved_ones_do(tmp_path, kind):
     def stream(folder, first):
-        size = 6 if kind is numbered_folder else [3, 3]
         path = folder / "records"
-        source = open_source(SourceSpec(str(path) if path.exists() else kind(path, size, first)))
-        return stream_of([source])
+        made = str(path) if path.exists() else kind(path, 6 if kind is numbered_folder else [3, 3], first)
+        return stream_of([open_source(SourceSpec(made))])
 
     state = json.loads(json.dumps(stream(tmp_path / "here", 0).state_dict()))
     if kind is not numbered_shards:
         (tmp_path / "there").mkdir()
         (tmp_path / "here" / "records").rename(tmp_path / "there" / "records")
         stream(tmp_path / "there", 0).load_state_dict(state)
-    with pytest.raises(ValueError, match=r"contents of the sources was \['\w+'\] and is \['\w+'\]"):
+    with pytest.raises(ValueError, match="contents of the sources was"):
         stream(tmp_path / "other", 100).load_state_dict(state)
 
 
@@ -305,10 +238,10 @@ def test_one_other_image_or_another_preparation_does_not_go_on(tmp_path):
 
     state = json.loads(json.dumps(stream(min_scale=0.08).state_dict()))
     stream(min_scale=0.08).load_state_dict(state)
-    with pytest.raises(ValueError, match=r"min_scale was 0.08 and is 0.5"):
+    with pytest.raises(ValueError, match=r"min_scale was 0\.08 and is 0\.5"):
         stream(min_scale=0.5).load_state_dict(state)
     (tmp_path / "3.png").write_bytes((tmp_path / "4.png").read_bytes())
-    with pytest.raises(ValueError, match=r"contents of the sources was"):
+    with pytest.raises(ValueError, match="contents of the sources was"):
         stream(min_scale=0.08).load_state_dict(state)
 
 
@@ -326,7 +259,7 @@ def test_streams_can_be_sent_to_workers_that_are_spawned(tmp_path, monkeypatch):
         numbered_tables(tmp_path / "c", [5]),
     ]
     sources = [open_source(SourceSpec(path, streaming=True)) for path in paths]
-    stream = stream_of(sources, prepare=prepare_picture)
+    stream = stream_of(sources, prepare=prepare_image)
     assert take(pickle.loads(pickle.dumps(stream)), 4) == take(stream, 4)
 
 
@@ -353,12 +286,12 @@ def test_batches_in_pinned_memory():
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_unusable_records_are_replaced_and_counted(workers):
-    stream = stream_of([Table(10, broken=frozenset(range(4)))], num_workers=workers)
+    stream = stream_of([Table(10, broken=frozenset(range(4)))], num_workers=workers, max_failures=30)
     got = numbers(take(stream, 25))
     assert len(got) == 100
     assert set(got) == set(range(4, 10))
     assert stream.counts["read"] - stream.counts["broken image"] == 100
-    assert stream.counts["broken image"] >= 40
+    assert stream.counts["broken image"] >= 40  # of which no 30 are in a row
     assert set(stream.counts) == {"read", "broken image"}
 
 
@@ -376,51 +309,33 @@ def test_cut_texts_are_counted(workers):
     assert stream.counts == {"read": 16, "cut text": 12}
 
 
-def test_counts_are_of_batches_that_were_yielded():
-    stream = stream_of([Shards([5] * 4)], num_workers=2)
-    assert stream.counts == {}
-    take(stream, 3)
-    assert stream.counts == {"read": 12}
-
-
 def test_broken_shards_are_counted_and_the_stream_goes_on(tmp_path):
     path = numbered_shards(tmp_path, [5, 5, 5])
-    for shard, content in (
-        (1, b"no tar"),
-        (2, tar_bytes({**numbered_files(10, 4), "x.json": b"{", "x.png": b""})),
-    ):
-        (tmp_path / f"00{shard}.tar").write_bytes(content)
-    stream = stream_of([open_source(SourceSpec(path))], prepare=prepare_picture, batch_size=9)
-    for epoch in range(1, 4):
+    (tmp_path / "001.tar").write_bytes(b"no tar")
+    (tmp_path / "002.tar").write_bytes(tar_bytes({**numbered_files(10, 4), "x.json": b"{", "x.png": b""}))
+    stream = stream_of([open_source(SourceSpec(path))], prepare=prepare_image, batch_size=9)
+    for _ in range(3):
         assert sorted(numbers(take(stream, 1))) == [0, 1, 2, 3, 4, 10, 11, 12, 13]
-        assert stream.counts["read"] >= 9 * epoch
     take(stream, 1)
-    assert stream.counts["broken shard"] >= 3
-    assert stream.counts["broken text"] >= 3
-    assert stream.counts["read"] == 36 + stream.counts["broken shard"] + stream.counts["broken text"]
+    broken = stream.counts["broken shard"] + stream.counts["broken text"]
+    assert min(stream.counts["broken shard"], stream.counts["broken text"]) >= 3
+    assert stream.counts["read"] == 36 + broken
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        (
-            Table(5, broken=frozenset(range(5))),
-            r"table: 30 .* \(30 x broken image\). The first: \d is broken",
-        ),
-        (Shards([5] * 3, broken=frozenset(range(15))), r"\(30 x broken shard\). The first: number \d+"),
-        (
-            Shards([0] * 3),
-            r"shards: 30 records in a row cannot be used \(30 x empty shard\). The first: nothing",
-        ),
+        (Table(5, broken=frozenset(range(5))), r"table: 30 .*\(30 x broken image\).* \d is broken"),
+        (Shards([5] * 3, broken=frozenset(range(15))), r"\(30 x broken shard\).* number \d+"),
+        (Shards([0] * 3), r"shards: 30 .*\(30 x empty shard\).* nothing"),
     ],
 )
 def test_nothing_usable_ends_the_run_with_a_readable_message(source, message, workers):
     stream = stream_of([source], max_failures=30, num_workers=workers)
     with pytest.raises(ValueError, match=message) as caught:
         take(stream, 5)
-    assert "Traceback" not in str(caught.value)
-    assert len(str(caught.value)) < 200
+    assert "Traceback" not in str(caught.value) and len(str(caught.value)) < 200
 
 
 def test_too_many_workers_end_the_run():
@@ -428,58 +343,14 @@ def test_too_many_workers_end_the_run():
         take(stream_of([Shards([1])], num_workers=2), 2)
 
 
-def test_failures_that_are_not_in_a_row_do_not_end_the_run():
-    stream = stream_of([Table(100, broken=frozenset(range(60)))], max_failures=40)
-    take(stream, 100)
-    assert stream.counts["broken image"] > 400
-
-
-def test_the_first_record_of_each_reason_is_logged(monkeypatch):
-    lines = []
-    monkeypatch.setattr(streams.logger, "warning", lines.append)
-    take(stream_of([Table(10, broken=frozenset(range(5)))]), 20)
-    assert len(lines) == 1
-    assert "is broken (broken image; further ones are only counted)" in lines[0]
-
-
-def test_too_few_shards_are_told(monkeypatch):
+def test_the_first_record_of_each_reason_and_too_few_shards_are_told(monkeypatch):
     lines = []
     monkeypatch.setattr(streams.logger, "warning", lines.append)
     stream_of([Shards([9] * 4), Table(1)], world_size=2, num_workers=2)
-    assert not lines
+    take(stream_of([Table(10, broken=frozenset(range(5)))]), 20)
+    assert len(lines) == 1 and "is broken (broken image;" in lines[0]
     stream_of([Shards([9] * 3), Table(1)], world_size=2, num_workers=2)
-    assert "shards has 3 shards for 4 readers (processes x workers): several read the same shard" in lines[0]
-
-
-# Epochs
-
-
-def test_epochs_of_tables():
-    stream = stream_of([Table(8), Table(40)], [1, 3], world_size=2)
-    assert stream.epoch == 0
-    take(stream, 8)  # 64 records: two passes over the first, 1.2 over the second
-    assert stream.epoch == pytest.approx(0.25 * 2 + 0.75 * 1.2)
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_epochs_of_streams_are_whole_passes_of_the_slowest_reader(workers):
-    stream = stream_of([Shards([8] * 2)], num_workers=workers, batch_size=2)
-    epochs = [stream.epoch for _ in itertools.islice(stream, 24)]
-    assert epochs == [0] * (8 + (workers == 2)) + [1] * 8 + [2] * (8 - (workers == 2))
-
-
-@given(WEIGHTS, st.integers(1, 4))
-def test_an_epoch_ends_after_as_many_batches_as_it_has(weights, batch_size):
-    stream = stream_of([Table(7 + 5 * n) for n in range(len(weights))], weights, batch_size=batch_size)
-    many = round(1000 * stream.batches_per_epoch)
-    stream.load_state_dict({**stream.state_dict(), "batch": many})
-    assert stream.epoch == pytest.approx(1000, abs=1)
-
-
-def test_a_stream_has_no_known_length():
-    stream = stream_of([Table(3), Shards([3])])
-    with pytest.raises(ValueError, match="shards is streamed and has no known length: give max_steps"):
-        _ = stream.batches_per_epoch
+    assert "shards has 3 shards for 4 readers" in lines[1]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -497,12 +368,14 @@ def test_speed_is_that_of_making_batches(workers):
 
 @pytest.mark.parametrize("name", ["batch_size", "seed", "num_workers", "shuffle_block", "max_failures"])
 def test_options_are_checked(name):
-    with pytest.raises(ValueError, match=f"{name} is -1, expected at least"):
+    with pytest.raises(ValueError, match=f"{name} is -1"):
         StreamOptions(**{"batch_size": 1, name: -1})
 
 
-def test_arguments_are_checked():
-    with pytest.raises(ValueError, match="1 sources and 2 weights"):
-        stream_of([Table(1)], [1, 2])
-    with pytest.raises(ValueError, match="rank is 2, expected 0 to 1 for 2 processes"):
-        stream_of([Table(1)], rank=2, world_size=2)
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [({"weights": [1, 2]}, "1 sources and 2 weights"), ({"rank": 2, "world_size": 2}, "rank is 2")],
+)
+def test_arguments_are_checked(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        stream_of([Table(1)], **arguments)

@@ -10,13 +10,7 @@ from hypothesis import strategies as st
 
 from pgseg_hf.data.records import Record, UnusableRecord
 from pgseg_hf.prompts import validate_labels
-from pgseg_hf.training.batches.texts import (
-    TextOptions,
-    choose_texts,
-    clean_tags,
-    find_nouns,
-    load_noun_model,
-)
+from pgseg_hf.training.batches.texts import TextOptions, choose_texts, clean_tags, find_nouns, load_noun_model
 
 SEEDS = st.integers(0, 2**31 - 1)
 TAGS = st.lists(st.text(max_size=8), max_size=12)
@@ -48,23 +42,18 @@ def test_tags_make_a_sentence_of_any_subset_in_any_order():
     assert sentences["skirt, hat and boots"] == pytest.approx(2000 / 18, rel=0.25)
 
 
-def test_sentences_use_all_templates():
+def test_templates_of_sentences_and_of_labels_are_drawn():
     options = TextOptions(templates=["a photo of a {}.", "{}!"])
     captions = Counter(texts.caption for texts in many_texts(Record("x.jpg", tags=["hat"]), options))
     assert set(captions) == {"a photo of a hat.", "hat!"} and min(captions.values()) > 100
+    options = TextOptions(label_templates=["{}", "the {}"])
+    found = {tuple(sorted(each.labels)) for each in many_texts(Record("x", tags=["a", "b"]), options)}
+    assert found == {("a", "b"), ("a", "the b"), ("b", "the a"), ("the a", "the b")}
 
 
 def test_labels_are_all_tags_in_the_one_template_that_makes_equal_tags_equal():
     for texts in many_texts(Record("x.jpg", tags=["hat", "fire truck"]), count=20):
         assert sorted(texts.labels) == ["a photo of a fire truck.", "a photo of a hat."]
-
-
-def test_label_templates_are_drawn_for_each_label():
-    options = TextOptions(label_templates=["{}", "the {}"])
-    labels = Counter(
-        tuple(sorted(texts.labels)) for texts in many_texts(Record("x", tags=["a", "b"]), options)
-    )
-    assert set(labels) == {("a", "b"), ("a", "the b"), ("b", "the a"), ("the a", "the b")}
 
 
 def test_max_tags_bounds_sentence_and_labels():
@@ -88,15 +77,6 @@ def test_captions_from_tags_at_a_rate():
     assert texts_of(without_tags, TextOptions(caption_from_tags=1.0)).caption == "a sentence"
 
 
-@pytest.mark.parametrize(
-    "record", [Record("x", name="photo 7"), Record("x", ["", " "], ["\t"], name="photo 7")]
-)
-def test_without_any_text_a_record_is_unusable(record):
-    with pytest.raises(UnusableRecord, match="photo 7 has neither captions nor tags") as caught:
-        texts_of(record)
-    assert caught.value.reason == "no text"
-
-
 @given(TAGS)
 def test_cleaned_tags_are_what_prompts_accept(tags):
     cleaned = clean_tags(tags)
@@ -110,8 +90,10 @@ def test_cleaned_tags_are_what_prompts_accept(tags):
 def test_any_tags_give_texts_unless_all_are_empty(seed, tags, most):
     record, options = Record("x", tags=tags), TextOptions(max_tags=most)
     if not clean_tags(tags):
-        with pytest.raises(UnusableRecord):
+        record = Record("x", ["", " "], tags, name="photo 7")
+        with pytest.raises(UnusableRecord, match="photo 7 has neither") as caught:
             texts_of(record, options, seed)
+        assert caught.value.reason == "no text"
         return
     texts = texts_of(record, options, seed)
     assert texts == texts_of(record, options, seed)

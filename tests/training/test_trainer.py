@@ -124,8 +124,7 @@ def test_columns_of_tags_are_no_unused_ones(tmp_path):
 
 
 @pytest.mark.slow
-@LAYOUTS
-def test_two_processes(tmp_path, layout):
+def test_two_processes(tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
@@ -133,7 +132,7 @@ def test_two_processes(tmp_path, layout):
     path = os.pathsep.join(sys.path)
     processes = [
         subprocess.Popen(
-            [sys.executable, __file__, layout, str(tmp_path)],
+            [sys.executable, __file__, str(tmp_path)],
             env=os.environ | world | {"RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONPATH": path},
         )
         for rank in (0, 1)
@@ -143,25 +142,27 @@ def test_two_processes(tmp_path, layout):
     finally:
         for process in processes:
             process.kill()
-    found = json.loads((tmp_path / "found.json").read_text())
-    alone, _ = trainer_of(layout, tmp_path / "alone")
-    # Batches of two processes hold images 0-2 and 3-5, then 6 and, to be even, the first ones again.
-    embeds = alone.predict(examples()).predictions[1]
-    np.testing.assert_allclose(found["embeds"], embeds, atol=1e-5)
-    assert np.isfinite(found["eval_loss"]) and found["eval_images"] == COUNT
-    assert len(found["history"]) == 2
+    for layout in COLLATORS:
+        found = json.loads((tmp_path / f"{layout}.json").read_text())
+        alone, _ = trainer_of(layout, tmp_path / "alone")
+        # Batches of two processes hold images 0-2 and 3-5, then 6 and, to be even, the first ones again.
+        embeds = alone.predict(examples()).predictions[1]
+        np.testing.assert_allclose(found["embeds"], embeds, atol=1e-5)
+        assert np.isfinite(found["eval_loss"]) and found["eval_images"] == COUNT
+        assert len(found["history"]) == 2
 
 
-def one_of_two_processes(layout, folder):
+def one_of_two_processes(folder):
     torch.set_num_threads(1)
-    trainer, _ = trainer_of(layout, folder, ddp_backend="gloo")
-    found = trainer.evaluate()
-    found["embeds"] = trainer.predict(examples()).predictions[1].tolist()
-    trainer.train()
-    found["history"] = [line["eval_loss"] for line in trainer.state.log_history if "eval_loss" in line]
-    if trainer.is_world_process_zero():
-        with open(os.path.join(folder, "found.json"), "w") as file:
-            json.dump(found, file)
+    for layout in COLLATORS:
+        trainer, _ = trainer_of(layout, os.path.join(folder, layout), ddp_backend="gloo")
+        found = trainer.evaluate()
+        found["embeds"] = trainer.predict(examples()).predictions[1].tolist()
+        trainer.train()
+        found["history"] = [line["eval_loss"] for line in trainer.state.log_history if "eval_loss" in line]
+        if trainer.is_world_process_zero():
+            with open(os.path.join(folder, f"{layout}.json"), "w") as file:
+                json.dump(found, file)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Random crops and colours of training pictures, on Pillow and NumPy alone."""
+"""Random crops and colours of training images, on Pillow and NumPy alone."""
 
 import math
 from collections.abc import Sequence
@@ -16,25 +16,25 @@ INTERPOLATIONS = {resampling.name.lower(): resampling for resampling in Image.Re
 # Of a whole image, in pixels.
 LONGEST_SIDE = 2048
 CROP_TRIES = 10
-# Random erasing as it is commonly set: share of the picture, and width over height.
+# Random erasing as it is commonly set: share of the image, and width over height.
 ERASED_SCALE = (0.02, 0.33)
 ERASED_RATIO = (0.3, 3.3)
-# Radius of the blur in pixels of a 224-pixel picture (SimCLR).
+# Radius of the blur in pixels of a 224-pixel image (SimCLR).
 BLUR_RADIUS = (0.1, 2.0)
 GREY_WEIGHTS = np.array([0.299, 0.587, 0.114], dtype=np.float32)
 
 
 @dataclass
 class AugmentationOptions:
-    """How training pictures are varied. The defaults are the paper's: random crops of 224 pixels, mirrored or not.
+    """How training images are varied. The defaults are the paper's: random crops of 224 pixels, mirrored or not.
 
     Args:
         image_size: side of the result in pixels.
-        min_scale, max_scale: share of the photo that a crop covers, see `random_resized_box`.
+        min_scale, max_scale: share of the image that a crop covers, see `random_resized_box`.
         min_ratio, max_ratio: width over height of a crop.
         crop_sides: if given, crops are square instead, with a side drawn uniformly between these two lengths in
-            pixels of the photo scaled to `short_side`.
-        short_side: short side in pixels that `crop_sides` are meant for. Segmentation should see photos at this size.
+            pixels of the image scaled to `short_side`.
+        short_side: short side in pixels that `crop_sides` are meant for. Segmentation should see images at this size.
         horizontal_flip: probability of mirroring.
         color_jitter: how far the factors of brightness, contrast and saturation lie from 1 at most.
         grayscale, blur, erasing: probabilities of taking away all colour, of a Gaussian blur, and of a rectangle
@@ -67,7 +67,7 @@ class AugmentationOptions:
             raise ValueError(f"image_size is {self.image_size}, expected at least 1 pixel.")
         if not 0 < self.min_scale <= self.max_scale <= 1:
             raise ValueError(
-                f"min_scale and max_scale are {self.min_scale} and {self.max_scale}, expected shares of the photo "
+                f"min_scale and max_scale are {self.min_scale} and {self.max_scale}, expected shares of the image "
                 "with 0 < min_scale <= max_scale <= 1."
             )
         if not 0 < self.min_ratio <= self.max_ratio:
@@ -75,8 +75,12 @@ class AugmentationOptions:
                 f"min_ratio and max_ratio are {self.min_ratio} and {self.max_ratio}, expected "
                 "0 < min_ratio <= max_ratio (width over height)."
             )
-        if self.crop_sides is not None:
-            self._check_crop_sides(self.crop_sides)
+        sides = self.crop_sides
+        if sides is not None and not (len(sides) == 2 and 0 < sides[0] <= min(sides[1], self.short_side)):
+            raise ValueError(
+                f"crop_sides are {sides}, expected a smallest and a largest side in pixels, the smallest not above "
+                f"short_side ({self.short_side})."
+            )
         for name in ("horizontal_flip", "color_jitter", "grayscale", "blur", "erasing"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected a number between 0 and 1.")
@@ -90,17 +94,10 @@ class AugmentationOptions:
                 "those of image_std above 0."
             )
 
-    def _check_crop_sides(self, sides: Sequence[float]) -> None:
-        if len(sides) != 2 or not 0 < sides[0] <= sides[1] or sides[0] > self.short_side:
-            raise ValueError(
-                f"crop_sides are {sides}, expected a smallest and a largest side in pixels, the smallest not above "
-                f"short_side ({self.short_side})."
-            )
-
 
 @dataclass(frozen=True)
 class Crop:
-    """The part of a photo that is seen: `box` within a photo of `size` (width, height), mirrored if `flip` is set."""
+    """The part of an image that is seen: `box` within an image of `size` (width, height), mirrored if `flip` is set."""
 
     size: tuple[int, int]
     box: Box
@@ -123,7 +120,7 @@ class Augmentation:
     def __call__(
         self, image: Image.Image, rng: np.random.Generator, mask: Image.Image | None = None
     ) -> tuple[np.ndarray, np.ndarray | None]:
-        """Varies one picture.
+        """Varies one image.
 
         Args:
             image: RGB, of any size.
@@ -141,7 +138,7 @@ class Augmentation:
         return self.crop_pixels(image, crop, rng), cut_mask
 
     def draw_crop(self, size: tuple[int, int], rng: np.random.Generator) -> Crop:
-        """A random crop of a photo of `size` (width, height)."""
+        """A random crop of an image of `size` (width, height)."""
         options = self.options
         box: Box
         if options.crop_sides is None:
@@ -154,18 +151,18 @@ class Augmentation:
     def crop_pixels(self, image: Image.Image, crop: Crop, rng: np.random.Generator) -> np.ndarray:
         """The crop of an RGB image with random colours, normalised: float32 [3, S, S]."""
         options = self.options
-        picture = self._cut(image, crop, self._resample)
+        cut = self._cut(image, crop, self._resample)
         if options.blur and rng.random() < options.blur:
             radius = rng.uniform(*BLUR_RADIUS) * options.image_size / 224
-            picture = picture.filter(ImageFilter.GaussianBlur(radius))
+            cut = cut.filter(ImageFilter.GaussianBlur(radius))
         pixels = np.empty((3, options.image_size, options.image_size), dtype=np.float32)
-        pixels[...] = np.asarray(picture).transpose(2, 0, 1)
+        pixels[...] = np.asarray(cut).transpose(2, 0, 1)
         if options.color_jitter or options.grayscale:
             self._vary_colors(pixels, rng)
         pixels *= self._scale
         pixels += self._shift
         if options.erasing and rng.random() < options.erasing:
-            left, top, right, bottom = random_resized_box(picture.size, ERASED_SCALE, ERASED_RATIO, rng)
+            left, top, right, bottom = random_resized_box(cut.size, ERASED_SCALE, ERASED_RATIO, rng)
             pixels[:, top:bottom, left:right] = 0
         return pixels
 
@@ -185,8 +182,8 @@ class Augmentation:
     def _cut(self, image: Image.Image, crop: Crop, resample: Image.Resampling) -> Image.Image:
         if image.size != crop.size:
             raise ValueError(
-                f"the picture or mask has {image.size[0]} x {image.size[1]} pixels, the crop is one of "
-                f"{crop.size[0]} x {crop.size[1]}: a mask needs the size of its picture."
+                f"the image or mask has {image.size[0]} x {image.size[1]} pixels, the crop is one of "
+                f"{crop.size[0]} x {crop.size[1]}: a mask needs the size of its image."
             )
         side = self.options.image_size
         cut = image.resize((side, side), resample, box=crop.box, reducing_gap=2.0)
@@ -206,10 +203,7 @@ class Augmentation:
 
 
 def random_resized_box(
-    size: tuple[int, int],
-    scale: tuple[float, float],
-    ratio: tuple[float, float],
-    rng: np.random.Generator,
+    size: tuple[int, int], scale: tuple[float, float], ratio: tuple[float, float], rng: np.random.Generator
 ) -> tuple[int, int, int, int]:
     """A box of random area, shape and place, by the rule of torchvision's `RandomResizedCrop`.
 
@@ -218,7 +212,7 @@ def random_resized_box(
     largest centred box is taken whose shape is within `ratio`. A box that fits lies anywhere with equal probability.
 
     Args:
-        size: (width, height) of the picture, each at least 1.
+        size: (width, height) of the image, each at least 1.
         scale: smallest and largest share of its area.
         ratio: smallest and largest width over height.
 
@@ -243,8 +237,8 @@ def random_resized_box(
 def random_square_box(
     size: tuple[int, int], sides: tuple[float, float], short_side: float, rng: np.random.Generator
 ) -> Box:
-    """A square box anywhere in a picture, its side uniform between `sides`, in pixels of the picture scaled so that its
-    short side has `short_side`; at least one pixel of the picture as it is, at most its short side."""
+    """A square box anywhere in an image, its side uniform between `sides`, in pixels of the image scaled so that its
+    short side has `short_side`; at least one pixel of the image as it is, at most its short side."""
     width, height = size
     largest = min(width, height)
     side = rng.uniform(sides[0], min(sides[1], short_side)) * largest / short_side

@@ -1,4 +1,4 @@
-"""Which columns of a dataset hold the picture and its texts, and what their values mean."""
+"""Which columns of a dataset hold the image and its texts, and what their values mean."""
 
 import ast
 import json
@@ -34,7 +34,7 @@ _PRINTED_LIST = re.compile(rf"\[\s*(?:(?:{_TEXT}|None|nan)[\s,]*)*\]", re.DOTALL
 
 @dataclass(frozen=True)
 class Columns:
-    """Names of the columns of a picture, its captions, tags and label map.
+    """Names of the columns of an image, its captions, tags and label map.
 
     A name that is None stands for the usual ones, `IMAGE_NAMES` and so on.
     """
@@ -48,7 +48,7 @@ class Columns:
         """The columns that a table has; None for captions, tags or masks that it has not.
 
         Raises:
-            ValueError: a column that was named is missing or there twice, there is no picture, or neither captions nor
+            ValueError: a column that was named is missing or there twice, there is no image, or neither captions nor
                 tags (and no mask that was asked for by name).
         """
 
@@ -68,7 +68,7 @@ class Columns:
         )
         if found.image is None:
             raise ValueError(
-                f"{source} has no column of pictures by a usual name ({', '.join(IMAGE_NAMES)}); its columns are "
+                f"{source} has no column of images by a usual name ({', '.join(IMAGE_NAMES)}); its columns are "
                 f"{', '.join(names)}: say which one with image_column."
             )
         if not (found.caption or found.tags or self.mask):

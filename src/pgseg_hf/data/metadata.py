@@ -1,4 +1,4 @@
-"""The metadata file of a folder, one row a picture, as a table with random access.
+"""The metadata file of a folder, one row an image, as a table with random access.
 
 Reading one needs pyarrow, of `pgseg-hf[train]`; looking for one does not, and the core imports this module.
 """

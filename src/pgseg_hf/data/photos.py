@@ -4,35 +4,16 @@ import os
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..images import find_images
-from .columns import CAPTION_NAMES, IMAGE_NAMES, MASK_NAMES, TAG_NAMES, Columns
+from .columns import CAPTION_NAMES, IMAGE_NAMES, TAG_NAMES, Columns
 from .metadata import METADATA_FILES, Rows, find_metadata, read_metadata
-from .records import UnusableRecord
+from .records import Record, UnusableRecord
 from .tables import RowReader
 
 LABEL_NAMES = (*TAG_NAMES, "labels", "label")
-
-
-@dataclass
-class Photo:
-    """One photo of a folder.
-
-    Args:
-        file_name: its place in the folder, with slashes.
-        labels: what is on it; may be empty where there are captions.
-        captions: sentences; may be empty.
-    """
-
-    file_name: str
-    labels: list[str] = field(default_factory=list)
-    captions: list[str] = field(default_factory=list)
-
-    def to_row(self) -> dict[str, object]:
-        """A row of metadata."""
-        return {"file_name": self.file_name, "tags": self.labels, "captions": self.captions}
 
 
 @dataclass
@@ -42,18 +23,23 @@ class LabelledPhotos:
     Args:
         folder: where they lie.
         source: where the labels come from, for messages.
-        photos: each one once.
+        photos: each one once; their tags are the labels, their names the places in the folder, with slashes.
         left_out: reasons, and what was left out for each.
     """
 
     folder: Path
     source: str
-    photos: list[Photo]
+    photos: list[Record]
     left_out: dict[str, list[str]]
 
     def count_labels(self) -> Counter[str]:
         """How many photos have each label."""
-        return Counter(label for photo in self.photos for label in photo.labels)
+        return Counter(label for photo in self.photos for label in photo.tags)
+
+
+def row_of(photo: Record) -> dict[str, object]:
+    """A photo's row of metadata."""
+    return {"file_name": photo.name, "tags": photo.tags, "captions": photo.captions}
 
 
 def read_photos(
@@ -81,18 +67,18 @@ def read_photos(
     if not photos:
         seen = "; ".join(f"{len(names)} x {reason} ({names[0]})" for reason, names in left_out.items())
         raise ValueError(f"{folder}: no photo can be used, with labels from {source}: {seen}.")
-    spelling = _one_spelling(label for photo in photos.values() for label in photo.labels)
+    spelling = _one_spelling(label for photo in photos.values() for label in photo.tags)
     for photo in photos.values():
-        photo.labels = list(dict.fromkeys(spelling[_key(label)] for label in photo.labels))
+        photo.tags = list(dict.fromkeys(spelling[_key(label)] for label in photo.tags))
     return LabelledPhotos(folder, source, [photos[name] for name in sorted(photos)], left_out)
 
 
 def _of_table(
     folder: Path, file: Path, left_out: dict[str, list[str]], leave_out: Path | None
-) -> dict[str, Photo]:
+) -> dict[str, Record]:
     rows = read_metadata(file)
     reader = RowReader(_columns(rows, file), folder)
-    photos: dict[str, Photo] = {}
+    photos: dict[str, Record] = {}
     masks = set()
     for index in range(len(rows)):
         place = rows.place(index)
@@ -115,8 +101,9 @@ def _of_table(
         if number := next((label for label in record.tags if label.isnumeric()), None):
             raise ValueError(f"{place} has the label {number!r}, expected a word: the model reads labels.")
         name = os.path.normpath(record.image)
-        photo = photos.setdefault(name, Photo(record.image.relative_to(folder).as_posix()))
-        photo.labels += record.tags
+        place_of = record.image.relative_to(folder).as_posix()
+        photo = photos.setdefault(name, Record(record.image, name=place_of))
+        photo.tags += record.tags
         photo.captions += [caption for caption in record.captions if caption not in photo.captions]
     for image in find_images(folder, leave_out):
         if (
@@ -124,31 +111,25 @@ def _of_table(
             and "masks" not in image.relative_to(folder).parts
         ):
             left_out.setdefault(f"no row in {file.name}", []).append(str(image))
-    for name in [name for name, photo in photos.items() if not (photo.labels or photo.captions)]:
-        left_out.setdefault("no label", []).append(photos.pop(name).file_name)
-    return {photo.file_name: photo for photo in photos.values()}
+    for name in [name for name, photo in photos.items() if not (photo.tags or photo.captions)]:
+        left_out.setdefault("no label", []).append(photos.pop(name).name)
+    return {photo.name: photo for photo in photos.values()}
 
 
 def _columns(rows: Rows, file: Path) -> Columns:
     """Which columns a table has, by their usual names."""
-
-    def find(names: Iterable[str]) -> str | None:
-        return next((name for name in names if name in rows.column_names), None)
-
-    found = Columns(find(IMAGE_NAMES), find(CAPTION_NAMES), find(LABEL_NAMES), find(MASK_NAMES))
-    has = ", ".join(rows.column_names)
-    if found.image is None:
+    names, has = rows.column_names, ", ".join(rows.column_names)
+    tags = next((name for name in LABEL_NAMES if name in names), None)
+    if not any(name in names for name in IMAGE_NAMES):
         raise ValueError(f"{file} has the columns {has}, expected one of file names, called file_name.")
-    if found.tags is None and found.caption is None:
-        raise ValueError(
-            f"{file} has the columns {has}, expected one of labels, called tags, or of captions."
-        )
-    return found.among(rows.column_names, str(file))
+    if tags is None and not any(name in names for name in CAPTION_NAMES):
+        raise ValueError(f"{file} has the columns {has}, expected tags, labels or captions.")
+    return Columns(tags=tags).among(names, str(file))
 
 
 def _of_class_folders(
     folder: Path, left_out: dict[str, list[str]], leave_out: Path | None
-) -> dict[str, Photo]:
+) -> dict[str, Record]:
     if (folder / "masks").is_dir():
         raise ValueError(
             f"{folder} has masks and no labels: give --labels-from, or one of {', '.join(METADATA_FILES)}."
@@ -162,7 +143,7 @@ def _of_class_folders(
         label = " ".join(image.parent.name.replace("_", " ").split())
         if label.isnumeric():
             raise ValueError(f"{image.parent} is a number, expected a word: the model reads labels.")
-        photos[place.as_posix()] = Photo(place.as_posix(), [label])
+        photos[place.as_posix()] = Record(image, tags=[label], name=place.as_posix())
     if not photos:
         raise ValueError(
             f"{folder} has no labels: give --labels-from FILE, put {METADATA_FILES[1]} with file_name and tags into "

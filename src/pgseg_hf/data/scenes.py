@@ -30,7 +30,7 @@ COLORS: dict[str, tuple[int, int, int]] = {
 @dataclass(frozen=True)
 class Ground:
     """Looks of a background: colour, strength of its noise in grey levels, and width and height of a grain as shares of
-    the picture's side (0 for one pixel)."""
+    the image's side (0 for one pixel)."""
 
     color: tuple[int, int, int]
     contrast: float
@@ -96,7 +96,7 @@ TEMPLATES = ("{}", "a picture of {}", "there is {}", "a photo of {}.", "you can 
 # An object stays where it leaves at least this share of every earlier one to be seen.
 LEAST_VISIBLE = 0.5
 PLACEMENTS = 10
-# Radii as shares of the picture's side, and which of them captions call small and large.
+# Radii as shares of the image's side, and which of them captions call small and large.
 RADII = (0.09, 0.28)
 SMALL, LARGE = 0.14, 0.22
 # From one stripe, dot or check to the next: a share of the radius, and the least number of pixels.
@@ -118,7 +118,7 @@ class SceneOptions:
     """Which scenes are made.
 
     Args:
-        size: side of the pictures in pixels.
+        size: side of the images in pixels.
         length: number of scenes.
         seed: another one gives other scenes.
         max_objects: each scene has 1 to so many.
@@ -177,7 +177,7 @@ class SceneOptions:
 
 @dataclass(frozen=True)
 class SceneObject:
-    """A shape of one colour and material; `radius` as a share of the picture's side."""
+    """A shape of one colour and material; `radius` as a share of the image's side."""
 
     color: str
     material: str
@@ -205,7 +205,7 @@ class Scene:
 class SceneSource:
     """Scenes of coloured shapes on a textured ground, made when asked for and always the same for a seed and index.
 
-    `source[i]` is a `Record`: an RGB picture, captions that each name some of what is to be seen, as tags the labels of
+    `source[i]` is a `Record`: an RGB image, captions that each name some of what is to be seen, as tags the labels of
     everything visible, and an exact mask (mode L) with the indices of `labels`.
     """
 

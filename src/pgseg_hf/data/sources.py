@@ -62,7 +62,7 @@ class SourceSpec:
         kind: "folder", "hub", "webdataset" or "synthetic"; "auto" goes by what the path looks like.
         weight: the source's share of the records, against the other sources' weights.
         split, name, streaming: for data sets of the Hub, as `datasets.load_dataset` takes them.
-        image_column: column of the picture, in shards the ending of its file; by default the usual names.
+        image_column: column of the image, in shards the ending of its file; by default the usual names.
         caption_column: a string or a list of strings; in shards an ending or a key of the `.json`.
         tags_column: a list of strings, a string split at commas, semicolons and `|`, or class labels.
         mask_column: label maps.
@@ -148,7 +148,12 @@ def check_source(source: Source, count: int = 32) -> None:
     """
     reasons: Counter[str] = Counter()
     first = ""
-    for item in islice(_sample(source, count), count):
+    items: Iterator[Record | UnusableRecord]
+    if isinstance(source, StreamSource):
+        items = chain.from_iterable(map(source.read_shard, range(source.num_shards)))
+    else:
+        items = records_of(source, count)
+    for item in islice(items, count):
         problem = item if isinstance(item, UnusableRecord) else _problem(item)
         if problem is None:
             return
@@ -162,16 +167,16 @@ def check_source(source: Source, count: int = 32) -> None:
     )
 
 
-def _sample(source: Source, count: int) -> Iterator[Record | UnusableRecord]:
-    """Records from all over a table, or from the beginning of a stream's shards."""
-    if isinstance(source, StreamSource):
-        yield from chain.from_iterable(map(source.read_shard, range(source.num_shards)))
-    else:
-        for index in np.unique(np.linspace(0, len(source) - 1, count).astype(int)) if len(source) else ():
-            try:
-                yield source[index]
-            except UnusableRecord as error:
-                yield error
+def records_of(table: MapSource, count: int | None = None) -> Iterator[Record | UnusableRecord]:
+    """The records of a table in order, or `count` of them from all over it; unreadable ones are given as errors."""
+    places = np.arange(len(table))
+    if count is not None and len(table):
+        places = np.unique(np.linspace(0, len(table) - 1, count).astype(int))
+    for index in places:
+        try:
+            yield table[int(index)]
+        except UnusableRecord as error:
+            yield error
 
 
 def _problem(record: Record) -> UnusableRecord | None:

@@ -16,8 +16,7 @@ from ..images import ImageSource
 from ..values import is_list, is_whole
 from .columns import Columns, captions_of, tags_of
 from .metadata import METADATA_FILES, Rows, find_metadata, read_metadata
-from .records import Record, UnusableRecord
-from .shards import until_broken
+from .records import Record, UnusableRecord, until_broken
 
 SAVED_DATASET_FILES = ("dataset_dict.json", "state.json")
 
@@ -48,7 +47,7 @@ class RowReader:
             UnusableRecord: "no picture", "broken text", or "bad path" for a file name that leads out of the folder.
         """
         columns = self.columns
-        image = self._picture(row.get(cast(str, columns.image)), name)
+        image = self._image(row.get(cast(str, columns.image)), name)
         if image is None:
             raise UnusableRecord("no picture", f"{name}: its {columns.image} is empty.")
         try:
@@ -56,7 +55,7 @@ class RowReader:
             tags = self._tags(row.get(columns.tags)) if columns.tags else []
         except ValueError as error:
             raise UnusableRecord("broken text", f"{name}: {error}") from error
-        mask = self._picture(row.get(columns.mask), name) if columns.mask else None
+        mask = self._image(row.get(columns.mask), name) if columns.mask else None
         return Record(image, captions, tags, mask, name)
 
     def _tags(self, value: Any) -> list[str]:
@@ -72,11 +71,11 @@ class RowReader:
             raise ValueError(f"class {number} has no name, there are {len(self.tag_names)}")
         return self.tag_names[number]
 
-    def _picture(self, value: Any, name: str) -> ImageSource | None:
+    def _image(self, value: Any, name: str) -> ImageSource | None:
         """What `load_image` takes; None for an empty cell."""
         if isinstance(value, float) and math.isnan(value):  # how pandas writes an empty cell
             return None
-        if isinstance(value, dict):  # how `datasets` holds a picture that is not decoded
+        if isinstance(value, dict):  # how `datasets` holds an image that is not decoded
             value = value.get("bytes") or value.get("path")
         if isinstance(value, str) and self.folder is not None:
             return self._inside_folder(value, name) if value else None

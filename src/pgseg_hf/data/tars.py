@@ -11,8 +11,7 @@ import fsspec
 from ..images import IMAGE_EXTENSIONS
 from ..text_files import decode_text, parse_json
 from .columns import CAPTION_NAMES, TAG_NAMES, Columns, captions_of, tags_of
-from .records import Record, UnusableRecord
-from .shards import until_broken
+from .records import Record, UnusableRecord, until_broken
 
 MAX_FILE_BYTES = 1 << 28
 """Largest file of a shard that is read: a small compressed shard can hold a huge one."""
@@ -83,7 +82,7 @@ def _is_missing(file: fsspec.core.OpenFile) -> bool:
 class TarSource:
     """Records of WebDataset shards: files of the same name up to the first dot, one after the other.
 
-    The picture is known by its ending, the mask by a second ending (`0001.mask.png`), captions are in `.txt`,
+    The image is known by its ending, the mask by a second ending (`0001.mask.png`), captions are in `.txt`,
     `.caption` or `.json`, tags in `.json`. Nothing is unpacked to disk, and files of other kinds are not read.
 
     Args:
@@ -153,9 +152,7 @@ class TarSource:
         columns = self._columns
         image = files.get(columns.image or next((end for end in files if end in _IMAGE_ENDINGS), ""))
         if image is None:
-            return UnusableRecord(
-                "no picture", f"{name} has no picture that can be read: {', '.join(files)}."
-            )
+            return UnusableRecord("no picture", f"{name} has no image that can be read: {', '.join(files)}.")
         try:
             fields = _json_fields(files.get("json"))
             captions = self._texts(files, fields, columns.caption, (*_CAPTION_ENDINGS, *CAPTION_NAMES))

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from ..lazy import lazy_names
 
 if TYPE_CHECKING:
-    from .benchmarks.mask_dataset import BrokenPicture, MaskDataset, MaskFolder, Picture
+    from .benchmarks.mask_dataset import MaskDataset, MaskFolder
+    from .benchmarks.reading import BrokenPicture, Picture
     from .evaluator import MaskOptions, MaskScores, evaluate_masks
     from .metrics.confusion import IGNORE_INDEX, ConfusionMatrix
     from .metrics.oracle import oracle_map
@@ -18,7 +19,8 @@ else:
         __name__,
         {
             "metrics.confusion": ["IGNORE_INDEX", "ConfusionMatrix"],
-            "benchmarks.mask_dataset": ["BrokenPicture", "MaskDataset", "MaskFolder", "Picture"],
+            "benchmarks.mask_dataset": ["MaskDataset", "MaskFolder"],
+            "benchmarks.reading": ["BrokenPicture", "Picture"],
             "evaluator": ["MaskOptions", "MaskScores", "evaluate_masks"],
             "metrics.oracle": ["oracle_map"],
         },

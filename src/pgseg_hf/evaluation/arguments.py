@@ -17,82 +17,72 @@ MAX_THRESHOLDS = 100
 TEMPLATE_SETS = ("simple", "subset", "full")
 
 
+_SWITCH = {"action": "store_true"}
+# Options by group; of those in `_OF_MASKS` and `_OF_CLASSES` only one kind of benchmark takes notice.
+_EVALUATE: dict[str, dict[str, dict[str, Any]]] = {
+    "images": {
+        "--benchmark": {"required": True, "choices": BENCHMARK_NAMES, "metavar": "NAME"}
+        | {"help": ", ".join(BENCHMARK_NAMES)},
+        "--data": {"required": True, "help": "the benchmark's folder, or hub:NAME for a data set of the Hub"},
+        "--split": {"help": "default: val; of a folder one of its subfolders, by default the folder itself"},
+        "--limit": {"type": int, "metavar": "N", "help": "only N images, spread over all"},
+        "--background": {"metavar": "LABEL", "help": "of a folder: the label that means background"},
+        "--mask-values": {
+            "metavar": "VALUE=LABEL,...",
+            "help": "of a folder: what the masks' values or colours mean, such as 0=background,255=sky or "
+            "#ff8000=sky; VALUE= for what does not count",
+        },
+        "--image-column": {"help": "of a hub:NAME; default: the usual names"},
+        "--mask-column": {"help": "of a hub:NAME; default: mask"},
+        "--label-column": {"help": "for imagenet in shards or hub:NAME; default: cls or label"},
+        "--skip-broken": {**_SWITCH, "help": "name images that cannot be decoded and go on"},
+    },
+    "protocol": {
+        "--protocol": {
+            "help": "pgseg, groupvit, unified, checkpoint (its own sizes) or a YAML file; default: checkpoint for a "
+            "folder, else pgseg"
+        },
+        "--background-threshold": {"type": float, "metavar": "T", "help": "instead of the protocol's"},
+        "--thresholds": {"metavar": "FROM:TO:STEP", "help": "also count these background thresholds"},
+        "--synonyms": {"choices": ("none", "average", "merge"), "help": "instead of the protocol's"},
+        "--refinement": {"choices": ("none", "pamr"), "help": "instead of the protocol's"},
+        "--templates": {"choices": TEMPLATE_SETS, "help": "for imagenet: 1, 7 (default) or 80 prompts"},
+    },
+    "more figures and files": {
+        "--analysis": {**_SWITCH, "help": "the groups: oracle, purity, coverage, redundancy ..."},
+        "--baselines": {**_SWITCH, "help": "one label everywhere, and a model without training"},
+        "--train": {"help": "training folder: with --baselines also the position prior of its tags"},
+        "--crop-sides": {"type": float, "nargs": 2, "metavar": "PX"}
+        | {"help": "of training, for the position prior"},
+        "--seed": {"type": int, "default": 0, "help": "of the untrained model and the position prior"},
+        "--save-predictions": {**_SWITCH, "help": "write every label map as an indexed PNG"},
+        "--visualize": {"type": int, "metavar": "N", "help": "draw N images beside their truth"},
+        "--output": {"type": Path, "help": "folder of the results; default: CHECKPOINT-BENCHMARK-SPLIT"},
+        "--overwrite": {**_SWITCH, "help": "drop what another evaluation counted there"},
+    },
+    "machine": {
+        "--batch-size": {"type": int, "default": 8, "help": "windows in one pass of the image encoder"},
+        "--readers": {"type": int, "default": 2, "help": "threads that read images ahead"},
+        "--device": {"help": "default: the process's GPU, else cpu"},
+        "--dtype": {"choices": ("float32", "bfloat16", "float16", "int8"), "default": "float32"},
+        "--threads": {"type": int, "help": "of torch on a CPU"},
+    },
+}
+_OF_MASKS = (
+    *("limit", "background", "image_column", "mask_column", "protocol", "background_threshold"),
+    *("thresholds", "synonyms", "refinement", "analysis", "baselines", "train", "crop_sides"),
+    *("save_predictions", "visualize"),
+)
+_OF_CLASSES = ("templates", "label_column")
+
+
 def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
-    """What `pgseg evaluate` takes; the benchmark's pictures, the protocol, and what to make of them."""
+    """What `pgseg evaluate` takes; the benchmark's images, the protocol, and what to make of them."""
     parser.add_argument("checkpoint", nargs="?", help="folder or Hub name (default: the shipped model)")
-    data = parser.add_argument_group("pictures")
-    data.add_argument(
-        "--benchmark", required=True, choices=BENCHMARK_NAMES, metavar="NAME", help=", ".join(BENCHMARK_NAMES)
-    )
-    data.add_argument(
-        "--data", required=True, help="the benchmark's folder, or hub:NAME for a data set of the Hub"
-    )
-    data.add_argument(
-        "--split",
-        help="default: val; of a folder one of its subfolders, by default the folder itself",
-    )
-    data.add_argument("--limit", type=int, metavar="N", help="only N pictures, spread over all")
-    data.add_argument("--background", metavar="LABEL", help="of a folder: the label that means background")
-    data.add_argument(
-        "--mask-values",
-        metavar="VALUE=LABEL,...",
-        help="of a folder: what the masks' values or colours mean, such as 0=background,255=sky or #ff8000=sky; VALUE= "
-        "for what does not count",
-    )
-    data.add_argument("--image-column", help="of a hub:NAME; default: the usual names")
-    data.add_argument("--mask-column", help="of a hub:NAME; default: mask")
-    data.add_argument("--label-column", help="for imagenet in shards or hub:NAME; default: cls or label")
-    data.add_argument(
-        "--skip-broken", action="store_true", help="name pictures that cannot be decoded and go on"
-    )
-    how = parser.add_argument_group("protocol")
-    how.add_argument(
-        "--protocol",
-        help="pgseg, groupvit, unified, checkpoint (its own sizes) or a YAML file; default: checkpoint for a folder, "
-        "else pgseg",
-    )
-    how.add_argument("--background-threshold", type=float, metavar="T", help="instead of the protocol's")
-    how.add_argument(
-        "--thresholds",
-        metavar="FROM:TO:STEP",
-        help="also count these background thresholds, in the same pass",
-    )
-    how.add_argument("--synonyms", choices=("none", "average", "merge"), help="instead of the protocol's")
-    how.add_argument("--refinement", choices=("none", "pamr"), help="instead of the protocol's")
-    how.add_argument(
-        "--templates", choices=TEMPLATE_SETS, help="for imagenet: 1, 7 (default) or 80 prompts for each class"
-    )
-    more = parser.add_argument_group("more figures and files")
-    more.add_argument(
-        "--analysis", action="store_true", help="the groups: oracle, purity, coverage, redundancy ..."
-    )
-    more.add_argument(
-        "--baselines", action="store_true", help="one label everywhere, and a model without training"
-    )
-    more.add_argument("--train", help="training folder: with --baselines also the position prior of its tags")
-    more.add_argument(
-        "--crop-sides", type=float, nargs=2, metavar="PX", help="of training, for the position prior"
-    )
-    more.add_argument("--seed", type=int, default=0, help="of the untrained model and the position prior")
-    more.add_argument(
-        "--save-predictions", action="store_true", help="write every label map as an indexed PNG"
-    )
-    more.add_argument(
-        "--visualize", type=int, default=0, metavar="N", help="draw N pictures beside their truth"
-    )
-    more.add_argument(
-        "--output",
-        "--output-dir",
-        type=Path,
-        help="folder of the results; default: CHECKPOINT-BENCHMARK-SPLIT",
-    )
-    more.add_argument("--overwrite", action="store_true", help="drop what another evaluation counted there")
-    speed = parser.add_argument_group("machine")
-    speed.add_argument("--batch-size", type=int, default=8, help="windows in one pass of the image encoder")
-    speed.add_argument("--readers", type=int, default=2, help="threads that read pictures ahead")
-    speed.add_argument("--device", help="default: the process's GPU, else cpu")
-    speed.add_argument("--dtype", choices=("float32", "bfloat16", "float16", "int8"), default="float32")
-    speed.add_argument("--threads", type=int, help="of torch on a CPU")
+    for title, options in _EVALUATE.items():
+        group = parser.add_argument_group(title)
+        for name, how in options.items():
+            group.add_argument(name, *(["--output-dir"] if name == "--output" else []), **how)
 
 
 def add_prepare_arguments(parser: argparse.ArgumentParser) -> None:
@@ -102,22 +92,10 @@ def add_prepare_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", help="default: val2017, val or what the annotations hold")
 
 
-_OF_MASKS: dict[str, Any] = {
-    **dict.fromkeys(
-        ("limit", "background", "image_column", "protocol", "background_threshold", "thresholds")
-    ),
-    **dict.fromkeys(("synonyms", "refinement", "train", "crop_sides")),
-    **dict.fromkeys(("analysis", "baselines", "save_predictions"), False),
-    "mask_column": None,
-    "visualize": 0,
-}
-_OF_CLASSES: dict[str, Any] = {"templates": None, "label_column": None}
-
-
 def check_evaluate_arguments(args: argparse.Namespace) -> None:
     """Raises a ValueError for options without effect, thresholds that are none, and missing folders."""
     idle = _OF_MASKS if args.benchmark == "imagenet" else _OF_CLASSES
-    given = [name for name, default in idle.items() if getattr(args, name) != default]
+    given = [name for name in idle if getattr(args, name) is not None and getattr(args, name) is not False]
     if given:
         raise ValueError(f"--{given[0].replace('_', '-')} has no effect on {args.benchmark}; leave it out.")
     if args.mask_values and args.benchmark != "folder":

@@ -1,19 +1,21 @@
 """What a model has to beat: one label everywhere, the position prior of the training tags, groups at random."""
 
-from dataclasses import dataclass
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from PIL import Image
 
-from .. import distributed
 from ..data.augmentation import Augmentation, AugmentationOptions
-from ..data.records import Record, UnusableRecord
+from ..data.records import UnusableRecord
 from ..data.sources import MapSource, SourceSpec, open_source
 from ..images import load_image, load_label_map
 from ..modeling_pgseg import PGSegModel
 from ..segmentation import Segmenter
 from .benchmarks.mask_dataset import MaskDataset
+from .evaluator import MaskEvaluator, MaskOptions, SegmentedPicture
 from .metrics.confusion import ConfusionMatrix
 
 # Of the position prior: cells of its map, and how many crops it is made of.
@@ -23,58 +25,73 @@ _CROPS = 12_800
 _TAG_SHARE = 0.02
 
 
-@dataclass
-class Baselines:
-    """What maps give that do not look at the picture.
+def measure_baselines(
+    segmenter: Segmenter,
+    dataset: MaskDataset,
+    options: MaskOptions,
+    seed: int = 0,
+    prior_map: np.ndarray | None = None,
+) -> dict[str, dict[str, float]]:
+    """Figures of what a model has to beat, by name. Of several processes each counts a part of the images; every one
+    has to call it, and all get the same.
 
     Args:
-        pixels: int64 [N], true pixels of each label.
-        prior: confusion of the same map of the most frequent tags for all pictures; None without training data.
+        segmenter: of the model.
+        dataset: all images.
+        options: what the model is measured with.
+        seed: of the untrained model.
+        prior_map: from [`position_prior`], to be measured too.
     """
+    state = PartialState()
+    part = dataset.part(state.process_index, state.num_processes)
+    prior = ConfusionMatrix(len(dataset.labels), dataset.ignore_index)
 
-    pixels: np.ndarray
-    prior: ConfusionMatrix | None = None
+    def count_prior(found: SegmentedPicture) -> None:
+        if prior_map is not None:
+            prior.add(found.truth, _stretched(prior_map, found.truth.shape))
 
-    def everywhere(self, label: int) -> ConfusionMatrix:
-        """Confusion of the map that is one label everywhere."""
-        matrix = ConfusionMatrix(len(self.pixels), ignore_index=None)
-        matrix.counts[:, label] = self.pixels
-        return matrix
-
-    def sum_over_processes(self, device: str | torch.device = "cpu") -> "Baselines":
-        """Adds what all processes counted, each on its part of the pictures; every process has to call it."""
-        if distributed.world_size() > 1:
-            total = distributed.sum_over_processes(torch.from_numpy(self.pixels).to(device))
-            self.pixels = total.cpu().numpy()
-            if self.prior is not None:
-                self.prior.sum_over_processes(device)
-        return self
-
-    def best_label(self) -> int:
-        """The label that has the largest mean IoU when it is everywhere, the first of equal ones."""
-        # Its IoU is its share of the pixels; the mean is over it and all labels that are in the truth.
-        counted = (self.pixels > 0).sum() + (self.pixels == 0)
-        return int((self.pixels / counted).argmax())
+    torch.manual_seed(seed)
+    plain = replace(options, oracle=True, groups=False, thresholds=())
+    scores = MaskEvaluator(untrained(segmenter), part, plain, count_prior)(part.pictures)
+    scores.sum_over_processes(state.device)
+    assert scores.oracle is not None
+    rows = {
+        "untrained model": scores.confusion,
+        "oracle: groups of the untrained model, named by the masks": scores.oracle,
+    }
+    pixels = scores.confusion.counts.sum(axis=1)
+    best, background = best_label(pixels), dataset.background
+    if background is not None:
+        rows[f"{dataset.labels[background]} everywhere"] = everywhere(background, pixels)
+    if best != background:
+        rows[f"{dataset.labels[best]} everywhere, the best single label"] = everywhere(best, pixels)
+    if prior_map is not None:
+        rows["position prior of the training tags"] = prior.sum_over_processes(state.device)
+    return {name: matrix.figures() for name, matrix in rows.items()}
 
 
-def count_baselines(dataset: MaskDataset, prior_map: np.ndarray | None = None) -> Baselines:
-    """Counts the pixels of each label, and `prior_map` (labels [h, w]) stretched over each picture."""
-    num_labels = len(dataset.labels)
-    pixels = np.zeros(num_labels, dtype=np.int64)
-    prior = None if prior_map is None else ConfusionMatrix(num_labels, dataset.ignore_index)
-    for picture in dataset.pictures:
-        truth = dataset.truth(picture)
-        known = truth if dataset.ignore_index is None else truth[truth != dataset.ignore_index]
-        pixels += np.bincount(known.ravel(), minlength=num_labels)
-        if prior is not None and prior_map is not None:
-            small = Image.fromarray(prior_map.astype(np.int32))
-            prior.add(truth, np.asarray(small.resize(truth.shape[::-1], Image.Resampling.NEAREST)))
-    return Baselines(pixels, prior)
+def everywhere(label: int, pixels: np.ndarray) -> ConfusionMatrix:
+    """Confusion of the map that is one label everywhere, from the true pixels of each label, int64 [N]."""
+    matrix = ConfusionMatrix(len(pixels), ignore_index=None)
+    matrix.counts[:, label] = pixels
+    return matrix
+
+
+def best_label(pixels: np.ndarray) -> int:
+    """The label that has the largest mean IoU when it is everywhere, the first of equal ones; `pixels` as above."""
+    # Its IoU is its share of the pixels; the mean is over it and all labels that are in the truth.
+    counted = (pixels > 0).sum() + (pixels == 0)
+    return int((pixels / counted).argmax())
+
+
+def _stretched(prior_map: np.ndarray, size: Any) -> np.ndarray:
+    small = Image.fromarray(prior_map.astype(np.int32))
+    return np.asarray(small.resize(size[::-1], Image.Resampling.NEAREST))
 
 
 def position_prior(path: str, labels: list[str], options: AugmentationOptions, seed: int = 0) -> np.ndarray:
     """The label whose tag is most frequent among training crops over each place, [24, 32]. It knows what training
-    knows: a crop's tags where records have masks, else the picture's.
+    knows: a crop's tags where records have masks, else the image's.
 
     Raises:
         ValueError: a stream, which has no random access, or more labels than a mask of 8 bits holds.
@@ -92,34 +109,22 @@ def position_prior(path: str, labels: list[str], options: AugmentationOptions, s
             record = source[index]
         except UnusableRecord:
             continue
-        _add_crops(record, labels, augmentation, crops, rng, (sums, counts))
+        image, mask = load_image(record.image), None
+        if record.mask is not None:
+            mask = Image.fromarray(load_label_map(record.mask).astype(np.uint8))
+        for _ in range(crops):
+            crop = augmentation.draw_crop(image.size, rng)
+            if mask is None:
+                tags = np.array([label in record.tags for label in labels])
+            else:
+                values = augmentation.crop_mask(mask, crop).ravel()
+                tags = np.bincount(values, minlength=256)[: len(labels)] > _TAG_SHARE * len(values)
+            left, top, right, bottom = np.array(crop.box) / [*image.size, *image.size]
+            rows = slice(int(top * _GRID[0]), int(np.ceil(bottom * _GRID[0])))
+            columns = slice(int(left * _GRID[1]), int(np.ceil(right * _GRID[1])))
+            sums[:, rows, columns] += tags[:, None, None]
+            counts[rows, columns] += 1
     return (sums / counts).argmax(0)
-
-
-def _add_crops(
-    record: Record,
-    labels: list[str],
-    augmentation: Augmentation,
-    crops: int,
-    rng: np.random.Generator,
-    totals: tuple[np.ndarray, np.ndarray],
-) -> None:
-    sums, counts = totals
-    image, mask = load_image(record.image), None
-    if record.mask is not None:
-        mask = Image.fromarray(load_label_map(record.mask).astype(np.uint8))
-    for _ in range(crops):
-        crop = augmentation.draw_crop(image.size, rng)
-        if mask is None:
-            tags = np.array([label in record.tags for label in labels])
-        else:
-            values = augmentation.crop_mask(mask, crop).ravel()
-            tags = np.bincount(values, minlength=256)[: len(labels)] > _TAG_SHARE * len(values)
-        left, top, right, bottom = np.array(crop.box) / [*image.size, *image.size]
-        rows = slice(int(top * _GRID[0]), int(np.ceil(bottom * _GRID[0])))
-        columns = slice(int(left * _GRID[1]), int(np.ceil(right * _GRID[1])))
-        sums[:, rows, columns] += tags[:, None, None]
-        counts[rows, columns] += 1
 
 
 def untrained(segmenter: Segmenter) -> Segmenter:

@@ -17,17 +17,18 @@ from ..data.augmentation import AugmentationOptions
 from ..run_records import model_record
 from ..segmentation import Segmenter
 from .arguments import parse_thresholds
-from .baselines import count_baselines, position_prior, untrained
+from .baselines import measure_baselines, position_prior
 from .benchmarks import preparing
 from .benchmarks.catalogue import BENCHMARKS, open_benchmark
 from .benchmarks.hub_masks import hub_pictures
 from .benchmarks.mask_dataset import MaskDataset, parse_mask_values
 from .classification import Classifier, open_imagenet, template_sets
-from .evaluator import MaskEvaluator, MaskOptions, MaskScores, without_nan
-from .metrics.confusion import ConfusionMatrix
+from .evaluator import MaskOptions, without_nan
+from .metrics.refinement import PixelAdaptiveRefinement
+from .metrics.sums import ImageSums
 from .protocols import Protocol, load_protocol
 from .reports import write_report
-from .running import Output, checkpoint_hash, classify_in_parts, evaluate_in_parts, versions
+from .running import CLASSIFICATION_CHUNK, Output, checkpoint_hash, evaluate_in_parts, versions
 
 
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:
@@ -58,7 +59,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     segmenter = load_segmenter(args.checkpoint, device=device, dtype=getattr(torch, args.dtype))
     content = run(args, segmenter, folder, name)
     if not content["pictures"]:
-        raise ValueError(f"none of the pictures of {args.data} could be read.")
+        raise ValueError(f"none of the images of {args.data} could be read.")
     content["settings"] |= {
         "checkpoint": args.checkpoint if args.checkpoint != DEFAULT_CHECKPOINT else f"{name}, which ships",
         "weights_sha256": checkpoint_hash(args.checkpoint),
@@ -75,77 +76,76 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
 
 def _segment(args: argparse.Namespace, segmenter: Segmenter, folder: Path, name: str) -> dict[str, Any]:
     dataset, protocol = _open(args), _protocol(args).resolved(segmenter.processor)
-    thresholds = parse_thresholds(args.thresholds) if args.thresholds else ()
-    threshold = args.background_threshold
-    if threshold is None:
-        threshold = protocol.threshold(args.benchmark, dataset)
-    dataset.check_threshold(threshold)
+    dataset.check_threshold(args.background_threshold)
+    threshold = protocol.threshold(args.benchmark, dataset)
     options = MaskOptions(
-        segmentation=protocol.segmentation(threshold, args.batch_size),
-        thresholds=thresholds,
+        segmentation=replace(
+            protocol.segmentation, background_threshold=threshold, batch_size=args.batch_size
+        ),
+        thresholds=parse_thresholds(args.thresholds) if args.thresholds else (),
         synonyms=protocol.synonyms,
         released_names=protocol.class_names == "released",
         oracle=args.analysis,
         groups=args.analysis,
-        refinement=protocol.make_refinement(),
+        refinement=PixelAdaptiveRefinement() if protocol.refinement == "pamr" else None,
         skip_broken=args.skip_broken,
         readers=args.readers,
     )
-    settings = {
+    asked = {
         "benchmark": args.benchmark,
-        "data": f"{dataset.name}, {len(dataset)} pictures, {len(dataset.labels)} labels",
         "protocol": protocol.to_dict(),
         "background_threshold": threshold,
         **({"refinement": str(options.refinement)} if options.refinement else {}),
-        **({"mask_values": args.mask_values} if args.mask_values else {}),
         **_source_of_masks(args),
     }
-    record = {
-        # What these two stand for is in the fingerprint, whatever the name of the folder.
-        **{key: value for key, value in settings.items() if key not in ("data", "mask_values")},
-        **model_record(segmenter),
-        "dtype": args.dtype,
-        "pictures": _on_main_process(dataset.fingerprint),
-        "thresholds": options.thresholds,
-        "analysis": args.analysis,
-    }
-    prior_map = _prior_map(args, segmenter, dataset) if args.baselines and args.train else None
-    output = _prepared(Output(folder, record, args.overwrite))
-    scores = evaluate_in_parts(segmenter, dataset, options, output, args.save_predictions, args.visualize)
-    found = scores.to_dict()
-    rows = {"model": _figures(scores.confusion)}
+    more = {"thresholds": options.thresholds, "analysis": args.analysis}
+    prior_map = _prior_map(args, segmenter, dataset)
+    output = _output(args, segmenter, folder, asked | more, dataset.fingerprint)
+    scores = evaluate_in_parts(
+        segmenter, dataset, options, output, args.save_predictions, args.visualize or 0
+    )
+    rows = {"model": scores.confusion.figures()}
     if scores.oracle is not None:
-        rows["oracle: its groups, named by the masks"] = _figures(scores.oracle)
+        rows["oracle: its groups, named by the masks"] = scores.oracle.figures()
     if args.baselines:
         whole = dataset.only(each for each in dataset.pictures if each.name not in scores.broken)
-        rows |= _baselines(args, segmenter, whole, options, prior_map)
+        rows |= measure_baselines(segmenter, whole, options, args.seed, prior_map)
+    found = scores.to_dict()
+    names = ("thresholds", "best_threshold", "groups", "iou", "mean_iou_absent_as_zero", "ignored_share")
     return {
         "title": f"{name} on {dataset.name}, protocol {protocol.name}",
         "rows": rows,
-        **{
-            key: found[key]
-            for key in ("thresholds", "best_threshold", "groups", "iou", "broken")
-            if key in found
-        },
-        "mean_iou_absent_as_zero": found["mean_iou_absent_as_zero"],
-        "ignored_share": found["ignored_share"],
+        **{key: found[key] for key in names if key in found},
         "warnings": scores.doubts(dataset),
-        "pictures": scores.pictures,
-        "reused": scores.reused,
-        "settings": {**settings, "seconds_of_all_calls": round(scores.seconds, 1)},
+        **_counted(scores),
+        "settings": {
+            **asked,
+            "data": f"{dataset.name}, {len(dataset)} images, {len(dataset.labels)} labels",
+            **({"mask_values": args.mask_values} if args.mask_values else {}),
+            "seconds_of_all_calls": round(scores.seconds, 1),
+        },
     }
 
 
-def _on_main_process(fingerprint: Callable[[], str]) -> str:
-    """Of pictures, which are all read for it; the record is the main process's affair."""
-    return fingerprint() if PartialState().is_main_process else ""
-
-
-def _prepared(output: Output) -> Output:
-    if PartialState().is_main_process:
+def _output(
+    args: argparse.Namespace,
+    segmenter: Segmenter,
+    folder: Path,
+    asked: dict[str, Any],
+    fingerprint: Callable[[], str],
+) -> Output:
+    """The folder of the results, with the record of all that the counts depend on: the main process's affair, which
+    reads all images for their fingerprint."""
+    output, state = Output(folder, asked, args.overwrite), PartialState()
+    if state.is_main_process:
+        output.record |= {**model_record(segmenter), "dtype": args.dtype, "pictures": fingerprint()}
         output.prepare()
-    PartialState().wait_for_everyone()
+    state.wait_for_everyone()
     return output
+
+
+def _counted(scores: ImageSums) -> dict[str, Any]:
+    return {"broken": scores.broken, "pictures": scores.pictures, "reused": scores.reused}
 
 
 def _source_of_masks(args: argparse.Namespace) -> dict[str, str]:
@@ -159,7 +159,7 @@ def _source_of_masks(args: argparse.Namespace) -> dict[str, str]:
 
 
 def _open(args: argparse.Namespace) -> MaskDataset:
-    """The pictures that were asked for."""
+    """The images that were asked for."""
     if args.data.startswith("hub:"):
         if args.benchmark == "folder":
             raise ValueError("hub:NAME has no labels of its own; give the --benchmark that its masks are of.")
@@ -167,10 +167,8 @@ def _open(args: argparse.Namespace) -> MaskDataset:
             raise ValueError(
                 f"background is {args.background!r}, but {args.benchmark} has its own; leave it out."
             )
-        mask_column = args.mask_column or "mask"
-        pictures, fingerprint = hub_pictures(
-            args.data.removeprefix("hub:"), args.split, args.image_column, mask_column
-        )
+        columns = (args.image_column, args.mask_column or "mask")
+        pictures, fingerprint = hub_pictures(args.data.removeprefix("hub:"), args.split, *columns)
         title = f"{args.benchmark} {args.split} of {args.data}"
         dataset = BENCHMARKS[args.benchmark].over(pictures, title, origin=fingerprint)
     else:
@@ -184,26 +182,21 @@ def _open(args: argparse.Namespace) -> MaskDataset:
 def _protocol(args: argparse.Namespace) -> Protocol:
     """The protocol with what the command line changes."""
     protocol = load_protocol(args.protocol or ("checkpoint" if args.benchmark == "folder" else "pgseg"))
-    changes = {
+    changes: dict[str, Any] = {
         name: value
         for name, value in (("synonyms", args.synonyms), ("refinement", args.refinement))
         if value is not None and value != getattr(protocol, name)
     }
     if args.background_threshold is not None:
-        changes |= {"background_threshold": args.background_threshold, "background_thresholds": {}}
+        segmentation = replace(protocol.segmentation, background_threshold=args.background_threshold)
+        changes |= {"segmentation": segmentation, "background_thresholds": {}}
     return replace(protocol, name=f"{protocol.name}, changed", **changes) if changes else protocol
 
 
-def _figures(confusion: ConfusionMatrix) -> dict[str, float]:
-    return {
-        "mean_iou": confusion.mean_iou(),
-        "pixel_accuracy": confusion.pixel_accuracy(),
-        "mean_accuracy": confusion.mean_accuracy(),
-        "frequency_weighted_iou": confusion.frequency_weighted_iou(),
-    }
-
-
-def _prior_map(args: argparse.Namespace, segmenter: Segmenter, dataset: MaskDataset) -> np.ndarray:
+def _prior_map(args: argparse.Namespace, segmenter: Segmenter, dataset: MaskDataset) -> np.ndarray | None:
+    """For the position prior, where it was asked for."""
+    if not args.train:
+        return None
     crops = AugmentationOptions(
         image_size=segmenter.model.config.vision_config.image_size,
         crop_sides=tuple(args.crop_sides) if args.crop_sides else None,
@@ -213,45 +206,6 @@ def _prior_map(args: argparse.Namespace, segmenter: Segmenter, dataset: MaskData
     return position_prior(args.train, dataset.labels, crops, args.seed)
 
 
-def _baselines(
-    args: argparse.Namespace,
-    segmenter: Segmenter,
-    dataset: MaskDataset,
-    options: MaskOptions,
-    prior_map: np.ndarray | None,
-) -> dict[str, dict[str, float]]:
-    """Figures of what a model has to beat; the same on every process, which each count a part of the pictures."""
-    state = PartialState()
-    part = dataset.part(state.process_index, state.num_processes)
-    torch.manual_seed(args.seed)
-    plain = replace(options, oracle=True, groups=False, thresholds=())
-    scores = MaskEvaluator(untrained(segmenter), part, plain)(part.pictures)
-    scores.sum_over_processes(state.device)
-    rows = {
-        "untrained model": _figures(scores.confusion),
-        "oracle: groups of the untrained model, named by the masks": _figures(_oracle(scores)),
-    }
-    baselines = count_baselines(part, prior_map).sum_over_processes(state.device)
-    best = baselines.best_label()
-    if dataset.background is not None:
-        rows[f"{dataset.labels[dataset.background]} everywhere"] = _figures(
-            baselines.everywhere(dataset.background)
-        )
-    if best != dataset.background:
-        rows[f"{dataset.labels[best]} everywhere, the best single label"] = _figures(
-            baselines.everywhere(best)
-        )
-    if baselines.prior is not None:
-        rows["position prior of the training tags"] = _figures(baselines.prior)
-    return rows
-
-
-def _oracle(scores: MaskScores) -> ConfusionMatrix:
-    assert scores.oracle is not None
-    return scores.oracle
-
-
-# Options that only one kind of benchmark has, with what they are when they are not given.
 def _classify(args: argparse.Namespace, segmenter: Segmenter, folder: Path, name: str) -> dict[str, Any]:
     classes = open_imagenet(args.data, args.split, args.label_column)
     kind = args.templates or "subset"
@@ -262,6 +216,7 @@ def _classify(args: argparse.Namespace, segmenter: Segmenter, folder: Path, name
         template_sets()[kind],
         batch_size=args.batch_size,
         skip_broken=args.skip_broken,
+        readers=args.readers,
     )
     side = segmenter.model.config.vision_config.image_size
     settings = {
@@ -269,32 +224,15 @@ def _classify(args: argparse.Namespace, segmenter: Segmenter, folder: Path, name
         "templates": f"{kind}, {len(classifier.templates)}",
         "size": f"short side {round(side * 256 / 224)}, centre {side} px",
     }
-    record = {
-        **settings,
-        **model_record(segmenter),
-        "dtype": args.dtype,
-        "label_column": args.label_column,
-        "pictures": _on_main_process(classes.fingerprint),
-    }
-    scores = classify_in_parts(classifier, classes, _prepared(Output(folder, record, args.overwrite)))
+    asked = settings | {"label_column": args.label_column}
+    output = _output(args, segmenter, folder, asked, classes.fingerprint)
+    scores = output.count(classifier, classes.pictures(), CLASSIFICATION_CHUNK)
     return {
         "title": f"{name} on {classes.name}, zero-shot classification",
         "rows": {"model": {key: value for key, value in scores.to_dict().items() if key != "pictures"}},
-        "broken": scores.broken,
-        "pictures": scores.pictures,
-        "reused": scores.reused,
-        "settings": {**settings, "data": f"{scores.pictures} pictures, {len(classes.labels)} classes"},
+        **_counted(scores),
+        "settings": {**settings, "data": f"{scores.pictures} images, {len(classes.labels)} classes"},
     }
-
-
-PREPARERS: dict[str, Callable[..., preparing.PreparationSummary]] = {
-    "coco_object": preparing.prepare_coco_object,
-    "coco_object_from_stuff": preparing.prepare_coco_object_from_stuff,
-    "coco_stuff": preparing.prepare_coco_stuff,
-    "context": preparing.prepare_context,
-    "cityscapes": preparing.prepare_cityscapes,
-    "lvis": preparing.prepare_lvis,
-}
 
 
 def prepare(args: argparse.Namespace) -> preparing.PreparationSummary:
@@ -306,12 +244,9 @@ def prepare(args: argparse.Namespace) -> preparing.PreparationSummary:
     benchmark = BENCHMARKS[args.what.removesuffix("_from_stuff")]
     places = (args.folder / name for name in benchmark.roots)
     root = next((place for place in places if place.is_dir()), args.folder)
-    chosen: dict[str, Any] = {}
-    if args.split is not None:
-        if args.what == "context":
-            raise ValueError("context has no --split: both are in its annotations.")
-        if args.what == "lvis":
-            chosen["annotations"] = f"lvis_v1_{args.split}.json"
-        else:
-            chosen["split"] = args.split
-    return PREPARERS[args.what](root, **chosen)
+    make = getattr(preparing, f"prepare_{args.what}")
+    if args.split is None:
+        return make(root)
+    if args.what == "context":
+        raise ValueError("context has no --split: both are in its annotations.")
+    return make(root, f"lvis_v1_{args.split}.json" if args.what == "lvis" else args.split)

@@ -1,26 +1,26 @@
-"""Segmenting the pictures of a data set and counting what is right."""
+"""Segmenting the images of a data set and counting what is right."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from itertools import islice
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from PIL import Image
 from transformers.utils import logging
 
 from .. import distributed
 from ..scoring import average_by_owner, best_labels, merge_windows
 from ..segmentation import EncodedImage, ScoredImage, SegmentationOptions, Segmenter
-from .benchmarks.mask_dataset import BrokenPicture, MaskDataset, Picture
+from ..values import share, whole_number
+from .benchmarks.mask_dataset import MaskDataset
+from .benchmarks.reading import Picture, read_batches
 from .metrics.analysis import GroupStatistics
 from .metrics.confusion import IGNORE_INDEX, ConfusionMatrix
 from .metrics.oracle import oracle_map, resized_truth
 from .metrics.refinement import PixelAdaptiveRefinement
+from .metrics.sums import ImageSums, Sums
 
 logger = logging.get_logger(__name__)
 
@@ -41,8 +41,8 @@ class MaskOptions:
         groups: also figures of the groups, see [`GroupStatistics`].
         released_names: labels have the names of the released code in prompts, where these differ.
         refinement: applied to the scores before each pixel's best label is chosen.
-        skip_broken: pictures that cannot be decoded are named and left out; otherwise they are an error.
-        readers: threads that read pictures ahead.
+        skip_broken: images that cannot be decoded are named and left out; otherwise they are an error.
+        readers: threads that read images ahead.
     """
 
     segmentation: SegmentationOptions | None = None
@@ -56,18 +56,17 @@ class MaskOptions:
     readers: int = 2
 
     def __post_init__(self) -> None:
-        if self.synonyms not in ("none", "average", "merge"):
-            raise ValueError(f"synonyms is {self.synonyms!r}, expected none, average or merge.")
-        if self.readers < 1:
-            raise ValueError(f"readers is {self.readers}, expected at least 1.")
+        rules = get_args(SynonymRule)
+        if self.synonyms not in rules:
+            raise ValueError(f"synonyms is {self.synonyms!r}, expected one of {', '.join(rules)}.")
+        whole_number(self.readers, "readers")
         for threshold in self.thresholds:
-            if not 0 <= threshold <= 1:
-                raise ValueError(f"thresholds has {threshold}, expected numbers from 0 to 1.")
+            share(threshold, "a threshold")
 
 
-@dataclass
-class MaskScores:
-    """What [`evaluate_masks`] counted. Scores of other pictures can be added.
+@dataclass(kw_only=True)
+class MaskScores(ImageSums):
+    """What [`evaluate_masks`] counted. Scores of other images can be added.
 
     Args:
         labels: of the data set.
@@ -75,10 +74,7 @@ class MaskScores:
         by_threshold: of the model with other background thresholds.
         oracle: of its groups, each with its majority label; None if not asked for.
         groups: figures of the groups; None if not asked for.
-        pictures: how many were counted.
-        broken: names of pictures that were left out, with the reason.
-        seconds: wall time of this process, summed over calls that were continued.
-        reused: how many of the pictures an earlier run had counted.
+        pictures, broken, seconds, reused: see [`ImageSums`].
     """
 
     labels: list[str]
@@ -86,86 +82,23 @@ class MaskScores:
     by_threshold: dict[float, ConfusionMatrix] = field(default_factory=dict)
     oracle: ConfusionMatrix | None = None
     groups: GroupStatistics | None = None
-    pictures: int = 0
-    broken: dict[str, str] = field(default_factory=dict)
-    seconds: float = 0.0
-    reused: int = 0
 
-    @classmethod
-    def empty(cls, dataset: MaskDataset, options: MaskOptions) -> "MaskScores":
-        """Nothing counted yet."""
-
-        def matrix() -> ConfusionMatrix:
-            return ConfusionMatrix(len(dataset.labels), dataset.ignore_index)
-
-        return cls(
-            labels=dataset.labels,
-            confusion=matrix(),
-            by_threshold={threshold: matrix() for threshold in options.thresholds},
-            oracle=matrix() if options.oracle else None,
-            groups=GroupStatistics() if options.groups else None,
-        )
-
-    def merge(self, other: "MaskScores") -> None:
-        """Adds what was counted on other pictures of the same data set, with the same options."""
-        for mine, its in zip(self._matrices(), other._matrices(), strict=True):
-            mine.merge(its)
-        if self.groups is not None and other.groups is not None:
-            self.groups.merge(other.groups)
-        self.pictures += other.pictures
-        self.broken |= other.broken
-        self.seconds += other.seconds
-
-    def sum_over_processes(self, device: str | torch.device = "cpu") -> "MaskScores":
-        """Adds what all processes counted, each on its part of the pictures; every process has to call it. `seconds`
-        is the longest."""
-        for matrix in self._matrices():
-            matrix.sum_over_processes(device)
-        # Where there is one process nothing is moved: not every device knows float64.
-        if self.groups is not None and distributed.world_size() > 1:
-            total = distributed.sum_over_processes(torch.from_numpy(self.groups.as_array()).to(device))
-            self.groups = GroupStatistics.from_array(total.cpu().numpy())
-        counts = torch.tensor([self.pictures, self.reused], device=device)
-        self.pictures, self.reused = distributed.sum_over_processes(counts).tolist()
-        if distributed.world_size() > 1:
-            others: list[Any] = [None] * distributed.world_size()
-            dist.all_gather_object(others, (self.broken, self.seconds))
-            self.broken = {name: reason for broken, _ in others for name, reason in broken.items()}
-            self.seconds = max(seconds for _, seconds in others)
-        return self
-
-    def to_arrays(self) -> dict[str, np.ndarray]:
-        """All counts, for a file."""
-        arrays = {str(number): matrix.counts for number, matrix in enumerate(self._matrices())}
-        if self.groups is not None:
-            arrays["groups"] = self.groups.as_array()
-        arrays["ignored"] = np.array([matrix.ignored for matrix in self._matrices()])
-        arrays["broken"] = np.array([list(pair) for pair in self.broken.items()], dtype=str)
-        return {**arrays, "pictures": np.array(self.pictures), "seconds": np.array(self.seconds)}
-
-    def add_arrays(self, arrays: Any) -> None:
-        """Adds what [`~MaskScores.to_arrays`] gave for other pictures."""
-        for number, matrix in enumerate(self._matrices()):
-            matrix.counts = matrix.counts + arrays[str(number)]
-            matrix.ignored += int(arrays["ignored"][number])
-        if self.groups is not None:
-            self.groups.merge(GroupStatistics.from_array(arrays["groups"]))
-        self.broken |= {str(name): str(reason) for name, reason in arrays["broken"]}
-        self.pictures += int(arrays["pictures"])
-        self.seconds += float(arrays["seconds"])
-
-    def _matrices(self) -> list[ConfusionMatrix]:
-        return [
-            self.confusion,
-            *self.by_threshold.values(),
-            *([self.oracle] if self.oracle is not None else []),
-        ]
+    def arrays(self) -> dict[str, np.ndarray]:
+        parts: dict[Any, Sums | None] = {
+            "model": self.confusion,
+            "oracle": self.oracle,
+            "groups": self.groups,
+        }
+        return {
+            f"{part} {name}": sums
+            for part, counted in (parts | self.by_threshold).items()
+            if counted is not None
+            for name, sums in counted.arrays().items()
+        }
 
     def best_threshold(self) -> float | None:
         """The one of `by_threshold` with the largest mean IoU; None where there are none."""
-        return max(
-            self.by_threshold, key=lambda threshold: self.by_threshold[threshold].mean_iou(), default=None
-        )
+        return max(self.by_threshold, key=lambda each: self.by_threshold[each].mean_iou(), default=None)
 
     def doubts(self, dataset: MaskDataset) -> list[str]:
         """What a reader of the figures has to know about the data set's masks, see [`ConfusionMatrix`]; above all that
@@ -187,11 +120,8 @@ class MaskScores:
         absent), `ignored_share` of the truth's pixels, and what else was asked for: `thresholds`, `oracle_mean_iou`,
         `oracle_pixel_accuracy`, `groups`; `pictures`, `broken`, `seconds`. NaN becomes None."""
         scores: dict[str, Any] = {
-            "mean_iou": self.confusion.mean_iou(),
+            **self.confusion.figures(),
             "mean_iou_absent_as_zero": self.confusion.mean_iou(absent="zero"),
-            "pixel_accuracy": self.confusion.pixel_accuracy(),
-            "mean_accuracy": self.confusion.mean_accuracy(),
-            "frequency_weighted_iou": self.confusion.frequency_weighted_iou(),
             "ignored_share": self.confusion.ignored_share(),
             "iou": dict(zip(self.labels, self.confusion.iou().tolist())),
         }
@@ -220,7 +150,7 @@ def without_nan(value: Any) -> Any:
 
 @dataclass
 class SegmentedPicture:
-    """A picture that was counted, for pictures and files made of it.
+    """An image that was counted, for files made of it.
 
     Args:
         picture: of the data set.
@@ -238,13 +168,13 @@ class SegmentedPicture:
 
 
 class MaskEvaluator:
-    """Segments pictures of a data set and counts, see [`evaluate_masks`].
+    """Segments images of a data set and counts, see [`evaluate_masks`].
 
     Args:
         segmenter: the model's.
         dataset: its labels and how its masks are read.
         options: what to do.
-        on_picture: called with each picture that was counted.
+        on_picture: called with each image that was counted.
 
     Raises:
         ValueError: a background threshold for a data set without a background.
@@ -265,46 +195,61 @@ class MaskEvaluator:
                 f"thresholds are {list(self.options.thresholds)}, but there is no background_threshold; expected one, "
                 "for a data set with a background."
             )
-        self.labels, self.values = segmentation_labels(dataset, self.segmentation)
-        prompts, self._owners = _prompt_names(self.labels, dataset, self.options)
+        dataset.check_threshold(self.segmentation.background_threshold)
+        background = None if self.segmentation.background_threshold is None else dataset.background
+        asked = [value for value in range(len(dataset.labels)) if value != background]
+        # For each value of the segmentation that of the data set's masks.
+        self.values = np.array(asked if background is None else [background, *asked])
+        own = dataset.released if self.options.released_names else {}
+        others = dataset.synonyms if self.options.synonyms != "none" else {}
+        labels = [dataset.labels[value] for value in asked]
+        names = [[own.get(label, label), *others.get(label, ())] for label in labels]
+        # The number of the label that each embedded name stands for.
+        self._owners = np.array([number for number, each in enumerate(names) for _ in each])
+        prompts = [name for each in names for name in each]
         self.class_embeds = segmenter.class_embeddings(prompts, self.segmentation)
         if self.options.synonyms == "average":
             self.class_embeds = average_by_owner(self.class_embeds, self._owners)
-            self._owners = np.arange(len(self.labels))
+            self._owners = np.arange(len(labels))
+
+    @property
+    def skip_broken(self) -> bool:
+        """Whether broken images are left out."""
+        return self.options.skip_broken
+
+    def empty(self) -> MaskScores:
+        """Nothing counted yet."""
+
+        def matrix() -> ConfusionMatrix:
+            return ConfusionMatrix(len(self.dataset.labels), self.dataset.ignore_index)
+
+        return MaskScores(
+            labels=self.dataset.labels,
+            confusion=matrix(),
+            by_threshold={threshold: matrix() for threshold in self.options.thresholds},
+            oracle=matrix() if self.options.oracle else None,
+            groups=GroupStatistics() if self.options.groups else None,
+        )
 
     def __call__(self, pictures: Iterable[Picture]) -> MaskScores:
-        """Counts some of the data set's pictures."""
-        start = time.monotonic()
-        scores = MaskScores.empty(self.dataset, self.options)
-        read = _ahead(self._read, pictures, self.options.readers, 2 * self.segmentation.batch_size)
-        while batch := list(islice(read, self.segmentation.batch_size)):
-            whole = [item for item in batch if not isinstance(item, BrokenPicture)]
-            for item in batch:
-                if isinstance(item, BrokenPicture):
-                    self._note_broken(item, scores)
-            encoded = self.segmenter.encode([image for _, image, _ in whole], self.segmentation)
-            for (picture, image, truth), features in zip(whole, encoded, strict=True):
+        """Counts some of the data set's images."""
+        start, scores = time.monotonic(), self.empty()
+        how = (self.segmentation.batch_size, self.options.readers, self.skip_broken)
+        for batch in read_batches(pictures, self._read, scores, *how):
+            encoded = self.segmenter.encode([image for _, image, _ in batch], self.segmentation)
+            for (picture, image, truth), features in zip(batch, encoded, strict=True):
                 self._count(picture, image, truth, features, scores)
         scores.seconds = time.monotonic() - start
         return scores
 
-    def _read(self, picture: Picture) -> tuple[Picture, Image.Image, np.ndarray] | BrokenPicture:
-        try:
-            image, truth = picture.read(), self.dataset.truth(picture)
-        except BrokenPicture as error:
-            return error
+    def _read(self, picture: Picture) -> tuple[Picture, Image.Image, np.ndarray]:
+        image, truth = picture.read(), self.dataset.truth(picture)
         if truth.shape != (image.height, image.width):
             raise ValueError(
-                f"{picture.mask_place} has {truth.shape} pixels (height, width), its picture {picture.image_place} "
-                f"{(image.height, image.width)}; a picture is turned as its EXIF data say, a mask is not."
+                f"{picture.mask_place} has {truth.shape} pixels (height, width), its image {picture.image_place} "
+                f"{(image.height, image.width)}; an image is turned as its EXIF data say, a mask is not."
             )
         return picture, image, truth
-
-    def _note_broken(self, error: BrokenPicture, scores: MaskScores) -> None:
-        if not self.options.skip_broken:
-            raise error
-        logger.warning(f"left out: {error}")
-        scores.broken[error.name] = str(error)
 
     def _count(
         self,
@@ -321,8 +266,7 @@ class MaskEvaluator:
             )
         threshold = self.segmentation.background_threshold
         plain = replace(self.segmentation, background_threshold=None)
-        has_background = threshold is not None or bool(scores.by_threshold)
-        scored = self.segmenter.score(features, self.class_embeds, plain, has_background)
+        scored = self.segmenter.score(features, self.class_embeds, plain, threshold is not None)
         predicted = self._label_map(scored, threshold, image)
         scores.confusion.add(truth, predicted)
         for other, matrix in scores.by_threshold.items():
@@ -369,7 +313,7 @@ class MaskEvaluator:
 def evaluate_masks(
     segmenter: Segmenter, dataset: MaskDataset, options: MaskOptions | None = None
 ) -> MaskScores:
-    """Segments the pictures of a data set and compares with their masks, at the pictures' own sizes.
+    """Segments the images of a data set and compares with their masks, at the images' own sizes.
 
     The background is a label like the others, with its name as prompt, unless there is a `background_threshold`: then
     it has no prompt and is where no other label scores as much.
@@ -381,7 +325,7 @@ def evaluate_masks(
         options: what to do.
 
     Raises:
-        ValueError: broken files, masks of another size than their picture, values that are no labels, or a
+        ValueError: broken files, masks of another size than their image, values that are no labels, or a
             background threshold for a data set without a background.
     """
     scores = MaskEvaluator(segmenter, dataset, options)(dataset.pictures)
@@ -389,44 +333,3 @@ def evaluate_masks(
     for doubt in scores.doubts(dataset) if distributed.world_size() == 1 else ():
         logger.warning_once(doubt)
     return scores
-
-
-def segmentation_labels(dataset: MaskDataset, options: SegmentationOptions) -> tuple[list[str], np.ndarray]:
-    """The labels to segment, and for each value of the segmentation that of the data set's masks.
-
-    Raises:
-        ValueError: a background threshold for a data set without a background.
-    """
-    dataset.check_threshold(options.background_threshold)
-    order = list(range(len(dataset.labels)))
-    if options.background_threshold is None or dataset.background is None:
-        return dataset.labels, np.array(order)
-    order.remove(dataset.background)
-    return [dataset.labels[value] for value in order], np.array([dataset.background, *order])
-
-
-def _prompt_names(
-    labels: list[str], dataset: MaskDataset, options: MaskOptions
-) -> tuple[list[str], np.ndarray]:
-    """The names to embed, and the number of the label that each one stands for."""
-    own = dataset.released if options.released_names else {}
-    others = dataset.synonyms if options.synonyms != "none" else {}
-    names = [[own.get(label, label), *others.get(label, ())] for label in labels]
-    owners = [number for number, each in enumerate(names) for _ in each]
-    return [name for each in names for name in each], np.array(owners)
-
-
-def _ahead(function: Callable, items: Iterable, workers: int, lookahead: int) -> Iterator:
-    """`map`, in threads, at most `lookahead` items ahead of the reader."""
-    with ThreadPoolExecutor(workers) as pool:
-        waiting: list[Future] = []
-        try:
-            for item in items:
-                waiting.append(pool.submit(function, item))
-                if len(waiting) >= lookahead:
-                    yield waiting.pop(0).result()
-            while waiting:
-                yield waiting.pop(0).result()
-        finally:
-            for future in waiting:
-                future.cancel()

@@ -5,14 +5,12 @@ from typing import Any
 
 from ..files import write_json, write_text
 
-RESULTS = "results.json"
-
 
 def write_report(content: dict[str, Any], folder: Path) -> str:
     """Writes `results.json` and `results.md` into a folder, and returns the Markdown."""
     markdown = to_markdown(content)
     write_text(markdown, folder / "results.md")
-    write_json(content, folder / RESULTS)
+    write_json(content, folder / "results.json")
     return markdown
 
 
@@ -23,42 +21,34 @@ def to_markdown(content: dict[str, Any]) -> str:
         content: of `results.json`: `title`, `rows` (figures by name), `settings`, and where there are any
             `warnings`, `thresholds`, `groups`, `iou`, `broken`.
     """
-    parts = [f"# {content['title']}", _figures(content["rows"])]
+    parts = [f"# {content['title']}", _figures(content["rows"], "")]
     if content.get("warnings"):
         parts += ["## Warnings", "\n".join(f"- {cell(warning)}" for warning in content["warnings"])]
     if content.get("thresholds"):
-        parts += ["## Background thresholds, in the same pass", _thresholds(content["thresholds"])]
+        parts += ["## Background thresholds, in the same pass", _figures(content["thresholds"], "threshold")]
     if content.get("groups"):
-        figures = [(name.replace("_", " "), _number(value)) for name, value in content["groups"].items()]
+        figures = [(_words(name), _number(value)) for name, value in content["groups"].items()]
         parts += ["## Groups", _table(("", ""), figures)]
     if content.get("iou"):
         rows = sorted(content["iou"].items(), key=lambda pair: -(pair[1] if pair[1] is not None else -1))
-        parts += [
-            "## IoU of each label",
-            _table(("label", "IoU"), [(cell(name), _number(value)) for name, value in rows]),
-        ]
+        rows = [(cell(name), _number(value)) for name, value in rows]
+        parts += ["## IoU of each label", _table(("label", "IoU"), rows)]
     if content.get("broken"):
         broken = [(cell(name), cell(reason)) for name, reason in content["broken"].items()]
-        parts += ["## Broken pictures, left out", _table(("picture", "reason"), broken)]
-    settings = [
-        (name.replace("_", " "), cell(_setting(value))) for name, value in content["settings"].items()
-    ]
+        parts += ["## Broken images, left out", _table(("image", "reason"), broken)]
+    settings = [(_words(name), cell(_setting(value))) for name, value in content["settings"].items()]
     parts += ["## How it was measured", _table(("", ""), settings)]
     return "\n\n".join(parts) + "\n"
 
 
-def _figures(rows: dict[str, dict[str, float | None]]) -> str:
+def _figures(rows: dict[str, dict[str, float | None]], head: str) -> str:
     names = list(dict.fromkeys(name for figures in rows.values() for name in figures))
     lines = [[cell(row), *(_number(figures.get(name)) for name in names)] for row, figures in rows.items()]
-    return _table(("", *(name.replace("_", " ") for name in names)), lines)
+    return _table((head, *map(_words, names)), lines)
 
 
-def _thresholds(content: dict[str, dict[str, float | None]]) -> str:
-    rows = [
-        (threshold, *(_number(figures[name]) for name in ("mean_iou", "pixel_accuracy")))
-        for threshold, figures in content.items()
-    ]
-    return _table(("threshold", "mean IoU", "pixel accuracy"), rows)
+def _words(name: str) -> str:
+    return name.replace("_", " ")
 
 
 def _table(head: tuple[str, ...], rows: Any) -> str:

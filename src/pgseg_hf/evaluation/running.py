@@ -1,23 +1,18 @@
-"""A whole evaluation: pictures in chunks over processes, continued where it stopped, with a report at the end."""
+"""A whole evaluation: images in chunks over processes, continued where it stopped."""
 
 import hashlib
 import json
 import platform
 import shutil
-import zipfile
-import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
-from itertools import count, islice
+from importlib import metadata
+from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-import accelerate
 import numpy as np
-import PIL
 import torch
-import transformers
 from accelerate import PartialState
 from PIL import Image
 from transformers.utils import (
@@ -30,21 +25,20 @@ from transformers.utils import (
 from transformers.utils.hub import cached_file
 
 from .. import __version__
-from ..files import remove_unfinished, write_atomically, write_image, write_json
+from ..files import remove_unfinished, write_image, write_json
 from ..run_records import differences, read_record
 from ..segmentation import Segmenter
 from ..visualization import indexed_png, overlay, side_by_side
-from .benchmarks.mask_dataset import MaskDataset, Picture
-from .classification import Classes, ClassificationScores, Classifier
+from .benchmarks.mask_dataset import MaskDataset
+from .benchmarks.reading import Picture
+from .classification import Classifier
 from .evaluator import MaskEvaluator, MaskOptions, MaskScores, SegmentedPicture
+from .metrics.sums import ImageSums
 
 logger = logging.get_logger(__name__)
 
-CHUNK = 16
-"""Pictures that are counted together; a stopped run loses at most so many in each process."""
-
-CLASSIFICATION_CHUNK = 256
-"""The same for pictures with one class each."""
+CHUNK, CLASSIFICATION_CHUNK = 16, 256
+"""Images that are counted together, with masks and with classes."""
 
 
 # What an evaluation writes into its folder beside run.json.
@@ -96,9 +90,57 @@ class Output:
                 written.unlink(missing_ok=True)
         write_json(record, path)
 
-    def part(self, number: int) -> Path:
-        """File of a chunk's counts."""
-        return self.folder / "parts" / f"{number:06d}.npz"
+    def count(
+        self,
+        counter: MaskEvaluator | Classifier,
+        pictures: Iterable[Any],
+        chunk: int,
+        files_of: Callable[[Picture], Iterable[Path]] = lambda picture: (),
+    ) -> Any:
+        """Counts images on all processes and returns the sums; every process has to call it.
+
+        The images are cut into chunks, whatever the number of processes; each process takes every n-th chunk. What a
+        chunk gave is written into `parts/` before the next one begins, and read instead of counted where it is there
+        and whole.
+
+        Args:
+            counter: counts them.
+            pictures: all of them, the same on every process.
+            chunk: how many go together; a stopped run loses at most so many in each process.
+            files_of: what else has to be there for an image that was counted.
+        """
+        state = PartialState()
+        total: Any = counter.empty()
+        length = len(pictures) if isinstance(pictures, list) else None
+        pictures = iter(pictures)
+        with logging.tqdm(
+            total=length, desc="Evaluating", unit="image", disable=not state.is_main_process
+        ) as progress:
+            for number, part in enumerate(iter(lambda: list(islice(pictures, chunk)), [])):
+                if number % state.num_processes == state.process_index:
+                    path = self.folder / "parts" / f"{number:06d}.npz"
+                    counted = counter.empty()
+                    if not self._is_whole(path, counted, part, files_of, counter.skip_broken):
+                        counted = counter(part)
+                        counted.save(path)
+                    total.merge(counted)
+                progress.update(len(part))
+        return total.sum_over_processes(state.device)
+
+    @staticmethod
+    def _is_whole(path: Path, counted: ImageSums, part: list, files_of: Callable, skip_broken: bool) -> bool:
+        """Whether an earlier run has counted a chunk, whose counts are added then, and its files are there."""
+        if not path.is_file():
+            return False
+        try:
+            counted.add_file(path)
+        except ValueError as error:
+            logger.warning(f"{error}; it is counted again.")
+            return False
+        whole = (each for each in part if each.name not in counted.broken)
+        return (skip_broken or not counted.broken) and all(
+            file.is_file() for each in whole for file in files_of(each)
+        )
 
 
 def evaluate_in_parts(
@@ -109,22 +151,18 @@ def evaluate_in_parts(
     save_predictions: bool = False,
     num_pictures: int = 0,
 ) -> MaskScores:
-    """Counts a data set on all processes and returns the sums; every process has to call it.
-
-    The pictures are cut into chunks of `CHUNK`, whatever the number of processes; each process takes every n-th chunk.
-    What a chunk gave is written before the next one begins, and read instead of counted where it is there and whole.
+    """Counts a data set on all processes, see [`Output.count`].
 
     Args:
         segmenter: the model's, on this process's device.
-        dataset: all pictures, the same on every process.
+        dataset: all images, the same on every process.
         options: what to do.
         output: prepared.
         save_predictions: write `predictions/NAME.png`, indexed, with the numbers of the data set's labels, which for
             masks with 0 for unknown are one less than the masks' values.
-        num_pictures: write so many `pictures/NAME.jpg` of picture, truth and prediction side by side, spread over the
+        num_pictures: write so many `pictures/NAME.jpg` of image, truth and prediction side by side, spread over the
             data set.
     """
-    state = PartialState()
     shown = {picture.name for picture in dataset.spread(num_pictures).pictures} if num_pictures else set()
 
     def files_of(picture: Picture) -> Iterator[Path]:
@@ -135,56 +173,10 @@ def evaluate_in_parts(
 
     def on_picture(found: SegmentedPicture) -> None:
         for file in files_of(found.picture):
-            if file.suffix == ".png":
-                write_image(_indexed(found, dataset), file)
-            else:
-                write_image(draw_evaluation(found, dataset), file)
-        progress.update(state.num_processes)
+            write_image((_indexed if file.suffix == ".png" else draw_evaluation)(found, dataset), file)
 
-    evaluator = MaskEvaluator(segmenter, dataset, options, on_picture)
-    scores = MaskScores.empty(dataset, options)
-    with logging.tqdm(
-        total=len(dataset), desc=f"Evaluating {dataset.name}", unit="image", disable=not state.is_main_process
-    ) as progress:
-        for number, pictures in _chunks(dataset.pictures, state.process_index, state.num_processes):
-            path = output.part(number)
-            done = _read_scores(path, dataset, options)
-            if done is not None and all(
-                options.skip_broken if each.name in done.broken else all(map(Path.is_file, files_of(each)))
-                for each in pictures
-            ):
-                scores.merge(done)
-                scores.reused += done.pictures
-                progress.update(len(pictures) * state.num_processes)
-                continue
-            counted = evaluator(pictures)
-            write_atomically(path, partial(_save_arrays, counted.to_arrays()))
-            scores.merge(counted)
-    return scores.sum_over_processes(state.device)
-
-
-def _save_arrays(arrays: dict[str, np.ndarray], file: BinaryIO) -> None:
-    np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
-
-
-def _read_scores(path: Path, dataset: MaskDataset, options: MaskOptions) -> MaskScores | None:
-    """What an earlier run counted; None where there is nothing, or a damaged file."""
-    if not path.is_file():
-        return None
-    scores = MaskScores.empty(dataset, options)
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            scores.add_arrays(arrays)
-    except (ValueError, TypeError, KeyError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        logger.warning(f"{path} cannot be read and is counted again: {error}")
-        return None
-    return scores
-
-
-def _chunks(items: Sequence[Any], rank: int, world_size: int) -> Iterator[tuple[int, Sequence[Any]]]:
-    """Numbers and items of the chunks of one process."""
-    for number in range(rank, -(-len(items) // CHUNK), world_size):
-        yield number, items[number * CHUNK : (number + 1) * CHUNK]
+    counter = MaskEvaluator(segmenter, dataset, options, on_picture)
+    return output.count(counter, dataset.pictures, CHUNK, files_of)
 
 
 def _indexed(found: SegmentedPicture, dataset: MaskDataset) -> Image.Image:
@@ -193,7 +185,7 @@ def _indexed(found: SegmentedPicture, dataset: MaskDataset) -> Image.Image:
 
 
 def draw_evaluation(found: SegmentedPicture, dataset: MaskDataset) -> Image.Image:
-    """Picture, truth and prediction side by side; background and what is unknown stay uncoloured."""
+    """Image, truth and prediction side by side; background and what is unknown stay uncoloured."""
     order = [value for value in range(len(dataset.labels)) if value != dataset.background]
     labels = [dataset.labels[value] for value in order]
     panels = [found.image]
@@ -203,44 +195,6 @@ def draw_evaluation(found: SegmentedPicture, dataset: MaskDataset) -> Image.Imag
         coloured[~np.isin(values, order)] = 0
         panels.append(overlay(found.image, coloured, labels, background=True))
     return side_by_side(panels, ["picture", "truth", "prediction"])
-
-
-def classify_in_parts(classifier: Classifier, classes: Classes, output: Output) -> ClassificationScores:
-    """Counts pictures with one class each on all processes; every process has to call it. Chunks and their files are as
-    in [`evaluate_in_parts`], of `CLASSIFICATION_CHUNK` pictures."""
-    state = PartialState()
-    scores = ClassificationScores()
-    pictures = classes.pictures()
-    with logging.tqdm(
-        desc=f"Classifying {classes.name}", unit="image", disable=not state.is_main_process
-    ) as progress:
-        for number in count():
-            chunk = list(islice(pictures, CLASSIFICATION_CHUNK))
-            if not chunk:
-                break
-            progress.update(len(chunk))
-            if number % state.num_processes != state.process_index:
-                continue
-            path = output.part(number)
-            done = _read_classification(path)
-            if done is None or (done.broken and not classifier.skip_broken):
-                done = classifier(chunk)
-                write_json(done.to_counts(), path.with_suffix(".json"))
-            else:
-                scores.reused += done.pictures
-            scores.merge(done)
-    return scores.sum_over_processes(state.device)
-
-
-def _read_classification(path: Path) -> ClassificationScores | None:
-    path = path.with_suffix(".json")
-    if not path.is_file():
-        return None
-    try:
-        return ClassificationScores.from_counts(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError, KeyError) as error:
-        logger.warning(f"{path} cannot be read and is counted again: {error}")
-        return None
 
 
 def checkpoint_hash(name_or_path: str) -> str | None:
@@ -257,8 +211,7 @@ def checkpoint_hash(name_or_path: str) -> str | None:
     digest = hashlib.sha256()
     for file in files:
         with open(file, "rb") as content:
-            while block := content.read(1 << 22):
-                digest.update(block)
+            hashlib.file_digest(content, lambda: digest)
     return digest.hexdigest()[:16]
 
 
@@ -266,13 +219,10 @@ def versions(device: torch.device | str) -> dict[str, str]:
     """What the figures were made with."""
     device = torch.device(device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    packages = ("torch", "transformers", "accelerate", "numpy", "pillow")
     return {
         "pgseg_hf": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "accelerate": accelerate.__version__,
-        "numpy": np.__version__,
-        "pillow": PIL.__version__,
+        **{package: metadata.version(package) for package in packages},
         "python": platform.python_version(),
         "device": f"{device.type} ({name})",
     }

@@ -2,28 +2,20 @@
 
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from transformers import HfArgumentParser
+from transformers.hf_argparser import HfArg
 
 from ..data.sources import SourceSpec
 from ..text_files import read_yaml
 
 POSITIVE = (
-    *(
-        "batch_size",
-        "chunk_size",
-        "max_steps",
-        "num_epochs",
-        "learning_rate",
-        "max_grad_norm",
-        "max_bad_steps",
-        "ddp_timeout",
-    ),
-    *("log_steps", "checkpoint_steps", "keep_checkpoints", "eval_steps", "eval_limit"),
+    *("batch_size", "chunk_size", "max_steps", "num_epochs", "learning_rate", "max_grad_norm", "ddp_timeout"),
+    *("max_bad_steps", "log_steps", "checkpoint_steps", "keep_checkpoints", "eval_steps", "eval_limit"),
 )
 _STARTS = ("model_name_or_path", "groupvit_name_or_path")
 _PARTS = ("backbone_name_or_path", "text_name_or_path")
@@ -42,165 +34,96 @@ class ModelArguments:
     """What is trained. Without a checkpoint the model starts from random weights."""
 
     _argument_group_name = "model"
-    model_name_or_path: str | None = field(
-        default=None, metadata={"help": "PGSeg checkpoint to go on from: a folder or a name on the Hub."}
+    model_name_or_path: str | None = HfArg(
+        default=None, help="PGSeg checkpoint to start from: folder or Hub name."
     )
-    groupvit_name_or_path: str | None = field(
-        default=None, metadata={"help": "GroupViT checkpoint of transformers for a warm start."}
-    )
-    backbone_name_or_path: str | None = field(
+    groupvit_name_or_path: str | None = HfArg(default=None, help="transformers' GroupViT to start from.")
+    backbone_name_or_path: str | None = HfArg(default=None, help="Backbone of AutoBackbone for a new model.")
+    text_name_or_path: str | None = HfArg(
         default=None,
-        metadata={
-            "help": "Pretrained backbone of AutoBackbone for a new model: a folder or a name on the Hub."
-        },
+        help="Folder of a PGSegTextModelWithProjection or PGSegModel: a new model starts from its text tower, joint "
+        "space and tokenizer.",
     )
-    text_name_or_path: str | None = field(
+    freeze_text: bool | None = HfArg(default=None, help="Keep the text tower and its projection as they are.")
+    model_config: str | None = HfArg(
+        default=None, help="Fields of PGSegConfig: a mapping, or a JSON or YAML file."
+    )
+    npr_variant: str | None = HfArg(default=None, help="none, released or corrected.")
+    contrastive_loss: str | None = HfArg(
         default=None,
-        metadata={
-            "help": "Folder of a PGSegTextModelWithProjection or PGSegModel: a new model starts from its text tower, "
-            "joint space and tokenizer."
-        },
+        help="info_nce: captions that differ. multi_positive: tags and captions that repeat, equal texts are "
+        "positives. sigmoid: tags, every pair on its own.",
     )
-    freeze_text: bool | None = field(
-        default=None, metadata={"help": "Keep the text tower and its projection as they are."}
-    )
-    model_config: str | None = field(
-        default=None,
-        metadata={"help": "Fields of PGSegConfig: a mapping in YAML, or the path of a JSON or YAML file."},
-    )
-    npr_variant: str | None = field(default=None, metadata={"help": "none, released or corrected."})
-    contrastive_loss: str | None = field(
-        default=None,
-        metadata={
-            "help": "info_nce: captions that differ. multi_positive: tags and captions that repeat, equal texts are "
-            "positives. sigmoid: tags, every pair on its own."
-        },
-    )
-    contrastive_pooling: str | None = field(
-        default=None, metadata={"help": "mean, groups, mixture or patches."}
-    )
-    assignment_weight: float | None = field(default=None, metadata={"help": "Weight of the assignment term."})
-    freeze_token_embeddings: bool = field(
-        default=False,
-        metadata={"help": "Keep the token embeddings; for a vocabulary that the data hardly use."},
-    )
-    attn_implementation: str | None = field(
-        default=None, metadata={"help": "eager, sdpa, flash_attention_2, ..."}
-    )
-    gradient_checkpointing: bool = field(
-        default=False, metadata={"help": "Trade time for memory in the towers."}
-    )
-    torch_compile: bool = field(default=False, metadata={"help": "Compile both towers."})
-    torch_compile_backend: str = field(default="inductor", metadata={"help": "Backend of torch.compile."})
+    contrastive_pooling: str | None = HfArg(default=None, help="mean, groups, mixture or patches.")
+    assignment_weight: float | None = HfArg(default=None, help="Weight of the assignment term.")
+    freeze_token_embeddings: bool = HfArg(default=False, help="Keep the token embeddings as they are.")
+    attn_implementation: str | None = HfArg(default=None, help="eager, sdpa, flash_attention_2, ...")
+    gradient_checkpointing: bool = HfArg(default=False, help="Trade time for memory in the towers.")
+    torch_compile: bool = HfArg(default=False, help="Compile both towers.")
+    torch_compile_backend: str = HfArg(default="inductor", help="Backend of torch.compile.")
 
 
 @dataclass
 class DataArguments:
-    """What it is trained on, and how pictures and texts are varied."""
+    """What it is trained on, and how images and texts are varied."""
 
     _argument_group_name = "data"
-    data: list[str] | None = field(
+    data: list[str] | None = HfArg(
+        default=None, help="Folders, Hub data sets, tar shards or 'synthetic', in equal shares."
+    )
+    sources: list[str] | None = HfArg(default=None, help="In YAML, instead of data: fields of SourceSpec.")
+    image_column: str | None = HfArg(default=None, help="Column of the images, for all of data.")
+    caption_column: str | None = HfArg(default=None, help="Column of the captions.")
+    tags_column: str | None = HfArg(default=None, help="Column of the tags.")
+    streaming: bool = HfArg(default=False, help="Stream data sets of the Hub.")
+    crop_tags: bool = HfArg(default=False, help="A crop's tags are the labels that its mask shows.")
+    mask_labels: str | None = HfArg(
+        default=None, help="labels.json of the masks; by default beside the data."
+    )
+    synonyms: str | None = HfArg(
         default=None,
-        metadata={
-            "help": "Folders with metadata, data sets of the Hub, tar shards, or 'synthetic'; in equal shares."
-        },
+        help="JSON file with names and their synonyms; a batch calls each tag by one of them, captions are read for "
+        "images without tags only. The names become the checkpoint's vocabulary.",
     )
-    sources: list[str] | None = field(
+    cache_features: str | None = HfArg(default=None, help="Folder that keeps a frozen backbone's features.")
+    cell_names: str | None = HfArg(
         default=None,
-        metadata={"help": "In YAML: a list of mappings with the fields of SourceSpec, instead of data."},
+        help="classifier.safetensors of prepare_everyday.py: what the frozen backbone's own classifier calls the "
+        "cells of an image teaches its patches too. Needs cache_features.",
     )
-    image_column: str | None = field(
-        default=None, metadata={"help": "Column of the pictures, for all of data."}
-    )
-    caption_column: str | None = field(default=None, metadata={"help": "Column of the captions."})
-    tags_column: str | None = field(default=None, metadata={"help": "Column of the tags."})
-    streaming: bool = field(default=False, metadata={"help": "Stream data sets of the Hub."})
-    crop_tags: bool = field(
+    cache_whole_images: bool = HfArg(
         default=False,
-        metadata={
-            "help": "Where records have masks, a crop's tags are the labels it shows; no other use of masks."
-        },
+        help="The backbone sees whole images, of whose features the views are crops; segmentation then cuts its "
+        "windows from features too.",
     )
-    mask_labels: str | None = field(
-        default=None,
-        metadata={"help": "labels.json that names the masks' values; by default found beside the data."},
-    )
-    synonyms: str | None = field(
-        default=None,
-        metadata={
-            "help": "JSON file with names and their synonyms; a batch calls each tag by one of them, captions are read "
-            "for images without tags only. The names become the checkpoint's vocabulary."
-        },
-    )
-    cache_features: str | None = field(
-        default=None,
-        metadata={
-            "help": "Folder in which the features of a frozen backbone are kept; training then reads them."
-        },
-    )
-    cell_names: str | None = field(
-        default=None,
-        metadata={
-            "help": "classifier.safetensors of prepare_everyday.py: what the frozen backbone's own classifier calls "
-            "the cells of an image teaches its patches too. Needs cache_features."
-        },
-    )
-    cache_whole_images: bool = field(
-        default=False,
-        metadata={
-            "help": "The backbone sees whole images, of whose features the views are crops; segmentation then cuts its "
-            "windows from features too."
-        },
-    )
-    cache_views: int = field(default=2, metadata={"help": "Random crops of each image in the cache."})
-    cache_patch_stride: int = field(
+    cache_views: int = HfArg(default=2, help="Random crops of each image in the cache.")
+    cache_patch_stride: int = HfArg(
         default=1,
-        metadata={
-            "help": "Train on every so many-th row and column of a view's patches, from a random place: with 2 a "
-            "quarter of the patches, each with the features of the whole view."
-        },
+        help="Train on every n-th row and column of a view's patches, from a random place: with 2 a quarter of the "
+        "patches, each with the features of the whole view.",
     )
-    image_size: int | None = field(
-        default=None, metadata={"help": "Side of the crops in pixels; the model's own."}
+    image_size: int | None = HfArg(default=None, help="Side of the crops in pixels; the model's own.")
+    min_scale: float = HfArg(default=0.08, help="Smallest share of an image that a crop covers.")
+    max_scale: float = HfArg(default=1.0, help="Largest share of an image that a crop covers.")
+    crop_sides: list[float] | None = HfArg(
+        default=None, help="Sides of square crops from - to, in pixels at short_side."
     )
-    min_scale: float = field(default=0.08, metadata={"help": "Smallest share of a photo that a crop covers."})
-    max_scale: float = field(default=1.0, metadata={"help": "Largest share of a photo that a crop covers."})
-    crop_sides: list[float] | None = field(
-        default=None,
-        metadata={"help": "Smallest and largest side of square crops, in pixels of a photo at short_side."},
+    short_side: int | None = HfArg(
+        default=None, help="Short side of images in segmentation and for crop_sides."
     )
-    short_side: int | None = field(
-        default=None,
-        metadata={"help": "Short side of photos in segmentation, and what crop_sides are meant for."},
-    )
-    whole_image: bool = field(
-        default=False, metadata={"help": "Segment images as a whole instead of in windows."}
-    )
-    patch_weight: float = field(
-        default=0.0, metadata={"help": "In segmentation, share of the patches' own scores in a pixel's."}
-    )
-    top_k: int | None = field(
-        default=None, metadata={"help": "In segmentation, labels that one window may show."}
-    )
-    horizontal_flip: float = field(default=0.5, metadata={"help": "Probability of mirroring."})
-    color_jitter: float = field(default=0.0, metadata={"help": "Strength of changes of colour, 0 to 1."})
-    grayscale: float = field(default=0.0, metadata={"help": "Probability of taking away all colour."})
-    blur: float = field(default=0.0, metadata={"help": "Probability of a blur."})
-    erasing: float = field(default=0.0, metadata={"help": "Probability of erasing a rectangle."})
-    max_labels: int = field(
-        default=8,
-        metadata={
-            "help": "Label texts of a picture beside its caption. Where no picture has one, all tags count."
-        },
-    )
-    num_nouns: int = field(default=0, metadata={"help": "Random nouns of a caption that become label texts."})
-    noun_model: str | None = field(default=None, metadata={"help": "spaCy pipeline that finds nouns."})
-    num_workers: int = field(
-        default=2, metadata={"help": "Processes that load data, for each training process."}
-    )
-    shuffle_block: int = field(
-        default=1000, metadata={"help": "Records of a stream that are shuffled together."}
-    )
+    whole_image: bool = HfArg(default=False, help="Segment images as a whole instead of in windows.")
+    patch_weight: float = HfArg(default=0.0, help="In segmentation, share of the patches' own scores.")
+    top_k: int | None = HfArg(default=None, help="In segmentation, labels that one window may show.")
+    horizontal_flip: float = HfArg(default=0.5, help="Probability of mirroring.")
+    color_jitter: float = HfArg(default=0.0, help="Strength of changes of colour, 0 to 1.")
+    grayscale: float = HfArg(default=0.0, help="Probability of taking away all colour.")
+    blur: float = HfArg(default=0.0, help="Probability of a blur.")
+    erasing: float = HfArg(default=0.0, help="Probability of erasing a rectangle.")
+    max_labels: int = HfArg(default=8, help="Label texts of an image beside its caption, if there are any.")
+    num_nouns: int = HfArg(default=0, help="Random nouns of a caption that become label texts.")
+    noun_model: str | None = HfArg(default=None, help="spaCy pipeline that finds nouns.")
+    num_workers: int = HfArg(default=2, help="Processes that load data, for each training process.")
+    shuffle_block: int = HfArg(default=1000, help="Records of a stream that are shuffled together.")
 
     def source_specs(self) -> list[SourceSpec]:
         """The sources, from `data` or `sources`.
@@ -211,10 +134,9 @@ class DataArguments:
         if bool(self.data) == bool(self.sources):
             raise ValueError("give either data (paths) or sources (in YAML), and not both.")
         if self.data:
-            columns = {
-                name: getattr(self, name) for name in ("image_column", "caption_column", "tags_column")
-            }
-            return [SourceSpec(path=path, streaming=self.streaming, **columns) for path in self.data]
+            names = ("image_column", "caption_column", "tags_column", "streaming")
+            shared = {name: getattr(self, name) for name in names}
+            return [SourceSpec(path=path, **shared) for path in self.data]
         known = {item.name for item in fields(SourceSpec)}
         specs: list[SourceSpec] = []
         for entry in self.sources or []:
@@ -235,91 +157,48 @@ class RunArguments:
     """How it is trained, measured and saved."""
 
     _argument_group_name = "training, evaluation and results"
-    output_dir: str | None = field(
-        default=None, metadata={"help": "Folder of checkpoints, log and result. Needed."}
-    )
-    overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Delete an earlier run's checkpoints."}
-    )
-    resume_from_checkpoint: str | None = field(
-        default=None, metadata={"help": "latest, or a checkpoint's folder."}
-    )
-    seed: int = field(default=0, metadata={"help": "Seed of weights, data order and augmentation."})
-    batch_size: int = field(default=64, metadata={"help": "Pictures of each process in a batch."})
-    chunk_size: int | None = field(
-        default=None,
-        metadata={"help": "Gradient caching: pictures in memory at a time; the batch may have any size."},
-    )
-    max_steps: int | None = field(default=None, metadata={"help": "Optimizer steps; or give num_epochs."})
-    num_epochs: float | None = field(default=None, metadata={"help": "Passes over data of known length."})
-    learning_rate: float = field(default=1e-4, metadata={"help": "Peak of the learning rate."})
-    warmup_learning_rate: float | None = field(
-        default=None, metadata={"help": "Its start; 1/100 of the peak."}
-    )
-    backbone_learning_rate_factor: float = field(
-        default=0.1,
-        metadata={"help": "Learning rate of a backbone that is not frozen, as a part of the others'."},
-    )
-    min_learning_rate: float | None = field(default=None, metadata={"help": "Its end; 1/10 of the peak."})
-    warmup_ratio: float = field(default=1 / 3, metadata={"help": "Share of the steps until the peak."})
-    weight_decay: float = field(default=0.05, metadata={"help": "Of weights with two dimensions or more."})
+    output_dir: str | None = HfArg(default=None, help="Folder of checkpoints, log and result. Needed.")
+    overwrite_output_dir: bool = HfArg(default=False, help="Delete an earlier run's checkpoints.")
+    resume_from_checkpoint: str | None = HfArg(default=None, help="latest, or a checkpoint's folder.")
+    seed: int = HfArg(default=0, help="Seed of weights, data order and augmentation.")
+    batch_size: int = HfArg(default=64, help="Images of each process in a batch.")
+    chunk_size: int | None = HfArg(default=None, help="Gradient caching: images in memory at a time.")
+    max_steps: int | None = HfArg(default=None, help="Optimizer steps; or give num_epochs.")
+    num_epochs: float | None = HfArg(default=None, help="Passes over data of known length.")
+    learning_rate: float = HfArg(default=1e-4, help="Peak of the learning rate.")
+    warmup_learning_rate: float | None = HfArg(default=None, help="Its start; 1/100 of the peak.")
+    backbone_learning_rate_factor: float = HfArg(default=0.1, help="Of an unfrozen backbone.")
+    min_learning_rate: float | None = HfArg(default=None, help="Its end; 1/10 of the peak.")
+    warmup_ratio: float = HfArg(default=1 / 3, help="Share of the steps until the peak.")
+    weight_decay: float = HfArg(default=0.05, help="Of weights with two dimensions or more.")
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
-    max_grad_norm: float = field(default=5.0, metadata={"help": "Gradients are scaled down to this norm."})
-    mixed_precision: str | None = field(
-        default=None, metadata={"help": "no, fp16 or bf16; Accelerate's setting."}
+    max_grad_norm: float = HfArg(default=5.0, help="Gradients are scaled down to this norm.")
+    mixed_precision: str | None = HfArg(default=None, help="no, fp16 or bf16; Accelerate's setting.")
+    cpu: bool = HfArg(default=False, help="Train on the CPU where there is an accelerator.")
+    threads: int | None = HfArg(default=None, help="Threads of torch on the CPU.")
+    sync_batchnorm: bool = HfArg(default=True, help="Statistics over all processes; on CUDA only.")
+    ddp_timeout: float = HfArg(default=1800, help="Seconds that a process waits for the others.")
+    ema_decay: float | None = HfArg(default=None, help="Average the weights, for instance 0.999.")
+    max_bad_steps: int = HfArg(default=50, help="Steps in a row without a finite gradient that end the run.")
+    log_steps: int = HfArg(default=10, help="Steps between lines of the log.")
+    report_to: str = HfArg(default="none", help="Trackers: none, all, tensorboard, wandb, or a list.")
+    project_name: str = HfArg(default="pgseg", help="Project of the trackers.")
+    checkpoint_steps: int | None = HfArg(default=None, help="Steps between checkpoints; also at the end.")
+    keep_checkpoints: int | None = HfArg(default=2, help="Checkpoints that are kept.")
+    eval_steps: int | None = HfArg(default=None, help="Steps between evaluations; also at the end.")
+    eval_masks: str | None = HfArg(default=None, help="Folder of images with masks, for mIoU.")
+    eval_tags: str | None = HfArg(default=None, help="Folder with one tag an image, for accuracy.")
+    eval_limit: int | None = HfArg(default=None, help="Images of each evaluation before the last one.")
+    eval_background: str | None = HfArg(
+        default=None, help="Label that means background, if labels.json does not say."
     )
-    cpu: bool = field(default=False, metadata={"help": "Train on the CPU where there is an accelerator."})
-    threads: int | None = field(default=None, metadata={"help": "Threads of torch on the CPU."})
-    sync_batchnorm: bool = field(
-        default=True, metadata={"help": "Statistics over all processes; on CUDA only."}
+    eval_background_threshold: float | None = HfArg(
+        default=None, help="Background: no label scores this much."
     )
-    ddp_timeout: float = field(
-        default=1800,
-        metadata={"help": "Seconds that a process waits for the others before it ends in an error."},
-    )
-    ema_decay: float | None = field(
-        default=None, metadata={"help": "Average the weights, for instance 0.999."}
-    )
-    max_bad_steps: int = field(
-        default=50,
-        metadata={"help": "Steps in a row without finite loss and gradient after which training stops."},
-    )
-    log_steps: int = field(default=10, metadata={"help": "Steps between lines of the log."})
-    report_to: str = field(
-        default="none", metadata={"help": "Trackers: none, all, tensorboard, wandb, or a list."}
-    )
-    project_name: str = field(default="pgseg", metadata={"help": "Project of the trackers."})
-    checkpoint_steps: int | None = field(
-        default=None, metadata={"help": "Steps between checkpoints; also at the end."}
-    )
-    keep_checkpoints: int | None = field(default=2, metadata={"help": "Checkpoints that are kept."})
-    eval_steps: int | None = field(
-        default=None, metadata={"help": "Steps between evaluations; also at the end."}
-    )
-    eval_masks: str | None = field(
-        default=None, metadata={"help": "Folder of pictures with masks, for mIoU."}
-    )
-    eval_tags: str | None = field(
-        default=None, metadata={"help": "Folder with one tag a picture, for accuracy."}
-    )
-    eval_limit: int | None = field(
-        default=None, metadata={"help": "Pictures of each evaluation before the last one."}
-    )
-    eval_background: str | None = field(
-        default=None,
-        metadata={"help": "Label of the masks that means background, if labels.json does not say."},
-    )
-    eval_background_threshold: float | None = field(
-        default=None, metadata={"help": "Background is where no other label scores this much."}
-    )
-    num_pictures: int = field(
-        default=4, metadata={"help": "Pictures whose grouping is drawn at each evaluation."}
-    )
-    push_to_hub: bool = field(default=False, metadata={"help": "Upload the result."})
-    hub_model_id: str | None = field(
-        default=None, metadata={"help": "Name on the Hub; by default output_dir's."}
-    )
+    num_pictures: int = HfArg(default=4, help="Images whose grouping is drawn at each evaluation.")
+    push_to_hub: bool = HfArg(default=False, help="Upload the result.")
+    hub_model_id: str | None = HfArg(default=None, help="Name on the Hub; by default output_dir's.")
 
     def __post_init__(self) -> None:
         if self.output_dir is None:
@@ -338,10 +217,6 @@ class RunArguments:
             raise ValueError(f"num_pictures is {self.num_pictures}, expected 0 or more.")
         if not 0 <= self.warmup_ratio < 1:
             raise ValueError(f"warmup_ratio is {self.warmup_ratio}, expected a share from 0 to below 1.")
-
-    @property
-    def betas(self) -> tuple[float, float]:
-        return self.adam_beta1, self.adam_beta2
 
 
 Arguments = tuple[ModelArguments, DataArguments, RunArguments]

@@ -1,7 +1,8 @@
 """From arguments to a model, its processor and its stream of batches."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from datetime import timedelta
 from itertools import islice
@@ -18,9 +19,9 @@ from transformers.utils import logging
 
 from ..configuration_pgseg import PGSegConfig, PGSegTextConfig, PGSegVisionConfig
 from ..data.augmentation import AugmentationOptions
-from ..data.records import Record, UnusableRecord
+from ..data.records import Record
 from ..data.scenes import SceneSource
-from ..data.sources import MapSource, Source, SourceSpec, open_source
+from ..data.sources import MapSource, Source, SourceSpec, StreamSource, open_source, records_of
 from ..distributed import world_size
 from ..efficientnet_lite import IMAGE_MEAN, IMAGE_STD, EfficientNetLiteConfig
 from ..evaluation.metrics.confusion import MANY_UNKNOWN
@@ -41,9 +42,9 @@ from .batches.streams import StreamOptions, TrainingStream
 from .batches.texts import TextOptions
 from .continuing import hash_of_files
 
-# Weights of no dimension.
 logger = logging.get_logger(__name__)
 
+# Weights of no dimension.
 SCALARS = ("logit_scale", "logit_bias", "prototype_logit_scale")
 PEEKED_RECORDS = 8
 ALL_TAGS = 10_000
@@ -198,13 +199,8 @@ def build_stream(
         synonyms=_prompts_of_synonyms(names),
         negatives=[prompt for (prompt,) in build_prompts(list(names))] if names else (),
     )
-    options = StreamOptions(
-        batch_size=run.batch_size,
-        seed=run.seed,
-        num_workers=data.num_workers,
-        shuffle_block=data.shuffle_block,
-        pin_memory=model.device.type == "cuda",
-    )
+    on_cuda = model.device.type == "cuda"
+    options = StreamOptions(run.batch_size, run.seed, data.num_workers, data.shuffle_block, on_cuda)
     weights = [spec.weight for spec in specs]
     prepare = Preparation(augmentation, texts, mask_labels, patch_stride=data.cache_patch_stride)
     _refuse_unused(data, shared and config.contrastive_pooling == "patches")
@@ -212,15 +208,12 @@ def build_stream(
         namer = CellNamer.read(data.cell_names) if data.cell_names else None
         cache = CacheOptions(data.cache_features, data.cache_views, 0, namer, data.cache_whole_images)
         sources = list(cache_features(sources, prepare, model, cache))
+    views = [data.cache_views, data.cache_whole_images, data.cache_patch_stride]
     depends_on = flat(asdict(augmentation) | asdict(texts)) | {
         "mask_labels": mask_labels,
         "synonyms": hash_of(names),
-        "layout": collator.layout,
-        "padding": collator.padding,
-        "num_labels": collator.num_labels,
-        "cached": [data.cache_views, data.cache_whole_images, data.cache_patch_stride]
-        if data.cache_features
-        else None,
+        **{name: getattr(collator, name) for name in ("layout", "padding", "num_labels")},
+        "cached": views if data.cache_features else None,
         "cell_names": hash_of_files(Path(data.cell_names)) if data.cell_names else None,
     }
     return TrainingStream(sources, weights, prepare, collator, options, rank, world_size, depends_on)
@@ -238,19 +231,14 @@ def _refuse_unused(data: DataArguments, names_patches: bool) -> None:
 
 
 def _augmentation(data: DataArguments, config: PGSegConfig, images: Any) -> AugmentationOptions:
+    names = ("min_scale", "max_scale", "horizontal_flip", "color_jitter", "grayscale", "blur", "erasing")
     return AugmentationOptions(
         image_size=data.image_size or config.vision_config.image_size,
-        min_scale=data.min_scale,
-        max_scale=data.max_scale,
         crop_sides=(data.crop_sides[0], data.crop_sides[-1]) if data.crop_sides else None,
         short_side=images.size["shortest_edge"],
-        horizontal_flip=data.horizontal_flip,
-        color_jitter=data.color_jitter,
-        grayscale=data.grayscale,
-        blur=data.blur,
-        erasing=data.erasing,
         image_mean=tuple(images.image_mean),
         image_std=tuple(images.image_std),
+        **{name: getattr(data, name) for name in names},
     )
 
 
@@ -314,17 +302,18 @@ def _mask_labels(data: DataArguments, specs: Sequence[SourceSpec], sources: Sequ
     return ["" if value == background else label for value, label in enumerate(labels)]
 
 
+def _first_records(source: Source) -> Iterator[Record]:
+    items = source.read_shard(0) if isinstance(source, StreamSource) else records_of(source)
+    return (item for item in islice(items, PEEKED_RECORDS) if isinstance(item, Record))
+
+
 def _tell_what_masks_leave_out(sources: Sequence[Source]) -> None:
     """Warns where much of the first records' masks has the value that stands for no label."""
     for source in [source for source in sources if isinstance(source, MapSource)]:
         counts = np.zeros(2, dtype=np.int64)
-        for index in range(min(len(source), PEEKED_RECORDS)):
-            try:
-                record = source[index]
-                values = None if record.mask is None else load_label_map(record.mask)
-            except ValueError:
-                continue  # counted and told in training
-            if values is not None:
+        for mask in [record.mask for record in _first_records(source) if record.mask is not None]:
+            with suppress(ValueError):  # counted and told in training
+                values = load_label_map(mask)
                 counts += (values == IGNORED).sum(), values.size
         if counts[0] > MANY_UNKNOWN * counts[1]:
             logger.warning(
@@ -336,16 +325,7 @@ def _tell_what_masks_leave_out(sources: Sequence[Source]) -> None:
 
 def has_texts(source: Source, kind: str) -> bool:
     """Whether one of the first records has "captions" or "tags"."""
-    if isinstance(source, MapSource):
-        for index in range(min(len(source), PEEKED_RECORDS)):
-            try:
-                if getattr(source[index], kind):
-                    return True
-            except UnusableRecord:
-                continue
-        return False
-    first = islice(source.read_shard(0), PEEKED_RECORDS)
-    return any(isinstance(record, Record) and bool(getattr(record, kind)) for record in first)
+    return any(getattr(record, kind) for record in _first_records(source))
 
 
 def process_group_settings(run: RunArguments) -> InitProcessGroupKwargs:

@@ -11,14 +11,13 @@ Load only checkpoints of your own. Accelerate reads the optimizer's, schedule's 
 `Accelerator.register_for_checkpointing` would be unpickled without that guard, so nothing is registered here.
 """
 
-import hashlib
 import json
 import os
-import pickle
 import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -31,7 +30,7 @@ from torch import nn
 from transformers.utils import logging
 
 from ..files import write_json
-from .continuing import changes
+from .continuing import changes, file_hashes, sha256
 
 logger = logging.get_logger(__name__)
 
@@ -40,13 +39,10 @@ AVERAGE_NAME = "ema.safetensors"
 # What a run leaves in its folder, with checkpoints or without.
 RUN_FILES = ("all_results.json", "log.jsonl")
 _RUN_FOLDERS = ("best", "pictures")
-_NAME = re.compile(r"checkpoint-(\d{8,})")
+_NAME = re.compile(r"checkpoint-\d{8,}")
 _PARTIAL, _REMOVED, _DAMAGED = ".partial-", ".removed-", "damaged-"
 # What torch, safetensors and Accelerate raise on broken files and on states of another model.
-_LOADING_ERRORS = (
-    *(OSError, EOFError, RuntimeError, KeyError, ValueError),
-    *(SafetensorError, pickle.UnpicklingError),
-)
+_LOADING_ERRORS = (OSError, EOFError, RuntimeError, KeyError, ValueError, SafetensorError, UnpicklingError)
 
 
 def save_checkpoint(
@@ -95,7 +91,7 @@ def save_checkpoint(
         if ema is not None:
             save_model(ema, str(partial / AVERAGE_NAME))
         progress = {**(extra or {}), "step": step, "world_size": accelerator.num_processes}
-        progress["files"] = _hashes(partial)
+        progress["files"] = file_hashes(partial)
         write_json(progress, partial / PROGRESS_NAME)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
@@ -266,11 +262,9 @@ def _checkpoints(output_dir: Path) -> list[Path]:
     """Whole checkpoints, the lowest step first. Other programs' folders of such a name have no progress.json."""
     if not output_dir.is_dir():
         return []
-    steps = {path: _NAME.fullmatch(path.name) for path in output_dir.iterdir()}
-    whole = [
-        (int(step[1]), path) for path, step in steps.items() if step and (path / PROGRESS_NAME).is_file()
-    ]
-    return [path for _, path in sorted(whole)]
+    named = [path for path in output_dir.iterdir() if _NAME.fullmatch(path.name)]
+    whole = [path for path in named if (path / PROGRESS_NAME).is_file()]
+    return sorted(whole, key=lambda path: int(path.name.removeprefix("checkpoint-")))
 
 
 def _set_damaged_aside(output_dir: Path) -> None:
@@ -295,21 +289,11 @@ def _damage_of(checkpoint: Path) -> str | None:
     try:
         files = _read_json(checkpoint / PROGRESS_NAME).get("files", {})
         for name, known in files.items():
-            if _sha256(checkpoint / name) != known:
+            if sha256(checkpoint / name) != known:
                 return f"{name} is not as it was written"
     except (ValueError, OSError, AttributeError) as error:
         return str(error)
     return None
-
-
-def _hashes(folder: Path) -> dict[str, str]:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): _sha256(path) for path in files}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _remove(checkpoint: Path) -> None:

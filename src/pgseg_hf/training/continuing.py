@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from ..data.records import Record, UnusableRecord
-from ..data.sources import Source, StreamSource
+from ..data.sources import Source, StreamSource, records_of
 from ..run_records import hash_of
 
 SAMPLED_RECORDS = 256
@@ -30,9 +30,19 @@ def changes(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 def hash_of_files(path: Path) -> str | None:
     """A hash of a file, or of a folder's files with their names; None where there is neither."""
+    hashes = file_hashes(path)
+    return hash_of(list(hashes.items())) if hashes else None
+
+
+def file_hashes(path: Path) -> dict[str, str]:
+    """The SHA-256 of a file, or of a folder's files by their names in it."""
     files = [path] if path.is_file() else sorted(each for each in path.rglob("*") if each.is_file())
-    hashes = [(str(each.relative_to(path)), hashlib.sha256(each.read_bytes()).hexdigest()) for each in files]
-    return hash_of(hashes) if files else None
+    return {each.relative_to(path).as_posix(): sha256(each) for each in files}
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def contents_of(source: Source) -> str:
@@ -56,12 +66,8 @@ def _sample(source: Source) -> Iterator[Record | UnusableRecord]:
         shards = np.unique(np.linspace(0, source.num_shards - 1, SAMPLED_SHARDS).astype(int))
         for shard in shards:
             yield from islice(source.read_shard(int(shard)), SAMPLED_RECORDS // len(shards))
-        return
-    for index in np.unique(np.linspace(0, len(source) - 1, SAMPLED_RECORDS).astype(int)):
-        try:
-            yield source[int(index)]
-        except UnusableRecord as error:
-            yield error
+    else:
+        yield from records_of(source, SAMPLED_RECORDS)
 
 
 def bytes_of(part: Any) -> bytes:

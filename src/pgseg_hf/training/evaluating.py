@@ -33,8 +33,8 @@ BEST_METRICS = ("mean_iou", "top1")
 
 
 class Evaluator:
-    """Measures a model on what the arguments name: mIoU (and the oracle's) on pictures with masks, zero-shot accuracy
-    on pictures with one tag each; every process on its part of the masks.
+    """Measures a model on what the arguments name: mIoU (and the oracle's) on images with masks, zero-shot accuracy
+    on images with one tag each; every process on its part of the masks.
 
     Raises:
         ValueError: folders that cannot be read.
@@ -70,7 +70,7 @@ class Evaluator:
         """Figures of the unwrapped model; every process has to call it.
 
         Args:
-            limit: at most so many pictures of each kind.
+            limit: at most so many images of each kind.
         """
         figures: dict[str, float] = {}
         device = self.accelerator.device
@@ -99,7 +99,7 @@ class Evaluator:
         return figures
 
     def draw(self, model: PGSegModel, folder: Path, step: int) -> dict[str, np.ndarray]:
-        """Writes pictures of the grouping and of the masks into `folder`; returns them as arrays [H, W, 3]."""
+        """Writes images of the grouping and of the masks into `folder`; returns them as arrays [H, W, 3]."""
         masks = self.masks
         if masks is None or not self.run.num_pictures:
             return {}

@@ -67,7 +67,7 @@ def model_card(
 
 
 def upload(output_dir: Path, repo_id: str) -> str:
-    """Uploads the result into a repository that exists, without checkpoints and pictures; returns its address."""
+    """Uploads the result into a repository that exists, without checkpoints and images; returns its address."""
     files = [path.name for path in output_dir.iterdir() if path.is_file() and not path.name.startswith(".")]
     return str(HfApi().upload_folder(repo_id=repo_id, folder_path=output_dir, allow_patterns=files).repo_url)
 

@@ -11,13 +11,14 @@ Source: Gao et al., "Scaling Deep Contrastive Learning Batch Size under Memory L
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten_with_path, tree_map, tree_map_with_path
 
 from ..distributed import sum_over_processes, world_size
 from ..modeling_pgseg import PGSegModel
@@ -56,10 +57,7 @@ class GradientCache:
     """
 
     def __init__(
-        self,
-        model: PGSegModel,
-        chunk_size: int,
-        autocast: Callable[[], AbstractContextManager] = nullcontext,
+        self, model: PGSegModel, chunk_size: int, autocast: Callable[[], AbstractContextManager] = nullcontext
     ):
         if chunk_size < 2:
             raise ValueError(f"chunk_size is {chunk_size}, expected at least 2 for BatchNorm.")
@@ -107,7 +105,7 @@ class GradientCache:
             moved = {name: torch.zeros_like(value) for name, value in start.items()}
             for chunk, leaves in zip(image_chunks + text_chunks, features):
                 _set_random_states(chunk.random_states, device)
-                outputs = list(_differentiable(encode(chunk)))
+                outputs = _differentiable(encode(chunk))
                 gradients = [leaf.grad for leaf in _differentiable(leaves)]
                 # A frozen tower's outputs have no way back.
                 used = [
@@ -158,49 +156,29 @@ def _set_random_states(states: list[Tensor], device: torch.device) -> None:
         torch.cuda.set_rng_state(states[1], device)
 
 
-def _parts(features: Any) -> dict[str, Any]:
-    """The fields of a dataclass or named tuple of features, by their names."""
-    if hasattr(features, "_asdict"):
-        return features._asdict()
-    return {field.name: getattr(features, field.name) for field in fields(features)}
-
-
-def _map_tensors(function: Callable[[str, Tensor], Tensor], features: Any) -> Any:
-    """The same features with `function(name, tensor)` in place of each tensor."""
-    changed: dict[str, Any] = {}
-    for name, value in _parts(features).items():
-        if isinstance(value, Tensor):
-            value = function(name, value)
-        elif isinstance(value, tuple):
-            value = tuple(_map_tensors(function, part) for part in value)
-        changed[name] = value
-    return type(features)(**changed)
+def _is_differentiable(path: tuple[Any, ...]) -> bool:
+    """Whether the last step of a path, a dataclass's or a named tuple's field, is one with a gradient."""
+    return getattr(path[-1], "key", getattr(path[-1], "name", None)) in DIFFERENTIABLE
 
 
 def _as_leaves(features: Any) -> Any:
-    def leaf(name: str, value: Tensor) -> Tensor:
-        return value.detach().requires_grad_(name in DIFFERENTIABLE)
+    """The same features as leaves of a new graph; None stays."""
 
-    return _map_tensors(leaf, features)
+    def leaf(path: tuple[Any, ...], value: Tensor | None) -> Tensor | None:
+        return None if value is None else value.detach().requires_grad_(_is_differentiable(path))
 
-
-def _differentiable(features: Any) -> Iterable[Tensor]:
-    for name, value in _parts(features).items():
-        if isinstance(value, tuple):
-            for part in value:
-                yield from _differentiable(part)
-        elif name in DIFFERENTIABLE and value is not None:
-            yield value
+    return type(features)(**tree_map_with_path(leaf, vars(features)))
 
 
-def _concatenated(parts: list[Any]) -> Any:
-    """One dataclass of features from those of all chunks."""
-    first: Any = parts[0]
-    if isinstance(first, Tensor):
-        return torch.cat(parts)
-    if first is None:
-        return None
-    if type(first) is tuple:
-        return tuple(_concatenated(list(of_stage)) for of_stage in zip(*parts))
-    by_name = zip(_parts(first), zip(*(_parts(part).values() for part in parts)))
-    return type(first)(**{name: _concatenated(list(values)) for name, values in by_name})
+def _differentiable(features: Any) -> list[Tensor]:
+    found, _ = tree_flatten_with_path(vars(features))
+    return [value for path, value in found if value is not None and _is_differentiable(path)]
+
+
+def _concatenated(chunks: list[Any]) -> Any:
+    """The features of all chunks, in one dataclass of their kind."""
+
+    def joined(*parts: Any) -> Tensor | None:
+        return None if parts[0] is None else torch.cat(parts)
+
+    return type(chunks[0])(**tree_map(joined, *map(vars, chunks)))

@@ -105,15 +105,9 @@ def cosine_schedule(
             f"learning rates start at {start}, have the peak {peak} and end at {floor}; expected a positive peak and "
             "start and floor from 0 to the peak."
         )
-    factor = partial(
-        learning_rate_factor,
-        warmup_steps=warmup_steps,
-        total_steps=total_steps,
-        peak=peak,
-        start=start,
-        floor=floor,
-    )
-    return LambdaLR(optimizer, factor)
+    shape: dict[str, Any] = {"warmup_steps": warmup_steps, "total_steps": total_steps}
+    shape |= {"start": start, "floor": floor}
+    return LambdaLR(optimizer, partial(learning_rate_factor, peak=peak, **shape))
 
 
 @contextmanager
@@ -149,15 +143,9 @@ class ExponentialMovingAverage(AveragedModel):
     def __init__(self, model: nn.Module, decay: float = 0.999):
         if not 0 <= decay <= 1:
             raise ValueError(f"decay is {decay}, expected a number from 0 to 1.")
-        half = {
-            parameter.dtype
-            for parameter in model.parameters()
-            if parameter.dtype in (torch.float16, torch.bfloat16)
-        }
-        if half:
+        for dtype in {parameter.dtype for parameter in model.parameters()} & {torch.float16, torch.bfloat16}:
             raise ValueError(
-                f"the weights are {half.pop()}, expected float32: load the model in float32 and train with "
-                "mixed_precision."
+                f"the weights are {dtype}, expected float32: load the model in float32 and train with mixed_precision."
             )
 
         def average(averages: Any, weights: Any, count: Tensor | int) -> None:

@@ -108,7 +108,7 @@ class RunLog:
             self.bar.set_postfix({name: f"{value:.4g}" for name, value in shown.items()}, refresh=False)
 
     def pictures(self, step: int, pictures: dict[str, Any]) -> None:
-        """Gives pictures (arrays [H, W, 3]) to those trackers that take any."""
+        """Gives images (arrays [H, W, 3]) to those trackers that take any."""
         for tracker in self.accelerator.trackers:
             if pictures and hasattr(tracker, "log_images"):
                 layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}

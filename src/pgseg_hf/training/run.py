@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, broadcast, gather_object, send_to_device, set_seed
 from huggingface_hub import HfApi
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ..distributed import sum_over_processes
@@ -31,22 +31,12 @@ from .building import (
     sync_batchnorm,
     without_scalars,
 )
-from .checkpoints import (
-    load_checkpoint,
-    prepare_output_dir,
-    resolve_resume,
-    save_checkpoint,
-)
+from .checkpoints import load_checkpoint, prepare_output_dir, resolve_resume, save_checkpoint
 from .continuing import changes
 from .evaluating import Evaluator, best_metric
 from .finishing import model_card, publish, save_weights, upload
 from .gradient_cache import GradientCache, average_gradients
-from .optimization import (
-    ExponentialMovingAverage,
-    build_optimizer,
-    cosine_schedule,
-    own_settings_kept,
-)
+from .optimization import ExponentialMovingAverage, build_optimizer, cosine_schedule, own_settings_kept
 from .reporting import Clock, Meter, RunLog
 
 # What a run that goes on may change, and then says; what it learns from and by may not.
@@ -54,6 +44,9 @@ CHANGEABLE = (
     *("learning_rate", "warmup_learning_rate", "min_learning_rate", "backbone_learning_rate_factor"),
     *("warmup_ratio", "weight_decay", "adam_beta1", "adam_beta2", "max_grad_norm", "chunk_size", "ema_decay"),
 )
+
+
+COUNTS = ("step", "best_step", "bad_steps", "bad_in_a_row")
 
 
 class Run:
@@ -83,10 +76,11 @@ class Run:
         if self.is_sharded:
             model = without_scalars(model)
         self.config = model.config
-        self.depends_on = config_fields(model.config)
-        self.depends_on |= {"freeze_token_embeddings": chosen.freeze_token_embeddings}
         self.processor = build_processor(chosen, data, model.config)
-        self.depends_on |= {"vocabulary of the tokenizer": vocabulary_of(self.processor.tokenizer)}
+        self.depends_on = config_fields(model.config) | {
+            "freeze_token_embeddings": chosen.freeze_token_embeddings,
+            "vocabulary of the tokenizer": vocabulary_of(self.processor.tokenizer),
+        }
         self.stream = build_stream(
             data, run, model, self.processor, accelerator.process_index, accelerator.num_processes
         )
@@ -94,25 +88,34 @@ class Run:
         self.repo_id = run.hub_model_id or self.output_dir.resolve().name
         if run.push_to_hub and accelerator.is_main_process:
             self.repo_id = HfApi().create_repo(self.repo_id, exist_ok=True).repo_id
+        self.prepare(model)
+        self.meter, self.clock = Meter(accelerator), Clock()
+        self.step = self.best_step = self.bad_steps = self.bad_in_a_row = 0
+        self.best: tuple[str, float] | None = None
+        self.figures: dict[str, float] = {}
+        self.seconds_before = 0.0
+        self.started = time.monotonic()
+
+    def prepare(self, model: nn.Module) -> None:
+        """Optimizer and schedule; all that can be wrong is found by then, and only then the output folder changes."""
+        run, accelerator = self.options, self.accelerator
         if run.sync_batchnorm and not run.chunk_size:  # chunks have statistics of their own
             model = sync_batchnorm(model)
-        self.total_steps = run.max_steps or max(
-            1, math.ceil((run.num_epochs or 0) * self.stream.batches_per_epoch)
-        )
+        epochs = 0 if run.max_steps else (run.num_epochs or 0) * self.stream.batches_per_epoch
+        self.total_steps = run.max_steps or max(1, math.ceil(epochs))
         self.ema = ExponentialMovingAverage(model, run.ema_decay) if run.ema_decay else None
-        optimizer = build_optimizer(
-            model, run.learning_rate, run.weight_decay, run.betas, run.backbone_learning_rate_factor
-        )
+        betas, factor = (run.adam_beta1, run.adam_beta2), run.backbone_learning_rate_factor
+        optimizer = build_optimizer(model, run.learning_rate, run.weight_decay, betas, factor)
+        start, floor = run.warmup_learning_rate, run.min_learning_rate
         schedule = cosine_schedule(
             optimizer,
             warmup_steps=int(run.warmup_ratio * self.total_steps),
             total_steps=self.total_steps,
-            start=run.learning_rate / 100 if run.warmup_learning_rate is None else run.warmup_learning_rate,
-            floor=run.learning_rate / 10 if run.min_learning_rate is None else run.min_learning_rate,
+            start=run.learning_rate / 100 if start is None else start,
+            floor=run.learning_rate / 10 if floor is None else floor,
         )
-        # All that can be wrong was found by now; only from here on the output folder changes.
         self.resume = prepare_output_dir(
-            accelerator, run.output_dir, run.resume_from_checkpoint, run.overwrite_output_dir
+            accelerator, self.output_dir, run.resume_from_checkpoint, run.overwrite_output_dir
         )
         self.model, self.optimizer, self.schedule = accelerator.prepare(model, optimizer, schedule)
         self.plain_model = accelerator.unwrap_model(self.model)
@@ -121,13 +124,6 @@ class Run:
             self.cache = GradientCache(self.plain_model, run.chunk_size, accelerator.autocast)
         # The processes started alike; from here on each has noise of its own.
         set_seed(run.seed + accelerator.process_index)
-        self.meter, self.clock = Meter(accelerator), Clock()
-        self.step = self.bad_steps = self.bad_in_a_row = 0
-        self.best: tuple[str, float] | None = None
-        self.best_step = 0
-        self.figures: dict[str, float] = {}
-        self.seconds_before = 0.0
-        self.started = time.monotonic()
 
     def refuse_what_cannot_be(self) -> None:
         accelerator, options = self.accelerator, self.options
@@ -165,8 +161,8 @@ class Run:
             progress, position = load_checkpoint(self.accelerator, self.resume, self.ema, self.depends_on)
         self.stream.load_state_dict(position["stream"])
         self.meter.load_state_dict(position["meter"])
-        self.step, self.bad_steps = progress["step"], progress["bad_steps"]
-        self.bad_in_a_row, self.best_step = progress["bad_in_a_row"], progress["best_step"]
+        for name in COUNTS:
+            setattr(self, name, progress[name])
         self.best = tuple(progress["best"]) if progress["best"] else None
         self.seconds_before = progress["seconds"]
         self.meter.bad.update(progress["bad_parts"])
@@ -180,26 +176,11 @@ class Run:
 
     def save(self) -> None:
         """Writes a checkpoint."""
-        extra = {
-            "bad_steps": self.bad_steps,
-            "bad_in_a_row": self.bad_in_a_row,
-            "bad_parts": dict(self.meter.bad),
-            "best": self.best,
-            "best_step": self.best_step,
-            "seconds": self.seconds,
-            "depends_on": self.depends_on,
-            "settings": self.settings,
-            "measured_with": self.evaluator.measured_with,
-        }
-        save_checkpoint(
-            self.accelerator,
-            self.output_dir,
-            self.step,
-            {"stream": self.stream.state_dict(), "meter": self.meter.state_dict()},
-            extra,
-            self.options.keep_checkpoints,
-            self.ema,
-        )
+        position = {"stream": self.stream.state_dict(), "meter": self.meter.state_dict()}
+        extra = {name: getattr(self, name) for name in (*COUNTS, "best", "seconds", "depends_on", "settings")}
+        extra |= {"bad_parts": dict(self.meter.bad), "measured_with": self.evaluator.measured_with}
+        keep = self.options.keep_checkpoints
+        save_checkpoint(self.accelerator, self.output_dir, self.step, position, extra, keep, self.ema)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -263,16 +244,8 @@ class Run:
         else:
             outputs = self.model(**batch)
             accelerator.backward(outputs.loss)
-            names = (
-                "contrastive",
-                "multi_label",
-                "image_prototype",
-                "text_prototype",
-                "assignment",
-                "patch_text",
-            )
-            values = {name: getattr(outputs, f"{name}_loss") for name in names}
-            parts = {name: value for name, value in values.items() if value is not None}
+            losses = {name: value for name, value in outputs.items() if name.endswith("_loss")}
+            parts = {name.removesuffix("_loss"): value for name, value in losses.items()}
             parts |= {"total": outputs.loss, "negatives": outputs.num_negatives}
         norm = accelerator.clip_grad_norm_(self.model.parameters(), self.options.max_grad_norm)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
@@ -363,7 +336,7 @@ class Run:
         return folder
 
     def finish(self) -> dict[str, Any]:
-        """Writes the result: the last weights, measured on all pictures."""
+        """Writes the result: the last weights, measured on all images."""
         with self.model_to_keep() as model:
             if self.evaluator and not self.figures:
                 self.figures = self.evaluator(model)

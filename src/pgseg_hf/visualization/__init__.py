@@ -1,8 +1,8 @@
-"""Colours and drawings for label maps: the one place where a mask becomes a picture.
+"""Colours and drawings for label maps: the one place where a mask becomes an image.
 
 A *label map* is an integer array [H, W]. Without a background its values index the given labels; with one, 0 is
 background and label i has value i + 1. A label's colour depends on its index alone, or is chosen, so the same label
-has the same colour in every picture of a run.
+has the same colour in every image of a run.
 """
 
 from .colours import group_palette, label_colours, palette

@@ -82,31 +82,25 @@ def group_palette(n: int) -> npt.NDArray[np.uint8]:
 
 @functools.cache
 def _all_colours() -> npt.NDArray[np.uint8]:
-    """The base colours, then a greedy farthest-point sequence over a grid of colours, uint8 [_NUM_COLOURS, 3]."""
-    grid, lightness, chroma = _grid()
+    """Colours for labels, uint8 [_NUM_COLOURS, 3]."""
     # No near-black, near-white or grey: they read as the photograph itself.
-    grid = grid[(lightness > 0.35) & (lightness < 0.93) & (chroma > 0.05)]
-    return _spread(grid, _NUM_COLOURS)
+    return _spread(_NUM_COLOURS, lightness=(0.35, 0.93), chroma=(0.05, 1.0))
 
 
 @functools.cache
 def _group_colours() -> npt.NDArray[np.uint8]:
     """Pale colours, the farthest from those of the first labels first, uint8 [_NUM_GROUP_COLOURS, 3]."""
-    grid, lightness, chroma = _grid()
-    grid = grid[(lightness > 0.72) & (lightness < 0.95) & (chroma > 0.03) & (chroma < 0.1)]
-    return _spread(grid, len(BASE_COLOURS) + _NUM_GROUP_COLOURS)[len(BASE_COLOURS) :]
+    count = len(BASE_COLOURS) + _NUM_GROUP_COLOURS
+    return _spread(count, lightness=(0.72, 0.95), chroma=(0.03, 0.1))[len(BASE_COLOURS) :]
 
 
-def _grid() -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """Colours [N, 3] to choose from, their lightness and chroma [N]."""
+def _spread(count: int, lightness: tuple[float, float], chroma: tuple[float, float]) -> npt.NDArray[np.uint8]:
+    """The base colours, then those of a grid that are farthest from all before, uint8 [count, 3]."""
     levels = np.linspace(0, 255, 16).round().astype(np.uint8)
     grid = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), axis=-1).reshape(-1, 3)
-    lightness, *opponents = oklab(linear_light(grid)).T
-    return grid, lightness, np.hypot(*opponents)
-
-
-def _spread(grid: npt.NDArray[np.uint8], count: int) -> npt.NDArray[np.uint8]:
-    """The base colours, then those of a grid that are farthest from all before, uint8 [count, 3]."""
+    light, *opponents = oklab(linear_light(grid)).T
+    pure = np.hypot(*opponents)
+    grid = grid[(light > lightness[0]) & (light < lightness[1]) & (pure > chroma[0]) & (pure < chroma[1])]
     base = np.array(BASE_COLOURS, dtype=np.uint8)
     # Whole numbers, so that every machine makes the same choices.
     candidates, chosen = _seen_colours(grid), _seen_colours(base)

@@ -1,10 +1,9 @@
-"""Tables of numbers as pictures."""
+"""Tables of numbers as images."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image, ImageDraw
 
 from .colours import BASE_COLOURS
@@ -52,88 +51,43 @@ def heat_map(
         if given is not None and len(given) != count:
             raise ValueError(f"{kind} has {len(given)} entries, expected {count}.")
     size, font = _HEAT_MAP_LETTERS, font_of(_HEAT_MAP_LETTERS)
+    pad = size // 2
     names = [fitted(row, font, 12 * size) for row in drawable(rows, "row")]
     heads = drawable(columns, "")
-    grid = _Grid(
-        left=round(max(map(font.getlength, names))) + 3 * size,
-        top=round(2.6 * size),
-        wide=round(max(3.2 * size, *(font.getlength(head) + size for head in heads))),
-        high=2 * size,
-    )
-    right, bottom = grid.corner(len(names), len(heads))
-    canvas = Image.new("RGB", (right + size // 2, bottom + size // 2), PAPER)
+    left, top = round(max(map(font.getlength, names))) + 3 * size, round(2.6 * size)
+    wide, high = round(max(3.2 * size, *(font.getlength(head) + size for head in heads))), 2 * size
+    canvas = Image.new("RGB", (left + len(heads) * wide + pad, top + len(names) * high + pad), PAPER)
     draw = ImageDraw.Draw(canvas)
-    _draw_names(draw, names, heads, grid, row_colours, column_colours)
-    _draw_cells(draw, table, grid, chosen)
-    return canvas
-
-
-class _Grid(NamedTuple):
-    """Measures of a heat map in pixels: where the first cell lies, and the size of all."""
-
-    left: int
-    top: int
-    wide: int
-    high: int
-
-    def corner(self, row: int, column: int) -> tuple[int, int]:
-        """x and y of a cell's first pixel."""
-        return self.left + column * self.wide, self.top + row * self.high
-
-    def box(self, row: int, column: int) -> tuple[int, int, int, int]:
-        """A cell's first and last pixels; a line stays free between cells."""
-        x, y = self.corner(row, column)
-        return x, y, x + self.wide - 2, y + self.high - 2
-
-
-def _draw_names(
-    draw: ImageDraw.ImageDraw,
-    names: list[str],
-    heads: list[str],
-    grid: _Grid,
-    row_colours: Any,
-    column_colours: Any,
-) -> None:
-    """The names of a heat map's rows and columns with their swatches."""
-    size, font = _HEAT_MAP_LETTERS, font_of(_HEAT_MAP_LETTERS)
-    pad = size // 2
     for j, head in enumerate(heads):
-        x, y = grid.corner(0, j)
-        draw.text((x + grid.wide / 2, size), head, fill=INK, font=font, anchor="mm")
+        x = left + j * wide
+        draw.text((x + wide / 2, size), head, fill=INK, font=font, anchor="mm")
         if column_colours is not None:
-            draw.rectangle((x, y - 0.7 * size, x + grid.wide - 2, y - 3), fill=_rgb_tuple(column_colours[j]))
+            draw.rectangle((x, top - 0.7 * size, x + wide - 2, top - 3), fill=_rgb_tuple(column_colours[j]))
     for i, name in enumerate(names):
-        y = grid.corner(i, 0)[1] + grid.high // 2
+        y = top + i * high + high // 2
         if row_colours is not None:
             draw.rectangle((pad, y - pad, pad + size - 1, y + pad - 1), fill=_rgb_tuple(row_colours[i]))
-        draw.text((grid.left - pad, y), name, fill=INK, font=font, anchor="rm")
+        draw.text((left - pad, y), name, fill=INK, font=font, anchor="rm")
 
-
-def _draw_cells(
-    draw: ImageDraw.ImageDraw,
-    table: npt.NDArray[np.float64],
-    grid: _Grid,
-    chosen: Sequence[int] | None,
-) -> None:
-    """The cells of a heat map."""
-    font = font_of(_HEAT_MAP_LETTERS)
     counted = table[np.isfinite(table)]
     low, span = (counted.min(), np.ptp(counted)) if counted.size else (0.0, 0.0)
     for (i, j), value in np.ndenumerate(table):
-        left, top, right, bottom = grid.box(i, j)
-        if not np.isfinite(value):
-            draw.rectangle((left, top, right, bottom), fill=NOTHING)
-            continue
+        x, y = left + j * wide, top + i * high
         share = (value - low) / span if span > 0 else 0.0
-        draw.rectangle((left, top, right, bottom), fill=ramp(share))
-        ink = PAPER if share > 0.55 else INK
-        middle = ((left + right) / 2, (top + bottom) / 2)
-        draw.text(middle, f"{value:.2f}", fill=ink, font=font, anchor="mm")
+        # A line stays free between cells.
+        draw.rectangle(
+            (x, y, x + wide - 2, y + high - 2), fill=ramp(share) if np.isfinite(value) else NOTHING
+        )
+        if np.isfinite(value):
+            middle = (x + (wide - 2) / 2, y + (high - 2) / 2)
+            ink = PAPER if share > 0.55 else INK
+            draw.text(middle, f"{value:.2f}", fill=ink, font=font, anchor="mm")
     for j, i in enumerate(chosen if chosen is not None else ()):
         if i >= 0:
-            left, top, right, bottom = grid.box(i, j)
-            draw.rectangle((left, top, right, bottom), outline=PAPER, width=5)
-            draw.rectangle((left - 1, top - 1, right + 1, bottom + 1), outline=CHOSEN, width=4)
+            x, y = left + j * wide, top + i * high
+            draw.rectangle((x, y, x + wide - 2, y + high - 2), outline=PAPER, width=5)
+            draw.rectangle((x - 1, y - 1, x + wide - 1, y + high - 1), outline=CHOSEN, width=4)
+    return canvas
 
 
 def ramp(share: float) -> tuple[int, ...]:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from .text import FAINT_INK, INK, PAPER, drawable, fitted, font_of, letter_size
 
@@ -32,76 +32,43 @@ def legend_entries(
     return entries or [_Entry("nothing found")]
 
 
-def with_legend(picture: Image.Image, entries: list[_Entry]) -> Image.Image:
-    """The picture with a panel that lists the entries: to the right of a tall picture, under a wide one."""
-    font = font_of(letter_size(picture))
-    layout = _Layout.of(entries, font)
+def with_legend(image: Image.Image, entries: list[_Entry]) -> Image.Image:
+    """The image with a panel that lists the entries: to the right of a tall image, under a wide one."""
+    font = font_of(letter_size(image))
+    # Margin and side of a swatch, height of a line, width of a text and of a column, in pixels.
+    pad, row = round(font.size), round(1.7 * round(font.size))
+    longest = max(math.ceil(font.getlength(text)) for text in ["9,999 more", *(e.text for e in entries)])
+    text_width = min(_MAX_LABEL_WIDTH * pad, longest)
+    column = 3 * pad + text_width + math.ceil(font.getlength("100.0 %"))
     count = len(entries)
-    beside = picture.width <= 1.25 * picture.height
+    beside = image.width <= 1.25 * image.height
     if beside:
-        fitting = max(_MIN_LEGEND_ROWS, (picture.height - 2 * layout.pad) // layout.row)
+        fitting = max(_MIN_LEGEND_ROWS, (image.height - 2 * pad) // row)
         columns = min(_MAX_LEGEND_COLUMNS, math.ceil(count / fitting))
         rows = min(fitting, math.ceil(count / columns)) if columns > 1 else count
     else:
-        columns = min(count, max(1, (picture.width - layout.pad) // (layout.column + 2 * layout.pad)))
+        columns = min(count, max(1, (image.width - pad) // (column + 2 * pad)))
         rows = min(_MIN_LEGEND_ROWS, math.ceil(count / columns))
-
     if count > rows * columns:
-        kept = rows * columns - 1
-        entries = [
-            *entries[:kept],
-            _Entry(f"{count - kept:,} more", sum(e.share or 0 for e in entries[kept:])),
-        ]
-    panel = _draw_legend(entries, rows, columns, layout, font)
-    if beside:
-        canvas = Image.new("RGB", (picture.width + panel.width, max(picture.height, panel.height)), PAPER)
-        canvas.paste(panel, (picture.width, 0))
-    else:
-        canvas = Image.new("RGB", (max(picture.width, panel.width), picture.height + panel.height), PAPER)
-        canvas.paste(panel, (0, picture.height))
-    canvas.paste(picture, (0, 0))
-    return canvas
+        kept, left_out = entries[: rows * columns - 1], entries[rows * columns - 1 :]
+        entries = [*kept, _Entry(f"{len(left_out):,} more", sum(e.share or 0 for e in left_out))]
 
-
-class _Layout(NamedTuple):
-    """Measures of a legend in pixels: margin, line height, side of a swatch, and the width of a column."""
-
-    pad: int
-    row: int
-    swatch: int
-    text: int
-    column: int
-
-    @classmethod
-    def of(cls, entries: list[_Entry], font: ImageFont.FreeTypeFont) -> "_Layout":
-        size = round(font.size)
-        text = min(
-            _MAX_LABEL_WIDTH * size,
-            max(math.ceil(font.getlength(text)) for text in ["9,999 more", *(e.text for e in entries)]),
-        )
-        share = math.ceil(font.getlength("100.0 %"))
-        return cls(pad=size, row=round(1.7 * size), swatch=size, text=text, column=3 * size + text + share)
-
-
-def _draw_legend(
-    entries: list[_Entry], rows: int, columns: int, layout: _Layout, font: ImageFont.FreeTypeFont
-) -> Image.Image:
-    """The panel with its entries, column by column."""
-    pad, row, swatch, text_width, column = layout
-    panel = Image.new("RGB", (columns * (column + 2 * pad), 2 * pad + rows * row), PAPER)
-    draw = ImageDraw.Draw(panel)
+    size = (columns * (column + 2 * pad), 2 * pad + rows * row)
+    x0, y0 = (image.width, 0) if beside else (0, image.height)
+    canvas = Image.new("RGB", (max(image.width, x0 + size[0]), max(image.height, y0 + size[1])), PAPER)
+    canvas.paste(image, (0, 0))
+    draw = ImageDraw.Draw(canvas)
     for i, entry in enumerate(entries):
-        x, y = pad + (i // rows) * (column + 2 * pad), pad + (i % rows) * row + row // 2
+        x, y = x0 + pad + (i // rows) * (column + 2 * pad), y0 + pad + (i % rows) * row + row // 2
         if entry.colour is not None:
-            draw.rectangle(
-                (x, y - swatch // 2, x + swatch - 1, y - swatch // 2 + swatch - 1), fill=entry.colour
-            )
+            top = y - pad // 2
+            draw.rectangle((x, top, x + pad - 1, top + pad - 1), fill=entry.colour)
         ink = INK if entry.colour is not None else FAINT_INK
         text = fitted(entry.text, font, text_width)
-        draw.text((x + swatch + swatch // 2, y), text, fill=ink, font=font, anchor="lm")
+        draw.text((x + pad + pad // 2, y), text, fill=ink, font=font, anchor="lm")
         if entry.share is not None:
             draw.text((x + column, y), _percent(entry.share), fill=FAINT_INK, font=font, anchor="rm")
-    return panel
+    return canvas
 
 
 def _percent(share: float) -> str:

@@ -1,4 +1,4 @@
-"""Label maps over a picture, beside one another, and as files."""
+"""Label maps over an image, beside one another, and as files."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw
 
+from ..images import to_rgb
 from .colours import group_palette, label_colours, palette
 from .legend import legend_entries, with_legend
 from .text import INK, PAPER, drawable, fitted, font_of, letter_size
@@ -25,39 +26,37 @@ def overlay(
     contours: bool = True,
     colours: Mapping[str, str] | None = None,
 ) -> Image.Image:
-    """Colour a picture by its label map.
-
-    Under its colour the photograph fades to grey, so that the hues are those of the legend.
+    """Colour an image by its label map. Under its colour it fades to grey, so that the hues are those of the legend.
 
     Args:
-        image: the picture, W x H.
+        image: W x H.
         label_map: integers [H, W] (array or tensor); values index `labels`, or 0 is background and label i is i + 1.
         labels: the names, as given for the segmentation.
         background: whether 0 is background; it stays uncoloured.
-        alpha: weight of the colour over the picture, from 0 (picture alone) to 1 (colour alone).
+        alpha: weight of the colour over the image, from 0 (image alone) to 1 (colour alone).
         legend: whether to add a panel with the labels present, the largest first, each with its share of the pixels.
-            It stands to the right of a tall picture and under a wide one. Labels in letters that the font lacks have
+            It stands to the right of a tall image and under a wide one. Labels in letters that the font lacks have
             their number, from 1.
         contours: whether to draw a light line between regions.
         colours: "#rrggbb" of labels that are not to have the palette's, by name.
 
     Returns:
-        An RGB picture: W x H, or larger by the legend.
+        An RGB image: W x H, or larger by the legend.
 
     Raises:
         ValueError: sizes disagree, a value has no label, there are no labels, or `alpha` is out of range.
     """
     names = _checked_labels(labels)
-    picture = _rgb(image)
     values = _checked_map(label_map, len(names) + background)
-    if values.shape != (picture.height, picture.width):
+    image = to_rgb(image)
+    if values.shape != (image.height, image.width):
         raise ValueError(
             f"The label map is {values.shape[1]} x {values.shape[0]} (width x height), "
-            f"the image {picture.width} x {picture.height}: they must be of one size."
+            f"the image {image.width} x {image.height}: they must be of one size."
         )
-    return _painted(
-        picture, values, names, label_colours(names, colours), background, alpha, legend, contours
-    )
+    rows = label_colours(names, colours)
+    drawn = _paint(image, values, rows, background, alpha, contours)
+    return _with_legend(drawn, values, names, rows, background) if legend else drawn
 
 
 def draw_groups(
@@ -67,27 +66,28 @@ def draw_groups(
     alpha: float = 0.7,
     legend: bool = True,
 ) -> Image.Image:
-    """Colour a picture by the group that each of its places belongs to, in other colours than labels have.
+    """Colour an image by the group that each of its places belongs to, in other colours than labels have.
 
     Args:
-        image: the picture, W x H.
+        image: W x H.
         group_index: integers (array or tensor), [H, W] or any coarser grid, such as that of the patches, which is
-            stretched over the picture.
+            stretched over the image.
         num_groups: how many groups there are (eight in the last stage of the paper's model); the largest index + 1
             where not given.
-        alpha: weight of the colour over the picture.
+        alpha: weight of the colour over the image.
         legend: whether to list the groups and their shares.
 
     Raises:
         ValueError: as `overlay`.
     """
     values = _checked_map(group_index, num_groups)
-    count = num_groups or int(values.max()) + 1
+    image = to_rgb(image)
+    names = [f"group {i + 1}" for i in range(num_groups or int(values.max()) + 1)]
     rows = (np.arange(image.height) * values.shape[0]) // image.height
     columns = (np.arange(image.width) * values.shape[1]) // image.width
-    names = [f"group {i + 1}" for i in range(count)]
-    values = values[rows][:, columns]
-    return _painted(_rgb(image), values, names, group_palette(count), False, alpha, legend, True)
+    values, colours = values[rows][:, columns], group_palette(len(names))
+    drawn = _paint(image, values, colours, False, alpha, True)
+    return _with_legend(drawn, values, names, colours, False) if legend else drawn
 
 
 def draw_contours(
@@ -98,10 +98,10 @@ def draw_contours(
     legend: bool = True,
     colours: Mapping[str, str] | None = None,
 ) -> Image.Image:
-    """Draw only the borders of the regions, each in the colour of its label, over the picture as it is.
+    """Draw only the borders of the regions, each in the colour of its label, over the image as it is.
 
     Args:
-        image: the picture, W x H.
+        image: W x H.
         label_map: as for `overlay`.
         labels: the names, as given for the segmentation.
         background: whether 0 is background, whose side of a border stays free.
@@ -110,18 +110,14 @@ def draw_contours(
     Raises:
         ValueError: as `overlay`.
     """
-    picture = _rgb(image)
-    plain = overlay(picture, label_map, labels, background, alpha=0, legend=False)
+    drawn = np.array(overlay(image, label_map, labels, background, alpha=0, legend=False))
     values = _checked_map(label_map)
-    width = max(1, round(min(picture.size) / 500))
+    width = _line_width(image)
     band = find_contours(values, 5 * width) & ~find_contours(values, width) & (values >= background)
-    rows = label_colours(list(labels), colours)
-    drawn = np.array(plain)
+    rows = label_colours(labels, colours)
     drawn[band] = rows[values[band] - background]
-    if not legend:
-        return Image.fromarray(drawn)
-    counts = np.bincount(values.ravel(), minlength=len(labels) + background)[int(background) :]
-    return with_legend(Image.fromarray(drawn), legend_entries(list(labels), rows, counts, values.size))
+    found = Image.fromarray(drawn)
+    return _with_legend(found, values, list(labels), rows, background) if legend else found
 
 
 def find_contours(label_map: Any, width: int = 1) -> npt.NDArray[np.bool_]:
@@ -150,7 +146,7 @@ def find_contours(label_map: Any, width: int = 1) -> npt.NDArray[np.bool_]:
 
 
 def side_by_side(images: Sequence[Image.Image], titles: Sequence[str] | None = None) -> Image.Image:
-    """Pictures in a row on white, aligned at the top, each under its title.
+    """Images in a row on white, aligned at the top, each under its title.
 
     Raises:
         ValueError: no images, or another number of titles than of images.
@@ -159,21 +155,20 @@ def side_by_side(images: Sequence[Image.Image], titles: Sequence[str] | None = N
         raise ValueError("side_by_side needs at least one image, got none.")
     if titles is not None and len(titles) != len(images):
         raise ValueError(f"Expected one title for each of the {len(images)} images, got {len(titles)}.")
-    pictures = [_rgb(image) for image in images]
-    font = font_of(letter_size(max(pictures, key=lambda picture: min(picture.size))))
+    images = [to_rgb(image) for image in images]
+    font = font_of(letter_size(max(images, key=lambda image: min(image.size))))
     gap = round(font.size)
     top = round(1.9 * font.size) if titles is not None else 0
-    width = sum(picture.width for picture in pictures) + gap * (len(pictures) - 1)
-    canvas = Image.new("RGB", (width, top + max(picture.height for picture in pictures)), PAPER)
+    width = sum(image.width for image in images) + gap * (len(images) - 1)
+    canvas = Image.new("RGB", (width, top + max(image.height for image in images)), PAPER)
     draw = ImageDraw.Draw(canvas)
-    texts = drawable(titles or (), "image")
     x = 0
-    for i, picture in enumerate(pictures):
+    for image, title in zip(images, drawable(titles or [""] * len(images), "image")):
         if titles is not None:
-            title = fitted(texts[i], font, picture.width)
+            title = fitted(title, font, image.width)
             draw.text((x, top // 2), title, fill=INK, font=font, anchor="lm")
-        canvas.paste(picture, (x, top))
-        x += picture.width + gap
+        canvas.paste(image, (x, top))
+        x += image.width + gap
     return canvas
 
 
@@ -183,7 +178,7 @@ def indexed_png(
     background: bool = False,
     colours: npt.NDArray[np.uint8] | None = None,
 ) -> Image.Image:
-    """A label map as a picture whose pixel values are the map's own values: what is saved as a mask.
+    """A label map as an image whose pixel values are the map's own values: what is saved as a mask.
 
     Args:
         label_map: integers [H, W] (array or tensor).
@@ -215,15 +210,9 @@ def indexed_png(
 
 
 def _checked_labels(labels: Sequence[str]) -> list[str]:
-    if isinstance(labels, str):
-        raise ValueError(f"Labels must be a list of strings, got the string {labels!r}.")
-    names = list(labels)
-    if not names:
-        raise ValueError("There must be at least one label, got none.")
-    for name in names:
-        if not isinstance(name, str):
-            raise ValueError(f"Labels must be strings, got {name!r}.")
-    return names
+    if isinstance(labels, str) or not len(labels) or not all(isinstance(name, str) for name in labels):
+        raise ValueError(f"labels are {labels!r}, expected a list of at least one string.")
+    return list(labels)
 
 
 def _checked_map(label_map: Any, num_values: int | None = None) -> npt.NDArray[np.int64]:
@@ -243,76 +232,48 @@ def _checked_map(label_map: Any, num_values: int | None = None) -> npt.NDArray[n
     return values.astype(np.int64, copy=False)
 
 
-def _rgb(image: Image.Image) -> Image.Image:
-    """The picture in RGB, transparent places over white."""
-    if not isinstance(image, Image.Image):
-        raise ValueError(f"Expected a PIL image, got {type(image).__name__}.")
-    if image.mode.startswith("I;16"):
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, (*PAPER, 255)), image).convert("RGB")
-    return image if image.mode == "RGB" else image.convert("RGB")
+def _line_width(image: Image.Image) -> int:
+    return max(1, round(min(image.size) / 500))
 
 
-def _painted(
-    picture: Image.Image,
+def _with_legend(
+    drawn: Image.Image,
     values: npt.NDArray[np.int64],
     names: list[str],
     colours: npt.NDArray[np.uint8],
     background: bool,
-    alpha: float,
-    legend: bool,
-    contours: bool,
 ) -> Image.Image:
-    """The picture under its colours, with a legend or without; see `overlay`."""
-    drawn = _paint(picture, values, colours, background, alpha, contours)
-    if not legend:
-        return drawn
     counts = np.bincount(values.ravel(), minlength=len(names) + background)[int(background) :]
     return with_legend(drawn, legend_entries(names, colours, counts, values.size))
 
 
 def _paint(
-    picture: Image.Image,
+    image: Image.Image,
     values: npt.NDArray[np.int64],
     colours: npt.NDArray[np.uint8],
     background: bool,
     alpha: float,
     contours: bool,
 ) -> Image.Image:
-    """The picture under its colours, see `overlay`; strip by strip, each with what lines from beside it need."""
+    """The image under its colours, see `overlay`; strip by strip, each with what lines from beside it need."""
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha must lie between 0 and 1, got {alpha}.")
     if background:
         colours = np.vstack([np.zeros((1, 3), dtype=np.uint8), colours])
-    line = max(1, round(min(picture.size) / 500)) if contours else 0
-    (width, height), painted = picture.size, Image.new("RGB", picture.size)
+    line = _line_width(image) if contours else 0
+    (width, height), painted = image.size, Image.new("RGB", image.size)
     step = max(1, _STRIP_PIXELS // width)
     for top in range(0, height, step):
         bottom = min(top + step, height)
         first, last = max(top - line, 0), min(bottom + line, height)
-        strip = picture.crop((0, first, width, last))
-        strip = _paint_strip(strip, values[first:last], colours, background, alpha, line)
+        plain, part = image.crop((0, first, width, last)), values[first:last]
+        # Grey, and its shadows lifted: over black every colour would be black.
+        grey = plain.convert("L").point([round(80 + 0.65 * level) for level in range(256)]).convert("RGB")
+        strip = Image.blend(Image.blend(plain, grey, alpha), Image.fromarray(colours[part]), alpha)
+        if background:
+            strip = Image.composite(strip, plain, Image.fromarray(part > 0))
+        if line:
+            lines = np.where(find_contours(part, line), np.uint8(210), np.uint8(0))
+            strip.paste(PAPER, mask=Image.fromarray(lines))
         painted.paste(strip.crop((0, top - first, width, bottom - first)), (0, top))
-    return painted
-
-
-def _paint_strip(
-    picture: Image.Image,
-    values: npt.NDArray[np.int64],
-    colours: npt.NDArray[np.uint8],
-    background: bool,
-    alpha: float,
-    line: int,
-) -> Image.Image:
-    # Grey, and its shadows lifted: over black every colour would be black.
-    grey = picture.convert("L").point([round(80 + 0.65 * level) for level in range(256)]).convert("RGB")
-    faded = Image.blend(picture, grey, alpha)
-    painted = Image.blend(faded, Image.fromarray(colours[values]), alpha)
-    if background:
-        painted = Image.composite(painted, picture, Image.fromarray(values > 0))
-    if line:
-        lines = np.where(find_contours(values, line), np.uint8(210), np.uint8(0))
-        painted.paste(PAPER, mask=Image.fromarray(lines))
     return painted

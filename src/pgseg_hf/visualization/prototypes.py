@@ -7,14 +7,14 @@ import numpy.typing as npt
 
 
 def prototype_maps(output: Any, index: int = 0) -> list[npt.NDArray[np.int64]]:
-    """Which prototype each patch of a picture belongs to, stage by stage: what `draw_groups` draws.
+    """Which prototype each patch of an image belongs to, stage by stage: what `draw_groups` draws.
 
     The prototypes of a later stage describe the groups of the one before; a patch shares in them as it shares in these
     groups.
 
     Args:
         output: of [`PGSegVisionModel`] with `output_npr=True` and `output_attentions=True`.
-        index: number of the picture in its batch.
+        index: number of the image in its batch.
 
     Returns:
         an int64 [h, w] for each grouping stage, on the grid of the patches.

@@ -20,14 +20,14 @@ _PLAIN_LETTERS = str.maketrans(
 )
 
 
-def letter_size(picture: Image.Image) -> int:
-    """Letters of a size that stays readable when the picture is shown on one screen."""
-    return min(96, max(13, round(0.025 * min(picture.size))))
+def letter_size(image: Image.Image) -> int:
+    """Letters of a size that stays readable when the image is shown on one screen."""
+    return min(96, max(13, round(0.025 * min(image.size))))
 
 
 @functools.lru_cache(maxsize=8)
 def font_of(size: int) -> ImageFont.FreeTypeFont:
-    """Pillow's own font, so that a picture looks the same on every machine."""
+    """Pillow's own font, so that an image looks the same on every machine."""
     font = ImageFont.load_default(size=size)
     if not isinstance(font, ImageFont.FreeTypeFont):
         raise RuntimeError("Text needs a Pillow that was built with FreeType: pip install --upgrade pillow.")

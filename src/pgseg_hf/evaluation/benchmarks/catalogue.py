@@ -2,10 +2,9 @@
 
 The layouts are those that mmsegmentation's dataset preparation leaves (its `docs/.../2_dataset_prepare.md`), and for
 ImageNet-S and LVIS those of their own downloads; what raw downloads lack is made by `preparing`. A protocol, which says
-how pictures are segmented, is apart from the benchmark: see `protocols`.
+how images are segmented, is apart from the benchmark: see `protocols`.
 """
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -13,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from ...files import path_inside
-from ...text_files import read_text, split_lines
+from ...text_files import read_json, read_text, split_lines
 from ..metrics.confusion import IGNORE_INDEX
-from .mask_dataset import MaskDataset, MaskFolder, Picture, picture_name, require_files
+from .mask_dataset import MaskDataset, MaskFolder, picture_name, require_files
+from .reading import Picture
 
 BACKGROUND = "background"
 _CLASS_NAMES = Path(__file__).parent / "class_names"
@@ -26,12 +26,12 @@ class Layout:
     """Where a benchmark's files lie under its folder. `{split}` stands for the split's name in paths.
 
     Args:
-        images: folder of the pictures.
+        images: folder of the images.
         masks: folder of the masks.
-        image_suffix: end of the pictures' names.
+        image_suffix: end of the images' names.
         mask_suffix: what stands in the masks' names for it.
-        listing: file with a name a line; without one all pictures of the folder count but hidden ones.
-        nested: pictures and masks are in equal subfolders.
+        listing: file with a name a line; without one all images of the folder count but hidden ones.
+        nested: images and masks are in equal subfolders.
         flat_masks: the listed names have folders, the masks lie side by side.
     """
 
@@ -44,41 +44,34 @@ class Layout:
     flat_masks: bool = False
 
     def pictures(self, root: Path, split: str) -> list[Picture]:
-        """All pictures of a split, sorted or in the order of the list."""
+        """All images of a split, sorted or in the order of the list."""
         images, masks = root / self.images.format(split=split), root / self.masks.format(split=split)
-        found = []
-        for name in self._names(root, images, split):
-            mask = Path(name).name if self.flat_masks else name
-            found.append(
-                Picture(
-                    picture_name(f"{name}.png"),
-                    images / f"{name}{self.image_suffix}",
-                    masks / f"{mask}{self.mask_suffix}",
-                )
+        return [
+            Picture(
+                picture_name(f"{name}.png"),
+                images / f"{name}{self.image_suffix}",
+                masks / f"{Path(name).name if self.flat_masks else name}{self.mask_suffix}",
             )
-        return found
+            for name in self._names(root, images, split)
+        ]
 
     def _names(self, root: Path, images: Path, split: str) -> list[str]:
         if self.listing is None:
-            pattern = f"*{self.image_suffix}"
-            paths = images.rglob(pattern) if self.nested else images.glob(pattern)
-            return sorted(
-                path.relative_to(images).as_posix().removesuffix(self.image_suffix)
-                for path in paths
-                if not path.name.startswith(".")
-            )
+            found = images.glob(f"{'**/' if self.nested else ''}*{self.image_suffix}")
+            visible = [path.relative_to(images) for path in found if not path.name.startswith(".")]
+            return sorted(path.as_posix().removesuffix(self.image_suffix) for path in visible)
         listing = root / self.listing.format(split=split)
-        lines = split_lines(read_text(listing))
-        names = [line.split()[0].removesuffix(self.image_suffix) for line in lines if line.strip()]
-        for name in names:
-            try:
+        lines = [line for line in split_lines(read_text(listing)) if line.strip()]
+        names = [line.split()[0].removesuffix(self.image_suffix) for line in lines]
+        try:
+            for name in names:
                 path_inside(root, name)
-            except ValueError as error:
-                raise ValueError(f"{listing}: {error}") from error
+        except ValueError as error:
+            raise ValueError(f"{listing}: {error}") from error
         return names
 
     def is_at(self, root: Path, split: str) -> bool:
-        """Whether the folder of pictures (and the list) is there."""
+        """Whether the folder of images (and the list) is there."""
         listed = self.listing is None or (root / self.listing.format(split=split)).is_file()
         return listed and (root / self.images.format(split=split)).is_dir()
 
@@ -94,7 +87,7 @@ class Benchmark:
         layout: of its files.
         roots: folders under the given one where the layout may begin, tried in this order.
         has_background: whether label 0 is a background, which has no prompt.
-        zero_is_unknown: raw masks have 0 for unknown and k for class k - 1 (and `ignore_index` stays).
+        zero_is_unknown: raw masks have 0 for unknown, as 255, and k for class k - 1.
         ignore_index: value that does not count; None for none.
         rgb_masks: raw values are red + 256 * green.
         splits: names of splits in paths, by their usual names.
@@ -130,7 +123,7 @@ class Benchmark:
         return [BACKGROUND, *self.classes] if self.has_background else self.classes
 
     def open(self, path: str | Path, split: str = "val") -> MaskDataset:
-        """The benchmark's pictures.
+        """The benchmark's images.
 
         Args:
             path: the benchmark's folder, or one above it, as in `roots`.
@@ -155,47 +148,33 @@ class Benchmark:
         return dataset
 
     def over(self, pictures: Iterable[Picture], name: str, origin: str = "") -> MaskDataset:
-        """Pictures from elsewhere, with this benchmark's labels and values; `origin` says from where."""
-        labels = self.labels
-        values = None
-        if self.zero_is_unknown:
-            assert self.ignore_index is not None
-            unknown = {0: self.ignore_index, self.ignore_index: self.ignore_index}
-            values = unknown | {value + 1: value for value in range(len(labels))}
+        """Images from elsewhere, with this benchmark's labels and values; `origin` says from where."""
+        labels, content = self.labels, read_class_names(self.class_names)
+        other_names = {
+            kind: {label: names for label, names in content.get(kind, {}).items() if label in labels}
+            for kind in ("synonyms", "released")
+        }
+        values = {value + 1: value for value in range(len(labels))}
         return MaskDataset(
             name=name,
             labels=labels,
             pictures=list(pictures),
             background=0 if self.has_background else None,
             ignore_index=self.ignore_index,
-            values=values,
+            values=values | dict.fromkeys((0, IGNORE_INDEX), IGNORE_INDEX) if self.zero_is_unknown else None,
             rgb_weights=(1, 256, 0) if self.rgb_masks else None,
-            synonyms={
-                label: names
-                for label, names in read_class_names(self.class_names).get("synonyms", {}).items()
-                if label in labels
-            },
-            released={
-                label: name
-                for label, name in read_class_names(self.class_names).get("released", {}).items()
-                if label in labels
-            },
             origin=origin,
+            **other_names,
         )
 
 
 @cache
 def read_class_names(file: str) -> dict[str, Any]:
     """A file of `class_names/`: `labels`, `synonyms` and `source`, for ImageNet also `wnids`."""
-    return json.loads((_CLASS_NAMES / f"{file}.json").read_text(encoding="utf-8"))
+    return read_json(_CLASS_NAMES / f"{file}.json")
 
 
-_VOC = Layout("JPEGImages", "SegmentationClass", listing="ImageSets/Segmentation/{split}.txt")
-_CONTEXT = Layout(
-    "JPEGImages", "SegmentationClassContext", listing="ImageSets/SegmentationContext/{split}.txt"
-)
 _COCO_SPLITS = {"val": "val2017", "train": "train2017"}
-_IMAGENET_S = Layout("{split}", "{split}-segmentation", image_suffix=".JPEG", nested=True)
 
 
 def _imagenet_s(classes: int) -> Benchmark:
@@ -203,7 +182,7 @@ def _imagenet_s(classes: int) -> Benchmark:
         f"imagenet_s{classes}",
         f"ImageNet-S-{classes}",
         "imagenet_s",
-        _IMAGENET_S,
+        Layout("{split}", "{split}-segmentation", image_suffix=".JPEG", nested=True),
         roots=(f"ImageNetS{classes}", f"ImageNet-S/ImageNetS{classes}", ""),
         has_background=True,
         ignore_index=1000,
@@ -217,7 +196,7 @@ _VOC21 = Benchmark(
     "voc",
     "Pascal VOC 2012, 20 classes and background",
     "voc",
-    _VOC,
+    Layout("JPEGImages", "SegmentationClass", listing="ImageSets/Segmentation/{split}.txt"),
     roots=("VOCdevkit/VOC2012", "VOC2012", ""),
     has_background=True,
 )
@@ -225,30 +204,22 @@ _CONTEXT60 = Benchmark(
     "context",
     "Pascal Context, 59 classes and background",
     "context",
-    _CONTEXT,
+    Layout("JPEGImages", "SegmentationClassContext", listing="ImageSets/SegmentationContext/{split}.txt"),
     roots=("VOCdevkit/VOC2010", "VOC2010", ""),
     has_background=True,
     preparation="`pgseg prepare context DIR` makes them from trainval_merged.json.",
 )
 
+_WITHOUT_BACKGROUND: dict[str, Any] = {"has_background": False, "zero_is_unknown": True}
+
 BENCHMARKS: dict[str, Benchmark] = {
     benchmark.name: benchmark
     for benchmark in (
         _VOC21,
-        replace(
-            _VOC21,
-            name="voc20",
-            title="Pascal VOC 2012 without background",
-            has_background=False,
-            zero_is_unknown=True,
-        ),
+        replace(_VOC21, name="voc20", title="Pascal VOC 2012 without background", **_WITHOUT_BACKGROUND),
         _CONTEXT60,
         replace(
-            _CONTEXT60,
-            name="context59",
-            title="Pascal Context without background",
-            has_background=False,
-            zero_is_unknown=True,
+            _CONTEXT60, name="context59", title="Pascal Context without background", **_WITHOUT_BACKGROUND
         ),
         Benchmark(
             "coco_object",
@@ -316,7 +287,7 @@ def open_benchmark(
     background: str | None = None,
     mask_values: Mapping[str, str | None] | None = None,
 ) -> MaskDataset:
-    """A benchmark's pictures, or those of a folder with masks.
+    """A benchmark's images, or those of a folder with masks.
 
     Args:
         name: one of `BENCHMARKS`, or "folder".
@@ -327,25 +298,16 @@ def open_benchmark(
     Raises:
         ValueError: no such benchmark, or files that are missing.
     """
-    if name == "folder":
-        return _open_folder(Path(path), split, background, mask_values)
-    if name not in BENCHMARKS:
-        raise ValueError(f"benchmark is {name!r}, expected one of {', '.join([*BENCHMARKS, 'folder'])}.")
-    if background is not None:
-        raise ValueError(f"background is {background!r}, but {name} has its own; expected None.")
-    return BENCHMARKS[name].open(path, split or "val")
-
-
-def _open_folder(
-    path: Path, split: str | None, background: str | None, mask_values: Mapping[str, str | None] | None
-) -> MaskFolder:
-    if split is None:
-        return MaskFolder(path, background, mask_values)
-    if not (path / split).is_dir():
-        there = sorted(each.name for each in path.iterdir() if each.is_dir()) if path.is_dir() else []
-        raise ValueError(
-            f"{path} has no folder {split!r} for that split, expected one of {', '.join(there)}."
-        )
-    folder = MaskFolder(path / split, background, mask_values)
-    folder.name = f"{path.resolve().name} {split}"
-    return folder
+    if name != "folder":
+        if name not in BENCHMARKS:
+            raise ValueError(f"benchmark is {name!r}, expected one of {', '.join([*BENCHMARKS, 'folder'])}.")
+        if background is not None:
+            raise ValueError(f"background is {background!r}, but {name} has its own; expected None.")
+        return BENCHMARKS[name].open(path, split or "val")
+    whole, folder = Path(path), Path(path, split or "")
+    if whole.is_dir() and not folder.is_dir():
+        there = ", ".join(sorted(each.name for each in whole.iterdir() if each.is_dir()))
+        raise ValueError(f"{path} has no folder {split!r} for that split, expected one of {there}.")
+    dataset = MaskFolder(folder, background, mask_values)
+    dataset.name = f"{whole.resolve().name} {split or ''}".strip()
+    return dataset

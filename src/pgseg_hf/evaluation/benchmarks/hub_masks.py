@@ -1,27 +1,27 @@
-"""Pictures with masks in data sets of the Hub."""
+"""Images with masks in data sets of the Hub."""
 
 from functools import partial
 
 from ...data.columns import Columns
 from ...data.tables import StreamedTable, TableSource, open_hub
 from ...images import ImageSource
-from .mask_dataset import Picture
+from .reading import Picture
 
 
 def hub_pictures(
     path: str, split: str = "validation", image_column: str | None = None, mask_column: str = "mask"
 ) -> tuple[list[Picture], str]:
-    """The rows of a data set of the Hub, of a local folder in its layout, or of one written by `save_to_disk`; pictures
+    """The rows of a data set of the Hub, of a local folder in its layout, or of one written by `save_to_disk`; images
     are read when they are asked for.
 
     Args:
         path: as `datasets.load_dataset` takes it.
         split: of the data set; "val" also stands for "validation".
         image_column: by default the usual names.
-        mask_column: pictures of one integer a pixel.
+        mask_column: of masks, one integer a pixel.
 
     Returns:
-        the pictures, and a fingerprint of the data set.
+        the images, and a fingerprint of the data set.
 
     Raises:
         ValueError: it cannot be loaded, has no such split, or columns are missing.

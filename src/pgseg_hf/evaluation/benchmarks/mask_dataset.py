@@ -1,90 +1,37 @@
-"""Pictures with masks: what a benchmark is, however its files lie."""
+"""Images with masks: what a benchmark is, however its files lie."""
 
 import copy
-import hashlib
-import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from ...data.metadata import find_metadata, read_metadata
 from ...files import path_inside
-from ...images import ImageSource, NoLabelMap, find_images, load_image, load_label_map
+from ...images import NoLabelMap, find_images, load_label_map
 from ...prompts import validate_labels
-from ...run_records import file_digest
+from ...run_records import hash_of
 from ...text_files import read_json
 from ...values import is_whole
 from ..metrics.confusion import IGNORE_INDEX
-
-_READERS = 4
+from .reading import BrokenPicture, Picture, file_digests
 
 # Of the colours of masks: #rrggbb as a number.
 _COLOURS = (65536, 256, 1)
 
-Source = ImageSource | Callable[[], ImageSource]
-"""A file, its bytes or an image; or a function that gives one, for pictures that lie in tables."""
-
-
-class BrokenPicture(ValueError):
-    """A picture or mask that cannot be decoded, such as a truncated file; `name` is the picture's."""
-
-    def __init__(self, name: str, message: str):
-        super().__init__(message)
-        self.name = name
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A picture and its mask, not read yet.
-
-    Args:
-        name: unique in its data set; the name of its result files, without an ending.
-        image: the picture.
-        mask: one integer a pixel.
-    """
-
-    name: str
-    image: Source
-    mask: Source
-
-    @property
-    def image_place(self) -> str:
-        """What messages call the picture."""
-        return str(self.image) if isinstance(self.image, (str, os.PathLike)) else f"picture {self.name}"
-
-    @property
-    def mask_place(self) -> str:
-        """What messages call the mask."""
-        return str(self.mask) if isinstance(self.mask, (str, os.PathLike)) else f"the mask of {self.name}"
-
-    def read(self) -> Image.Image:
-        """The picture, RGB.
-
-        Raises:
-            BrokenPicture: it cannot be decoded.
-        """
-        try:
-            return load_image(self.image() if callable(self.image) else self.image)
-        except ValueError as error:
-            raise BrokenPicture(self.name, f"{self.image_place}: {error}") from error
-
 
 @dataclass
 class MaskDataset:
-    """Pictures with masks and the names of the masks' values.
+    """Images with masks and the names of the masks' values.
 
     Args:
         name: of the data, for reports.
         labels: name of each value, 0 to N - 1; a background among them where there is one.
-        pictures: all of them.
+        pictures: its images, all of them.
         background: the value that means background, None for none.
         ignore_index: value that does not count; None for none.
         values: for each raw value of the files its label or `ignore_index`, no others occur; by default labels and
@@ -93,7 +40,7 @@ class MaskDataset:
             of one number a pixel.
         synonyms: other names of labels.
         released: the names of labels in the released code where they differ, such as `fire_engine`.
-        origin: where the pictures come from, where that are no files.
+        origin: where the images come from, where that are no files.
     """
 
     name: str
@@ -110,8 +57,11 @@ class MaskDataset:
     def __len__(self) -> int:
         return len(self.pictures)
 
+    # What to do about values that no label has; nothing, where they are a benchmark's.
+    _way_out = ""
+
     def truth(self, picture: Picture) -> np.ndarray:
-        """The labels of a picture's pixels, int64 [H, W].
+        """The labels of an image's pixels, int64 [H, W].
 
         Raises:
             BrokenPicture: the mask cannot be decoded.
@@ -124,28 +74,19 @@ class MaskDataset:
             raise ValueError(f"{picture.mask_place}: {error}{self._way_out}") from error
         except ValueError as error:
             raise BrokenPicture(picture.name, f"{picture.mask_place}: {error}") from error
-        table = self.values
-        if table is None:
-            unknown = [] if self.ignore_index is None else [self.ignore_index]
-            table = {value: value for value in [*range(len(self.labels)), *unknown]}
-        present = np.unique(raw)
-        strange = [int(value) for value in present if int(value) not in table]
+        unknown = [] if self.ignore_index is None else [self.ignore_index]
+        table = self.values or {value: value for value in [*range(len(self.labels)), *unknown]}
+        present = np.unique(raw).tolist()
+        strange = [value for value in present if value not in table]
         if strange:
+            shown = "#{:06x}".format if self.rgb_weights == _COLOURS else str
             raise ValueError(
-                f"{picture.mask_place} has the value {self._shown(strange[0])}, expected one of "
-                f"{self._expected(table)}: the values of {self.name} with its {len(self.labels)} labels. It holds "
-                f"{len(present)} values from {self._shown(present[0])} to {self._shown(present[-1])}.{self._way_out}"
+                f"{picture.mask_place} has the value {shown(strange[0])}, expected one of "
+                f"{', '.join(map(shown, table)) if self.rgb_weights == _COLOURS else _ranges(table)}: the values of "
+                f"{self.name} with its {len(self.labels)} labels. It holds {len(present)} values from "
+                f"{shown(present[0])} to {shown(present[-1])}.{self._way_out}"
             )
-        return np.array([table[int(value)] for value in present])[np.searchsorted(present, raw)]
-
-    # What to do about values that no label has; nothing, where they are a benchmark's.
-    _way_out = ""
-
-    def _shown(self, value: int) -> str:
-        return f"#{value:06x}" if self.rgb_weights == _COLOURS else str(value)
-
-    def _expected(self, values: Iterable[int]) -> str:
-        return ", ".join(map(self._shown, values)) if self.rgb_weights == _COLOURS else _ranges(values)
+        return np.array([table[value] for value in present])[np.searchsorted(present, raw)]
 
     def check_threshold(self, background_threshold: float | None) -> None:
         """Raises a ValueError for a background threshold where there is no background."""
@@ -156,47 +97,32 @@ class MaskDataset:
             )
 
     def spread(self, count: int) -> "MaskDataset":
-        """At most `count` of the pictures, spread evenly over all of them."""
+        """At most `count` of the images, spread evenly over all of them."""
         if count < 1:
-            raise ValueError(f"count is {count}, expected at least 1 picture.")
+            raise ValueError(f"count is {count}, expected at least 1 image.")
         count = min(count, len(self))
         return self.only(self.pictures[index * len(self) // count] for index in range(count))
 
     def part(self, rank: int, world_size: int) -> "MaskDataset":
-        """The pictures of one process: number i belongs to rank i % world_size. There may be none."""
+        """The images of one process: number i belongs to rank i % world_size. There may be none."""
         if not 0 <= rank < world_size:
             raise ValueError(f"rank is {rank} of world_size {world_size}, expected 0 <= rank < world_size.")
         return self.only(self.pictures[rank::world_size])
 
     def only(self, pictures: Iterable[Picture]) -> "MaskDataset":
-        """The same labels with some of the pictures."""
+        """The same labels with some of the images."""
         other = copy.copy(self)
         other.pictures = list(pictures)
         return other
 
     def fingerprint(self) -> str:
-        """Equal for the same pictures with the same meaning, wherever they lie: labels and other names, and of each
-        picture its name and the contents of its files, which are all read for it."""
+        """Equal for the same images with the same meaning, wherever they lie: labels and other names, and of each
+        image its name and the contents of its files, which are all read for it."""
         meaning = [self.labels, self.background, self.ignore_index, self.rgb_weights, self.origin]
-        tables = [sorted((self.values or {}).items()), sorted((self.synonyms or {}).items())]
+        tables = [sorted((self.values or {}).items()), sorted(self.synonyms.items())]
         sources = [source for each in self.pictures for source in (each.image, each.mask)]
         files = [[each.name for each in self.pictures], file_digests(sources)]
-        return digest([meaning, tables, sorted(self.released.items()), files])
-
-
-def digest(content: Any) -> str:
-    """16 digits that stand for a nested list of numbers and texts."""
-    return hashlib.sha256(json.dumps(content, default=list).encode()).hexdigest()[:16]
-
-
-def file_digests(sources: Sequence[Source]) -> list[str | None]:
-    """Of each source what stands for its contents; None for what is no file."""
-
-    def of(source: Source) -> str | None:
-        return file_digest(source) if isinstance(source, (str, os.PathLike)) else None
-
-    with ThreadPoolExecutor(_READERS) as pool:
-        return list(pool.map(of, sources))
+        return hash_of([meaning, tables, sorted(self.released.items()), files])
 
 
 def _ranges(values: Iterable[int]) -> str:
@@ -242,7 +168,7 @@ class MaskFolder(MaskDataset):
     ):
         folder = Path(path)
         if not folder.is_dir():
-            raise ValueError(f"{folder} is no folder; expected one with pictures and masks.")
+            raise ValueError(f"{folder} is no folder; expected one with images and masks.")
         content = _read_labels(folder, mask_values)
         metadata = find_metadata(folder)
         pictures = _pairs_of_metadata(metadata) if metadata else _pairs_of_names(folder)
@@ -258,19 +184,18 @@ def require_files(dataset: MaskDataset, hint: str = "") -> None:
     """Looks whether all files of a data set are there.
 
     Raises:
-        ValueError: there are no pictures, or some files are missing, naming the first.
+        ValueError: there are no images, or some files are missing, naming the first.
     """
     if not dataset.pictures:
-        raise ValueError(f"{dataset.name} has no pictures.{hint}")
-    files = [file for each in dataset.pictures for file in (each.image, each.mask) if isinstance(file, Path)]
-    names = Counter(picture.name for picture in dataset.pictures)
-    name, count = names.most_common(1)[0]
+        raise ValueError(f"{dataset.name} has no images.{hint}")
+    name, count = Counter(picture.name for picture in dataset.pictures).most_common(1)[0]
     if count > 1:
-        raise ValueError(f"{count} pictures of {dataset.name} have the name {name}, expected each once.")
-    missing = [file for file in files if not os.path.isfile(file)]
+        raise ValueError(f"{count} images of {dataset.name} have the name {name}, expected each once.")
+    files = [file for each in dataset.pictures for file in (each.image, each.mask)]
+    missing = [file for file in files if isinstance(file, Path) and not file.is_file()]
     if missing:
         raise ValueError(
-            f"{len(missing)} pictures or masks of {dataset.name} are missing, the first is {missing[0]}.{hint}"
+            f"{len(missing)} images or masks of {dataset.name} are missing, the first is {missing[0]}.{hint}"
         )
 
 
@@ -314,52 +239,37 @@ def _read_labels(folder: Path, mask_values: Mapping[str, str | None] | None) -> 
     path = next((place for place in places if place.is_file()), None)
     if path is None and mask_values:
         names = dict.fromkeys(label for label in mask_values.values() if label is not None)
-        content = {"labels": validate_labels(list(names)), "ignore_index": IGNORE_INDEX}
-        return content | _label_table(mask_values, content)
+        return _checked_labels({"labels": list(names)}, mask_values)
     if path is None:
         raise ValueError(
             f'{places[0]} is missing, expected {{"labels": [...]}} there or in the folder above, or mask_values.'
         )
     try:
-        content = read_json(path)
-        labels = validate_labels(content["labels"])
-        ignore_index, background = content.get("ignore_index", IGNORE_INDEX), content.get("background")
-        synonyms = _checked_synonyms(content.get("synonyms", {}), labels)
-        mask_values = mask_values or dict(content.get("mask_values") or {})
+        return _checked_labels(read_json(path), mask_values)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f'{path} cannot be read, expected {{"labels": [...]}}: {error}') from error
-    for name, value in (("ignore_index", ignore_index), ("background", background)):
-        if value is not None and not is_whole(value):
-            raise ValueError(f"{name} in {path} is {value!r}, expected a whole number or null.")
-    if ignore_index is not None and 0 <= ignore_index < len(labels):
-        raise ValueError(f"ignore_index {ignore_index} in {path} is a label; give null or another number.")
-    if background is not None and not 0 <= background < len(labels):
-        raise ValueError(
-            f"background {background} in {path} is no label, expected 0 to {len(labels) - 1} or null."
-        )
-    found = {
-        "labels": labels,
-        "ignore_index": ignore_index,
-        "background": background,
-        "synonyms": synonyms,
-    }
-    try:
-        return found | (_label_table(mask_values, found) if mask_values else {})
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise ValueError(f'{path}, expected {{"labels": [...], ...}}: {error}') from error
 
 
-def _checked_synonyms(synonyms: dict, labels: list[str]) -> dict[str, list[str]]:
-    for label, words in synonyms.items():
+def _checked_labels(content: dict, mask_values: Mapping[str, str | None] | None) -> dict:
+    labels = validate_labels(content["labels"])
+    found = {"labels": labels, "ignore_index": content.get("ignore_index", IGNORE_INDEX)}
+    found |= {"background": content.get("background"), "synonyms": content.get("synonyms", {})}
+    values = range(len(labels))
+    for name in ("ignore_index", "background"):
+        value = found[name]
+        if value is not None and (not is_whole(value) or (value in values) != (name == "background")):
+            expected = (
+                f"a label's number, 0 to {len(labels) - 1}" if name == "background" else "no label's number"
+            )
+            raise ValueError(f"{name} is {value!r}, expected {expected}, or null")
+    for label, words in found["synonyms"].items():
         if label not in labels:
             raise ValueError(f"synonyms are for {label!r}, which is none of the labels")
         if not isinstance(words, list):
             raise ValueError(f"synonyms of {label!r} are {words!r}, expected a list of words")
-    try:
-        validate_labels([*labels, *(word for words in synonyms.values() for word in words)])
-    except ValueError as error:
-        raise ValueError(f"of labels and synonyms together, {error}") from error
-    return synonyms
+    validate_labels([*labels, *(word for words in found["synonyms"].values() for word in words)])
+    mask_values = mask_values or content.get("mask_values")
+    return found | (_label_table(mask_values, found) if mask_values else {})
 
 
 def _pairs_of_metadata(path: Path) -> list[Picture]:
@@ -370,9 +280,8 @@ def _pairs_of_metadata(path: Path) -> list[Picture]:
             row = rows[index]
             image, mask = (path_inside(path.parent, row[key]) for key in ("file_name", "mask_file_name"))
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"{rows.place(index)} has no file_name and mask_file_name: {error!r}."
-            ) from error
+            place = rows.place(index)
+            raise ValueError(f"{place} has no file_name and mask_file_name: {error!r}.") from error
         pictures.append(Picture(picture_name(row["file_name"]), image, mask))
     return pictures
 
@@ -387,7 +296,7 @@ def _pairs_of_names(folder: Path) -> list[Picture]:
     for mask in find_images(masks):
         other = by_name.setdefault(mask.relative_to(masks).with_suffix(""), mask)
         if other != mask:
-            raise ValueError(f"{other} and {mask} are masks of one picture, expected one.")
+            raise ValueError(f"{other} and {mask} are masks of one image, expected one.")
     pictures = []
     for image in find_images(images):
         name = image.relative_to(images).with_suffix("")
@@ -398,5 +307,4 @@ def _pairs_of_names(folder: Path) -> list[Picture]:
 
 def picture_name(path: str) -> str:
     """A name for result files that stays inside their folder: `a/b.jpg` gives `a/b`."""
-    parts = [part for part in Path(path).with_suffix("").parts if part not in ("/", "..", ".")]
-    return "/".join(parts)
+    return "/".join(part for part in Path(path).with_suffix("").parts if part not in ("/", "..", "."))

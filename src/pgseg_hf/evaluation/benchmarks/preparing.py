@@ -4,11 +4,11 @@ Every function writes masks beside what was downloaded, never over it. Masks tha
 stopped run is continued by the same call; to make them anew, as where the annotations have changed, remove them first.
 """
 
-import json
+import re
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +20,7 @@ from transformers.utils import logging
 from ...files import mask_source, remove_unfinished, write_mask, write_text
 from ...images import MAX_IMAGE_PIXELS, load_label_map
 from ...run_records import file_digest
+from ...text_files import read_json
 from .coco_masks import decode_segmentation
 
 COCO_CATEGORY_IDS: tuple[int, ...] = tuple(
@@ -48,6 +49,10 @@ CITYSCAPES_IDS: tuple[int, ...] = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24,
 
 _CITYSCAPES_HIGHEST_ID = 33
 _LVIS_CATEGORIES = 1203
+_MARKER = "instanceTrainIds.txt"
+
+# A file's or folder's name that stays where it is put.
+_NAME = re.compile(r'(?!\.)[^\\/:*?"<>|]{1,200}')
 
 
 @dataclass(frozen=True)
@@ -76,19 +81,14 @@ def prepare_coco_object(root: str | Path, split: str = "val2017") -> Preparation
     Raises:
         ValueError: the annotations are missing, broken or of another kind.
     """
-    root = Path(root)
-    _refuse_mixing(root, split, "instances")
-    layout = _Layout(labels={number: label for label, number in enumerate(COCO_CATEGORY_IDS, start=1)})
-    source = root / "annotations" / f"instances_{split}.json"
+    marker = _coco_object_marker(Path(root), split, "instances")
+    labels = {number: label for label, number in enumerate(COCO_CATEGORY_IDS, start=1)}
+    source = Path(root) / "annotations" / f"instances_{split}.json"
     jobs = [
-        _Job(
-            root / "annotations" / split / f"{Path(picture.name).stem}_instanceTrainIds.png",
-            partial(_semantic_map, picture, np.uint8),
-            source,
-        )
-        for picture in _read_pictures(source, layout)
+        image.job(marker[0].with_name(f"{Path(image.name).stem}_instanceTrainIds.png"))
+        for image in _read_images(source, labels)
     ]
-    return _write_masks(jobs, marker=(_coco_object_marker(root, split), "instances"))
+    return _write_masks(jobs, marker=marker)
 
 
 def prepare_coco_object_from_stuff(root: str | Path, split: str = "val2017") -> PreparationSummary:
@@ -100,32 +100,29 @@ def prepare_coco_object_from_stuff(root: str | Path, split: str = "val2017") -> 
     Raises:
         ValueError: there are no such maps, or one holds values that do not occur in them.
     """
-    _refuse_mixing(Path(root), split, "stuffthingmaps")
+    marker = _coco_object_marker(Path(root), split, "stuffthingmaps")
     table = {value: label for label, value in enumerate(_THING_VALUES, start=1)}
-    table.update(dict.fromkeys((*_STUFF_VALUES, _UNLABELLED), 0))
-    marker = (_coco_object_marker(Path(root), split), "stuffthingmaps")
-    return _relabel_stuff(Path(root), split, table, "_instanceTrainIds.png", marker)
+    table |= dict.fromkeys((*_STUFF_VALUES, _UNLABELLED), 0)
+    return _write_masks(_stuff_jobs(Path(root), split, table, "_instanceTrainIds.png"), marker=marker)
 
 
 def source_of_coco_object(root: Path, split: str) -> str | None:
     """What the masks of COCO-Object were made from, "instances" or "stuffthingmaps"; None where no preparation said."""
-    path = _coco_object_marker(root, split)
+    path = root / "annotations" / split / _MARKER
     return path.read_text(encoding="utf-8").strip() if path.is_file() else None
 
 
-def _coco_object_marker(root: Path, split: str) -> Path:
-    return root / "annotations" / split / "instanceTrainIds.txt"
-
-
-def _refuse_mixing(root: Path, split: str, source: str) -> None:
-    """The two ways to COCO-Object give other masks: figures say which, and they are not mixed."""
+def _coco_object_marker(root: Path, split: str, source: str) -> tuple[Path, str]:
+    """The file that says what masks were made from, and what it says. The two ways to COCO-Object give other masks:
+    figures say which, and they are not mixed."""
     known = source_of_coco_object(root, split)
+    path = root / "annotations" / split / _MARKER
     if known not in (None, source):
-        marker = _coco_object_marker(root, split)
         raise ValueError(
-            f"{marker.parent} holds masks made from the {known}; remove them and {marker.name} to make them from the "
+            f"{path.parent} holds masks made from the {known}; remove them and {_MARKER} to make others from the "
             f"{source}."
         )
+    return path, f"{source}\n"
 
 
 def prepare_coco_stuff(root: str | Path, split: str = "val2017") -> PreparationSummary:
@@ -138,7 +135,7 @@ def prepare_coco_stuff(root: str | Path, split: str = "val2017") -> PreparationS
         ValueError: there are no such maps, or one holds values that do not occur in them.
     """
     table = {value: label for label, value in enumerate((*_THING_VALUES, *_STUFF_VALUES))}
-    return _relabel_stuff(Path(root), split, {**table, _UNLABELLED: 255}, "_labelTrainIds.png")
+    return _write_masks(_stuff_jobs(Path(root), split, {**table, _UNLABELLED: 255}, "_labelTrainIds.png"))
 
 
 def prepare_context(root: str | Path, annotations: str = "trainval_merged.json") -> PreparationSummary:
@@ -153,31 +150,21 @@ def prepare_context(root: str | Path, annotations: str = "trainval_merged.json")
         annotations: the JSON file, relative to `root`.
 
     Raises:
-        ValueError: the annotations are missing, broken or of another kind, or lists of other pictures are there.
+        ValueError: the annotations are missing, broken or of another kind, or lists of other images are there.
     """
     root = Path(root)
-    layout = _Layout(
-        labels={number: label for label, number in enumerate(CONTEXT_CATEGORY_IDS)},
-        annotations="annos_segmentation",
-        image_id="image_id",
-        by_area=False,
-    )
+    labels = {number: label for label, number in enumerate(CONTEXT_CATEGORY_IDS)}
     jobs = []
     stems: dict[str, list[str]] = {"train": [], "val": [], "test": []}
-    for picture in _read_pictures(root / annotations, layout):
-        phase = picture.entry.get("phase")
-        if not isinstance(phase, str) or phase not in stems:
-            raise ValueError(f"{picture.where} has the phase {phase!r}, expected train, val or test.")
-        stem = Path(picture.name).stem
-        stems[phase].append(stem)
-        if phase != "test":
-            target = root / "SegmentationClassContext" / f"{stem}.png"
-            jobs.append(_Job(target, partial(_semantic_map, picture, np.uint8), root / annotations))
-    lists = {
-        root / "ImageSets" / "SegmentationContext" / f"{phase}.txt": sorted(stems[phase])
-        for phase in ("train", "val")
-    }
-    return _write_masks(jobs, lists)
+    for image in _read_images(root / annotations, labels, "annos_segmentation", "image_id", by_area=False):
+        if not isinstance(image.phase, str) or image.phase not in stems:
+            raise ValueError(f"{image.where} has the phase {image.phase!r}, expected train, val or test.")
+        stem = Path(image.name).stem
+        stems[image.phase].append(stem)
+        if image.phase != "test":
+            jobs.append(image.job(root / "SegmentationClassContext" / f"{stem}.png"))
+    folder = root / "ImageSets" / "SegmentationContext"
+    return _write_masks(jobs, {folder / f"{phase}.txt": stems[phase] for phase in ("train", "val")})
 
 
 def prepare_cityscapes(root: str | Path, split: str = "val") -> PreparationSummary:
@@ -191,146 +178,119 @@ def prepare_cityscapes(root: str | Path, split: str = "val") -> PreparationSumma
     """
     folder = Path(root) / "gtFine" / split
     table = dict.fromkeys(range(_CITYSCAPES_HIGHEST_ID + 1), 255)
-    table.update({value: label for label, value in enumerate(CITYSCAPES_IDS)})
+    table |= {value: label for label, value in enumerate(CITYSCAPES_IDS)}
     ending = "_gtFine_labelIds.png"
     sources = _visible(folder.glob(f"*/*{ending}"))
     if not sources:
         raise ValueError(f"{folder} holds no CITY/*{ending}; unpack gtFine_trainvaltest.zip into {root}.")
-    targets = [
-        source.with_name(source.name.removesuffix(ending) + "_gtFine_labelTrainIds.png") for source in sources
-    ]
-    return _relabel(sources, targets, table)
+    return _write_masks([_relabel_job(path, ending, "_gtFine_labelTrainIds.png", table) for path in sources])
 
 
 def prepare_lvis(root: str | Path, annotations: str = "lvis_v1_val.json") -> PreparationSummary:
     """Semantic masks of LVIS v1 from its instances.
 
     Writes `annotations/lvis_val/{stem}.png`, 16 bits: 0 for background, otherwise the category id, 1 to 1203; of
-    overlapping instances the one of the smaller area is on top. The pictures are listed in `lvis_val.txt` with
+    overlapping instances the one of the smaller area is on top. The images are listed in `lvis_val.txt` with
     their folder, for instance `val2017/000000000139.jpg`; some of them are of train2017.
 
     Args:
-        root: the folder of the annotations; the pictures are not read.
+        root: the folder of the annotations; the images are not read.
         annotations: the JSON file, relative to `root`; of `lvis_v1_train.json` the results are named `lvis_train`.
 
     Raises:
-        ValueError: the annotations are missing, broken or of another kind, or a list of other pictures is there.
+        ValueError: the annotations are missing, broken or of another kind, or a list of other images is there.
     """
     root = Path(root)
-    layout = _Layout(labels={number: number for number in range(1, _LVIS_CATEGORIES + 1)}, name="coco_url")
     result = f"lvis_{Path(annotations).stem.rpartition('_')[2]}"
-    jobs, names = [], []
-    for picture in _read_pictures(root / annotations, layout):
-        names.append(picture.name)
-        target = root / "annotations" / result / f"{Path(picture.name).stem}.png"
-        jobs.append(_Job(target, partial(_semantic_map, picture, np.uint16), root / annotations))
-    return _write_masks(jobs, {root / f"{result}.txt": sorted(names)})
+    labels = {number: number for number in range(1, _LVIS_CATEGORIES + 1)}
+    images = _read_images(root / annotations, labels, name="coco_url")
+    folder = root / "annotations" / result
+    jobs = [image.job(folder / f"{Path(image.name).stem}.png", np.uint16) for image in images]
+    return _write_masks(jobs, {root / f"{result}.txt": [image.name for image in images]})
 
 
-@dataclass(frozen=True)
-class _Layout:
-    """Where an annotation file keeps what is needed, and the label of each category id."""
-
-    labels: Mapping[int, int]
-    annotations: str = "annotations"
-    image_id: str = "id"
-    name: str = "file_name"
-    by_area: bool = True
-
-
-@dataclass(frozen=True)
-class _Instance:
-    where: str
+class _Instance(NamedTuple):
+    order: tuple[bool, float]
     label: int
     segmentation: Any
-    order: tuple[bool, float]
+    where: str
 
 
-@dataclass(frozen=True)
-class _Picture:
+@dataclass
+class _Image:
+    """An image of an annotation file, and how messages call it."""
+
+    source: Path
     where: str
     name: str
-    height: int
-    width: int
-    entry: Mapping[str, Any]
-    instances: list[_Instance]
+    size: tuple[int, int]
+    phase: Any
+    instances: list[_Instance] = field(default_factory=list)
+
+    def job(self, target: Path, dtype: type[np.unsignedinteger] = np.uint8) -> "_Job":
+        return _Job(target, partial(self.draw, dtype), self.source)
+
+    def draw(self, dtype: type[np.unsignedinteger]) -> np.ndarray:
+        """The labels of the pixels, [H, W] with 0 where there is no instance."""
+        labels = np.zeros(self.size, dtype=dtype)
+        for instance in sorted(self.instances, key=lambda instance: instance.order):
+            try:
+                labels[decode_segmentation(instance.segmentation, *self.size)] = instance.label
+            except ValueError as error:
+                raise ValueError(f"{instance.where}: {error}") from error
+        return labels
 
 
-def _read_pictures(path: Path, layout: _Layout) -> list[_Picture]:
-    """The pictures of an annotation file, each with its instances in the order in which they are drawn."""
-    content = _read_json(path)
-    pictures: dict[int, _Picture] = {}
+def _read_images(
+    path: Path,
+    labels: Mapping[int, int],
+    annotations: str = "annotations",
+    image_id: str = "id",
+    name: str = "file_name",
+    by_area: bool = True,
+) -> list[_Image]:
+    """The images of an annotation file; `labels` by category id, the rest are names of fields."""
+    content = read_json(path)
+    images: dict[int, _Image] = {}
     for place, entry in enumerate(_entries(content, "images", path)):
-        where = f"{path}, image {entry.get(layout.image_id, f'at place {place}')}"
-        number = _whole_number(entry, layout.image_id, where)
-        if number in pictures:
+        where = f"{path}, image {entry.get(image_id, f'at place {place}')}"
+        number, height, width = (_whole_number(entry, key, where) for key in (image_id, "height", "width"))
+        if number in images:
             raise ValueError(f"{where} is there twice, expected one entry an id.")
-        height, width = (_whole_number(entry, key, where) for key in ("height", "width"))
         if min(height, width) < 1 or height * width > MAX_IMAGE_PIXELS:
             raise ValueError(
                 f"{where} has {height} x {width} (height x width) pixels, expected 1 to {MAX_IMAGE_PIXELS:,}."
             )
-        name = _safe_name(entry.get(layout.name), layout.name, where)
-        pictures[number] = _Picture(where, name, height, width, entry, [])
-    for place, entry in enumerate(_entries(content, layout.annotations, path)):
+        file = _safe_name(entry.get(name), name, where)
+        images[number] = _Image(path, where, file, (height, width), entry.get("phase"))
+    for place, entry in enumerate(_entries(content, annotations, path)):
         where = f"{path}, annotation {entry.get('id', f'at place {place}')}"
-        number = _whole_number(entry, "image_id", where)
-        if number not in pictures:
+        number, category = (_whole_number(entry, key, where) for key in ("image_id", "category_id"))
+        if number not in images:
             raise ValueError(f"{where} is of image {number}, which is not among the images.")
-        pictures[number].instances.append(_instance(entry, layout, where))
-    for picture in pictures.values():
-        picture.instances.sort(key=lambda instance: instance.order)
-    return list(pictures.values())
-
-
-def _instance(entry: Mapping[str, Any], layout: _Layout, where: str) -> _Instance:
-    category = _whole_number(entry, "category_id", where)
-    if category not in layout.labels:
-        raise ValueError(
-            f"{where} has category_id = {category}, expected one of {len(layout.labels)} from "
-            f"{min(layout.labels)} to {max(layout.labels)}; is this the right file?"
-        )
-    order = (False, 0.0)
-    if layout.by_area:
-        area = entry.get("area")
-        # The comparison turns away NaN too.
-        if not isinstance(area, (int, float)) or not 0 <= area <= MAX_IMAGE_PIXELS:
+        if category not in labels:
             raise ValueError(
-                f"{where} has area = {area!r}, expected a number of pixels up to {MAX_IMAGE_PIXELS:,}."
+                f"{where} has category_id = {category}, expected one of {len(labels)} from {min(labels)} to "
+                f"{max(labels)}; is this the right file?"
             )
-        order = (not entry.get("iscrowd"), -float(area))
-    return _Instance(where, layout.labels[category], entry.get("segmentation"), order)
+        order = _drawing_order(entry, where) if by_area else (False, 0.0)
+        images[number].instances.append(_Instance(order, labels[category], entry.get("segmentation"), where))
+    return list(images.values())
 
 
-def _semantic_map(picture: _Picture, dtype: type[np.unsignedinteger]) -> np.ndarray:
-    """[H, W] with 0 where there is no instance."""
-    labels = np.zeros((picture.height, picture.width), dtype=dtype)
-    for instance in picture.instances:
-        try:
-            mask = decode_segmentation(instance.segmentation, picture.height, picture.width)
-        except ValueError as error:
-            raise ValueError(f"{instance.where}: {error}") from error
-        labels[mask] = instance.label
-    return labels
-
-
-def _read_json(path: Path) -> Mapping[str, Any]:
-    try:
-        with path.open("rb") as file:
-            content = json.load(file)
-    except OSError as error:
+def _drawing_order(entry: Mapping[str, Any], where: str) -> tuple[bool, float]:
+    """Crowds first, then large instances, so that small ones are on top."""
+    area = entry.get("area")
+    # The comparison turns away NaN too.
+    if not isinstance(area, (int, float)) or not 0 <= area <= MAX_IMAGE_PIXELS:
         raise ValueError(
-            f"{path} cannot be read: {error.strerror or error}; download it and put it there."
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no valid JSON: {error}; download it again.") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, expected a JSON object of annotations.")
-    return content
+            f"{where} has area = {area!r}, expected a number of pixels up to {MAX_IMAGE_PIXELS:,}."
+        )
+    return not entry.get("iscrowd"), -float(area)
 
 
-def _entries(content: Mapping[str, Any], key: str, path: Path) -> list[dict[str, Any]]:
-    entries = content.get(key)
+def _entries(content: Any, key: str, path: Path) -> list[dict[str, Any]]:
+    entries = content.get(key) if isinstance(content, dict) else None
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise ValueError(f"{path} has no list {key!r} of objects; is this the right file?")
     return entries
@@ -346,29 +306,15 @@ def _whole_number(entry: Mapping[str, Any], key: str, where: str) -> int:
 def _safe_name(value: Any, key: str, where: str) -> str:
     """A file name from an annotation file, and its folder where it comes from an address; it stays in the root."""
     parts = value.split("/") if isinstance(value, str) else []
-    if key == "coco_url":
-        parts = parts[-2:] if len(parts) > 2 else []
-    elif len(parts) > 1:
-        parts = []
-    if not parts or any(
-        not 1 <= len(part) <= 200
-        or part.startswith(".")
-        or not part.isprintable()
-        or set(part) & set('\\:*?"<>|')
-        for part in parts
-    ):
-        expected = "an address ending in FOLDER/FILE" if key == "coco_url" else "a file name without folders"
+    is_address = key == "coco_url"
+    kept = parts[2:][-2:] if is_address else parts  # an address begins with http: and nothing
+    if len(kept) != 1 + is_address or not all(_NAME.fullmatch(part) and part.isprintable() for part in kept):
+        expected = "an address ending in FOLDER/FILE" if is_address else "a file name without folders"
         raise ValueError(f"{where} has {key} = {value!r}, expected {expected}.")
-    return "/".join(parts)
+    return "/".join(kept)
 
 
-def _relabel_stuff(
-    root: Path,
-    split: str,
-    table: Mapping[int, int],
-    ending: str,
-    marker: tuple[Path, str] | None = None,
-) -> PreparationSummary:
+def _stuff_jobs(root: Path, split: str, table: Mapping[int, int], ending: str) -> "list[_Job]":
     folder = root / "annotations" / split
     sources = [path for path in _visible(folder.glob("*.png")) if "TrainIds" not in path.name]
     if not sources:
@@ -376,23 +322,16 @@ def _relabel_stuff(
             f"{folder} holds no stuffthingmaps (*.png); unpack stuffthingmaps_trainval2017.zip into "
             f"{folder.parent}."
         )
-    return _relabel(sources, [path.with_name(path.stem + ending) for path in sources], table, marker)
+    return [_relabel_job(path, ".png", ending, table) for path in sources]
 
 
-def _visible(paths: Any) -> list[Path]:
+def _visible(paths: Iterable[Path]) -> list[Path]:
     return sorted(path for path in paths if not path.name.startswith("."))
 
 
-def _relabel(
-    sources: Sequence[Path],
-    targets: Sequence[Path],
-    table: Mapping[int, int],
-    marker: tuple[Path, str] | None = None,
-) -> PreparationSummary:
-    jobs = [
-        _Job(target, partial(_relabelled, source, table), source) for source, target in zip(sources, targets)
-    ]
-    return _write_masks(jobs, marker=marker)
+def _relabel_job(source: Path, ending: str, other: str, table: Mapping[int, int]) -> "_Job":
+    target = source.with_name(source.name.removesuffix(ending) + other)
+    return _Job(target, partial(_relabelled, source, table), source)
 
 
 def _relabelled(path: Path, table: Mapping[int, int]) -> np.ndarray:
@@ -420,12 +359,12 @@ class _Job(NamedTuple):
 
 
 def _write_masks(
-    jobs: Sequence[_Job],
-    lists: Mapping[Path, Sequence[str]] | None = None,
+    jobs: list[_Job],
+    lists: Mapping[Path, list[str]] | None = None,
     marker: tuple[Path, str] | None = None,
 ) -> PreparationSummary:
-    """Makes and writes the masks that are not there, then the lists: where there is a list, there are its masks. The
-    marker, a file and its text, comes before the first mask, unless masks of unknown making are there.
+    """Makes and writes the masks that are not there, then the lists, sorted: where there is a list, there are its
+    masks. The marker, a file and its text, comes before the first mask, unless masks of unknown making are there.
 
     Raises:
         ValueError: two masks of one name, or masks that were made from other files than those that are there now.
@@ -433,7 +372,7 @@ def _write_masks(
     start = time.monotonic()
     name, count = Counter(job.target for job in jobs).most_common(1)[0] if jobs else (None, 0)
     if count > 1:
-        raise ValueError(f"two pictures have the mask {name}, expected pictures of different names.")
+        raise ValueError(f"two images have the mask {name}, expected images of different names.")
     digests = {source: file_digest(source) for source in {job.source for job in jobs}}
     for target, _, source in jobs:
         made_from = mask_source(target) if target.is_file() else None
@@ -444,19 +383,17 @@ def _write_masks(
             )
     for folder in {job.target.parent for job in jobs}:
         remove_unfinished(folder)
-    texts = {path: "".join(f"{line}\n" for line in lines) for path, lines in (lists or {}).items()}
+    texts = {path: "".join(f"{line}\n" for line in sorted(lines)) for path, lines in (lists or {}).items()}
     for path, text in texts.items():
         if path.exists() and path.read_bytes() != text.encode():
-            raise ValueError(f"{path} lists other pictures than the annotations; move it out of the way.")
+            raise ValueError(f"{path} lists other images than the annotations; move it out of the way.")
     waiting = [job for job in jobs if not job.target.is_file()]
     for target, make, source in logging.tqdm(waiting, desc="Preparing masks", unit="mask"):
         mask = Image.fromarray(make())
         if marker is not None and len(waiting) == len(jobs) and not marker[0].exists():
-            write_text(f"{marker[1]}\n", marker[0])
+            write_text(marker[1], marker[0])
         write_mask(mask, target, digests[source])
     for path, text in texts.items():
         if not path.exists():
             write_text(text, path)
-    return PreparationSummary(
-        written=len(waiting), skipped=len(jobs) - len(waiting), seconds=time.monotonic() - start
-    )
+    return PreparationSummary(len(waiting), len(jobs) - len(waiting), time.monotonic() - start)

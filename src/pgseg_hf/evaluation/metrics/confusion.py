@@ -4,9 +4,8 @@ from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
-import torch
 
-from ... import distributed
+from .sums import Sums
 
 IGNORE_INDEX = 255
 """Value of mask pixels that do not count, the field's habit."""
@@ -18,16 +17,16 @@ AbsentRule = Literal["skip", "zero"]
 MANY_UNKNOWN = 0.25
 
 
-class ConfusionMatrix:
+class ConfusionMatrix(Sums):
     """Counts of pixels, int64 `counts` [true label, predicted label].
 
     IoU and the accuracies are those of mmsegmentation: pixels whose truth is `ignore_index` count nowhere, and a label
-    that is neither in the truth nor predicted is left out of means (`absent="skip"`). Counts are over all pictures; no
-    figure is a mean over pictures.
+    that is neither in the truth nor predicted is left out of means (`absent="skip"`). Counts are over all images; no
+    figure is a mean over images.
 
     Args:
         num_labels: N; labels are 0 to N - 1. A background is a label like the others.
-        ignore_index: value of the truth that does not count; None for none. `ignored` counts its pixels.
+        ignore_index: value of the truth that does not count; None for none.
     """
 
     def __init__(self, num_labels: int, ignore_index: int | None = IGNORE_INDEX):
@@ -40,10 +39,18 @@ class ConfusionMatrix:
             )
         self.ignore_index = ignore_index
         self.counts = np.zeros((num_labels, num_labels), dtype=np.int64)
-        self.ignored = 0
+        self._ignored = np.zeros(1, dtype=np.int64)
+
+    @property
+    def ignored(self) -> int:
+        """Pixels whose truth is `ignore_index`."""
+        return int(self._ignored[0])
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        return {"counts": self.counts, "ignored": self._ignored}
 
     def add(self, truth: np.ndarray, predicted: np.ndarray) -> None:
-        """Counts the pixels of a picture, two integer arrays of one shape.
+        """Counts the pixels of an image, two integer arrays of one shape.
 
         Raises:
             ValueError: other shapes, or values that are no labels; predictions only where the truth counts.
@@ -64,22 +71,7 @@ class ConfusionMatrix:
             pairs.append(values.astype(np.int64))
         present, places = np.unique(pairs[0] * num_labels + pairs[1], return_counts=True)
         self.counts.ravel()[present] += places
-        self.ignored += truth.size - int(np.count_nonzero(known))
-
-    def merge(self, other: "ConfusionMatrix") -> None:
-        """Adds what another one has counted of the same labels."""
-        if self.counts.shape != other.counts.shape:
-            raise ValueError(
-                f"counts of {len(self.counts)} labels cannot take those of {len(other.counts)} labels."
-            )
-        self.counts += other.counts
-        self.ignored += other.ignored
-
-    def sum_over_processes(self, device: str | torch.device = "cpu") -> None:
-        """Adds the counts of all processes of `torch.distributed`; `device` as its backend needs it."""
-        counts = torch.from_numpy(np.append(self.counts.ravel(), self.ignored)).to(device)
-        *total, self.ignored = distributed.sum_over_processes(counts).tolist()
-        self.counts = np.array(total, dtype=np.int64).reshape(self.counts.shape)
+        self._ignored += truth.size - np.count_nonzero(known)
 
     def ignored_share(self) -> float:
         """Share of the truth's pixels that do not count; NaN without pixels."""
@@ -135,6 +127,11 @@ class ConfusionMatrix:
             return float("nan")
         share = self.counts.sum(1) / self.counts.sum()
         return float(np.nansum(share * self.iou()))
+
+    def figures(self) -> dict[str, float]:
+        """`mean_iou`, `pixel_accuracy`, `mean_accuracy` and `frequency_weighted_iou`."""
+        names = ("mean_iou", "pixel_accuracy", "mean_accuracy", "frequency_weighted_iou")
+        return {name: getattr(self, name)() for name in names}
 
     def _mean(self, values: np.ndarray, absent: AbsentRule) -> float:
         if absent not in ("skip", "zero"):

@@ -14,7 +14,7 @@ from .confusion import IGNORE_INDEX, AbsentRule, ConfusionMatrix
 logger = logging.get_logger(__name__)
 
 _DESCRIPTION = """Mean intersection over union of label maps, with pixel accuracy, frequency-weighted IoU and each
-label's figures, from one confusion matrix over all pictures; equal to mmsegmentation's."""
+label's figures, from one confusion matrix over all images; equal to mmsegmentation's."""
 _INPUTS = """Args:
     predictions: label maps, int [H, W] each.
     references: label maps of the same sizes; pixels of `ignore_index` do not count."""
@@ -24,8 +24,8 @@ class MeanIoU(evaluate.Metric):
     """Mean IoU and its relatives, by a streaming confusion matrix: label maps are counted as they come and not kept.
 
     A stand-in for `evaluate.load("mean_iou")` that needs no Hub and has its names; that one takes `num_labels` and the
-    rest in `compute`. In several processes of `torch.distributed` each one adds its own pictures, all of them call
-    `compute`, and all get the figures of all pictures.
+    rest in `compute`. In several processes of `torch.distributed` each one adds its own images, all of them call
+    `compute`, and all get the figures of all images.
 
     Args:
         num_labels: N; values are 0 to N - 1, a background among them where there is one.
@@ -98,9 +98,6 @@ class MeanIoU(evaluate.Metric):
             # A missing one is empty, so that the lengths differ; arrays have no truth value.
             maps = [() if given is None else given for given in (predictions, references)]
             self.add_batch(predictions=maps[0], references=maps[1])
-        return self._compute()
-
-    def _compute(self, predictions: Any = None, references: Any = None) -> dict[str, Any]:
         counted = self.confusion
         self.confusion = ConfusionMatrix(len(counted.counts), counted.ignore_index)
         counted.sum_over_processes(self.device)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ...scoring import WindowScores
 from ...segmentation import ScoredImage
+from .analysis import label_votes
 from .confusion import IGNORE_INDEX
 
 
@@ -20,7 +21,7 @@ def oracle_map(
 
     Args:
         image: groups and windows.
-        truth: int [H, W] of the picture's size.
+        truth: int [H, W] of the image's size.
         num_labels: N; labels are 0 to N - 1.
         ignore_index: value of the truth that does not count.
 
@@ -47,8 +48,6 @@ def _majority(window: WindowScores, truth_HW: Tensor, num_labels: int, ignore_in
     """One for each group's most frequent label, [K, num_labels]; the first one where all its pixels are unknown."""
     height, width = window.groups.shape
     part = truth_HW[window.top : window.top + height, window.left : window.left + width]
-    part = part.to(window.groups.device)
-    known = torch.ones_like(part, dtype=torch.bool) if ignore_index is None else part != ignore_index
-    pairs = window.groups[known].long() * num_labels + part[known]
-    votes = pairs.bincount(minlength=len(window.scores) * num_labels).view(-1, num_labels)
+    limits = len(window.scores), num_labels
+    votes = label_votes(window.groups, part.to(window.groups.device), limits, ignore_index)
     return torch.nn.functional.one_hot(votes.argmax(1), num_labels).float()

@@ -1,4 +1,4 @@
-"""Training-free refinement of score maps by the colours of the picture.
+"""Training-free refinement of score maps by the colours of the image.
 
 Shapes: C channels of scores, P neighbours, H x W pixels.
 """
@@ -53,11 +53,11 @@ class PixelAdaptiveRefinement:
 
     @torch.no_grad()
     def __call__(self, scores_CHW: Tensor, image_3HW: Tensor) -> Tensor:
-        """Refines the scores of one picture.
+        """Refines the scores of one image.
 
         Args:
             scores_CHW: float; probabilities stay probabilities.
-            image_3HW: float, the picture at the same size, in 0 to 1. Other brightness or contrast of a channel gives
+            image_3HW: float, the image at the same size, in 0 to 1. Other brightness or contrast of a channel gives
                 the same weights.
 
         Returns:
@@ -67,7 +67,15 @@ class PixelAdaptiveRefinement:
         Raises:
             ValueError: other shapes or types.
         """
-        _check(scores_CHW, image_3HW)
+        if scores_CHW.ndim != 3 or image_3HW.shape != (3, *scores_CHW.shape[1:]):
+            raise ValueError(
+                f"scores have shape {tuple(scores_CHW.shape)} and the image {tuple(image_3HW.shape)}, expected "
+                "[C, H, W] and [3, H, W]."
+            )
+        if not (scores_CHW.is_floating_point() and image_3HW.is_floating_point()):
+            raise ValueError(
+                f"scores are {scores_CHW.dtype} and the image {image_3HW.dtype}, expected floats."
+            )
         # Half precision would round the weights' sum away from 1, again in each iteration.
         dtype = torch.promote_types(scores_CHW.dtype, torch.float32)
         scores = scores_CHW.to(dtype, copy=True)
@@ -110,14 +118,3 @@ class PixelAdaptiveRefinement:
             for row, column in _DIRECTIONS
         ]
         return [padded[:, top : top + height, left : left + width] for top, left in starts]
-
-
-def _check(scores_CHW: Tensor, image_3HW: Tensor) -> None:
-    if scores_CHW.ndim != 3 or image_3HW.ndim != 3 or image_3HW.shape != (3, *scores_CHW.shape[1:]):
-        raise ValueError(
-            f"scores have shape {tuple(scores_CHW.shape)} and the image {tuple(image_3HW.shape)}, expected [C, H, W] "
-            "and [3, H, W]; resize the image to the scores, or the scores to the image."
-        )
-    for name, values in (("scores", scores_CHW), ("the image", image_3HW)):
-        if not values.is_floating_point():
-            raise ValueError(f"{name} is {values.dtype}, expected floats; divide an image of 8 bits by 255.")

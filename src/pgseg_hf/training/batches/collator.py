@@ -22,13 +22,13 @@ _NO_LIMIT = 1_000_000
 
 
 class PGSegCollator:
-    """Stacks pictures and tokenises their texts; for a `DataLoader`, or transformers' `Trainer` with
+    """Stacks images and tokenises their texts; for a `DataLoader`, or transformers' `Trainer` with
     `remove_unused_columns=False`.
 
-    "paired": each picture has its caption, and its labels for the multi-label loss. "shared": the texts of a batch are
-    collected, equal ones once, and each picture's positives are its labels, or its caption where it has none.
+    "paired": each image has its caption, and its labels for the multi-label loss. "shared": the texts of a batch are
+    collected, equal ones once, and each image's positives are its labels, or its caption where it has none.
 
-    On several processes the paired layout needs `num_labels` where pictures have labels, so that every process makes
+    On several processes the paired layout needs `num_labels` where images have labels, so that every process makes
     batches of the same kind: they would wait for each other.
 
     Args:
@@ -36,9 +36,9 @@ class PGSegCollator:
         context_length: longest text in tokens, by default the tokenizer's `model_max_length`; the rest is cut off.
         layout: "paired" or "shared".
         padding: "max_length" makes all texts `context_length` long, "longest" as long as the batch's longest.
-        num_labels: in the paired layout the number of labels of every picture, padded or cut; 0 for none. By default
+        num_labels: in the paired layout the number of labels of every image, padded or cut; 0 for none. By default
             the largest number in the batch.
-        texts: in the shared layout the texts of every batch, which the examples' are among: words that no picture of
+        texts: in the shared layout the texts of every batch, which the examples' are among: words that no image of
             a batch has are then negatives too.
         synonyms: in the shared layout, other texts for a text. A batch has one of them for all of its images, drawn by
             the batch's content, so that no text of an image is a negative of another that shows the same; on several
@@ -61,10 +61,9 @@ class PGSegCollator:
         synonyms: Mapping[str, Sequence[str]] | None = None,
         negatives: Sequence[str] = (),
     ):
-        if layout not in LAYOUTS:
-            raise ValueError(f"layout is {layout!r}, expected one of {', '.join(LAYOUTS)}.")
-        if padding not in PADDINGS:
-            raise ValueError(f"padding is {padding!r}, expected one of {', '.join(PADDINGS)}.")
+        for name, value, known in (("layout", layout, LAYOUTS), ("padding", padding, PADDINGS)):
+            if value not in known:
+                raise ValueError(f"{name} is {value!r}, expected one of {', '.join(known)}.")
         if context_length is None:
             context_length = tokenizer.model_max_length
         if not 3 <= context_length < _NO_LIMIT:
@@ -75,16 +74,11 @@ class PGSegCollator:
             raise ValueError(f"num_labels is {num_labels}; it is for the paired layout, and 0 or more.")
         if texts is not None and (layout != "shared" or not texts):
             raise ValueError("texts are for the shared layout, and at least one.")
-        self.tokenizer = tokenizer
-        self.context_length = context_length
-        self.layout = layout
-        self.padding = padding
-        self.num_labels = num_labels
         if synonyms and layout != "shared":
             raise ValueError(f"synonyms are for the shared layout, and layout is {layout!r}.")
-        self.texts = texts
-        self.synonyms = dict(synonyms or {})
-        self.negatives = list(negatives)
+        self.tokenizer, self.context_length = tokenizer, context_length
+        self.layout, self.padding, self.num_labels = layout, padding, num_labels
+        self.texts, self.synonyms, self.negatives = texts, dict(synonyms or {}), list(negatives)
         self.cut_texts = 0
         """How many texts were cut so far, in this process."""
 

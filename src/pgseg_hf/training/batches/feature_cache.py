@@ -19,7 +19,8 @@ from transformers.utils import logging
 
 from ...data.augmentation import Crop
 from ...data.records import Record, UnusableRecord
-from ...data.sources import MapSource, Source
+from ...data.sources import MapSource, Source, records_of
+from ...distributed import world_size
 from ...files import write_json
 from ...modeling_pgseg import PGSegModel
 from ...text_files import read_json
@@ -166,10 +167,12 @@ def cache_features(
         for table in tables
     ]
     _open(dict(zip(folders, plans)), Path(options.folder), None if namer is None else (*grid, namer.kept))
-    for number, (table, folder) in enumerate(zip(tables, folders)):
-        _fill(table, number, folder, prepare, model, options)
-    _wait()
-    return [CachedSource(table, folder, namer) for table, folder in zip(tables, folders)]
+    cached = [CachedSource(table, folder, namer) for table, folder in zip(tables, folders)]
+    for number, each in enumerate(cached):
+        _Filler(each, number, prepare, model, options).fill()
+    if dist.is_initialized():
+        dist.barrier()
+    return cached
 
 
 def _map(folder: Path, named: bool, mode: Any) -> dict[str, np.ndarray]:
@@ -244,72 +247,74 @@ def _make_files(
         write_json(made_with, folder / "made_with.json")
 
 
-def _fill(
-    table: MapSource,
-    number: int,
-    folder: Path,
-    prepare: Preparation,
-    model: PGSegModel,
-    options: CacheOptions,
-) -> None:
-    """Computes the views of this process that are missing."""
-    namer = options.namer
-    arrays = _map(folder, namer is not None, "r+")
-    tags, states = arrays["tags"], arrays["states"]
-    world = dist.get_world_size() if dist.is_initialized() else 1
-    rows, views = np.nonzero(states == MISSING)
-    own = rows % world == _rank()
-    missing = list(zip(rows[own].tolist(), views[own].tolist()))
-    if not missing:
-        return
-    backbone: Any = model.vision_model.embeddings.patch_embeddings
-    start = time.monotonic()
-    waiting: list[tuple[int, int, np.ndarray]] = []
-    whole: tuple[int, Tensor | None] = (-1, None)
-    unusable = 0
+class _Filler:
+    """Computes the views of one table that are missing, those of this process."""
 
-    def write() -> None:
-        pixels = torch.from_numpy(np.stack([pixels for *_, pixels in waiting])).to(model.device)
+    def __init__(
+        self, table: CachedSource, number: int, prepare: Preparation, model: PGSegModel, options: CacheOptions
+    ):
+        self.table, self.number, self.prepare, self.options = table.source, number, prepare, options
+        self.folder, self.device = table.folder, model.device
+        self.arrays = _map(table.folder, options.namer is not None, "r+")
+        self.backbone: Any = model.vision_model.embeddings.patch_embeddings
+        self.waiting: list[tuple[int, int, np.ndarray]] = []
+        self.whole: tuple[int, Tensor | None] = (-1, None)
+        """The last record that the backbone saw as a whole, and its features."""
+
+    def fill(self) -> None:
+        rows, views = np.nonzero(self.arrays["states"] == MISSING)
+        own = rows % world_size() == _rank()
+        missing = list(zip(rows[own].tolist(), views[own].tolist()))
+        if not missing:
+            return
+        start = time.monotonic()
+        unusable = 0
+        for row, view in tqdm(missing, desc=f"features of {self.table.name}", disable=_rank() != 0):
+            try:
+                self._add(row, view)
+            except UnusableRecord as error:
+                logger.info(f"left out: {error}")
+                self.arrays["states"][row, view] = UNUSABLE
+                unusable += 1
+        self._write()
+        for array in self.arrays.values():
+            array.flush()  # type: ignore[attr-defined]
+        logger.warning(
+            f"{len(missing) - unusable:,} views of {self.table.name} in {(time.monotonic() - start) / 60:.1f} "
+            f"minutes, {unusable} unusable; they are in {self.folder}."
+        )
+
+    def _add(self, row: int, view: int) -> None:
+        rng = seeded(Draw.VIEW, self.options.seed, self.number, row, view)
+        image, crop, tags = self.prepare.draw(self.table[row], rng)
+        augmentation, features = self.prepare.augmentation, self.arrays["features"]
+        if tags is not None:
+            self.arrays["tags"][row, view] = json.dumps(tags).encode()
+        if self.options.whole_images:
+            if self.whole[0] != row:
+                self.whole = row, _of_whole_image(self.backbone, augmentation.whole_pixels(image))
+            features[row, view] = _cut(self.whole[1], crop, features.shape[-2:])
+            self.arrays["states"][row, view] = DONE
+            return
+        self.waiting.append((row, view, augmentation.crop_pixels(image, crop, rng)))
+        if len(self.waiting) == BATCH_SIZE:
+            self._write()
+
+    def _write(self) -> None:
+        """Features of the crops that wait."""
+        if not self.waiting:
+            return
+        pixels = torch.from_numpy(np.stack([pixels for *_, pixels in self.waiting])).to(self.device)
         with torch.inference_mode():
-            maps = backbone.maps(pixels)
-            found = {"features": backbone.on_one_grid(maps).clamp(-_LARGEST, _LARGEST)}
-            if namer is not None:
-                found["cell_names"], found["cell_shares"] = namer.likeliest(maps[-1])
-        values = {name: value.cpu().numpy() for name, value in found.items()}
-        for place, (row, view, _) in enumerate(waiting):
-            for name, value in values.items():
-                arrays[name][row, view] = value[place]
-            states[row, view] = DONE
-        waiting.clear()
-
-    for row, view in tqdm(missing, desc=f"features of {table.name}", disable=_rank() != 0):
-        try:
-            rng = seeded(Draw.VIEW, options.seed, number, row, view)
-            image, crop, own_tags = prepare.draw(table[row], rng)
-        except UnusableRecord as error:
-            logger.info(f"left out: {error}")
-            states[row, view] = UNUSABLE
-            unusable += 1
-            continue
-        if own_tags is not None:
-            tags[row, view] = json.dumps(own_tags).encode()
-        if options.whole_images:
-            if whole[0] != row:
-                whole = (row, _of_whole_image(backbone, prepare.augmentation.whole_pixels(image)))
-            arrays["features"][row, view] = _cut(whole[1], crop, arrays["features"].shape[-2:])
-            states[row, view] = DONE
-            continue
-        waiting.append((row, view, prepare.augmentation.crop_pixels(image, crop, rng)))
-        if len(waiting) == BATCH_SIZE:
-            write()
-    if waiting:
-        write()
-    for array in arrays.values():
-        array.flush()  # type: ignore[attr-defined]
-    logger.warning(
-        f"{len(missing) - unusable:,} views of {table.name} in {(time.monotonic() - start) / 60:.1f} minutes, "
-        f"{unusable} unusable; they are in {folder}."
-    )
+            maps = self.backbone.maps(pixels)
+            found = {"features": self.backbone.on_one_grid(maps).clamp(-_LARGEST, _LARGEST)}
+            if self.options.namer is not None:
+                found["cell_names"], found["cell_shares"] = self.options.namer.likeliest(maps[-1])
+        rows, views = [row for row, *_ in self.waiting], [view for _, view, _ in self.waiting]
+        for name, value in found.items():
+            self.arrays[name][rows, views] = value.cpu().numpy()
+        self.arrays["states"][rows, views] = DONE
+        self.waiting.clear()
 
 
 @torch.inference_mode()
@@ -337,11 +342,6 @@ def _rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def _wait() -> None:
-    if dist.is_initialized():
-        dist.barrier()
-
-
 def _fingerprint(module: torch.nn.Module, *texts: str) -> str:
     digest = hashlib.sha256("\n".join(texts).encode())
     for name, tensor in sorted(module.state_dict().items()):
@@ -353,15 +353,12 @@ def _fingerprint(module: torch.nn.Module, *texts: str) -> str:
 def _contents(table: MapSource) -> str:
     """A hash of a table's images and masks, in their order."""
     digest = hashlib.sha256(str(len(table)).encode())
-    for index in range(len(table)):
-        try:
-            record = table[index]
-        except UnusableRecord as error:
-            digest.update(error.reason.encode())
+    for item in records_of(table):
+        if isinstance(item, UnusableRecord):
+            digest.update(item.reason.encode())
             continue
-        for part in (record.image, record.mask):
-            if part is not None:
-                digest.update(hashlib.sha256(bytes_of(part)).digest())
+        for part in [part for part in (item.image, item.mask) if part is not None]:
+            digest.update(hashlib.sha256(bytes_of(part)).digest())
     return digest.hexdigest()
 
 

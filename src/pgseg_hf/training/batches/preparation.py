@@ -19,11 +19,11 @@ CROP_TRIES = 5
 
 @dataclass
 class Example:
-    """One picture as the collator takes it.
+    """One image as the collator takes it.
 
     Args:
         pixel_values: float32 [3, S, S], normalised; None where there are features instead.
-        caption: the picture's text.
+        caption: the image's text.
         labels: prompts of its tags and nouns; may be none.
         backbone_features: [C, h, w] of a backbone, instead of pixels.
         patch_texts: for some texts how much of each cell of a grid shows them, {text: [h, w]}.
@@ -40,7 +40,7 @@ class Preparation:
     """Makes an `Example` of a `Record`, with all chance from the generator that comes with it.
 
     Args:
-        augmentation: how the picture is cropped and varied.
+        augmentation: how the image is cropped and varied.
         texts: how its texts are chosen.
         mask_labels: names of the values of masks, "" for a value without one (a background); 255 has none. If given, a
             record with a mask has instead of its own tags the labels that a crop shows. No other use is made of masks.

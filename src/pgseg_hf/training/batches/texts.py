@@ -23,7 +23,7 @@ SENTENCE_TEMPLATES: tuple[str, ...] = (
 PICTURE_WORDS = frozenset(
     ["background", "closeup", "image", "photo", "photograph", "picture", "shot", "snapshot", "view"]
 )
-"""Nouns of captions that name the picture, not what it shows."""
+"""Nouns of captions that name the image, not what it shows."""
 
 
 @dataclass
@@ -34,7 +34,7 @@ class TextOptions:
         templates: for sentences of tags, each used as often as the others.
         label_templates: for the prompts of single tags and nouns. With one, equal tags are equal texts; with several,
             each prompt takes one at random.
-        max_tags: largest number of tags in a sentence and among the labels. Where texts are shared between pictures, a
+        max_tags: largest number of tags in a sentence and among the labels. Where texts are shared between images, a
             tag that is left out counts as absent, so give as many as records have.
         num_nouns: so many nouns of the caption become labels too (the paper's multi-label loss).
         noun_model: name or folder of the spaCy pipeline that finds them, for instance `en_core_web_sm`.
@@ -55,10 +55,9 @@ class TextOptions:
     def __post_init__(self) -> None:
         validate_templates(self.templates)
         validate_templates(self.label_templates)
-        if self.max_tags < 1:
-            raise ValueError(f"max_tags is {self.max_tags}, expected at least 1.")
-        if self.num_nouns < 0:
-            raise ValueError(f"num_nouns is {self.num_nouns}, expected 0 or more.")
+        for name, least in (("max_tags", 1), ("num_nouns", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected at least {least}.")
         if self.num_nouns and not self.noun_model:
             raise ValueError(
                 f"num_nouns is {self.num_nouns}, which needs noun_model, a spaCy pipeline such as 'en_core_web_sm'."
@@ -69,7 +68,7 @@ class TextOptions:
 
 @dataclass
 class Texts:
-    """What a picture is compared with: one sentence, and prompts of single tags and nouns (may be none)."""
+    """What an image is compared with: one sentence, and prompts of single tags and nouns (may be none)."""
 
     caption: str
     labels: list[str]
@@ -117,7 +116,7 @@ def clean_tags(tags: Iterable[str]) -> list[str]:
 def find_nouns(caption: str, model: str) -> tuple[str, ...]:
     """The nouns of a caption in lower case, in order, each once.
 
-    Nouns that follow each other count as one ("fire truck"); those that name the picture itself ("photo") do not count.
+    Nouns that follow each other count as one ("fire truck"); those that name the image itself ("photo") do not count.
     A caption takes about a millisecond and is remembered.
 
     Raises:

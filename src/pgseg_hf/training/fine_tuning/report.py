@@ -15,7 +15,8 @@ from transformers.utils import logging
 
 from ...checkpoint import load_segmenter
 from ...data.metadata import find_metadata
-from ...data.photos import LabelledPhotos, Photo
+from ...data.photos import LabelledPhotos
+from ...data.records import Record
 from ...evaluation.benchmarks.mask_dataset import MaskDataset, MaskFolder
 from ...evaluation.evaluator import MaskOptions, evaluate_masks, without_nan
 from ...files import write_image, write_json, write_text
@@ -42,24 +43,25 @@ _SHOWN = 10
 def write_report(
     args: argparse.Namespace,
     photos: LabelledPhotos,
-    train: Sequence[Photo],
-    held_out: Sequence[Photo],
+    train: Sequence[Record],
+    held_out: Sequence[Record],
+    masks: MaskDataset | None,
     results: dict[str, Any],
 ) -> dict[str, Any]:
-    """Measures both models and writes `report.md`, `report.json` and pictures; returns the content of the JSON."""
+    """Measures both models and writes `report.md`, `report.json` and images; returns the content of the JSON."""
     output, device = args.output, results["device"]
     segmenters = {
         "before": load_segmenter(args.model, device=device),
         "after": load_segmenter(output, device=device),
     }
     labels = [label for label, _ in photos.count_labels().most_common()]
-    measured = [photo for photo in held_out if photo.labels or not labels]
+    measured = [photo for photo in held_out if photo.tags or not labels]
     texts = labels or list(dict.fromkeys(caption for photo in measured for caption in photo.captions))
     scores: dict[str, np.ndarray] = {}
     for name, segmenter in segmenters.items():
         scores[name], measured = score_photos(segmenter, photos, measured, texts, bool(labels))
     targets = np.array(
-        [[text in (photo.labels or photo.captions) for text in texts] for photo in measured], bool
+        [[text in (photo.tags or photo.captions) for text in texts] for photo in measured], bool
     ).reshape(len(measured), len(texts))
     precisions = {name: average_precisions(of_model, targets) for name, of_model in scores.items()}
     report: dict[str, Any] = {
@@ -69,7 +71,6 @@ def write_report(
         "steps": results["steps"],
         "seconds": round(results["train_runtime"], 1),
     }
-    masks = find_masks(args, held_out)
     for name, segmenter in segmenters.items():
         report[name] = image_figures(scores[name], targets, precisions[name])
         if masks is not None:
@@ -79,7 +80,7 @@ def write_report(
         report["never_told_apart"] = confused_labels(scores["after"], targets, texts)
         report["always_together"] = labels_always_together(photos.photos)
     report["left_out"] = photos.left_out
-    report["pictures"] = draw_pictures(segmenters, photos.folder, measured, labels, output)
+    report["pictures"] = draw_pictures(segmenters, measured, labels, output)
     report["advice"] = advice(report, len(photos.photos))
     report = without_nan(report)
     write_text(to_markdown(report, args), output / REPORT_NAME)
@@ -91,10 +92,10 @@ def write_report(
 def score_photos(
     segmenter: Segmenter,
     photos: LabelledPhotos,
-    measured: Sequence[Photo],
+    measured: Sequence[Record],
     texts: Sequence[str],
     are_labels: bool,
-) -> tuple[np.ndarray, list[Photo]]:
+) -> tuple[np.ndarray, list[Record]]:
     """`logits_per_image` of photos as segmentation sees them, [photos, texts], and the photos that could be read;
     the others are added to those that are left out."""
     model, processor = segmenter.model, segmenter.processor
@@ -106,9 +107,9 @@ def score_photos(
     rows, read = [], []
     for photo in logging.tqdm(measured, desc="Measuring", unit="image"):
         try:
-            image = load_image(photos.folder / photo.file_name)
+            image = load_image(photo.image)
         except ValueError:
-            photos.left_out.setdefault("broken image", []).append(photo.file_name)
+            photos.left_out.setdefault("broken image", []).append(photo.name)
             continue
         pixels = processor.image_processor(images=image, return_tensors="pt")["pixel_values"]
         features = model.get_image_features(pixels.to(model.device))
@@ -146,7 +147,7 @@ def image_figures(scores: np.ndarray, targets: np.ndarray, precisions: np.ndarra
     }
 
 
-def find_masks(args: argparse.Namespace, held_out: Sequence[Photo]) -> MaskDataset | None:
+def find_masks(args: argparse.Namespace, held_out: Sequence[Record]) -> MaskDataset | None:
     """The masks of `--masks`, or of the held-out photos where their folder has any."""
     if args.masks is not None:
         return MaskFolder(args.masks)
@@ -158,7 +159,7 @@ def find_masks(args: argparse.Namespace, held_out: Sequence[Photo]) -> MaskDatas
         if (args.photos / "masks").is_dir():
             logger.warning(f"mIoU is left out: {error}")
         return None
-    names = {normpath(args.photos / photo.file_name) for photo in held_out}
+    names = {normpath(args.photos / photo.name) for photo in held_out}
     found = [each for each in folder.pictures if normpath(str(each.image)) in names]
     return folder.only(found) if found else None
 
@@ -172,11 +173,11 @@ def mask_figures(segmenter: Segmenter, masks: MaskDataset) -> dict[str, float]:
 
 def _rows_of_labels(
     labels: Sequence[str],
-    train: Sequence[Photo],
-    measured: Sequence[Photo],
+    train: Sequence[Record],
+    measured: Sequence[Record],
     precisions: dict[str, np.ndarray],
 ) -> dict[str, dict[str, Any]]:
-    counts = [Counter(label for photo in part for label in photo.labels) for part in (train, measured)]
+    counts = [Counter(label for photo in part for label in photo.tags) for part in (train, measured)]
     return {
         label: {
             "train": counts[0][label],
@@ -204,12 +205,12 @@ def confused_labels(
     return sorted(found, key=lambda pair: pair[2])
 
 
-def labels_always_together(photos: Sequence[Photo]) -> list[list[str]]:
+def labels_always_together(photos: Sequence[Record]) -> list[list[str]]:
     """Groups of labels that all photos have together or not at all."""
     of_label: dict[str, list[str]] = {}
     for photo in photos:
-        for label in photo.labels:
-            of_label.setdefault(label, []).append(photo.file_name)
+        for label in photo.tags:
+            of_label.setdefault(label, []).append(photo.name)
     groups: dict[tuple[str, ...], list[str]] = {}
     for label, names in of_label.items():
         groups.setdefault(tuple(names), []).append(label)
@@ -218,8 +219,7 @@ def labels_always_together(photos: Sequence[Photo]) -> list[list[str]]:
 
 def draw_pictures(
     segmenters: dict[str, Segmenter],
-    folder: Path,
-    measured: Sequence[Photo],
+    measured: Sequence[Record],
     labels: Sequence[str],
     output: Path,
 ) -> list[str]:
@@ -228,14 +228,14 @@ def draw_pictures(
     count = min(_PICTURES, len(measured))
     most_common = labels[:_LABELS_OF_A_PICTURE]
     for photo in [measured[number * len(measured) // count] for number in range(count)]:
-        # In one order, so that a label has one colour in all pictures.
-        words = [label for label in labels if label in photo.labels or label in most_common]
+        # In one order, so that a label has one colour in all images.
+        words = [label for label in labels if label in photo.tags or label in most_common]
         words = words or _known_words(photo, segmenters["before"])
         if not words:
             continue
-        image = load_image(folder / photo.file_name)
+        image = load_image(photo.image)
         image.thumbnail((640, 640))
-        titles = [", ".join(photo.labels or photo.captions), *segmenters]
+        titles = [", ".join(photo.tags or photo.captions), *segmenters]
         drawn = [image, *_masks(segmenters.values(), image, words)]
         names.append(f"{PICTURES_NAME}/{len(names) + 1}.jpg")
         write_image(side_by_side(drawn, titles), output / names[-1])
@@ -253,7 +253,7 @@ def _masks(segmenters: Any, image: Image.Image, words: Sequence[str]) -> Iterato
         yield overlay(image, result.label_map, words, background=result.background)
 
 
-def _known_words(photo: Photo, segmenter: Segmenter) -> list[str]:
+def _known_words(photo: Record, segmenter: Segmenter) -> list[str]:
     """Words of the checkpoint that stand in a photo's captions."""
     text = f" {' '.join(photo.captions).casefold()} "
     return [word for word in segmenter.processor.vocabulary or () if f" {word.casefold()} " in text]

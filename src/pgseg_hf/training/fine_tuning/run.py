@@ -14,8 +14,10 @@ import numpy as np
 import torch
 
 from ...configuration_pgseg import PGSegConfig
-from ...data.photos import LabelledPhotos, Photo, read_photos
+from ...data.photos import LabelledPhotos, read_photos, row_of
+from ...data.records import Record
 from ...files import write_json, write_text
+from ...processing_pgseg import PGSegProcessor
 from ...run_records import differences, read_record
 from ...text_files import read_json
 from ..arguments import Arguments, DataArguments, ModelArguments, RunArguments
@@ -23,7 +25,7 @@ from ..batches.feature_cache import CachedSource
 from ..checkpoints import RUN_FILES
 from ..run import Run
 from .options import RECORD_NAME, features_folder
-from .report import JSON_NAME, PICTURES_NAME, REPORT_NAME, write_report
+from .report import JSON_NAME, PICTURES_NAME, REPORT_NAME, find_masks, write_report
 
 LEAST_PHOTOS = 8
 MOST_HELD_OUT = 500
@@ -55,24 +57,34 @@ def fine_tune(args: argparse.Namespace) -> dict[str, Any]:
         _clean_up(output)
         return read_json(output / JSON_NAME) | {"done_before": True}
     train, held_out = split_photos(photos.photos, args.held_out, args.seed)
+    masks = find_masks(args, held_out)  # may refuse a folder, which is to be known before training
     resume = "latest" if (output / RECORD_NAME).is_file() else None
     write_json(record, output / RECORD_NAME)
     for name, part in (("train", train), ("held-out", held_out)):
-        rows = (json.dumps(photo.to_row(), ensure_ascii=False) for photo in part)
+        rows = (json.dumps(row_of(photo), ensure_ascii=False) for photo in part)
         write_text("".join(f"{row}\n" for row in rows), output / _SPLIT / f"{name}.jsonl")
     labels = list(photos.count_labels())
-    write_json({"names": {label: [] for label in labels}}, output / _SPLIT / "labels.json")
+    names = [*labels, *competing_words(args.model, config)] if labels else []
+    write_json({"names": {name: [] for name in names}}, output / _SPLIT / "labels.json")
     run = Run(choose_arguments(args, config, len(train), bool(labels), resume))
     if run.processor.vocabulary is not None:
         run.processor.vocabulary = list(dict.fromkeys([*run.processor.vocabulary, *labels]))
     results = run.train()
     caches = [source for source in run.stream.sources if isinstance(source, CachedSource)]
-    broken = [train[index].file_name for source in caches for index in source.unusable()]
+    broken = [train[index].name for source in caches for index in source.unusable()]
     if broken:
         photos.left_out["broken image"] = broken
-    report = write_report(args, photos, train, held_out, results)
+    report = write_report(args, photos, train, held_out, masks, results)
     _clean_up(output)
     return report | {"done_before": False}
+
+
+def competing_words(model: str, config: PGSegConfig) -> list[str]:
+    """Words that the checkpoint knows. They compete for the patches, as in segmentation, and have no loss of their own:
+    without them an image's one label learns to cover all of it."""
+    if config.contrastive_pooling != "patches":
+        return []
+    return PGSegProcessor.from_pretrained(model).vocabulary or []
 
 
 def _refuse_too_few(photos: LabelledPhotos) -> None:
@@ -89,7 +101,7 @@ def _refuse_too_few(photos: LabelledPhotos) -> None:
         )
 
 
-def split_photos(photos: list[Photo], share: float, seed: int) -> tuple[list[Photo], list[Photo]]:
+def split_photos(photos: list[Record], share: float, seed: int) -> tuple[list[Record], list[Record]]:
     """Photos to train on, and photos held out: a share of the photos of each label, rare labels first. A label of a
     single photo is trained on."""
     order = np.random.default_rng(seed).permutation(len(photos)).tolist()
@@ -97,7 +109,7 @@ def split_photos(photos: list[Photo], share: float, seed: int) -> tuple[list[Pho
     wanted = most / len(photos)
     of_label: dict[str, list[int]] = {}
     for index in order:
-        for label in photos[index].labels:
+        for label in photos[index].tags:
             of_label.setdefault(label, []).append(index)
     left = Counter({label: len(indices) for label, indices in of_label.items()})
     held: dict[int, None] = {}
@@ -105,7 +117,7 @@ def split_photos(photos: list[Photo], share: float, seed: int) -> tuple[list[Pho
     def hold(indices: list[int], count: int) -> None:
         count -= sum(index in held for index in indices)
         for index in indices:
-            own = photos[index].labels
+            own = photos[index].tags
             if count <= 0 or len(held) >= most:
                 return
             if index not in held and all(left[label] > 1 for label in own):
@@ -168,8 +180,8 @@ def _record(args: argparse.Namespace, photos: LabelledPhotos) -> dict[str, Any]:
     """What a run depends on."""
     digest = hashlib.sha256()
     for photo in photos.photos:
-        state = (photos.folder / photo.file_name).stat()
-        digest.update(json.dumps([photo.to_row(), state.st_size, state.st_mtime_ns]).encode())
+        state = (photos.folder / photo.name).stat()
+        digest.update(json.dumps([row_of(photo), state.st_size, state.st_mtime_ns]).encode())
     return {
         "photos": str(args.photos.resolve()),
         "number of photos": len(photos.photos),
