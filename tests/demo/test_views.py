@@ -49,7 +49,7 @@ def test_large_images_are_shown_smaller():
 def test_the_table_has_absent_labels_last():
     assert views.table(result()) == [
         ["dog", "50.0%", "0.500"],
-        ["background", "25.0%", "0.500"],
+        ["background", "25.0%", "–"],
         ["cat", "25.0%", "0.500"],
         ["wall", "0.0%", "–"],
     ]
