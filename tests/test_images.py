@@ -109,7 +109,6 @@ def test_reads_from_an_address(tmp_path):
         (None, "NoneType"),
         (["a.png"], "list"),
     ],
-    ids=str,
 )
 def test_sources_that_cannot_be_read(source, message):
     with pytest.raises(ValueError, match=message):
