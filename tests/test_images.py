@@ -15,11 +15,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import ExifTags, Image
-from tiny_models import make_photo
 
 from pgseg_hf.images import (
     load_image,
-    load_label_map,
     resized_size,
     to_rgb,
 )
@@ -111,7 +109,6 @@ def test_reads_from_an_address(tmp_path):
         (None, "NoneType"),
         (["a.png"], "list"),
     ],
-    ids=str,
 )
 def test_sources_that_cannot_be_read(source, message):
     with pytest.raises(ValueError, match=message):
@@ -383,44 +380,3 @@ def test_resized_size_refuses_nonsense():
         resized_size(5, 5, shortest_edge=-3)
     with pytest.raises(ValueError, match="longest_edge"):
         resized_size(1, 5000, shortest_edge=448, longest_edge=None)
-
-
-# Masks
-
-
-@pytest.mark.parametrize("mode", ["L", "P", "I;16", "I"])
-def test_masks_of_any_mode_keep_their_values(mode, tmp_path):
-    values = np.arange(200).reshape(10, 20)
-    image = Image.fromarray(values.astype(np.uint16 if mode == "I;16" else np.uint8))
-    if mode == "P":
-        image.putpalette([255 - i // 3 for i in range(768)])
-    if mode == "I":
-        image = image.convert("I")
-    assert image.mode == mode
-    path = tmp_path / ("mask.tiff" if mode == "I" else "mask.png")
-    image.save(path)
-    content = path.read_bytes()
-    for source in (image, path, str(path), content, io.BytesIO(content), values):
-        mask = load_label_map(source)
-        assert mask.dtype == np.int64 and np.array_equal(mask, values)
-
-
-def test_masks_with_loss_are_refused(tmp_path):
-    Image.new("L", (20, 20)).save(tmp_path / "mask.jpg")
-    with pytest.raises(ValueError, match=r"mask.jpg.* is no mask"):
-        load_label_map(tmp_path / "mask.jpg")
-
-
-def test_bits_and_other_numbers(tmp_path):
-    Image.fromarray(np.array([[0, 1], [2, 1]], np.uint8) > 0).save(tmp_path / "bits.png")
-    assert load_label_map(tmp_path / "bits.png").tolist() == [[0, 1], [1, 1]]
-    make_photo().save(tmp_path / "colours.png")
-    with pytest.raises(ValueError, match=r"colours.png' has the shape \(90, 120, 3\)"):
-        load_label_map(tmp_path / "colours.png")
-    (tmp_path / "half.png").write_bytes((tmp_path / "colours.png").read_bytes()[:500])
-    with pytest.raises(ValueError, match=r"half.png' is no mask that can be read"):
-        load_label_map(tmp_path / "half.png")
-    with pytest.raises(ValueError, match=r"absent.png' cannot be read|absent.png"):
-        load_label_map(tmp_path / "absent.png")
-    with pytest.raises(ValueError, match="type float64"):
-        load_label_map(np.zeros((3, 3)))

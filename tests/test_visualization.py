@@ -1,6 +1,5 @@
 """Colours, overlays, legends and mask files."""
 
-import io
 import math
 
 import numpy as np
@@ -377,31 +376,3 @@ class TestSideBySide:
             side_by_side([picture(5, 5)], ["a", "b"])
         with pytest.raises(ValueError, match="got none"):
             side_by_side([])
-
-
-class TestIndexedPng:
-    @pytest.mark.parametrize(
-        ("values", "num_labels", "mode"),
-        [
-            ([[0, 1], [2, 255]], None, "P"),
-            ([[0, 1]], 256, "P"),
-            ([[0, 1]], 257, "I;16"),
-            ([[0, 65_535]], None, "I;16"),
-        ],
-    )
-    def test_values_survive_a_png_file(self, values, num_labels, mode):
-        buffer = io.BytesIO()
-        indexed_png(values, num_labels).save(buffer, format="PNG")
-        read = Image.open(buffer)
-        assert read.mode == mode
-        np.testing.assert_array_equal(np.asarray(read), values)
-
-    def test_the_background_is_black(self):
-        mask = np.asarray(indexed_png(halves(), num_labels=1, background=True).convert("RGB"))
-        assert (mask[0] == 0).all() and (mask[-1] == palette(1)[0]).all()
-        assert indexed_png([[0]], num_labels=256, background=True).mode == "I;16"
-
-    @pytest.mark.parametrize(("values", "num_labels"), [([[65_536]], None), ([[3]], 3), ([[-1]], None)])
-    def test_values_that_do_not_fit_are_refused(self, values, num_labels):
-        with pytest.raises(ValueError, match=r"65,535|value 3|-1"):
-            indexed_png(values, num_labels)

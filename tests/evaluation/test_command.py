@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from pgseg_hf import DEFAULT_CHECKPOINT, __version__, evaluation
-from pgseg_hf.cli import build_parser, main
+from pgseg_hf.cli import main
 from pgseg_hf.evaluation import baselines, command, running
 from pgseg_hf.evaluation.arguments import parse_thresholds
 from pgseg_hf.evaluation.benchmarks.catalogue import read_class_names
@@ -387,21 +387,3 @@ def test_the_script_on_two_processes(evaluate, tmp_path):
     assert result.stdout.count("5 pictures in") == 1, "only one process reports"
     assert len(list((tmp_path / "two" / "predictions").rglob("*.png"))) == 5
     assert len(list((tmp_path / "two" / "parts").iterdir())) == 3
-
-
-def test_processes_share_the_work_on_a_machine_without_an_accelerator(monkeypatch):
-    """Also where nobody says --device cpu."""
-    asked = []
-
-    class State(command.PartialState):
-        def __init__(self, cpu=False, **kwargs):
-            asked.append(cpu)
-            super().__init__(cpu=cpu, **kwargs)
-
-    monkeypatch.setattr(command, "PartialState", State)
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
-    parser = build_parser()
-    args = parser.parse_args(["evaluate", "./no-such", "--benchmark", "folder", "--data", "nowhere"])
-    with pytest.raises(ValueError, match="no-such"):
-        command.evaluate(args)
-    assert asked == [True]

@@ -17,7 +17,8 @@ from PIL import Image
 from tiny_models import make_photo
 
 from pgseg_hf import SegmentationOptions, load_segmenter
-from pgseg_hf.evaluation import MaskFolder, MaskOptions, Picture, evaluate_masks, running
+from pgseg_hf.cli import build_parser
+from pgseg_hf.evaluation import MaskFolder, MaskOptions, Picture, command, evaluate_masks, running
 from pgseg_hf.evaluation.classification import ClassificationScores, Classifier
 from pgseg_hf.evaluation.evaluator import SegmentedPicture
 from pgseg_hf.evaluation.metrics.mean_iou import MeanIoU
@@ -352,3 +353,21 @@ def test_two_processes_give_what_one_gives(tmp_path, tiny_folder, tiny_segmenter
         for count, found in enumerate(each["mean_iou"]):
             for name, value in mean_iou(count).items():
                 np.testing.assert_array_equal(found[name], value)
+
+
+def test_processes_share_the_work_on_a_machine_without_an_accelerator(monkeypatch):
+    """Also where nobody says --device cpu."""
+    asked = []
+
+    class State(command.PartialState):
+        def __init__(self, cpu=False, **kwargs):
+            asked.append(cpu)
+            super().__init__(cpu=cpu, **kwargs)
+
+    monkeypatch.setattr(command, "PartialState", State)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    parser = build_parser()
+    args = parser.parse_args(["evaluate", "./no-such", "--benchmark", "folder", "--data", "nowhere"])
+    with pytest.raises(ValueError, match="no-such"):
+        command.evaluate(args)
+    assert asked == [True]
