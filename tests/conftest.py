@@ -8,6 +8,7 @@ import torch
 from hypothesis import settings
 from PIL import Image
 from tiny_models import CLIP_TEXT, make_photo, tiny_model
+from transformers.utils import logging
 
 from pgseg_hf import PGSegImageProcessorPil, PGSegProcessor, Segmenter, default_tokenizer, load_segmenter
 from pgseg_hf.variants import NPR_VARIANTS
@@ -41,6 +42,12 @@ def nothing_is_left_behind() -> Iterator[None]:
     before = nameless()
     yield
     assert not nameless() - before
+
+
+@pytest.fixture(autouse=True)
+def warnings_are_shown() -> None:
+    """Also after a test of `--quiet` in this process."""
+    logging.set_verbosity_warning()
 
 
 @pytest.fixture(scope="session")

@@ -86,14 +86,14 @@ def test_results_with_all_that_they_depend_on(evaluate, tiny_folder, tmp_path, c
     for text in (f"{model['mean_iou']:.4f}", settings["weights_sha256"], "protocol", "| sky |", __version__):
         assert text in markdown
     out = capsys.readouterr().out
-    assert f"{model['mean_iou']:.4f}" in out and f"3 pictures in {settings['seconds']} s" in out
+    assert f"{model['mean_iou']:.4f}" in out and f"3 images in {settings['seconds']} s" in out
 
     # The same again goes on with what is there; something else does not.
     stamp = (tmp_path / "out" / "parts" / "000000.npz").stat().st_mtime_ns
     code, again = evaluate()
     assert code == 0 and again["rows"] == content["rows"]
     assert (content["reused"], again["reused"]) == (0, 3)
-    assert "3 pictures, 3 of them counted by an earlier run, in" in capsys.readouterr().out
+    assert "3 images, 3 of them counted by an earlier run, in" in capsys.readouterr().out
     assert evaluate("--overwrite")[1]["reused"] == 3, "what is the same need not give way"
     assert (tmp_path / "out" / "parts" / "000000.npz").stat().st_mtime_ns == stamp
     code, _ = evaluate("--background_threshold", 0.5)
@@ -384,6 +384,6 @@ def test_the_script_on_two_processes(evaluate, tmp_path):
     for name in ("rows", "iou", "pictures", "mean_iou_absent_as_zero"):
         assert together[name] == alone[name]
     assert together["groups"] == pytest.approx(alone["groups"])
-    assert result.stdout.count("5 pictures in") == 1, "only one process reports"
+    assert result.stdout.count("5 images in") == 1, "only one process reports"
     assert len(list((tmp_path / "two" / "predictions").rglob("*.png"))) == 5
     assert len(list((tmp_path / "two" / "parts").iterdir())) == 3
