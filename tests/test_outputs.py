@@ -17,7 +17,8 @@ from transformers.models.detr.image_processing_pil_detr import prepare_coco_pano
 
 from pgseg_hf.files import write_mask
 from pgseg_hf.images import load_label_map
-from pgseg_hf.outputs import MaskResult, write_formats
+from pgseg_hf.options import FORMATS
+from pgseg_hf.outputs import _WRITERS, MaskResult, write_formats
 from pgseg_hf.visualization import indexed_png
 
 LABELS = ["cat", 'dog/"puppy": 🐕', "absent"]
@@ -284,3 +285,9 @@ def test_standard_input_into_a_folder(tiny_folder, photo_file, tmp_path, capsys,
     assert captured.out == "" and "0 bytes" in captured.err
     assert Path("stdin-segmented/images/stdin.png").is_file()
     assert "stdin.png,120,90,cat,10800,1.000000," in Path("stdin-segmented/segments.csv").read_text()
+
+
+def test_every_format_is_written_and_described():
+    assert {"png", *_WRITERS} == set(FORMATS)
+    page = (Path(__file__).parent.parent / "examples" / "segment.md").read_text()
+    assert not [name for name in FORMATS if f"`{name}`" not in page]
