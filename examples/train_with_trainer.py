@@ -33,7 +33,8 @@ def train(
 ) -> Trainer:
     """Fine-tunes the checkpoint `start` on the folder `data`, and writes a `from_pretrained` folder; with `lora` only
     matrices of rank 8 beside all linear layers, and only these are written."""
-    pooling = "patches" if PGSegConfig.from_pretrained(start).contrastive_pooling == "patches" else "groups"
+    config = PGSegConfig.from_pretrained(start)
+    pooling = config.contrastive_pooling if config.pooling.parts == "patches" else "groups"
     model = PGSegModel.from_pretrained(
         start, dtype="float32", contrastive_loss=LOSS, contrastive_pooling=pooling
     )

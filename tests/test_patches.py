@@ -17,6 +17,8 @@ from tiny_models import (
 from torch.nn.functional import interpolate, normalize
 
 from pgseg_hf import PGSegImageProcessorPil, PGSegProcessor, SegmentationOptions, Segmenter, default_tokenizer
+from pgseg_hf.features import POOLED
+from pgseg_hf.poolings import CONTRASTIVE_LOSSES, POOLINGS, PoolingSettings
 from pgseg_hf.scoring import WindowScores, best_labels, group_map, merge_windows, window_starts
 
 LABELS = ["cat", "dog", "grass", "sky", "road", "tree", "car"]
@@ -33,6 +35,30 @@ def embeddings_of(model, ids, pixels):
 
 
 # Training
+
+
+@pytest.mark.parametrize("loss", CONTRASTIVE_LOSSES)
+def test_a_pooling_of_ones_own(loss, monkeypatch):
+    """One entry and one function: the mean of a text's two largest cosines over the patches."""
+
+    def best_two(images, texts, scale, config):
+        return (scale * (images.patches @ texts.T)).topk(2, dim=1).values.mean(1)
+
+    monkeypatch.setitem(POOLINGS, "best two", PoolingSettings("patches"))
+    monkeypatch.setitem(POOLED, "best two", best_two)
+    model = tiny_model(contrastive_pooling="best two", contrastive_loss=loss)
+    ids, pixels = tiny_texts(3), tiny_images(3)
+    with torch.no_grad():
+        patches, texts, scale = embeddings_of(model, ids, pixels)
+        largest = (scale * (patches @ texts.T)).sort(dim=1, descending=True).values
+        actual = model(ids, pixels).logits_per_image
+        torch.testing.assert_close(actual, (largest[:, 0] + largest[:, 1]) / 2, rtol=1e-4, atol=1e-4)
+    assert (model.logit_bias is None) == (loss != "sigmoid")
+    model.train()(ids, pixels, return_loss=True).loss.backward()
+    gradients = [each.grad for each in model.parameters() if each.grad is not None]
+    assert gradients and all(gradient.isfinite().all() for gradient in gradients)
+    named = tiny_model(contrastive_pooling="best two", text_config=CLIP_TEXT)
+    assert segmenter_of(named, patch_weight=0.5)(make_photo(), LABELS).label_map.shape == (90, 120)
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from transformers.configuration_utils import SubConfigSpec
 
 # Registers the backbone, for configurations that name it.
 from .efficientnet_lite import EfficientNetLiteConfig
+from .poolings import CONTRASTIVE_LOSSES, POOLINGS, PoolingSettings, refuse_other_losses
 from .variants import NPR_VARIANTS, SEGMENT_SOURCES, VariantSettings
 
 # What `pipeline` knows the task by, and what the Hub's list of tasks, and so a card, calls it.
@@ -19,8 +20,6 @@ HUB_TASK = "image-segmentation"
 
 PROTOTYPE_MATCHINGS = ("hungarian", "order")
 PROTOTYPE_MIXINGS = ("prototypes", "tokens")
-CONTRASTIVE_POOLINGS = ("mean", "groups", "mixture", "patches")
-CONTRASTIVE_LOSSES = ("info_nce", "multi_positive", "sigmoid")
 # A file that asks for more keeps the machine busy for hours before anything of it is read.
 _MOST_LAYERS = 10_000
 
@@ -471,6 +470,11 @@ class PGSegConfig(PreTrainedConfig):
             self.vision_config.segment_source = self.npr_settings.segment_source
 
     @property
+    def pooling(self) -> PoolingSettings:
+        """What `contrastive_pooling` asks of the model and its training."""
+        return POOLINGS[str(self.contrastive_pooling)]
+
+    @property
     def npr_settings(self) -> VariantSettings:
         """What the variant asks of those who train and run the model."""
         return NPR_VARIANTS[self.npr_variant]
@@ -487,12 +491,9 @@ class PGSegConfig(PreTrainedConfig):
         bound = self.max_logit_scale
         _require(bound > 0, f"max_logit_scale is {bound}, expected a positive number.")
         _require_choice("prototype_matching", self.prototype_matching, PROTOTYPE_MATCHINGS)
-        _require_choice("contrastive_pooling", self.contrastive_pooling, CONTRASTIVE_POOLINGS)
+        _require_choice("contrastive_pooling", self.contrastive_pooling, POOLINGS)
         _require_choice("contrastive_loss", self.contrastive_loss, CONTRASTIVE_LOSSES)
-        _require(
-            self.contrastive_pooling != "mixture" or self.contrastive_loss == "sigmoid",
-            f"contrastive_pooling is 'mixture' and contrastive_loss {self.contrastive_loss!r}, expected 'sigmoid'.",
-        )
+        refuse_other_losses(str(self.contrastive_pooling), self.contrastive_loss)
 
 
 __all__ = ["PGSegConfig", "PGSegTextConfig", "PGSegVisionConfig"]

@@ -136,23 +136,9 @@ class JointImages:
         return JointImages(gather_features(self.embeds), gather_features(self.segments), patches=patches)
 
     def logits(self, text_ND: Tensor, scale: Tensor, config: Any) -> Tensor:
-        """Scaled similarity [B, N] with normalised texts, by the configured pooling; by a mixture it depends on what
-        other texts there are."""
-        if config.contrastive_pooling == "mean":
-            return scale * (self.embeds @ text_ND.T)
-        if config.contrastive_pooling == "patches" and config.contrastive_loss == "sigmoid":
-            log_shares_BLN = self.patch_log_shares(text_ND, scale)
-            log_shares_BN = log_shares_BLN.logsumexp(dim=1) - math.log(log_shares_BLN.shape[1])
-            return log_odds_of_being_seen(log_shares_BN, config.mixture_looks)
-        parts_BPD = self.patches if config.contrastive_pooling == "patches" else self.segments
-        logits_BPN = scale * (parts_BPD @ text_ND.T)
-        if config.contrastive_pooling == "groups":
-            return logits_BPN.logsumexp(dim=1) - math.log(logits_BPN.shape[1])
-        if config.contrastive_pooling == "patches":
-            return (logits_BPN.softmax(dim=1) * logits_BPN).sum(dim=1)
-        log_areas_BP = self.areas.to(logits_BPN.dtype).clamp(min=SMALLEST_SHARE).log()
-        log_shares_BPN = logits_BPN.log_softmax(dim=2) + log_areas_BP[..., None]
-        return log_odds_of_being_seen(log_shares_BPN.logsumexp(dim=1), config.mixture_looks)
+        """Scaled similarity [B, N] with normalised texts, by the configured pooling; by shares it depends on what other
+        texts there are."""
+        return POOLED[config.contrastive_pooling](self, text_ND, scale, config)
 
     def patch_log_shares(self, text_ND: Tensor, scale: Tensor) -> Tensor:
         """Log softmax over normalised texts at each patch, [B, L, N]; of the same tensor computed once, as two losses
@@ -160,6 +146,36 @@ class JointImages:
         if self._log_shares is None or self._log_shares[0] is not text_ND:
             self._log_shares = text_ND, (scale * (self.patches @ text_ND.T)).log_softmax(dim=2)
         return self._log_shares[1]
+
+
+def _by_mean(images: JointImages, text_ND: Tensor, scale: Tensor, config: Any) -> Tensor:
+    return scale * (images.embeds @ text_ND.T)
+
+
+def _by_groups(images: JointImages, text_ND: Tensor, scale: Tensor, config: Any) -> Tensor:
+    logits_BKN = scale * (images.segments @ text_ND.T)
+    return logits_BKN.logsumexp(dim=1) - math.log(logits_BKN.shape[1])
+
+
+def _by_mixture(images: JointImages, text_ND: Tensor, scale: Tensor, config: Any) -> Tensor:
+    logits_BKN = scale * (images.segments @ text_ND.T)
+    log_areas_BK = images.areas.to(logits_BKN.dtype).clamp(min=SMALLEST_SHARE).log()
+    log_shares_BKN = logits_BKN.log_softmax(dim=2) + log_areas_BK[..., None]
+    return log_odds_of_being_seen(log_shares_BKN.logsumexp(dim=1), config.mixture_looks)
+
+
+def _by_patches(images: JointImages, text_ND: Tensor, scale: Tensor, config: Any) -> Tensor:
+    if config.contrastive_loss == "sigmoid":
+        log_shares_BLN = images.patch_log_shares(text_ND, scale)
+        log_shares_BN = log_shares_BLN.logsumexp(dim=1) - math.log(log_shares_BLN.shape[1])
+        return log_odds_of_being_seen(log_shares_BN, config.mixture_looks)
+    logits_BLN = scale * (images.patches @ text_ND.T)
+    return (logits_BLN.softmax(dim=1) * logits_BLN).sum(dim=1)
+
+
+POOLED = {"mean": _by_mean, "groups": _by_groups, "mixture": _by_mixture, "patches": _by_patches}
+"""From images [B], normalised texts [N, D], their scale and the configuration to logits [B, N]; what each asks of the
+model is in `poolings.py`."""
 
 
 @dataclass

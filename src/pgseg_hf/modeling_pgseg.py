@@ -111,7 +111,7 @@ class PGSegModel(KeepsPrecision, WithModelCard, EmbedsTokens, PGSegPreTrainedMod
         self.text_projection = PGSegProjection(text_config.hidden_size, hidden, joint)
         self.logit_scale = nn.Parameter(torch.tensor(config.logit_scale_init_value))
         self.logit_bias: nn.Parameter | None = None
-        if config.contrastive_loss == "sigmoid" and config.contrastive_pooling not in ("mixture", "patches"):
+        if config.contrastive_loss == "sigmoid" and not config.pooling.by_share:
             self.logit_bias = nn.Parameter(torch.tensor(config.logit_bias_init_value))
         self.prototype_logit_scale: nn.Parameter | None = None
         self.precise_buffer = self.npr.text_buffer
@@ -197,8 +197,8 @@ class PGSegModel(KeepsPrecision, WithModelCard, EmbedsTokens, PGSegPreTrainedMod
     def get_image_features(self, pixel_values: Tensor | None = None, **kwargs: Any) -> PGSegVisionOutput:
         """Encodes images [B, 3, H, W]; `pooler_output` [B, D] and `segment_embeds` [B, K, D] are in the joint space,
         not normalised. All that segmentation needs of an image."""
-        pooling = self.config.contrastive_pooling
-        by_patches, by_groups = pooling == "patches", pooling in ("groups", "mixture")
+        parts = self.config.pooling.parts
+        by_patches, by_groups = parts == "patches", parts == "groups"
         outputs = self.vision_model(pixel_values, return_dict=True, output_patches=by_patches, **kwargs)
         if by_patches:
             outputs.patch_embeds = self.visual_projection(outputs.patch_hidden_state)
@@ -267,7 +267,7 @@ class PGSegModel(KeepsPrecision, WithModelCard, EmbedsTokens, PGSegPreTrainedMod
             output_hidden_states: return the towers' hidden states.
             backbone_features: instead of `pixel_values`, see [`PGSegVisionModel`].
             patch_targets: [B, h, w, N], what share of each cell of an image's grid shows each text, 0 where nothing is
-                known: another loss on the patches, where `contrastive_pooling` is `"patches"`.
+                known: another loss on the patches, where `contrastive_pooling` compares these with texts.
 
         Raises:
             ValueError: pixels or texts of wrong shape, NaN pixels, or losses asked for without one text an image.
@@ -376,8 +376,9 @@ class PGSegModel(KeepsPrecision, WithModelCard, EmbedsTokens, PGSegPreTrainedMod
         stages = vision.npr or ()
         if not self.config.assignment_weight:
             stages = tuple(stage._replace(responsibilities=None, logits=None) for stage in stages)
-        mixes = self.config.contrastive_pooling == "mixture"
-        areas = vision.grouping.flatten(2).mean(2) if mixes else None
+        pooling = self.config.pooling
+        weighs_groups = pooling.by_share and pooling.parts == "groups"
+        areas = vision.grouping.flatten(2).mean(2) if weighs_groups else None
         grid = None
         if vision.npr is not None and vision.patch_embeds is not None:
             grid = torch.tensor([vision.grouping.shape[-2:]] * len(vision.grouping))

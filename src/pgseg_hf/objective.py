@@ -23,6 +23,7 @@ from .features import (
 )
 from .losses import SharedTexts, info_nce, multi_label_loss, multi_positive_loss, share_texts, sigmoid_loss
 from .npr import NPRLosses, npr_of
+from .poolings import refuse_other_losses
 from .precision import full_precision
 
 logger = logging.get_logger(__name__)
@@ -56,11 +57,7 @@ class Objective(Batch):
         super().__post_init__()
         config = self.config
         self.npr = npr_of(config)
-        if config.contrastive_pooling == "mixture" and config.contrastive_loss != "sigmoid":
-            raise ValueError(
-                f"contrastive_pooling is 'mixture' and contrastive_loss {config.contrastive_loss!r}, expected "
-                "'sigmoid'; or set the configuration's contrastive_pooling to 'groups' or 'mean'."
-            )
+        refuse_other_losses(config.contrastive_pooling, config.contrastive_loss)
         self.negatives: Tensor | None = None
         self.prototype_losses: NPRLosses | None = None
 
@@ -132,8 +129,7 @@ class Objective(Batch):
             targets_BU = shared.image_targets
             if self.scales.bias is not None:
                 logits_BU = logits_BU + self.scales.bias
-            if self.config.contrastive_pooling == "patches":
-                # Words that no image of the batch has compete for the patches already.
+            if self.config.pooling.words_compete:
                 shown_U = sum_over_processes(targets_BU.sum(0)) > 0
                 logits_BU, targets_BU = logits_BU[:, shown_U], targets_BU[:, shown_U]
             loss = sigmoid_loss(logits_BU, targets_BU, self.config.label_balance)

@@ -376,7 +376,7 @@ class Segmenter:
             ValueError: patches count for a model that does not name them.
         """
         weight = self.processor.patch_weight if options.patch_weight == "auto" else options.patch_weight
-        if weight and self.model.config.contrastive_pooling != "patches":
+        if weight and self.model.config.pooling.parts != "patches":
             raise ValueError(
                 f"patch_weight is {weight}, but the model was trained with contrastive_pooling "
                 f"{self.model.config.contrastive_pooling!r} and does not name patches; expected 0: "

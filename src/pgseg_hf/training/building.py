@@ -28,6 +28,7 @@ from ..evaluation.metrics.confusion import MANY_UNKNOWN
 from ..image_processing_pil_pgseg import PGSegImageProcessorPil
 from ..images import load_label_map
 from ..modeling_pgseg import PGSegModel
+from ..poolings import refuse_other_losses
 from ..processing_pgseg import PGSegProcessor
 from ..prompts import build_prompts
 from ..run_records import flat, hash_of
@@ -78,12 +79,9 @@ def build_model(arguments: ModelArguments) -> PGSegModel:
             )
     except StrictDataclassError as error:  # no ValueError
         raise ValueError(str(error)) from error
-    if model.config.contrastive_pooling == "mixture" and model.config.contrastive_loss != "sigmoid":
+    if model.config.contrastive_loss not in model.config.pooling.losses:
         if "contrastive_pooling" in fields:
-            raise ValueError(
-                f"contrastive_pooling is 'mixture' and contrastive_loss {model.config.contrastive_loss!r}, expected "
-                "'sigmoid', or contrastive_pooling 'groups' or 'mean'."
-            )
+            refuse_other_losses(model.config.contrastive_pooling, model.config.contrastive_loss)
         model.config.contrastive_pooling = "groups"
         logger.warning(
             "%s was trained with mixture pooling, which needs the sigmoid loss; this run compares texts with groups.",
@@ -130,7 +128,7 @@ def build_processor(arguments: ModelArguments, data: DataArguments, config: PGSe
     short side of twice the image size in windows as large, as the released evaluation does."""
     if arguments.model_name_or_path and data.short_side is None:
         processor = PGSegProcessor.from_pretrained(arguments.model_name_or_path)
-        if config.contrastive_pooling != "patches":
+        if config.pooling.parts != "patches":
             processor.patch_weight = 0.0  # the new pooling names no patches
         return processor
     side = data.image_size or config.vision_config.image_size
@@ -203,7 +201,7 @@ def build_stream(
     options = StreamOptions(run.batch_size, run.seed, data.num_workers, data.shuffle_block, on_cuda)
     weights = [spec.weight for spec in specs]
     prepare = Preparation(augmentation, texts, mask_labels, patch_stride=data.cache_patch_stride)
-    _refuse_unused(data, shared and config.contrastive_pooling == "patches")
+    _refuse_unused(data, shared and config.pooling.parts == "patches")
     if data.cache_features:
         namer = CellNamer.read(data.cell_names) if data.cell_names else None
         cache = CacheOptions(data.cache_features, data.cache_views, 0, namer, data.cache_whole_images)

@@ -82,7 +82,7 @@ def fine_tune(args: argparse.Namespace) -> dict[str, Any]:
 def competing_words(model: str, config: PGSegConfig) -> list[str]:
     """Words that the checkpoint knows. They compete for the patches, as in segmentation, and have no loss of their own:
     without them an image's one label learns to cover all of it."""
-    if config.contrastive_pooling != "patches":
+    if not config.pooling.words_compete:
         return []
     return PGSegProcessor.from_pretrained(model).vocabulary or []
 
@@ -138,7 +138,6 @@ def choose_arguments(
     """Settings for a number of photos, on the features of a frozen backbone where the checkpoint has one."""
     batch = max(2, min(LARGEST_BATCH, count // 3))
     steps = args.steps or max(60, min(1500, math.ceil(15 * count / batch)))
-    by_share = config.contrastive_pooling in ("patches", "mixture")
     frozen = config.vision_config.backbone_config is not None and config.vision_config.freeze_backbone
     cached = {
         "cache_features": str(features_folder(args.output)),
@@ -150,7 +149,7 @@ def choose_arguments(
     return (
         ModelArguments(
             model_name_or_path=args.model,
-            contrastive_loss="sigmoid" if has_labels and by_share else "multi_positive",
+            contrastive_loss="sigmoid" if has_labels and config.pooling.by_share else "multi_positive",
         ),
         DataArguments(
             sources=[source | {"caption_column": "captions"}],  # type: ignore[list-item]
