@@ -48,6 +48,8 @@ def nothing_is_left_behind() -> Iterator[None]:
 def warnings_are_shown() -> None:
     """Also after a test of `--quiet` in this process."""
     logging.set_verbosity_warning()
+    logging.get_logger("pgseg_hf").setLevel(logging.NOTSET)
+    logging.enable_progress_bar()
 
 
 @pytest.fixture(scope="session")
