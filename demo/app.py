@@ -265,7 +265,8 @@ def _connect(handlers: Handlers, parts: Parts, app: gr.Blocks) -> None:
     )
     background.change(lambda on: gr.Slider(interactive=on), background, threshold, **at_once)
     has_synonyms = "(words) => ({ __type__: 'update', interactive: words.includes('|') })"
-    words.change(None, words, choices[4], js=has_synonyms)
+    *_, synonyms, _ = choices
+    words.change(None, words, synonyms, js=has_synonyms)
     # Only once there is something to change.
     again = {"trigger_mode": "always_last", "show_progress": "minimal", "show_progress_on": found, **shared}
     moved = _if_segmented(show_masks, len(outputs))

@@ -82,11 +82,13 @@ def build_model(arguments: ModelArguments) -> PGSegModel:
     if model.config.contrastive_loss not in model.config.pooling.losses:
         if "contrastive_pooling" in fields:
             refuse_other_losses(model.config.contrastive_pooling, model.config.contrastive_loss)
-        model.config.contrastive_pooling = "groups"
         logger.warning(
-            "%s was trained with mixture pooling, which needs the sigmoid loss; this run compares texts with groups.",
+            "%s was trained with %s pooling, which needs the loss %s; this run compares texts with groups.",
             arguments.model_name_or_path,
+            model.config.contrastive_pooling,
+            " or ".join(model.config.pooling.losses),
         )
+        model.config.contrastive_pooling = "groups"
     if model.config.npr_settings.guards_losses:
         model.config.guard_prototype_losses = True
     if arguments.attn_implementation:
