@@ -113,13 +113,18 @@ def test_rounding_is_within_half_a_step_and_keeps_rows_of_zeros():
     assert ((values * scale[:, None] - weight).abs() <= scale[:, None] * 0.5001).all()
 
 
+@pytest.mark.parametrize("at_once", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_an_input_is_rounded_within_half_a_step(dtype):
+def test_an_input_is_rounded_within_half_a_step(dtype, at_once, monkeypatch):
+    if at_once and not int8._rounds_at_once():
+        pytest.skip("torch has no quantised tensors any more")
+    monkeypatch.setattr(int8, "_rounds_at_once", lambda: at_once)
     for offset in (-9.0, 0.0, 9.0):
         x = (torch.randn(40, 7, generator=torch.Generator().manual_seed(0)) + offset).to(dtype)
         values, scale, zero, kept = QuantizedInput.of(x)
         assert values.dtype == torch.uint8 and kept == dtype
         assert (((values.float() - zero) * scale - x.float()).abs() <= scale * 0.501).all()
+        assert torch.equal(QuantizedInput.of(x.T.contiguous().T).values, values)
     with pytest.raises(ValueError, match="between nan and nan, expected finite"):
         QuantizedInput.of(torch.full((2, 2), torch.nan))
 

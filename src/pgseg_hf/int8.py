@@ -53,11 +53,31 @@ class QuantizedInput(NamedTuple):
         low, high = min(low, 0.0), max(high, 0.0)
         scale = max((high - low) / steps, torch.finfo(torch.float32).tiny)
         zero = round(-low / scale)
-        # The sum is never negative: cutting off what follows the point rounds it.
-        half = torch.tensor(zero + 0.5)
-        positive = torch.add(half, x.float(), alpha=1 / scale)
-        # By way of 16 bits: torch takes five times as long to go from floats to unsigned bytes at once.
-        return cls(positive.to(torch.int16).to(torch.uint8), scale, zero, x.dtype)
+        return cls(_bytes_of(x.float().contiguous(), scale, zero), scale, zero, x.dtype)
+
+
+def _bytes_of(x: Tensor, scale: float, zero: int) -> Tensor:
+    """`x / scale + zero`, which lies between 0 and 255, rounded."""
+    if _rounds_at_once():
+        quantized = torch.quantize_per_tensor(x, scale, zero, torch.quint8)
+        values: Any = torch.empty(0, dtype=torch.uint8)
+        return values.set_(quantized.untyped_storage(), 0, x.shape)
+    # The sum is never negative: cutting off what follows the point rounds it. By way of 16 bits: torch takes five
+    # times as long to go from floats to unsigned bytes at once.
+    positive = torch.add(torch.tensor(zero + 0.5), x, alpha=1 / scale)
+    return positive.to(torch.int16).to(torch.uint8)
+
+
+@cache
+def _rounds_at_once() -> bool:
+    """Whether torch still has the quantised tensors that it warns about (once): one pass instead of three."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        try:
+            torch.quantize_per_tensor(torch.ones(1), 1.0, 0, torch.quint8)
+        except (AttributeError, RuntimeError):
+            return False
+    return True
 
 
 @cache
