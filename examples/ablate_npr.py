@@ -36,14 +36,14 @@ from pgseg_hf import Segmenter, load_segmenter
 from pgseg_hf.command_line import CommandParser
 from pgseg_hf.data.scenes import GROUNDS, SHAPES, SceneOptions, SceneSource
 from pgseg_hf.data.sources import open_source
-from pgseg_hf.evaluation.benchmarks.mask_dataset import MaskDataset, Picture
+from pgseg_hf.evaluation.benchmarks.mask_dataset import LabelledImage, MaskDataset
 from pgseg_hf.evaluation.evaluator import MaskOptions, evaluate_masks
 from pgseg_hf.files import write_image, write_json, write_text
-from pgseg_hf.run_records import flat, hash_of
+from pgseg_hf.run_records import differences, flat, hash_of
 from pgseg_hf.segmentation import SegmentationOptions
 from pgseg_hf.training.arguments import parse_arguments
 from pgseg_hf.training.building import build_model, build_processor
-from pgseg_hf.training.continuing import changes, contents_of, hash_of_files
+from pgseg_hf.training.continuing import contents_of, hash_of_files
 from pgseg_hf.training.evaluating import evaluation_mode
 from pgseg_hf.training.reporting import read_log
 
@@ -107,20 +107,22 @@ class Scenes:
 
     @property
     def images(self) -> list[Image.Image]:
-        return [image.read() for image in self.dataset.pictures]
+        return [image.read() for image in self.dataset.images]
 
 
 def make_scenes(split: str, size: int, count: int, seed: int = EVALUATION_SEED) -> Scenes:
     """The first `count` scenes of a split."""
     source = SceneSource(SceneOptions(size=size, length=count, seed=seed, split=split))
-    images = [Picture(f"{split}-{index}", record.image, record.mask) for index, record in enumerate(source)]
+    images = [
+        LabelledImage(f"{split}-{index}", record.image, record.mask) for index, record in enumerate(source)
+    ]
     captions = [source.describe(index) for index in range(count)]
     return Scenes(MaskDataset(f"scenes of {split}", source.labels, images), captions)
 
 
 def write_scenes(scenes: Scenes, folder: Path) -> Path:
     """The scenes as a folder that training can measure on."""
-    for each in scenes.dataset.pictures:
+    for each in scenes.dataset.images:
         write_image(each.image, folder / "images" / f"{each.name}.png")
         write_image(each.mask, folder / "masks" / f"{each.name}.png")
     write_json({"labels": scenes.dataset.labels}, folder / "labels.json")
@@ -225,9 +227,9 @@ class Ablation:
         if not path.exists():
             return False
         record = json.loads(path.read_text(encoding="utf-8"))
-        if different := changes(record.get("depends_on", {}), self.depends_on(variant)):
+        if different := differences(record.get("depends_on", {}), self.depends_on(variant)):
             raise ValueError(f"{path} is of another run: {', '.join(different)}. Choose another --output.")
-        if other := changes(record["versions"], _versions()):
+        if other := differences(record["versions"], _versions()):
             print(f"{path} is of other versions: {', '.join(other)}.", file=sys.stderr)
         return True
 

@@ -106,7 +106,7 @@ def street_photos(folder: Path) -> tuple[list[str], list[Photo]]:
     """The labels of a folder in our own layout by everyday names, and its images with their masks."""
     found = MaskFolder(folder)
     photos = [
-        Photo(Path(str(each.image)), load_label_map(each.mask).astype(np.uint8)) for each in found.pictures
+        Photo(Path(str(each.image)), load_label_map(each.mask).astype(np.uint8)) for each in found.images
     ]
     return [STREET.get(label, label) for label in found.labels], photos
 

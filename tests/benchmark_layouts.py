@@ -1,7 +1,7 @@
 """Miniature copies of the benchmarks' published layouts, with known masks.
 
-Paths and values are written down here and not taken from the registry, so that each checks the other. Every picture has
-one raw value in each of its 2 x 2 quarters; the second picture has those of the first one place further.
+Paths and values are written down here and not taken from the registry, so that each checks the other. Every image has
+one raw value in each of its 2 x 2 quarters; the second image has those of the first one place further.
 """
 
 from dataclasses import dataclass, field, replace
@@ -20,12 +20,12 @@ class Published:
 
     Args:
         folder: where it begins, under a folder of data sets.
-        names: of the pictures, as they are in results, in their order.
+        names: of the images, as they are in results, in their order.
         images: paths; `{split}` as in `splits`.
         masks: paths.
-        raw: values of the quarters in the files of the first picture: top left, top right, bottom left, bottom right.
+        raw: values of the quarters in the files of the first image: top left, top right, bottom left, bottom right.
         labels: what these mean.
-        border: raw value of the first picture's top row, which does not count; None for no such row.
+        border: raw value of the first image's top row, which does not count; None for no such row.
         ignored: what the loader makes of pixels that do not count.
         encoding: "palette", "grey", "16 bits" or "rgb".
         listing: path of the list of names.
@@ -49,7 +49,7 @@ class Published:
 
 @dataclass(frozen=True)
 class Miniature:
-    """What was written: paths in the order of `names`, and the decoded truth [H, W] of each picture."""
+    """What was written: paths in the order of `names`, and the decoded truth [H, W] of each image."""
 
     names: list[str]
     images: list[Path]
@@ -167,7 +167,7 @@ LAYOUTS: dict[str, Published] = {
 
 
 def quarters(values, size) -> np.ndarray:
-    """[H, W] with a value in each quarter, as `KnownGroups` cuts a picture."""
+    """[H, W] with a value in each quarter, as `KnownGroups` cuts a image."""
     rows, columns = (np.arange(side) * 2 // side for side in size)
     return np.array(values).reshape(2, 2)[rows[:, None], columns[None]]
 
@@ -191,7 +191,7 @@ def write_benchmark(name: str, root: Path, split: str = "val") -> Miniature:
         listing = root / layout.listing.format(split=where)
         listing.parent.mkdir(parents=True, exist_ok=True)
         listing.write_text("\n".join(layout.listed) + "\n")
-        # A picture of another split, in the same folder.
+        # A image of another split, in the same folder.
         write_picture(images[0].with_name("unlisted.jpg"), SIZES[0])
     return Miniature(list(layout.names), images, masks, truths, listing)
 

@@ -19,7 +19,7 @@ from pgseg_hf.images import load_image
 SIDE = 8
 
 
-def picture(number: int) -> bytes:
+def image_bytes(number: int) -> bytes:
     """A PNG whose first pixel's red value is the number, so that a test knows which one it has."""
     pixels = np.full((SIDE, SIDE, 3), number % 256, dtype=np.uint8)
     file = io.BytesIO()
@@ -34,7 +34,7 @@ def write_folder(folder: Path, rows: list[dict], kind: str = "jsonl") -> str:
         path = folder / str(row.get("file_name", "")).lstrip("/")
         if row.get("file_name") and path.resolve().is_relative_to(folder.resolve()):
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(picture(number))
+            path.write_bytes(image_bytes(number))
     file = folder / f"metadata.{kind}"
     if kind == "jsonl":
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -63,7 +63,7 @@ def tar_bytes(files: dict[str, bytes], mode: str = "w") -> bytes:
 def numbered_files(first: int, count: int) -> dict[str, bytes]:
     files = {}
     for number in range(first, first + count):
-        files[f"{number:06d}.png"] = picture(number)
+        files[f"{number:06d}.png"] = image_bytes(number)
         files[f"{number:06d}.txt"] = f"text {number}".encode()
     return files
 
@@ -82,7 +82,7 @@ def numbered_tables(folder: Path, sizes: list[int], first: int = 0) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     for shard, size in enumerate(sizes):
         rows = [
-            {"image": {"bytes": picture(number), "path": None}, "caption": f"text {number}"}
+            {"image": {"bytes": image_bytes(number), "path": None}, "caption": f"text {number}"}
             for number in range(first, first + size)
         ]
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / f"train-{shard:03d}.parquet")
@@ -95,7 +95,7 @@ def open_path(path, **fields):
 
 
 def number_of(record):
-    """Of a picture made by `data_files.picture`."""
+    """Of a picture made by `data_files.image_bytes`."""
     return load_image(record.image).getpixel((0, 0))[0]
 
 

@@ -1,4 +1,4 @@
-"""Folders of pictures with masks, and a stand-in for a segmenter whose groups are known."""
+"""Folders of images with masks, and a stand-in for a segmenter whose groups are known."""
 
 import json
 
@@ -33,7 +33,7 @@ def make_folder(folder, masks, labels=None, metadata=True):
 
 
 class KnownGroups:
-    """Stands in for a `Segmenter`: the groups of every picture are its 2 x 2 quarters, with these scores, one row for
+    """Stands in for a `Segmenter`: the groups of every image are its 2 x 2 quarters, with these scores, one row for
     each quarter and one column for each label that is asked for."""
 
     def __init__(self, scores):

@@ -245,7 +245,7 @@ def test_colours_and_thresholds_of_labels(tmp_path, monkeypatch, capsys):
     categories = json.loads(Path("out/coco-panoptic/panoptic.json").read_text())["categories"]
     assert [category["color"] for category in categories][:2] == [[230, 159, 0], [0, 0, 255]]
     assert run(*arguments, words.replace("blue", "red")) == 2
-    assert "colours sand = '#0000ff' there and '#ff0000' now" in capsys.readouterr().err
+    assert "colours.sand was #0000ff and is #ff0000" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -236,7 +236,7 @@ def test_several_images_patterns_and_formats(tiny_folder, tmp_path, capsys, monk
         Path(name).parent.mkdir(exist_ok=True)
         make_photo(40, 30, seed=number).save(name)
     Path("y/broken.png").write_bytes(b"none")
-    Path("x/notes.txt").write_text("no picture")
+    Path("x/notes.txt").write_text("no image")
     arguments = ["segment", "x/*", "y", "z/c.jpg", "--labels", "cat|kitten,dog", "--model", tiny_folder]
     arguments += ["--format", "csv", "--format", "masks", "--output", "out"]
     assert run(*arguments, "--json") == 1

@@ -226,5 +226,5 @@ def test_errors(segment, photo, tmp_path):
     with pytest.raises(ValueError, match="unknown argument output_segmentation"):
         segment(photo, labels=LABELS, output_segmentation=True)
     with pytest.raises(ValueError, match="broken"):
-        (tmp_path / "broken.png").write_bytes(b"no picture")
+        (tmp_path / "broken.png").write_bytes(b"no image")
         segment(str(tmp_path / "broken.png"), labels=LABELS)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_models import tiny_model, tiny_texts
 
-from pgseg_hf.run_records import differences, model_record, read_record, weights_digest
+from pgseg_hf.run_records import differences, flat, is_same_run, model_record, read_record, weights_digest
 
 
 def test_weights_by_their_values():
@@ -27,7 +27,7 @@ def test_a_record_is_json_and_names_no_place(tiny_segmenter, tiny_folder):
     assert differences(json.loads(json.dumps(record)), record) == []
     other = {**record, "processor": {**record["processor"], "top_k": 1}}
     (change,) = differences(json.loads(json.dumps(record)), other)
-    assert change == f"processor top_k = {tiny_segmenter.processor.top_k} there and 1 now"
+    assert change == f"processor.top_k was {tiny_segmenter.processor.top_k} and is 1"
 
 
 def test_differences_have_both_values():
@@ -35,11 +35,22 @@ def test_differences_have_both_values():
     wanted = {"a": {"b": (1, 2), "c": 0.5}, "d": "y", "f": True}
     a, d, e, f = differences(known, wanted)
     assert (a, e, f) == (
-        "a c = None there and 0.5 now",
-        "e = 1 there and None now",
-        "f = None there and True now",
+        "a.c was None and is 0.5",
+        "e was 1 and is None",
+        "f was None and is True",
     )
-    assert d.startswith("d = 'xxx") and d.endswith("xxx... there and 'y' now") and len(d) < 400
+    assert d.startswith("d was xxx") and d.endswith("xxx... and is y") and len(d) < 400
+    assert flat({"a": {"b": {"c": (1, 2)}, "d": {}}, "e": 3}) == {"a.b.c": [1, 2], "a.d": {}, "e": 3}
+
+
+def test_a_run_is_the_same_or_refused_with_what_differs(tmp_path):
+    path = tmp_path / "run.json"
+    assert is_same_run(path, {"a": 1}, "Go.") is None
+    path.write_text('{"a": 1, "b": [2]}')
+    assert is_same_run(path, {"a": 1, "b": (2,)}, "Go.") is True
+    with pytest.raises(ValueError, match=f"{tmp_path.name} holds .* a was 1 and is 2.* Go."):
+        is_same_run(path, {"a": 2, "b": (2,)}, "Go.")
+    assert is_same_run(path, {"a": 2, "b": (2,)}, "Go.", overwrite=True) is False
 
 
 @pytest.mark.parametrize("content", ["{", "[]", ""])

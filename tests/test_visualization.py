@@ -30,7 +30,7 @@ from pgseg_hf.visualization.heat import CHOSEN, NOTHING, ramp
 GREY = (120, 120, 120)
 
 
-def picture(width: int, height: int, colour: tuple[int, int, int] = GREY) -> Image.Image:
+def plain_image(width: int, height: int, colour: tuple[int, int, int] = GREY) -> Image.Image:
     return Image.new("RGB", (width, height), colour)
 
 
@@ -117,14 +117,14 @@ class TestOverlay:
         colours = label_colours(["a", "b"], chosen)
         for label_map, background in ((halves(), False), (halves() + 1, True)):
             drawn = overlay(
-                *(picture(40, 60), label_map, ["a", "b"], background),
+                *(plain_image(40, 60), label_map, ["a", "b"], background),
                 **{"alpha": 1, "legend": False, "contours": False, "colours": chosen},
             )
             np.testing.assert_array_equal(np.asarray(drawn), colours[halves()])
             mask = indexed_png(label_map, 2, background, colours)
             np.testing.assert_array_equal(np.asarray(mask.convert("RGB")), colours[halves()])
         assert (0, 0, 255) in shown_colours(
-            draw_contours(picture(40, 60), halves(), ["a", "b"], colours=chosen)
+            draw_contours(plain_image(40, 60), halves(), ["a", "b"], colours=chosen)
         )
 
     @pytest.mark.parametrize("background", [False, True])
@@ -143,7 +143,7 @@ class TestOverlay:
         )
 
     def test_the_image_fades_to_a_lighter_grey_under_its_colour(self):
-        drawn = overlay(picture(9, 9), np.zeros((9, 9), int), ["a"], alpha=0.5, legend=False)
+        drawn = overlay(plain_image(9, 9), np.zeros((9, 9), int), ["a"], alpha=0.5, legend=False)
         # 120 becomes 80 + 0.65 * 120 = 158, half of it is mixed in, then half of the colour.
         np.testing.assert_allclose(drawn.getpixel((4, 4)), (139 + palette(1)[0].astype(int)) / 2, atol=1)
 
@@ -160,16 +160,16 @@ class TestOverlay:
     def test_the_legend_lists_only_what_is_there_the_largest_first(self, drawn_text):
         label_map = np.zeros((100, 100), dtype=np.uint8)
         label_map[:70], label_map[0, 0] = 3, 1
-        drawn = overlay(picture(100, 100), label_map, ["tree", "cat", "dog", "sky"])
+        drawn = overlay(plain_image(100, 100), label_map, ["tree", "cat", "dog", "sky"])
         assert drawn_text == ["sky", "70.0 %", "tree", "30.0 %", "cat", "<0.1 %"]
         swatches = {tuple(colour) for colour in palette(4)[[0, 3]].tolist()}
         assert swatches <= shown_colours(drawn.crop((100, 0, *drawn.size)))
-        overlay(picture(30, 30), np.zeros((30, 30), dtype=int), ["a"], background=True)
+        overlay(plain_image(30, 30), np.zeros((30, 30), dtype=int), ["a"], background=True)
         assert drawn_text[-1] == "nothing found"
 
     def test_many_labels_end_in_a_sum(self, drawn_text):
         label_map = np.arange(1000).reshape(50, 20) % 1000
-        drawn = overlay(picture(20, 50), label_map, [f"label {i}" for i in range(1000)])
+        drawn = overlay(plain_image(20, 50), label_map, [f"label {i}" for i in range(1000)])
         texts = drawn_text[::2]
         shown = len(texts) - 1
         assert texts[-1] == f"{1000 - shown} more"
@@ -177,14 +177,14 @@ class TestOverlay:
         assert drawn.height < 400
 
     def test_the_legend_stands_beside_a_tall_and_under_a_wide_image(self):
-        tall = overlay(picture(100, 300), np.zeros((300, 100), dtype=int), ["a"])
-        wide = overlay(picture(300, 100), np.zeros((100, 300), dtype=int), ["a"])
+        tall = overlay(plain_image(100, 300), np.zeros((300, 100), dtype=int), ["a"])
+        wide = overlay(plain_image(300, 100), np.zeros((100, 300), dtype=int), ["a"])
         assert tall.width > 100 and tall.height == 300
         assert wide.width == 300 and wide.height > 100
 
     @pytest.mark.parametrize("size", [(1, 1), (1, 2000), (2000, 1)])
     def test_any_size(self, size):
-        drawn = overlay(picture(*size), np.zeros(size[::-1], dtype=np.int32), ["a", "b"])
+        drawn = overlay(plain_image(*size), np.zeros(size[::-1], dtype=np.int32), ["a", "b"])
         assert drawn.mode == "RGB" and drawn.width >= size[0] and drawn.height >= size[1]
 
     @pytest.mark.parametrize(
@@ -201,13 +201,13 @@ class TestOverlay:
         ],
     )
     def test_labels_are_drawn_in_letters_that_the_font_has(self, label, expected, drawn_text):
-        overlay(picture(30, 30), np.zeros((30, 30), dtype=int), [label])
+        overlay(plain_image(30, 30), np.zeros((30, 30), dtype=int), [label])
         assert drawn_text[0] == expected
 
     def test_labels_stay_distinct(self, drawn_text):
         long = [f"{'word ' * 200}{colour}" for colour in ("red", "blue")]
         labels = ["日本 car", "dog", "中国 car", "côte", "coté", "猫", *long]
-        drawn = overlay(picture(60, 60), np.arange(3600).reshape(60, 60) % 8, labels)
+        drawn = overlay(plain_image(60, 60), np.arange(3600).reshape(60, 60) % 8, labels)
         expected = ["label 1: car", "dog", "label 3: car", "label 4: cote", "label 5: cote", "label 6"]
         assert drawn_text[:12:2] == expected
         assert [text[:12] for text in drawn_text[12::2]] == ["label 7: wor", "label 8: wor"]
@@ -240,24 +240,24 @@ class TestOverlay:
         ],
     )
     def test_what_does_not_fit_is_refused(self, change, message):
-        arguments = {"image": picture(40, 60), "label_map": halves(), "labels": ["a", "b"]} | change
+        arguments = {"image": plain_image(40, 60), "label_map": halves(), "labels": ["a", "b"]} | change
         with pytest.raises(ValueError, match=message):
             overlay(**arguments)
 
 
 class TestGroupMap:
     def test_a_coarse_grid_is_stretched_over_the_image(self):
-        drawn = draw_groups(picture(90, 60), [[0, 1, 2], [2, 1, 0]], alpha=1, legend=False)
+        drawn = draw_groups(plain_image(90, 60), [[0, 1, 2], [2, 1, 0]], alpha=1, legend=False)
         pixels = np.asarray(drawn)
         colours = group_palette(3)
         for (y, x), group in {(10, 10): 0, (10, 45): 1, (10, 80): 2, (50, 10): 2, (50, 80): 0}.items():
             assert (pixels[y, x] == colours[group]).all()
 
     def test_groups_are_counted_from_one(self, drawn_text):
-        draw_groups(picture(30, 30), [[7]], num_groups=8)
+        draw_groups(plain_image(30, 30), [[7]], num_groups=8)
         assert drawn_text == ["group 8", "100.0 %"]
         with pytest.raises(ValueError, match="value 8"):
-            draw_groups(picture(30, 30), [[8]], num_groups=8)
+            draw_groups(plain_image(30, 30), [[8]], num_groups=8)
 
 
 class TestContours:
@@ -276,7 +276,7 @@ class TestContours:
 
 class TestDrawnContours:
     def test_each_side_of_a_border_has_its_own_colour_and_the_rest_stays(self):
-        drawn = np.asarray(draw_contours(picture(40, 60), halves(), ["a", "b"], legend=False))
+        drawn = np.asarray(draw_contours(plain_image(40, 60), halves(), ["a", "b"], legend=False))
         rows = [tuple(row) for row in drawn[:, 20].tolist()]
         first, second = (tuple(colour) for colour in palette(2).tolist())
         assert rows[:25] == [GREY] * 25 and rows[36:] == [GREY] * 24
@@ -284,7 +284,7 @@ class TestDrawnContours:
         assert drawn[29, 20].min() > 180  # the line between them
 
     def test_the_background_has_no_colour(self, drawn_text):
-        drawn = draw_contours(picture(40, 60), halves(), ["a"], background=True)
+        drawn = draw_contours(plain_image(40, 60), halves(), ["a"], background=True)
         colours = {tuple(colour) for colour in np.asarray(drawn)[:28, :40].reshape(-1, 3).tolist()}
         assert colours == {GREY} and tuple(palette(1)[0].tolist()) in shown_colours(drawn)
         assert drawn_text == ["a", "50.0 %"]
@@ -360,19 +360,19 @@ class TestHeatMap:
 
 class TestSideBySide:
     def test_images_keep_their_pixels_and_order(self):
-        red, blue = picture(10, 20, (255, 0, 0)), picture(30, 10, (0, 0, 255))
+        red, blue = plain_image(10, 20, (255, 0, 0)), plain_image(30, 10, (0, 0, 255))
         row = side_by_side([red, blue])
         assert row.height == 20
         assert row.getpixel((0, 0)) == (255, 0, 0) and row.getpixel((row.width - 1, 0)) == (0, 0, 255)
         assert row.getpixel((row.width - 1, 19)) == (255, 255, 255)
 
     def test_titles_stand_above(self, drawn_text):
-        row = side_by_side([picture(100, 50), picture(100, 50)], ["photo", "猫"])
+        row = side_by_side([plain_image(100, 50), plain_image(100, 50)], ["photo", "猫"])
         assert drawn_text == ["photo", "image 2"]
         assert row.height > 50 and row.getpixel((0, row.height - 1)) == GREY
 
     def test_what_does_not_fit_is_refused(self):
         with pytest.raises(ValueError, match="1 images, got 2"):
-            side_by_side([picture(5, 5)], ["a", "b"])
+            side_by_side([plain_image(5, 5)], ["a", "b"])
         with pytest.raises(ValueError, match="got none"):
             side_by_side([])

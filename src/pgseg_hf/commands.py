@@ -212,7 +212,7 @@ def evaluate(args: argparse.Namespace) -> int:
             print(f"broken: {name}: {reason}", file=sys.stderr)
         reused = f", {content['reused']} of them counted by an earlier run," if content["reused"] else ""
         seconds = content["settings"]["seconds"]
-        print(f"\n{content['pictures']} images{reused} in {seconds} s -> {content['folder']}")
+        print(f"\n{content['images']} images{reused} in {seconds} s -> {content['folder']}")
     return 1 if content["broken"] else 0
 
 

@@ -21,7 +21,7 @@ from .label_maps import Segmentation
 from .options import SegmentationOptions
 from .outputs import MaskResult
 from .prompts import split_synonyms
-from .run_records import differences, file_digest, model_record, read_record
+from .run_records import file_digest, is_same_run, model_record
 from .segmentation import Segmenter
 from .values import whole_number
 from .visualization import indexed_png, label_colours, overlay
@@ -346,17 +346,13 @@ def _digest(path: Path) -> str:
 def _is_continued(record: dict, path: Path) -> bool:
     """Whether masks that are there are of the same run; without a record, which is written then, nobody knows what they
     are of."""
-    known = read_record(path)
-    if known is None:
+    way_out = "Choose another output folder."
+    if is_same_run(path, record, way_out) is None:
         try:
             write_json(record, path, replace=False)
             return False
         except FileExistsError:  # another run began just now
-            known = read_record(path)
-    if changes := differences(known, record):
-        raise ValueError(
-            f"{path.parent} holds results with {'; '.join(changes)}. Choose another output folder."
-        )
+            is_same_run(path, record, way_out)
     return True
 
 

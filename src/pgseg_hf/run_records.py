@@ -19,10 +19,15 @@ _SHOWN = 300  # letters of a value in a message
 _NO_FIELDS = {"_name_or_path", "transformers_version", "architectures", "auto_map", "dtype", "torch_dtype"}
 
 
+def sha256(path: str | os.PathLike) -> str:
+    """Of a file's contents, in hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def file_digest(path: str | os.PathLike) -> str:
     """The first 16 digits of a file's SHA-256."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:_DIGITS]
+    return sha256(path)[:_DIGITS]
 
 
 def weights_digest(model: PreTrainedModel) -> str:
@@ -90,18 +95,37 @@ def read_record(path: Path) -> dict[str, Any] | None:
     return known
 
 
-def differences(known: Any, wanted: Any, name: str = "") -> list[str]:
-    """What differs between a record that was read and a new one, each with both values."""
-    wanted = json.loads(json.dumps(wanted))
-    if isinstance(known, dict) and isinstance(wanted, dict):
-        return [
-            each
-            for key in {**known, **wanted}
-            for each in differences(known.get(key), wanted.get(key), f"{name} {key}".strip())
-        ]
-    return [] if known == wanted else [f"{name} = {_short(known)} there and {_short(wanted)} now"]
+def is_same_run(path: Path, record: Mapping[str, Any], way_out: str, overwrite: bool = False) -> bool | None:
+    """Whether the record in a file is of the same run as a new one; None where there is no file.
+
+    Args:
+        path: in the folder of the results.
+        record: of the run that is asked for.
+        way_out: what the message tells to do.
+        overwrite: another run is no error.
+
+    Raises:
+        ValueError: a file that is no record, or of another run.
+    """
+    known = read_record(path)
+    if known is None:
+        return None
+    changes = differences(known, record)
+    if changes and not overwrite:
+        raise ValueError(f"{path.parent} holds results of another run: {'; '.join(changes)}. {way_out}")
+    return not changes
+
+
+def differences(known: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """What differs between a record and a new one, each as "name was VALUE and is VALUE"."""
+    old, new = flat(known), flat(wanted)
+    return [
+        f"{name} was {_short(old.get(name))} and is {_short(new.get(name))}"
+        for name in {**old, **new}
+        if old.get(name) != new.get(name)
+    ]
 
 
 def _short(value: Any) -> str:
-    text = repr(value)
+    text = str(value)
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."

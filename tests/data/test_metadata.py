@@ -5,7 +5,7 @@ import json
 import datasets
 import numpy as np
 import pytest
-from data_files import number_of, open_path, picture, records_of, write_folder
+from data_files import image_bytes, number_of, open_path, records_of, write_folder
 
 from pgseg_hf.data import metadata
 from pgseg_hf.data.columns import captions_of, tags_of
@@ -133,7 +133,7 @@ def test_metadata_of_editors_spreadsheets_and_pandas(tmp_path, encoding, ends, k
         separator = {"comma": ",", "semicolon": ";", "tab": "\t"}[kind]
         text = pandas_index(separator) + "\n" + 3 * f"{3 * separator}\n"
     for number in range(2):
-        (tmp_path / f"{number}.png").write_bytes(picture(number))
+        (tmp_path / f"{number}.png").write_bytes(image_bytes(number))
     name = "metadata.jsonl" if kind.startswith("json") else "metadata.csv"
     (tmp_path / name).write_bytes(text.replace("\n", ends).encode(encoding))
     source = open_path(tmp_path)
@@ -168,7 +168,7 @@ def test_broken_rows_are_told_one_by_one(tmp_path):
         '"caption": "x"} and more',
     ]
     for number in range(len(texts)):
-        (tmp_path / f"{number}.png").write_bytes(picture(number))
+        (tmp_path / f"{number}.png").write_bytes(image_bytes(number))
     rows = [f'{{"file_name": "{n}.png", {text}}}\n' for n, text in enumerate(texts)]
     content = rows[0] + "\n" + "".join(rows[1:]) + "[1]\n" + '{"file_name": 7, "caption": "x"}\n'
     (tmp_path / "metadata.jsonl").write_text(content.replace("\x0c", "\\f").replace("\x1c", "\\u001c"))

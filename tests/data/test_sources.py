@@ -12,13 +12,13 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from data_files import (
+    image_bytes,
     number_of,
     numbered,
     numbered_folder,
     numbered_shards,
     numbered_tables,
     open_path,
-    picture,
     records_of,
     write_folder,
 )
@@ -65,7 +65,7 @@ def test_a_path_that_does_not_exist_is_not_looked_up_on_the_hub(path):
 
 def test_columns_by_name(tmp_path):
     rows = [{"where": "0.png", "caption": "wrong", "words": "right", "kinds": "cat", "labels": "m.png"}]
-    (tmp_path / "0.png").write_bytes(picture(7))
+    (tmp_path / "0.png").write_bytes(image_bytes(7))
     source = open_path(
         write_folder(tmp_path, rows),
         image_column="where",
@@ -107,7 +107,7 @@ def test_a_mask_alone_is_enough_where_it_is_asked_for(tmp_path):
     "name", ["../secret.png", "/etc/passwd", "a/../../secret.png", "a\\..\\..\\secret.png"]
 )
 def test_file_names_must_stay_in_the_folder(tmp_path, name, column):
-    (tmp_path / "secret.png").write_bytes(picture(0))
+    (tmp_path / "secret.png").write_bytes(image_bytes(0))
     rows = [{"file_name": "0.png", "mask": "0.png", "caption": "x"} for _ in range(2)]
     rows[0][column] = name
     source = open_path(write_folder(tmp_path / "data", rows))
@@ -144,7 +144,7 @@ def test_the_check_names_what_it_saw(tmp_path):
         (tmp_path / f"{n}.png").write_bytes(b"no image")
     with pytest.raises(ValueError, match=r"none of 6 .*\(3 x no text, 3 x broken image\)"):
         open_path(path)
-    (tmp_path / "5.png").write_bytes(picture(5))
+    (tmp_path / "5.png").write_bytes(image_bytes(5))
     assert len(open_path(path)) == 6
 
 
@@ -158,7 +158,7 @@ def test_the_check_looks_all_over_a_table():
 
         def __getitem__(self, index):
             self.seen.append(index)
-            return Record(picture(0) if index >= 500 else b"", ["x"])
+            return Record(image_bytes(0) if index >= 500 else b"", ["x"])
 
     check_source(Half(), 10)
     assert 500 <= Half.seen[-1] < 700
@@ -183,19 +183,19 @@ def test_data_sets_in_the_layout_of_the_hub(tmp_path, streaming):
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_broken_image_of_a_data_set_breaks_one_record_only(tmp_path, streaming):
     features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
-    images = [{"bytes": content, "path": None} for content in (b"broken", picture(1), b"")]
+    images = [{"bytes": content, "path": None} for content in (b"broken", image_bytes(1), b"")]
     rows = [{"image": image, "text": "x"} for image in (*images, None)]
     (tmp_path / "data").mkdir()
     datasets.Dataset.from_list(rows, features=features).to_parquet(tmp_path / "data" / "train.parquet")
     source = open_path(tmp_path / "data", streaming=streaming)
     broken, whole, *absent = list(source.read_shard(0) if streaming else data.records_of(source))
     assert broken.image == b"broken" and number_of(whole) == 1
-    assert [item.reason for item in absent] == ["no picture"] * 2
+    assert [item.reason for item in absent] == ["no image"] * 2
 
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_columns_of_paths_and_of_class_labels(tmp_path, streaming):
-    (tmp_path / "0.png").write_bytes(picture(9))
+    (tmp_path / "0.png").write_bytes(image_bytes(9))
     names = datasets.ClassLabel(names=["cat", "dog", "sky"])
     rows = {"image_path": [str(tmp_path / "0.png")] * 2, "label": [2, -1], "labels": [[0, 1], []]}
     features = datasets.Features(
@@ -249,7 +249,7 @@ def test_pictures_of_a_streamed_repository_are_fetched(tmp_path, monkeypatch):
             return super()._strip_protocol(path.removeprefix("hf://"))
 
     monkeypatch.setitem(sys.modules["fsspec.registry"]._registry, "hf", FakeHub)
-    fsspec.filesystem("hf").pipe("/datasets/one/0.png", picture(3))
+    fsspec.filesystem("hf").pipe("/datasets/one/0.png", image_bytes(3))
     rows = [
         {"image": {"bytes": None, "path": f"{protocol}://datasets/one/{name}.png"}, "text": "x"}
         for protocol, name in (("hf", 0), ("hf", 1), ("memory", 0))

@@ -10,12 +10,12 @@ from pathlib import Path
 import fsspec
 import pytest
 from data_files import (
+    image_bytes,
     number_of,
     numbered,
     numbered_files,
     numbered_shards,
     open_path,
-    picture,
     records_of,
     tar_bytes,
 )
@@ -122,8 +122,8 @@ def test_what_endings_mean():
     files = {
         "dir.x/a.mask.png": b"mask",
         "dir.x/a.seg.png": b"seg",
-        "dir.x/a.jpg": picture(1),
-        "dir.x/a.PNG": picture(2),
+        "dir.x/a.jpg": image_bytes(1),
+        "dir.x/a.PNG": image_bytes(2),
         "dir.x/a.txt": "größer\n".encode(),
         "dir.x/a.json": json.dumps(text).encode(),
         "dir.x/.a.jpg": b"hidden",
@@ -143,7 +143,7 @@ def test_what_endings_mean():
 @pytest.mark.parametrize(
     ("files", "reason", "message"),
     [
-        ({"a.txt": b"x"}, "no picture", "one.tar/a has no image that can be read: txt"),
+        ({"a.txt": b"x"}, "no image", "one.tar/a has no image that can be read: txt"),
         ({"a.png": b"x"}, "no text", "no caption and no tags: png"),
         ({"a.png": b"x", "a.json": b'{"alt": "x"}'}, "no text", "png, json with the keys alt"),
         ({"a.png": b"x", "a.txt": b" \n"}, "no text", "no caption"),
@@ -167,7 +167,7 @@ def test_bad_records_do_not_stop_a_shard_and_equal_names_in_a_row_are_two(tmp_pa
     del files["000003.png"]
     (tmp_path / "0.tar").write_bytes(tar_bytes(dict(sorted(files.items()))))
     good = numbered(0, 5)
-    expected = [good[0], "broken text", good[2], "no picture", good[4]]
+    expected = [good[0], "broken text", good[2], "no image", good[4]]
     assert records_of(open_path(f"{tmp_path}/0.tar")) == expected
     content = tar_bytes(numbered_files(0, 1))
     end = content.rindex(b"text 0") + 512
@@ -177,8 +177,8 @@ def test_bad_records_do_not_stop_a_shard_and_equal_names_in_a_row_are_two(tmp_pa
 
 def test_too_large_files_and_other_kinds_are_not_read(monkeypatch):
     monkeypatch.setattr(tars, "MAX_FILE_BYTES", 1000)
-    files = {"a.jpg": bytes(1001), "a.png": picture(4), "a.txt": b"x"}
-    assert only_record(files).reason == "no picture"
+    files = {"a.jpg": bytes(1001), "a.png": image_bytes(4), "a.txt": b"x"}
+    assert only_record(files).reason == "no image"
     assert number_of(only_record(files, image_column="png")) == 4
 
     class Trap:
@@ -189,7 +189,12 @@ def test_too_large_files_and_other_kinds_are_not_read(monkeypatch):
     monkeypatch.setattr(
         tarfile.TarFile, "extractfile", lambda *args: read.append(args[1].name) or extract(*args)
     )
-    files = {"a.png": picture(4), "a.txt": b"x", "a.pkl": pickle.dumps(Trap()), "a.npy": pickle.dumps(Trap())}
+    files = {
+        "a.png": image_bytes(4),
+        "a.txt": b"x",
+        "a.pkl": pickle.dumps(Trap()),
+        "a.npy": pickle.dumps(Trap()),
+    }
     assert number_of(only_record(files)) == 4
     assert not Path("trap").exists()
     assert read == ["a.png", "a.txt"]

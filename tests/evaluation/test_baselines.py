@@ -1,4 +1,4 @@
-"""Maps that do not look at the picture, and a model without training."""
+"""Maps that do not look at the image, and a model without training."""
 
 import copy
 import json

@@ -7,7 +7,7 @@ from benchmark_layouts import LAYOUTS, quarters, write_benchmark, write_mask
 from mask_folders import KnownGroups, make_folder
 
 from pgseg_hf import SegmentationOptions
-from pgseg_hf.evaluation import BrokenPicture, MaskOptions, evaluate_masks
+from pgseg_hf.evaluation import BrokenImage, MaskOptions, evaluate_masks
 from pgseg_hf.evaluation.benchmarks.catalogue import BENCHMARKS, open_benchmark
 
 NAMES = list(LAYOUTS)
@@ -51,7 +51,7 @@ def options_for(name, **changes):
 
 
 def brute_force_iou(truths, predictions, ignored):
-    """IoU of each label that occurs, pixel by pixel over all pictures."""
+    """IoU of each label that occurs, pixel by pixel over all images."""
     pairs = [
         (true, found)
         for truth, prediction in zip(truths, predictions)
@@ -79,12 +79,12 @@ class TestEveryBenchmark:
 
     def test_images_and_their_decoded_truth(self, name, tmp_path):
         miniature, dataset = written(name, tmp_path)
-        assert [picture.name for picture in dataset.pictures] == miniature.names
-        assert [picture.image for picture in dataset.pictures] == miniature.images
-        assert [picture.mask for picture in dataset.pictures] == miniature.masks
-        for picture, truth in zip(dataset.pictures, miniature.truths):
-            assert picture.read().size == truth.shape[::-1]
-            found = dataset.truth(picture)
+        assert [image.name for image in dataset.images] == miniature.names
+        assert [image.image for image in dataset.images] == miniature.images
+        assert [image.mask for image in dataset.images] == miniature.masks
+        for image, truth in zip(dataset.images, miniature.truths):
+            assert image.read().size == truth.shape[::-1]
+            found = dataset.truth(image)
             assert found.dtype == np.int64
             np.testing.assert_array_equal(found, truth)
         assert dataset.background == (0 if name in WITH_BACKGROUND else None)
@@ -99,14 +99,14 @@ class TestEveryBenchmark:
             assert str(tmp_path / root) in str(caught.value)
             miniature = write_benchmark(name, tmp_path / str(number) / root)
             dataset = open_benchmark(name, str(tmp_path / str(number)))
-            assert [picture.image for picture in dataset.pictures] == miniature.images
+            assert [image.image for image in dataset.images] == miniature.images
         if layout.listing is not None:
             assert layout.listing.format(split=layout.splits["val"]) in str(caught.value)
         if "train" in layout.splits:
             miniature, dataset = written(name, tmp_path, "train")
             assert dataset.name == f"{name} train"
-            for picture, truth in zip(dataset.pictures, miniature.truths, strict=True):
-                np.testing.assert_array_equal(dataset.truth(picture), truth)
+            for image, truth in zip(dataset.images, miniature.truths, strict=True):
+                np.testing.assert_array_equal(dataset.truth(image), truth)
         with pytest.raises(
             ValueError, match=f"{name} has no split 'dev', expected one of {', '.join(layout.splits)}"
         ):
@@ -115,7 +115,7 @@ class TestEveryBenchmark:
     def test_the_figure_is_that_of_a_count_by_hand(self, name, tmp_path):
         miniature, dataset = written(name, tmp_path)
         layout = LAYOUTS[name]
-        # Right in the first picture where it counts; the others have the same labels one quarter further.
+        # Right in the first image where it counts; the others have the same labels one quarter further.
         best = [label if label != layout.ignored or name == "lvis" else 3 for label in layout.labels]
         predictions = [quarters(best, truth.shape) for truth in miniature.truths]
         ignored = None if name == "lvis" else layout.ignored
@@ -129,7 +129,7 @@ class TestEveryBenchmark:
         result = scores.to_dict()
         assert result["mean_iou"] == pytest.approx(sum(expected.values()) / len(expected))
         assert 0.1 < result["mean_iou"] < 0.9, "neither all right nor all wrong"
-        # The first picture alone is all right.
+        # The first image alone is all right.
         first = evaluate_masks(segmenter, dataset.part(0, len(dataset)), options_for(name)).to_dict()
         assert first["mean_iou"] == first["pixel_accuracy"] == 1
 
@@ -201,7 +201,7 @@ def test_lists_that_make_no_sense(tmp_path, lines, message):
 def test_lists_may_hold_more_than_names(tmp_path):
     miniature, _ = written("voc", tmp_path)
     miniature.listing.write_text("2007_000033 1\n\n2007_000042.jpg\n")
-    assert [picture.name for picture in open_benchmark("voc", tmp_path).pictures] == [
+    assert [image.name for image in open_benchmark("voc", tmp_path).images] == [
         "2007_000033",
         "2007_000042",
     ]
@@ -240,13 +240,13 @@ def test_truncated_files(name, kind, tmp_path):
     broken = getattr(miniature, kind)[1]
     broken.write_bytes(broken.read_bytes()[: broken.stat().st_size // 2])
     segmenter = known_segmenter(name, LAYOUTS[name].labels)
-    with pytest.raises(BrokenPicture, match=broken.name) as caught:
+    with pytest.raises(BrokenImage, match=broken.name) as caught:
         evaluate_masks(segmenter, dataset, options_for(name))
     assert caught.value.name == miniature.names[1]
     scores = evaluate_masks(segmenter, dataset, options_for(name, skip_broken=True))
     assert list(scores.broken) == [miniature.names[1]] == list(scores.to_dict()["broken"])
     assert str(broken) in scores.broken[miniature.names[1]]
-    assert scores.pictures == len(dataset) - 1 == whole.pictures - 1
-    rest = dataset.only(picture for picture in dataset.pictures if picture.name != miniature.names[1])
+    assert scores.images == len(dataset) - 1 == whole.images - 1
+    rest = dataset.only(image for image in dataset.images if image.name != miniature.names[1])
     expected = evaluate_masks(segmenter, rest, options_for(name))
     assert scores.confusion.counts.tolist() == expected.confusion.counts.tolist()

@@ -8,11 +8,11 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from data_files import picture, tar_bytes
+from data_files import image_bytes, tar_bytes
 from PIL import Image
 from tiny_models import make_photo
 
-from pgseg_hf.evaluation import BrokenPicture, Picture, classification
+from pgseg_hf.evaluation import BrokenImage, LabelledImage, classification
 from pgseg_hf.evaluation.benchmarks.catalogue import read_class_names
 from pgseg_hf.evaluation.classification import (
     ClassFinder,
@@ -28,12 +28,12 @@ def test_zero_shot_accuracy_against_one_picture_at_a_time(tiny_segmenter):
     model, processor = tiny_segmenter.model, tiny_segmenter.processor
     labels = ["cat", "dog", "grass", "sky", "road", "tree", "car"]
     rng = np.random.default_rng(0)
-    pictures = [
+    images = [
         (make_photo(*rng.integers(20, 90, 2).tolist(), seed=seed), labels[seed % 7]) for seed in range(9)
     ]
     classes = processor.get_class_embeddings(model, labels, IMAGENET_TEMPLATES)
     ranks = []
-    for image, label in pictures:
+    for image, label in images:
         factor = 18 / min(image.size)  # 16 pixels * 256 / 224
         width, height = (int(side * factor + 0.5) for side in image.size)
         resized = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR), np.float32) / 255
@@ -44,18 +44,18 @@ def test_zero_shot_accuracy_against_one_picture_at_a_time(tiny_segmenter):
             embeds = torch.nn.functional.normalize(model.get_image_features(tensor).pooler_output, dim=-1)
         cosines = (embeds @ classes.T)[0]
         ranks.append(int((cosines > cosines[labels.index(label)]).sum()))
-    expected = {"top1": ranks.count(0) / 9, "top5": sum(rank < 5 for rank in ranks) / 9, "pictures": 9}
+    expected = {"top1": ranks.count(0) / 9, "top5": sum(rank < 5 for rank in ranks) / 9, "images": 9}
     assert 0 < expected["top5"] < 1
     for batch_size in (1, 4, 64):
-        assert zero_shot_accuracy(model, processor, pictures, labels, batch_size) == expected
+        assert zero_shot_accuracy(model, processor, images, labels, batch_size) == expected
 
 
 def test_zero_shot_of_few_labels_and_odd_inputs(tiny_segmenter, photo):
     model, processor = tiny_segmenter.model, tiny_segmenter.processor
     scores = zero_shot_accuracy(model, processor, [(photo, "cat"), (photo, " dog ")], ["cat", "dog"])
-    assert scores == {"top1": 0.5, "top5": 1.0, "pictures": 2}
+    assert scores == {"top1": 0.5, "top5": 1.0, "images": 2}
     nothing = zero_shot_accuracy(model, processor, [], ["cat"])
-    assert math.isnan(nothing["top1"]) and nothing["pictures"] == 0
+    assert math.isnan(nothing["top1"]) and nothing["images"] == 0
     with pytest.raises(ValueError, match="label 'cow', which is not among the labels"):
         zero_shot_accuracy(model, processor, [(photo, "cow")], ["cat"])
     with pytest.raises(ValueError, match="batch_size is 0"):
@@ -67,18 +67,18 @@ WNIDS, LABELS = IMAGENET["wnids"], IMAGENET["labels"]
 
 
 def found_in(classes):
-    """Class and first pixel of each picture made by `data_files.picture`."""
+    """Class and first pixel of each image made by `data_files.image`."""
     return [
-        str(each) if isinstance(each, BrokenPicture) else (each.label, each.read().getpixel((0, 0))[0])
-        for each in classes.pictures()
+        str(each) if isinstance(each, BrokenImage) else (each.label, each.read().getpixel((0, 0))[0])
+        for each in classes.images()
     ]
 
 
 def write_class_folders(root, names):
-    """Picture number i in the folder names[i]."""
+    """LabelledImage number i in the folder names[i]."""
     for number, name in enumerate(names):
         (root / name).mkdir(parents=True, exist_ok=True)
-        (root / name / f"ILSVRC2012_val_{number:08d}.png").write_bytes(picture(number))
+        (root / name / f"ILSVRC2012_val_{number:08d}.png").write_bytes(image_bytes(number))
     return root
 
 
@@ -133,7 +133,7 @@ class TestFolders:
 def write_shard(path, classes, first=0, ending="cls"):
     files = {}
     for number, content in enumerate(classes, start=first):
-        files |= {f"{number:05d}.png": picture(number), f"{number:05d}.{ending}": content.encode()}
+        files |= {f"{number:05d}.png": image_bytes(number), f"{number:05d}.{ending}": content.encode()}
     path.write_bytes(tar_bytes(files))
 
 
@@ -150,7 +150,7 @@ class TestShards:
     def test_clear_errors(self, tmp_path):
         write_shard(tmp_path / "a.tar", ["0", "no such class"])
         with pytest.raises(ValueError, match=r"00001.* has the label 'no such class'|no such class"):
-            list(open_imagenet(str(tmp_path / "a.tar")).pictures())
+            list(open_imagenet(str(tmp_path / "a.tar")).images())
         with pytest.raises(ValueError, match=r"b.tar"):
             open_imagenet(str(tmp_path / "b.tar"))
 
@@ -159,7 +159,7 @@ class TestSavedDataSets:
     @staticmethod
     def save(folder, names, labels, split="validation"):
         features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
-        images = [{"bytes": picture(number), "path": None} for number in range(len(labels))]
+        images = [{"bytes": image_bytes(number), "path": None} for number in range(len(labels))]
         rows = datasets.Dataset.from_dict({"image": images, "label": labels}, features=features)
         datasets.DatasetDict({split: rows}).save_to_disk(str(folder))
         return f"hub:{folder}"
@@ -184,20 +184,20 @@ class TestSavedDataSets:
         features = datasets.Features(
             {"image": datasets.Image(decode=False), "label": datasets.Value("int64")}
         )
-        images = [{"bytes": picture(0), "path": None}, None, {"bytes": b"no picture", "path": None}]
+        images = [{"bytes": image_bytes(0), "path": None}, None, {"bytes": b"no image", "path": None}]
         rows = datasets.Dataset.from_dict({"image": images, "label": [5, 6, 7]}, features=features)
         datasets.DatasetDict({"validation": rows}).save_to_disk(str(tmp_path / "saved"))
-        found = list(open_imagenet(f"hub:{tmp_path / 'saved'}").pictures())
+        found = list(open_imagenet(f"hub:{tmp_path / 'saved'}").images())
         assert found[0].label == 5 and "image is empty" in str(found[1]) and found[2].label == 7
 
 
 class TestClassifier:
     names = ["cat", "dog", "grass", "sky", "road", "tree", "car"]
 
-    def pictures(self, count=9):
+    def images(self, count=9):
         sizes = np.random.default_rng(0).integers(20, 90, (count, 2)).tolist()
         return [
-            Picture(f"p{number}", make_photo(*size, seed=number), label=number % 7)
+            LabelledImage(f"p{number}", make_photo(*size, seed=number), label=number % 7)
             for number, size in enumerate(sizes)
         ]
 
@@ -213,25 +213,25 @@ class TestClassifier:
         assert not torch.allclose(first, second)
 
     def test_broken_pictures(self, tiny_segmenter, tmp_path):
-        whole = self.pictures()
+        whole = self.images()
         (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8 broken")
         file = io.BytesIO()
         make_photo().save(file, format="JPEG")
-        pictures = [
-            Picture("first", tmp_path / "broken.jpg", label=0),
+        images = [
+            LabelledImage("first", tmp_path / "broken.jpg", label=0),
             *whole[:4],
-            Picture("half", file.getvalue()[:400], label=1),
-            BrokenPicture("row 3", "row 3 is empty"),
+            LabelledImage("half", file.getvalue()[:400], label=1),
+            BrokenImage("row 3", "row 3 is empty"),
             *whole[4:],
         ]
-        with pytest.raises(BrokenPicture, match=r"broken.jpg"):
-            self.classifier(tiny_segmenter)(pictures)
-        with pytest.raises(BrokenPicture, match=r"^row 3"):
-            self.classifier(tiny_segmenter)(pictures[6:])
+        with pytest.raises(BrokenImage, match=r"broken.jpg"):
+            self.classifier(tiny_segmenter)(images)
+        with pytest.raises(BrokenImage, match=r"^row 3"):
+            self.classifier(tiny_segmenter)(images[6:])
         expected = self.classifier(tiny_segmenter)(whole).to_dict()
         assert 0 < expected["top1"] < expected["top5"] < 1
         for batch_size in (1, 3, 64):
-            scores = self.classifier(tiny_segmenter, batch_size=batch_size, skip_broken=True)(pictures)
+            scores = self.classifier(tiny_segmenter, batch_size=batch_size, skip_broken=True)(images)
             assert list(scores.broken) == ["first", "half", "row 3"] and scores.to_dict() == expected
-        scores = self.classifier(tiny_segmenter, skip_broken=True)(pictures[:1])
-        assert (scores.pictures, len(scores.broken)) == (0, 1) and math.isnan(scores.to_dict()["top5"])
+        scores = self.classifier(tiny_segmenter, skip_broken=True)(images[:1])
+        assert (scores.images, len(scores.broken)) == (0, 1) and math.isnan(scores.to_dict()["top5"])

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from data_files import picture
+from data_files import image_bytes
 from mask_folders import make_folder
 from PIL import Image
 from safetensors.torch import load_file
@@ -76,7 +76,7 @@ def test_results_with_all_that_they_depend_on(evaluate, tiny_folder, tmp_path, c
     assert settings["pgseg_hf"] == __version__ and {"torch", "transformers", "python"} <= set(settings)
     assert settings["seconds"] > 0 and settings["processes"] == 1 and settings["dtype"] == "float32"
     assert settings["background_threshold"] is None and settings["device"].startswith("cpu")
-    assert set(content["iou"]) == set(LABELS["labels"]) and content["pictures"] == 3
+    assert set(content["iou"]) == set(LABELS["labels"]) and content["images"] == 3
     model = content["rows"]["model"]
     assert set(model) == {"mean_iou", "pixel_accuracy", "mean_accuracy", "frequency_weighted_iou"}
     present = [value for value in content["iou"].values() if value is not None]
@@ -97,7 +97,7 @@ def test_results_with_all_that_they_depend_on(evaluate, tiny_folder, tmp_path, c
     assert evaluate("--overwrite")[1]["reused"] == 3, "what is the same need not give way"
     assert (tmp_path / "out" / "parts" / "000000.npz").stat().st_mtime_ns == stamp
     code, _ = evaluate("--background_threshold", 0.5)
-    assert code == 2 and "; background_threshold = None there and 0.5 now. Choose" in capsys.readouterr().err
+    assert code == 2 and "; background_threshold was None and is 0.5. Choose" in capsys.readouterr().err
     code, other = evaluate("--background_threshold", 0.5, "--overwrite")
     assert code == 0 and other["settings"]["background_threshold"] == 0.5
     assert other["settings"]["protocol"]["name"] == "checkpoint, changed"
@@ -119,21 +119,21 @@ def test_nothing_is_reused_that_has_changed(evaluate, data, tmp_path, tiny_folde
         change(file)
         capsys.readouterr()
         assert evaluate("--synonyms", "merge", checkpoint=str(checkpoint))[0] == 2
-        assert re.search(f"{name} = .* there and .* now", capsys.readouterr().err), file
+        assert re.search(f"{name} was .* and is .*", capsys.readouterr().err), file
         file.write_bytes(before)
 
     other = {**tensors, "logit_scale": tensors["logit_scale"] + 1e-3}
     labels = json.dumps({**LABELS, "synonyms": {"road": ["street"]}})
     black, red = Image.new("L", (48, 40)), Image.new("RGB", (48, 40), "red")
     mean = r'("image_mean": \[\s*)[\d.]+', r"\g<1>0.4"
-    is_refused(data / "masks" / "000.png", black.save, "pictures")
-    is_refused(data / "images" / "001.jpg", red.save, "pictures")
-    is_refused(data / "labels.json", lambda file: file.write_text(labels), "pictures")
+    is_refused(data / "masks" / "000.png", black.save, "images")
+    is_refused(data / "images" / "001.jpg", red.save, "images")
+    is_refused(data / "labels.json", lambda file: file.write_text(labels), "images")
     is_refused(checkpoint / "pytorch_model.bin", lambda file: torch.save(other, file), "weights", checkpoint)
     is_refused(
         checkpoint / "processor_config.json",
         lambda file: file.write_text(re.sub(*mean, file.read_text())),
-        "processor image_processor image_mean",
+        "processor.image_processor.image_mean",
         checkpoint,
     )
 
@@ -170,7 +170,7 @@ def test_analysis_and_baselines(evaluate, tmp_path, data, monkeypatch):
     monkeypatch.setattr(baselines, "_CROPS", 60)
     train = tmp_path / "train"
     train.mkdir()
-    (train / "a.png").write_bytes(picture(0))
+    (train / "a.png").write_bytes(image_bytes(0))
     (train / "metadata.jsonl").write_text('{"file_name": "a.png", "tags": ["tree"]}\n')
     code, content = evaluate("--analysis", "--baselines", "--train", train)
     assert code == 0
@@ -198,7 +198,7 @@ def test_analysis_and_baselines(evaluate, tmp_path, data, monkeypatch):
 
 def test_a_part_of_the_pictures_in_another_type(evaluate):
     code, content = evaluate("--limit", 2, "--dtype", "bfloat16", "--refinement", "pamr", "--batch_size=3")
-    assert code == 0 and content["pictures"] == 2
+    assert code == 0 and content["images"] == 2
     assert content["settings"]["dtype"] == "bfloat16"
     assert content["settings"]["protocol"]["refinement"] == "pamr"
 
@@ -206,7 +206,6 @@ def test_a_part_of_the_pictures_in_another_type(evaluate):
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        (["--protocol", "no_such"], "protocol is 'no_such', expected one of pgseg"),
         (["--background", "moon"], "background 'moon' is none of the labels"),
         (["--background-threshold", "2"], "background_threshold is 2.0"),
         (["--thresholds", "high"], "thresholds are 'high'"),
@@ -215,7 +214,6 @@ def test_a_part_of_the_pictures_in_another_type(evaluate):
         (["--batch-size", "0"], "batch_size is 0"),
         (["--readers", "0"], "readers is 0"),
         (["--templates", "full"], "--templates has no effect on folder"),
-        (["--split", "test"], "has no folder 'test' for that split, expected one of images, masks"),
         (["--train", "."], "add --baselines"),
         (["--baselines", "--train", "./nowhere"], "nowhere does not exist"),
         (["--baselines", "--train", ".", "--crop-sides", "9", "3"], "crop_sides are (9.0, 3.0)"),
@@ -225,14 +223,18 @@ def test_clear_errors(evaluate, tmp_path, capsys, extra, message):
     code, content = evaluate(*extra)
     captured = capsys.readouterr()
     assert code == 2 and message in captured.err and content is None
-    assert not list(tmp_path.glob("out/parts/*")), "an error comes before the pictures"
+    assert not list(tmp_path.glob("out/parts/*")), "an error comes before the images"
 
 
-def test_data_that_are_not_there(evaluate, tmp_path, capsys):
+def test_data_that_are_not_there(evaluate, tmp_path, capsys, monkeypatch):
+    """They are refused before a model is loaded."""
+    monkeypatch.setattr(command, "load_segmenter", pytest.fail)
     for extra, asked, message in (
         ([], {"path": tmp_path / "nowhere"}, "nowhere is no folder"),
         ([], {"benchmark": "voc"}, "does not hold Pascal VOC"),
         (["--split", "minival"], {"benchmark": "voc"}, "has no split 'minival'"),
+        (["--split", "test"], {}, "has no folder 'test' for that split, expected one of images, masks"),
+        (["--protocol", "no_such"], {}, "protocol is 'no_such', expected one of pgseg"),
         ([], {"path": f"hub:{tmp_path}"}, "hub:NAME has no labels"),
     ):
         assert evaluate(*extra, **asked)[0] == 2
@@ -248,10 +250,10 @@ def test_broken_pictures(evaluate, data, tmp_path, capsys):
     assert evaluate()[0] == 2
     assert "001.jpg" in capsys.readouterr().err
     code, content = evaluate("--skip_broken", "--baselines")
-    assert code == 1 and list(content["broken"]) == ["images/001"] and content["pictures"] == 2
+    assert code == 1 and list(content["broken"]) == ["images/001"] and content["images"] == 2
     assert "broken: images/001: " in capsys.readouterr().err
     assert "001.jpg" in (tmp_path / "out" / "results.md").read_text()
-    # What it is compared with is counted on the same pictures.
+    # What it is compared with is counted on the same images.
     counted = np.concatenate([mask.ravel() for number, mask in enumerate(masks_of()) if number != 1])
     assert content["rows"]["sky everywhere"]["pixel_accuracy"] == pytest.approx((counted == 0).mean())
     (data / "masks" / "002.png").write_bytes(b"no mask")
@@ -308,21 +310,21 @@ def test_imagenet(evaluate, tmp_path, capsys, monkeypatch):
     for number in range(6):
         folder = tmp_path / "imagenet" / "val" / few["wnids"][number]
         folder.mkdir(parents=True)
-        (folder / "a.png").write_bytes(picture(number))
+        (folder / "a.png").write_bytes(image_bytes(number))
     code, found = evaluate("--templates", "simple", benchmark="imagenet", path=tmp_path / "imagenet")
-    assert code == 0 and (found["pictures"], found["reused"]) == (6, 0)
+    assert code == 0 and (found["images"], found["reused"]) == (6, 0)
     again = evaluate("--templates", "simple", benchmark="imagenet", path=tmp_path / "imagenet")[1]
     assert again["rows"] == found["rows"] and again["reused"] == 6
-    (tmp_path / "imagenet" / "val" / few["wnids"][0] / "a.png").write_bytes(picture(9))
+    (tmp_path / "imagenet" / "val" / few["wnids"][0] / "a.png").write_bytes(image_bytes(9))
     assert evaluate("--templates", "simple", benchmark="imagenet", path=tmp_path / "imagenet")[0] == 2
-    assert "holds an evaluation with pictures = " in capsys.readouterr().err
+    assert "another run: images was " in capsys.readouterr().err
     assert 0 <= found["rows"]["model"]["top1"] <= found["rows"]["model"]["top5"] <= 1
     assert found["settings"]["templates"] == "simple, 1" and "8 classes" in found["settings"]["data"]
     (tmp_path / "imagenet" / "val" / few["wnids"][2] / "a.png").write_bytes(b"broken")
     assert evaluate(benchmark="imagenet", path=tmp_path / "imagenet", output="broken")[0] == 2
     assert "a.png" in capsys.readouterr().err
     code, found = evaluate("--skip_broken", benchmark="imagenet", path=tmp_path / "imagenet", output="broken")
-    assert code == 1 and found["pictures"] == 5 and found["settings"]["templates"] == "subset, 7"
+    assert code == 1 and found["images"] == 5 and found["settings"]["templates"] == "subset, 7"
     assert few["wnids"][2] in capsys.readouterr().err
 
 
@@ -381,7 +383,7 @@ def test_the_script_on_two_processes(evaluate, tmp_path):
     assert result.returncode == 0, result.stderr
     together = json.loads((tmp_path / "two" / "results.json").read_text())
     assert (together["settings"]["processes"], alone["settings"]["processes"]) == (2, 1)
-    for name in ("rows", "iou", "pictures", "mean_iou_absent_as_zero"):
+    for name in ("rows", "iou", "images", "mean_iou_absent_as_zero"):
         assert together[name] == alone[name]
     assert together["groups"] == pytest.approx(alone["groups"])
     assert result.stdout.count("5 images in") == 1, "only one process reports"

@@ -12,7 +12,7 @@ from tiny_models import make_photo
 
 from pgseg_hf.evaluation import MaskDataset, MaskOptions, evaluate_masks
 from pgseg_hf.evaluation.benchmarks.catalogue import BENCHMARKS
-from pgseg_hf.evaluation.benchmarks.hub_masks import hub_pictures
+from pgseg_hf.evaluation.benchmarks.hub_masks import hub_images
 
 SIZES = [(8, 8), (10, 12), (9, 11)]
 TRUTHS = [quarters(np.roll([0, 1, 2, 255], number), size) for number, size in enumerate(SIZES)]
@@ -48,16 +48,14 @@ def save(table, folder, kind):
 @pytest.mark.parametrize("kind", ["saved", "saved with splits", "parquet"])
 def test_images_decode_right(tmp_path, kind):
     table = make_table()
-    pictures = hub_pictures(save(table, tmp_path / "table", kind))[0]
-    assert [picture.name for picture in pictures] == ["0", "1", "2"]
-    dataset = MaskDataset("table", LABELS, pictures)
-    for picture, truth, (height, width), number in zip(pictures, TRUTHS, SIZES, range(3)):
-        np.testing.assert_array_equal(dataset.truth(picture), truth)
-        np.testing.assert_array_equal(
-            np.asarray(picture.read()), np.asarray(make_photo(width, height, number))
-        )
+    images = hub_images(save(table, tmp_path / "table", kind))[0]
+    assert [image.name for image in images] == ["0", "1", "2"]
+    dataset = MaskDataset("table", LABELS, images)
+    for image, truth, (height, width), number in zip(images, TRUTHS, SIZES, range(3)):
+        np.testing.assert_array_equal(dataset.truth(image), truth)
+        np.testing.assert_array_equal(np.asarray(image.read()), np.asarray(make_photo(width, height, number)))
     if kind == "saved with splits":
-        assert len(hub_pictures(str(tmp_path / "table"), "train")[0]) == 1
+        assert len(hub_images(str(tmp_path / "table"), "train")[0]) == 1
 
 
 def test_values_as_a_benchmark_has_them(tmp_path):
@@ -67,9 +65,9 @@ def test_values_as_a_benchmark_has_them(tmp_path):
 
     benchmark = BENCHMARKS["imagenet_s50"]
     path = save(make_table(encode=in_colours), tmp_path / "table", "parquet")
-    dataset = benchmark.over(hub_pictures(path)[0], "imagenet_s50 of a table")
-    for picture, truth in zip(dataset.pictures, TRUTHS):
-        np.testing.assert_array_equal(dataset.truth(picture), np.where(truth == 255, 1000, truth))
+    dataset = benchmark.over(hub_images(path)[0], "imagenet_s50 of a table")
+    for image, truth in zip(dataset.images, TRUTHS):
+        np.testing.assert_array_equal(dataset.truth(image), np.where(truth == 255, 1000, truth))
     assert dataset.labels == benchmark.labels
 
 
@@ -78,20 +76,20 @@ def test_other_columns(tmp_path):
     for image, mask, message in (
         (None, "annotation", r"no column of images by a usual name .*columns are photo, annotation"),
         ("photo", "mask", r"has no column 'mask'; its columns are photo, annotation"),
-        ("picture", "annotation", "has no column 'picture'"),
+        ("image", "annotation", "has no column 'image'"),
     ):
         with pytest.raises(ValueError, match=message):
-            hub_pictures(path, image_column=image, mask_column=mask)
-    pictures = hub_pictures(path, image_column="photo", mask_column="annotation")[0]
-    assert MaskDataset("table", LABELS, pictures).truth(pictures[2]).tolist() == TRUTHS[2].tolist()
+            hub_images(path, image_column=image, mask_column=mask)
+    images = hub_images(path, image_column="photo", mask_column="annotation")[0]
+    assert MaskDataset("table", LABELS, images).truth(images[2]).tolist() == TRUTHS[2].tolist()
 
 
 def test_tables_that_are_not_there(tmp_path):
     path = save(make_table(), tmp_path / "table", "saved with splits")
     with pytest.raises(ValueError, match=r"has no split 'test'; its splits are validation, train"):
-        hub_pictures(path, "test")
+        hub_images(path, "test")
     with pytest.raises(ValueError, match="cannot be loaded as a data set"):
-        hub_pictures(str(tmp_path / "absent"))
+        hub_images(str(tmp_path / "absent"))
 
 
 def test_cells_that_are_empty_or_broken(tmp_path):
@@ -101,7 +99,7 @@ def test_cells_that_are_empty_or_broken(tmp_path):
     features = datasets.Features({"image": datasets.Image(), "mask": datasets.Image()})
     rows.append(make_table().to_list()[0])
     path = save(datasets.Dataset.from_list(rows, features=features), tmp_path / "table", "saved")
-    dataset = MaskDataset("table", LABELS, hub_pictures(path)[0])
+    dataset = MaskDataset("table", LABELS, hub_images(path)[0])
     scores = evaluate_masks(KnownGroups(one_hot(0, 1, 2, 0)), dataset, MaskOptions(skip_broken=True))
     messages = ("image 0: .*its image is empty", "the mask of 1: row 1 of .* has no mask", "the mask of 2")
     assert list(scores.broken) == ["0", "1", "2"] and scores.to_dict()["mean_iou"] == 1

@@ -20,7 +20,7 @@ def test_folders_with_metadata_and_with_equal_names(tmp_path):
     assert len(listed) == len(named) == 7
     for name, folder in (("a", listed), ("b", named)):
         assert (folder.labels, folder.ignore_index, folder.background) == (LABELS["labels"], 255, None)
-        for number, (image, mask) in enumerate((each.image, each.mask) for each in folder.pictures):
+        for number, (image, mask) in enumerate((each.image, each.mask) for each in folder.images):
             assert image == tmp_path / name / "images" / f"{number:03d}.jpg"
             assert load_label_map(mask).tolist() == MASKS[number].tolist()
 
@@ -36,15 +36,15 @@ def test_folders_with_metadata_and_labels_of_spreadsheets_and_editors(tmp_path, 
     (folder / "metadata.csv").write_bytes("\r\n".join([*lines, ";;", ""]).encode(encoding))
     found = MaskFolder(folder)
     assert (found.labels, len(found)) == (["Himmel", "Straße", "Baum"], 7)
-    assert found.truth(found.pictures[4]).tolist() == MASKS[4].tolist()
+    assert found.truth(found.images[4]).tolist() == MASKS[4].tolist()
 
 
 def test_parts_of_a_folder(tmp_path):
     folder = MaskFolder(make_folder(tmp_path / "a", MASKS))
-    numbers = {pair.name: number for number, pair in enumerate(folder.pictures)}
+    numbers = {pair.name: number for number, pair in enumerate(folder.images)}
 
     def which(part):
-        return [numbers[pair.name] for pair in part.pictures]
+        return [numbers[pair.name] for pair in part.images]
 
     assert which(folder.spread(3)) == [0, 2, 4]
     assert which(folder.spread(100)) == list(range(7))
@@ -81,7 +81,7 @@ def test_labels_that_make_no_sense(tmp_path, labels, message):
 def test_folders_that_make_no_sense(tmp_path):
     with pytest.raises(ValueError, match="absent is no folder"):
         MaskFolder(tmp_path / "absent")
-    with pytest.raises(ValueError, match=r"labels.json is missing"):
+    with pytest.raises(ValueError, match=r"has no labels.json"):
         MaskFolder(tmp_path)
     folder = make_folder(tmp_path / "a", MASKS[:3])
     for line, message in (
@@ -119,7 +119,7 @@ def test_values_that_are_said(tmp_path, given):
     folder = MaskFolder(path, mask_values=None if given == "labels.json" else values)
     expected = ["background", "sky"] if given == "without labels.json" else labels["labels"]
     assert folder.labels == expected
-    truth = np.array(expected)[folder.truth(folder.pictures[0])]
+    truth = np.array(expected)[folder.truth(folder.images[0])]
     assert (truth[:, :4] == "background").all() and (truth[:, 4:] == "sky").all()
 
 
@@ -129,23 +129,23 @@ def test_colours_and_values_that_do_not_count(tmp_path):
     for mask in (Image.fromarray(colours), Image.fromarray(colours).quantize(3)):
         mask.save(path / "masks" / "000.png")
         folder = MaskFolder(path, mask_values=parse_mask_values("#0000FF=road, #ff8000=sky,#000000="))
-        truth = folder.truth(folder.pictures[0])
+        truth = folder.truth(folder.images[0])
         assert (truth == [1, 0, folder.ignore_index]).all() and folder.ignore_index not in (0, 1)
     # Over white, as photos are laid, what is transparent would have a colour.
     for value in ("#ffffff=sky,#000000=", "#000000=sky"):
         Image.new("RGBA", (6, 6), (0, 0, 0, 0)).save(path / "masks" / "000.png")
         folder = MaskFolder(path, mask_values=parse_mask_values(value))
         with pytest.raises(ValueError, match=r"000.png.* has transparent pixels, which have no colour"):
-            folder.truth(folder.pictures[0])
+            folder.truth(folder.images[0])
     Image.fromarray(colours).save(path / "masks" / "000.png")
     folder = MaskFolder(path, mask_values={"#0000ff": "road", "#ff8000": "sky"})
     with pytest.raises(ValueError, match=r"value #000000, expected one of #0000ff, #ff8000: .*--mask_values"):
-        folder.truth(folder.pictures[0])
+        folder.truth(folder.images[0])
     plain = MaskFolder(make_folder(tmp_path / "b", [BINARY], {"labels": ["a", "b"], "ignore_index": None}))
     with pytest.raises(
         ValueError, match=r"value 255, expected one of 0 to 1: .*from 0 to 255.*--mask_values"
     ):
-        plain.truth(plain.pictures[0])
+        plain.truth(plain.images[0])
 
 
 @pytest.mark.parametrize(

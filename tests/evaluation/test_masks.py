@@ -24,13 +24,13 @@ def test_scores_by_hand(tmp_path):
     result = evaluate_masks(segmenter, folder, MaskOptions(oracle=True))
     scores = result.to_dict()
     assert segmenter.seen == [["a", "b", "c", "d"]]
-    # First picture: a 12 of 12, b 16 of 16, the lower left of c is b. Second: a 16, b 32 and c 16, all truly a.
+    # First image: a 12 of 12, b 16 of 16, the lower left of c is b. Second: a 16, b 32 and c 16, all truly a.
     assert result.confusion.counts.tolist() == [[28, 32, 16, 0], [0, 16, 0, 0], [0, 16, 16, 0], [0, 0, 0, 0]]
     assert scores["iou"] == {"a": 28 / 76, "b": 16 / 64, "c": 16 / 48, "d": None}
     assert scores["mean_iou"] == pytest.approx((28 / 76 + 16 / 64 + 16 / 48) / 3)
     assert scores["pixel_accuracy"] == 60 / 124
     assert scores["oracle_mean_iou"] == scores["oracle_pixel_accuracy"] == 1
-    assert scores["pictures"] == 2 and scores["seconds"] > 0
+    assert scores["images"] == 2 and scores["seconds"] > 0
     json.dumps(scores, allow_nan=False)
     assert "oracle_mean_iou" not in evaluate_masks(segmenter, folder).to_dict()
 
@@ -75,7 +75,7 @@ def test_the_segmenters_own_maps_are_what_is_counted(tiny_segmenter, tmp_path, t
     folder = MaskFolder(make_folder(tmp_path / "a", [rng.integers(0, 4, size) for size in sizes], content))
     options = SegmentationOptions(background_threshold=threshold)
     expected = ConfusionMatrix(4)
-    for path, mask in ((each.image, each.mask) for each in folder.pictures):
+    for path, mask in ((each.image, each.mask) for each in folder.images):
         if threshold is None:
             label_map = tiny_segmenter(path, folder.labels, options).label_map
         else:
@@ -89,7 +89,7 @@ def test_the_segmenters_own_maps_are_what_is_counted(tiny_segmenter, tmp_path, t
 
 def test_masks_of_another_size(tmp_path):
     folder = MaskFolder(make_folder(tmp_path / "a", [QUADRANTS]))
-    Image.fromarray(np.zeros((8, 9), np.uint8)).save(folder.pictures[0].mask)
+    Image.fromarray(np.zeros((8, 9), np.uint8)).save(folder.images[0].mask)
     with pytest.raises(ValueError, match=r"000.png has \(8, 9\) pixels .*000.jpg \(8, 8\)"):
         evaluate_masks(KnownGroups(one_hot(0, 0, 0, 0)), folder)
 

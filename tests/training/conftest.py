@@ -20,7 +20,7 @@ def photo_folder(tmp_path_factory):
         make_photo(48, 40, seed=index).save(folder / name)
         caption = f"a {one} beside a {other}"
         rows.append({"file_name": name, "tags": [one, TAGS[(index + 2) % 5]], "caption": caption})
-    (folder / "images" / "3.png").write_bytes(b"no picture")
+    (folder / "images" / "3.png").write_bytes(b"no image")
     (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 

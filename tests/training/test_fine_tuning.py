@@ -80,7 +80,7 @@ def make_photos(folder, count=24):
 def photos(tmp_path):
     """A folder and a table whose faults are those of real ones."""
     labels = make_photos(tmp_path / "photos")
-    (tmp_path / "photos" / "07.png").write_bytes(b"no picture")
+    (tmp_path / "photos" / "07.png").write_bytes(b"no image")
     Image.new("RGB", (9, 9)).save(tmp_path / "photos" / "extra.png")
     rows = [f"{name};{'Sea' if name == '01.png' else own[0]}, {own[1]}" for name, own in labels.items()]
     (tmp_path / "tags.csv").write_text("file_name;labels\n" + "\n".join([*rows, "lost.png;sea", "lost.png;"]))
@@ -123,7 +123,7 @@ def test_from_a_folder_and_a_table_to_a_model_with_a_report(photos, checkpoint, 
     before = {path: path.stat().st_mtime_ns for path in output.rglob("*")}
     assert main(asked) == 0 and "was done before" in capsys.readouterr().out
     assert main([*asked, "--seed", "1"]) == 2
-    assert "my-model holds a run with seed = 0 there and 1 now" in capsys.readouterr().err
+    assert "my-model holds results of another run: seed was 0 and is 1." in capsys.readouterr().err
     assert {path: path.stat().st_mtime_ns for path in output.rglob("*")} == before
 
 

@@ -44,12 +44,12 @@ class RowReader:
         """One row's record.
 
         Raises:
-            UnusableRecord: "no picture", "broken text", or "bad path" for a file name that leads out of the folder.
+            UnusableRecord: "no image", "broken text", or "bad path" for a file name that leads out of the folder.
         """
         columns = self.columns
         image = self._image(row.get(cast(str, columns.image)), name)
         if image is None:
-            raise UnusableRecord("no picture", f"{name}: its {columns.image} is empty.")
+            raise UnusableRecord("no image", f"{name}: its {columns.image} is empty.")
         try:
             captions = captions_of(row.get(columns.caption)) if columns.caption else []
             tags = self._tags(row.get(columns.tags)) if columns.tags else []

@@ -152,7 +152,7 @@ class TarSource:
         columns = self._columns
         image = files.get(columns.image or next((end for end in files if end in _IMAGE_ENDINGS), ""))
         if image is None:
-            return UnusableRecord("no picture", f"{name} has no image that can be read: {', '.join(files)}.")
+            return UnusableRecord("no image", f"{name} has no image that can be read: {', '.join(files)}.")
         try:
             fields = _json_fields(files.get("json"))
             captions = self._texts(files, fields, columns.caption, (*_CAPTION_ENDINGS, *CAPTION_NAMES))

@@ -10,7 +10,7 @@ from ..lazy import lazy_names
 
 if TYPE_CHECKING:
     from .benchmarks.mask_dataset import MaskDataset, MaskFolder
-    from .benchmarks.reading import BrokenPicture, Picture
+    from .benchmarks.reading import BrokenImage, LabelledImage
     from .evaluator import MaskOptions, MaskScores, evaluate_masks
     from .metrics.confusion import IGNORE_INDEX, ConfusionMatrix
     from .metrics.oracle import oracle_map
@@ -20,7 +20,7 @@ else:
         {
             "metrics.confusion": ["IGNORE_INDEX", "ConfusionMatrix"],
             "benchmarks.mask_dataset": ["MaskDataset", "MaskFolder"],
-            "benchmarks.reading": ["BrokenPicture", "Picture"],
+            "benchmarks.reading": ["BrokenImage", "LabelledImage"],
             "evaluator": ["MaskOptions", "MaskScores", "evaluate_masks"],
             "metrics.oracle": ["oracle_map"],
         },
@@ -28,13 +28,13 @@ else:
 
 __all__ = [
     "IGNORE_INDEX",
-    "BrokenPicture",
+    "BrokenImage",
     "ConfusionMatrix",
+    "LabelledImage",
     "MaskDataset",
     "MaskFolder",
     "MaskOptions",
     "MaskScores",
-    "Picture",
     "evaluate_masks",
     "oracle_map",
 ]

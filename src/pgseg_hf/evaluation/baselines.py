@@ -15,7 +15,7 @@ from ..images import load_image, load_label_map
 from ..modeling_pgseg import PGSegModel
 from ..segmentation import Segmenter
 from .benchmarks.mask_dataset import MaskDataset
-from .evaluator import MaskEvaluator, MaskOptions, SegmentedPicture
+from .evaluator import MaskEvaluator, MaskOptions, SegmentedImage
 from .metrics.confusion import ConfusionMatrix
 
 # Of the position prior: cells of its map, and how many crops it is made of.
@@ -46,13 +46,13 @@ def measure_baselines(
     part = dataset.part(state.process_index, state.num_processes)
     prior = ConfusionMatrix(len(dataset.labels), dataset.ignore_index)
 
-    def count_prior(found: SegmentedPicture) -> None:
+    def count_prior(found: SegmentedImage) -> None:
         if prior_map is not None:
             prior.add(found.truth, _stretched(prior_map, found.truth.shape))
 
     torch.manual_seed(seed)
     plain = replace(options, oracle=True, groups=False, thresholds=())
-    scores = MaskEvaluator(untrained(segmenter), part, plain, count_prior)(part.pictures)
+    scores = MaskEvaluator(untrained(segmenter), part, plain, count_prior)(part.images)
     scores.sum_over_processes(state.device)
     assert scores.oracle is not None
     rows = {

@@ -24,7 +24,7 @@ from ..text_files import read_json
 from ..values import whole_number
 from .benchmarks.catalogue import read_class_names
 from .benchmarks.hub_masks import open_split
-from .benchmarks.reading import BrokenPicture, Picture, file_digests, read_batches
+from .benchmarks.reading import BrokenImage, LabelledImage, file_digests, read_batches
 from .metrics.sums import ImageSums
 
 _TEMPLATES = Path(__file__).parent / "imagenet_templates.json"
@@ -79,13 +79,13 @@ class Classes:
     Args:
         name: for reports.
         labels: names of the classes.
-        pictures: gives them, or why one cannot be read, afresh at every call.
+        images: gives them, or why one cannot be read, afresh at every call.
         fingerprint: gives what changes with the images; it may read them all.
     """
 
     name: str
     labels: list[str]
-    pictures: Callable[[], Iterator[Picture | BrokenPicture]]
+    images: Callable[[], Iterator[LabelledImage | BrokenImage]]
     fingerprint: Callable[[], str] = str
 
 
@@ -118,7 +118,7 @@ def open_imagenet(path: str, split: str = "val", label_column: str | None = None
         return Classes(
             name=f"imagenet {split}",
             labels=labels,
-            pictures=partial(_from_source, source, finder),
+            images=partial(_from_source, source, finder),
             fingerprint=lambda: hash_of(getattr(source, "fingerprint", source.name)),
         )
     root = next((place for place in (folder / split, folder) if place.is_dir()), None)
@@ -127,26 +127,28 @@ def open_imagenet(path: str, split: str = "val", label_column: str | None = None
     if root == folder and any((folder / name).is_dir() for name in ("train", "val", "test")):
         raise ValueError(f"{path} has no folder {split!r} for that split.")
     images = find_images(root)
-    found = [Picture(str(image), image, label=finder([image.parent.name], str(image))) for image in images]
+    found = [
+        LabelledImage(str(image), image, label=finder([image.parent.name], str(image))) for image in images
+    ]
     places = [image.relative_to(root).as_posix() for image in images]
     return Classes(
         name=f"imagenet {split}",
         labels=labels,
-        pictures=lambda: iter(found),
+        images=lambda: iter(found),
         fingerprint=lambda: hash_of([places, file_digests(images)]),
     )
 
 
-def _from_source(source: Source, finder: ClassFinder) -> Iterator[Picture | BrokenPicture]:
+def _from_source(source: Source, finder: ClassFinder) -> Iterator[LabelledImage | BrokenImage]:
     if isinstance(source, MapSource):
         parts: Iterable = (_record(source, index) for index in range(len(source)))
     else:
         parts = chain.from_iterable(map(source.read_shard, range(source.num_shards)))
     for record in parts:
         if isinstance(record, UnusableRecord):
-            yield BrokenPicture(str(record), str(record))
+            yield BrokenImage(str(record), str(record))
         else:
-            yield Picture(record.name, record.image, label=finder(record.tags, record.name))
+            yield LabelledImage(record.name, record.image, label=finder(record.tags, record.name))
 
 
 def _record(source: MapSource, index: int) -> Record | UnusableRecord:
@@ -162,7 +164,7 @@ class ClassificationScores(ImageSums):
 
     Args:
         hits: images whose class was first, and was among the first five.
-        pictures, broken, seconds, reused: see [`ImageSums`].
+        images, broken, seconds, reused: see [`ImageSums`].
     """
 
     hits: np.ndarray = field(default_factory=lambda: np.zeros(2, dtype=np.int64))
@@ -171,9 +173,9 @@ class ClassificationScores(ImageSums):
         return {"hits": self.hits}
 
     def to_dict(self) -> dict[str, float]:
-        """`top1` and `top5` (NaN without images), and `pictures`."""
-        top1, top5 = self.hits / self.pictures if self.pictures else (float("nan"), float("nan"))
-        return {"top1": float(top1), "top5": float(top5), "pictures": self.pictures}
+        """`top1` and `top5` (NaN without images), and `images`."""
+        top1, top5 = self.hits / self.images if self.images else (float("nan"), float("nan"))
+        return {"top1": float(top1), "top5": float(top5), "images": self.images}
 
 
 @dataclass
@@ -210,7 +212,7 @@ class Classifier:
         return ClassificationScores()
 
     @torch.no_grad()
-    def __call__(self, pictures: Iterable[Picture | BrokenPicture]) -> ClassificationScores:
+    def __call__(self, images: Iterable[LabelledImage | BrokenImage]) -> ClassificationScores:
         """Counts some images.
 
         Raises:
@@ -218,7 +220,7 @@ class Classifier:
         """
         start, scores = time.monotonic(), self.empty()
         how = (self.batch_size, self.readers, self.skip_broken)
-        for batch in read_batches(pictures, self._read, scores, *how):
+        for batch in read_batches(images, self._read, scores, *how):
             features = self.model.get_image_features(
                 self._pixels([image for image, _ in batch]).to(self.model.device)
             )
@@ -230,14 +232,14 @@ class Classifier:
             best = similarity.topk(min(5, len(self.labels)), dim=1).indices.cpu()
             right = best == torch.tensor([label for _, label in batch])[:, None]
             scores.hits += [int(right[:, 0].sum()), int(right.sum())]
-            scores.pictures += len(batch)
+            scores.images += len(batch)
         scores.seconds = time.monotonic() - start
         return scores
 
-    def _read(self, picture: Picture | BrokenPicture) -> tuple[Image.Image, int | None]:
-        if isinstance(picture, BrokenPicture):
-            raise picture
-        return picture.read(), picture.label
+    def _read(self, labelled: LabelledImage | BrokenImage) -> tuple[Image.Image, int | None]:
+        if isinstance(labelled, BrokenImage):
+            raise labelled
+        return labelled.read(), labelled.label
 
     def _pixels(self, images: list[Image.Image]) -> torch.Tensor:
         side = self.model.config.vision_config.image_size
@@ -253,7 +255,7 @@ class Classifier:
 def zero_shot_accuracy(
     model: PGSegModel,
     processor: PGSegProcessor,
-    pictures: Iterable[tuple[ImageSource, str]],
+    images: Iterable[tuple[ImageSource, str]],
     labels: Sequence[str],
     batch_size: int = 64,
 ) -> dict[str, float]:
@@ -262,22 +264,22 @@ def zero_shot_accuracy(
     Args:
         model: in evaluation mode.
         processor: of that model.
-        pictures: images, each with its one label.
+        images: images, each with its one label.
         labels: all that an image may have.
         batch_size: images in one pass of the image encoder, and read at once.
 
     Returns:
-        `top1`, `top5` (NaN without images) and `pictures`, their number.
+        `top1`, `top5` (NaN without images) and `images`, their number.
 
     Raises:
         ValueError: an image's label that is not among the labels, a broken image, a model in training mode.
     """
     numbers = {label: number for number, label in enumerate(validate_labels(labels))}
 
-    def labelled() -> Iterator[Picture]:
-        for number, (image, label) in enumerate(pictures):
+    def labelled() -> Iterator[LabelledImage]:
+        for number, (image, label) in enumerate(images):
             if label.strip() not in numbers:
                 raise ValueError(f"an image has the label {label!r}, which is not among the labels.")
-            yield Picture(str(number), image, label=numbers[label.strip()])
+            yield LabelledImage(str(number), image, label=numbers[label.strip()])
 
     return Classifier(model, processor, labels, batch_size=batch_size)(labelled()).to_dict()

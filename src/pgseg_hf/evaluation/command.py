@@ -4,6 +4,7 @@ import argparse
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,9 @@ from .arguments import parse_thresholds
 from .baselines import measure_baselines, position_prior
 from .benchmarks import preparing
 from .benchmarks.catalogue import BENCHMARKS, open_benchmark
-from .benchmarks.hub_masks import hub_pictures
+from .benchmarks.hub_masks import hub_images
 from .benchmarks.mask_dataset import MaskDataset, parse_mask_values
-from .classification import Classifier, open_imagenet, template_sets
+from .classification import Classes, Classifier, open_imagenet, template_sets
 from .evaluator import MaskOptions, without_nan
 from .metrics.refinement import PixelAdaptiveRefinement
 from .metrics.sums import ImageSums
@@ -55,10 +56,14 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     # Without an accelerator, `accelerate` shares the work among processes only where it is told to use the CPU.
     state = PartialState(cpu=args.device == "cpu" or not torch.accelerator.is_available())
     device = args.device or state.device
-    run = _classify if args.benchmark == "imagenet" else _segment
+    run: Callable
+    if args.benchmark == "imagenet":
+        run = partial(_classify, open_imagenet(args.data, args.split, args.label_column))
+    else:
+        run = partial(_segment, _open(args), _protocol(args))
     segmenter = load_segmenter(args.checkpoint, device=device, dtype=getattr(torch, args.dtype))
     content = run(args, segmenter, folder, name)
-    if not content["pictures"]:
+    if not content["images"]:
         raise ValueError(f"none of the images of {args.data} could be read.")
     content["settings"] |= {
         "checkpoint": args.checkpoint if args.checkpoint != DEFAULT_CHECKPOINT else f"{name}, which ships",
@@ -74,9 +79,15 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     return {**content, "folder": str(folder)}
 
 
-def _segment(args: argparse.Namespace, segmenter: Segmenter, folder: Path, name: str) -> dict[str, Any]:
-    dataset, protocol = _open(args), _protocol(args).resolved(segmenter.processor)
-    dataset.check_threshold(args.background_threshold)
+def _segment(
+    dataset: MaskDataset,
+    protocol: Protocol,
+    args: argparse.Namespace,
+    segmenter: Segmenter,
+    folder: Path,
+    name: str,
+) -> dict[str, Any]:
+    protocol = protocol.resolved(segmenter.processor)
     threshold = protocol.threshold(args.benchmark, dataset)
     options = MaskOptions(
         segmentation=replace(
@@ -108,7 +119,7 @@ def _segment(args: argparse.Namespace, segmenter: Segmenter, folder: Path, name:
     if scores.oracle is not None:
         rows["oracle: its groups, named by the masks"] = scores.oracle.figures()
     if args.baselines:
-        whole = dataset.only(each for each in dataset.pictures if each.name not in scores.broken)
+        whole = dataset.only(each for each in dataset.images if each.name not in scores.broken)
         rows |= measure_baselines(segmenter, whole, options, args.seed, prior_map)
     found = scores.to_dict()
     names = ("thresholds", "best_threshold", "groups", "iou", "mean_iou_absent_as_zero", "ignored_share")
@@ -138,14 +149,14 @@ def _output(
     reads all images for their fingerprint."""
     output, state = Output(folder, asked, args.overwrite), PartialState()
     if state.is_main_process:
-        output.record |= {**model_record(segmenter), "dtype": args.dtype, "pictures": fingerprint()}
+        output.record |= {**model_record(segmenter), "dtype": args.dtype, "images": fingerprint()}
         output.prepare()
     state.wait_for_everyone()
     return output
 
 
 def _counted(scores: ImageSums) -> dict[str, Any]:
-    return {"broken": scores.broken, "pictures": scores.pictures, "reused": scores.reused}
+    return {"broken": scores.broken, "images": scores.images, "reused": scores.reused}
 
 
 def _source_of_masks(args: argparse.Namespace) -> dict[str, str]:
@@ -168,14 +179,15 @@ def _open(args: argparse.Namespace) -> MaskDataset:
                 f"background is {args.background!r}, but {args.benchmark} has its own; leave it out."
             )
         columns = (args.image_column, args.mask_column or "mask")
-        pictures, fingerprint = hub_pictures(args.data.removeprefix("hub:"), args.split, *columns)
+        images, fingerprint = hub_images(args.data.removeprefix("hub:"), args.split, *columns)
         title = f"{args.benchmark} {args.split} of {args.data}"
-        dataset = BENCHMARKS[args.benchmark].over(pictures, title, origin=fingerprint)
+        dataset = BENCHMARKS[args.benchmark].over(images, title, origin=fingerprint)
     else:
         if args.image_column or args.mask_column:
             raise ValueError("--image-column and --mask-column are for hub:NAME; leave them out.")
         values = parse_mask_values(args.mask_values) if args.mask_values else None
         dataset = open_benchmark(args.benchmark, args.data, args.split, args.background, values)
+    dataset.check_threshold(args.background_threshold)
     return dataset.spread(args.limit) if args.limit is not None else dataset
 
 
@@ -206,8 +218,9 @@ def _prior_map(args: argparse.Namespace, segmenter: Segmenter, dataset: MaskData
     return position_prior(args.train, dataset.labels, crops, args.seed)
 
 
-def _classify(args: argparse.Namespace, segmenter: Segmenter, folder: Path, name: str) -> dict[str, Any]:
-    classes = open_imagenet(args.data, args.split, args.label_column)
+def _classify(
+    classes: Classes, args: argparse.Namespace, segmenter: Segmenter, folder: Path, name: str
+) -> dict[str, Any]:
     kind = args.templates or "subset"
     classifier = Classifier(
         segmenter.model,
@@ -226,12 +239,12 @@ def _classify(args: argparse.Namespace, segmenter: Segmenter, folder: Path, name
     }
     asked = settings | {"label_column": args.label_column}
     output = _output(args, segmenter, folder, asked, classes.fingerprint)
-    scores = output.count(classifier, classes.pictures(), CLASSIFICATION_CHUNK)
+    scores = output.count(classifier, classes.images(), CLASSIFICATION_CHUNK)
     return {
         "title": f"{name} on {classes.name}, zero-shot classification",
-        "rows": {"model": {key: value for key, value in scores.to_dict().items() if key != "pictures"}},
+        "rows": {"model": {key: value for key, value in scores.to_dict().items() if key != "images"}},
         **_counted(scores),
-        "settings": {**settings, "data": f"{scores.pictures} images, {len(classes.labels)} classes"},
+        "settings": {**settings, "data": f"{scores.images} images, {len(classes.labels)} classes"},
     }
 
 

@@ -11,13 +11,14 @@ from PIL import Image
 from transformers.utils import logging
 
 from .. import distributed
+from ..data.mask_labels import IGNORE_INDEX
 from ..scoring import average_by_owner, best_labels, merge_windows
 from ..segmentation import EncodedImage, ScoredImage, SegmentationOptions, Segmenter
 from ..values import share, whole_number
 from .benchmarks.mask_dataset import MaskDataset
-from .benchmarks.reading import Picture, read_batches
+from .benchmarks.reading import LabelledImage, read_batches
 from .metrics.analysis import GroupStatistics
-from .metrics.confusion import IGNORE_INDEX, ConfusionMatrix
+from .metrics.confusion import ConfusionMatrix
 from .metrics.oracle import oracle_map, resized_truth
 from .metrics.refinement import PixelAdaptiveRefinement
 from .metrics.sums import ImageSums, Sums
@@ -74,7 +75,7 @@ class MaskScores(ImageSums):
         by_threshold: of the model with other background thresholds.
         oracle: of its groups, each with its majority label; None if not asked for.
         groups: figures of the groups; None if not asked for.
-        pictures, broken, seconds, reused: see [`ImageSums`].
+        images, broken, seconds, reused: see [`ImageSums`].
     """
 
     labels: list[str]
@@ -105,7 +106,7 @@ class MaskScores(ImageSums):
         they look like masks of 0 and 255 whose 255 is taken for unknown."""
         found = self.confusion.doubts(self.labels)
         only_zeros = not self.confusion.counts[1:].any()
-        as_they_are = dataset.values is None and dataset.ignore_index == IGNORE_INDEX
+        as_they_are = dataset.label_of_value is None and dataset.ignore_index == IGNORE_INDEX
         if as_they_are and only_zeros and self.confusion.ignored and len(self.labels) > 1:
             found.append(
                 f"The masks hold 0 and 255 only, as masks of two values do, and here 255 is unknown: "
@@ -118,7 +119,7 @@ class MaskScores(ImageSums):
         """`mean_iou` (labels left out that are neither in the masks nor predicted; `mean_iou_absent_as_zero` counts
         them as 0), `pixel_accuracy`, `mean_accuracy`, `frequency_weighted_iou`, `iou` of each label (None where it is
         absent), `ignored_share` of the truth's pixels, and what else was asked for: `thresholds`, `oracle_mean_iou`,
-        `oracle_pixel_accuracy`, `groups`; `pictures`, `broken`, `seconds`. NaN becomes None."""
+        `oracle_pixel_accuracy`, `groups`; `images`, `broken`, `seconds`. NaN becomes None."""
         scores: dict[str, Any] = {
             **self.confusion.figures(),
             "mean_iou_absent_as_zero": self.confusion.mean_iou(absent="zero"),
@@ -137,7 +138,7 @@ class MaskScores(ImageSums):
         if self.groups is not None:
             # Sums in another order, as of several processes, differ in the last digits.
             scores["groups"] = {name: round(value, 10) for name, value in self.groups.to_dict().items()}
-        rest = {"pictures": self.pictures, "broken": self.broken, "seconds": self.seconds}
+        rest = {"images": self.images, "broken": self.broken, "seconds": self.seconds}
         return without_nan({**scores, **rest})
 
 
@@ -149,18 +150,18 @@ def without_nan(value: Any) -> Any:
 
 
 @dataclass
-class SegmentedPicture:
+class SegmentedImage:
     """An image that was counted, for files made of it.
 
     Args:
-        picture: of the data set.
+        labelled: of the data set.
         image: as it was read.
         truth: int64 [H, W].
         predicted: int64 [H, W], values of the data set's labels.
         encoded: its groups.
     """
 
-    picture: Picture
+    labelled: LabelledImage
     image: Image.Image
     truth: np.ndarray
     predicted: np.ndarray
@@ -174,7 +175,7 @@ class MaskEvaluator:
         segmenter: the model's.
         dataset: its labels and how its masks are read.
         options: what to do.
-        on_picture: called with each image that was counted.
+        on_image: called with each image that was counted.
 
     Raises:
         ValueError: a background threshold for a data set without a background.
@@ -185,9 +186,9 @@ class MaskEvaluator:
         segmenter: Segmenter,
         dataset: MaskDataset,
         options: MaskOptions | None = None,
-        on_picture: Callable[[SegmentedPicture], None] | None = None,
+        on_image: Callable[[SegmentedImage], None] | None = None,
     ):
-        self.segmenter, self.dataset, self.on_picture = segmenter, dataset, on_picture
+        self.segmenter, self.dataset, self.on_image = segmenter, dataset, on_image
         self.options = options or MaskOptions()
         self.segmentation = self.options.segmentation or segmenter.options
         if self.options.thresholds and self.segmentation.background_threshold is None:
@@ -198,8 +199,8 @@ class MaskEvaluator:
         dataset.check_threshold(self.segmentation.background_threshold)
         background = None if self.segmentation.background_threshold is None else dataset.background
         asked = [value for value in range(len(dataset.labels)) if value != background]
-        # For each value of the segmentation that of the data set's masks.
-        self.values = np.array(asked if background is None else [background, *asked])
+        # Of each value of the segmentation the data set's.
+        self._label_of_score = np.array(asked if background is None else [background, *asked])
         own = dataset.released if self.options.released_names else {}
         others = dataset.synonyms if self.options.synonyms != "none" else {}
         labels = [dataset.labels[value] for value in asked]
@@ -231,29 +232,29 @@ class MaskEvaluator:
             groups=GroupStatistics() if self.options.groups else None,
         )
 
-    def __call__(self, pictures: Iterable[Picture]) -> MaskScores:
+    def __call__(self, images: Iterable[LabelledImage]) -> MaskScores:
         """Counts some of the data set's images."""
         start, scores = time.monotonic(), self.empty()
         how = (self.segmentation.batch_size, self.options.readers, self.skip_broken)
-        for batch in read_batches(pictures, self._read, scores, *how):
+        for batch in read_batches(images, self._read, scores, *how):
             encoded = self.segmenter.encode([image for _, image, _ in batch], self.segmentation)
-            for (picture, image, truth), features in zip(batch, encoded, strict=True):
-                self._count(picture, image, truth, features, scores)
+            for (labelled, image, truth), features in zip(batch, encoded, strict=True):
+                self._count(labelled, image, truth, features, scores)
         scores.seconds = time.monotonic() - start
         return scores
 
-    def _read(self, picture: Picture) -> tuple[Picture, Image.Image, np.ndarray]:
-        image, truth = picture.read(), self.dataset.truth(picture)
+    def _read(self, labelled: LabelledImage) -> tuple[LabelledImage, Image.Image, np.ndarray]:
+        image, truth = labelled.read(), self.dataset.truth(labelled)
         if truth.shape != (image.height, image.width):
             raise ValueError(
-                f"{picture.mask_place} has {truth.shape} pixels (height, width), its image {picture.image_place} "
+                f"{labelled.mask_place} has {truth.shape} pixels (height, width), its image {labelled.image_place} "
                 f"{(image.height, image.width)}; an image is turned as its EXIF data say, a mask is not."
             )
-        return picture, image, truth
+        return labelled, image, truth
 
     def _count(
         self,
-        picture: Picture,
+        labelled: LabelledImage,
         image: Image.Image,
         truth: np.ndarray,
         features: EncodedImage,
@@ -261,7 +262,7 @@ class MaskEvaluator:
     ) -> None:
         if not all(bool(window.segments.isfinite().all()) for window in features.windows):
             raise ValueError(
-                f"the model gives NaN or infinity for {picture.image_place}: its weights are broken, or their type "
+                f"the model gives NaN or infinity for {labelled.image_place}: its weights are broken, or their type "
                 "overflows."
             )
         threshold = self.segmentation.background_threshold
@@ -276,9 +277,9 @@ class MaskEvaluator:
             scores.oracle.add(truth, oracle_map(scored, truth, num_labels, self.dataset.ignore_index))
         if scores.groups is not None:
             self._count_groups(features, truth, scores.groups)
-        scores.pictures += 1
-        if self.on_picture is not None:
-            self.on_picture(SegmentedPicture(picture, image, truth, predicted, features))
+        scores.images += 1
+        if self.on_image is not None:
+            self.on_image(SegmentedImage(labelled, image, truth, predicted, features))
 
     def _label_map(self, scored: ScoredImage, threshold: float | None, image: Image.Image) -> np.ndarray:
         """Labels of the data set, int64 [H, W]."""
@@ -293,7 +294,7 @@ class MaskEvaluator:
             label_map = best_labels(self.options.refinement(scores, pixels), channels, count, scored.size)[0]
         found = label_map.cpu().numpy()
         owners = self._owners if threshold is None else np.concatenate([[0], self._owners + 1])
-        return self.values[owners[found]]
+        return self._label_of_score[owners[found]]
 
     def _count_groups(self, image: EncodedImage, truth: np.ndarray, groups: GroupStatistics) -> None:
         small = resized_truth(truth, image.resized)
@@ -328,7 +329,7 @@ def evaluate_masks(
         ValueError: broken files, masks of another size than their image, values that are no labels, or a
             background threshold for a data set without a background.
     """
-    scores = MaskEvaluator(segmenter, dataset, options)(dataset.pictures)
+    scores = MaskEvaluator(segmenter, dataset, options)(dataset.images)
     # A part of several processes has to be seen with the others.
     for doubt in scores.doubts(dataset) if distributed.world_size() == 1 else ():
         logger.warning_once(doubt)

@@ -1,7 +1,6 @@
 """A whole evaluation: images in chunks over processes, continued where it stopped."""
 
 import hashlib
-import json
 import platform
 import shutil
 from collections.abc import Callable, Iterable, Iterator
@@ -26,13 +25,13 @@ from transformers.utils.hub import cached_file
 
 from .. import __version__
 from ..files import remove_unfinished, write_image, write_json
-from ..run_records import differences, read_record
+from ..run_records import is_same_run
 from ..segmentation import Segmenter
 from ..visualization import indexed_png, overlay, side_by_side
 from .benchmarks.mask_dataset import MaskDataset
-from .benchmarks.reading import Picture
+from .benchmarks.reading import LabelledImage
 from .classification import Classifier
-from .evaluator import MaskEvaluator, MaskOptions, MaskScores, SegmentedPicture
+from .evaluator import MaskEvaluator, MaskOptions, MaskScores, SegmentedImage
 from .metrics.sums import ImageSums
 
 logger = logging.get_logger(__name__)
@@ -66,36 +65,30 @@ class Output:
             ValueError: the folder holds a run of something else.
         """
         path = self.folder / "run.json"
-        record = json.loads(json.dumps(self.record))
-        known = read_record(path)
+        is_same = is_same_run(path, self.record, "Choose another --output, or --overwrite.", self.overwrite)
         remove_unfinished(self.folder)
-        if known == record:
+        if is_same:
             return
-        if known is None:
+        if is_same is None:
             foreign = [name for name in _WRITTEN if (self.folder / name).exists()]
             if foreign:
                 raise ValueError(
                     f"{self.folder / foreign[0]} is there and of no evaluation; choose another --output."
                 )
-        elif not self.overwrite:
-            changes = "; ".join(differences(known, record))
-            raise ValueError(
-                f"{self.folder} holds an evaluation with {changes}. Choose another --output, or --overwrite."
-            )
         for name in _WRITTEN:
             written = self.folder / name
             if written.is_dir():
                 shutil.rmtree(written)
             else:
                 written.unlink(missing_ok=True)
-        write_json(record, path)
+        write_json(self.record, path)
 
     def count(
         self,
         counter: MaskEvaluator | Classifier,
-        pictures: Iterable[Any],
+        images: Iterable[Any],
         chunk: int,
-        files_of: Callable[[Picture], Iterable[Path]] = lambda picture: (),
+        files_of: Callable[[LabelledImage], Iterable[Path]] = lambda labelled: (),
     ) -> Any:
         """Counts images on all processes and returns the sums; every process has to call it.
 
@@ -105,18 +98,18 @@ class Output:
 
         Args:
             counter: counts them.
-            pictures: all of them, the same on every process.
+            images: all of them, the same on every process.
             chunk: how many go together; a stopped run loses at most so many in each process.
             files_of: what else has to be there for an image that was counted.
         """
         state = PartialState()
         total: Any = counter.empty()
-        length = len(pictures) if isinstance(pictures, list) else None
-        pictures = iter(pictures)
+        length = len(images) if isinstance(images, list) else None
+        images = iter(images)
         with logging.tqdm(
             total=length, desc="Evaluating", unit="image", disable=not state.is_main_process
         ) as progress:
-            for number, part in enumerate(iter(lambda: list(islice(pictures, chunk)), [])):
+            for number, part in enumerate(iter(lambda: list(islice(images, chunk)), [])):
                 if number % state.num_processes == state.process_index:
                     path = self.folder / "parts" / f"{number:06d}.npz"
                     counted = counter.empty()
@@ -163,28 +156,28 @@ def evaluate_in_parts(
         num_pictures: write so many `pictures/NAME.jpg` of image, truth and prediction side by side, spread over the
             data set.
     """
-    shown = {picture.name for picture in dataset.spread(num_pictures).pictures} if num_pictures else set()
+    shown = {labelled.name for labelled in dataset.spread(num_pictures).images} if num_pictures else set()
 
-    def files_of(picture: Picture) -> Iterator[Path]:
+    def files_of(labelled: LabelledImage) -> Iterator[Path]:
         if save_predictions:
-            yield output.folder / "predictions" / f"{picture.name}.png"
-        if picture.name in shown:
-            yield output.folder / "pictures" / f"{picture.name}.jpg"
+            yield output.folder / "predictions" / f"{labelled.name}.png"
+        if labelled.name in shown:
+            yield output.folder / "pictures" / f"{labelled.name}.jpg"
 
-    def on_picture(found: SegmentedPicture) -> None:
-        for file in files_of(found.picture):
+    def on_image(found: SegmentedImage) -> None:
+        for file in files_of(found.labelled):
             write_image((_indexed if file.suffix == ".png" else draw_evaluation)(found, dataset), file)
 
-    counter = MaskEvaluator(segmenter, dataset, options, on_picture)
-    return output.count(counter, dataset.pictures, CHUNK, files_of)
+    counter = MaskEvaluator(segmenter, dataset, options, on_image)
+    return output.count(counter, dataset.images, CHUNK, files_of)
 
 
-def _indexed(found: SegmentedPicture, dataset: MaskDataset) -> Image.Image:
+def _indexed(found: SegmentedImage, dataset: MaskDataset) -> Image.Image:
     background = dataset.background == 0
     return indexed_png(found.predicted, len(dataset.labels) - background, background=background)
 
 
-def draw_evaluation(found: SegmentedPicture, dataset: MaskDataset) -> Image.Image:
+def draw_evaluation(found: SegmentedImage, dataset: MaskDataset) -> Image.Image:
     """Image, truth and prediction side by side; background and what is unknown stay uncoloured."""
     order = [value for value in range(len(dataset.labels)) if value != dataset.background]
     labels = [dataset.labels[value] for value in order]
@@ -194,7 +187,7 @@ def draw_evaluation(found: SegmentedPicture, dataset: MaskDataset) -> Image.Imag
         coloured = np.searchsorted(order, values) + 1
         coloured[~np.isin(values, order)] = 0
         panels.append(overlay(found.image, coloured, labels, background=True))
-    return side_by_side(panels, ["picture", "truth", "prediction"])
+    return side_by_side(panels, ["image", "truth", "prediction"])
 
 
 def checkpoint_hash(name_or_path: str) -> str | None:

@@ -19,6 +19,7 @@ from transformers.utils import logging
 
 from ..configuration_pgseg import PGSegConfig, PGSegTextConfig, PGSegVisionConfig
 from ..data.augmentation import AugmentationOptions
+from ..data.mask_labels import IGNORE_INDEX, find_mask_labels, read_mask_labels
 from ..data.records import Record
 from ..data.scenes import SceneSource
 from ..data.sources import MapSource, Source, SourceSpec, StreamSource, open_source, records_of
@@ -38,7 +39,7 @@ from .arguments import DataArguments, ModelArguments, RunArguments
 from .batches.collator import PGSegCollator
 from .batches.feature_cache import CacheOptions, cache_features
 from .batches.patch_names import CellNamer
-from .batches.preparation import IGNORED, Preparation
+from .batches.preparation import Preparation
 from .batches.streams import StreamOptions, TrainingStream
 from .batches.texts import TextOptions
 from .continuing import hash_of_files
@@ -287,19 +288,18 @@ def _mask_labels(data: DataArguments, specs: Sequence[SourceSpec], sources: Sequ
     if known and len(sources) == 1:
         return list(known[0])
     places = [Path(spec.path) for spec in specs]
-    candidates = [folder / "labels.json" for path in places for folder in (path, path.absolute().parent)]
-    path = Path(data.mask_labels) if data.mask_labels else next(filter(Path.is_file, candidates), None)
-    try:
-        if path is None:
-            raise FileNotFoundError(f"no labels.json in {', '.join(map(str, places))} or the folder above")
-        content = read_json(path)
-        labels = [str(label) for label in content["labels"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    path = Path(data.mask_labels) if data.mask_labels else find_mask_labels(places)
+    if path is None:
         raise ValueError(
-            f"crop_tags needs a labels.json with the list labels: {error}; give mask_labels."
-        ) from error
-    background = content.get("background")
-    return ["" if value == background else label for value, label in enumerate(labels)]
+            f"crop_tags needs a labels.json, which neither {', '.join(map(str, places))} nor the folder above has; "
+            "give mask_labels."
+        )
+    content = read_mask_labels(path)
+    if content["mask_values"]:
+        raise ValueError(
+            f"{path} has mask_values, which crop_tags does not read; write masks of the labels' numbers."
+        )
+    return ["" if value == content["background"] else label for value, label in enumerate(content["labels"])]
 
 
 def _first_records(source: Source) -> Iterator[Record]:
@@ -314,12 +314,12 @@ def _tell_what_masks_leave_out(sources: Sequence[Source]) -> None:
         for mask in [record.mask for record in _first_records(source) if record.mask is not None]:
             with suppress(ValueError):  # counted and told in training
                 values = load_label_map(mask)
-                counts += (values == IGNORED).sum(), values.size
+                counts += (values == IGNORE_INDEX).sum(), values.size
         if counts[0] > MANY_UNKNOWN * counts[1]:
             logger.warning(
                 f"{counts[0]:,} of {counts[1]:,} pixels ({counts[0] / counts[1]:.1%}) in the first masks of "
-                f"{source.name} are {IGNORED}, which crop_tags takes for no label. If it is one, as in masks of 0 and "
-                f"{IGNORED}, write its number in labels.json's labels instead."
+                f"{source.name} are {IGNORE_INDEX}, which crop_tags takes for no label. If it is one, as in masks of 0 "
+                f"and {IGNORE_INDEX}, write its number in labels.json's labels instead."
             )
 
 

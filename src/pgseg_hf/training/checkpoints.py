@@ -30,7 +30,8 @@ from torch import nn
 from transformers.utils import logging
 
 from ..files import write_json
-from .continuing import changes, file_hashes, sha256
+from ..run_records import differences, sha256
+from .continuing import file_hashes
 
 logger = logging.get_logger(__name__)
 
@@ -137,7 +138,7 @@ def load_checkpoint(
         has, wants = ("lacks", "needs them") if ema is not None else ("has", "does not average")
         raise ValueError(f"{path} {has} averaged weights, this run {wants}; resume with the same settings.")
     known = progress.get("depends_on")
-    if depends_on is not None and known is not None and (different := changes(known, depends_on)):
+    if depends_on is not None and known is not None and (different := differences(known, depends_on)):
         raise ValueError(
             f"{path} is of another run: {', '.join(different)}. Change this back, or start a run of its own in another "
             "output folder."

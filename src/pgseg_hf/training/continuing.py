@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,19 +13,10 @@ from PIL import Image
 
 from ..data.records import Record, UnusableRecord
 from ..data.sources import Source, StreamSource, records_of
-from ..run_records import hash_of
+from ..run_records import hash_of, sha256
 
 SAMPLED_RECORDS = 256
 SAMPLED_SHARDS = 8
-
-
-def changes(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What differs, each as "name was VALUE and is VALUE"."""
-    return [
-        f"{name} was {was.get(name)} and is {now.get(name)}"
-        for name in {**now, **was}
-        if was.get(name) != now.get(name)
-    ]
 
 
 def hash_of_files(path: Path) -> str | None:
@@ -38,11 +29,6 @@ def file_hashes(path: Path) -> dict[str, str]:
     """The SHA-256 of a file, or of a folder's files by their names in it."""
     files = [path] if path.is_file() else sorted(each for each in path.rglob("*") if each.is_file())
     return {each.relative_to(path).as_posix(): sha256(each) for each in files}
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def contents_of(source: Source) -> str:

@@ -16,7 +16,7 @@ from ..data.sources import MapSource, SourceSpec, open_source
 from ..distributed import sum_over_processes
 from ..evaluation.benchmarks.mask_dataset import MaskFolder
 from ..evaluation.classification import zero_shot_accuracy
-from ..evaluation.evaluator import MaskEvaluator, MaskOptions, SegmentedPicture, evaluate_masks
+from ..evaluation.evaluator import MaskEvaluator, MaskOptions, SegmentedImage, evaluate_masks
 from ..files import write_image
 from ..modeling_pgseg import PGSegModel
 from ..processing_pgseg import PGSegProcessor
@@ -45,8 +45,8 @@ class Evaluator:
         self.masks = MaskFolder(run.eval_masks, run.eval_background) if run.eval_masks else None
         self.options = SegmentationOptions(background_threshold=run.eval_background_threshold)
         if self.masks is not None:
-            self.masks.pictures[0].read()
-            self.masks.truth(self.masks.pictures[0])
+            self.masks.images[0].read()
+            self.masks.truth(self.masks.images[0])
             self.masks.check_threshold(self.options.background_threshold)
         self.tagged: list[tuple[Any, str]] = []
         self.tags: list[str] = []
@@ -92,7 +92,7 @@ class Evaluator:
                 part_of_tagged = chosen[self.accelerator.process_index :: self.accelerator.num_processes]
                 found = zero_shot_accuracy(model, self.processor, part_of_tagged, self.tags)
                 hits = [
-                    found[name] * found["pictures"] if found["pictures"] else 0.0 for name in ("top1", "top5")
+                    found[name] * found["images"] if found["images"] else 0.0 for name in ("top1", "top5")
                 ]
                 total = sum_over_processes(torch.tensor(hits, device=device)) / len(chosen)
                 figures |= {"top1": float(total[0]), "top5": float(total[1])}
@@ -107,7 +107,7 @@ class Evaluator:
         whole = replace(self.options, window_size=None)
         drawn: dict[str, np.ndarray] = {}
 
-        def draw(found: SegmentedPicture) -> None:
+        def draw(found: SegmentedImage) -> None:
             (window,) = found.encoded.windows
             picture = side_by_side(
                 [
@@ -117,13 +117,13 @@ class Evaluator:
                 ],
                 ["photo", "groups", "labels"],
             )
-            name = found.picture.name.rsplit("/", 1)[-1]
+            name = found.labelled.name.rsplit("/", 1)[-1]
             write_image(picture, folder / f"step-{step:08d}-{name}.jpg")
             drawn[name] = np.asarray(picture.convert("RGB"))
 
         with evaluation_mode(model):
             segmenter = Segmenter(model, self.processor)
-            MaskEvaluator(segmenter, chosen, MaskOptions(whole), on_picture=draw)(chosen.pictures)
+            MaskEvaluator(segmenter, chosen, MaskOptions(whole), on_image=draw)(chosen.images)
         return drawn
 
 

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 
 from ..distributed import sum_over_processes
 from ..modeling_pgseg import PGSegModel
-from ..run_records import config_fields, vocabulary_of
+from ..run_records import config_fields, differences, vocabulary_of
 from .arguments import Arguments
 from .building import (
     build_model,
@@ -32,7 +32,6 @@ from .building import (
     without_scalars,
 )
 from .checkpoints import load_checkpoint, prepare_output_dir, resolve_resume, save_checkpoint
-from .continuing import changes
 from .evaluating import Evaluator, best_metric
 from .finishing import model_card, publish, save_weights, upload
 from .gradient_cache import GradientCache, average_gradients
@@ -167,9 +166,9 @@ class Run:
         self.seconds_before = progress["seconds"]
         self.meter.bad.update(progress["bad_parts"])
         self.accelerator.print(f"Going on from {self.resume}, step {self.step}.")
-        for change in changes(progress.get("settings", {}), self.settings):
+        for change in differences(progress.get("settings", {}), self.settings):
             self.accelerator.print(f"From here on another setting: {change}.")
-        other = changes(progress.get("measured_with", {}), self.evaluator.measured_with)
+        other = differences(progress.get("measured_with", {}), self.evaluator.measured_with)
         if self.best and other:
             self.best, self.best_step = None, 0
             self.accelerator.print(f"The best weights until here do not count: {', '.join(other)}.")

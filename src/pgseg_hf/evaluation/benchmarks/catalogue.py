@@ -11,11 +11,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from ...data.mask_labels import IGNORE_INDEX
 from ...files import path_inside
 from ...text_files import read_json, read_text, split_lines
-from ..metrics.confusion import IGNORE_INDEX
-from .mask_dataset import MaskDataset, MaskFolder, picture_name, require_files
-from .reading import Picture
+from .mask_dataset import MaskDataset, MaskFolder, image_name, require_files
+from .reading import LabelledImage
 
 BACKGROUND = "background"
 _CLASS_NAMES = Path(__file__).parent / "class_names"
@@ -43,12 +43,12 @@ class Layout:
     nested: bool = False
     flat_masks: bool = False
 
-    def pictures(self, root: Path, split: str) -> list[Picture]:
+    def of_split(self, root: Path, split: str) -> list[LabelledImage]:
         """All images of a split, sorted or in the order of the list."""
         images, masks = root / self.images.format(split=split), root / self.masks.format(split=split)
         return [
-            Picture(
-                picture_name(f"{name}.png"),
+            LabelledImage(
+                image_name(f"{name}.png"),
                 images / f"{name}{self.image_suffix}",
                 masks / f"{Path(name).name if self.flat_masks else name}{self.mask_suffix}",
             )
@@ -143,11 +143,11 @@ class Benchmark:
                 f"{path} does not hold {self.title}: expected {' and '.join(wanted).format(split=where)} in "
                 f"{' or '.join(str(place) for place in places)}."
             )
-        dataset = self.over(self.layout.pictures(root, where), f"{self.name} {split}")
+        dataset = self.over(self.layout.of_split(root, where), f"{self.name} {split}")
         require_files(dataset, f" {self.preparation}" if self.preparation else "")
         return dataset
 
-    def over(self, pictures: Iterable[Picture], name: str, origin: str = "") -> MaskDataset:
+    def over(self, images: Iterable[LabelledImage], name: str, origin: str = "") -> MaskDataset:
         """Images from elsewhere, with this benchmark's labels and values; `origin` says from where."""
         labels, content = self.labels, read_class_names(self.class_names)
         other_names = {
@@ -158,10 +158,12 @@ class Benchmark:
         return MaskDataset(
             name=name,
             labels=labels,
-            pictures=list(pictures),
+            images=list(images),
             background=0 if self.has_background else None,
             ignore_index=self.ignore_index,
-            values=values | dict.fromkeys((0, IGNORE_INDEX), IGNORE_INDEX) if self.zero_is_unknown else None,
+            label_of_value=values | dict.fromkeys((0, IGNORE_INDEX), IGNORE_INDEX)
+            if self.zero_is_unknown
+            else None,
             rgb_weights=(1, 256, 0) if self.rgb_masks else None,
             origin=origin,
             **other_names,

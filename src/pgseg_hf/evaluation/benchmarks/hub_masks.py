@@ -5,12 +5,12 @@ from functools import partial
 from ...data.columns import Columns
 from ...data.tables import StreamedTable, TableSource, open_hub
 from ...images import ImageSource
-from .reading import Picture
+from .reading import LabelledImage
 
 
-def hub_pictures(
+def hub_images(
     path: str, split: str = "validation", image_column: str | None = None, mask_column: str = "mask"
-) -> tuple[list[Picture], str]:
+) -> tuple[list[LabelledImage], str]:
     """The rows of a data set of the Hub, of a local folder in its layout, or of one written by `save_to_disk`; images
     are read when they are asked for.
 
@@ -29,13 +29,13 @@ def hub_pictures(
     source = open_split(path, split, Columns(image=image_column, mask=mask_column))
     assert not isinstance(source, StreamedTable)
     digits = len(str(len(source)))
-    pictures = [
-        Picture(
+    images = [
+        LabelledImage(
             f"{row:0{digits}d}", partial(_cell, source, row, "image"), partial(_cell, source, row, "mask")
         )
         for row in range(len(source))
     ]
-    return pictures, source.fingerprint
+    return images, source.fingerprint
 
 
 def open_split(path: str, split: str, columns: Columns) -> TableSource | StreamedTable:

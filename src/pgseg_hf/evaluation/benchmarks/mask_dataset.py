@@ -10,15 +10,12 @@ from pathlib import Path
 
 import numpy as np
 
+from ...data.mask_labels import IGNORE_INDEX, check_mask_labels, find_mask_labels, read_mask_labels
 from ...data.metadata import find_metadata, read_metadata
 from ...files import path_inside
 from ...images import NoLabelMap, find_images, load_label_map
-from ...prompts import validate_labels
 from ...run_records import hash_of
-from ...text_files import read_json
-from ...values import is_whole
-from ..metrics.confusion import IGNORE_INDEX
-from .reading import BrokenPicture, Picture, file_digests
+from .reading import BrokenImage, LabelledImage, file_digests
 
 # Of the colours of masks: #rrggbb as a number.
 _COLOURS = (65536, 256, 1)
@@ -31,11 +28,11 @@ class MaskDataset:
     Args:
         name: of the data, for reports.
         labels: name of each value, 0 to N - 1; a background among them where there is one.
-        pictures: its images, all of them.
+        images: its images, all of them.
         background: the value that means background, None for none.
         ignore_index: value that does not count; None for none.
-        values: for each raw value of the files its label or `ignore_index`, no others occur; by default labels and
-            `ignore_index` are themselves.
+        label_of_value: for each raw value of the files its label or `ignore_index`, no others occur; by default labels
+            and `ignore_index` are themselves.
         rgb_weights: raw values are the weighted sums of the colours of masks, (1, 256, 0) in ImageNet-S; None for masks
             of one number a pixel.
         synonyms: other names of labels.
@@ -45,43 +42,43 @@ class MaskDataset:
 
     name: str
     labels: list[str]
-    pictures: list[Picture]
+    images: list[LabelledImage]
     background: int | None = None
     ignore_index: int | None = IGNORE_INDEX
-    values: Mapping[int, int] | None = None
+    label_of_value: Mapping[int, int] | None = None
     rgb_weights: tuple[int, int, int] | None = None
     synonyms: Mapping[str, Sequence[str]] = field(default_factory=dict)
     released: Mapping[str, str] = field(default_factory=dict)
     origin: str = ""
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.images)
 
     # What to do about values that no label has; nothing, where they are a benchmark's.
     _way_out = ""
 
-    def truth(self, picture: Picture) -> np.ndarray:
+    def truth(self, labelled: LabelledImage) -> np.ndarray:
         """The labels of an image's pixels, int64 [H, W].
 
         Raises:
-            BrokenPicture: the mask cannot be decoded.
+            BrokenImage: the mask cannot be decoded.
             ValueError: it has values that are no labels.
         """
         try:
-            source = picture.mask() if callable(picture.mask) else picture.mask
+            source = labelled.mask() if callable(labelled.mask) else labelled.mask
             raw = load_label_map(source, self.rgb_weights)
         except NoLabelMap as error:
-            raise ValueError(f"{picture.mask_place}: {error}{self._way_out}") from error
+            raise ValueError(f"{labelled.mask_place}: {error}{self._way_out}") from error
         except ValueError as error:
-            raise BrokenPicture(picture.name, f"{picture.mask_place}: {error}") from error
+            raise BrokenImage(labelled.name, f"{labelled.mask_place}: {error}") from error
         unknown = [] if self.ignore_index is None else [self.ignore_index]
-        table = self.values or {value: value for value in [*range(len(self.labels)), *unknown]}
+        table = self.label_of_value or {value: value for value in [*range(len(self.labels)), *unknown]}
         present = np.unique(raw).tolist()
         strange = [value for value in present if value not in table]
         if strange:
             shown = "#{:06x}".format if self.rgb_weights == _COLOURS else str
             raise ValueError(
-                f"{picture.mask_place} has the value {shown(strange[0])}, expected one of "
+                f"{labelled.mask_place} has the value {shown(strange[0])}, expected one of "
                 f"{', '.join(map(shown, table)) if self.rgb_weights == _COLOURS else _ranges(table)}: the values of "
                 f"{self.name} with its {len(self.labels)} labels. It holds {len(present)} values from "
                 f"{shown(present[0])} to {shown(present[-1])}.{self._way_out}"
@@ -101,27 +98,27 @@ class MaskDataset:
         if count < 1:
             raise ValueError(f"count is {count}, expected at least 1 image.")
         count = min(count, len(self))
-        return self.only(self.pictures[index * len(self) // count] for index in range(count))
+        return self.only(self.images[index * len(self) // count] for index in range(count))
 
     def part(self, rank: int, world_size: int) -> "MaskDataset":
         """The images of one process: number i belongs to rank i % world_size. There may be none."""
         if not 0 <= rank < world_size:
             raise ValueError(f"rank is {rank} of world_size {world_size}, expected 0 <= rank < world_size.")
-        return self.only(self.pictures[rank::world_size])
+        return self.only(self.images[rank::world_size])
 
-    def only(self, pictures: Iterable[Picture]) -> "MaskDataset":
+    def only(self, images: Iterable[LabelledImage]) -> "MaskDataset":
         """The same labels with some of the images."""
         other = copy.copy(self)
-        other.pictures = list(pictures)
+        other.images = list(images)
         return other
 
     def fingerprint(self) -> str:
         """Equal for the same images with the same meaning, wherever they lie: labels and other names, and of each
         image its name and the contents of its files, which are all read for it."""
         meaning = [self.labels, self.background, self.ignore_index, self.rgb_weights, self.origin]
-        tables = [sorted((self.values or {}).items()), sorted(self.synonyms.items())]
-        sources = [source for each in self.pictures for source in (each.image, each.mask)]
-        files = [[each.name for each in self.pictures], file_digests(sources)]
+        tables = [sorted((self.label_of_value or {}).items()), sorted(self.synonyms.items())]
+        sources = [source for each in self.images for source in (each.image, each.mask)]
+        files = [[each.name for each in self.images], file_digests(sources)]
         return hash_of([meaning, tables, sorted(self.released.items()), files])
 
 
@@ -171,8 +168,8 @@ class MaskFolder(MaskDataset):
             raise ValueError(f"{folder} is no folder; expected one with images and masks.")
         content = _read_labels(folder, mask_values)
         metadata = find_metadata(folder)
-        pictures = _pairs_of_metadata(metadata) if metadata else _pairs_of_names(folder)
-        super().__init__(name=folder.resolve().name, pictures=pictures, **content)
+        images = _pairs_of_metadata(metadata) if metadata else _pairs_of_names(folder)
+        super().__init__(name=folder.resolve().name, images=images, **content)
         if background is not None:
             if background not in self.labels:
                 raise ValueError(f"background {background!r} is none of the labels {', '.join(self.labels)}.")
@@ -186,12 +183,12 @@ def require_files(dataset: MaskDataset, hint: str = "") -> None:
     Raises:
         ValueError: there are no images, or some files are missing, naming the first.
     """
-    if not dataset.pictures:
+    if not dataset.images:
         raise ValueError(f"{dataset.name} has no images.{hint}")
-    name, count = Counter(picture.name for picture in dataset.pictures).most_common(1)[0]
+    name, count = Counter(each.name for each in dataset.images).most_common(1)[0]
     if count > 1:
         raise ValueError(f"{count} images of {dataset.name} have the name {name}, expected each once.")
-    files = [file for each in dataset.pictures for file in (each.image, each.mask)]
+    files = [file for each in dataset.images for file in (each.image, each.mask)]
     missing = [file for file in files if isinstance(file, Path) and not file.is_file()]
     if missing:
         raise ValueError(
@@ -213,7 +210,7 @@ def parse_mask_values(text: str) -> dict[str, str | None]:
 
 
 def _label_table(mask_values: Mapping[str, str | None], content: dict) -> dict:
-    """`values`, `rgb_weights` and `ignore_index` of a data set whose masks have these values.
+    """`label_of_value`, `rgb_weights` and `ignore_index` of a data set whose masks have these values.
 
     Raises:
         ValueError: values that are none, or of two kinds, or labels that are not among those of the content.
@@ -230,50 +227,31 @@ def _label_table(mask_values: Mapping[str, str | None], content: dict) -> dict:
             raise ValueError(f"mask_values has {label!r}, which is none of {', '.join(content['labels'])}.")
         number = int(str(value).removeprefix("#"), 16 if is_colour else 10)
         table[number] = unknown if label is None else content["labels"].index(label)
-    return {"values": table, "rgb_weights": _COLOURS if is_colour else None, "ignore_index": unknown}
+    return {"label_of_value": table, "rgb_weights": _COLOURS if is_colour else None, "ignore_index": unknown}
 
 
 def _read_labels(folder: Path, mask_values: Mapping[str, str | None] | None) -> dict:
-    """Labels, ignore_index, background, synonyms, and the meaning of the masks' values."""
-    places = [folder / "labels.json", folder.resolve().parent / "labels.json"]
-    path = next((place for place in places if place.is_file()), None)
-    if path is None and mask_values:
+    """Labels, background, synonyms, and the meaning of the masks' values."""
+    path = find_mask_labels([folder])
+    if path is not None:
+        content = read_mask_labels(path)
+    elif mask_values:
         names = dict.fromkeys(label for label in mask_values.values() if label is not None)
-        return _checked_labels({"labels": list(names)}, mask_values)
-    if path is None:
+        content = check_mask_labels({"labels": list(names)})
+    else:
         raise ValueError(
-            f'{places[0]} is missing, expected {{"labels": [...]}} there or in the folder above, or mask_values.'
+            f'{folder} has no labels.json, expected {{"labels": [...]}} there or in the folder above, or mask_values.'
         )
+    own_values = content.pop("mask_values")
+    mask_values = mask_values or own_values
     try:
-        return _checked_labels(read_json(path), mask_values)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f'{path}, expected {{"labels": [...], ...}}: {error}') from error
+        return content | (_label_table(mask_values, content) if mask_values else {})
+    except (AttributeError, ValueError) as error:
+        raise ValueError(f"{path or folder}: {error}") from error
 
 
-def _checked_labels(content: dict, mask_values: Mapping[str, str | None] | None) -> dict:
-    labels = validate_labels(content["labels"])
-    found = {"labels": labels, "ignore_index": content.get("ignore_index", IGNORE_INDEX)}
-    found |= {"background": content.get("background"), "synonyms": content.get("synonyms", {})}
-    values = range(len(labels))
-    for name in ("ignore_index", "background"):
-        value = found[name]
-        if value is not None and (not is_whole(value) or (value in values) != (name == "background")):
-            expected = (
-                f"a label's number, 0 to {len(labels) - 1}" if name == "background" else "no label's number"
-            )
-            raise ValueError(f"{name} is {value!r}, expected {expected}, or null")
-    for label, words in found["synonyms"].items():
-        if label not in labels:
-            raise ValueError(f"synonyms are for {label!r}, which is none of the labels")
-        if not isinstance(words, list):
-            raise ValueError(f"synonyms of {label!r} are {words!r}, expected a list of words")
-    validate_labels([*labels, *(word for words in found["synonyms"].values() for word in words)])
-    mask_values = mask_values or content.get("mask_values")
-    return found | (_label_table(mask_values, found) if mask_values else {})
-
-
-def _pairs_of_metadata(path: Path) -> list[Picture]:
-    pictures = []
+def _pairs_of_metadata(path: Path) -> list[LabelledImage]:
+    images = []
     rows = read_metadata(path)
     for index in range(len(rows)):
         try:
@@ -282,11 +260,11 @@ def _pairs_of_metadata(path: Path) -> list[Picture]:
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             place = rows.place(index)
             raise ValueError(f"{place} has no file_name and mask_file_name: {error!r}.") from error
-        pictures.append(Picture(picture_name(row["file_name"]), image, mask))
-    return pictures
+        images.append(LabelledImage(image_name(row["file_name"]), image, mask))
+    return images
 
 
-def _pairs_of_names(folder: Path) -> list[Picture]:
+def _pairs_of_names(folder: Path) -> list[LabelledImage]:
     images, masks = folder / "images", folder / "masks"
     if not images.is_dir() or not masks.is_dir():
         raise ValueError(
@@ -297,14 +275,14 @@ def _pairs_of_names(folder: Path) -> list[Picture]:
         other = by_name.setdefault(mask.relative_to(masks).with_suffix(""), mask)
         if other != mask:
             raise ValueError(f"{other} and {mask} are masks of one image, expected one.")
-    pictures = []
+    found = []
     for image in find_images(images):
         name = image.relative_to(images).with_suffix("")
         mask = by_name.get(name, masks / name.with_suffix(".png"))
-        pictures.append(Picture(picture_name(str(image.relative_to(images))), image, mask))
-    return pictures
+        found.append(LabelledImage(image_name(str(image.relative_to(images))), image, mask))
+    return found
 
 
-def picture_name(path: str) -> str:
+def image_name(path: str) -> str:
     """A name for result files that stays inside their folder: `a/b.jpg` gives `a/b`."""
     return "/".join(part for part in Path(path).with_suffix("").parts if part not in ("/", "..", "."))

@@ -22,7 +22,7 @@ Source = ImageSource | Callable[[], ImageSource]
 """A file, its bytes or an image; or a function that gives one, for images that lie in tables."""
 
 
-class BrokenPicture(ValueError):
+class BrokenImage(ValueError):
     """An image or mask that cannot be decoded, such as a truncated file; `name` is the image's."""
 
     def __init__(self, name: str, message: str):
@@ -31,7 +31,7 @@ class BrokenPicture(ValueError):
 
 
 @dataclass(frozen=True)
-class Picture:
+class LabelledImage:
     """An image with its mask or its class, not read yet.
 
     Args:
@@ -60,16 +60,16 @@ class Picture:
         """The image, RGB.
 
         Raises:
-            BrokenPicture: it cannot be decoded.
+            BrokenImage: it cannot be decoded.
         """
         try:
             return load_image(self.image() if callable(self.image) else self.image)
         except ValueError as error:
-            raise BrokenPicture(self.name, f"{self.image_place}: {error}") from error
+            raise BrokenImage(self.name, f"{self.image_place}: {error}") from error
 
 
 def read_batches(
-    pictures: Iterable[Any],
+    images: Iterable[Any],
     read: Callable[[Any], Any],
     scores: ImageSums,
     batch_size: int,
@@ -79,27 +79,27 @@ def read_batches(
     """What `read` gives for images, in batches, of which the next is read in threads while one is worked on.
 
     Args:
-        pictures: to read.
+        images: to read.
         read: gets each of them.
         scores: where those are named that are broken and left out.
         batch_size: images of a batch, with the broken ones.
         readers: threads.
-        skip_broken: leave out what `read` raises a [`BrokenPicture`] for.
+        skip_broken: leave out what `read` raises a [`BrokenImage`] for.
 
     Raises:
-        BrokenPicture: unless they are left out.
+        BrokenImage: unless they are left out.
     """
-    pictures = iter(pictures)
+    images = iter(images)
     with ThreadPoolExecutor(readers) as pool:
         try:
-            coming = [pool.submit(read, each) for each in islice(pictures, batch_size)]
+            coming = [pool.submit(read, each) for each in islice(images, batch_size)]
             while coming:
-                now, coming = coming, [pool.submit(read, each) for each in islice(pictures, batch_size)]
+                now, coming = coming, [pool.submit(read, each) for each in islice(images, batch_size)]
                 batch = []
                 for future in now:
                     try:
                         batch.append(future.result())
-                    except BrokenPicture as error:
+                    except BrokenImage as error:
                         if not skip_broken:
                             raise
                         logger.warning(f"left out: {error}")

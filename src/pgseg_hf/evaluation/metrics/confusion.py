@@ -5,10 +5,8 @@ from typing import Literal
 
 import numpy as np
 
+from ...data.mask_labels import IGNORE_INDEX as IGNORE_INDEX
 from .sums import Sums
-
-IGNORE_INDEX = 255
-"""Value of mask pixels that do not count, the field's habit."""
 
 AbsentRule = Literal["skip", "zero"]
 

@@ -56,13 +56,13 @@ class ImageSums(Sums):
     """Base class of what a run over a data set counts.
 
     Args:
-        pictures: how many images were counted.
+        images: how many images were counted.
         broken: names of images that were left out, with the reason.
         seconds: wall time of this process, summed over calls that were continued.
         reused: how many of the images an earlier run had counted.
     """
 
-    pictures: int = 0
+    images: int = 0
     broken: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
     reused: int = 0
@@ -77,7 +77,7 @@ class ImageSums(Sums):
         if distributed.world_size() > 1:
             told: list[Any] = [None] * distributed.world_size()
             dist.all_gather_object(told, self._told())
-            self.pictures = self.reused = 0
+            self.images = self.reused = 0
             self.broken, self.seconds = {}, 0.0
             for each in told:
                 self._add_told(each)
@@ -104,14 +104,14 @@ class ImageSums(Sums):
                 self.add_arrays({name: arrays[name] for name in self.arrays()})
         except (ValueError, TypeError, KeyError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise ValueError(f"{path} cannot be read: {error}") from error
-        self._add_told({**told, "reused": told["pictures"]})
+        self._add_told({**told, "reused": told["images"]})
 
     def _told(self) -> dict[str, Any]:
-        names = ("pictures", "broken", "seconds", "reused")
+        names = ("images", "broken", "seconds", "reused")
         return {name: getattr(self, name) for name in names}
 
     def _add_told(self, told: Mapping[str, Any]) -> None:
-        self.pictures += told["pictures"]
+        self.images += told["images"]
         self.broken |= told["broken"]
         self.seconds += told["seconds"]
         self.reused += told["reused"]

@@ -8,12 +8,12 @@ import numpy as np
 from PIL import Image
 
 from ...data.augmentation import Augmentation, AugmentationOptions, Crop
+from ...data.mask_labels import IGNORE_INDEX
 from ...data.records import Record, UnusableRecord
 from ...images import ImageSource, load_image, load_label_map
 from ...prompts import build_prompts
 from .texts import TextOptions, choose_texts, load_noun_model
 
-IGNORED = 255
 CROP_TRIES = 5
 
 
@@ -59,8 +59,8 @@ class Preparation:
         crop_tag_share: float = 0.02,
         patch_stride: int = 1,
     ):
-        if mask_labels is not None and len(mask_labels) > IGNORED:
-            raise ValueError(f"mask_labels has {len(mask_labels)} names, expected {IGNORED} at most.")
+        if mask_labels is not None and len(mask_labels) > IGNORE_INDEX:
+            raise ValueError(f"mask_labels has {len(mask_labels)} names, expected {IGNORE_INDEX} at most.")
         if not 0 <= crop_tag_share < 1:
             raise ValueError(f"crop_tag_share is {crop_tag_share}, expected a share of a crop below 1.")
         if patch_stride < 1:
@@ -136,12 +136,12 @@ class Preparation:
     def _tags(self, labels_SS: np.ndarray) -> list[str]:
         """The names of the labels that cover enough of a crop."""
         names = cast(list[str], self.mask_labels)
-        counts = np.bincount(labels_SS.ravel(), minlength=IGNORED + 1)[:IGNORED]
+        counts = np.bincount(labels_SS.ravel(), minlength=IGNORE_INDEX + 1)[:IGNORE_INDEX]
         if counts[len(names) :].any():
             value = len(names) + int(counts[len(names) :].argmax())
             raise ValueError(
-                f"its mask has the value {value}, and mask_labels names {len(names)} values; {IGNORED} is for pixels "
-                "without a label."
+                f"its mask has the value {value}, and mask_labels names {len(names)} values; {IGNORE_INDEX} is for "
+                "pixels without a label."
             )
         shown = counts[: len(names)] > self.crop_tag_share * labels_SS.size
         return [name for name, is_shown in zip(names, shown) if is_shown and name]
@@ -160,8 +160,8 @@ def _every_so_many(features: np.ndarray, stride: int, rng: np.random.Generator) 
 def _load_mask(source: ImageSource) -> Image.Image:
     """A label map as a PIL image of mode L."""
     values = load_label_map(source)
-    if values.min() < 0 or values.max() > IGNORED:
+    if values.min() < 0 or values.max() > IGNORE_INDEX:
         raise ValueError(
-            f"its mask has values from {values.min()} to {values.max()}, expected 0 to {IGNORED}."
+            f"its mask has values from {values.min()} to {values.max()}, expected 0 to {IGNORE_INDEX}."
         )
     return Image.fromarray(values.astype(np.uint8))

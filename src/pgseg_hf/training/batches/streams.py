@@ -15,7 +15,8 @@ from transformers.utils import logging
 
 from ...data.records import Record, UnusableRecord
 from ...data.sources import MapSource, Source, StreamSource
-from ..continuing import changes, contents_of
+from ...run_records import differences
+from ..continuing import contents_of
 from .mixing import Draw, Mixture, seeded
 from .reading import State, read_in_blocks
 
@@ -233,7 +234,7 @@ class TrainingStream:
             )
         except (KeyError, TypeError) as error:
             raise ValueError(f"This is no state of a training stream: {error} is missing.") from error
-        if different := changes(made_with, self._made_with):
+        if different := differences(made_with, self._made_with):
             why = (
                 "streaming sources go on only as they were divided"
                 if self._streaming

@@ -160,7 +160,7 @@ def find_masks(args: argparse.Namespace, held_out: Sequence[Record]) -> MaskData
             logger.warning(f"mIoU is left out: {error}")
         return None
     names = {normpath(args.photos / photo.name) for photo in held_out}
-    found = [each for each in folder.pictures if normpath(str(each.image)) in names]
+    found = [each for each in folder.images if normpath(str(each.image)) in names]
     return folder.only(found) if found else None
 
 

@@ -18,7 +18,7 @@ from ...data.photos import LabelledPhotos, read_photos, row_of
 from ...data.records import Record
 from ...files import write_json, write_text
 from ...processing_pgseg import PGSegProcessor
-from ...run_records import differences, read_record
+from ...run_records import is_same_run
 from ...text_files import read_json
 from ..arguments import Arguments, DataArguments, ModelArguments, RunArguments
 from ..batches.feature_cache import CachedSource
@@ -197,20 +197,16 @@ def _is_known(record: dict[str, Any], output: Path, overwrite: bool) -> bool:
     Raises:
         ValueError: it has another run.
     """
-    known = read_record(output / RECORD_NAME)
+    way_out = "Choose another --output, or pass --overwrite."
+    is_same = is_same_run(output / RECORD_NAME, record, way_out, overwrite)
     is_finished = (output / JSON_NAME).is_file()
-    different = [] if known is None else differences(known, record)
-    if different and not overwrite:
-        raise ValueError(
-            f"{output} holds a run with {'; '.join(different)}. Choose another --output, or pass --overwrite."
-        )
-    if overwrite and (different or is_finished or known is None):
+    if overwrite and (not is_same or is_finished):
         _clean_up(output)
         shutil.rmtree(output / PICTURES_NAME, ignore_errors=True)
         for name in (*RUN_FILES, JSON_NAME, REPORT_NAME, RECORD_NAME):
             (output / name).unlink(missing_ok=True)
         return False
-    return known is not None and is_finished
+    return bool(is_same) and is_finished
 
 
 def _clean_up(output: Path) -> None:

@@ -1,0 +1,64 @@
+"""`labels.json`: what the values of masks mean."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from ..prompts import validate_labels
+from ..text_files import read_json
+from ..values import is_whole
+
+IGNORE_INDEX = 255
+"""The value of masks that by default stands for no label."""
+
+_NAME = "labels.json"
+
+
+def find_mask_labels(folders: Iterable[Path]) -> Path | None:
+    """The first `labels.json` that is in one of the folders or in the folder above it."""
+    places = [place / _NAME for folder in folders for place in (folder, folder.absolute().parent)]
+    return next(filter(Path.is_file, places), None)
+
+
+def read_mask_labels(path: Path) -> dict[str, Any]:
+    """What a `labels.json` says, see [`check_mask_labels`].
+
+    Raises:
+        ValueError: it cannot be read, or makes no sense.
+    """
+    try:
+        return check_mask_labels(read_json(path))
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f'{path}, expected {{"labels": [...], ...}}: {error}') from error
+
+
+def check_mask_labels(content: dict[str, Any]) -> dict[str, Any]:
+    """`labels`, in the order of the masks' values, and, with their defaults, `ignore_index` (255, or None),
+    `background` (None), `synonyms` (lists by label, {}) and `mask_values` (None).
+
+    Raises:
+        KeyError, TypeError, AttributeError, ValueError: something is missing, or not what it has to be.
+    """
+    labels = validate_labels(content["labels"])
+    defaults: dict[str, Any] = {
+        "ignore_index": IGNORE_INDEX,
+        "background": None,
+        "synonyms": {},
+        "mask_values": None,
+    }
+    found: dict[str, Any] = {
+        "labels": labels,
+        **{name: content.get(name, value) for name, value in defaults.items()},
+    }
+    for name in ("ignore_index", "background"):
+        value, is_label = found[name], name == "background"
+        if value is not None and (not is_whole(value) or (value in range(len(labels))) != is_label):
+            expected = f"a label's number, 0 to {len(labels) - 1}" if is_label else "no label's number"
+            raise ValueError(f"{name} is {value!r}, expected {expected}, or null")
+    for label, words in found["synonyms"].items():
+        if label not in labels:
+            raise ValueError(f"synonyms are for {label!r}, which is none of the labels")
+        if not isinstance(words, list):
+            raise ValueError(f"synonyms of {label!r} are {words!r}, expected a list of words")
+    validate_labels([*labels, *(word for words in found["synonyms"].values() for word in words)])
+    return found
