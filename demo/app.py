@@ -83,7 +83,7 @@ def build_app(settings: Settings) -> gr.Blocks:
     catalogue.load(catalogue.default)
     keep = settings.keep_seconds
     with Page(
-        web_files=settings.web_pictures,
+        web_files=settings.web_images,
         title="PGSeg: segment by words",
         analytics_enabled=False,
         delete_cache=(max(1, keep // 10), keep),

@@ -35,7 +35,7 @@ class Settings:
         concurrency: requests that are worked on at once; the others wait.
         keep_seconds: how long images and results of a visitor stay on the server.
         max_seconds: that the model has for one request; what takes longer is given up.
-        web_pictures: whether a program may name an image by a web address, which the server then fetches.
+        web_images: whether a program may name an image by a web address, which the server then fetches.
         max_pixels: of an image.
         max_file_size: of an upload, as Gradio takes it.
         max_model_bytes: of a model of the Hub that a visitor names.
@@ -49,7 +49,7 @@ class Settings:
     concurrency: int = 2
     keep_seconds: int = 900
     max_seconds: int = 60
-    web_pictures: bool = False
+    web_images: bool = False
     max_pixels: int = 16_000_000
     max_file_size: str = "20mb"
     max_model_bytes: int = 2 * 10**9
@@ -65,7 +65,7 @@ _HELP = {
     "concurrency": "requests that are worked on at once",
     "keep_seconds": "how long a visitor's images and results stay on the server",
     "max_seconds": "that the model has for one request; what takes longer is given up",
-    "web_pictures": "programs may name an image by a public web address, which the server fetches, of whatever size",
+    "web_images": "programs may name an image by a public web address, which the server fetches, of whatever size",
 }
 
 

@@ -183,7 +183,7 @@ def write_benchmark(name: str, root: Path, split: str = "val") -> Miniature:
         raw, truth = (quarters(np.roll(each, number), size) for each in (layout.raw, layout.labels))
         if number == 0 and layout.border is not None:
             raw[0], truth[0] = layout.border, layout.ignored
-        write_picture(image, size, seed=number)
+        write_noise(image, size, seed=number)
         write_mask(mask, raw, layout.encoding)
         truths.append(truth)
     listing = None
@@ -192,11 +192,11 @@ def write_benchmark(name: str, root: Path, split: str = "val") -> Miniature:
         listing.parent.mkdir(parents=True, exist_ok=True)
         listing.write_text("\n".join(layout.listed) + "\n")
         # A image of another split, in the same folder.
-        write_picture(images[0].with_name("unlisted.jpg"), SIZES[0])
+        write_noise(images[0].with_name("unlisted.jpg"), SIZES[0])
     return Miniature(list(layout.names), images, masks, truths, listing)
 
 
-def write_picture(path: Path, size: tuple[int, int], seed: int = 0) -> None:
+def write_noise(path: Path, size: tuple[int, int], seed: int = 0) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     make_photo(size[1], size[0], seed).save(path)
 

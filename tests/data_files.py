@@ -28,7 +28,7 @@ def image_bytes(number: int) -> bytes:
 
 
 def write_folder(folder: Path, rows: list[dict], kind: str = "jsonl") -> str:
-    """Pictures 0, 1, 2, ... under the rows' `file_name` where these have one, and the rows as metadata."""
+    """Images 0, 1, 2, ... under the rows' `file_name` where these have one, and the rows as metadata."""
     folder.mkdir(parents=True, exist_ok=True)
     for number, row in enumerate(rows):
         path = folder / str(row.get("file_name", "")).lstrip("/")
@@ -95,7 +95,7 @@ def open_path(path, **fields):
 
 
 def number_of(record):
-    """Of a picture made by `data_files.image_bytes`."""
+    """Of an image made by `data_files.image_bytes`."""
     return load_image(record.image).getpixel((0, 0))[0]
 
 

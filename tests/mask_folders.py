@@ -16,7 +16,7 @@ QUADRANTS = np.kron(np.array([[0, 1], [2, 2]]), np.ones((4, 4), int))
 
 
 def make_folder(folder, masks, labels=None, metadata=True):
-    """Pictures with these masks, of their sizes."""
+    """Images with these masks, of their sizes."""
     rows = []
     for kind in ("images", "masks"):
         (folder / kind).mkdir(parents=True)

@@ -56,8 +56,8 @@ def test_places_that_cannot_be_written(tmp_path):
         pass
 
 
-@pytest.mark.parametrize("name", ["picture", "picture.txt", "picture.pdfx"])
-def test_endings_that_are_no_picture(tmp_path, name):
+@pytest.mark.parametrize("name", ["image", "image.txt", "image.pdfx"])
+def test_endings_that_are_no_image(tmp_path, name):
     with pytest.raises(ValueError, match="ending"):
         write_image(Image.new("RGB", (2, 2)), tmp_path / name)
     assert os.listdir(tmp_path) == []

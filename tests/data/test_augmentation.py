@@ -1,4 +1,4 @@
-"""Random crops: always inside the picture and within their limits, drawn evenly, and the same for picture and mask."""
+"""Random crops: always inside the image and within their limits, drawn evenly, and the same for image and mask."""
 
 import math
 import pickle
@@ -65,7 +65,7 @@ def test_where_no_box_fits_the_largest_centred_one_is_taken(size, box):
 
 def test_scale_and_shape_are_drawn_evenly():
     rng = np.random.default_rng(0)
-    # Small enough to fit always, on so large a picture that rounding does not count.
+    # Small enough to fit always, on so large an image that rounding does not count.
     boxes = np.array([random_resized_box((4000, 4000), (0.1, 0.5), (0.5, 2), rng) for _ in range(4000)])
     width, height = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
     draws = {
@@ -98,7 +98,7 @@ def test_sides_of_square_boxes_are_drawn_evenly_in_pixels_of_the_scaled_photo():
 
 
 @given(SEEDS, SIDES, SIDES, st.booleans())
-def test_any_picture_gives_finite_pixels_of_the_size_asked_for(seed, width, height, squares):
+def test_any_image_gives_finite_pixels_of_the_size_asked_for(seed, width, height, squares):
     assume(width * height < 200_000)
     options = {"crop_sides": (24, 96)} if squares else {}
     image, mask = Image.new("RGB", (width, height), "red"), Image.new("L", (width, height), 7)
@@ -110,7 +110,7 @@ def test_any_picture_gives_finite_pixels_of_the_size_asked_for(seed, width, heig
 
 
 @given(SEEDS, st.booleans(), st.sampled_from([0.0, 1.0]))
-def test_picture_and_mask_get_the_same_crop(seed, squares, flip):
+def test_image_and_mask_get_the_same_crop(seed, squares, flip):
     labels = np.random.default_rng(seed).integers(0, 200, (40, 50)).astype(np.uint8)
     image = Image.fromarray(np.stack([labels, labels + 1, labels + 2], axis=2))
     options = {"crop_sides": (24, 96)} if squares else {}
@@ -134,7 +134,7 @@ def test_the_whole_of_a_photo_is_what_the_image_processor_gives():
     assert np.allclose(pixels, expected, atol=1e-5)
 
 
-def test_pixels_do_not_change_the_picture_and_repeat_with_the_generator():
+def test_pixels_do_not_change_the_image_and_repeat_with_the_generator():
     photo = make_photo()
     before = photo.tobytes()
     options = {"image_size": 24, "color_jitter": 0.4, "grayscale": 0.5, "blur": 0.5, "erasing": 0.5}
@@ -156,16 +156,16 @@ def test_grayscale_takes_all_colour_and_keeps_the_brightness():
 
 
 @given(SEEDS)
-def test_color_jitter_of_a_grey_picture_changes_its_brightness_only(seed):
+def test_color_jitter_of_a_grey_image_changes_its_brightness_only(seed):
     pixels, _ = augment(Image.new("RGB", (8, 8), (100, 100, 100)), seed, color_jitter=0.4, **RAW)
     assert np.allclose(pixels, pixels[0, 0, 0], atol=1e-3)
     assert 60 - 1e-3 <= pixels[0, 0, 0] <= 140 + 1e-3
 
 
 def test_color_jitter_varies_contrast_and_saturation_and_stays_within_the_range():
-    picture = Image.fromarray(np.array([[[250, 30, 30], [20, 60, 200]]] * 2, dtype=np.uint8))
+    image = Image.fromarray(np.array([[[250, 30, 30], [20, 60, 200]]] * 2, dtype=np.uint8))
     options = {"interpolation": "nearest", "color_jitter": 1.0, "min_ratio": 1, "max_ratio": 1}
-    results = np.array([augment(picture, seed, **RAW, **WHOLE, **options)[0] for seed in range(200)])
+    results = np.array([augment(image, seed, **RAW, **WHOLE, **options)[0] for seed in range(200)])
     assert results.min() == 0 and results.max() == 255
     spread = results.max(axis=1) - results.min(axis=1)  # of the channels
     assert np.quantile(spread, 0.05) < 40 and np.quantile(spread, 0.95) > 200

@@ -32,8 +32,8 @@ def as_arrays(record):
 
 
 def is_same(one, other):
-    pictures = all(np.array_equal(*pair) for pair in zip(as_arrays(one), as_arrays(other)))
-    return pictures and (one.captions, one.tags) == (other.captions, other.tags)
+    images = all(np.array_equal(*pair) for pair in zip(as_arrays(one), as_arrays(other)))
+    return images and (one.captions, one.tags) == (other.captions, other.tags)
 
 
 def test_a_scene_is_the_same_for_its_seed_and_index():
@@ -198,12 +198,12 @@ def test_splits_draw_novel_combinations_or_not(split, novel):
 
 
 def test_no_scene_is_in_two_splits():
-    pictures = [
+    images = [
         record.image.tobytes()
         for split in SPLITS
         for record in SceneSource(SceneOptions(split=split, length=60, size=32))
     ]
-    assert len(set(pictures)) == len(pictures) == 60 * len(SPLITS)
+    assert len(set(images)) == len(images) == 60 * len(SPLITS)
 
 
 # Descriptions

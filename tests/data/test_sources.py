@@ -117,7 +117,7 @@ def test_file_names_must_stay_in_the_folder(tmp_path, name, column):
     assert number_of(source[1]) == 1
 
 
-def test_a_row_without_picture_is_left_out(tmp_path):
+def test_a_row_without_image_is_left_out(tmp_path):
     rows = [{"file_name": name, "caption": "x"} for name in ("0.png", None, "")]
     source = open_path(write_folder(tmp_path, rows))
     for index in (1, 2):
@@ -239,7 +239,7 @@ def test_a_broken_file_of_a_streamed_data_set_is_told(tmp_path):
     assert records_of(source) == [*numbered(0, 3), "broken shard", *numbered(6, 3)]
 
 
-def test_pictures_of_a_streamed_repository_are_fetched(tmp_path, monkeypatch):
+def test_images_of_a_streamed_repository_are_fetched(tmp_path, monkeypatch):
     class FakeHub(MemoryFileSystem):
         protocol = "hf"
         store = {}

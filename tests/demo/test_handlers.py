@@ -310,7 +310,7 @@ def test_no_web_address_of_a_request_is_fetched(monkeypatch):
         values[place] = {"path": path, "meta": {"_type": "gradio.FileData"}}
         asyncio.run(app.preprocess_data(function, values, None))
 
-    closed, open_one = build_app(Settings()), build_app(Settings(web_pictures=True))
+    closed, open_one = build_app(Settings()), build_app(Settings(web_images=True))
     for place in (0, 1):
         for path, message in (("https://example.com/a.jpg", "web address"), ("a\0b", "not on the server")):
             with pytest.raises(gr.Error, match=message):

@@ -210,10 +210,10 @@ class TestSettings:
         assert settings.models == ("a/b", "/models") and settings.mcp and not settings.any_hub_model
         assert settings.concurrency == 3
         assert read_settings(["--models", "c/d", "--no-mcp"]).models == ("c/d",)
-        assert settings.max_seconds == 60 and not settings.web_pictures
-        monkeypatch.setenv("PGSEG_DEMO_WEB_PICTURES", "yes")
+        assert settings.max_seconds == 60 and not settings.web_images
+        monkeypatch.setenv("PGSEG_DEMO_WEB_IMAGES", "yes")
         monkeypatch.setenv("PGSEG_DEMO_MAX_SECONDS", "5")
-        assert read_settings([]).max_seconds == 5 and read_settings([]).web_pictures
+        assert read_settings([]).max_seconds == 5 and read_settings([]).web_images
 
     def test_no_requests_at_once_make_no_sense(self):
         with pytest.raises(SystemExit):

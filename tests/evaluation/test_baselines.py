@@ -80,7 +80,7 @@ def test_the_best_label_is_the_one_of_largest_mean_iou(pixels):
 
 
 def write_training_folder(folder, rows):
-    """Pictures of 60 x 60 pixels with these tags or masks."""
+    """Images of 60 x 60 pixels with these tags or masks."""
     folder.mkdir()
     lines = []
     for number, row in enumerate(rows):
@@ -94,7 +94,7 @@ def write_training_folder(folder, rows):
     return str(folder)
 
 
-def test_prior_of_whole_pictures_is_the_most_frequent_tag(tmp_path):
+def test_prior_of_whole_images_is_the_most_frequent_tag(tmp_path):
     rows = [{"tags": ["road"]}, {"tags": ["tree", "road"]}, {"tags": ["tree", "road", "moon"]}]
     path = write_training_folder(tmp_path / "a", rows)
     for labels, expected in ((["sky", "road", "tree"], 1), (["tree", "sky"], 0)):

@@ -24,7 +24,7 @@ from pgseg_hf.evaluation.classification import (
 from pgseg_hf.prompts import IMAGENET_TEMPLATES
 
 
-def test_zero_shot_accuracy_against_one_picture_at_a_time(tiny_segmenter):
+def test_zero_shot_accuracy_against_one_image_at_a_time(tiny_segmenter):
     model, processor = tiny_segmenter.model, tiny_segmenter.processor
     labels = ["cat", "dog", "grass", "sky", "road", "tree", "car"]
     rng = np.random.default_rng(0)
@@ -212,7 +212,7 @@ class TestClassifier:
         )
         assert not torch.allclose(first, second)
 
-    def test_broken_pictures(self, tiny_segmenter, tmp_path):
+    def test_broken_images(self, tiny_segmenter, tmp_path):
         whole = self.images()
         (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8 broken")
         file = io.BytesIO()

@@ -196,7 +196,7 @@ def test_analysis_and_baselines(evaluate, tmp_path, data, monkeypatch):
     assert "position prior of the training tags" not in other["rows"]
 
 
-def test_a_part_of_the_pictures_in_another_type(evaluate):
+def test_a_part_of_the_images_in_another_type(evaluate):
     code, content = evaluate("--limit", 2, "--dtype", "bfloat16", "--refinement", "pamr", "--batch_size=3")
     assert code == 0 and content["images"] == 2
     assert content["settings"]["dtype"] == "bfloat16"
@@ -244,7 +244,7 @@ def test_data_that_are_not_there(evaluate, tmp_path, capsys, monkeypatch):
     assert error.value.code == 2 and "no_such" in capsys.readouterr().err
 
 
-def test_broken_pictures(evaluate, data, tmp_path, capsys):
+def test_broken_images(evaluate, data, tmp_path, capsys):
     path = data / "images" / "001.jpg"
     path.write_bytes(path.read_bytes()[:200])
     assert evaluate()[0] == 2

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from benchmark_layouts import quarters, write_benchmark, write_mask, write_picture
+from benchmark_layouts import quarters, write_benchmark, write_mask, write_noise
 from mask_folders import LABELS, QUADRANTS, KnownGroups, make_folder, one_hot
 from PIL import Image
 
@@ -139,7 +139,7 @@ def test_synonyms_of_a_benchmark_with_a_model(tiny_segmenter, tmp_path, rule):
     miniature = write_benchmark("cityscapes", tmp_path)
     dataset = open_benchmark("cityscapes", tmp_path)
     for number, image in enumerate(miniature.images):
-        write_picture(image, (80, 96), seed=number)
+        write_noise(image, (80, 96), seed=number)
         write_mask(miniature.masks[number], np.full((80, 96), number))
     options = SegmentationOptions(top_k=60, window_size=16, window_stride=16)
     names, owners = [], []
@@ -167,7 +167,7 @@ def test_thresholds_in_one_pass_are_those_of_runs_of_their_own(tiny_segmenter, t
     dataset = open_benchmark("voc", tmp_path)
     rng = np.random.default_rng(0)
     for number, (image, mask) in enumerate(zip(miniature.images, miniature.masks)):
-        write_picture(image, (80, 96), seed=number)
+        write_noise(image, (80, 96), seed=number)
         write_mask(mask, rng.integers(0, 21, (80, 96)), "palette")
     options = SegmentationOptions(background_threshold=0.02)
     thresholds = (0.0, 0.02, 0.05, 0.1, 1.0)

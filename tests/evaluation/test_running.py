@@ -160,7 +160,7 @@ def test_parts_without_a_record_are_left_alone(tmp_path, folder, content):
     assert sorted((tmp_path / "out" / "parts").iterdir()) == before
 
 
-def test_broken_pictures_are_named_by_parts_too(tmp_path, folder):
+def test_broken_images_are_named_by_parts_too(tmp_path, folder):
     path, strict = folder.images[2].image, replace(OPTIONS, skip_broken=False)
     path.write_bytes(path.read_bytes()[:300])
     with pytest.raises(ValueError, match=r"002.jpg"):
@@ -180,7 +180,7 @@ def test_broken_pictures_are_named_by_parts_too(tmp_path, folder):
 
 
 @pytest.mark.parametrize("background", [None, 0, 2])
-def test_predictions_and_pictures(tmp_path, background):
+def test_predictions_and_images(tmp_path, background):
     labels = {**LABELS, "background": background}
     folder = MaskFolder(make_folder(tmp_path / "data", masks_of(5), labels))
     output = prepared(tmp_path / "out")
@@ -212,7 +212,7 @@ def test_files_that_are_missing_are_made_later(tmp_path, folder):
 
 
 @pytest.mark.parametrize("background", [None, 0, 1])
-def test_what_is_drawn_beside_a_picture(folder, background):
+def test_what_is_drawn_beside_a_image(folder, background):
     folder.background = background
     image = Image.new("RGB", (40, 30), (90, 120, 150))
 

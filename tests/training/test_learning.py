@@ -18,9 +18,9 @@ GROUNDS = {"grey": (128, 128, 128), "white": (235, 235, 235), "black": (20, 20, 
 
 
 def sixteen_pairs():
-    """Pictures [16, 3, S, S] of a coloured square on a coloured ground, their captions, and where the squares are."""
+    """Images [16, 3, S, S] of a coloured square on a coloured ground, their captions, and where the squares are."""
     rng = np.random.default_rng(0)
-    pictures, captions, masks = [], [], []
+    images, captions, masks = [], [], []
     for square, ground in itertools.product(SQUARES, GROUNDS):
         mask = np.zeros((SIDE, SIDE), bool)
         top, left = rng.integers(2, 15, 2)
@@ -28,10 +28,10 @@ def sixteen_pairs():
         pixels = np.where(mask[..., None], SQUARES[square], GROUNDS[ground]) + rng.normal(
             0, 8, (SIDE, SIDE, 3)
         )
-        pictures.append(torch.from_numpy(pixels / 127.5 - 1).permute(2, 0, 1).float())
+        images.append(torch.from_numpy(pixels / 127.5 - 1).permute(2, 0, 1).float())
         captions.append(f"a {square} square on {ground}")
         masks.append(mask)
-    return torch.stack(pictures), captions, masks
+    return torch.stack(images), captions, masks
 
 
 def iou_of_groups(model, outputs, masks):

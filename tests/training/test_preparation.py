@@ -97,8 +97,8 @@ def test_without_names_for_its_values_a_mask_is_not_looked_at():
 @given(SEEDS)
 def test_tags_are_those_of_the_very_crop(seed):
     labels = np.repeat(np.arange(4, dtype=np.uint8), 20)[None].repeat(60, axis=0)
-    picture = Image.fromarray((labels * 60)[:, :, None].repeat(3, axis=2))
-    record = Record(picture, mask=Image.fromarray(labels))
+    image = Image.fromarray((labels * 60)[:, :, None].repeat(3, axis=2))
+    record = Record(image, mask=Image.fromarray(labels))
     raw = AugmentationOptions(
         image_size=32, interpolation="nearest", image_mean=(0, 0, 0), image_std=(1 / 255,) * 3
     )

@@ -141,7 +141,7 @@ def noun_model(tmp_path_factory) -> str:
     return str(folder)
 
 
-def test_nouns_are_found_compounds_joined_and_words_for_pictures_dropped(noun_model):
+def test_nouns_are_found_compounds_joined_and_words_for_images_dropped(noun_model):
     caption = "A photo of a dog, photos, Dogs, a dog and a fire truck that climbs in Paris."
     assert find_nouns(caption, noun_model) == ("dog", "dogs", "fire truck", "paris")
     assert find_nouns("Climbs!", noun_model) == ()
