@@ -115,7 +115,7 @@ def test_a_record_of_other_data_or_scenes_is_refused_and_of_other_versions_said(
     record = {"depends_on": known.depends_on("corrected"), "versions": versions | {"numpy": "1.0"}}
     ablate_npr.write_json(record, known.record_path("corrected", 0))
     assert ablation().is_done("corrected", 0) and not known.is_done("corrected", 1)
-    assert f"of other versions: numpy was 1.0 and is {np.__version__}" in capsys.readouterr().err
+    assert f"of other versions: numpy was '1.0' and is '{np.__version__}'" in capsys.readouterr().err
     (tmp_path / "photos" / "1.png").write_bytes((tmp_path / "photos" / "2.png").read_bytes())
     with pytest.raises(ValueError, match=r"contents of the sources was .* and is"):
         ablation().is_done("corrected", 0)

@@ -80,7 +80,7 @@ def test_a_web_address(tiny_folder, photo_file, tmp_path, capsys, monkeypatch):
         ("photo.png --vocabulary words.txt", "@words.txt"),
         ("photo.png --vocabulary @words.txt", "words.txt cannot be read"),
         ("photo.png --labels cat --synonyms first", "'first'"),
-        ("photo.png --labels cat,dog --synonyms best", "--synonyms is best, but no label has several words"),
+        ("photo.png --labels cat,dog --synonyms best", "--synonyms is best, but no label has synonyms"),
         ("photo.png --labels cat,,dog", "empty"),
         ("photo.png --labels cat,background --background-threshold .5", "'background'"),
         ("photo.png --labels 'cat:0.4, background'", "'background'"),
@@ -246,7 +246,7 @@ def test_colours_and_thresholds_of_labels(tmp_path, monkeypatch, capsys):
     categories = json.loads(Path("out/coco-panoptic/panoptic.json").read_text())["categories"]
     assert [category["color"] for category in categories][:2] == [[230, 159, 0], [0, 0, 255]]
     assert run(*arguments, words.replace("blue", "red")) == 2
-    assert "colours.sand was #0000ff and is #ff0000" in capsys.readouterr().err
+    assert "colours.sand was '#0000ff' and is '#ff0000'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

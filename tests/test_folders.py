@@ -290,7 +290,7 @@ def test_a_folder_is_continued_with_the_same_contents_only(tiny_folder, tmp_path
     make_photo(60, 50, seed=5).save(image)
 
     torch.save(weights | {"logit_scale": weights["logit_scale"] + 1e-3}, elsewhere / "pytorch_model.bin")
-    with pytest.raises(ValueError, match=r"weights was [0-9a-f]{16} and is [0-9a-f]{16}"):
+    with pytest.raises(ValueError, match=r"weights was '[0-9a-f]{16}' and is '[0-9a-f]{16}'"):
         again(elsewhere)
     (output / "segmentation.json").unlink()
     assert again() == (0, 2, 0, []), "a mask says of which run it is"
@@ -300,6 +300,21 @@ def test_a_folder_is_continued_with_the_same_contents_only(tiny_folder, tmp_path
     for mask, content in earlier.items():
         mask.write_bytes(content)
     assert again(elsewhere) == (2, 0, 0, []), "as after a kill between the record and the first mask"
+
+
+def test_equal_records_are_of_one_run(tiny_folder, tiny_segmenter, photos, tmp_path):
+    """In another order, with whole numbers for floats, and from a checkpoint that was loaded and saved."""
+    images = [photos / "00.png"]
+
+    def skipped(model=tiny_segmenter, threshold=0.0, **thresholds):
+        options = SegmentationOptions(thresholds=thresholds, background_threshold=threshold)
+        return segment_folder(model, photos, tmp_path / "out", LABELS, options, images=images).skipped
+
+    assert skipped(cat=0.3, dog=0.5) == 0
+    assert skipped(threshold=0, dog=0.5, cat=0.3) == 1
+    tiny_segmenter.model.save_pretrained(tmp_path / "saved")
+    tiny_segmenter.processor.save_pretrained(tmp_path / "saved")
+    assert skipped(load_segmenter(tmp_path / "saved"), cat=0.3, dog=0.5) == 1
 
 
 def test_a_changed_processor_is_another_run(tiny_segmenter, photos, tmp_path, monkeypatch):

@@ -39,7 +39,8 @@ def test_differences_have_both_values():
         "e was 1 and is None",
         "f was None and is True",
     )
-    assert d.startswith("d was xxx") and d.endswith("xxx... and is y") and len(d) < 400
+    assert d.startswith("d was 'xxx") and d.endswith("xxx... and is 'y'") and len(d) < 400
+    assert differences({"a": {}}, {"a": {"x": ""}}) == ["a.x was None and is ''"]
     assert flat({"a": {"b": {"c": (1, 2)}, "d": {}}, "e": 3}) == {"a.b.c": [1, 2], "a.d": {}, "e": 3}
 
 

@@ -291,7 +291,7 @@ def _read_options(args: argparse.Namespace, asked: LabelList) -> SegmentationOpt
     if args.whole:
         _refuse(args, "with --whole there is no window; leave out one of them", "stride")
     if not any(SYNONYM in words for words in asked.words):
-        _refuse(args, "no label has several words; expected some, such as cat|kitten", "synonyms")
+        _refuse(args, "no label has synonyms; write some, such as cat|kitten, or leave it out", "synonyms")
     given: dict[str, Any] = {
         "window_size": args.window,
         "window_stride": args.stride,

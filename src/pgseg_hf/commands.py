@@ -153,7 +153,7 @@ def _print_summary(summary: FolderSummary, seconds: float, places: list[Path]) -
     renewed = f"{summary.renewed} had changed since they were done, " if summary.renewed else ""
     count = summary.segmented + summary.elsewhere
     others = f" ({summary.elsewhere} by other processes)" if summary.elsewhere else ""
-    speed = f" ({count / summary.seconds:.1f} images/s)" if count else ""
+    speed = f" ({count / seconds:.1f} images/s)" if count else ""
     print(
         f"{count} images segmented{others}, {summary.skipped} done before, {len(summary.broken)} broken, "
         f"{renewed}in {seconds:.1f} s{speed} -> {', '.join(map(str, places))}"

@@ -21,7 +21,7 @@ from .label_maps import Segmentation
 from .options import SegmentationOptions
 from .outputs import MaskResult
 from .prompts import split_synonyms
-from .run_records import file_digest, hash_of, is_same_run, model_record
+from .run_records import file_digest, hash_of, is_same_run, model_record, read_record
 from .segmentation import Segmenter
 from .values import whole_number
 from .visualization import indexed_png, label_colours, overlay
@@ -100,9 +100,9 @@ def segment_folder(
         "options": {**asdict(options), "batch_size": None},
         **model_record(segmenter),
     }
-    _take(output / RECORD_NAME, record)
+    run_hash = _take_folder(output / RECORD_NAME, record)
     remove_unfinished(output)
-    run = _Run(segmenter, folder, output, labels, options, overlays, images, hash_of(record))
+    run = _Run(segmenter, folder, output, labels, options, overlays, images, run_hash)
     run.segment(whole_number(workers, "workers", least=0), whole_number(max_pixels, "max_pixels"))
     remove_unfinished(output)  # again: what was left just before the start is old now
     run.summary.results = [
@@ -159,9 +159,9 @@ class _Run:
         options: SegmentationOptions,
         overlays: bool,
         images: Sequence[Path],
-        name: str,
+        run_hash: str,
     ):
-        self.folder, self.output, self.overlays, self._name = folder, output, overlays, name
+        self.folder, self.output, self.overlays, self._hash = folder, output, overlays, run_hash
         self.names = _output_names(images, folder)
         self._stream = partial(segmenter.stream, labels=labels, options=options)
         self._images = images
@@ -182,8 +182,8 @@ class _Run:
 
     def _source(self, path: Path) -> str | None:
         """What an image's mask was made from; None where there is none of this run."""
-        source, _, name = (mask_source(self.mask_of(path)) or "").partition(" ")
-        return source if name == self._name else None
+        source, _, run_hash = (mask_source(self.mask_of(path)) or "").partition(" ")
+        return source if run_hash == self._hash else None
 
     def is_done(self, path: Path) -> bool:
         is_drawn = not self.overlays or self.overlay_of(path).exists()
@@ -289,7 +289,7 @@ class _Run:
         mask = indexed_png(result.label_map, len(result.labels), result.background, colours)
         segments = result.segments(include_absent=True)
         scores = [segment.score for segment in segments]
-        write_mask(mask, self.mask_of(loaded.path), f"{loaded.digest} {self._name}", scores)
+        write_mask(mask, self.mask_of(loaded.path), f"{loaded.digest} {self._hash}", scores)
         return Counter(
             {each.label: round(each.area * result.label_map.size) for each in segments if each.area}
         )
@@ -340,8 +340,8 @@ def _digest(path: Path) -> str:
         return ""
 
 
-def _take(path: Path, record: dict) -> None:
-    """Makes an output folder that of a run.
+def _take_folder(path: Path, record: dict) -> str:
+    """Makes an output folder that of a run, and returns a hash that stands for the run.
 
     Raises:
         ValueError: it is another's.
@@ -352,6 +352,8 @@ def _take(path: Path, record: dict) -> None:
             write_json(record, path, replace=False)
         except FileExistsError:  # another run began just now
             is_same_run(path, record, way_out)
+    # Of the file: what is equal to it may be written in another order.
+    return hash_of(read_record(path))
 
 
 def _output_names(images: Sequence[Path], folder: Path) -> dict[Path, Path]:

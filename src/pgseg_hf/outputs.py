@@ -125,7 +125,7 @@ def write_formats(results: Sequence[MaskResult], formats: Sequence[str], output:
 
 def _shown(results: Sequence[MaskResult], place: Path) -> Iterable[MaskResult]:
     """The results, with progress."""
-    return logging.tqdm(results, desc=f"Writing {place.name}", unit="image")
+    return logging.tqdm(results, desc=f"Writing {place.name}", unit="image", disable=len(results) < 2)
 
 
 def _write_label_masks(results: Sequence[MaskResult], place: Path) -> None:

@@ -118,7 +118,9 @@ def is_same_run(path: Path, record: Mapping[str, Any], way_out: str, overwrite: 
 
 def differences(known: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
     """What differs between a record and a new one, each as "name was VALUE and is VALUE"."""
-    old, new = flat(known), flat(wanted)
+    old, new = (
+        {name: value for name, value in flat(each).items() if value != {}} for each in (known, wanted)
+    )
     return [
         f"{name} was {_short(old.get(name))} and is {_short(new.get(name))}"
         for name in {**old, **new}
@@ -127,5 +129,5 @@ def differences(known: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str
 
 
 def _short(value: Any) -> str:
-    text = str(value)
+    text = repr(value)
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."

@@ -228,7 +228,7 @@ def test_clear_errors(evaluate, tmp_path, capsys, extra, message):
 
 def test_data_that_are_not_there(evaluate, tmp_path, capsys, monkeypatch):
     """They are refused before a model is loaded."""
-    monkeypatch.setattr(command, "load_segmenter", pytest.fail)
+    monkeypatch.setattr(command, "load_segmenter", lambda *_, **__: pytest.fail("a model is loaded"))
     for extra, asked, message in (
         ([], {"path": tmp_path / "nowhere"}, "nowhere is no folder"),
         ([], {"benchmark": "voc"}, "does not hold Pascal VOC"),

@@ -69,6 +69,8 @@ def test_parts_of_a_folder(tmp_path):
         ({**LABELS, "synonyms": {"sea": ["ocean"]}}, "synonyms are for 'sea'"),
         ({**LABELS, "synonyms": {"sky": "air"}}, "synonyms of 'sky' are 'air'"),
         ({**LABELS, "synonyms": {"sky": ["road"]}}, "road"),
+        ({**LABELS, "synonyms": ["air"]}, r"synonyms is \['air'\], expected an object"),
+        ({**LABELS, "mask_values": 5}, "mask_values is 5, expected an object"),
     ],
 )
 def test_labels_that_make_no_sense(tmp_path, labels, message):
@@ -76,6 +78,13 @@ def test_labels_that_make_no_sense(tmp_path, labels, message):
     (folder / "labels.json").write_text(json.dumps(labels))
     with pytest.raises(ValueError, match=message):
         MaskFolder(folder)
+
+
+def test_labels_above_a_link(tmp_path):
+    folder = make_folder(tmp_path / "data" / "test", MASKS[:1])
+    (folder / "labels.json").rename(tmp_path / "data" / "labels.json")
+    (tmp_path / "link").symlink_to(folder)
+    assert MaskFolder(tmp_path / "link").labels == MaskFolder(folder).labels
 
 
 def test_folders_that_make_no_sense(tmp_path):

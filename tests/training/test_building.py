@@ -1,6 +1,8 @@
 """Models for training, and their weights however they are divided."""
 
 import copy
+import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ from transformers.models.dinov2.modeling_dinov2 import Dinov2Layer
 from pgseg_hf.data.sources import SourceSpec, open_source
 from pgseg_hf.efficientnet_lite import EfficientNetLiteBackbone, EfficientNetLiteConfig
 from pgseg_hf.layers import PGSegStage
+from pgseg_hf.training import building
 from pgseg_hf.training.arguments import DataArguments, ModelArguments
 from pgseg_hf.training.building import (
     _tell_what_masks_leave_out,
@@ -198,3 +201,27 @@ def test_masks_of_255_are_told(tmp_path, caplog):
         Image.fromarray(values).save(tmp_path / "data" / row["mask_file_name"])
     _tell_what_masks_leave_out([open_source(SourceSpec(path=folder))])
     assert "48 of 128 pixels (37.5%)" in caplog.text and "are 255" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ({"labels": ["sky", "road"], "background": 0}, ["", "road"]),
+        ({"labels": ["", "car", "bus", "car"]}, ["", "car", "bus", "car"]),
+        ({"labels": ["sky", "road"], "mask_values": {"0": "sky", "1": "road", "255": None}}, ["sky", "road"]),
+        ({"labels": ["sky", "road"], "mask_values": {"0": "road"}}, "mask_values in which 0 is 'road'"),
+        ({"names": []}, "mask_labels, which crop_tags needs, cannot be read: .*labels.json"),
+        (None, "crop_tags needs a labels.json, and there is none in"),
+    ],
+)
+def test_names_of_masks_for_crops(tmp_path, content, expected):
+    if content is not None:
+        (tmp_path / "labels.json").write_text(json.dumps(content))
+    (tmp_path / "inner" / "train").mkdir(parents=True)
+    place = tmp_path if content is not None else tmp_path / "inner" / "train"
+    arguments = (SimpleNamespace(mask_labels=None), [SimpleNamespace(path=place)], [])
+    if isinstance(expected, str):
+        with pytest.raises(ValueError, match=expected):
+            building._mask_labels(*arguments)
+    else:
+        assert building._mask_labels(*arguments) == expected

@@ -195,7 +195,7 @@ def test_checkpoints_of_other_settings_are_refused(tmp_path):
     path = run.save(tmp_path / "averaged", 1, extra={"depends_on": {"looks": 1, "loss": "info_nce"}})
     run.step()
     state = run.state()
-    with pytest.raises(ValueError, match="loss was info_nce and is sigmoid"):
+    with pytest.raises(ValueError, match="loss was 'info_nce' and is 'sigmoid'"):
         load_checkpoint(run.accelerator, path, run.average, {"looks": 1, "loss": "sigmoid"})
     assert_same(run.state(), state)
     load_checkpoint(run.accelerator, path, run.average, {"looks": 1, "loss": "info_nce"})

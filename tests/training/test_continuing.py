@@ -22,7 +22,7 @@ def test_configurations_are_the_same_wherever_they_come_from(tmp_path):
     )
     other = tiny_config(vision_config={"prototype_momentum": 0.5}, contrastive_loss="sigmoid")
     assert differences(fields, config_fields(other)) == [
-        "contrastive_loss was info_nce and is sigmoid",
+        "contrastive_loss was 'info_nce' and is 'sigmoid'",
         f"vision_config.prototype_momentum was {fields['vision_config.prototype_momentum']} and is 0.5",
     ]
 

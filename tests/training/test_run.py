@@ -216,7 +216,7 @@ def test_going_on_with_moved_data_and_other_settings_but_no_other_run(
     settings = {"output_dir": str(output), "ema_decay": 0.9, "checkpoint_steps": 3, "max_steps": 9}
     other = {"learning_rate": 5e-4, "weight_decay": 0.3, "warmup_ratio": 0.0}
     for wrong, message in (
-        ({"contrastive_loss": "multi_positive"}, "contrastive_loss was info_nce and is multi_positive"),
+        ({"contrastive_loss": "multi_positive"}, "contrastive_loss was 'info_nce' and is 'multi_positive'"),
         ({"min_scale": 0.5}, r"min_scale was 0\.08 and is 0\.5"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -16,30 +16,35 @@ _NAME = "labels.json"
 
 def find_mask_labels(folders: Iterable[Path]) -> Path | None:
     """The first `labels.json` that is in one of the folders or in the folder above it."""
-    places = [place / _NAME for folder in folders for place in (folder, folder.absolute().parent)]
+    places = [place / _NAME for folder in folders for place in (folder, folder.resolve().parent)]
     return next(filter(Path.is_file, places), None)
 
 
-def read_mask_labels(path: Path) -> dict[str, Any]:
+def read_mask_labels(path: Path, may_repeat: bool = False) -> dict[str, Any]:
     """What a `labels.json` says, see [`check_mask_labels`].
 
     Raises:
         ValueError: it cannot be read, or makes no sense.
     """
     try:
-        return check_mask_labels(read_json(path))
+        return check_mask_labels(read_json(path), may_repeat)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f'{path}, expected {{"labels": [...], ...}}: {error}') from error
 
 
-def check_mask_labels(content: dict[str, Any]) -> dict[str, Any]:
+def check_mask_labels(content: dict[str, Any], may_repeat: bool = False) -> dict[str, Any]:
     """`labels`, in the order of the masks' values, and, with their defaults, `ignore_index` (255, or None),
     `background` (None), `synonyms` (lists by label, {}) and `mask_values` (None).
+
+    Args:
+        may_repeat: a label may be "", for values without a name, or stand for several values.
 
     Raises:
         KeyError, TypeError, AttributeError, ValueError: something is missing, or not what it has to be.
     """
-    labels = validate_labels(content["labels"])
+    labels = [str(label) for label in content["labels"]]
+    if not may_repeat:
+        labels = validate_labels(content["labels"])
     defaults: dict[str, Any] = {
         "ignore_index": IGNORE_INDEX,
         "background": None,
@@ -55,10 +60,14 @@ def check_mask_labels(content: dict[str, Any]) -> dict[str, Any]:
         if value is not None and (not is_whole(value) or (value in range(len(labels))) != is_label):
             expected = f"a label's number, 0 to {len(labels) - 1}" if is_label else "no label's number"
             raise ValueError(f"{name} is {value!r}, expected {expected}, or null")
+    for name in ("synonyms", "mask_values"):
+        if not isinstance(found[name] or {}, dict):
+            raise ValueError(f"{name} is {found[name]!r}, expected an object such as {{}}")
     for label, words in found["synonyms"].items():
         if label not in labels:
             raise ValueError(f"synonyms are for {label!r}, which is none of the labels")
         if not isinstance(words, list):
             raise ValueError(f"synonyms of {label!r} are {words!r}, expected a list of words")
-    validate_labels([*labels, *(word for words in found["synonyms"].values() for word in words)])
+    if not may_repeat:
+        validate_labels([*labels, *(word for words in found["synonyms"].values() for word in words)])
     return found

@@ -4,7 +4,6 @@ import argparse
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from accelerate import PartialState
 from .. import DEFAULT_CHECKPOINT
 from ..checkpoint import load_segmenter
 from ..data.augmentation import AugmentationOptions
+from ..files import refuse_missing_folder
 from ..run_records import model_record
 from ..segmentation import Segmenter
 from .arguments import parse_thresholds
@@ -56,13 +56,15 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     # Without an accelerator, `accelerate` shares the work among processes only where it is told to use the CPU.
     state = PartialState(cpu=args.device == "cpu" or not torch.accelerator.is_available())
     device = args.device or state.device
-    run: Callable
-    if args.benchmark == "imagenet":
-        run = partial(_classify, open_imagenet(args.data, args.split, args.label_column))
-    else:
-        run = partial(_segment, _open(args), _protocol(args))
+    classifies = args.benchmark == "imagenet"
+    protocol = None if classifies else _protocol(args)
+    refuse_missing_folder(args.checkpoint)
+    data: Any = open_imagenet(args.data, args.split, args.label_column) if classifies else _open(args)
     segmenter = load_segmenter(args.checkpoint, device=device, dtype=getattr(torch, args.dtype))
-    content = run(args, segmenter, folder, name)
+    if protocol is None:
+        content = _classify(args, data, segmenter, folder, name)
+    else:
+        content = _segment(args, data, protocol, segmenter, folder, name)
     if not content["images"]:
         raise ValueError(f"none of the images of {args.data} could be read.")
     content["settings"] |= {
@@ -80,9 +82,9 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _segment(
+    args: argparse.Namespace,
     dataset: MaskDataset,
     protocol: Protocol,
-    args: argparse.Namespace,
     segmenter: Segmenter,
     folder: Path,
     name: str,
@@ -219,7 +221,7 @@ def _prior_map(args: argparse.Namespace, segmenter: Segmenter, dataset: MaskData
 
 
 def _classify(
-    classes: Classes, args: argparse.Namespace, segmenter: Segmenter, folder: Path, name: str
+    args: argparse.Namespace, classes: Classes, segmenter: Segmenter, folder: Path, name: str
 ) -> dict[str, Any]:
     kind = args.templates or "subset"
     classifier = Classifier(

@@ -200,7 +200,7 @@ class MaskEvaluator:
         background = None if self.segmentation.background_threshold is None else dataset.background
         asked = [value for value in range(len(dataset.labels)) if value != background]
         # Of each value of the segmentation the data set's.
-        self._label_of_score = np.array(asked if background is None else [background, *asked])
+        self._label_of_value = np.array(asked if background is None else [background, *asked])
         own = dataset.released if self.options.released_names else {}
         others = dataset.synonyms if self.options.synonyms != "none" else {}
         labels = [dataset.labels[value] for value in asked]
@@ -295,7 +295,7 @@ class MaskEvaluator:
             label_map = best_labels(self.options.refinement(scores, pixels), channels, count, scored.size)[0]
         found = label_map.cpu().numpy()
         owners = self._owners if threshold is None else np.concatenate([[0], self._owners + 1])
-        return self._label_of_score[owners[found]]
+        return self._label_of_value[owners[found]]
 
     def _count_groups(self, image: EncodedImage, truth: np.ndarray, groups: GroupStatistics) -> None:
         small = resized_truth(truth, image.resized)

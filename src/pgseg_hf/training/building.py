@@ -291,14 +291,20 @@ def _mask_labels(data: DataArguments, specs: Sequence[SourceSpec], sources: Sequ
     path = Path(data.mask_labels) if data.mask_labels else find_mask_labels(places)
     if path is None:
         raise ValueError(
-            f"crop_tags needs a labels.json, which neither {', '.join(map(str, places))} nor the folder above has; "
+            f"crop_tags needs a labels.json, and there is none in {', '.join(map(str, places))} or the folder above; "
             "give mask_labels."
         )
-    content = read_mask_labels(path)
-    if content["mask_values"]:
-        raise ValueError(
-            f"{path} has mask_values, which crop_tags does not read; write masks of the labels' numbers."
-        )
+    try:
+        content = read_mask_labels(path, may_repeat=True)
+    except ValueError as error:
+        raise ValueError(f"mask_labels, which crop_tags needs, cannot be read: {error}") from error
+    numbers = {str(value): label for value, label in enumerate(content["labels"])}
+    for value, label in (content["mask_values"] or {}).items():
+        if label is not None and numbers.get(str(value)) != label:
+            raise ValueError(
+                f"{path} has mask_values in which {value} is {label!r}, but crop_tags reads masks whose values are the "
+                "labels' numbers; write such masks."
+            )
     return ["" if value == content["background"] else label for value, label in enumerate(content["labels"])]
 
 

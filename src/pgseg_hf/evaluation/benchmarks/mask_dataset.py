@@ -243,11 +243,12 @@ def _read_labels(folder: Path, mask_values: Mapping[str, str | None] | None) -> 
             f'{folder} has no labels.json, expected {{"labels": [...]}} there or in the folder above, or mask_values.'
         )
     own_values = content.pop("mask_values")
-    mask_values = mask_values or own_values
+    if mask_values:
+        return content | _label_table(mask_values, content)
     try:
-        return content | (_label_table(mask_values, content) if mask_values else {})
-    except (AttributeError, ValueError) as error:
-        raise ValueError(f"{path or folder}: {error}") from error
+        return content | (_label_table(own_values, content) if own_values else {})
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def _pairs_of_metadata(path: Path) -> list[LabelledImage]:
