@@ -167,7 +167,7 @@ LAYOUTS: dict[str, Published] = {
 
 
 def quarters(values, size) -> np.ndarray:
-    """[H, W] with a value in each quarter, as `KnownGroups` cuts a image."""
+    """[H, W] with a value in each quarter, as `KnownGroups` cuts an image."""
     rows, columns = (np.arange(side) * 2 // side for side in size)
     return np.array(values).reshape(2, 2)[rows[:, None], columns[None]]
 
@@ -191,7 +191,7 @@ def write_benchmark(name: str, root: Path, split: str = "val") -> Miniature:
         listing = root / layout.listing.format(split=where)
         listing.parent.mkdir(parents=True, exist_ok=True)
         listing.write_text("\n".join(layout.listed) + "\n")
-        # A image of another split, in the same folder.
+        # An image of another split, in the same folder.
         write_noise(images[0].with_name("unlisted.jpg"), SIZES[0])
     return Miniature(list(layout.names), images, masks, truths, listing)
 
