@@ -216,6 +216,15 @@ def write_mask(path: Path, raw: np.ndarray, encoding: str = "grey") -> None:
     image.save(path)
 
 
+# A block in an image as COCO's annotations store it.
+HEIGHT, WIDTH = 4, 5
+# Rows 1 and 2 of columns 1 and 2, down the columns: 5 pixels outside, 2 inside, 2 outside, 2 inside, 9 outside.
+BLOCK_POLYGON = [[1, 1, 3, 1, 3, 3, 1, 3]]
+BLOCK_COUNTS = {"size": [HEIGHT, WIDTH], "counts": [5, 2, 2, 2, 9]}
+# The fourth and fifth number are 2 - 2 = 0 and 9 - 2 = 7.
+BLOCK_STRING = {"size": [HEIGHT, WIDTH], "counts": "52207"}
+
+
 def box_polygon(left: int, top: int, right: int, bottom: int) -> list[list[int]]:
     """A polygon along the pixels' edges, as in COCO's annotations."""
     return [[left, top, right, top, right, bottom, left, bottom]]
