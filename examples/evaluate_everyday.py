@@ -7,7 +7,7 @@ Protocols, each by the checkpoint's own sizes and settings:
 
 - `present`: the names that an image's masks hold compete in that image; pixels without a mask do not count.
 - `all`: COCO's 80 names and 50 of stuff compete in every image; the same pixels.
-- `pets`: cat and dog against the background at `--threshold`; the trimaps' borders do not count.
+- `pets`: cat and dog against the background at `--thresholds`; the trimaps' borders do not count.
 - `street`: the names that a frame's masks hold compete in it, of a folder with `labels.json` above it.
 - `unseen`: as `present` or `street`, with words that no text of a training image holds in the place of their name (the
   text tower has read them); IoU of the word over that of the name.
@@ -129,7 +129,7 @@ class Evaluation:
         protocol: str,
         names: Sequence[str],
         words: Sequence[str],
-        values: Sequence[int],
+        label_of_score: Sequence[int],
         **changes: Any,
     ) -> None:
         """Adds the image, segmented with some words.
@@ -137,7 +137,8 @@ class Evaluation:
         Args:
             protocol: what is counted together.
             names: of the truth's values.
-            words, values: what the image is segmented with, and the truth's value for each value of the label map.
+            words: what the image is segmented with.
+            label_of_score: the truth's value for each value of the label map.
             changes: of the settings.
         """
         for settings in self.settings:
@@ -149,7 +150,7 @@ class Evaluation:
                 ConfusionMatrix(len(names), IGNORED),
             )
             _, matrix = self.matrices.setdefault(key, (list(names), empty))
-            matrix.add(self.photo.truth, np.array(values)[label_map])
+            matrix.add(self.photo.truth, np.array(label_of_score)[label_map])
 
     def count_present(self, protocol: str, names: Sequence[str], unseen: Sequence[str]) -> None:
         """Adds the image with the names that its masks hold; and, where one of `unseen` is among them, once for each of

@@ -167,7 +167,7 @@ LAYOUTS: dict[str, Published] = {
 
 
 def quarters(values, size) -> np.ndarray:
-    """[H, W] with a value in each quarter, as `KnownGroups` cuts a image."""
+    """[H, W] with a value in each quarter, as `KnownGroups` cuts an image."""
     rows, columns = (np.arange(side) * 2 // side for side in size)
     return np.array(values).reshape(2, 2)[rows[:, None], columns[None]]
 
@@ -191,7 +191,7 @@ def write_benchmark(name: str, root: Path, split: str = "val") -> Miniature:
         listing = root / layout.listing.format(split=where)
         listing.parent.mkdir(parents=True, exist_ok=True)
         listing.write_text("\n".join(layout.listed) + "\n")
-        # A image of another split, in the same folder.
+        # An image of another split, in the same folder.
         write_noise(images[0].with_name("unlisted.jpg"), SIZES[0])
     return Miniature(list(layout.names), images, masks, truths, listing)
 
@@ -214,6 +214,15 @@ def write_mask(path: Path, raw: np.ndarray, encoding: str = "grey") -> None:
             # Colours in falling brightness: read as grey they would be other numbers.
             image.putpalette([255 - value // 3 for value in range(768)])
     image.save(path)
+
+
+# A block in an image as COCO's annotations store it.
+HEIGHT, WIDTH = 4, 5
+# Rows 1 and 2 of columns 1 and 2, down the columns: 5 pixels outside, 2 inside, 2 outside, 2 inside, 9 outside.
+BLOCK_POLYGON = [[1, 1, 3, 1, 3, 3, 1, 3]]
+BLOCK_COUNTS = {"size": [HEIGHT, WIDTH], "counts": [5, 2, 2, 2, 9]}
+# The fourth and fifth number are 2 - 2 = 0 and 9 - 2 = 7.
+BLOCK_STRING = {"size": [HEIGHT, WIDTH], "counts": "52207"}
 
 
 def box_polygon(left: int, top: int, right: int, bottom: int) -> list[list[int]]:

@@ -142,7 +142,7 @@ def _segment_folder(args: argparse.Namespace, segmenter: Segmenter) -> int:
 
 def _json_of(result: MaskResult, output: Path) -> dict[str, Any]:
     width, height, segments = result.segments()
-    places = {"overlay": str(output / "overlays" / result.name), "mask": str(result.mask)}
+    places = {"overlay": str(output / "overlays" / result.mask_name), "mask": str(result.mask)}
     return {"image": str(result.image), "width": width, "height": height, "segments": segments, **places}
 
 

@@ -47,7 +47,7 @@ class MaskResult:
     Args:
         image: the image's file.
         file_name: its name in the folder of the images, with slashes.
-        name: the mask's name in its folder, ending in .png.
+        mask_name: the mask's name in its folder, ending in .png.
         mask: the mask's file.
         labels: N labels.
         background: whether value 0 is background, and label i has value i + 1.
@@ -57,7 +57,7 @@ class MaskResult:
 
     image: Path
     file_name: str
-    name: Path
+    mask_name: Path
     mask: Path
     labels: Sequence[str]
     background: bool
@@ -135,7 +135,7 @@ def _write_label_masks(results: Sequence[MaskResult], place: Path) -> None:
             for number, label, mask in result.present():
                 name = re.sub(r"[^\w -]", "_", label)[:80]
                 file = f"{number + result.background}-{name}.png"
-                write_image(Image.fromarray(mask * 255), folder / result.name.with_suffix("") / file)
+                write_image(Image.fromarray(mask * 255), folder / result.mask_name.with_suffix("") / file)
 
 
 def _write_coco(results: Sequence[MaskResult], place: Path, polygons: bool = False) -> None:
@@ -185,10 +185,12 @@ def _write_coco_panoptic(results: Sequence[MaskResult], place: Path) -> None:
                         "iscrowd": 0,
                     }
                 )
-            file = {"image_id": image_id, "file_name": result.name.as_posix()}
+            file = {"image_id": image_id, "file_name": result.mask_name.as_posix()}
             annotations.append(file | {"segments_info": segments})
             colours = np.ascontiguousarray(ids).view(np.uint8).reshape(*ids.shape, 4)[:, :, :3]
-            write_image(Image.fromarray(np.ascontiguousarray(colours)), folder / "panoptic" / result.name)
+            write_image(
+                Image.fromarray(np.ascontiguousarray(colours)), folder / "panoptic" / result.mask_name
+            )
         write_json(_coco(results, annotations), folder / "panoptic.json")
 
 
@@ -219,9 +221,10 @@ def _write_yolo(results: Sequence[MaskResult], place: Path) -> None:
                     shares = points / mask.shape[::-1]
                     lines.append(" ".join([str(number), *(f"{value:.6f}" for value in shares.ravel())]))
             write_text(
-                "".join(f"{line}\n" for line in lines), folder / "labels" / result.name.with_suffix(".txt")
+                "".join(f"{line}\n" for line in lines),
+                folder / "labels" / result.mask_name.with_suffix(".txt"),
             )
-            image = folder / "images" / result.name.with_suffix(result.image.suffix)
+            image = folder / "images" / result.mask_name.with_suffix(result.image.suffix)
             image.parent.mkdir(parents=True, exist_ok=True)
             try:
                 image.symlink_to(result.image.resolve())
@@ -245,7 +248,7 @@ def _write_labelme(results: Sequence[MaskResult], place: Path) -> None:
                 for _, label, mask in result.present()
                 for points in _polygons(mask)
             ]
-            path = result.name.with_suffix(".json")
+            path = result.mask_name.with_suffix(".json")
             image = result.image.resolve()
             with suppress(ValueError):  # on another drive
                 image = Path(os.path.relpath(image, (place / path).parent.resolve()))

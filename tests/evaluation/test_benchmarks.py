@@ -9,6 +9,7 @@ from mask_folders import KnownGroups, make_folder
 from pgseg_hf import SegmentationOptions
 from pgseg_hf.evaluation import BrokenImage, MaskOptions, evaluate_masks
 from pgseg_hf.evaluation.benchmarks.catalogue import BENCHMARKS, open_benchmark
+from pgseg_hf.evaluation.evaluator import MaskEvaluator
 
 NAMES = list(LAYOUTS)
 # Number of labels, the first, the second and the last.
@@ -165,6 +166,20 @@ class TestEveryBenchmark:
         )
         with pytest.raises(ValueError, match=message):
             evaluate_masks(known_segmenter(name, ()), dataset, options_for(name))
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "first"),
+    [
+        ("cityscapes", {"synonyms": "merge"}, ["road", "street", "roadway", "sidewalk"]),
+        ("imagenet_s919", {"released_names": True}, ["tench", "goldfish", "great_white_shark"]),
+        ("imagenet_s919", {}, ["tench", "goldfish", "great white shark"]),
+    ],
+)
+def test_other_names_are_asked_for_where_told(tmp_path, name, changes, first):
+    segmenter = known_segmenter(name, ())
+    MaskEvaluator(segmenter, written(name, tmp_path)[1], options_for(name, **changes))
+    assert segmenter.seen[0][: len(first)] == first
 
 
 def test_class_255_of_lvis_counts(tmp_path):

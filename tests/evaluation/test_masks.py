@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 from benchmark_layouts import quarters, write_benchmark, write_mask, write_noise
 from mask_folders import LABELS, QUADRANTS, KnownGroups, make_folder, one_hot
 from PIL import Image
@@ -132,34 +131,6 @@ def test_without_synonyms_only_labels_are_asked_for(tmp_path):
     assert segmenter.seen == [["sky", "road", "tree"]]
     with pytest.raises(ValueError, match="synonyms is 'all'"):
         MaskOptions(synonyms="all")
-
-
-@pytest.mark.parametrize("rule", ["none", "merge", "average"])
-def test_synonyms_of_a_benchmark_with_a_model(tiny_segmenter, tmp_path, rule):
-    miniature = write_benchmark("cityscapes", tmp_path)
-    dataset = open_benchmark("cityscapes", tmp_path)
-    for number, image in enumerate(miniature.images):
-        write_noise(image, (80, 96), seed=number)
-        write_mask(miniature.masks[number], np.full((80, 96), number))
-    options = SegmentationOptions(top_k=60, window_size=16, window_stride=16)
-    names, owners = [], []
-    for number, label in enumerate(dataset.labels):
-        for word in [label, *(dataset.synonyms.get(label, ()) if rule != "none" else ())]:
-            names.append(word)
-            owners.append(number)
-    assert (len(names) > 19) == (rule != "none")
-    embeds = tiny_segmenter.class_embeddings(names, options)
-    if rule == "average":
-        means = [embeds[[owner == number for owner in owners]].mean(dim=0) for number in range(19)]
-        embeds = torch.stack([mean / mean.norm() for mean in means])
-        owners = list(range(19))
-    expected = ConfusionMatrix(19)
-    for number, features in enumerate(tiny_segmenter.encode(miniature.images, options)):
-        found = tiny_segmenter.score(features, embeds, options).label_map()[0].numpy()
-        expected.add(np.full((80, 96), number), np.array(owners)[found])
-    scores = evaluate_masks(tiny_segmenter, dataset, MaskOptions(options, synonyms=rule))
-    assert scores.confusion.counts.tolist() == expected.counts.tolist()
-    assert (expected.counts.sum(0) > 0).sum() > 1, "the test needs several labels"
 
 
 def test_thresholds_in_one_pass_are_those_of_runs_of_their_own(tiny_segmenter, tmp_path):

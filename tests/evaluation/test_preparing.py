@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from benchmark_layouts import box_polygon
+from benchmark_layouts import BLOCK_COUNTS, BLOCK_POLYGON, BLOCK_STRING, HEIGHT, WIDTH, box_polygon
 from PIL import Image
 
 from pgseg_hf.evaluation.benchmarks.preparing import (
@@ -18,13 +18,6 @@ from pgseg_hf.evaluation.benchmarks.preparing import (
     prepare_lvis,
     source_of_coco_object,
 )
-
-HEIGHT, WIDTH = 4, 5
-# Rows 1 and 2 of columns 1 and 2, down the columns: 5 pixels outside, 2 inside, 2 outside, 2 inside, 9 outside.
-BLOCK_POLYGON = [[1, 1, 3, 1, 3, 3, 1, 3]]
-BLOCK_COUNTS = {"size": [HEIGHT, WIDTH], "counts": [5, 2, 2, 2, 9]}
-# The fourth and fifth number are 2 - 2 = 0 and 9 - 2 = 7.
-BLOCK_STRING = {"size": [HEIGHT, WIDTH], "counts": "52207"}
 
 
 def write(content, path: Path) -> None:

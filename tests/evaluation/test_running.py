@@ -134,7 +134,7 @@ def test_a_damaged_part_is_counted_again(tmp_path, folder, content, caplog):
 
 def test_a_run_of_something_else_is_not_mixed_in(tmp_path, folder):
     output = prepared(tmp_path / "out")
-    evaluate_in_parts(Recorder(), folder, OPTIONS, output, save_predictions=True, num_pictures=1)
+    evaluate_in_parts(Recorder(), folder, OPTIONS, output, save_predictions=True, num_drawn=1)
     assert json.loads((tmp_path / "out" / "run.json").read_text())["threshold"] is None
     with pytest.raises(ValueError, match=r"threshold was None and is 0.5; dtype was None"):
         prepared(tmp_path / "out", threshold=0.5, dtype="bf16")
@@ -168,7 +168,7 @@ def test_broken_images_are_named_by_parts_too(tmp_path, folder):
     for sizes in ([8, 10, 14, 16], []):
         segmenter = Recorder()
         output = prepared(tmp_path / "out")
-        scores = evaluate_in_parts(segmenter, folder, OPTIONS, output, save_predictions=True, num_pictures=5)
+        scores = evaluate_in_parts(segmenter, folder, OPTIONS, output, save_predictions=True, num_drawn=5)
         assert segmenter.sizes == sizes
         assert list(scores.broken) == ["images/002"] and "002.jpg" in scores.broken["images/002"]
         assert scores.images == 4
@@ -184,7 +184,7 @@ def test_predictions_and_images(tmp_path, background):
     labels = {**LABELS, "background": background}
     folder = MaskFolder(make_folder(tmp_path / "data", masks_of(5), labels))
     output = prepared(tmp_path / "out")
-    evaluate_in_parts(KnownGroups(one_hot(0, 1, 1, 2)), folder, OPTIONS, output, True, num_pictures=2)
+    evaluate_in_parts(KnownGroups(one_hot(0, 1, 1, 2)), folder, OPTIONS, output, True, num_drawn=2)
     for number in range(5):
         mask = Image.open(tmp_path / "out" / "predictions" / "images" / f"{number:03d}.png")
         assert mask.mode == "P" and mask.size == (8, 8 + 2 * number)
@@ -201,18 +201,18 @@ def test_predictions_and_images(tmp_path, background):
 def test_files_that_are_missing_are_made_later(tmp_path, folder):
     evaluate_in_parts(Recorder(), folder, OPTIONS, prepared(tmp_path / "out"))
     segmenter = Recorder()
-    scores = evaluate_in_parts(segmenter, folder, OPTIONS, prepared(tmp_path / "out"), num_pictures=1)
+    scores = evaluate_in_parts(segmenter, folder, OPTIONS, prepared(tmp_path / "out"), num_drawn=1)
     assert segmenter.sizes == [8, 10] and (tmp_path / "out" / "pictures" / "images" / "000.jpg").is_file()
     assert_same(scores, evaluate_masks(Recorder(), folder, OPTIONS))
     segmenter = Recorder()
     evaluate_in_parts(segmenter, folder, OPTIONS, prepared(tmp_path / "out"), True)
     (tmp_path / "out" / "predictions" / "images" / "003.png").unlink()
-    evaluate_in_parts(segmenter, folder, OPTIONS, prepared(tmp_path / "out"), True, num_pictures=1)
+    evaluate_in_parts(segmenter, folder, OPTIONS, prepared(tmp_path / "out"), True, num_drawn=1)
     assert segmenter.sizes == [8, 10, 12, 14, 16, 12, 14]
 
 
 @pytest.mark.parametrize("background", [None, 0, 1])
-def test_what_is_drawn_beside_a_image(folder, background):
+def test_what_is_drawn_beside_an_image(folder, background):
     folder.background = background
     image = Image.new("RGB", (40, 30), (90, 120, 150))
 

@@ -142,7 +142,7 @@ def evaluate_in_parts(
     options: MaskOptions,
     output: Output,
     save_predictions: bool = False,
-    num_pictures: int = 0,
+    num_drawn: int = 0,
 ) -> MaskScores:
     """Counts a data set on all processes, see [`Output.count`].
 
@@ -153,10 +153,10 @@ def evaluate_in_parts(
         output: prepared.
         save_predictions: write `predictions/NAME.png`, indexed, with the numbers of the data set's labels, which for
             masks with 0 for unknown are one less than the masks' values.
-        num_pictures: write so many `pictures/NAME.jpg` of image, truth and prediction side by side, spread over the
+        num_drawn: write so many `pictures/NAME.jpg` of image, truth and prediction side by side, spread over the
             data set.
     """
-    shown = {labelled.name for labelled in dataset.spread(num_pictures).images} if num_pictures else set()
+    shown = {labelled.name for labelled in dataset.spread(num_drawn).images} if num_drawn else set()
 
     def files_of(labelled: LabelledImage) -> Iterator[Path]:
         if save_predictions:

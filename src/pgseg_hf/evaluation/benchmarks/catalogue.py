@@ -89,7 +89,7 @@ class Benchmark:
         has_background: whether label 0 is a background, which has no prompt.
         zero_is_unknown: raw masks have 0 for unknown, as 255, and k for class k - 1.
         ignore_index: value that does not count; None for none.
-        rgb_masks: raw values are red + 256 * green.
+        rgb_weights: of masks that are colours, see [`MaskDataset`].
         splits: names of splits in paths, by their usual names.
         subset: of the class names, by key.
         preparation: what makes masks that the download lacks.
@@ -103,7 +103,7 @@ class Benchmark:
     has_background: bool = False
     zero_is_unknown: bool = False
     ignore_index: int | None = IGNORE_INDEX
-    rgb_masks: bool = False
+    rgb_weights: tuple[int, int, int] | None = None
     splits: dict[str, str] = field(default_factory=lambda: {"val": "val", "train": "train"})
     subset: str | None = None
     preparation: str | None = None
@@ -154,17 +154,16 @@ class Benchmark:
             kind: {label: names for label, names in content.get(kind, {}).items() if label in labels}
             for kind in ("synonyms", "released")
         }
-        values = {value + 1: value for value in range(len(labels))}
+        table = dict.fromkeys((0, IGNORE_INDEX), IGNORE_INDEX)
+        table |= {label + 1: label for label in range(len(labels))}
         return MaskDataset(
             name=name,
             labels=labels,
             images=list(images),
             background=0 if self.has_background else None,
             ignore_index=self.ignore_index,
-            label_of_value=values | dict.fromkeys((0, IGNORE_INDEX), IGNORE_INDEX)
-            if self.zero_is_unknown
-            else None,
-            rgb_weights=(1, 256, 0) if self.rgb_masks else None,
+            label_of_value=table if self.zero_is_unknown else None,
+            rgb_weights=self.rgb_weights,
             origin=origin,
             **other_names,
         )
@@ -188,7 +187,7 @@ def _imagenet_s(classes: int) -> Benchmark:
         roots=(f"ImageNetS{classes}", f"ImageNet-S/ImageNetS{classes}", ""),
         has_background=True,
         ignore_index=1000,
-        rgb_masks=True,
+        rgb_weights=(1, 256, 0),
         splits={"val": "validation"},
         subset=None if classes == 919 else str(classes),
     )
