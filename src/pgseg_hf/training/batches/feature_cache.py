@@ -23,7 +23,7 @@ from ...data.sources import MapSource, Source, records_of
 from ...distributed import world_size
 from ...files import write_json
 from ...modeling_pgseg import PGSegModel
-from ...text_files import read_json
+from ...run_records import is_same_run
 from ..continuing import bytes_of
 from .mixing import Draw, seeded
 from .patch_names import CellNamer
@@ -196,17 +196,8 @@ def _open(plans: dict[Path, dict[str, Any]], root: Path, cells: tuple[int, ...] 
 
 
 def _is_made(folder: Path, made_with: dict[str, Any]) -> bool:
-    record = folder / "made_with.json"
-    if not record.is_file():
-        return False
-    known = read_json(record)
-    for name in made_with:
-        if known.get(name) != made_with[name]:
-            raise ValueError(
-                f"{folder} holds features with {name} {known.get(name)}, and this run has {made_with[name]}; "
-                "give another folder, or delete this one."
-            )
-    return True
+    way_out = "Give another folder, or delete this one."
+    return is_same_run(folder / "made_with.json", made_with, way_out) is not None
 
 
 def _make_files(

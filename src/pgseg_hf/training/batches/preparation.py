@@ -89,18 +89,10 @@ class Preparation:
             prompts = [prompt for (prompt,) in build_prompts(list(names))] if names else []
             patch_texts = None if names is None else dict(zip(prompts, names.values()))
             return Example(None, texts.caption, texts.labels, features, patch_texts)
-        pixels, tags = self.view(record, rng)
+        image, crop, tags = self.draw(record, rng)
+        pixels = self.augmentation.crop_pixels(image, crop, rng)
         texts = choose_texts(record if tags is None else replace(record, tags=tags), self.texts, rng)
         return Example(pixels, texts.caption, texts.labels)
-
-    def view(self, record: Record, rng: np.random.Generator) -> tuple[np.ndarray, list[str] | None]:
-        """A random crop float32 [3, S, S], normalised, and the tags that it shows where a mask tells, else None.
-
-        Raises:
-            UnusableRecord: for "broken image" or "broken mask".
-        """
-        image, crop, tags = self.draw(record, rng)
-        return self.augmentation.crop_pixels(image, crop, rng), tags
 
     def draw(self, record: Record, rng: np.random.Generator) -> tuple[Image.Image, Crop, list[str] | None]:
         """A record's image, a random crop of it, and the tags that the crop shows where a mask tells, else None.
