@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
 from limits import map_size, resampled
 from model_catalogue import Catalogue
 from PIL import Image
@@ -239,12 +240,8 @@ def _prototypes(
 
 def _moved(image: Any, device: torch.device | str) -> Any:
     """An encoded or scored image with the tensors of its windows on a device."""
-
-    def moved(window: Any) -> Any:
-        tensors = {name: value for name, value in vars(window).items() if torch.is_tensor(value)}
-        return replace(window, **{name: value.to(device) for name, value in tensors.items()})
-
-    return replace(image, windows=[moved(window) for window in image.windows])
+    windows = [replace(window, **send_to_device(vars(window), device)) for window in image.windows]
+    return replace(image, windows=windows)
 
 
 def read_labels(text: str | None) -> LabelList | None:

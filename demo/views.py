@@ -115,7 +115,7 @@ def group_views(
     scores = scored.windows[index].scores
     kept = (study.scored.windows[index].scores > 0).any(dim=0)
     chosen = scores.argmax(dim=1) - int(threshold is not None)
-    segments = torch.nn.functional.normalize(window.segments.float(), dim=-1)
+    segments = torch.nn.functional.normalize(window.features.segment_embeds[0].float(), dim=-1)
     count = len(segments)
     cosines = best_word(study.class_embeds.float().flatten(0, -2) @ segments.T, study.class_embeds)
     best = cosines.amax(dim=1).masked_fill(~kept, -2.0)

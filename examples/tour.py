@@ -94,7 +94,7 @@ save(side_by_side(overlays, ["threshold 0.1", "0.3", "0.5"]), "background")
 
 # %%
 (window,) = next(segmenter.encode([image], SegmentationOptions(window_size=None))).windows
-cosines = torch.nn.functional.normalize(window.segments, dim=-1) @ embeds.T
+cosines = torch.nn.functional.normalize(window.features.segment_embeds[0], dim=-1) @ embeds.T
 count = len(cosines)
 best = cosines.argmax(dim=1).tolist()
 print("3. Groups and prototypes:")

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from tiny_models import make_photo
 
-from pgseg_hf import SegmentationOptions
+from pgseg_hf import PGSegVisionOutput, SegmentationOptions
 from pgseg_hf.scoring import WindowScores
 from pgseg_hf.segmentation import EncodedImage, ScoredImage, WindowFeatures
 
@@ -50,7 +50,8 @@ class KnownGroups:
             height, width = image.height, image.width
             groups = torch.arange(height)[:, None] * 2 // height * 2 + torch.arange(width) * 2 // width
             grouping = torch.nn.functional.one_hot(groups, 4).permute(2, 0, 1).float()
-            window = WindowFeatures(groups.int(), grouping, torch.eye(4), torch.zeros(4))
+            features = PGSegVisionOutput(grouping=grouping[None], segment_embeds=torch.eye(4)[None])
+            window = WindowFeatures(groups.int(), features)
             yield EncodedImage((height, width), (height, width), [window])
 
     def score(self, image, class_embeds, options, may_have_background=False):

@@ -80,6 +80,7 @@ def test_a_web_address(tiny_folder, photo_file, tmp_path, capsys, monkeypatch):
         ("photo.png --vocabulary words.txt", "@words.txt"),
         ("photo.png --vocabulary @words.txt", "words.txt cannot be read"),
         ("photo.png --labels cat --synonyms first", "'first'"),
+        ("photo.png --labels cat,dog --synonyms best", "--synonyms is best, but no label has several words"),
         ("photo.png --labels cat,,dog", "empty"),
         ("photo.png --labels cat,background --background-threshold .5", "'background'"),
         ("photo.png --labels 'cat:0.4, background'", "'background'"),

@@ -293,7 +293,13 @@ def test_a_folder_is_continued_with_the_same_contents_only(tiny_folder, tmp_path
     with pytest.raises(ValueError, match=r"weights was [0-9a-f]{16} and is [0-9a-f]{16}"):
         again(elsewhere)
     (output / "segmentation.json").unlink()
-    assert again() == (2, 0, 0, []), "masks of nobody knows what"
+    assert again() == (0, 2, 0, []), "a mask says of which run it is"
+    earlier = {mask: mask.read_bytes() for mask in (output / "masks").iterdir()}
+    (output / "segmentation.json").unlink()
+    assert again(elsewhere) == (2, 0, 0, []), "masks of another run"
+    for mask, content in earlier.items():
+        mask.write_bytes(content)
+    assert again(elsewhere) == (2, 0, 0, []), "as after a kill between the record and the first mask"
 
 
 def test_a_changed_processor_is_another_run(tiny_segmenter, photos, tmp_path, monkeypatch):

@@ -1,13 +1,11 @@
 """What is imported when: counted in processes of their own, in modules and not in seconds."""
 
-import ast
 import inspect
 import json
 import os
 import pickle
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from tiny_models import make_photo
@@ -167,16 +165,3 @@ def test_the_packages_have_their_names():
 def test_names_that_stand_twice_agree():
     assert (*catalogue.BENCHMARKS, "imagenet", "folder") == arguments.BENCHMARK_NAMES
     assert configuration_pgseg.PIPELINE_TASK in PIPELINE_REGISTRY.get_supported_tasks()
-    stub = ast.parse(Path(pgseg_hf.__file__).read_text(encoding="utf-8"))
-    imported = {
-        (node.module, alias.name)
-        for node in ast.walk(stub)
-        if isinstance(node, ast.ImportFrom) and node.level
-        for alias in node.names
-    }
-    found = {
-        (getattr(pgseg_hf, name).__module__, name)
-        for name in pgseg_hf.__all__
-        if name != "DEFAULT_CHECKPOINT"
-    }
-    assert found <= {(f"pgseg_hf.{module}", name) for module, name in imported}

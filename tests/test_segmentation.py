@@ -331,7 +331,7 @@ def test_the_best_of_synonyms(shipped_segmenter, street_photo, patch_weight, bac
     embeds = shipped_segmenter.class_embeddings(words, options)
     assert embeds.shape[:2] == (4, 3)
     (encoded,) = shipped_segmenter.encode([street_photo], options)
-    features = shipped_segmenter._features(encoded.windows[0])
+    features = encoded.windows[0].features
     flat = shipped_segmenter.class_embeddings(
         ["building", "house", "wall", "road", "pavement", "tree", "sky"]
     )

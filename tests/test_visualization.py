@@ -25,7 +25,7 @@ from pgseg_hf.visualization import (
     prototype_maps,
     side_by_side,
 )
-from pgseg_hf.visualization.heat import CHOSEN, NOTHING, ramp
+from pgseg_hf.visualization.heat import CHOSEN, INK, NOTHING, PAPER, ramp
 
 GREY = (120, 120, 120)
 
@@ -283,6 +283,13 @@ class TestDrawnContours:
         assert rows[28] == first and rows[31] == second
         assert drawn[29, 20].min() > 180  # the line between them
 
+    @pytest.mark.parametrize(("side", "width"), [(300, 1), (1000, 2), (1600, 3)])
+    def test_borders_are_wider_in_larger_images(self, side, width):
+        image, label_map = plain_image(side, side), halves(side, side)
+        drawn = np.asarray(draw_contours(image, label_map, ["a", "b"], legend=False))
+        coloured = [(drawn[:, 9] == colour).all(axis=1).sum() for colour in palette(2)]
+        assert coloured == [2 * width] * 2
+
     def test_the_background_has_no_colour(self, drawn_text):
         drawn = draw_contours(plain_image(40, 60), halves(), ["a"], background=True)
         colours = {tuple(colour) for colour in np.asarray(drawn)[:28, :40].reshape(-1, 3).tolist()}
@@ -332,6 +339,17 @@ class TestHeatMap:
         assert (np.diff(lightness) < -0.05).all()
         shown = shown_colours(heat_map(self.VALUES, ["cat", "dog"], ["1", "2", "3"]))
         assert {grounds[0], grounds[1], grounds[2], grounds[4], NOTHING} <= shown
+
+    def test_numbers_are_light_on_dark_cells(self, monkeypatch):
+        inks = {}
+        text = ImageDraw.ImageDraw.text
+        monkeypatch.setattr(
+            ImageDraw.ImageDraw,
+            "text",
+            lambda self, xy, words, **how: inks.update({words: how["fill"]}) or text(self, xy, words, **how),
+        )
+        heat_map([[0.0, 0.5, 0.6, 1.0]], ["row"], list("abcd"))
+        assert [inks[number] for number in ("0.00", "0.50", "0.60", "1.00")] == [INK, INK, PAPER, PAPER]
 
     def test_names_have_their_colours_and_choices_a_frame(self):
         drawn = heat_map(self.VALUES, ["cat", "dog"], ["1", "2", "3"], [1, -1, 0], palette(2), palette(6)[3:])

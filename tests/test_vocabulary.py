@@ -74,9 +74,7 @@ def test_one_label_without_a_vocabulary_is_compared_with_a_neutral_word(tiny_seg
     (encoded,) = tiny_segmenter.encode([photo])
     scored = tiny_segmenter.score(encoded, embeds)
     for window, features in zip(scored.windows, encoded.windows, strict=True):
-        logits = tiny_segmenter.model.get_logits(
-            tiny_segmenter._features(features), torch.cat([embeds, neutral])
-        )[1][0]
+        logits = tiny_segmenter.model.get_logits(features.features, torch.cat([embeds, neutral]))[1][0]
         torch.testing.assert_close(window.scores, logits.softmax(1)[:, :1])
     everywhere = tiny_segmenter(photo, ["elephant"])
     assert set(np.unique(everywhere.label_map)) == {0} and everywhere.scores.max() < 1

@@ -49,7 +49,9 @@ def test_windows_are_parts_of_the_whole_images_features(segmenter, size):
         row, column = window.top // STEP, window.left // STEP
         part = features[:, :, row : row + 4, column : column + 4]
         expected = segmenter.model.get_image_features(backbone_features=part)
-        torch.testing.assert_close(window.segments, expected.segment_embeds[0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            window.features.segment_embeds[0], expected.segment_embeds[0], rtol=1e-4, atol=1e-5
+        )
         assert window.groups.shape == (32, 32)
 
 

@@ -16,7 +16,7 @@ __version__ = "0.1.0"
 DEFAULT_CHECKPOINT = str(Path(__file__).parent / "checkpoints" / "pgseg-small-everyday")
 """The checkpoint that ships with the package, a `from_pretrained` name like any other."""
 
-if TYPE_CHECKING:  # as the table below, for mypy and editors
+if TYPE_CHECKING:
     from .checkpoint import load_segmenter as load_segmenter
     from .configuration_pgseg import PGSegConfig as PGSegConfig
     from .configuration_pgseg import PGSegTextConfig as PGSegTextConfig
@@ -38,26 +38,8 @@ if TYPE_CHECKING:  # as the table below, for mypy and editors
     from .processing_pgseg import PGSegProcessor as PGSegProcessor
     from .segmentation import Segmenter as Segmenter
     from .tokenization import default_tokenizer as default_tokenizer
-
-_NAMES = {
-    "checkpoint": ["load_segmenter"],
-    "configuration_pgseg": ["PGSegConfig", "PGSegTextConfig", "PGSegVisionConfig"],
-    "efficientnet_lite": ["EfficientNetLiteBackbone", "EfficientNetLiteConfig"],
-    "image_processing_pgseg": ["PGSegImageProcessor"],
-    "image_processing_pil_pgseg": ["PGSegImageProcessorPil"],
-    "label_maps": ["Segmentation"],
-    "modeling_base": ["PGSegPreTrainedModel"],
-    "modeling_pgseg": ["PGSegModel", "PGSegOutput"],
-    "modeling_text": ["PGSegTextModel", "PGSegTextModelWithProjection"],
-    "modeling_vision": ["PGSegVisionModel", "PGSegVisionOutput"],
-    "options": ["SegmentationOptions"],
-    "pipeline": ["OpenVocabularySegmentationPipeline"],
-    "processing_pgseg": ["PGSegProcessor"],
-    "segmentation": ["Segmenter"],
-    "tokenization": ["default_tokenizer"],
-}
-if not TYPE_CHECKING:
-    __getattr__, __dir__ = lazy_names(__name__, _NAMES)
-__all__ = ["DEFAULT_CHECKPOINT", *(name for names in _NAMES.values() for name in names)]
+else:
+    __getattr__, __dir__, _names = lazy_names(__name__, __file__)
+    __all__ = ["DEFAULT_CHECKPOINT", *_names]
 
 register(sys.modules[__name__])

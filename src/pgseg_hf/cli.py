@@ -23,7 +23,7 @@ from .evaluation.arguments import (
 )
 from .files import image_format, is_web_address, refuse_missing_folder
 from .options import FORMATS, SegmentationOptions
-from .prompts import LabelList, parse_labels, read_labels, validate_templates
+from .prompts import SYNONYM, LabelList, parse_labels, read_labels, validate_templates
 from .suggestions import MIN_AREA, everyday_words
 from .training.fine_tuning.options import add_train_arguments, check_train_arguments
 from .values import whole_number
@@ -126,8 +126,7 @@ def _add_words(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--synonyms",
         choices=("average", "best"),
-        default="average",
-        help="how the words of one label count: by their mean, or at each place by the best",
+        help="how the words of one label count: by their mean (the default), or at each place by the best",
     )
     parser.add_argument(
         "--template", action="append", help='a prompt such as "a photo of a {}."; may be repeated'
@@ -291,6 +290,8 @@ def _read_options(args: argparse.Namespace, asked: LabelList) -> SegmentationOpt
     """The library's options; what is wrong is called as on the command line."""
     if args.whole:
         _refuse(args, "with --whole there is no window; leave out one of them", "stride")
+    if not any(SYNONYM in words for words in asked.words):
+        _refuse(args, "no label has several words; expected some, such as cat|kitten", "synonyms")
     given: dict[str, Any] = {
         "window_size": args.window,
         "window_stride": args.stride,
@@ -306,7 +307,7 @@ def _read_options(args: argparse.Namespace, asked: LabelList) -> SegmentationOpt
     try:
         return SegmentationOptions(
             templates=tuple(validate_templates(args.template)) if args.template else None,
-            synonyms=args.synonyms,
+            synonyms=args.synonyms or "average",
             thresholds=asked.thresholds,
             colours=asked.colours,
             **given,

@@ -125,6 +125,7 @@ def _table(segments: Sequence[Segment]) -> str:
 def _segment_folder(args: argparse.Namespace, segmenter: Segmenter) -> int:
     if args.image is not None:  # no file of the user's: the formats name one
         write_image(args.image, args.paths[0])
+    start = time.monotonic()
     settings = {"images": args.paths, "workers": args.workers, "max_pixels": args.max_pixels}
     summary = segment_folder(segmenter, args.root, args.output, args.words, **settings)
     if process_rank():
@@ -135,7 +136,7 @@ def _segment_folder(args: argparse.Namespace, segmenter: Segmenter) -> int:
     if args.json:
         _print_json([_json_of(result, args.output) for result in summary.results], summary.broken, files)
     elif not args.quiet:
-        _print_summary(summary, [args.output, *files])
+        _print_summary(summary, time.monotonic() - start, [args.output, *files])
     return 1 if summary.broken else 0
 
 
@@ -145,7 +146,7 @@ def _json_of(result: MaskResult, output: Path) -> dict[str, Any]:
     return {"image": str(result.image), "width": width, "height": height, "segments": segments, **places}
 
 
-def _print_summary(summary: FolderSummary, places: list[Path]) -> None:
+def _print_summary(summary: FolderSummary, seconds: float, places: list[Path]) -> None:
     total = sum(summary.pixels.values())
     for label, pixels in summary.pixels.most_common():
         print(f"{label}: {pixels / total:.1%}")
@@ -155,7 +156,7 @@ def _print_summary(summary: FolderSummary, places: list[Path]) -> None:
     speed = f" ({count / summary.seconds:.1f} images/s)" if count else ""
     print(
         f"{count} images segmented{others}, {summary.skipped} done before, {len(summary.broken)} broken, "
-        f"{renewed}in {summary.seconds:.1f} s{speed} -> {', '.join(map(str, places))}"
+        f"{renewed}in {seconds:.1f} s{speed} -> {', '.join(map(str, places))}"
     )
 
 

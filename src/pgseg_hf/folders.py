@@ -21,7 +21,7 @@ from .label_maps import Segmentation
 from .options import SegmentationOptions
 from .outputs import MaskResult
 from .prompts import split_synonyms
-from .run_records import file_digest, is_same_run, model_record
+from .run_records import file_digest, hash_of, is_same_run, model_record
 from .segmentation import Segmenter
 from .values import whole_number
 from .visualization import indexed_png, label_colours, overlay
@@ -100,9 +100,9 @@ def segment_folder(
         "options": {**asdict(options), "batch_size": None},
         **model_record(segmenter),
     }
-    continues = _is_continued(record, output / RECORD_NAME)
+    _take(output / RECORD_NAME, record)
     remove_unfinished(output)
-    run = _Run(segmenter, folder, output, labels, options, overlays, images, continues)
+    run = _Run(segmenter, folder, output, labels, options, overlays, images, hash_of(record))
     run.segment(whole_number(workers, "workers", least=0), whole_number(max_pixels, "max_pixels"))
     remove_unfinished(output)  # again: what was left just before the start is old now
     run.summary.results = [
@@ -159,17 +159,15 @@ class _Run:
         options: SegmentationOptions,
         overlays: bool,
         images: Sequence[Path],
-        continues: bool,
+        name: str,
     ):
-        self.folder, self.output, self.overlays = folder, output, overlays
+        self.folder, self.output, self.overlays, self._name = folder, output, overlays, name
         self.names = _output_names(images, folder)
         self._stream = partial(segmenter.stream, labels=labels, options=options)
         self._images = images
         self._called = [words[0] for words in split_synonyms(labels)]
         self._how = (options.has_background, options.colours, options.min_area is not None)
-        self.made_from = {path: mask_source(self.mask_of(path)) if continues else None for path in images}
-        # Of nobody knows what; what another process makes of them meanwhile is known.
-        self._unknown = set() if continues else {self._version(path) for path in images}
+        self.made_from = {path: self._source(path) for path in images}
         self.summary = FolderSummary()
 
     def mask_of(self, path: Path) -> Path:
@@ -182,15 +180,14 @@ class _Run:
         name, mask = path.relative_to(self.folder).as_posix(), self.mask_of(path)
         return MaskResult(path, name, self.names[path], mask, self._called, *self._how)
 
-    def _version(self, path: Path) -> tuple[Path, int]:
-        mask = self.mask_of(path)
-        return mask, mask.stat().st_mtime_ns if mask.exists() else 0
+    def _source(self, path: Path) -> str | None:
+        """What an image's mask was made from; None where there is none of this run."""
+        source, _, name = (mask_source(self.mask_of(path)) or "").partition(" ")
+        return source if name == self._name else None
 
     def is_done(self, path: Path) -> bool:
-        source = mask_source(self.mask_of(path))
         is_drawn = not self.overlays or self.overlay_of(path).exists()
-        is_known = source is not None and self._version(path) not in self._unknown
-        return is_known and is_drawn and source == _digest(path)
+        return is_drawn and self._source(path) == _digest(path)
 
     def segment(self, workers: int, max_pixels: int) -> None:
         """Segments what is not done, waiting for images that other processes work on."""
@@ -292,7 +289,7 @@ class _Run:
         mask = indexed_png(result.label_map, len(result.labels), result.background, colours)
         segments = result.segments(include_absent=True)
         scores = [segment.score for segment in segments]
-        write_mask(mask, self.mask_of(loaded.path), loaded.digest, scores)
+        write_mask(mask, self.mask_of(loaded.path), f"{loaded.digest} {self._name}", scores)
         return Counter(
             {each.label: round(each.area * result.label_map.size) for each in segments if each.area}
         )
@@ -343,17 +340,18 @@ def _digest(path: Path) -> str:
         return ""
 
 
-def _is_continued(record: dict, path: Path) -> bool:
-    """Whether masks that are there are of the same run; without a record, which is written then, nobody knows what they
-    are of."""
+def _take(path: Path, record: dict) -> None:
+    """Makes an output folder that of a run.
+
+    Raises:
+        ValueError: it is another's.
+    """
     way_out = "Choose another output folder."
     if is_same_run(path, record, way_out) is None:
         try:
             write_json(record, path, replace=False)
-            return False
         except FileExistsError:  # another run began just now
             is_same_run(path, record, way_out)
-    return True
 
 
 def _output_names(images: Sequence[Path], folder: Path) -> dict[Path, Path]:

@@ -12,7 +12,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from transformers.utils import logging
 
 from .files import folder_written_whole, mask_scores, write_image, write_json, write_text
 from .images import load_label_map
@@ -122,10 +123,15 @@ def write_formats(results: Sequence[MaskResult], formats: Sequence[str], output:
     return places
 
 
+def _shown(results: Sequence[MaskResult], place: Path) -> Iterable[MaskResult]:
+    """The results, with progress."""
+    return logging.tqdm(results, desc=f"Writing {place.name}", unit="image")
+
+
 def _write_label_masks(results: Sequence[MaskResult], place: Path) -> None:
     """`NAME/VALUE-LABEL.png`, 255 where the label is."""
     with folder_written_whole(place, replace=True) as folder:
-        for result in results:
+        for result in _shown(results, place):
             for number, label, mask in result.present():
                 name = re.sub(r"[^\w -]", "_", label)[:80]
                 file = f"{number + result.background}-{name}.png"
@@ -137,7 +143,7 @@ def _write_coco(results: Sequence[MaskResult], place: Path, polygons: bool = Fal
     from pycocotools import mask as rle  # type: ignore[import-not-found, import-untyped, unused-ignore]
 
     annotations: list[dict] = []
-    for image_id, result in enumerate(results, 1):
+    for image_id, result in enumerate(_shown(results, place), 1):
         scores = {found["label"]: found["score"] for found in result.segments()[2]}
         for number, label, mask in result.present():
             code = rle.encode(np.asfortranarray(mask))
@@ -164,7 +170,7 @@ def _write_coco_panoptic(results: Sequence[MaskResult], place: Path) -> None:
     background."""
     annotations: list[dict] = []
     with folder_written_whole(place, replace=True) as folder:
-        for image_id, result in enumerate(results, 1):
+        for image_id, result in enumerate(_shown(results, place), 1):
             segments = []
             ids = (result.read() + 1 - result.background).astype("<u4")
             for number, _, mask in result.present():
@@ -206,7 +212,7 @@ def _coco(results: Sequence[MaskResult], annotations: list[dict]) -> dict[str, A
 def _write_yolo(results: Sequence[MaskResult], place: Path) -> None:
     """`labels/NAME.txt` with class and polygon in shares of the sides, `images/` beside it, `data.yaml` with names."""
     with folder_written_whole(place, replace=True) as folder:
-        for result in results:
+        for result in _shown(results, place):
             lines = []
             for number, _, mask in result.present():
                 for points in _polygons(mask):
@@ -232,7 +238,7 @@ def _write_labelme(results: Sequence[MaskResult], place: Path) -> None:
     """`NAME.json` with the polygons in pixels."""
     same: dict[str, Any] = {"group_id": None, "description": "", "shape_type": "polygon", "flags": {}}
     with folder_written_whole(place, replace=True) as folder:
-        for result in results:
+        for result in _shown(results, place):
             height, width = result.read().shape
             shapes = [
                 {"label": label, "points": points.tolist(), **same}
@@ -260,7 +266,7 @@ def _write_csv(results: Sequence[MaskResult], place: Path) -> None:
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(["image", "width", "height", "label", "pixels", "area", "score"])
-    for result in results:
+    for result in _shown(results, place):
         width, height, segments = result.segments()
         for found in segments:
             score = "" if found["score"] is None else f"{found['score']:.6f}"

@@ -38,6 +38,8 @@ NEUTRAL_WORDS = ("object", "thing", "background", "scene")
 SAME_MEANING = 0.5
 # Lists of labels whose embeddings are kept.
 _KEPT_EMBEDDINGS = 32
+# What scores are made of.
+_KEPT_FEATURES = ("pooler_output", "grouping", "segment_embeds", "patch_embeds")
 # A batch is full with so many pixels of images.
 _BATCH_PIXELS = 2**26
 
@@ -48,21 +50,16 @@ class WindowFeatures:
 
     Args:
         groups: uint8 [H, W] (int32 above 256 groups), the group of each pixel.
-        grouping: [K, h, w], soft assignment of the patches.
-        segments: [K, D], the groups in the joint space, not normalised.
-        pooled: [D], the window as a whole.
-        patches: [L, D], the patches in the joint space, not normalised; None for models that do not name them.
+        features: `pooler_output`, `grouping`, `segment_embeds` and, of models that name patches, `patch_embeds`; a
+            batch of one.
         top: row of the window's first pixel in the resized image.
         left: column of it.
     """
 
     groups: Tensor = field(repr=False)
-    grouping: Tensor = field(repr=False)
-    segments: Tensor = field(repr=False)
-    pooled: Tensor = field(repr=False)
+    features: PGSegVisionOutput = field(repr=False)
     top: int = 0
     left: int = 0
-    patches: Tensor | None = field(repr=False, default=None)
 
 
 @dataclass
@@ -290,7 +287,7 @@ class Segmenter:
             others = self._other_words(class_embeds, options)
         scored = ScoredImage(image.size, image.resized)
         for window in image.windows:
-            features = self._features(window)
+            features = window.features
             (image_logits,), (segment_logits,) = self.model.get_logits(features, all_words)
             image_logits = best_word(image_logits, class_embeds)
             segment_logits = best_word(segment_logits.T, class_embeds).T
@@ -317,17 +314,6 @@ class Segmenter:
                 scores.patch_scores = None if scores.patch_known is None else scores.patch_known[None]
             scored.windows.append(scores if threshold is None else scores.with_background(threshold))
         return scored
-
-    def _features(self, window: WindowFeatures) -> PGSegVisionOutput:
-        """A window's features as the model takes them, a batch of one."""
-        features = PGSegVisionOutput(
-            pooler_output=window.pooled[None],
-            grouping=window.grouping[None],
-            segment_embeds=window.segments[None],
-        )
-        if window.patches is not None:
-            features.patch_embeds = window.patches[None]
-        return features
 
     def _other_words(self, class_embeds: Tensor, options: SegmentationOptions) -> Tensor | None:
         """Embeddings [M, D] of the words that the checkpoint knows and that mean something else than all labels; of a
@@ -454,16 +440,7 @@ class Segmenter:
                 windows = torch.cat([window for *_, window in batch])
                 features = self.model.get_image_features(**{name: windows})
                 for index, (owner, top, left, window) in enumerate(batch):
-                    grouping = features.grouping[index]
-                    owner.windows.append(
-                        WindowFeatures(
-                            groups=group_map(grouping, (window.shape[2] * step, window.shape[3] * step)),
-                            grouping=grouping,
-                            segments=features.segment_embeds[index],
-                            pooled=features.pooler_output[index],
-                            top=top,
-                            left=left,
-                            patches=None if features.patch_embeds is None else features.patch_embeds[index],
-                        )
-                    )
+                    kept = {name: features[name][index, None] for name in _KEPT_FEATURES if name in features}
+                    groups = group_map(kept["grouping"][0], (window.shape[2] * step, window.shape[3] * step))
+                    owner.windows.append(WindowFeatures(groups, PGSegVisionOutput(**kept), top, left))
         return encoded

@@ -1,6 +1,7 @@
 """`pgseg train`, as users run it: to the end, killed and continued, with bad input; and the parts of its report."""
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -124,7 +125,10 @@ def test_a_killed_run_goes_on_with_the_same_command(photos, checkpoint, capsys):
     assert main([part.replace("my-model", "whole") for part in asked]) == 0
     output = photos.parent / "my-model"
     for sign in ("my-model-features/*/states.npy", "my-model/checkpoint-00000010"):
-        run = subprocess.Popen([sys.executable, "-m", "pgseg_hf", *asked])
+        # As many threads as here, or sums end in other digits.
+        run = subprocess.Popen(
+            [sys.executable, "-m", "pgseg_hf", *asked], env=os.environ | {"OMP_NUM_THREADS": "1"}
+        )
         deadline = time.monotonic() + PATIENCE
         while not list(photos.parent.glob(sign)) and run.poll() is None:
             assert time.monotonic() < deadline

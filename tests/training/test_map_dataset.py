@@ -71,7 +71,7 @@ def test_the_trainer_example_writes_an_adapter(tmp_path, photo_folder):
     segmenter = load_segmenter()
 
     def segments():
-        return next(segmenter.encode([make_photo(64, 48)])).windows[0].segments
+        return next(segmenter.encode([make_photo(64, 48)])).windows[0].features.segment_embeds[0]
 
     before = segments()
     segmenter.model = peft.PeftModel.from_pretrained(segmenter.model, tmp_path / "adapter")

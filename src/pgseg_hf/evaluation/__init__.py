@@ -9,32 +9,15 @@ from typing import TYPE_CHECKING
 from ..lazy import lazy_names
 
 if TYPE_CHECKING:
-    from .benchmarks.mask_dataset import MaskDataset, MaskFolder
-    from .benchmarks.reading import BrokenImage, LabelledImage
-    from .evaluator import MaskOptions, MaskScores, evaluate_masks
-    from .metrics.confusion import IGNORE_INDEX, ConfusionMatrix
-    from .metrics.oracle import oracle_map
+    from .benchmarks.mask_dataset import MaskDataset as MaskDataset
+    from .benchmarks.mask_dataset import MaskFolder as MaskFolder
+    from .benchmarks.reading import BrokenImage as BrokenImage
+    from .benchmarks.reading import LabelledImage as LabelledImage
+    from .evaluator import MaskOptions as MaskOptions
+    from .evaluator import MaskScores as MaskScores
+    from .evaluator import evaluate_masks as evaluate_masks
+    from .metrics.confusion import IGNORE_INDEX as IGNORE_INDEX
+    from .metrics.confusion import ConfusionMatrix as ConfusionMatrix
+    from .metrics.oracle import oracle_map as oracle_map
 else:
-    __getattr__, __dir__ = lazy_names(
-        __name__,
-        {
-            "metrics.confusion": ["IGNORE_INDEX", "ConfusionMatrix"],
-            "benchmarks.mask_dataset": ["MaskDataset", "MaskFolder"],
-            "benchmarks.reading": ["BrokenImage", "LabelledImage"],
-            "evaluator": ["MaskOptions", "MaskScores", "evaluate_masks"],
-            "metrics.oracle": ["oracle_map"],
-        },
-    )
-
-__all__ = [
-    "IGNORE_INDEX",
-    "BrokenImage",
-    "ConfusionMatrix",
-    "LabelledImage",
-    "MaskDataset",
-    "MaskFolder",
-    "MaskOptions",
-    "MaskScores",
-    "evaluate_masks",
-    "oracle_map",
-]
+    __getattr__, __dir__, __all__ = lazy_names(__name__, __file__)

@@ -260,7 +260,8 @@ class MaskEvaluator:
         features: EncodedImage,
         scores: MaskScores,
     ) -> None:
-        if not all(bool(window.segments.isfinite().all()) for window in features.windows):
+        segments: list[Any] = [window.features.segment_embeds for window in features.windows]
+        if not all(bool(each.isfinite().all()) for each in segments):
             raise ValueError(
                 f"the model gives NaN or infinity for {labelled.image_place}: its weights are broken, or their type "
                 "overflows."
@@ -299,15 +300,16 @@ class MaskEvaluator:
     def _count_groups(self, image: EncodedImage, truth: np.ndarray, groups: GroupStatistics) -> None:
         small = resized_truth(truth, image.resized)
         for window in image.windows:
+            features: Any = window.features
             height, width = window.groups.shape
             part = small[window.top : window.top + height, window.left : window.left + width]
             groups.add(
                 window.groups.cpu(),
-                window.segments.cpu().float(),
+                features.segment_embeds[0].cpu().float(),
                 part,
                 len(self.dataset.labels),
                 self.dataset.ignore_index,
-                grouping=window.grouping.cpu().float(),
+                grouping=features.grouping[0].cpu().float(),
             )
 
 

@@ -109,10 +109,13 @@ class Evaluator:
 
         def draw(found: SegmentedImage) -> None:
             (window,) = found.encoded.windows
+            features: Any = window.features
             picture = side_by_side(
                 [
                     found.image,
-                    draw_groups(found.image, window.groups.cpu().numpy(), len(window.segments), legend=False),
+                    draw_groups(
+                        found.image, window.groups.cpu().numpy(), features.grouping.shape[1], legend=False
+                    ),
                     overlay(found.image, found.predicted, masks.labels),
                 ],
                 ["photo", "groups", "labels"],
