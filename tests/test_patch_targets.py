@@ -173,7 +173,9 @@ def test_cells_of_a_view_are_named_in_the_cache(tmp_path):
     again = cache_features([source], prepare, model, options)[0]
     for index in range(3):
         for view, names in enumerate(cached[index].view_names):
-            pixels, _ = prepare.view(source[index], seeded(Draw.VIEW, 0, 0, index, view))
+            rng = seeded(Draw.VIEW, 0, 0, index, view)
+            image, crop, _ = prepare.draw(source[index], rng)
+            pixels = prepare.augmentation.crop_pixels(image, crop, rng)
             shares = namer.shares(namer.logits(backbone.maps(torch.from_numpy(pixels)[None])[-1]))[0]
             shares = torch.where(shares.amax(-1, keepdim=True) > LEAST_SHARE, shares, 0)
             likely = {namer.names[at] for at in shares.flatten(0, 1).amax(0).gt(LEAST_SHARE).nonzero()}

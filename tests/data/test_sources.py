@@ -125,12 +125,6 @@ def test_a_row_without_image_is_left_out(tmp_path):
             source[index]
 
 
-def test_the_fingerprint_of_a_folder_is_that_of_its_metadata(tmp_path):
-    one, same = (open_path(numbered_folder(tmp_path / name, 2)) for name in "ab")
-    other = open_path(numbered_folder(tmp_path / "c", 2, first=1))
-    assert one.fingerprint == same.fingerprint != other.fingerprint
-
-
 @pytest.mark.parametrize(("path", "message"), [("{}", "has no metadata file"), ("{}/x", "is no folder")])
 def test_no_metadata(tmp_path, path, message):
     with pytest.raises(ValueError, match=message):

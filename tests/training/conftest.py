@@ -3,10 +3,18 @@ from io import BytesIO
 
 import numpy as np
 import pytest
+from accelerate.state import AcceleratorState
 from data_files import tar_bytes
 from PIL import Image
 from tiny_models import make_photo
 from training_runs import TAGS
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from training_runs import Training
 
 from pgseg_hf.training import checkpoints
@@ -25,12 +24,10 @@ from pgseg_hf.training.checkpoints import (
 
 
 @pytest.fixture(autouse=True)
-def fresh_accelerator():
-    AcceleratorState._reset_state(reset_partial_state=True)
+def warnings_reach_caplog():
     checkpoints.logging.enable_propagation()
     yield
     checkpoints.logging.disable_propagation()
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def assert_same(first, second):

@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file
 from sklearn.metrics import average_precision_score
@@ -30,14 +29,6 @@ from pgseg_hf.training.fine_tuning.report import (
     precision_by_chance,
 )
 from pgseg_hf.training.fine_tuning.run import competing_words, split_photos
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
 
 COLOURS = {"rose": (200, 30, 40), "sea": (20, 60, 200), "meadow": (40, 180, 50)}
 PATIENCE = 900

@@ -76,9 +76,7 @@ def assert_same(plain, cached, tolerance):
 def test_chunks_give_the_gradients_of_the_whole_batch(variant, layout):
     model = with_fixed_statistics(without_noise(tiny_model(**VARIANTS[variant]).double()))
     inputs = inputs_of(layout)
-    plain = state_after(model, inputs)
-    for chunk_size in (2, 100):
-        assert_same(plain, state_after(model, inputs, chunk_size), 1e-9)
+    assert_same(state_after(model, inputs), state_after(model, inputs, 2), 1e-9)
 
 
 @pytest.mark.parametrize("frozen", ["text", "images"])

@@ -1,12 +1,9 @@
 """Records as a torch dataset, and transformers' Trainer on it."""
 
-import importlib.util
-import json
-from pathlib import Path
-
 import pytest
 import torch
 from tiny_models import make_photo
+from train_with_trainer import train
 
 from pgseg_hf import load_segmenter
 from pgseg_hf.data.records import Record, UnusableRecord
@@ -54,26 +51,8 @@ def test_another_record_stands_in_for_a_broken_one():
         RecordDataset(Records(), fail)[0]
 
 
-@pytest.fixture
-def trainer_example(tmp_path):
-    """The example's function, and a folder to train on."""
-    photos = tmp_path / "photos"
-    photos.mkdir()
-    rows = []
-    for index in range(12):
-        make_photo(64, 48, seed=index).save(photos / f"{index}.jpg")
-        rows.append({"file_name": f"{index}.jpg", "tags": ["road", "tree", "car"][: 1 + index % 3]})
-    (photos / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    path = Path(__file__).parents[2] / "examples" / "train_with_trainer.py"
-    spec = importlib.util.spec_from_file_location("train_with_trainer", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.train, str(photos)
-
-
-def test_the_trainer_example(tmp_path, trainer_example):
-    train, photos = trainer_example
-    trainer = train(photos, str(tmp_path / "out"), steps=10, batch_size=6)
+def test_the_trainer_example(tmp_path, photo_folder):
+    trainer = train(str(photo_folder), str(tmp_path / "out"), steps=10, batch_size=3)
     logged = [line["loss"] for line in trainer.state.log_history if "loss" in line]
     assert len(logged) == 1
     assert 0 < logged[0] < 20
@@ -86,10 +65,9 @@ def test_the_trainer_example(tmp_path, trainer_example):
     )
 
 
-def test_the_trainer_example_writes_an_adapter(tmp_path, trainer_example):
+def test_the_trainer_example_writes_an_adapter(tmp_path, photo_folder):
     peft = pytest.importorskip("peft")
-    train, photos = trainer_example
-    train(photos, str(tmp_path / "adapter"), steps=3, batch_size=6, lora=True)
+    train(str(photo_folder), str(tmp_path / "adapter"), steps=3, batch_size=3, lora=True)
     segmenter = load_segmenter()
 
     def segments():

@@ -8,12 +8,12 @@ import sys
 
 import pytest
 import torch
+import train_pgseg
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from accelerate.state import AcceleratorState
 from accelerate.utils.launch import prepare_simple_launcher_cmd_env
 from safetensors.torch import load_file
 from tiny_models import TINY_FIELDS, make_photo
-from training_runs import SCRIPT, TAGS, a_run, load_script, run_here, totals, write_settings
+from training_runs import SCRIPT, TAGS, a_run, run_here, totals, write_settings
 
 from pgseg_hf import load_segmenter
 from pgseg_hf.evaluation import MaskFolder, evaluate_masks
@@ -182,14 +182,12 @@ def test_a_mistake_is_one_line(tmp_path, monkeypatch, capsys):
     table = tmp_path / "x.parquet"
     table.write_bytes(b"PAR1")
     options = ["--data", str(table), "--output_dir", str(tmp_path / "run"), "--max_steps", "1", "--cpu"]
-    AcceleratorState._reset_state(reset_partial_state=True)
     monkeypatch.setattr(sys, "argv", ["train_pgseg.py", *options])
     tiny = ModelArguments(model_config=TINY_FIELDS)
     monkeypatch.setattr(run_module, "build_model", lambda _: build_model(tiny))
-    assert load_script().main() == 2
+    assert train_pgseg.main() == 2
     error = capsys.readouterr().err
     assert f"train_pgseg.py: error: {table} is a file" in error and "Traceback" not in error
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_an_output_folder_is_not_mixed_with_another_run(tmp_path, plain, measured, photo_folder):

@@ -1,7 +1,6 @@
 """Small training runs: their settings, in this process or in processes of their own."""
 
 import contextlib
-import importlib.util
 import os
 import random
 import signal
@@ -40,13 +39,6 @@ SETTINGS = {
     "shuffle_block": 5,
     "model_config": TINY_FIELDS,
 }
-
-
-def load_script():
-    spec = importlib.util.spec_from_file_location("train_pgseg", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def write_settings(path, **settings):

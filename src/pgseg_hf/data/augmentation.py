@@ -107,7 +107,7 @@ class Crop:
 class Augmentation:
     """Random crops as in `AugmentationOptions`.
 
-    The steps can be called one by one where the crop has to be known before the pixels are needed.
+    A crop is drawn before its pixels are needed; all chance comes from the generator that is given.
     """
 
     def __init__(self, options: AugmentationOptions | None = None):
@@ -116,26 +116,6 @@ class Augmentation:
         std = np.array(options.image_std, dtype=np.float32)[:, None, None]
         self._scale = 1 / (255 * std)
         self._shift = -np.array(options.image_mean, dtype=np.float32)[:, None, None] / std
-
-    def __call__(
-        self, image: Image.Image, rng: np.random.Generator, mask: Image.Image | None = None
-    ) -> tuple[np.ndarray, np.ndarray | None]:
-        """Varies one image.
-
-        Args:
-            image: RGB, of any size.
-            rng: where all chance comes from.
-            mask: label map (mode L) of the same size, cropped and mirrored alike with the nearest pixel.
-
-        Returns:
-            pixels float32 [3, S, S], normalised, and the mask uint8 [S, S] or None.
-
-        Raises:
-            ValueError: the mask has another size.
-        """
-        crop = self.draw_crop(image.size, rng)
-        cut_mask = None if mask is None else self.crop_mask(mask, crop)
-        return self.crop_pixels(image, crop, rng), cut_mask
 
     def draw_crop(self, size: tuple[int, int], rng: np.random.Generator) -> Crop:
         """A random crop of an image of `size` (width, height)."""
@@ -149,7 +129,11 @@ class Augmentation:
         return Crop(size, box, bool(rng.random() < options.horizontal_flip))
 
     def crop_pixels(self, image: Image.Image, crop: Crop, rng: np.random.Generator) -> np.ndarray:
-        """The crop of an RGB image with random colours, normalised: float32 [3, S, S]."""
+        """The crop of an RGB image with random colours, normalised: float32 [3, S, S].
+
+        Raises:
+            ValueError: the crop is of an image of another size.
+        """
         options = self.options
         cut = self._cut(image, crop, self._resample)
         if options.blur and rng.random() < options.blur:
@@ -176,7 +160,11 @@ class Augmentation:
         return pixels.transpose(2, 0, 1) * self._scale + self._shift
 
     def crop_mask(self, mask: Image.Image, crop: Crop) -> np.ndarray:
-        """The same crop of a label map (mode L): uint8 [S, S]. Erased pixels keep their label."""
+        """The same crop of a label map (mode L): uint8 [S, S]. Erased pixels keep their label.
+
+        Raises:
+            ValueError: the crop is of an image of another size.
+        """
         return np.array(self._cut(mask, crop, Image.Resampling.NEAREST))
 
     def _cut(self, image: Image.Image, crop: Crop, resample: Image.Resampling) -> Image.Image:

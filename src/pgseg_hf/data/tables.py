@@ -1,6 +1,5 @@
 """Tables of records: local folders with a metadata file, and whatever `datasets` loads or streams."""
 
-import hashlib
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -108,38 +107,33 @@ class TableSource:
         columns: as the user named them.
         name: what messages call the source.
         folder: where file names are looked up; None where the values are what `load_image` takes.
-        fingerprint: changes with the content; by default as `datasets` counts it.
 
     Raises:
         ValueError: missing columns.
     """
 
     def __init__(
-        self,
-        rows: datasets.Dataset | Rows,
-        columns: Columns,
-        name: str,
-        folder: Path | None = None,
-        fingerprint: str = "",
+        self, rows: datasets.Dataset | Rows, columns: Columns, name: str, folder: Path | None = None
     ):
         self.name = name
         found = columns.among(rows.column_names, name)
         class_names: Sequence[str] = ()
-        self.fingerprint = fingerprint
         if isinstance(rows, datasets.Dataset):
             for column in (found.image, found.mask):
                 if column and isinstance(rows.features[column], datasets.Image):
                     rows = rows.cast_column(column, datasets.Image(decode=False))
             class_names = _class_names(rows.features, found.tags)
-            rows = rows.with_format(None).select_columns(_names(found))
-            self.fingerprint = fingerprint or str(rows._fingerprint)
-        else:
-            rows = rows.select_columns(_names(found))
+            rows = rows.with_format(None)
         self._reader = RowReader(found, folder, class_names)
-        self._rows = rows
+        self._rows: Any = rows.select_columns(_names(found))
 
     def __len__(self) -> int:
         return len(self._rows)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of a `datasets.Dataset`, which changes with its content."""
+        return str(self._rows._fingerprint)
 
     @property
     def tag_names(self) -> Sequence[str]:
@@ -220,10 +214,7 @@ def open_folder(path: str, columns: Columns, metadata: str | None = None) -> Tab
     if file is None:
         state = "has no metadata file" if folder.is_dir() else "is no folder"
         raise ValueError(f"{path} {state}; expected a folder with {', '.join(METADATA_FILES)}.")
-    rows = read_metadata(file)
-    with file.open("rb") as content:
-        fingerprint = hashlib.file_digest(content, "sha256").hexdigest()
-    return TableSource(rows, columns, path, folder, fingerprint)
+    return TableSource(read_metadata(file), columns, path, folder)
 
 
 def open_hub(

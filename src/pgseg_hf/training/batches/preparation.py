@@ -15,6 +15,8 @@ from ...prompts import build_prompts
 from .texts import TextOptions, choose_texts, load_noun_model
 
 CROP_TRIES = 5
+# A crop shows the labels that cover more than this share of it.
+CROP_TAG_SHARE = 0.02
 
 
 @dataclass
@@ -44,7 +46,6 @@ class Preparation:
         texts: how its texts are chosen.
         mask_labels: names of the values of masks, "" for a value without one (a background); 255 has none. If given, a
             record with a mask has instead of its own tags the labels that a crop shows. No other use is made of masks.
-        crop_tag_share: a crop shows the labels that cover more than this share of it.
         patch_stride: of features, every so many-th row and column is taken, from a place drawn at random.
 
     Raises:
@@ -56,20 +57,16 @@ class Preparation:
         augmentation: AugmentationOptions | None = None,
         texts: TextOptions | None = None,
         mask_labels: Sequence[str] | None = None,
-        crop_tag_share: float = 0.02,
         patch_stride: int = 1,
     ):
         if mask_labels is not None and len(mask_labels) > IGNORE_INDEX:
             raise ValueError(f"mask_labels has {len(mask_labels)} names, expected {IGNORE_INDEX} at most.")
-        if not 0 <= crop_tag_share < 1:
-            raise ValueError(f"crop_tag_share is {crop_tag_share}, expected a share of a crop below 1.")
         if patch_stride < 1:
             raise ValueError(f"patch_stride is {patch_stride}, expected at least 1.")
         self.patch_stride = patch_stride
         self.augmentation = Augmentation(augmentation)
         self.texts = texts or TextOptions()
         self.mask_labels = None if mask_labels is None else [label.strip() for label in mask_labels]
-        self.crop_tag_share = crop_tag_share
         if self.texts.noun_model and self.texts.num_nouns:
             load_noun_model(self.texts.noun_model)
 
@@ -89,18 +86,10 @@ class Preparation:
             prompts = [prompt for (prompt,) in build_prompts(list(names))] if names else []
             patch_texts = None if names is None else dict(zip(prompts, names.values()))
             return Example(None, texts.caption, texts.labels, features, patch_texts)
-        pixels, tags = self.view(record, rng)
+        image, crop, tags = self.draw(record, rng)
+        pixels = self.augmentation.crop_pixels(image, crop, rng)
         texts = choose_texts(record if tags is None else replace(record, tags=tags), self.texts, rng)
         return Example(pixels, texts.caption, texts.labels)
-
-    def view(self, record: Record, rng: np.random.Generator) -> tuple[np.ndarray, list[str] | None]:
-        """A random crop float32 [3, S, S], normalised, and the tags that it shows where a mask tells, else None.
-
-        Raises:
-            UnusableRecord: for "broken image" or "broken mask".
-        """
-        image, crop, tags = self.draw(record, rng)
-        return self.augmentation.crop_pixels(image, crop, rng), tags
 
     def draw(self, record: Record, rng: np.random.Generator) -> tuple[Image.Image, Crop, list[str] | None]:
         """A record's image, a random crop of it, and the tags that the crop shows where a mask tells, else None.
@@ -143,7 +132,7 @@ class Preparation:
                 f"its mask has the value {value}, and mask_labels names {len(names)} values; {IGNORE_INDEX} is for "
                 "pixels without a label."
             )
-        shown = counts[: len(names)] > self.crop_tag_share * labels_SS.size
+        shown = counts[: len(names)] > CROP_TAG_SHARE * labels_SS.size
         return [name for name, is_shown in zip(names, shown) if is_shown and name]
 
 
