@@ -67,7 +67,7 @@ WNIDS, LABELS = IMAGENET["wnids"], IMAGENET["labels"]
 
 
 def found_in(classes):
-    """Class and first pixel of each image made by `data_files.image`."""
+    """Class and first pixel of each image made by `data_files.image_bytes`."""
     return [
         str(each) if isinstance(each, BrokenImage) else (each.label, each.read().getpixel((0, 0))[0])
         for each in classes.images()
@@ -75,7 +75,7 @@ def found_in(classes):
 
 
 def write_class_folders(root, names):
-    """LabelledImage number i in the folder names[i]."""
+    """Image number i in the folder names[i]."""
     for number, name in enumerate(names):
         (root / name).mkdir(parents=True, exist_ok=True)
         (root / name / f"ILSVRC2012_val_{number:08d}.png").write_bytes(image_bytes(number))
@@ -138,6 +138,16 @@ def write_shard(path, classes, first=0, ending="cls"):
 
 
 class TestShards:
+    def test_other_shards_have_another_fingerprint(self, tmp_path):
+        def fingerprint():
+            return open_imagenet(str(tmp_path / "*.tar")).fingerprint()
+
+        write_shard(tmp_path / "a.tar", ["0", "1"])
+        before = fingerprint()
+        assert fingerprint() == before
+        write_shard(tmp_path / "a.tar", ["0", "1", "2", "3"])
+        assert fingerprint() != before
+
     def test_a_pattern_of_shards_with_numbers_ids_and_names(self, tmp_path):
         write_shard(tmp_path / "val-00.tar", ["3", WNIDS[1]])
         write_shard(tmp_path / "val-01.tar", ["tiger shark\n"], first=2)

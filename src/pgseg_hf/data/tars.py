@@ -99,6 +99,11 @@ class TarSource:
         self._shards = find_shards(patterns)
 
     @property
+    def fingerprint(self) -> str:
+        """Changes with the shards: their names, and size and time where the file system tells."""
+        return repr([(each.full_name, each.fs.info(each.path)) for each in self._shards])
+
+    @property
     def num_shards(self) -> int:
         return len(self._shards)
 
