@@ -112,6 +112,16 @@ def test_texts_that_the_tokenizer_cannot_tell_apart_are_one(tokenizer):
     assert batch["text_targets"].int().tolist() == [[1, 1], [1, 0], [1, 0]]
 
 
+def test_shared_with_the_texts_given(tokenizer):
+    texts = ["a photo of a hat.", "a photo of a dog.", "never seen", "A photo of grass."]
+    collator = PGSegCollator(tokenizer, layout="shared", texts=texts)
+    batch = collator([BATCH[0], BATCH[2]])
+    assert len(batch["input_ids"]) == 4
+    assert batch["text_targets"].int().tolist() == [[0, 1, 0, 1], [1, 1, 0, 1]]
+    with pytest.raises(ValueError, match="'nothing named' is not among the 4 texts"):
+        collator(BATCH)
+
+
 @pytest.mark.parametrize("options", [{}, {"num_labels": 5}, {"layout": "shared"}, {"padding": "longest"}])
 def test_the_model_takes_it_and_learns(tokenizer, model, options):
     output = model(**PGSegCollator(tokenizer, **options)(BATCH))
@@ -154,6 +164,8 @@ def test_mappings_are_examples_too(tokenizer):
         ({"context_length": 2}, "context_length is 2"),
         ({"num_labels": -1}, "num_labels is -1"),
         ({"num_labels": 2, "layout": "shared"}, "num_labels is 2"),
+        ({"texts": ["a"]}, "shared layout"),
+        ({"texts": [], "layout": "shared"}, "at least one"),
     ],
 )
 def test_options_that_make_no_sense(tokenizer, options, message):

@@ -145,12 +145,12 @@ def test_values_beyond_float16_are_its_largest(source, prepare, options):
 
 
 def test_tags_of_any_length_are_kept(tmp_path, options):
-    names = [f"a label with a long name, number {number}" for number in range(32)]
+    names = [f"a label with a long name, number {number}" for number in range(64)]
     folder = Path(numbered_folder(tmp_path / "data", 1))
     row = json.loads((folder / "metadata.jsonl").read_text())
-    Image.fromarray((np.arange(64) // 2).astype(np.uint8).reshape(8, 8)).save(folder / "mask.png")
+    Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8)).save(folder / "mask.png")
     (folder / "metadata.jsonl").write_text(json.dumps(row | {"mask_file_name": "mask.png"}))
-    prepare = Preparation(AugmentationOptions(image_size=32, min_scale=1.0), None, names)
+    prepare = Preparation(AugmentationOptions(image_size=32, min_scale=1.0), None, names, crop_tag_share=0.0)
     source = open_source(SourceSpec(path=str(folder)))
     (cached,) = cache_features([source], prepare, tiny_backbone_model().eval(), options)
     assert len(json.dumps(cached[0].view_tags[0])) > 1024

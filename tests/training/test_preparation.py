@@ -41,9 +41,9 @@ def mask_of(**pixels):
     return Image.fromarray(values.reshape(20, 20).astype(np.uint8))
 
 
-def tags_of_whole(mask, labels=("sky", "road", "")):
+def tags_of_whole(mask, seed=0, labels=("sky", "road", ""), **kwargs):
     record = Record(Image.new("RGB", (20, 20)), tags=["of the photo"], mask=mask)
-    return sorted(prepare(record, 0, WHOLE, texts=PLAIN, mask_labels=labels).labels)
+    return sorted(prepare(record, seed, WHOLE, texts=PLAIN, mask_labels=labels, **kwargs).labels)
 
 
 def test_an_example_of_a_file(photo_file):
@@ -87,6 +87,7 @@ def test_labels_count_above_their_share_of_the_crop():
     assert tags_of_whole(mask_of(v0=9, v1=8)) == ["sky"]
     assert tags_of_whole(mask_of(v0=9, v1=9)) == ["road", "sky"]
     assert tags_of_whole(mask_of(v0=9, v1=9, v2=300)) == ["road", "sky"]  # value 2 has no name
+    assert tags_of_whole(mask_of(v0=100, v1=101), crop_tag_share=0.25) == ["road"]
 
 
 def test_without_names_for_its_values_a_mask_is_not_looked_at():
@@ -150,6 +151,7 @@ def test_a_broken_mask_is_unusable(mask, message):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"crop_tag_share": 1.0}, r"crop_tag_share is 1\.0"),
         ({"mask_labels": [str(i) for i in range(256)]}, "mask_labels has 256 names"),
         ({"patch_stride": 0}, "patch_stride is 0"),
     ],

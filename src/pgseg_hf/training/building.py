@@ -207,7 +207,7 @@ def build_stream(
     _refuse_unused(data, shared and config.pooling.parts == "patches")
     if data.cache_features:
         namer = CellNamer.read(data.cell_names) if data.cell_names else None
-        cache = CacheOptions(data.cache_features, data.cache_views, namer, data.cache_whole_images)
+        cache = CacheOptions(data.cache_features, data.cache_views, 0, namer, data.cache_whole_images)
         sources = list(cache_features(sources, prepare, model, cache))
     views = [data.cache_views, data.cache_whole_images, data.cache_patch_stride]
     depends_on = flat(asdict(augmentation) | asdict(texts)) | {

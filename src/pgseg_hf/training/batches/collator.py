@@ -38,6 +38,8 @@ class PGSegCollator:
         padding: "max_length" makes all texts `context_length` long, "longest" as long as the batch's longest.
         num_labels: in the paired layout the number of labels of every image, padded or cut; 0 for none. By default
             the largest number in the batch.
+        texts: in the shared layout the texts of every batch, which the examples' are among: words that no image of
+            a batch has are then negatives too.
         synonyms: in the shared layout, other texts for a text. A batch has one of them for all of its images, drawn by
             the batch's content, so that no text of an image is a negative of another that shows the same; on several
             processes each draws for its own part of the batch.
@@ -55,6 +57,7 @@ class PGSegCollator:
         layout: Literal["paired", "shared"] = "paired",
         padding: Literal["max_length", "longest"] = "max_length",
         num_labels: int | None = None,
+        texts: Sequence[str] | None = None,
         synonyms: Mapping[str, Sequence[str]] | None = None,
         negatives: Sequence[str] = (),
     ):
@@ -69,11 +72,13 @@ class PGSegCollator:
             )
         if num_labels is not None and (layout != "paired" or num_labels < 0):
             raise ValueError(f"num_labels is {num_labels}; it is for the paired layout, and 0 or more.")
+        if texts is not None and (layout != "shared" or not texts):
+            raise ValueError("texts are for the shared layout, and at least one.")
         if synonyms and layout != "shared":
             raise ValueError(f"synonyms are for the shared layout, and layout is {layout!r}.")
         self.tokenizer, self.context_length = tokenizer, context_length
         self.layout, self.padding, self.num_labels = layout, padding, num_labels
-        self.synonyms, self.negatives = dict(synonyms or {}), list(negatives)
+        self.texts, self.synonyms, self.negatives = texts, dict(synonyms or {}), list(negatives)
         self.cut_texts = 0
         """How many texts were cut so far, in this process."""
 
@@ -91,7 +96,8 @@ class PGSegCollator:
             where examples have `patch_texts`, if only empty ones.
 
         Raises:
-            ValueError: no examples, or in the paired layout labels without `num_labels` on several processes.
+            ValueError: no examples, in the shared layout a text that is not among the given ones, or in the paired one
+                labels without `num_labels` on several processes.
         """
         if not examples:
             raise ValueError("no examples to collate: a batch needs at least one.")
@@ -133,16 +139,19 @@ class PGSegCollator:
         of_images = [of_image or [caption] for caption, of_image in zip(captions, labels)]
         wanted = [text for of_image in [*of_images, *patches] for text in of_image]
         called, more = self._in_other_words(wanted)
-        texts = list(dict.fromkeys([*called.values(), *more]))
+        texts = list(dict.fromkeys([*(self.texts or []), *called.values(), *more]))
         encoded = self._encode(texts)
         # Texts that the tokenizer does not tell apart are one.
         columns: dict[tuple[int, ...], int] = {}
         column_of: dict[str, int] = {}
         first: list[int] = []
         for index, (text, tokens) in enumerate(zip(texts, encoded["input_ids"].tolist())):
-            column_of[text] = columns.setdefault(tuple(tokens), len(first))
-            if column_of[text] == len(first):
+            if tuple(tokens) not in columns:
+                if self.texts is not None and index >= len(self.texts):
+                    raise ValueError(f"{text!r} is not among the {len(self.texts)} texts of the collator.")
+                columns[tuple(tokens)] = len(first)
                 first.append(index)
+            column_of[text] = columns[tuple(tokens)]
         # No bools: Trainer pads what it takes for labels with -100.
         targets = torch.zeros(len(captions), len(first), dtype=torch.int64)
         for row, of_image in enumerate(of_images):

@@ -32,8 +32,6 @@ from .preparation import Preparation
 logger = logging.get_logger(__name__)
 
 BATCH_SIZE = 16
-# Of the crops; not that of a run, so that runs of several seeds share a cache.
-SEED = 0
 # States of a view.
 MISSING, DONE, UNUSABLE = 0, 1, 2
 # A cached view's tags are one JSON list a view, of this many bytes or those of all labels of the masks.
@@ -49,6 +47,7 @@ class CacheOptions:
     Args:
         folder: of the cache; made if it does not exist.
         views: random crops of each image.
+        seed: of the crops; not that of a run, so that runs of several seeds share a cache.
         namer: names the cells of the backbone's last stage; their names are kept too.
         whole_images: the backbone sees an image as a whole, at the short side of its crops, and a view is cut from its
             features; else it sees the crop alone. Views then differ in place, size and mirroring only.
@@ -56,6 +55,7 @@ class CacheOptions:
 
     folder: str
     views: int = 2
+    seed: int = 0
     namer: CellNamer | None = None
     whole_images: bool = False
 
@@ -157,7 +157,7 @@ def cache_features(
             "source": _contents(table),
             "augmentation": json.loads(json.dumps(asdict(prepare.augmentation.options))),
             "mask_labels": prepare.mask_labels,
-            "seed": SEED,
+            "seed": options.seed,
             "backbone": weights,
             "shape": [len(table), options.views, *shape],
             "whole_images": options.whole_images or None,
@@ -276,7 +276,7 @@ class _Filler:
         )
 
     def _add(self, row: int, view: int) -> None:
-        rng = seeded(Draw.VIEW, SEED, self.number, row, view)
+        rng = seeded(Draw.VIEW, self.options.seed, self.number, row, view)
         image, crop, tags = self.prepare.draw(self.table[row], rng)
         augmentation, features = self.prepare.augmentation, self.arrays["features"]
         if tags is not None:

@@ -15,8 +15,6 @@ from ...prompts import build_prompts
 from .texts import TextOptions, choose_texts, load_noun_model
 
 CROP_TRIES = 5
-# A crop shows the labels that cover more than this share of it.
-CROP_TAG_SHARE = 0.02
 
 
 @dataclass
@@ -46,6 +44,7 @@ class Preparation:
         texts: how its texts are chosen.
         mask_labels: names of the values of masks, "" for a value without one (a background); 255 has none. If given, a
             record with a mask has instead of its own tags the labels that a crop shows. No other use is made of masks.
+        crop_tag_share: a crop shows the labels that cover more than this share of it.
         patch_stride: of features, every so many-th row and column is taken, from a place drawn at random.
 
     Raises:
@@ -57,16 +56,20 @@ class Preparation:
         augmentation: AugmentationOptions | None = None,
         texts: TextOptions | None = None,
         mask_labels: Sequence[str] | None = None,
+        crop_tag_share: float = 0.02,
         patch_stride: int = 1,
     ):
         if mask_labels is not None and len(mask_labels) > IGNORE_INDEX:
             raise ValueError(f"mask_labels has {len(mask_labels)} names, expected {IGNORE_INDEX} at most.")
+        if not 0 <= crop_tag_share < 1:
+            raise ValueError(f"crop_tag_share is {crop_tag_share}, expected a share of a crop below 1.")
         if patch_stride < 1:
             raise ValueError(f"patch_stride is {patch_stride}, expected at least 1.")
         self.patch_stride = patch_stride
         self.augmentation = Augmentation(augmentation)
         self.texts = texts or TextOptions()
         self.mask_labels = None if mask_labels is None else [label.strip() for label in mask_labels]
+        self.crop_tag_share = crop_tag_share
         if self.texts.noun_model and self.texts.num_nouns:
             load_noun_model(self.texts.noun_model)
 
@@ -132,7 +135,7 @@ class Preparation:
                 f"its mask has the value {value}, and mask_labels names {len(names)} values; {IGNORE_INDEX} is for "
                 "pixels without a label."
             )
-        shown = counts[: len(names)] > CROP_TAG_SHARE * labels_SS.size
+        shown = counts[: len(names)] > self.crop_tag_share * labels_SS.size
         return [name for name, is_shown in zip(names, shown) if is_shown and name]
 
 
