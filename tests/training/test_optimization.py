@@ -123,6 +123,24 @@ def test_the_rate_rises_then_falls_and_stays_within_its_limits(warmup, rest, ste
         assert learning_rate_factor(total - 1 + step, warmup, total) == pytest.approx(0.1)
 
 
+def test_a_resumed_schedule_goes_on_and_takes_a_new_length():
+    optimizer = build_optimizer(nn.Linear(2, 2))
+    schedule = cosine_schedule(optimizer, 3, 12)
+    rates(optimizer, schedule, 5)
+    states = copy.deepcopy((optimizer.state_dict(), schedule.state_dict()))
+    expected = rates(optimizer, schedule, 9)
+    for length in (12, 50):
+        other = build_optimizer(nn.Linear(2, 2))
+        resumed = cosine_schedule(other, 3, length)
+        other.load_state_dict(states[0])
+        resumed.load_state_dict(states[1])
+        if length == 12:
+            assert rates(other, resumed, 9) == expected
+        else:
+            resumed.step()
+            assert other.param_groups[0]["lr"] == pytest.approx(1e-4 * learning_rate_factor(6, 3, 50))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -195,6 +213,17 @@ def test_applied_weights_are_the_average_and_the_own_ones_come_back_exactly(aver
     with pytest.raises(KeyError), average.applied_to(model):
         raise KeyError
     assert all(torch.equal(tensor, own[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_loaded_average_goes_on_exactly(averaged):
+    model, average = averaged
+    other = ExponentialMovingAverage(tiny_model(seed=1), decay=0.9)
+    other.load_state_dict(average.state_dict())
+    changed(model, 5)
+    for either in (average, other):
+        either.update_parameters(model)
+    for name, tensor in average.state_dict().items():
+        assert torch.equal(tensor, other.state_dict()[name]), name
 
 
 def test_averages_that_make_no_sense():
