@@ -25,15 +25,16 @@ def assert_same_run(folder, other):
     assert records[0] == records[1]
 
 
-def test_a_killed_run_goes_on_bit_for_bit(tmp_path, mixed_sources):
-    settings = {"sources": mixed_sources, "max_steps": 14, "checkpoint_steps": 4, "log_steps": 3}
+def test_a_killed_run_goes_on_bit_for_bit_and_once_more(tmp_path, mixed_sources):
+    settings = {"sources": mixed_sources, "max_steps": 20, "checkpoint_steps": 4, "log_steps": 3}
     settings |= {"ema_decay": 0.9, "num_workers": 2}
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     run_here(tmp_path, **settings, output_dir=str(whole))
     path = write_settings(tmp_path / "killed.yaml", **settings, output_dir=str(killed))
-    with Launched(path) as run:
-        run.reach(killed / "log.jsonl", 6)
-        run.kill()
+    for step in (6, 12):
+        with Launched(path) as run:
+            run.reach(killed / "log.jsonl", step)
+            run.kill()
     with Launched(path) as run:
         run.finish()
     assert_same_run(killed, whole)

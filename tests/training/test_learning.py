@@ -103,10 +103,10 @@ def test_many_steps_in_half_precision_stay_finite(variant, dtype):
     config = tiny_config(npr_variant=variant, num_text_prototypes=4, guard_prototype_losses=True, **fields)
     model = PGSegModel(config).train()
     optimizer = build_optimizer(model, learning_rate=1e-3)
-    schedule = cosine_schedule(optimizer, warmup_steps=50, total_steps=150)
+    schedule = cosine_schedule(optimizer, warmup_steps=50, total_steps=250)
     scaler = torch.amp.GradScaler("cpu", enabled=dtype == torch.float16)
     skipped, left_out, losses = [], 0, []
-    for step in range(150):
+    for step in range(250):
         with torch.autocast("cpu", dtype):
             outputs = model(
                 tiny_texts(8, words=5, seed=step % 8), tiny_images(8, seed=step % 8), return_loss=True
