@@ -338,6 +338,11 @@ def test_nothing_usable_ends_the_run_with_a_readable_message(source, message, wo
     assert "Traceback" not in str(caught.value) and len(str(caught.value)) < 200
 
 
+def test_too_many_workers_end_the_run():
+    with pytest.raises(ValueError, match=r"^shards has nothing for reader 2 of 2"):
+        take(stream_of([Shards([1])], num_workers=2), 2)
+
+
 def test_the_first_record_of_each_reason_and_too_few_shards_are_told(monkeypatch):
     lines = []
     monkeypatch.setattr(streams.logger, "warning", lines.append)
