@@ -145,7 +145,7 @@ def test_a_killed_run_goes_on_with_the_same_command(photos, checkpoint, capsys):
     ("table", "more", "message"),
     [
         ("file,labels\na.png,cat\n", [], "tags.csv has the columns file, labels, expected .*file_name"),
-        ("file_name,kind\n00.png,cat\n", [], "tags.csv has the columns file_name, kind, expected tags"),
+        ("file_name,kind\n00.png,cat\n", [], "tags.csv has the columns file_name, kind, expected .*tags"),
         ("file_name,tags\n00.png,7\n", [], r"row 1 of .*tags.csv has the label '7', expected a word"),
         ("file_name,tags\nx.png,cat\n", [], r"no photo can be used.*1 x no such file \(.*x.png \(row 1 of"),
         ("file_name,tags\n../x.png,cat\n", [], r"no photo can be used.*1 x bad path.*'../x.png'"),
@@ -217,7 +217,7 @@ def test_labels_by_folders_rows_and_metadata(tmp_path):
     assert found.left_out["no label"] == ["01.png"] and len(found.left_out["broken row"]) == 1
     assert len(found.left_out["no such file"]) == 1
     (tmp_path / "flat" / "metadata.jsonl").unlink()
-    with pytest.raises(ValueError, match="flat has no labels: give --labels-from FILE"):
+    with pytest.raises(ValueError, match=r"flat has no labels.*--labels-from FILE"):
         read_photos(tmp_path / "flat")
 
 
