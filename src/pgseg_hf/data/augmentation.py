@@ -26,8 +26,7 @@ GREY_WEIGHTS = np.array([0.299, 0.587, 0.114], dtype=np.float32)
 
 @dataclass
 class AugmentationOptions:
-    """How training images are augmented. The defaults are those of the paper: random crops of 224 pixels and horizontal
-    flips.
+    """How training images are augmented. By default as in the paper: random crops of 224 pixels and horizontal flips.
 
     Args:
         image_size: side of the output in pixels.
@@ -106,8 +105,7 @@ class Crop:
 
 
 class Augmentation:
-    """Random crops and colour changes according to `AugmentationOptions`. All randomness comes from the generators that
-    are passed to the methods."""
+    """Random crops and colour changes as in `AugmentationOptions`; all randomness comes from the given generators."""
 
     def __init__(self, options: AugmentationOptions | None = None):
         self.options = options = options or AugmentationOptions()
@@ -150,8 +148,7 @@ class Augmentation:
         return pixels
 
     def whole_pixels(self, image: Image.Image) -> np.ndarray:
-        """An RGB image resized to `short_side`, with a long side of at most `LONGEST_SIDE`, and normalised: float32
-        [3, H, W]."""
+        """An RGB image resized to `short_side` (long side at most `LONGEST_SIDE`), normalised: float32 [3, H, W]."""
         short_side = self.options.short_side
         scale = min(short_side / min(image.size), max(LONGEST_SIDE, short_side) / max(image.size))
         size = (max(round(image.width * scale), 1), max(round(image.height * scale), 1))

@@ -34,8 +34,7 @@ _PRINTED_LIST = re.compile(rf"\[\s*(?:(?:{_TEXT}|None|nan)[\s,]*)*\]", re.DOTALL
 
 @dataclass(frozen=True)
 class Columns:
-    """Names of the columns of the image, captions, tags and label map. None stands for the usual names, `IMAGE_NAMES`
-    and so on."""
+    """Names of the image, caption, tag and mask columns. None stands for the usual names (`IMAGE_NAMES` and so on)."""
 
     image: str | None = None
     caption: str | None = None

@@ -33,9 +33,8 @@ def read_mask_labels(path: Path, may_repeat: bool = False) -> dict[str, Any]:
 
 
 def check_mask_labels(content: dict[str, Any], may_repeat: bool = False) -> dict[str, Any]:
-    """Checks the content of a `labels.json` and fills in defaults. The result has `labels` in the order of the mask
-    values, `ignore_index` (default 255, may be None), `background` (None), `synonyms` by label ({}) and `mask_values`
-    (None).
+    """Checks the content of a `labels.json` and adds defaults: `labels` in the order of the mask values, `ignore_index`
+    (255, or None), `background` (None), `synonyms` as lists by label ({}) and `mask_values` (None).
 
     Args:
         may_repeat: whether a label may be "", for values without a name, or occur for several values.
@@ -59,11 +58,7 @@ def check_mask_labels(content: dict[str, Any], may_repeat: bool = False) -> dict
     for name in ("ignore_index", "background"):
         value, is_label = found[name], name == "background"
         if value is not None and (not is_whole(value) or (value in range(len(labels))) != is_label):
-            expected = (
-                f"a label's index, 0 to {len(labels) - 1}"
-                if is_label
-                else "a value that is not a label's index"
-            )
+            expected = f"a label's index, 0 to {len(labels) - 1}" if is_label else "a value without a label"
             raise ValueError(f"{name} is {value!r}, expected {expected}, or null")
     for name in ("synonyms", "mask_values"):
         if not isinstance(found[name] or {}, dict):

@@ -23,8 +23,7 @@ class LabelledPhotos:
     Args:
         folder: folder of the photos.
         source: origin of the labels, for messages.
-        photos: distinct photos, sorted by name. Their tags are the labels, and the name is the path relative to the
-            folder, with slashes.
+        photos: distinct photos, sorted. Their tags are the labels, their names the paths in the folder, with slashes.
         left_out: skipped items for each reason.
     """
 
@@ -100,9 +99,7 @@ def _of_table(
         if isinstance(record.mask, Path):
             masks.add(os.path.normpath(record.mask))
         if number := next((label for label in record.tags if label.isnumeric()), None):
-            raise ValueError(
-                f"{place} has the label {number!r}, expected a word, because the model uses its text."
-            )
+            raise ValueError(f"{place} has the label {number!r}, expected a word, not a number.")
         name = os.path.normpath(record.image)
         place_of = record.image.relative_to(folder).as_posix()
         photo = photos.setdefault(name, Record(record.image, name=place_of))
@@ -145,9 +142,7 @@ def _of_class_folders(
             continue
         label = " ".join(image.parent.name.replace("_", " ").split())
         if label.isnumeric():
-            raise ValueError(
-                f"the name of {image.parent} is a number, expected a word, because the model uses the text of labels."
-            )
+            raise ValueError(f"{image.parent} is named by a number, expected a word as the label.")
         photos[place.as_posix()] = Record(image, tags=[label], name=place.as_posix())
     if not photos:
         raise ValueError(

@@ -29,8 +29,8 @@ COLORS: dict[str, tuple[int, int, int]] = {
 
 @dataclass(frozen=True)
 class Ground:
-    """Appearance of a background: colour, strength of the noise in grey levels, and width and height of its grain as
-    shares of the image's side (0 for one pixel)."""
+    """A background: colour, noise strength in grey levels, width and height of a grain as shares of the image's side
+    (0 for one pixel)."""
 
     color: tuple[int, int, int]
     contrast: float
@@ -251,8 +251,7 @@ class SceneSource:
         return self._make(index)[0]
 
     def describe(self, index: int) -> str:
-        """A complete caption: the objects in painting order, each with size (if small or large), material and colour,
-        and the background."""
+        """A complete caption: objects in painting order with size (if small or large), material, colour, and ground."""
         scene = self.scene(index)
         return f"{join_words([_phrase(thing) for thing in scene.objects])} on {scene.ground}"
 
@@ -284,8 +283,7 @@ class SceneSource:
 def _place(
     thing: SceneObject, owners_HW: np.ndarray, number: int, rng: np.random.Generator
 ) -> np.ndarray | None:
-    """Pixels of an object, bool [H, W], at a random position and angle that keeps earlier objects visible; None if no
-    such position was found."""
+    """Pixels, bool [H, W], of an object placed at random so that earlier objects stay visible; None if impossible."""
     before = np.bincount(owners_HW.ravel() + 1, minlength=number + 1)[1:]
     for _ in range(PLACEMENTS):
         region_HW = _outline_region(thing, len(owners_HW), rng)
@@ -347,8 +345,7 @@ def _light(size: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def _caption(scene: Scene, rng: np.random.Generator) -> str:
-    """A caption of some objects in random order, each with or without size, material and colour, and with or without
-    the background; or of the background alone."""
+    """Some objects in random order with random attributes, with or without the background; or the background alone."""
     count = rng.integers(0, len(scene.objects) + 1)
     chosen = [scene.objects[index] for index in rng.permutation(len(scene.objects))[:count]]
     phrases = [_phrase(thing, *(rng.random(3) < (0.5, 0.5, 0.75))) for thing in chosen]

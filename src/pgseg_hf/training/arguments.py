@@ -166,11 +166,9 @@ class RunArguments:
     max_steps: int | None = HfArg(default=None, help="Number of optimizer steps; or set num_epochs.")
     num_epochs: float | None = HfArg(default=None, help="Passes over the data, if its length is known.")
     learning_rate: float = HfArg(default=1e-4, help="Peak learning rate.")
-    warmup_learning_rate: float | None = HfArg(
-        default=None, help="Rate at the first step; peak / 100 by default."
-    )
+    warmup_learning_rate: float | None = HfArg(default=None, help="Initial rate; peak / 100 by default.")
     backbone_learning_rate_factor: float = HfArg(default=0.1, help="Rate factor of an unfrozen backbone.")
-    min_learning_rate: float | None = HfArg(default=None, help="Rate at the last step; peak / 10 by default.")
+    min_learning_rate: float | None = HfArg(default=None, help="Final rate; peak / 10 by default.")
     warmup_ratio: float = HfArg(default=1 / 3, help="Share of the steps used for warm-up.")
     weight_decay: float = HfArg(default=0.05, help="Weight decay of weights with two or more dimensions.")
     adam_beta1: float = 0.9
@@ -214,15 +212,11 @@ class RunArguments:
             if value is not None and value <= 0:
                 raise ValueError(f"{name} is {value}, expected a positive number.")
         if self.batch_size < 2:
-            raise ValueError(
-                f"batch_size is {self.batch_size}, expected at least 2: the contrastive loss compares images."
-            )
+            raise ValueError(f"batch_size is {self.batch_size}, expected 2 or more for the contrastive loss.")
         if self.num_pictures < 0:
             raise ValueError(f"num_pictures is {self.num_pictures}, expected 0 or more.")
         if not 0 <= self.warmup_ratio < 1:
-            raise ValueError(
-                f"warmup_ratio is {self.warmup_ratio}, expected a share of at least 0 and below 1."
-            )
+            raise ValueError(f"warmup_ratio is {self.warmup_ratio}, expected at least 0 and below 1.")
 
 
 Arguments = tuple[ModelArguments, DataArguments, RunArguments]

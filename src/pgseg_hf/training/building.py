@@ -358,8 +358,7 @@ def without_scalars(model: PGSegModel) -> PGSegModel:
 
 
 def full_weights(model: PGSegModel) -> dict[str, Tensor]:
-    """The unsharded state dict with the shapes that `from_pretrained` expects, undoing FSDP and [`without_scalars`].
-    All processes must call it."""
+    """The unsharded state dict with the shapes that `from_pretrained` expects. All processes must call it."""
     state = {}
     for name, value in model.state_dict().items():
         value = value.full_tensor() if isinstance(value, DTensor) else value

@@ -330,7 +330,7 @@ def _flush(path: Path) -> None:
 
 
 def _require_random_states(path: Path) -> None:
-    """Checks the random states, because Accelerate silently continues if it cannot restore them (GPU states last)."""
+    """Checks that random states were restored: Accelerate skips failures silently, and restores GPU states last."""
     saved = load_weights_only(path)
     if not torch.equal(torch.get_rng_state(), saved["torch_manual_seed"]):
         raise ValueError(f"the random states in {path.name} could not be restored")

@@ -24,8 +24,7 @@ def save_weights(model: PGSegModel, processor: PGSegProcessor, folder: Path) -> 
 
 
 def publish(weights: Path, output_dir: Path, card: str, results: Mapping[str, Any]) -> None:
-    """Moves the files of a `from_pretrained` folder to `output_dir`, the configuration last, and writes the model card
-    and `all_results.json`."""
+    """Moves a `from_pretrained` folder's files to `output_dir` (config.json last), adds the model card and metrics."""
     files = sorted(weights.iterdir(), key=lambda path: path.name == "config.json")
     for path in files:
         os.replace(path, output_dir / path.name)

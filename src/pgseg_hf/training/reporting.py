@@ -48,8 +48,7 @@ class Meter:
             self._sums[name] = self._sums.get(name, 0) + row
 
     def means(self) -> dict[str, float]:
-        """Means over all processes and the steps since the last call. All processes must call it. The mean of a term
-        that was never finite is NaN."""
+        """Means over all processes and the steps since the last call (NaN if never finite). All must call it."""
         if not self._sums:
             return {}
         names = list(self._sums)

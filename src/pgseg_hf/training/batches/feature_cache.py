@@ -116,8 +116,7 @@ class CachedSource:
 def cache_features(
     sources: Sequence[Source], prepare: Preparation, model: PGSegModel, options: CacheOptions
 ) -> list[CachedSource]:
-    """Computes the features that are not in the cache yet and returns sources that read them. With several processes,
-    each one computes its share.
+    """Computes missing features and returns sources that read them. With several processes, each computes its share.
 
     Args:
         sources: map-style sources; streams have no known length.

@@ -57,8 +57,7 @@ class Mixture:
         return self._counts / self._counts.sum()
 
     def places(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """For `count` slots starting at `first`: the source of each, and its position among the records that the run
-        takes from that source."""
+        """For `count` slots from `first`: their sources and their positions among the records taken from the source."""
         cycles, inside = np.divmod(np.arange(first, first + count), len(self._sources))
         sources = self._sources[inside]
         return sources, cycles * self._counts[sources] + self._turns[inside]

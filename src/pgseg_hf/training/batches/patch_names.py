@@ -26,7 +26,7 @@ class CellNamer:
     Args:
         head: the head's tensors from `convert_efficientnet_lite`.
         classes: the name of each class; several classes may share a name.
-        parts: maps a word to names that are parts of it, such as a person to clothes. If the image has the word as a
+        parts: maps a word to names that are parts of it, such as "person" to clothes. If the image has the word as a
             tag, the share of such a name in a cell is split equally between the name and the word.
 
     Raises:

@@ -62,9 +62,7 @@ class Preparation:
         if mask_labels is not None and len(mask_labels) > IGNORE_INDEX:
             raise ValueError(f"mask_labels has {len(mask_labels)} names, expected at most {IGNORE_INDEX}.")
         if not 0 <= crop_tag_share < 1:
-            raise ValueError(
-                f"crop_tag_share is {crop_tag_share}, expected a share of at least 0 and below 1."
-            )
+            raise ValueError(f"crop_tag_share is {crop_tag_share}, expected at least 0 and below 1.")
         if patch_stride < 1:
             raise ValueError(f"patch_stride is {patch_stride}, expected at least 1.")
         self.patch_stride = patch_stride

@@ -60,13 +60,10 @@ class TextOptions:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least {least}.")
         if self.num_nouns and not self.noun_model:
             raise ValueError(
-                f"num_nouns is {self.num_nouns}, which needs noun_model: set it to a spaCy pipeline such as "
-                "'en_core_web_sm'."
+                f"num_nouns is {self.num_nouns}, which needs noun_model, a spaCy pipeline such as 'en_core_web_sm'."
             )
         if not 0 <= self.caption_from_tags <= 1:
-            raise ValueError(
-                f"caption_from_tags is {self.caption_from_tags}, expected a probability from 0 to 1."
-            )
+            raise ValueError(f"caption_from_tags is {self.caption_from_tags}, expected a probability.")
 
 
 @dataclass

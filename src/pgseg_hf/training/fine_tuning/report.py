@@ -129,8 +129,7 @@ def average_precisions(scores: np.ndarray, targets: np.ndarray) -> np.ndarray:
 
 
 def precision_by_chance(targets: np.ndarray) -> float | None:
-    """The mean average precision of a random order of many photos, over the texts for which [`average_precisions`] is
-    not NaN; None if there are none."""
+    """The mean average precision by chance, over the texts for which [`average_precisions`] is not NaN, else None."""
     is_judged = targets.any(axis=0) & ~targets.all(axis=0)
     return float(targets.mean(axis=0)[is_judged].mean()) if is_judged.any() else None
 

@@ -1,5 +1,4 @@
-"""The work of `pgseg train`: fine-tunes a checkpoint on a folder of labelled photos, with settings that depend on their
-number, and evaluates it before and after on held-out photos."""
+"""Fine-tunes a checkpoint for `pgseg train` on labelled photos and evaluates it on held-out ones before and after."""
 
 import argparse
 import hashlib
