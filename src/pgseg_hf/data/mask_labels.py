@@ -29,7 +29,7 @@ def read_mask_labels(path: Path, may_repeat: bool = False) -> dict[str, Any]:
     try:
         return check_mask_labels(read_json(path), may_repeat)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f'{path}, expected {{"labels": [...], ...}}: {error}') from error
+        raise ValueError(f'{path} is invalid, expected {{"labels": [...], ...}}: {error}') from error
 
 
 def check_mask_labels(content: dict[str, Any], may_repeat: bool = False) -> dict[str, Any]:

@@ -63,7 +63,7 @@ def read_photos(
         photos = _of_table(folder, file, left_out, leave_out)
     else:
         photos = _of_class_folders(folder, left_out, leave_out)
-    source = "the names of folders" if file is None else str(file)
+    source = "the folder names" if file is None else str(file)
     if not photos:
         seen = "; ".join(f"{len(names)} x {reason} ({names[0]})" for reason, names in left_out.items())
         raise ValueError(f"{folder}: no photo can be used with labels from {source}: {seen}.")

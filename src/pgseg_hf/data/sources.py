@@ -181,7 +181,7 @@ def records_of(table: MapSource, count: int | None = None) -> Iterator[Record | 
 
 def _problem(record: Record) -> UnusableRecord | None:
     if not (record.captions or record.tags or record.mask is not None):
-        return UnusableRecord("no text", f"{record.name} has no caption and no tags.")
+        return UnusableRecord("no text", f"{record.name} has neither captions nor tags.")
     try:
         load_image(record.image)
     except ValueError as error:

@@ -59,7 +59,7 @@ def model_card(
     }
     if figures:
         where = ", ".join(f"`{_public_name(path)}`" for path in (run.eval_masks, run.eval_tags) if path)
-        lines += ["", f"On {where}, with the settings of the processor:", "", "| figure | |", "|---|---|"]
+        lines += ["", f"Evaluated on {where} with the processor's settings:", "", "| metric | |", "|---|---|"]
         lines += [f"| {name} | {value:.4f} |" for name, value in figures.items()]
     name = repo_id or "path/to/this/folder"
     return str(generate_model_card(model.config, name, training="\n".join(lines), starts=starts))

@@ -129,7 +129,7 @@ def cache_features(
     """
     config = model.config.vision_config
     if config.backbone_config is None or not config.freeze_backbone:
-        raise ValueError("cache_features needs a frozen backbone; give vision_config a backbone_config.")
+        raise ValueError("cache_features needs a frozen backbone; set backbone_config in vision_config.")
     if options.views < 1:
         raise ValueError(f"cache_views is {options.views}, expected at least 1.")
     if options.whole_images and options.namer is not None:
