@@ -1,4 +1,4 @@
-"""Synthetic scenes: always the same, their masks exact, their words true."""
+"""Synthetic scenes: reproducible, with exact masks and correct texts."""
 
 import pickle
 import re
@@ -103,8 +103,8 @@ def test_pixels_of_an_object_have_its_colour():
         for value in np.unique(mask):
             label = source.labels[value]
             color = GROUNDS[label].color if label in GROUNDS else COLORS[label.split()[0]]
-            # Light scales the colour by .5 to 1.4, its tint differs by 15 at most, half of it may be half as bright,
-            # and half of black may be grey.
+            # Light scales the colour by 0.5 to 1.4, the tint differs by at most 15, half of the pixels may be half as
+            # bright, and half of a black object may be grey.
             brightest = np.array(color) * 1.4 + (90 if label.startswith("black") else 30)
             darkest = np.array(color) * (0.5 if label in GROUNDS else 0.37) - 25
             assert (pixels[mask == value].mean(0) <= np.minimum(brightest, 256)).all()
@@ -114,7 +114,7 @@ def test_pixels_of_an_object_have_its_colour():
 @pytest.mark.parametrize("color", ["red", "white", "black"])
 @pytest.mark.parametrize("size", [64, 256])
 def test_materials_have_two_tones_in_their_pattern(color, size):
-    """Of a large square: how much of it is in the second tone, and how often the tone changes across it."""
+    """On a large square: the share of the second tone, and how often the tone changes across it."""
     shares, changes = {}, {}
     for material in MATERIALS:
         rng = np.random.default_rng(3)
@@ -128,8 +128,8 @@ def test_materials_have_two_tones_in_their_pattern(color, size):
             assert gray.std() < 10
     assert shares["plain"] == 0 and shares["dotted"] == pytest.approx(0.28, abs=0.05)
     assert shares["striped"] == pytest.approx(0.5, abs=0.05) == shares["checked"]
-    # A period is .6 of the radius, .15 of the side: along the two sides together stripes have 6.7 to 6.7 * 2**.5 of
-    # them, each with two changes.
+    # A period is 0.6 of the radius or 0.15 of the side. Along both sides together there are 6.7 to 6.7 * 2**.5 periods
+    # of stripes, each with two changes.
     assert 13 <= changes["striped"] <= 19 and 20 < changes["checked"] < 38 and 10 < changes["dotted"] < 20
 
 
@@ -184,7 +184,7 @@ def test_a_fifth_of_the_pairs_is_novel_and_no_word_is():
         assert is_novel(color, material, shape) == expected
     known = [kind for kind in product(COLORS, MATERIALS, SHAPES) if not is_novel(*kind)]
     assert [set(words) for words in zip(*known)] == [set(COLORS), set(MATERIALS), set(SHAPES)]
-    assert ("red", "plain", "circle") not in known  # fixed: published figures depend on it
+    assert ("red", "plain", "circle") not in known  # must not change, because published results depend on it
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,7 @@ def test_values_as_a_benchmark_has_them(tmp_path):
 def test_other_columns(tmp_path):
     path = save(make_table("photo", "annotation"), tmp_path / "table", "saved")
     for image, mask, message in (
-        (None, "annotation", r"no column of images by a usual name .*columns are photo, annotation"),
+        (None, "annotation", r"no image column .*columns are photo, annotation"),
         ("photo", "mask", r"has no column 'mask'; its columns are photo, annotation"),
         ("image", "annotation", "has no column 'image'"),
     ):
@@ -88,7 +88,7 @@ def test_tables_that_are_not_there(tmp_path):
     path = save(make_table(), tmp_path / "table", "saved with splits")
     with pytest.raises(ValueError, match=r"has no split 'test'; its splits are validation, train"):
         hub_images(path, "test")
-    with pytest.raises(ValueError, match="cannot be loaded as a data set"):
+    with pytest.raises(ValueError, match="cannot be loaded"):
         hub_images(str(tmp_path / "absent"))
 
 

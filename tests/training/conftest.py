@@ -35,7 +35,7 @@ def photo_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def mixed_sources(photo_folder, tmp_path_factory):
-    """The folder, and three shards of five images."""
+    """The photo folder, and three shards of five images."""
     folder = tmp_path_factory.mktemp("shards")
     for shard in range(3):
         files = {}

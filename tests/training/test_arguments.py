@@ -1,4 +1,4 @@
-"""Arguments from the command line and from YAML, and the files that ship."""
+"""Arguments from the command line and from YAML, and the settings files shipped in examples."""
 
 from pathlib import Path
 
@@ -93,13 +93,13 @@ def test_help_is_short_at_the_top_and_in_groups(capsys):
     ("text", "message"),
     [
         ("max_steps: 3\n", "output_dir is missing"),
-        ("output_dir: run\n", "give one of them"),
+        ("output_dir: run\n", "max_steps is None and num_epochs is None"),
         ("output_dir: run\nmax_steps: 3\nnum_epochs: 1\n", "max_steps is 3 and num_epochs is 1"),
         ("output_dir: run\nmax_steps: -3\n", "max_steps is -3, expected a positive number"),
         ("output_dir: run\nmax_steps: 3\nwarmup_ratio: 1\n", "warmup_ratio is 1"),
-        ("output_dir: run\nmax_steps: 3\nbatch_size: 1\n", "batch_size is 1, expected 2 or more"),
+        ("output_dir: run\nmax_steps: 3\nbatch_size: 1\n", "batch_size is 1, expected"),
         ("output_dir: run\nmax_step: 3\n", "unknown options: max_step"),
-        ("- 1\n", "holds list, expected a mapping"),
+        ("- 1\n", "list, expected a mapping"),
         ("a: [\n", "cannot be read as YAML"),
         ("[" * 100_000, "cannot be read as YAML"),
     ],
@@ -120,11 +120,11 @@ def test_values_of_a_wrong_type_end_with_a_message(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "give either data"),
-        ("data: [a]\nsources: [{path: b}]\n", "give either data"),
-        ("sources: [photos]\n", "source 'photos' is no mapping"),
-        ("sources: [{weight: 1}]\n", "is no mapping with a path"),
-        ("sources: [{path: a, width: 1}]\n", "and fields of caption_column"),
+        ("", "either data .* or sources"),
+        ("data: [a]\nsources: [{path: b}]\n", "either data .* or sources"),
+        ("sources: [photos]\n", "source 'photos' must be a mapping"),
+        ("sources: [{weight: 1}]\n", "a mapping with a path"),
+        ("sources: [{path: a, width: 1}]\n", "fields .*caption_column"),
     ],
 )
 def test_sources_that_make_no_sense(tmp_path, text, message):

@@ -1,4 +1,4 @@
-"""Readers of a streaming source: each record once an epoch, shuffled, and going on anywhere."""
+"""Readers of a streaming source: each record once per epoch, shuffled, and resumable anywhere."""
 
 import itertools
 
@@ -16,7 +16,7 @@ def reader(source, part=0, parts=1, block=3, state=None, seed=1):
 
 
 def first_epochs(source, part, parts, block, count=3):
-    """What a reader gives in its first epochs, one list each."""
+    """The items that a reader yields in its first epochs, one list per epoch."""
     epochs = [[] for _ in range(count)]
     for item, (epoch, *_) in reader(source, part, parts, block):
         if epoch == count:
@@ -47,7 +47,7 @@ def test_epochs_and_blocks_are_shuffled():
 def test_readers_with_shards_of_their_own_open_no_others():
     source = Shards([4] * 6)
     first_epochs(source, 1, 3, 100, count=1)
-    # Two shards in the first epoch, and what tells that the second has begun.
+    # Two shards in the first epoch; `first_epochs` reads on into the second epoch.
     assert sum(source.reads.values()) == 4
 
 
@@ -72,5 +72,5 @@ def test_readers_go_on_anywhere(sizes, part, block, stops):
 
 
 def test_more_readers_than_records_is_an_error():
-    with pytest.raises(ValueError, match=r"shards has nothing for reader 4 of 4: .* Use fewer workers"):
+    with pytest.raises(ValueError, match=r"shards .*reader 4 of 4: .* Use fewer workers"):
         next(reader(Shards([3]), part=3, parts=4))

@@ -1,4 +1,4 @@
-"""Models for training, and their weights however they are divided."""
+"""Models and processors for training, sharded weights, and label names of masks."""
 
 import copy
 import json
@@ -51,7 +51,7 @@ def test_models_from_nothing_from_fields_and_from_a_checkpoint(tmp_path, tiny_fo
     model = build_model(ModelArguments(model_name_or_path=tiny_folder, contrastive_loss="sigmoid"))
     assert model.config.contrastive_loss == "sigmoid"
     assert model.logit_bias.item() == 0
-    with pytest.raises(ValueError, match="exclude each other"):
+    with pytest.raises(ValueError, match="model_name_or_path and groupvit_name_or_path"):
         build_model(ModelArguments(model_name_or_path=tiny_folder, groupvit_name_or_path="x"))
     with pytest.raises(ValueError, match=r"model_config .*absent.json.* cannot be read"):
         build_model(ModelArguments(model_config="absent.json"))
@@ -73,7 +73,7 @@ def test_processors_see_photos_as_training_does(tiny_folder):
     assert (processor.image_processor.size["shortest_edge"], processor.window_size) == (64, 16)
     processor = build_processor(ModelArguments(model_name_or_path=tiny_folder), DataArguments(), config)
     assert processor.window_size == 64
-    with pytest.raises(ValueError, match="vocab_size is 50, the tokenizer has 49408 tokens"):
+    with pytest.raises(ValueError, match=r"vocab_size is 50, .*tokenizer has 49408 tokens"):
         build_processor(ModelArguments(), DataArguments(), tiny_config())
 
 
@@ -209,9 +209,9 @@ def test_masks_of_255_are_told(tmp_path, caplog):
         ({"labels": ["sky", "road"], "background": 0}, ["", "road"]),
         ({"labels": ["", "car", "bus", "car"]}, ["", "car", "bus", "car"]),
         ({"labels": ["sky", "road"], "mask_values": {"0": "sky", "1": "road", "255": None}}, ["sky", "road"]),
-        ({"labels": ["sky", "road"], "mask_values": {"0": "road"}}, "mask_values in which 0 is 'road'"),
-        ({"names": []}, "mask_labels, which crop_tags needs, cannot be read: .*labels.json"),
-        (None, "crop_tags needs a labels.json, and there is none in"),
+        ({"labels": ["sky", "road"], "mask_values": {"0": "road"}}, "mask_values .*0 .*'road'"),
+        ({"names": []}, "mask_labels .*crop_tags .*labels.json"),
+        (None, "crop_tags needs a labels.json"),
     ],
 )
 def test_names_of_masks_for_crops(tmp_path, content, expected):

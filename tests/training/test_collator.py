@@ -1,4 +1,4 @@
-"""Batches for the model: both layouts, by hand and through a tiny model."""
+"""The collator: both layouts, checked by hand and with a tiny model."""
 
 import logging
 import pickle
@@ -118,7 +118,7 @@ def test_shared_with_the_texts_given(tokenizer):
     batch = collator([BATCH[0], BATCH[2]])
     assert len(batch["input_ids"]) == 4
     assert batch["text_targets"].int().tolist() == [[0, 1, 0, 1], [1, 1, 0, 1]]
-    with pytest.raises(ValueError, match="'nothing named' is not among the 4 texts"):
+    with pytest.raises(ValueError, match=r"'nothing named' .* 4 texts"):
         collator(BATCH)
 
 
@@ -164,7 +164,7 @@ def test_mappings_are_examples_too(tokenizer):
         ({"context_length": 2}, "context_length is 2"),
         ({"num_labels": -1}, "num_labels is -1"),
         ({"num_labels": 2, "layout": "shared"}, "num_labels is 2"),
-        ({"texts": ["a"]}, "shared layout"),
+        ({"texts": ["a"]}, "texts .*'shared'"),
         ({"texts": [], "layout": "shared"}, "at least one"),
     ],
 )
@@ -184,7 +184,7 @@ def test_a_tokenizer_without_a_limit_needs_a_context_length():
 
 def test_several_processes_have_batches_of_one_kind(tokenizer, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="num_labels is None, and several processes need it"):
+    with pytest.raises(ValueError, match=r"num_labels is None, .*several processes"):
         PGSegCollator(tokenizer)(BATCH)
     assert "tag_input_ids" in PGSegCollator(tokenizer, num_labels=2)(BATCH)
     assert "text_targets" in PGSegCollator(tokenizer, layout="shared")(BATCH)

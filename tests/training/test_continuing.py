@@ -1,4 +1,4 @@
-"""What a run depends on: the same after a save and a move, another where contents differ."""
+"""Records of what a run depends on: independent of saving and paths, sensitive to contents."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Features that are computed once: what training reads is what the backbone would give."""
+"""The feature cache: training reads the features that the backbone would compute."""
 
 import json
 from pathlib import Path
@@ -67,7 +67,7 @@ def test_what_is_there_is_not_computed_again(source, prepare, options, monkeypat
     (cached,) = cache_features([source], prepare, model, options)
     states = np.load(cached.folder / "states.npy", mmap_mode="r+")
     assert (states == DONE).all()
-    states[3, 1] = 0  # as if the run had ended before this view
+    states[3, 1] = 0  # as if the run had stopped before this view
     states.flush()
     seen = []
     draw = prepare.draw
@@ -111,7 +111,7 @@ def test_images_that_cannot_be_read_are_left_out(tmp_path, prepare, options, mon
     with pytest.raises(ValueError, match="no usable view"):
         cached[2]
     assert len(cached[1].views) == 2 and cached.unusable() == [2]
-    monkeypatch.setattr(prepare, "draw", None)  # no second try
+    monkeypatch.setattr(prepare, "draw", None)  # unusable views are not tried again
     cache_features([source], prepare, model, options)
 
 

@@ -1,4 +1,4 @@
-"""Gradient caching: the gradients, losses and buffers of one large batch, from chunks of it."""
+"""Gradient caching: chunks give the gradients, losses and buffers of the full batch."""
 
 import copy
 
@@ -42,7 +42,7 @@ def inputs_of(layout, batch=BATCH, dtype=torch.float64):
 
 
 def state_after(model, inputs, chunk_size=None):
-    """Total loss, gradients and buffers of one step; plain without a chunk size."""
+    """Total loss, gradients and buffers after one step, without gradient caching if there is no chunk size."""
     model = copy.deepcopy(model)
     if chunk_size is None:
         losses = model(**inputs, return_loss=True)

@@ -1,4 +1,4 @@
-"""The training script in processes of its own: killed and gone on with, and on two processes."""
+"""The training script as a subprocess: killed and resumed, and with two processes."""
 
 import json
 
@@ -61,7 +61,7 @@ def test_two_processes_contrast_all_images_and_go_on_after_one_is_killed(tmp_pat
     assert results["records"]["read"] >= 10 * 8
 
 
-# The script, with a check that torch.distributed was the last to hold the process group: its threads are gone.
+# The script with a check that torch.distributed held the last reference to the process group: its threads end.
 CHECKED = """
 import runpy
 import psutil

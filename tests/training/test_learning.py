@@ -1,4 +1,4 @@
-"""Does it learn what it should, and does it stay finite while it does?"""
+"""Training learns a small dataset, and stays finite in half precision."""
 
 import itertools
 
@@ -18,7 +18,7 @@ GROUNDS = {"grey": (128, 128, 128), "white": (235, 235, 235), "black": (20, 20, 
 
 
 def sixteen_pairs():
-    """Images [16, 3, S, S] of a coloured square on a coloured ground, their captions, and where the squares are."""
+    """Images [16, 3, S, S] of a coloured square on a coloured background, their captions, and masks of the squares."""
     rng = np.random.default_rng(0)
     images, captions, masks = [], [], []
     for square, ground in itertools.product(SQUARES, GROUNDS):
@@ -35,7 +35,7 @@ def sixteen_pairs():
 
 
 def iou_of_groups(model, outputs, masks):
-    """Mean IoU of the squares with the groups that lie mostly on them."""
+    """Mean IoU of the squares with the groups that are mostly inside them."""
     values = []
     for grouping, mask in zip(outputs.grouping, masks):
         groups = group_map(grouping, mask.shape).numpy()
@@ -126,6 +126,6 @@ def test_many_steps_in_half_precision_stay_finite(variant, dtype):
     assert np.isfinite(losses).all()
     assert all(value.isfinite().all() for value in model.state_dict().values())
     assert np.mean(losses[-50:]) < np.mean(losses[:50])
-    # A gradient scaler finds its scale by trying; bfloat16 needs none.
+    # A gradient scaler finds its scale by trial and error; bfloat16 needs no scaler.
     assert all(step < 50 for step in skipped) and (dtype == torch.float16 or not skipped)
     assert left_out == 0 or variant == "released"

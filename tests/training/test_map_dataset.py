@@ -1,4 +1,4 @@
-"""Records as a torch dataset, and transformers' Trainer on it."""
+"""`RecordDataset`, alone and with the Trainer of Transformers."""
 
 import pytest
 import torch
@@ -45,9 +45,7 @@ def test_another_record_stands_in_for_a_broken_one():
     def fail(record, rng):
         raise UnusableRecord("no text", "nothing to read")
 
-    with pytest.raises(
-        ValueError, match="100 records of some records in a row cannot be used: nothing to read"
-    ):
+    with pytest.raises(ValueError, match=r"100 records of some records .*: nothing to read"):
         RecordDataset(Records(), fail)[0]
 
 

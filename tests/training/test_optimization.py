@@ -1,4 +1,4 @@
-"""Optimizer groups, the learning rate and averaged weights, by hand and on a tiny model."""
+"""Parameter groups, learning rates and averaged weights, checked by hand and on a tiny model."""
 
 import copy
 import math
@@ -34,7 +34,7 @@ def test_groups_of_the_model():
     assert not any(name.endswith("bias") for name in decayed_names)
     trained = [name for name in names.values() if not name.startswith("text_model.")]
     assert sorted(decayed_names + other_names) == sorted(trained)
-    assert decayed_names == [name for name in trained if name in set(decayed_names)], "the model's order"
+    assert decayed_names == [name for name in trained if name in set(decayed_names)], "order of the model"
 
 
 def test_a_bias_of_two_dimensions_is_not_decayed_and_frozen_models_are_refused():
@@ -79,7 +79,7 @@ def test_a_backbone_learns_at_a_rate_of_its_own(frozen):
             schedule.step()
             fast, *_, last = (group["lr"] for group in optimizer.param_groups)
             assert last == pytest.approx(0.1 * fast)
-        # By default there is no such difference.
+        # By default, all groups have the same rate.
         assert {group["lr"] for group in build_optimizer(model, 1e-3).param_groups} == {1e-3}
 
 
@@ -170,7 +170,7 @@ def test_the_average_by_hand_with_its_ramp():
 
 
 def changed(model, seed):
-    """All weights and buffers moved a little, as a step of training does."""
+    """Changes all weights and buffers slightly, like a training step."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for tensor in model.state_dict().values():
@@ -183,7 +183,7 @@ def changed(model, seed):
 
 @pytest.fixture
 def averaged():
-    """A model and the average of three of its states."""
+    """A model and the average over three of its states."""
     model = tiny_model()
     average = ExponentialMovingAverage(model, decay=0.9)
     for seed in range(3):

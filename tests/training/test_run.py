@@ -1,4 +1,4 @@
-"""Training runs in this process: what they leave behind, measure, refuse, and go on with."""
+"""Training runs in this process: results, evaluation, rejected settings, and resumption."""
 
 import json
 import os
@@ -28,7 +28,7 @@ RESUME = ("--resume_from_checkpoint", "latest")
 
 @pytest.fixture(scope="module")
 def plain(photo_folder, tmp_path_factory):
-    """The folder of a run of seven steps without checkpoints."""
+    """The output folder of a run of seven steps without checkpoints."""
     folder = tmp_path_factory.mktemp("plain")
     run_here(folder, data=[str(photo_folder)], output_dir=str(folder / "run"), max_steps=7)
     return folder / "run"
@@ -36,7 +36,7 @@ def plain(photo_folder, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def measured(photo_folder, mask_folder, tmp_path_factory):
-    """The folder and results of such a run with averaged weights, checkpoints, evaluations and a tracker."""
+    """Folder and results of the same run with averaged weights, checkpoints, evaluations and a tracker."""
     folder = tmp_path_factory.mktemp("measured")
     (folder / "tagged").mkdir()
     rows = []
@@ -117,7 +117,7 @@ def test_a_diverged_run_ends_with_a_message(tmp_path, photo_folder):
     with a_run(tmp_path, max_bad_steps=3, **settings) as run:
         before = {name: value.clone() for name, value in run.plain_model.named_parameters()}
         run.plain_model.logit_scale.register_hook(lambda gradient: gradient * float("nan"))
-        with pytest.raises(ValueError, match="3 steps in a row, until step 2"):
+        with pytest.raises(ValueError, match=r"3 steps in a row, .*step 2"):
             run.train()
         assert all(torch.equal(value, before[name]) for name, value in run.plain_model.named_parameters())
 
@@ -160,14 +160,14 @@ def test_images_of_one_tag_train(tmp_path, photo_folder):
     ("settings", "message"),
     [
         ({"mixed_precision": "fp16"}, "mixed_precision fp16"),
-        ({"report_to": "clearml"}, "report_to names clearml"),
+        ({"report_to": "clearml"}, "report_to .*clearml"),
         ({"eval_masks": "absent"}, "absent"),
         ({"model_config": {"projection_dimm": 3}}, "model_config .*projection_dimm"),
         ({"model_config": {"vision_config": {"deepth": [1]}}}, "vision_config .*deepth"),
         ({"learning": 1}, "unknown options: learning"),
         ({"chunk_size": 0}, "chunk_size is 0"),
         ({"warmup_learning_rate": 1.0}, r"start at 1\.0"),
-        ({"batch_size": 256}, "has 14 images, and a batch of 256 x 1 takes 256 .* --batch_size 14"),
+        ({"batch_size": 256}, "has 14 images, .*a batch of 256 x 1 takes 256 .* --batch_size to at most 14"),
     ],
 )
 def test_mistakes_are_found_before_anything_is_written(tmp_path, plain, photo_folder, settings, message):
@@ -196,7 +196,7 @@ def test_an_output_folder_is_not_mixed_with_another_run(tmp_path, plain, measure
     settings = {"data": [str(photo_folder)], "max_steps": 1}
     with pytest.raises(ValueError, match="--resume_from_checkpoint latest"):
         run_here(tmp_path, **settings, output_dir=str(with_checkpoints))
-    with pytest.raises(ValueError, match=r"holds another run's all_results\.json"):
+    with pytest.raises(ValueError, match=r"all_results\.json of another run"):
         run_here(tmp_path, **settings, output_dir=str(plain))
     with pytest.raises(ValueError, match="without checkpoints"):
         run_here(tmp_path, *RESUME, **settings, output_dir=str(plain))
@@ -223,7 +223,7 @@ def test_going_on_with_moved_data_and_other_settings_but_no_other_run(
     said = capsys.readouterr().out
     assert "learning_rate was 0.001 and is 0.0005." in said and "weight_decay was 0.05 and is 0.3" in said
     assert "steps of the run was 7 and is 9" in said
-    assert "The best weights until here do not count: " in said  # this run measures nothing
+    assert "The best metric so far is discarded" in said  # this run evaluates nothing
     rates = [line["learning_rate"] for line in read_log(output / "log.jsonl") if "total" in line]
     expected = 5e-4 * learning_rate_factor(8, 0, 9, peak=5e-4, start=5e-6, floor=5e-5)
     assert rates[7] == pytest.approx(expected)
@@ -235,7 +235,7 @@ def test_going_on_with_moved_data_and_other_settings_but_no_other_run(
         run_here(tmp_path, *RESUME, **settings | {"max_steps": 10}, data=[str(moved)])
 
 
-# Several processes, seen from one
+# Several processes, from the point of view of one
 
 
 def test_several_processes_that_accelerate_does_not_start_are_no_single_one(
@@ -272,7 +272,7 @@ def test_a_process_whose_peer_never_comes_ends_with_an_error(tmp_path, photo_fol
 
 
 def test_the_timeout_reaches_accelerate(tmp_path):
-    """600 s are what Accelerate takes for "not given"."""
+    """Accelerate treats 600 s as "not set"."""
     path = write_settings(tmp_path / "settings.yaml", output_dir="run", max_steps=1, ddp_timeout=600)
     settings = process_group_settings(parse_arguments([path])[2])
     assert settings.to_kwargs()["timeout"].total_seconds() == pytest.approx(600, abs=1e-3)

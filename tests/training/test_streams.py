@@ -1,4 +1,4 @@
-"""The stream of batches: exact shares, every record once, exact resumption, and what is counted."""
+"""`TrainingStream`: exact shares, each record once per epoch, exact resumption, and counts of skipped records."""
 
 import gc
 import itertools
@@ -37,14 +37,14 @@ pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:User
 SEEDS = st.integers(0, 2**31 - 1)
 
 
-# Which records
+# Records
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_every_record_of_a_table_comes_once_an_epoch(workers):
     stream = stream_of([Table(10)], batch_size=3, num_workers=workers)
     got = numbers(take(stream, 10))
-    # A batch over the end of an epoch is mixed: what is sure is how often a record came by the end of the third.
+    # Batches that span two epochs are shuffled, so only the counts after three whole epochs are certain.
     assert Counter(got) == dict.fromkeys(range(10), 3)
     batches = [frozenset(batch) for batch, _ in take(stream_of([Table(12)], num_workers=workers), 9)]
     epochs = [batches[start : start + 3] for start in (0, 3, 6)]
@@ -94,22 +94,22 @@ def test_shares_of_tables_and_streams_in_every_process():
     sources = [Table(5), Shards([6] * 4, first=100), Shards([9] * 3, first=200)]
     got = numbers(take(stream_of(sources, [5, 3, 2], num_workers=3, batch_size=10), 6))
     assert Counter(number // 100 for number in got) == {0: 30, 1: 18, 2: 12}
-    # Sources take turns, and so do processes: without mixing, each process would have one source.
+    # Sources and processes alternate, so without shuffling each process would get a single source.
     for rank in (0, 1):
         tables = [Table(1000), Table(1000, first=1000)]
         got = numbers(take(stream_of(tables, rank=rank, world_size=2), 10))
         assert 8 < sum(number < 1000 for number in got) < 32
 
 
-# Going on
+# Resuming
 
 
 def check_resumption(make, count=20, seed=0):
-    """Stopped three times at random, with the state through JSON: the same batches, draws and counts."""
+    """A stream stopped at random and resumed from its state as JSON gives the same batches, draws and counts."""
     whole = make()
     expected = take(whole, count)
     stops = sorted(random.Random(seed).sample(range(1, count), 2))
-    for first, second in (stops, (1, 2)):  # (1, 2): before each worker has made a batch
+    for first, second in (stops, (1, 2)):  # (1, 2) stops before every worker has made a batch
         stream, got = make(), []
         for stop in (first, second, count):
             got += take(stream, stop - len(got))
@@ -173,7 +173,7 @@ def test_tables_go_on_with_other_workers_and_processes():
 
     expected = take(make(), 8)
     stream = make(workers=2)
-    assert take(stream, 2) + take(stream, 1) == expected[:3], "iterating again goes on"
+    assert take(stream, 2) + take(stream, 1) == expected[:3], "iterating again should continue"
     state = stream.state_dict()
     for rank in range(2):
         other = make(rank, 2, workers=3)
@@ -184,7 +184,7 @@ def test_tables_go_on_with_other_workers_and_processes():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_workers": 3}, "num_workers was 2 and is 3; streaming sources go on only as they were divided"),
+        ({"num_workers": 3}, "num_workers was 2 and is 3; streaming sources"),
         ({"world_size": 2, "rank": 1, "batch_size": 2}, "world_size was 1 and is 2, rank was 0 and is 1"),
         ({"shuffle_block": 7}, "shuffle_block was 3 and is 7"),
         ({"seed": 6}, "seed was 5 and is 6"),
@@ -197,7 +197,7 @@ def test_other_streams_do_not_go_on(changes, message):
     arguments = {"sources": [Shards([5] * 5), Table(3)], "num_workers": 2}
     state = stream_of(**arguments).state_dict()
     other = stream_of(**{**arguments, **changes})
-    with pytest.raises(ValueError, match=f"cannot go on with the same batches: .*{message}"):
+    with pytest.raises(ValueError, match=f"the same batches: .*{message}"):
         other.load_state_dict(state)
 
 
@@ -247,7 +247,7 @@ def test_one_other_image_or_another_preparation_does_not_go_on(tmp_path):
 
 @pytest.mark.parametrize("state", [{}, {"batch": 1}, None, []])
 def test_what_is_no_state(state):
-    with pytest.raises(ValueError, match="no state of a training stream"):
+    with pytest.raises(ValueError, match="training stream state"):
         stream_of([Table(3)]).load_state_dict(state)
 
 
@@ -281,7 +281,7 @@ def test_batches_in_pinned_memory():
         assert stream.counts == {"read": 4}
 
 
-# Counting, and what cannot be used
+# Counts and unusable records
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -291,7 +291,7 @@ def test_unusable_records_are_replaced_and_counted(workers):
     assert len(got) == 100
     assert set(got) == set(range(4, 10))
     assert stream.counts["read"] - stream.counts["broken image"] == 100
-    assert stream.counts["broken image"] >= 40  # of which no 30 are in a row
+    assert stream.counts["broken image"] >= 40  # but never 30 in a row
     assert set(stream.counts) == {"read", "broken image"}
 
 
@@ -339,7 +339,7 @@ def test_nothing_usable_ends_the_run_with_a_readable_message(source, message, wo
 
 
 def test_too_many_workers_end_the_run():
-    with pytest.raises(ValueError, match=r"^shards has nothing for reader 2 of 2"):
+    with pytest.raises(ValueError, match=r"^shards .*reader 2 of 2"):
         take(stream_of([Shards([1])], num_workers=2), 2)
 
 
@@ -359,7 +359,7 @@ def test_speed_is_that_of_making_batches(workers):
     assert stream.images_per_second == 0
     for _ in itertools.islice(stream, 3):
         time.sleep(0.1)  # training takes its time too
-    # 50 a second from each worker at most, and fewer on a busy machine.
+    # Each worker makes at most 50 per second, and fewer on a busy machine.
     assert 5 < stream.images_per_second <= 50 * max(1, workers)
 
 

@@ -1,4 +1,4 @@
-"""transformers' Trainer: loss, predictions, metrics and best model in both layouts, on one and two processes."""
+"""The Trainer of Transformers: loss, predictions, metrics and best model in both layouts, also with two processes."""
 
 import json
 import os
@@ -39,7 +39,7 @@ def examples():
 
 
 def trainer_of(layout, folder, model=None, **arguments):
-    """A Trainer with three images a batch and process, so that the last batch is smaller."""
+    """A Trainer with three images per batch and process, so that the last batch is smaller."""
     loss = {"contrastive_loss": "multi_positive"} if layout == "shared" else {}
     collator = PGSegCollator(default_tokenizer(), 77, **COLLATORS[layout])
     seen = []
@@ -116,7 +116,7 @@ def test_targets_of_shared_texts_reach_the_metrics(tmp_path):
 
 
 def test_columns_of_tags_are_no_unused_ones(tmp_path):
-    """Trainer leaves out columns that forward does not name, without a word."""
+    """The Trainer silently drops columns that are not arguments of `forward`."""
     trainer, _ = trainer_of("captions", tmp_path)
     trainer._set_signature_columns_if_needed()
     assert {"tag_input_ids", "tag_attention_mask", "text_targets"} <= set(trainer._signature_columns)
@@ -145,7 +145,7 @@ def test_two_processes(tmp_path):
     for layout in COLLATORS:
         found = json.loads((tmp_path / f"{layout}.json").read_text())
         alone, _ = trainer_of(layout, tmp_path / "alone")
-        # Batches of two processes hold images 0-2 and 3-5, then 6 and, to be even, the first ones again.
+        # With two processes the batches have images 0-2 and 3-5, then image 6, padded with the first ones.
         embeds = alone.predict(examples()).predictions[1]
         np.testing.assert_allclose(found["embeds"], embeds, atol=1e-5)
         assert np.isfinite(found["eval_loss"]) and found["eval_images"] == COUNT

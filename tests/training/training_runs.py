@@ -1,4 +1,4 @@
-"""Small training runs: their settings, in this process or in processes of their own."""
+"""Helpers for small training runs, in this process or in subprocesses."""
 
 import contextlib
 import os
@@ -48,7 +48,7 @@ def write_settings(path, **settings):
 
 @contextlib.contextmanager
 def a_run(folder, *options, **settings):
-    """A run of this process, not yet started; its settings are written into the folder."""
+    """A run in this process that is not started yet; its settings are written to the folder."""
     AcceleratorState._reset_state(reset_partial_state=True)
     threads = torch.get_num_threads()
     try:
@@ -60,7 +60,7 @@ def a_run(folder, *options, **settings):
 
 
 def run_here(folder, *options, **settings):
-    """Runs to the end in this process; returns the results."""
+    """Trains to the end in this process; returns the results."""
     with a_run(folder, *options, **settings) as run:
         return run.train()
 
@@ -71,7 +71,7 @@ def totals(folder):
 
 
 class Training:
-    """A tiny run whose steps draw from all three random generators and whose model has buffers."""
+    """A tiny run whose steps use all three random generators and whose model has buffers."""
 
     def __init__(self, seed=0, averaged=True):
         for set_seed in (random.seed, np.random.seed, torch.manual_seed):
@@ -111,7 +111,7 @@ class Training:
 
 
 class Launched:
-    """A run in processes of its own, whose output goes into a file. Once the block ends, none of them is left."""
+    """A run in subprocesses that writes its output to a file. All processes are killed at the end of the block."""
 
     def __init__(self, settings, processes=1, script=SCRIPT):
         launcher = [sys.executable]
@@ -130,9 +130,9 @@ class Launched:
         self.kill()
 
     def family(self):
-        """What descends from the launcher, as workers lead sessions of their own, then itself; none after its end."""
+        """The launcher's descendants (workers have their own sessions), then the launcher; empty after its end."""
         if self.process.poll() is not None:
-            return []  # another process may have its number by now
+            return []  # its process ID may have been reused
         with contextlib.suppress(psutil.NoSuchProcess):
             launcher = psutil.Process(self.process.pid)
             return [*launcher.children(recursive=True), launcher]
@@ -148,7 +148,7 @@ class Launched:
         assert not left
 
     def fail(self, reason):
-        """Ends the test with what the run wrote and where its threads stand, which an abort makes them write."""
+        """Fails the test with the run's output, including the stack traces that an abort makes it write."""
         family = self.family()
         for member in family:
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -172,7 +172,7 @@ class Launched:
         deadline = time.monotonic() + PATIENCE
         while not any(line["step"] >= step for line in read_log(log)):
             if self.process.poll() is not None:
-                self.fail("the run ended by itself")
+                self.fail("the run ended early")
             if time.monotonic() > deadline:
                 self.fail(f"the run is not at step {step} after {PATIENCE} s")
             time.sleep(0.01)

@@ -1,4 +1,1 @@
-"""Where images and their texts come from: folders, data sets of the Hub, tar shards, synthetic scenes.
-
-Needs `pgseg-hf[train]`.
-"""
+"""Sources of images and texts: folders, Hub datasets, tar shards, synthetic scenes. Requires `pgseg-hf[train]`."""

@@ -1,4 +1,4 @@
-"""Random crops and colours of training images, on Pillow and NumPy alone."""
+"""Random crops and colour changes of training images, using only Pillow and NumPy."""
 
 import math
 from collections.abc import Sequence
@@ -13,10 +13,10 @@ Box = tuple[float, float, float, float]
 
 INTERPOLATIONS = {resampling.name.lower(): resampling for resampling in Image.Resampling}
 
-# Of a whole image, in pixels.
+# Longest side of a whole image in pixels.
 LONGEST_SIDE = 2048
 CROP_TRIES = 10
-# Random erasing as it is commonly set: share of the image, and width over height.
+# The usual settings of random erasing: share of the image, and width over height.
 ERASED_SCALE = (0.02, 0.33)
 ERASED_RATIO = (0.3, 3.3)
 # Radius of the blur in pixels of a 224-pixel image (SimCLR).
@@ -26,24 +26,24 @@ GREY_WEIGHTS = np.array([0.299, 0.587, 0.114], dtype=np.float32)
 
 @dataclass
 class AugmentationOptions:
-    """How training images are varied. The defaults are the paper's: random crops of 224 pixels, mirrored or not.
+    """How training images are augmented. By default as in the paper: random crops of 224 pixels and horizontal flips.
 
     Args:
-        image_size: side of the result in pixels.
+        image_size: side of the output in pixels.
         min_scale, max_scale: share of the image that a crop covers, see `random_resized_box`.
         min_ratio, max_ratio: width over height of a crop.
-        crop_sides: if given, crops are square instead, with a side drawn uniformly between these two lengths in
+        crop_sides: if given, crops are square instead. Their side is drawn uniformly between these two lengths, in
             pixels of the image scaled to `short_side`.
-        short_side: short side in pixels that `crop_sides` are meant for. Segmentation should see images at this size.
-        horizontal_flip: probability of mirroring.
-        color_jitter: how far the factors of brightness, contrast and saturation lie from 1 at most.
-        grayscale, blur, erasing: probabilities of taking away all colour, of a Gaussian blur, and of a rectangle
-            being overwritten with the mean colour.
-        interpolation: Pillow's name of a resampling filter.
-        image_mean, image_std: of the pixels between 0 and 1, by channel.
+        short_side: short side in pixels that `crop_sides` refers to. Segmentation should use images of this size.
+        horizontal_flip: probability of a horizontal flip.
+        color_jitter: maximum deviation from 1 of the factors for brightness, contrast and saturation.
+        grayscale, blur, erasing: probabilities of removing all colour, of a Gaussian blur, and of overwriting a
+            rectangle with the mean colour.
+        interpolation: name of a resampling filter of Pillow.
+        image_mean, image_std: mean and standard deviation per channel, for pixels between 0 and 1.
 
     Raises:
-        ValueError: naming the field that makes no sense.
+        ValueError: if a field is invalid; the message names it.
     """
 
     image_size: int = 224
@@ -78,7 +78,7 @@ class AugmentationOptions:
         sides = self.crop_sides
         if sides is not None and not (len(sides) == 2 and 0 < sides[0] <= min(sides[1], self.short_side)):
             raise ValueError(
-                f"crop_sides are {sides}, expected a smallest and a largest side in pixels, the smallest not above "
+                f"crop_sides is {sides}, expected a smallest and a largest side in pixels, with the smallest at most "
                 f"short_side ({self.short_side})."
             )
         for name in ("horizontal_flip", "color_jitter", "grayscale", "blur", "erasing"):
@@ -91,13 +91,13 @@ class AugmentationOptions:
         if len(self.image_mean) != 3 or len(self.image_std) != 3 or min(self.image_std) <= 0:
             raise ValueError(
                 f"image_mean and image_std are {self.image_mean} and {self.image_std}, expected three numbers each, "
-                "those of image_std above 0."
+                "with image_std above 0."
             )
 
 
 @dataclass(frozen=True)
 class Crop:
-    """The part of an image that is seen: `box` within an image of `size` (width, height), mirrored if `flip` is set."""
+    """A crop: `box` within an image of `size` (width, height), mirrored if `flip` is set."""
 
     size: tuple[int, int]
     box: Box
@@ -105,10 +105,7 @@ class Crop:
 
 
 class Augmentation:
-    """Random crops as in `AugmentationOptions`.
-
-    A crop is drawn before its pixels are needed; all chance comes from the generator that is given.
-    """
+    """Random crops and colour changes as in `AugmentationOptions`; all randomness comes from the given generators."""
 
     def __init__(self, options: AugmentationOptions | None = None):
         self.options = options = options or AugmentationOptions()
@@ -129,10 +126,10 @@ class Augmentation:
         return Crop(size, box, bool(rng.random() < options.horizontal_flip))
 
     def crop_pixels(self, image: Image.Image, crop: Crop, rng: np.random.Generator) -> np.ndarray:
-        """The crop of an RGB image with random colours, normalised: float32 [3, S, S].
+        """The crop of an RGB image with random colour changes, normalised: float32 [3, S, S].
 
         Raises:
-            ValueError: the crop is of an image of another size.
+            ValueError: if the crop was drawn for an image of another size.
         """
         options = self.options
         cut = self._cut(image, crop, self._resample)
@@ -151,8 +148,7 @@ class Augmentation:
         return pixels
 
     def whole_pixels(self, image: Image.Image) -> np.ndarray:
-        """An RGB image resized to `short_side`, its long side to `LONGEST_SIDE` at most, as it is and normalised:
-        float32 [3, H, W]."""
+        """An RGB image resized to `short_side` (long side at most `LONGEST_SIDE`), normalised: float32 [3, H, W]."""
         short_side = self.options.short_side
         scale = min(short_side / min(image.size), max(LONGEST_SIDE, short_side) / max(image.size))
         size = (max(round(image.width * scale), 1), max(round(image.height * scale), 1))
@@ -163,22 +159,22 @@ class Augmentation:
         """The same crop of a label map (mode L): uint8 [S, S]. Erased pixels keep their label.
 
         Raises:
-            ValueError: the crop is of an image of another size.
+            ValueError: if the crop was drawn for an image of another size.
         """
         return np.array(self._cut(mask, crop, Image.Resampling.NEAREST))
 
     def _cut(self, image: Image.Image, crop: Crop, resample: Image.Resampling) -> Image.Image:
         if image.size != crop.size:
             raise ValueError(
-                f"the image or mask has {image.size[0]} x {image.size[1]} pixels, the crop is one of "
-                f"{crop.size[0]} x {crop.size[1]}: a mask needs the size of its image."
+                f"the image or mask has {image.size[0]} x {image.size[1]} pixels, but the crop is for "
+                f"{crop.size[0]} x {crop.size[1]}; a mask must have the size of its image."
             )
         side = self.options.image_size
         cut = image.resize((side, side), resample, box=crop.box, reducing_gap=2.0)
         return cut.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if crop.flip else cut
 
     def _vary_colors(self, pixels: np.ndarray, rng: np.random.Generator) -> None:
-        """Changes pixels [3, S, S] from 0 to 255 in place: brightness, contrast about the mean grey, saturation."""
+        """Changes pixels [3, S, S] (0 to 255) in place: brightness, contrast around the mean grey, and saturation."""
         brightness, contrast, saturation = (1 + self.options.color_jitter * rng.uniform(-1, 1, 3)).tolist()
         if rng.random() < self.options.grayscale:
             saturation = 0.0
@@ -193,19 +189,19 @@ class Augmentation:
 def random_resized_box(
     size: tuple[int, int], scale: tuple[float, float], ratio: tuple[float, float], rng: np.random.Generator
 ) -> tuple[int, int, int, int]:
-    """A box of random area, shape and place, by the rule of torchvision's `RandomResizedCrop`.
+    """A box of random area, aspect ratio and position, as in torchvision's `RandomResizedCrop`.
 
-    Its share of the area is uniform in `scale`, the logarithm of its width over height uniform between those of
-    `ratio`, and both sides are rounded to pixels. A box that does not fit is drawn again, ten times at most; then the
-    largest centred box is taken whose shape is within `ratio`. A box that fits lies anywhere with equal probability.
+    The share of the area is uniform in `scale`, the logarithm of the aspect ratio (width over height) is uniform in the
+    range of `ratio`, and both sides are rounded to pixels. If the box does not fit, up to ten boxes are drawn; then the
+    largest centred box with an aspect ratio within `ratio` is used. A box that fits has a uniform random position.
 
     Args:
         size: (width, height) of the image, each at least 1.
-        scale: smallest and largest share of its area.
+        scale: smallest and largest share of the image's area.
         ratio: smallest and largest width over height.
 
     Returns:
-        whole pixels, with left < right <= width and top < bottom <= height.
+        (left, top, right, bottom) in pixels, with left < right <= width and top < bottom <= height.
     """
     full_width, full_height = size
     for _ in range(CROP_TRIES):
@@ -225,8 +221,8 @@ def random_resized_box(
 def random_square_box(
     size: tuple[int, int], sides: tuple[float, float], short_side: float, rng: np.random.Generator
 ) -> Box:
-    """A square box anywhere in an image, its side uniform between `sides`, in pixels of the image scaled so that its
-    short side has `short_side`; at least one pixel of the image as it is, at most its short side."""
+    """A square box at a random position, with a side drawn uniformly from `sides`, in pixels of the image scaled to
+    `short_side`. In the original image, the side is at least one pixel and at most the short side."""
     width, height = size
     largest = min(width, height)
     side = rng.uniform(sides[0], min(sides[1], short_side)) * largest / short_side

@@ -1,4 +1,4 @@
-"""Which columns of a dataset hold the image and its texts, and what their values mean."""
+"""Finds the columns of a dataset with the image and its texts, and parses their values."""
 
 import ast
 import json
@@ -27,17 +27,14 @@ CAPTION_NAMES = ("captions", "caption", "text", "texts", "txt", "sentences", "se
 TAG_NAMES = ("tags", "keywords")
 MASK_NAMES = ("mask_file_name", "mask")
 
-# A list of texts as Python or NumPy (without commas) prints it.
+# A list of strings as printed by Python or NumPy (without commas).
 _TEXT = r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\""""
 _PRINTED_LIST = re.compile(rf"\[\s*(?:(?:{_TEXT}|None|nan)[\s,]*)*\]", re.DOTALL)
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Names of the columns of an image, its captions, tags and label map.
-
-    A name that is None stands for the usual ones, `IMAGE_NAMES` and so on.
-    """
+    """Names of the image, caption, tag and mask columns. None stands for the usual names (`IMAGE_NAMES` and so on)."""
 
     image: str | None = None
     caption: str | None = None
@@ -45,11 +42,11 @@ class Columns:
     mask: str | None = None
 
     def among(self, names: Sequence[str], source: str) -> "Columns":
-        """The columns that a table has; None for captions, tags or masks that it has not.
+        """Resolves the names among the columns of a table; captions, tags and mask are None if the table lacks them.
 
         Raises:
-            ValueError: a column that was named is missing or there twice, there is no image, or neither captions nor
-                tags (and no mask that was asked for by name).
+            ValueError: if a given column is missing or occurs twice, or the table has no image column, or neither
+                captions nor tags (nor a mask column given by name).
         """
 
         def find(given: str | None, usual: Iterable[str]) -> str | None:
@@ -68,22 +65,22 @@ class Columns:
         )
         if found.image is None:
             raise ValueError(
-                f"{source} has no column of images by a usual name ({', '.join(IMAGE_NAMES)}); its columns are "
-                f"{', '.join(names)}: say which one with image_column."
+                f"{source} has no image column with a usual name ({', '.join(IMAGE_NAMES)}); its columns are "
+                f"{', '.join(names)}. Set image_column to one of them."
             )
         if not (found.caption or found.tags or self.mask):
             raise ValueError(
-                f"{source} has no captions and no tags by a usual name ({', '.join(CAPTION_NAMES + TAG_NAMES)}); its "
-                f"columns are {', '.join(names)}: say which one with caption_column or tags_column."
+                f"{source} has no captions or tags column with a usual name ({', '.join(CAPTION_NAMES + TAG_NAMES)}); "
+                f"its columns are {', '.join(names)}. Set caption_column or tags_column to one of them."
             )
         return found
 
 
 def captions_of(value: Any) -> list[str]:
-    """Captions out of a string or a list of strings; anything else and empty strings are left out.
+    """The captions in a string or a list of strings. Other values and empty strings are ignored.
 
     Raises:
-        ValueError: a string that is no Unicode text.
+        ValueError: if a string is not valid Unicode.
     """
     values = value if is_list(value) else [value]
     texts = (" ".join(item.split()) for item in values if isinstance(item, str))
@@ -91,11 +88,11 @@ def captions_of(value: Any) -> list[str]:
 
 
 def tags_of(value: Any) -> list[str]:
-    """Tags out of a list of strings, of a string split at commas, semicolons and `|`, or of one that writes a JSON,
-    Python or NumPy list, as tables of pandas do; each one once.
+    """The distinct tags in a list of strings, in a string separated by commas, semicolons or `|`, or in a string with a
+    JSON, Python or NumPy list, as pandas writes it.
 
     Raises:
-        ValueError: a string that is no Unicode text, or brackets nested too deep.
+        ValueError: if a string is not valid Unicode, or brackets are nested too deeply.
     """
     if isinstance(value, str) and value.lstrip().startswith("["):
         value = _listed(" ".join(value.split()))
@@ -105,15 +102,15 @@ def tags_of(value: Any) -> list[str]:
 
 
 def _listed(text: str) -> Any:
-    """The list that a text writes, or the text itself."""
+    """The list that a text represents, or the text itself."""
     try:
         return json.loads(text)
     except RecursionError as error:
-        raise ValueError(f"{text[:20]!r}... is nested too deep") from error
+        raise ValueError(f"{text[:20]!r}... is nested too deeply") from error
     except ValueError:
         if not _PRINTED_LIST.fullmatch(text):
             return text
     try:
         return [ast.literal_eval(part) for part in re.findall(_TEXT, text, re.DOTALL)]
-    except SyntaxError as error:  # an escape that is none
-        raise ValueError(f"{text[:80]!r} is no list that can be read: {error}") from error
+    except SyntaxError as error:  # an invalid escape sequence
+        raise ValueError(f"{text[:80]!r} cannot be parsed as a list: {error}") from error

@@ -1,6 +1,6 @@
-"""The metadata file of a folder, one row an image, as a table with random access.
+"""The metadata file of a folder, with one row per image, as a table with random access.
 
-Reading one needs pyarrow, of `pgseg-hf[train]`; looking for one does not, and the core imports this module.
+Reading it needs pyarrow from `pgseg-hf[train]`. Finding it does not, because the core package imports this module.
 """
 
 import json
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 
 METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 
-# A record must fit into one block, and may hold many captions.
+# A record must fit into one block, and it may have many captions.
 _BLOCK_BYTES = 1 << 26
 _SEPARATORS = ",;\t"
 
 
 class Rows(Protocol):
-    """Rows of a table; `rows[i]` raises `ValueError` for one that cannot be read."""
+    """Rows of a table; `rows[i]` raises a `ValueError` if the row cannot be read."""
 
     column_names: list[str]
 
@@ -32,20 +32,20 @@ class Rows(Protocol):
     def __getitem__(self, index: int) -> dict[str, Any]: ...
 
     def place(self, index: int) -> str:
-        """What messages call a row."""
+        """The name of a row for messages."""
 
     def select_columns(self, column_names: Sequence[str]) -> Self: ...
 
 
 class JsonRows:
-    """Rows of a JSON lines file, or of a JSON list as `DataFrame.to_json(orient="records")` writes it. Rows may have
-    other columns and other types of values than the row before; a broken row is an error of that row only.
+    """Rows of a JSON Lines file, or of a JSON list as written by `DataFrame.to_json(orient="records")`. Rows may have
+    different columns and types, and a broken row does not affect the others.
 
     Args:
-        path: of the file.
+        path: path of the file.
 
     Raises:
-        ValueError: it is no text.
+        ValueError: if the file is not text, or none of its rows can be read.
     """
 
     def __init__(self, path: Path):
@@ -57,7 +57,7 @@ class JsonRows:
             lines = list(enumerate(_elements(text, path), 1))
         self._path = path
         self._numbers = pyarrow.array([number for number, _ in lines], pyarrow.int64())
-        # In one piece of memory, which the workers of a DataLoader share.
+        # A single block of memory, which DataLoader workers can share.
         self._lines = pyarrow.array([line for _, line in lines], pyarrow.large_string())
         names: dict[str, None] = {}
         for _, line in lines:
@@ -67,7 +67,7 @@ class JsonRows:
                 continue
         self.column_names = list(names)
         if lines and not names:
-            self[0]  # says what is wrong
+            self[0]  # raises an error with the reason
 
     def __len__(self) -> int:
         return len(self._lines)
@@ -82,11 +82,11 @@ class JsonRows:
         return f"line {self._numbers[index]} of {self._path}"
 
     def select_columns(self, column_names: Sequence[str]) -> "JsonRows":
-        return self  # a line is read as a whole
+        return self  # a line is always parsed as a whole
 
 
 def _elements(text: str, path: Path) -> list[str]:
-    """The elements of a JSON list, each as a line of its own."""
+    """The elements of a JSON list, each as one line of JSON."""
     try:
         return [json.dumps(element) for element in parse_json(text)]
     except ValueError as error:
@@ -96,17 +96,12 @@ def _elements(text: str, path: Path) -> list[str]:
 def _row(line: str) -> dict[str, Any]:
     row = parse_json(line)
     if not isinstance(row, dict):
-        raise ValueError(f"it holds {type(row).__name__}, expected an object with file_name and texts")
+        raise ValueError(f"it contains a {type(row).__name__}, expected an object with file_name and texts")
     return row
 
 
 class ArrowRows:
-    """Rows of a table in memory.
-
-    Args:
-        table: any.
-        path: of its file.
-    """
+    """Rows of an Arrow table in memory; `path` is its file, for messages."""
 
     def __init__(self, table: "pyarrow.Table", path: Path):
         self._table, self._path = table, path
@@ -132,17 +127,17 @@ def find_metadata(folder: Path) -> Path | None:
 
 
 def read_metadata(file: Path) -> Rows:
-    """The rows of a file in one of the formats of `METADATA_FILES`, or of a list in JSON.
+    """Reads a file in one of the formats of `METADATA_FILES`, or a JSON list.
 
     Raises:
-        ValueError: it cannot be read, or has no rows.
+        ValueError: if the file cannot be read, or has no rows.
     """
     import pyarrow.parquet
 
     rows: Rows
     try:
         if file.stat().st_size == 0:
-            raise OSError("it is empty")
+            raise OSError("the file is empty")
         if file.suffix in (".jsonl", ".json"):
             rows = JsonRows(file)
         elif file.suffix == ".parquet":
@@ -157,7 +152,7 @@ def read_metadata(file: Path) -> Rows:
 
 
 def _read_csv(file: Path) -> "pyarrow.Table":
-    """Comma, semicolon or tab between the values, whichever the header has most."""
+    """Reads a CSV file; the separator is the most frequent of comma, semicolon and tab in the header."""
     import pyarrow.compute
     import pyarrow.csv
 
@@ -167,9 +162,9 @@ def _read_csv(file: Path) -> "pyarrow.Table":
     data = pyarrow.py_buffer(text.encode("utf-8"))
     reading = pyarrow.csv.ReadOptions(block_size=_BLOCK_BYTES)
     names = pyarrow.csv.open_csv(data, reading, parsing).schema.names
-    # Everything stays text: a file name such as 0001 is no number.
+    # Read everything as text, because a file name such as 0001 is not a number.
     conversion = pyarrow.csv.ConvertOptions(column_types=dict.fromkeys(names, pyarrow.string()))
     table = pyarrow.csv.read_csv(data, reading, parsing, conversion)
     filled = [pyarrow.compute.not_equal(column, "") for column in table.columns]
-    # Spreadsheets end in rows of separators alone.
+    # Spreadsheets may end with rows that contain only separators.
     return table.filter(reduce(pyarrow.compute.or_, filled)).rename_columns([name.strip() for name in names])

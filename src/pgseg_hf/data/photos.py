@@ -1,4 +1,4 @@
-"""A folder of photos with their labels, as people keep them: a table, metadata in the folder, or a folder a label."""
+"""Folders of labelled photos: with a separate table, with metadata in the folder, or with one subfolder per label."""
 
 import os
 import unicodedata
@@ -18,13 +18,13 @@ LABEL_NAMES = (*TAG_NAMES, "labels", "label")
 
 @dataclass
 class LabelledPhotos:
-    """The photos of a folder that have labels or captions, sorted.
+    """The photos of a folder that have labels or captions.
 
     Args:
-        folder: where they lie.
-        source: where the labels come from, for messages.
-        photos: each one once; their tags are the labels, their names the places in the folder, with slashes.
-        left_out: reasons, and what was left out for each.
+        folder: folder of the photos.
+        source: origin of the labels, for messages.
+        photos: distinct photos, sorted. Their tags are the labels, their names the paths in the folder, with slashes.
+        left_out: skipped items for each reason.
     """
 
     folder: Path
@@ -33,29 +33,29 @@ class LabelledPhotos:
     left_out: dict[str, list[str]]
 
     def count_labels(self) -> Counter[str]:
-        """How many photos have each label."""
+        """Number of photos for each label."""
         return Counter(label for photo in self.photos for label in photo.tags)
 
 
 def row_of(photo: Record) -> dict[str, object]:
-    """A photo's row of metadata."""
+    """The metadata row of a photo."""
     return {"file_name": photo.name, "tags": photo.tags, "captions": photo.captions}
 
 
 def read_photos(
     folder: Path, labels_from: Path | None = None, leave_out: Path | None = None
 ) -> LabelledPhotos:
-    """The labelled photos of a folder.
+    """Reads the labelled photos of a folder.
 
     Args:
-        folder: of the photos, in it or in subfolders.
-        labels_from: a table with a column of file names relative to the folder (`file_name`) and one of labels (`tags`,
-            `labels`) or captions; a photo may have several rows. By default the folder's own metadata file, and where
-            it has none, each photo's label is the name of the folder that it lies in.
+        folder: folder with the photos; it may have subfolders.
+        labels_from: a table with a column of file names relative to the folder (`file_name`) and a column of labels
+            (`tags`, `labels`) or captions. A photo may have several rows. By default the folder's own metadata file;
+            without one, the label of each photo is the name of its subfolder.
         leave_out: a folder that is not searched.
 
     Raises:
-        ValueError: naming the file and what is wrong with it, or that no photo can be used.
+        ValueError: if the table is invalid, or no photo can be used.
     """
     file = labels_from or find_metadata(folder)
     left_out: dict[str, list[str]] = {}
@@ -63,10 +63,10 @@ def read_photos(
         photos = _of_table(folder, file, left_out, leave_out)
     else:
         photos = _of_class_folders(folder, left_out, leave_out)
-    source = "the names of folders" if file is None else str(file)
+    source = "the folder names" if file is None else str(file)
     if not photos:
         seen = "; ".join(f"{len(names)} x {reason} ({names[0]})" for reason, names in left_out.items())
-        raise ValueError(f"{folder}: no photo can be used, with labels from {source}: {seen}.")
+        raise ValueError(f"{folder}: no photo can be used with labels from {source}: {seen}.")
     spelling = _one_spelling(label for photo in photos.values() for label in photo.tags)
     for photo in photos.values():
         photo.tags = list(dict.fromkeys(spelling[_key(label)] for label in photo.tags))
@@ -93,13 +93,13 @@ def _of_table(
         if not isinstance(record.image, Path):
             left_out.setdefault("image in the table instead of a file name", []).append(place)
             continue
-        if not os.path.isfile(record.image):  # unlike Path.is_file, also for names too long for a file
+        if not os.path.isfile(record.image):  # Path.is_file would raise an error for very long names
             left_out.setdefault("no such file", []).append(f"{record.image} ({place})")
             continue
         if isinstance(record.mask, Path):
             masks.add(os.path.normpath(record.mask))
         if number := next((label for label in record.tags if label.isnumeric()), None):
-            raise ValueError(f"{place} has the label {number!r}, expected a word: the model reads labels.")
+            raise ValueError(f"{place} has the label {number!r}, expected a word, not a number.")
         name = os.path.normpath(record.image)
         place_of = record.image.relative_to(folder).as_posix()
         photo = photos.setdefault(name, Record(record.image, name=place_of))
@@ -117,13 +117,13 @@ def _of_table(
 
 
 def _columns(rows: Rows, file: Path) -> Columns:
-    """Which columns a table has, by their usual names."""
+    """Finds the columns of a table by their usual names."""
     names, has = rows.column_names, ", ".join(rows.column_names)
     tags = next((name for name in LABEL_NAMES if name in names), None)
     if not any(name in names for name in IMAGE_NAMES):
-        raise ValueError(f"{file} has the columns {has}, expected one of file names, called file_name.")
+        raise ValueError(f"{file} has the columns {has}, expected a column file_name.")
     if tags is None and not any(name in names for name in CAPTION_NAMES):
-        raise ValueError(f"{file} has the columns {has}, expected tags, labels or captions.")
+        raise ValueError(f"{file} has the columns {has}, expected a column tags, labels or captions.")
     return Columns(tags=tags).among(names, str(file))
 
 
@@ -132,7 +132,7 @@ def _of_class_folders(
 ) -> dict[str, Record]:
     if (folder / "masks").is_dir():
         raise ValueError(
-            f"{folder} has masks and no labels: give --labels-from, or one of {', '.join(METADATA_FILES)}."
+            f"{folder} has masks but no labels; pass --labels-from, or add one of {', '.join(METADATA_FILES)}."
         )
     photos = {}
     for image in find_images(folder, leave_out):
@@ -142,12 +142,12 @@ def _of_class_folders(
             continue
         label = " ".join(image.parent.name.replace("_", " ").split())
         if label.isnumeric():
-            raise ValueError(f"{image.parent} is a number, expected a word: the model reads labels.")
+            raise ValueError(f"{image.parent} is named by a number, expected a word as the label.")
         photos[place.as_posix()] = Record(image, tags=[label], name=place.as_posix())
     if not photos:
         raise ValueError(
-            f"{folder} has no labels: give --labels-from FILE, put {METADATA_FILES[1]} with file_name and tags into "
-            "it, or sort the photos into folders named by their label."
+            f"{folder} has no labels; pass --labels-from FILE, add {METADATA_FILES[1]} with file_name and tags to it, "
+            "or sort the photos into one subfolder per label."
         )
     return photos
 
@@ -157,7 +157,7 @@ def _key(label: str) -> str:
 
 
 def _one_spelling(labels: Iterable[str]) -> dict[str, str]:
-    """The most frequent spelling of labels that the tokenizer cannot tell apart."""
+    """The most frequent spelling of labels that are the same for the tokenizer."""
     spellings: dict[str, Counter[str]] = {}
     for label in labels:
         spellings.setdefault(_key(label), Counter())[" ".join(label.split())] += 1

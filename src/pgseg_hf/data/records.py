@@ -1,4 +1,4 @@
-"""What every source of training data yields, one by one or shard by shard."""
+"""The records that every source of training data yields."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -10,17 +10,17 @@ from ..images import ImageSource
 
 @dataclass
 class Record:
-    """One image with its texts, not decoded yet.
+    """An undecoded image with its texts.
 
     Args:
-        image: path, address, bytes or PIL image, whatever `load_image` takes.
-        captions: sentences, used as they are; may be empty.
+        image: path, URL, bytes or PIL image, as accepted by `load_image`.
+        captions: sentences, used without changes; may be empty.
         tags: words or phrases without a template; may be empty.
-        mask: label map of the image's size, or None; only ever used to tell which tags a crop has.
-        name: what messages call the record.
-        views: features of a backbone [C, h, w] for several views of the image, which then is not read.
-        view_tags: the tags that each view shows, or None for the record's.
-        view_names: for each view how much of each cell of a grid has a name, {name: [h, w]}, where something knows.
+        mask: label map of the same size as the image, or None. It is only used to find the tags of a crop.
+        name: name of the record for messages.
+        views: backbone features [C, h, w] of several views of the image. The image itself is then not read.
+        view_tags: tags visible in each view, or None to use the record's tags.
+        view_names: for each view, the share of each name in every cell of a grid, {name: [h, w]}.
     """
 
     image: ImageSource
@@ -34,7 +34,7 @@ class Record:
 
 
 class UnusableRecord(ValueError):
-    """A record that cannot be trained on; `reason` is the short name that it is counted under."""
+    """Raised or returned for a record that cannot be used; `reason` is the short name it is counted under."""
 
     def __init__(self, reason: str, message: str):
         super().__init__(message)
@@ -44,21 +44,20 @@ class UnusableRecord(ValueError):
 def until_broken(
     items: Iterator[Record | UnusableRecord], place: str, start: int = 0
 ) -> Iterator[Record | UnusableRecord]:
-    """The items of a shard; an error while reading them becomes the last one, and a shard without any gives one that
-    says so.
+    """Yields the items of a shard. An error while reading is yielded as the last item; an empty shard yields an error.
 
     Args:
-        items: from number `start` on.
-        place: what messages call the shard.
+        items: the items from number `start`.
+        place: name of the shard for messages.
     """
     count = start
     while True:
-        # Only the reading is guarded, not the yield, which raises where the reader is thrown away.
+        # Guard only the reading and not the yield, which raises GeneratorExit when the reader is discarded.
         try:
             item = next(items, None)
-        except Exception as error:  # every file system, compression and file format has errors of its own
+        except Exception as error:  # file systems, compressions and file formats raise all kinds of errors
             text = str(error) or type(error).__name__
-            item = UnusableRecord("broken shard", f"{place} breaks off after {count} records: {text}")
+            item = UnusableRecord("broken shard", f"{place} cannot be read after {count} records: {text}")
             items = iter(())
         if item is None:
             break

@@ -1,6 +1,6 @@
-"""Synthetic scenes with captions, tags and exact masks: dry runs without data, and a world that is known in full.
+"""Synthetic scenes with captions, tags and exact masks, for tests without data and for controlled experiments.
 
-In its splits some combinations of attributes never occur in training, see [`is_novel`].
+Some combinations of attributes never occur in the training split, see [`is_novel`].
 """
 
 import math
@@ -29,8 +29,8 @@ COLORS: dict[str, tuple[int, int, int]] = {
 
 @dataclass(frozen=True)
 class Ground:
-    """Looks of a background: colour, strength of its noise in grey levels, and width and height of a grain as shares of
-    the image's side (0 for one pixel)."""
+    """A background: colour, noise strength in grey levels, width and height of a grain as shares of the image's side
+    (0 for one pixel)."""
 
     color: tuple[int, int, int]
     contrast: float
@@ -51,20 +51,20 @@ GROUNDS: dict[str, Ground] = {
 
 @dataclass(frozen=True)
 class Shape:
-    """An outline around the origin, corners [P, 2] within the unit circle, and the outline of a hole or None."""
+    """An outline with corners [P, 2] in the unit circle around the origin, and the outline of a hole or None."""
 
     outline: np.ndarray
     hole: np.ndarray | None = None
 
 
 def _around(radii: list[float], turn: float = 0.0) -> np.ndarray:
-    """Corners [P, 2] at equal angles, the radii repeated in turn; the first one at the top, turned by `turn` steps."""
+    """Corners [P, 2] at equal angles with the given radii; the first is at the top, rotated by `turn` steps."""
     angles = 2 * math.pi * (np.arange(len(radii)) + turn) / len(radii)
     return np.stack([np.sin(angles), -np.cos(angles)], axis=1) * np.array(radii)[:, None]
 
 
 def _cross(arm: float) -> np.ndarray:
-    """A plus sign with arms 2 * `arm` wide."""
+    """A plus sign with arms of width 2 * `arm`."""
     quarter = np.array([[-arm, -1.0], [arm, -1.0], [arm, -arm]])
     turns = [
         np.array([[math.cos(a), math.sin(a)], [-math.sin(a), math.cos(a)]])
@@ -93,21 +93,21 @@ MATERIALS = ("plain", "striped", "dotted", "checked")
 SPLITS = ("all", "train", "test", "novel")
 
 TEMPLATES = ("{}", "a picture of {}", "there is {}", "a photo of {}.", "you can see {}")
-# An object stays where it leaves at least this share of every earlier one to be seen.
+# An object may be placed where at least this share of every earlier object stays visible.
 LEAST_VISIBLE = 0.5
 PLACEMENTS = 10
-# Radii as shares of the image's side, and which of them captions call small and large.
+# Radii as shares of the image's side, and the limits below and above which captions call objects small and large.
 RADII = (0.09, 0.28)
 SMALL, LARGE = 0.14, 0.22
-# From one stripe, dot or check to the next: a share of the radius, and the least number of pixels.
+# Period of stripes, dots and checks: as a share of the radius, and the minimum in pixels.
 PATTERN_PERIOD, LEAST_PERIOD = 0.6, 4.0
 
 
 def is_novel(color: str, material: str, shape: str) -> bool:
-    """Whether a shape has a colour or a material that it never has in the splits "train" and "test".
+    """Whether the colour or the material never occurs with the shape in the splits "train" and "test".
 
-    Of the 70 pairs of colour and shape these are 14, two colours of each shape; of the 28 pairs of material and shape
-    5, one a shape but none of circle and cross. Every word is in training.
+    This holds for 14 of the 70 pairs of colour and shape (two colours per shape), and for 5 of the 28 pairs of material
+    and shape (one per shape, except circle and cross). Each single word occurs in training.
     """
     number = list(SHAPES).index(shape)
     return (list(COLORS).index(color) + number) % 5 == 0 or (MATERIALS.index(material) + number) % 5 == 4
@@ -115,22 +115,22 @@ def is_novel(color: str, material: str, shape: str) -> bool:
 
 @dataclass
 class SceneOptions:
-    """Which scenes are made.
+    """Options of a `SceneSource`.
 
     Args:
         size: side of the images in pixels.
         length: number of scenes.
-        seed: another one gives other scenes.
-        max_objects: each scene has 1 to so many.
-        num_captions: captions of a scene.
-        with_tags: whether scenes have tags beside their captions.
-        colored_labels: labels are "red circle" instead of "circle".
-        split: "all", or "train" and "test", which have no novel combination (see [`is_novel`]), or "novel", where
-            every object is one. No scene of one split is in another.
-        keep: scenes stay in memory once they are made, at 64 pixels some 20 KiB each.
+        seed: seed of the scenes.
+        max_objects: maximum number of objects per scene, which has at least one.
+        num_captions: number of captions per scene.
+        with_tags: whether scenes have tags in addition to captions.
+        colored_labels: whether labels include the colour, such as "red circle" instead of "circle".
+        split: "all"; "train" or "test", without novel combinations (see [`is_novel`]); or "novel", where every object
+            is a novel combination. No scene occurs in two splits.
+        keep: whether to keep scenes in memory, about 20 KiB each at 64 pixels.
 
     Raises:
-        ValueError: naming the field that makes no sense.
+        ValueError: if a field is invalid; the message names it.
     """
 
     size: int = 64
@@ -153,11 +153,11 @@ class SceneOptions:
 
     @classmethod
     def parse(cls, text: str) -> "SceneOptions":
-        """Options from text: a split, fields with whole numbers (0 or 1 for a choice), or both, such as
-        `"train,size=96,length=20000"`; empty for the defaults.
+        """Parses options such as `"train,size=96,length=20000"`: a split, fields with whole numbers (0 or 1 for
+        booleans), or both. Empty text gives the defaults.
 
         Raises:
-            ValueError: a part that is neither.
+            ValueError: if a part is neither a split nor a valid field.
         """
         kinds: dict[str, type] = {field.name: field.type for field in fields(cls) if field.name != "split"}  # type: ignore[misc]
         options: dict[str, int | str] = {}
@@ -169,15 +169,15 @@ class SceneOptions:
                 options[name] = kinds[name](int(value))
             else:
                 raise ValueError(
-                    f"scenes have the option {part!r}, expected one of {', '.join(SPLITS)}, or a whole number for one "
-                    f"of {', '.join(kinds)}, such as size=96."
+                    f"unknown scene option {part!r}, expected one of {', '.join(SPLITS)}, or a whole number for one of "
+                    f"{', '.join(kinds)}, such as size=96."
                 )
         return cls(**options)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
 class SceneObject:
-    """A shape of one colour and material; `radius` as a share of the image's side."""
+    """A shape with a colour and a material; `radius` is a share of the image's side."""
 
     color: str
     material: str
@@ -187,13 +187,13 @@ class SceneObject:
 
 @dataclass(frozen=True)
 class Scene:
-    """A scene and what is in it.
+    """A scene and its content.
 
     Args:
         pixels: uint8 [S, S, 3].
-        owners: [S, S], the number of the object that is seen in a pixel, -1 for the ground.
-        objects: in the order in which they are painted; later ones hide earlier ones.
-        ground: its name.
+        owners: index of the visible object in each pixel [S, S], -1 for the background.
+        objects: objects in painting order; later ones occlude earlier ones.
+        ground: name of the background.
     """
 
     pixels: np.ndarray
@@ -203,10 +203,10 @@ class Scene:
 
 
 class SceneSource:
-    """Scenes of coloured shapes on a textured ground, made when asked for and always the same for a seed and index.
+    """Scenes of coloured shapes on a textured background, generated on access and determined by seed and index.
 
-    `source[i]` is a `Record`: an RGB image, captions that each name some of what is to be seen, as tags the labels of
-    everything visible, and an exact mask (mode L) with the indices of `labels`.
+    `source[i]` is a `Record` with an RGB image, captions that each describe part of the scene, the labels of everything
+    visible as tags, and an exact mask (mode L) with indices into `labels`.
     """
 
     name = "synthetic"
@@ -233,7 +233,7 @@ class SceneSource:
         scene, rng = self._make(index)
         names = [*(self._label(thing.color, thing.shape) for thing in scene.objects), scene.ground]
         values = np.array([self._values[name] for name in names], dtype=np.uint8)
-        mask_HW = values[scene.owners]  # owner -1 is the ground, which comes last
+        mask_HW = values[scene.owners]  # owner -1 selects the background, which comes last
         present = np.flatnonzero(np.bincount(mask_HW.ravel()))
         record = Record(
             image=Image.fromarray(scene.pixels),
@@ -247,17 +247,16 @@ class SceneSource:
         return record
 
     def scene(self, index: int) -> Scene:
-        """What scene `index` is made of."""
+        """Scene `index` with its objects."""
         return self._make(index)[0]
 
     def describe(self, index: int) -> str:
-        """A caption with everything: each object with its size (unless it is neither small nor large), material and
-        colour, in the order in which they are painted, and the ground."""
+        """A complete caption: objects in painting order with size (if small or large), material, colour, and ground."""
         scene = self.scene(index)
         return f"{join_words([_phrase(thing) for thing in scene.objects])} on {scene.ground}"
 
     def _make(self, index: int) -> tuple[Scene, np.random.Generator]:
-        """A scene, and the generator that goes on with its captions."""
+        """A scene, and its generator for drawing the captions."""
         if not 0 <= index < len(self):
             raise IndexError(f"scene {index} of {len(self)}")
         rng = np.random.default_rng((self.options.seed, SPLITS.index(self.options.split), index))
@@ -284,8 +283,7 @@ class SceneSource:
 def _place(
     thing: SceneObject, owners_HW: np.ndarray, number: int, rng: np.random.Generator
 ) -> np.ndarray | None:
-    """Where an object is painted, bool [H, W]: a random place and angle that hide none of the earlier objects too much;
-    None if no such place was found."""
+    """Pixels, bool [H, W], of an object placed at random so that earlier objects stay visible; None if impossible."""
     before = np.bincount(owners_HW.ravel() + 1, minlength=number + 1)[1:]
     for _ in range(PLACEMENTS):
         region_HW = _outline_region(thing, len(owners_HW), rng)
@@ -296,7 +294,7 @@ def _place(
 
 
 def _outline_region(thing: SceneObject, size: int, rng: np.random.Generator) -> np.ndarray:
-    angle = rng.uniform(-0.4, 0.4)  # radians: a square must not become a diamond, nor a cross an x
+    angle = rng.uniform(-0.4, 0.4)  # small, so that a square does not become a diamond, nor a cross an x
     turn = np.array([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]])
     center = rng.uniform(thing.radius, 1 - thing.radius, 2) * (size - 1)
     canvas = Image.new("L", (size, size))
@@ -309,7 +307,7 @@ def _outline_region(thing: SceneObject, size: int, rng: np.random.Generator) -> 
 
 
 def _surface(thing: SceneObject, region_HW: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Colours of an object's pixels, float [number of pixels, 3]: two tones in its material's pattern, and noise."""
+    """Colours of an object's pixels, float [number of pixels, 3]: two tones in its material's pattern, with noise."""
     color = np.array(COLORS[thing.color]) + rng.uniform(-15, 15, 3)
     rows, columns = np.nonzero(region_HW)
     noise = rng.normal(0, 6, (len(rows), 1))
@@ -325,13 +323,13 @@ def _surface(thing: SceneObject, region_HW: np.ndarray, rng: np.random.Generator
         is_second = (along < 0.5) ^ (across < 0.5)
     else:
         is_second = (along - 0.5) ** 2 + (across - 0.5) ** 2 < 0.09
-    # Nothing is darker than black: its second tone is a grey.
+    # The second tone is darker, except for black, where it is grey.
     second = color + 75 if thing.color == "black" else color * 0.5
     return np.where(is_second[:, None], second, color) + noise
 
 
 def _texture(ground: Ground, size: int, rng: np.random.Generator) -> np.ndarray:
-    """A ground of random tint, float [size, size, 3]: coarse noise smoothed to grains, and fine noise."""
+    """A background with a random tint, float [size, size, 3]: coarse noise, smoothed to grains, and fine noise."""
     grid = [max(1, round(1 / grain)) if grain else size for grain in ground.grain]
     coarse = Image.fromarray(rng.uniform(-1, 1, (grid[1] + 1, grid[0] + 1)).astype(np.float32))
     noise = np.asarray(coarse.resize((size, size), Image.Resampling.BILINEAR)) * ground.contrast
@@ -340,15 +338,14 @@ def _texture(ground: Ground, size: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def _light(size: int, rng: np.random.Generator) -> np.ndarray:
-    """A factor for each pixel, [size, size]: dark or bright as a whole, and brighter towards a random side."""
+    """A brightness factor for each pixel, [size, size]: a random level that increases towards a random side."""
     steps = np.linspace(-1, 1, size)
     across, down = rng.uniform(-0.12, 0.12, 2)
     return rng.uniform(0.75, 1.15) + across * steps[None, :] + down * steps[:, None]
 
 
 def _caption(scene: Scene, rng: np.random.Generator) -> str:
-    """Some of the objects in any order, each with or without its size, material and colour, with or without the
-    ground; or the ground alone."""
+    """Some objects in random order with random attributes, with or without the background; or the background alone."""
     count = rng.integers(0, len(scene.objects) + 1)
     chosen = [scene.objects[index] for index in rng.permutation(len(scene.objects))[:count]]
     phrases = [_phrase(thing, *(rng.random(3) < (0.5, 0.5, 0.75))) for thing in chosen]

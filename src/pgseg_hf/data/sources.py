@@ -1,4 +1,4 @@
-"""Where training data come from: one description for folders, data sets of the Hub, tar shards and synthetic scenes."""
+"""A common interface for training data from folders, Hub datasets, tar shards and synthetic scenes."""
 
 import math
 import os
@@ -24,7 +24,7 @@ KINDS = ("auto", "folder", "hub", "webdataset", "synthetic")
 
 @runtime_checkable
 class MapSource(Protocol):
-    """Records with random access; `source[i]` raises `UnusableRecord` for one that is left out."""
+    """Records with random access; `source[i]` raises `UnusableRecord` if the record cannot be used."""
 
     name: str
 
@@ -35,10 +35,10 @@ class MapSource(Protocol):
 
 @runtime_checkable
 class StreamSource(Protocol):
-    """Records that are read in order, each shard by itself and the same way every time.
+    """Records that are read in order, shard by shard and always in the same order.
 
-    `read_shard(index, start)` leaves out the first `start` records. It raises nothing for data that are broken, but
-    gives an `UnusableRecord` in their place, and gives at least that for an empty shard.
+    `read_shard(index, start)` skips the first `start` records. For broken data or an empty shard it yields an
+    `UnusableRecord` instead of raising an error.
     """
 
     name: str
@@ -54,22 +54,22 @@ Source = MapSource | StreamSource
 
 @dataclass
 class SourceSpec:
-    """One source of training data, as an entry of a YAML list or out of command line arguments.
+    """One source of training data, from an entry of a YAML list or from command line arguments.
 
     Args:
-        path: a folder with metadata, a data set of the Hub or a folder in its layout, patterns of tar shards, or
-            "synthetic"; the last with options as in "synthetic:train,size=96,length=20000", see `SceneOptions`.
-        kind: "folder", "hub", "webdataset" or "synthetic"; "auto" goes by what the path looks like.
-        weight: the source's share of the records, against the other sources' weights.
-        split, name, streaming: for data sets of the Hub, as `datasets.load_dataset` takes them.
-        image_column: column of the image, in shards the ending of its file; by default the usual names.
-        caption_column: a string or a list of strings; in shards an ending or a key of the `.json`.
-        tags_column: a list of strings, a string split at commas, semicolons and `|`, or class labels.
-        mask_column: label maps.
-        metadata: of a folder, its metadata file where that is not in it.
+        path: a folder with metadata, a Hub dataset or a folder with the same layout, patterns of tar shards, or
+            "synthetic", optionally with options such as "synthetic:train,size=96,length=20000", see `SceneOptions`.
+        kind: "folder", "hub", "webdataset" or "synthetic"; "auto" infers the kind from the path.
+        weight: share of the records, relative to the weights of the other sources.
+        split, name, streaming: arguments of `datasets.load_dataset` for Hub datasets.
+        image_column: column of the image, or file extension in shards; by default one of the usual names.
+        caption_column: column with a string or a list of strings; in shards, a file extension or a key of the `.json`.
+        tags_column: column with a list of strings, a string separated by commas, semicolons or `|`, or class labels.
+        mask_column: column of the label maps.
+        metadata: metadata file of a folder, if it is not in the folder.
 
     Raises:
-        ValueError: an unknown kind, no path, or a weight that is not positive.
+        ValueError: if the kind is unknown, there is no path, or the weight is not positive.
     """
 
     path: str
@@ -90,7 +90,7 @@ class SourceSpec:
             raise ValueError(f"kind is {self.kind!r}, expected one of {', '.join(KINDS)}.")
         if not self.path:
             raise ValueError(
-                "A source has no path; give a folder, a data set of the Hub or a pattern of tar files."
+                "A source has no path, expected a folder, a Hub dataset or a pattern of tar files."
             )
         if not (self.weight > 0 and math.isfinite(self.weight)):
             raise ValueError(f"The weight of {self.path} is {self.weight}, expected a positive number.")
@@ -101,10 +101,10 @@ class SourceSpec:
 
 
 def open_source(spec: SourceSpec) -> Source:
-    """Opens a source and reads its first records.
+    """Opens a source and checks its first records.
 
     Raises:
-        ValueError: naming the source, where it does not exist, has no such columns, or gives nothing to train on.
+        ValueError: if the source does not exist, lacks the columns, or has no usable records; the message names it.
     """
     kind = ("folder" if spec.metadata else _kind_of(spec.path)) if spec.kind == "auto" else spec.kind
     if kind == "synthetic":
@@ -130,21 +130,21 @@ def _kind_of(path: str) -> str:
         return "webdataset"
     if folder.is_file():
         raise ValueError(
-            f"{path} is a file; expected a folder with {', '.join(METADATA_FILES)}, a data set of the Hub or a pattern "
-            f"of tar files. For a table with images in it give its folder, {str(folder.parent)!r}."
+            f"{path} is a file, expected a folder with {', '.join(METADATA_FILES)}, a Hub dataset or a pattern of tar "
+            f"files. For a table that contains images, pass its folder, {str(folder.parent)!r}."
         )
     if not folder.is_dir() and (path.startswith(("/", ".", "~")) or path.count("/") > 1):
         raise ValueError(
-            f"{path} does not exist; expected a folder, a data set of the Hub or a pattern of tar files."
+            f"{path} does not exist, expected a folder, a Hub dataset or a pattern of tar files."
         )
     return "hub"
 
 
 def check_source(source: Source, count: int = 32) -> None:
-    """Reads records, at most `count`, until one can be trained on.
+    """Reads at most `count` records until it finds a usable one.
 
     Raises:
-        ValueError: there is none; says what was seen.
+        ValueError: if there is none; the message lists the reasons.
     """
     reasons: Counter[str] = Counter()
     first = ""
@@ -163,12 +163,12 @@ def check_source(source: Source, count: int = 32) -> None:
         raise ValueError(f"{source.name} has no records.")
     seen = ", ".join(f"{number} x {reason}" for reason, number in reasons.items())
     raise ValueError(
-        f"{source.name}: none of {reasons.total()} records can be used ({seen}). The first: {first}"
+        f"{source.name}: none of {reasons.total()} records can be used ({seen}). First error: {first}"
     )
 
 
 def records_of(table: MapSource, count: int | None = None) -> Iterator[Record | UnusableRecord]:
-    """The records of a table in order, or `count` of them from all over it; unreadable ones are given as errors."""
+    """Yields the records of a map-style source in order, or `count` evenly spaced ones; unusable ones are errors."""
     places = np.arange(len(table))
     if count is not None and len(table):
         places = np.unique(np.linspace(0, len(table) - 1, count).astype(int))
@@ -181,7 +181,7 @@ def records_of(table: MapSource, count: int | None = None) -> Iterator[Record | 
 
 def _problem(record: Record) -> UnusableRecord | None:
     if not (record.captions or record.tags or record.mask is not None):
-        return UnusableRecord("no text", f"{record.name} has no caption and no tags.")
+        return UnusableRecord("no text", f"{record.name} has neither captions nor tags.")
     try:
         load_image(record.image)
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""Tables of records: local folders with a metadata file, and whatever `datasets` loads or streams."""
+"""Tables of records: local folders with a metadata file, and datasets loaded or streamed with `datasets`."""
 
 import math
 import re
@@ -19,20 +19,20 @@ from .records import Record, UnusableRecord, until_broken
 
 SAVED_DATASET_FILES = ("dataset_dict.json", "state.json")
 
-# Only these addresses are read here, those that `datasets` makes for the files of a repository that it streams; a
-# data set must not choose any other protocol of fsspec.
+# Only these URLs are fetched, which `datasets` creates for files of a streamed repository. A dataset must not be able
+# to select another protocol of fsspec.
 _HUB_ADDRESS = re.compile(r"(?:zip://[^:]*::)?hf://")
 _ROWS_AT_A_TIME = 16
 
 
 @dataclass(frozen=True)
 class RowReader:
-    """Makes records of a table's rows.
+    """Turns rows of a table into records.
 
     Args:
-        columns: as the table has them.
-        folder: where file names are looked up; None where the values are what `load_image` takes.
-        tag_names: names of tags that are numbers, for columns of class labels.
+        columns: column names of the table.
+        folder: folder that file names are relative to; None if the values are passed to `load_image`.
+        tag_names: class names, if the tags are class labels.
     """
 
     columns: Columns
@@ -40,10 +40,10 @@ class RowReader:
     tag_names: Sequence[str] = ()
 
     def record(self, row: dict[str, Any], name: str) -> Record:
-        """One row's record.
+        """The record of a row.
 
         Raises:
-            UnusableRecord: "no image", "broken text", or "bad path" for a file name that leads out of the folder.
+            UnusableRecord: with the reason "no image", "broken text", or "bad path" (a file name outside the folder).
         """
         columns = self.columns
         image = self._image(row.get(cast(str, columns.image)), name)
@@ -62,24 +62,26 @@ class RowReader:
             values = value if is_list(value) else [value]
             value = [self._class_name(item) for item in values if item is not None and item >= 0]
         if is_whole(value):
-            value = str(value)  # the number of a class without a name
+            value = str(value)  # a class index without a name
         return tags_of(value)
 
     def _class_name(self, number: int) -> str:
         if number >= len(self.tag_names):
-            raise ValueError(f"class {number} has no name, there are {len(self.tag_names)}")
+            raise ValueError(
+                f"class {number} has no name, because there are only {len(self.tag_names)} names"
+            )
         return self.tag_names[number]
 
     def _image(self, value: Any, name: str) -> ImageSource | None:
-        """What `load_image` takes; None for an empty cell."""
-        if isinstance(value, float) and math.isnan(value):  # how pandas writes an empty cell
+        """The input for `load_image`; None for an empty cell."""
+        if isinstance(value, float) and math.isnan(value):  # an empty cell in pandas
             return None
-        if isinstance(value, dict):  # how `datasets` holds an image that is not decoded
+        if isinstance(value, dict):  # an undecoded image in `datasets`
             value = value.get("bytes") or value.get("path")
         if isinstance(value, str) and self.folder is not None:
             return self._inside_folder(value, name) if value else None
         if self.folder is not None and not isinstance(value, (bytes, type(None))):
-            raise UnusableRecord("bad path", f"{name}: {value!r:.80} is no file name.")
+            raise UnusableRecord("bad path", f"{name}: {value!r:.80} is not a file name.")
         if isinstance(value, str) and _HUB_ADDRESS.match(value):
             return _fetched(value, name)
         return None if value in ("", b"") else value
@@ -95,7 +97,7 @@ def _fetched(address: str, name: str) -> bytes:
     try:
         with fsspec.open(address, "rb") as file:
             return file.read()
-    except Exception as error:  # every file system has errors of its own
+    except Exception as error:  # file systems raise all kinds of errors
         raise UnusableRecord("broken image", f"{name}: {address} cannot be read: {error}") from error
 
 
@@ -103,13 +105,13 @@ class TableSource:
     """A table with random access.
 
     Args:
-        rows: a map-style `datasets.Dataset`, or what `read_metadata` gives.
-        columns: as the user named them.
-        name: what messages call the source.
-        folder: where file names are looked up; None where the values are what `load_image` takes.
+        rows: a map-style `datasets.Dataset`, or the result of `read_metadata`.
+        columns: column names given by the user.
+        name: name of the source for messages.
+        folder: folder that file names are relative to; None if the values are passed to `load_image`.
 
     Raises:
-        ValueError: missing columns.
+        ValueError: if columns are missing.
     """
 
     def __init__(
@@ -132,19 +134,19 @@ class TableSource:
 
     @property
     def fingerprint(self) -> str:
-        """Of a `datasets.Dataset`, which changes with its content."""
+        """The fingerprint of a `datasets.Dataset`, which changes with its content."""
         return str(self._rows._fingerprint)
 
     @property
     def tag_names(self) -> Sequence[str]:
-        """Names of the classes where the tags are class labels, else none."""
+        """Class names if the tags are class labels, otherwise empty."""
         return self._reader.tag_names
 
     def __getitem__(self, index: int) -> Record:
         """The record of a row.
 
         Raises:
-            UnusableRecord: as [`RowReader.record`], or "broken row".
+            UnusableRecord: as in [`RowReader.record`], or with the reason "broken row".
         """
         try:
             row = self._rows[int(index)]
@@ -154,15 +156,15 @@ class TableSource:
 
 
 class StreamedTable:
-    """A data set that is only read in order, each of its shards by itself.
+    """A streamed dataset that is read in order, shard by shard.
 
     Args:
         dataset: a streaming `datasets.IterableDataset`.
-        columns: as the user named them.
-        name: what messages call the source.
+        columns: column names given by the user.
+        name: name of the source for messages.
 
     Raises:
-        ValueError: no rows, or missing columns.
+        ValueError: if there are no rows, or columns are missing.
     """
 
     def __init__(self, dataset: datasets.IterableDataset, columns: Columns, name: str):
@@ -182,14 +184,14 @@ class StreamedTable:
         return self._dataset.num_shards
 
     def read_shard(self, index: int, start: int = 0) -> Iterator[Record | UnusableRecord]:
-        """The rows of a shard from number `start` on; what cannot be read is told, and is never fatal."""
+        """Yields the records of a shard from number `start`; rows that cannot be read are yielded as errors."""
         place = f"{self.name}, shard {index}"
         return until_broken(self._items(index, start, place), place, start)
 
     def _items(self, index: int, start: int, place: str) -> Iterator[Record | UnusableRecord]:
         shard = self._dataset.shard(num_shards=self.num_shards, index=index)
         number = start
-        # In a DataLoader's worker, `for row in shard` would leave out the shards of other workers; `iter` does not.
+        # In a DataLoader worker, `for row in shard` would skip the shards of other workers; `iter` does not.
         for batch in (shard.skip(start) if start else shard).iter(_ROWS_AT_A_TIME):
             for values in zip(*batch.values(), strict=True):
                 yield self._item(dict(zip(batch, values)), f"{place}[{number}]")
@@ -203,33 +205,33 @@ class StreamedTable:
 
 
 def open_folder(path: str, columns: Columns, metadata: str | None = None) -> TableSource:
-    """A folder with `metadata.jsonl`, `metadata.csv` or `metadata.parquet`, or with the file `metadata` instead; file
-    names are relative to the folder. The metadata are held in memory, and nothing is written anywhere.
+    """Opens a folder with `metadata.jsonl`, `metadata.csv` or `metadata.parquet`, or with another file `metadata`. File
+    names are relative to the folder. The metadata is held in memory, and nothing is written to disk.
 
     Raises:
-        ValueError: no such folder or metadata file, metadata that cannot be read, or missing columns.
+        ValueError: if the folder or metadata file is missing, cannot be read, or lacks columns.
     """
     folder = Path(path).expanduser()
     file = find_metadata(folder) if metadata is None else Path(metadata)
     if file is None:
-        state = "has no metadata file" if folder.is_dir() else "is no folder"
-        raise ValueError(f"{path} {state}; expected a folder with {', '.join(METADATA_FILES)}.")
+        state = "has no metadata file" if folder.is_dir() else "is not a folder"
+        raise ValueError(f"{path} {state}, expected a folder with {', '.join(METADATA_FILES)}.")
     return TableSource(read_metadata(file), columns, path, folder)
 
 
 def open_hub(
     path: str, columns: Columns, name: str | None = None, split: str = "train", streaming: bool = False
 ) -> TableSource | StreamedTable:
-    """A data set of the Hub, a local folder in the Hub's layout, or a folder written by `save_to_disk`.
+    """Opens a Hub dataset, a local folder with the same layout, or a folder written by `save_to_disk`.
 
-    Without streaming, `datasets` keeps a copy in its cache (`HF_DATASETS_CACHE`), but not of a saved data set.
+    Without streaming, `datasets` keeps a copy in its cache (`HF_DATASETS_CACHE`), except for a saved dataset.
 
     Args:
-        path, name, split, streaming: as `datasets.load_dataset` takes them.
-        columns: as the user named them.
+        path, name, split, streaming: arguments of `datasets.load_dataset`.
+        columns: column names given by the user.
 
     Raises:
-        ValueError: it cannot be loaded, has no such split, or columns are missing.
+        ValueError: if the dataset cannot be loaded, or the split or columns are missing.
     """
     folder = Path(path).expanduser()
     is_saved = any((folder / file).is_file() for file in SAVED_DATASET_FILES)
@@ -239,8 +241,8 @@ def open_hub(
         else:
             known = str(folder) if folder.exists() else path
             dataset = datasets.load_dataset(known, name, split=split, streaming=streaming)
-    except Exception as error:  # the Hub, the network and file formats have errors of their own
-        raise ValueError(f"{path} cannot be loaded as a data set: {error}") from error
+    except Exception as error:  # the Hub, the network and file formats raise all kinds of errors
+        raise ValueError(f"{path} cannot be loaded as a dataset: {error}") from error
     if isinstance(dataset, (dict, datasets.DatasetDict)):
         if split not in dataset:
             raise ValueError(f"{path} has no split {split!r}; its splits are {', '.join(dataset)}.")
@@ -256,7 +258,7 @@ def _names(columns: Columns) -> list[str]:
 
 
 def _class_names(features: Any, column: str | None) -> Sequence[str]:
-    """Names of a column of class labels, or of lists of them; none for other columns."""
+    """The class names of a column of class labels or lists of class labels; empty for other columns."""
     if features is None or column is None:
         return ()
     feature = features[column]

@@ -1,4 +1,4 @@
-"""WebDataset shards: tar files, local or remote, read from front to end without unpacking them."""
+"""WebDataset shards: local or remote tar files, read sequentially without unpacking them."""
 
 import re
 import tarfile
@@ -14,23 +14,23 @@ from .columns import CAPTION_NAMES, TAG_NAMES, Columns, captions_of, tags_of
 from .records import Record, UnusableRecord, until_broken
 
 MAX_FILE_BYTES = 1 << 28
-"""Largest file of a shard that is read: a small compressed shard can hold a huge one."""
+"""Maximum size of a file in a shard, because a small compressed shard can contain a huge file."""
 
 MAX_SHARDS = 1_000_000
 
 _IMAGE_ENDINGS = frozenset(extension[1:] for extension in IMAGE_EXTENSIONS)
 _CAPTION_ENDINGS = ("txt", "caption")
 _BRACES = re.compile(r"\{([^{}]*)\}")
-# The folder and the name up to its first dot are the key, what follows is the ending. Hidden files have no key.
+# The path up to the first dot of the name is the key, the rest is the ending. Hidden files have no key.
 _MEMBER = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)", re.DOTALL)
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """The names that a pattern stands for: `a{08..11}` is a08, a09, a10, a11, and `{cat,dog}.tar` two files. Braces may
-    stand side by side and within each other.
+    """Expands braces in a pattern: `a{08..11}` gives a08, a09, a10 and a11, and `{cat,dog}.tar` gives two files. A
+    pattern can have several braces, also nested ones.
 
     Raises:
-        ValueError: braces without a range or a list, or too many names.
+        ValueError: if braces contain neither a range nor a list, or there are too many names.
     """
     match = _BRACES.search(pattern)
     if match is None:
@@ -39,29 +39,29 @@ def expand_braces(pattern: str) -> list[str]:
     if bounds:
         first, last = int(bounds[1]), int(bounds[2])
         if not 0 <= last - first < MAX_SHARDS:
-            raise ValueError(f"{pattern} counts from {first} to {last}; expected 1 to {MAX_SHARDS:,} shards.")
+            raise ValueError(f"{pattern} counts from {first} to {last}, expected 1 to {MAX_SHARDS:,} shards.")
         parts = [str(number).zfill(len(bounds[1])) for number in range(first, last + 1)]
     elif "," in match[1]:
         parts = match[1].split(",")
     else:
         raise ValueError(
-            f"{pattern} has {match[0]}; expected a range {{000..012}} or a list {{a,b}} in braces."
+            f"{pattern} has {match[0]}, expected a range {{000..012}} or a list {{a,b}} in braces."
         )
     before, after = pattern[: match.start()], pattern[match.end() :]
     return list(dict.fromkeys(name for part in parts for name in expand_braces(f"{before}{part}{after}")))
 
 
 def find_shards(patterns: str) -> list[fsspec.core.OpenFile]:
-    """The files of one or several patterns (separated by white space or `::`) with braces and wildcards, for any file
-    system of fsspec. In a name with a space, write `?` for it.
+    """Finds the files that match patterns with braces and wildcards, on any file system of fsspec. Several patterns are
+    separated by whitespace or `::`; write `?` for a space in a name.
 
     Raises:
-        ValueError: a pattern that nothing matches, or a local file that is missing.
+        ValueError: if a pattern matches no file, or a local file is missing.
     """
     shards: dict[str, fsspec.core.OpenFile] = {}
     for pattern in re.split(r"\s+|::", patterns.strip()):
         for name in expand_braces(pattern):
-            # A question mark is a wildcard, but not in the address of a web server.
+            # A question mark is a wildcard, except in a web URL.
             is_web = name.startswith(("http://", "https://"))
             try:
                 files = fsspec.open_files(name if is_web else [name], "rb")
@@ -69,28 +69,28 @@ def find_shards(patterns: str) -> list[fsspec.core.OpenFile]:
             except (OSError, ValueError, ImportError) as error:
                 raise ValueError(f"{name} cannot be opened: {error}") from error
             if missing:
-                raise ValueError(f"{name}: no such tar file.")
+                raise ValueError(f"{name}: tar file not found.")
             shards.update((file.full_name, file) for file in files)
     return list(shards.values())
 
 
 def _is_missing(file: fsspec.core.OpenFile) -> bool:
-    """Only looked up where that costs nothing; a missing remote shard is found when it is read."""
+    """Whether a local file is missing. Remote shards are only checked when they are read, because a lookup is slow."""
     return "file" in file.fs.protocol and not file.fs.isfile(file.path)
 
 
 class TarSource:
-    """Records of WebDataset shards: files of the same name up to the first dot, one after the other.
+    """Records of WebDataset shards. Consecutive files with the same name up to the first dot form a record.
 
-    The image is known by its ending, the mask by a second ending (`0001.mask.png`), captions are in `.txt`,
-    `.caption` or `.json`, tags in `.json`. Nothing is unpacked to disk, and files of other kinds are not read.
+    The image is found by its file extension and the mask by a double extension (`0001.mask.png`). Captions are in
+    `.txt`, `.caption` or `.json` files, tags in `.json`. Other files are not read, and nothing is unpacked to disk.
 
     Args:
-        patterns: as [`find_shards`] takes them.
-        columns: endings of files (`jpg`, `mask.png`, `txt`) or, for texts, keys of the `.json`.
+        patterns: patterns of the shards, see [`find_shards`].
+        columns: file extensions (`jpg`, `mask.png`, `txt`) or, for texts, keys of the `.json`.
 
     Raises:
-        ValueError: no shards.
+        ValueError: if no shard matches.
     """
 
     def __init__(self, patterns: str, columns: Columns | None = None):
@@ -100,7 +100,7 @@ class TarSource:
 
     @property
     def fingerprint(self) -> str:
-        """Changes with the shards: their names, and size and time where the file system tells."""
+        """A string that changes with the names of the shards and with their size and time, if available."""
         return repr([(each.full_name, each.fs.info(each.path)) for each in self._shards])
 
     @property
@@ -108,12 +108,12 @@ class TarSource:
         return len(self._shards)
 
     def read_shard(self, index: int, start: int = 0) -> Iterator[Record | UnusableRecord]:
-        """The records of a shard from number `start` on; what cannot be read is told, and is never fatal."""
+        """Yields the records of a shard from number `start`; records that cannot be read are yielded as errors."""
         shard = self._shards[index]
         return islice(until_broken(self._items(shard), shard.full_name), start, None)
 
     def _items(self, shard: fsspec.core.OpenFile) -> Iterator[Record | UnusableRecord]:
-        # Not `with shard`: an OpenFile closes the files of all who have opened it.
+        # Do not use `with shard`, because an OpenFile closes the files of all its readers.
         with (
             shard.fs.open(shard.path, "rb") as file,
             tarfile.open(fileobj=file, mode="r|*", tarinfo=_StrictMember) as archive,
@@ -122,7 +122,7 @@ class TarSource:
                 yield self._item(files, f"{shard.path}/{key}")
 
     def _groups(self, archive: tarfile.TarFile) -> Iterator[tuple[str, dict[str, bytes | None]]]:
-        """Keys with their files by ending; None for the content of a file that is not needed."""
+        """Yields keys with the contents of their files by ending; the content of unneeded files is None."""
         key = ""
         files: dict[str, bytes | None] = {}
         for member in archive:
@@ -152,7 +152,7 @@ class TarSource:
         columns = self._columns
         image = files.get(columns.image or next((end for end in files if end in _IMAGE_ENDINGS), ""))
         if image is None:
-            return UnusableRecord("no image", f"{name} has no image that can be read: {', '.join(files)}.")
+            return UnusableRecord("no image", f"{name} has no readable image, only {', '.join(files)}.")
         try:
             fields = _json_fields(files.get("json"))
             captions = self._texts(files, fields, columns.caption, (*_CAPTION_ENDINGS, *CAPTION_NAMES))
@@ -164,14 +164,14 @@ class TarSource:
         record.mask = files.get(mask_ending)
         if not (record.captions or record.tags or record.mask):
             keys = f" with the keys {', '.join(fields)}" if fields else ""
-            return UnusableRecord("no text", f"{name} has no caption and no tags: {', '.join(files)}{keys}.")
+            return UnusableRecord("no text", f"{name} has no caption or tags, only {', '.join(files)}{keys}.")
         return record
 
     @staticmethod
     def _texts(
         files: dict[str, bytes | None], fields: dict, column: str | None, usual: tuple[str, ...]
     ) -> Any:
-        """The first text there is, out of a file or a field of the JSON."""
+        """The first available text, from a file or a field of the JSON."""
         for name in (column,) if column else usual:
             content = files.get(name)
             value = decode_text(content, f"its .{name}") if content is not None else fields.get(name)
@@ -181,7 +181,7 @@ class TarSource:
 
 
 class _StrictMember(tarfile.TarInfo):
-    """`tarfile` takes a broken header for the end of the archive; this one takes it for an error."""
+    """Raises an error for a broken header, which `tarfile` treats as the end of the archive."""
 
     @classmethod
     def fromtarfile(cls, tarfile_: tarfile.TarFile) -> "_StrictMember":
@@ -198,5 +198,7 @@ def _json_fields(content: bytes | None) -> dict[str, Any]:
         return {}
     fields = parse_json(decode_text(content, "its .json"))
     if not isinstance(fields, dict):
-        raise ValueError(f"its json is a {type(fields).__name__}, expected an object with captions or tags")
+        raise ValueError(
+            f"its .json contains a {type(fields).__name__}, expected an object with captions or tags"
+        )
     return fields

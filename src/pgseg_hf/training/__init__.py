@@ -1,1 +1,1 @@
-"""Training on image-text pairs: data, losses' gradients in chunks, schedules, checkpoints. Needs `pgseg-hf[train]`."""
+"""Training on image-text pairs: batches, gradient caching, schedules, checkpoints. Requires `pgseg-hf[train]`."""

@@ -1,4 +1,4 @@
-"""From arguments to a model, its processor and its stream of batches."""
+"""Builds the model, its processor and the stream of batches from the arguments."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -46,7 +46,7 @@ from .continuing import hash_of_files
 
 logger = logging.get_logger(__name__)
 
-# Weights of no dimension.
+# Zero-dimensional parameters.
 SCALARS = ("logit_scale", "logit_bias", "prototype_logit_scale")
 PEEKED_RECORDS = 8
 ALL_TAGS = 10_000
@@ -54,21 +54,21 @@ OVERRIDES = ("npr_variant", "contrastive_loss", "contrastive_pooling", "assignme
 
 
 def build_model(arguments: ModelArguments) -> PGSegModel:
-    """The model to train, in float32: a checkpoint, a warm start from GroupViT, or new.
+    """The model to train, in float32: from a checkpoint, from GroupViT, or new.
 
     Raises:
-        ValueError: several of these at once, or a configuration that makes no sense.
+        ValueError: if several starting points are given, or the configuration is invalid.
     """
     given = {name: getattr(arguments, name) for name in OVERRIDES if getattr(arguments, name) is not None}
     fields = _read_config(arguments.model_config) | given
     parts = arguments.backbone_name_or_path or arguments.text_name_or_path
     if parts and (arguments.model_name_or_path or arguments.groupvit_name_or_path):
         raise ValueError(
-            "backbone_name_or_path and text_name_or_path are for a new model; leave out model_name_or_path and "
-            "groupvit_name_or_path."
+            "backbone_name_or_path and text_name_or_path are for a new model; do not set them together with "
+            "model_name_or_path or groupvit_name_or_path."
         )
     if arguments.model_name_or_path and arguments.groupvit_name_or_path:
-        raise ValueError("model_name_or_path and groupvit_name_or_path exclude each other; give one.")
+        raise ValueError("model_name_or_path and groupvit_name_or_path are mutually exclusive; set only one.")
     try:
         if arguments.model_name_or_path:
             model = PGSegModel.from_pretrained(arguments.model_name_or_path, dtype="float32", **fields)
@@ -78,13 +78,13 @@ def build_model(arguments: ModelArguments) -> PGSegModel:
             model = PGSegModel.from_parts(
                 arguments.backbone_name_or_path, arguments.text_name_or_path, **fields
             )
-    except StrictDataclassError as error:  # no ValueError
+    except StrictDataclassError as error:  # not a subclass of ValueError
         raise ValueError(str(error)) from error
     if model.config.contrastive_loss not in model.config.pooling.losses:
         if "contrastive_pooling" in fields:
             refuse_other_losses(model.config.contrastive_pooling, model.config.contrastive_loss)
         logger.warning(
-            "%s was trained with %s pooling, which needs the loss %s; this run compares texts with groups.",
+            "%s was trained with %s pooling, which requires the %s loss; this run uses 'groups' pooling instead.",
             arguments.model_name_or_path,
             model.config.contrastive_pooling,
             " or ".join(model.config.pooling.losses),
@@ -113,7 +113,7 @@ def _read_config(value: Any) -> dict[str, Any]:
         except ValueError as error:
             raise ValueError(f"model_config {value!r} cannot be read: {error}") from error
     if not isinstance(value, dict):
-        raise ValueError(f"model_config is {value!r}, expected a mapping of fields of PGSegConfig.")
+        raise ValueError(f"model_config is {value!r}, expected a mapping of PGSegConfig fields.")
     known = {
         "model_config": PGSegConfig().to_dict() | {"npr_variant": None},
         "vision_config": PGSegVisionConfig().to_dict(),
@@ -127,12 +127,12 @@ def _read_config(value: Any) -> dict[str, Any]:
 
 
 def build_processor(arguments: ModelArguments, data: DataArguments, config: PGSegConfig) -> PGSegProcessor:
-    """The checkpoint's processor, or a new one that sees photos as the crops of training show them: by default at a
-    short side of twice the image size in windows as large, as the released evaluation does."""
+    """The checkpoint's processor, or a new one that matches the crops of training. By default the new one resizes
+    images to a short side of twice the image size and uses windows of that size, as in the released evaluation."""
     if arguments.model_name_or_path and data.short_side is None:
         processor = PGSegProcessor.from_pretrained(arguments.model_name_or_path)
         if config.pooling.parts != "patches":
-            processor.patch_weight = 0.0  # the new pooling names no patches
+            processor.patch_weight = 0.0  # this pooling does not score patches
         return processor
     side = data.image_size or config.vision_config.image_size
     options: dict[str, Any] = {"patch_weight": data.patch_weight}
@@ -147,7 +147,7 @@ def build_processor(arguments: ModelArguments, data: DataArguments, config: PGSe
         tokenizer = default_tokenizer(config.text_config.max_position_embeddings)
     if len(tokenizer) > config.text_config.vocab_size:
         raise ValueError(
-            f"text_config.vocab_size is {config.text_config.vocab_size}, the tokenizer has {len(tokenizer)} tokens."
+            f"text_config.vocab_size is {config.text_config.vocab_size}, but the tokenizer has {len(tokenizer)} tokens."
         )
     normalised = {}
     if isinstance(config.vision_config.backbone_config, EfficientNetLiteConfig):
@@ -170,10 +170,10 @@ def build_stream(
     rank: int = 0,
     world_size: int = 1,
 ) -> TrainingStream:
-    """Batches of this process, without end.
+    """The infinite stream of this process's batches.
 
     Raises:
-        ValueError: no source, one that is empty or cannot be read, or options that make no sense.
+        ValueError: if there is no source, a source is empty or cannot be read, or options are invalid.
     """
     specs = data.source_specs()
     sources: list[Source] = [open_source(spec) for spec in specs]
@@ -183,7 +183,7 @@ def build_stream(
     mask_labels = _mask_labels(data, specs, sources) if data.crop_tags else None
     if mask_labels is not None:
         _tell_what_masks_leave_out(sources)
-    # Tags alone are shared between images; some variants of NPR need a text for each.
+    # Images share texts only if the texts are tags. Some NPR variants need one text per image.
     shared = config.contrastive_loss != "info_nce" and not config.npr_settings.one_text_an_image
     shared = shared and (bool(data.synonyms) or not any(has_texts(source, "captions") for source in sources))
     has_labels = bool(data.num_nouns or mask_labels) or any(has_texts(source, "tags") for source in sources)
@@ -223,11 +223,13 @@ def build_stream(
 def _refuse_unused(data: DataArguments, names_patches: bool) -> None:
     for name in ("cell_names", "cache_whole_images", "cache_patch_stride"):
         if getattr(data, name) != getattr(DataArguments, name) and not data.cache_features:
-            raise ValueError(f"{name} is {getattr(data, name)!r} without cache_features; give it a folder.")
+            raise ValueError(
+                f"{name} is {getattr(data, name)!r}, which needs cache_features: set it to a folder."
+            )
     if data.cell_names and not names_patches:
         raise ValueError(
-            f"cell_names is {data.cell_names!r}, which needs tags shared between images and contrastive_pooling "
-            "'patches'; expected contrastive_loss 'sigmoid' or 'multi_positive' and, beside captions, synonyms."
+            f"cell_names is {data.cell_names!r}, which needs contrastive_pooling 'patches', contrastive_loss 'sigmoid' "
+            "or 'multi_positive' and, if the data has captions, synonyms."
         )
 
 
@@ -246,7 +248,7 @@ def _augmentation(data: DataArguments, config: PGSegConfig, images: Any) -> Augm
 def _refuse_small_sources(
     sources: Sequence[Source], specs: Sequence[SourceSpec], batch_size: int, world_size: int
 ) -> None:
-    """Copies of an image in a batch would be negatives of each other's texts."""
+    """Copies of an image in a batch would be negatives of each other."""
     total = sum(spec.weight for spec in specs)
     for source, spec in zip(sources, specs):
         share = spec.weight / total
@@ -254,24 +256,24 @@ def _refuse_small_sources(
         if records < math.floor(share * batch_size * world_size):
             most = math.floor(records / share / world_size)
             raise ValueError(
-                f"{source.name} has {records} images, and a batch of {batch_size} x {world_size} takes "
-                f"{share * batch_size * world_size:.0f} of them: copies of an image would be negatives of each other. "
-                f"Give --batch_size {most} at most, or more images."
+                f"{source.name} has {records} images, but a batch of {batch_size} x {world_size} takes "
+                f"{share * batch_size * world_size:.0f} of them, and copies of an image would be negatives of each "
+                f"other. Reduce --batch_size to at most {most}, or add images."
             )
 
 
 def read_names(path: str) -> dict[str, list[str]]:
-    """Names and their synonyms, from a JSON file `{"names": {name: [synonyms]}}`.
+    """Reads names and their synonyms from a JSON file `{"names": {name: [synonyms]}}`.
 
     Raises:
-        ValueError: there is no such file, or it holds something else.
+        ValueError: if the file is missing or has another structure.
     """
     try:
         names = read_json(path)["names"]
         return {str(name): [str(other) for other in others] for name, others in names.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"synonyms is {path}, expected a JSON file {{'names': {{name: [synonyms]}}}}: {error}"
+            f"synonyms is {path}, expected a JSON file with {{'names': {{name: [synonyms]}}}}: {error}"
         ) from error
 
 
@@ -291,19 +293,19 @@ def _mask_labels(data: DataArguments, specs: Sequence[SourceSpec], sources: Sequ
     path = Path(data.mask_labels) if data.mask_labels else find_mask_labels(places)
     if path is None:
         raise ValueError(
-            f"crop_tags needs a labels.json, and there is none in {', '.join(map(str, places))} or the folder above; "
-            "give mask_labels."
+            f"crop_tags needs a labels.json, but there is none in {', '.join(map(str, places))} or the parent folder; "
+            "set mask_labels."
         )
     try:
         content = read_mask_labels(path, may_repeat=True)
     except ValueError as error:
-        raise ValueError(f"mask_labels, which crop_tags needs, cannot be read: {error}") from error
+        raise ValueError(f"cannot read the mask_labels that crop_tags needs: {error}") from error
     numbers = {str(value): label for value, label in enumerate(content["labels"])}
     for value, label in (content["mask_values"] or {}).items():
         if label is not None and numbers.get(str(value)) != label:
             raise ValueError(
-                f"{path} has mask_values in which {value} is {label!r}, but crop_tags reads masks whose values are the "
-                "labels' numbers; write such masks."
+                f"{path} has mask_values that map {value} to {label!r}, but crop_tags needs masks whose values are "
+                "indices into the labels; convert the masks."
             )
     return ["" if value == content["background"] else label for value, label in enumerate(content["labels"])]
 
@@ -314,41 +316,41 @@ def _first_records(source: Source) -> Iterator[Record]:
 
 
 def _tell_what_masks_leave_out(sources: Sequence[Source]) -> None:
-    """Warns where much of the first records' masks has the value that stands for no label."""
+    """Warns if many pixels in the masks of the first records have the value for "no label"."""
     for source in [source for source in sources if isinstance(source, MapSource)]:
         counts = np.zeros(2, dtype=np.int64)
         for mask in [record.mask for record in _first_records(source) if record.mask is not None]:
-            with suppress(ValueError):  # counted and told in training
+            with suppress(ValueError):  # training counts and reports broken masks
                 values = load_label_map(mask)
                 counts += (values == IGNORE_INDEX).sum(), values.size
         if counts[0] > MANY_UNKNOWN * counts[1]:
             logger.warning(
                 f"{counts[0]:,} of {counts[1]:,} pixels ({counts[0] / counts[1]:.1%}) in the first masks of "
-                f"{source.name} are {IGNORE_INDEX}, which crop_tags takes for no label. If it is one, as in masks of 0 "
-                f"and {IGNORE_INDEX}, write its number in labels.json's labels instead."
+                f"{source.name} are {IGNORE_INDEX}, which crop_tags treats as unlabelled. If {IGNORE_INDEX} is a label "
+                "in these masks, replace it by the label's index in labels.json."
             )
 
 
 def has_texts(source: Source, kind: str) -> bool:
-    """Whether one of the first records has "captions" or "tags"."""
+    """Whether any of the first records has `kind` ("captions" or "tags")."""
     return any(getattr(record, kind) for record in _first_records(source))
 
 
 def process_group_settings(run: RunArguments) -> InitProcessGroupKwargs:
-    """How long processes wait for each other, for Accelerate."""
-    # Not exactly 600 s, which Accelerate takes for "not given": then gloo would wait half an hour.
+    """The timeout between processes, for Accelerate."""
+    # Accelerate treats exactly 600 s as "not set", and gloo would then wait half an hour.
     return InitProcessGroupKwargs(timeout=timedelta(seconds=run.ddp_timeout, microseconds=1))
 
 
 def sync_batchnorm(model: nn.Module) -> nn.Module:
-    """BatchNorm over all processes, on CUDA; elsewhere the model as it is, as torch has it for CUDA only."""
+    """Converts BatchNorm to SyncBatchNorm with several CUDA processes; otherwise returns the model unchanged."""
     convert: Callable = nn.SyncBatchNorm.convert_sync_batchnorm
     on_cuda = next(model.parameters()).is_cuda
     return convert(model) if on_cuda and world_size() > 1 else model
 
 
 def without_scalars(model: PGSegModel) -> PGSegModel:
-    """For FSDP, which cannot divide scalars: weights of no dimension become weights of one; see [`full_weights`]."""
+    """Reshapes scalar parameters to shape [1], because FSDP cannot shard scalars. [`full_weights`] reverses this."""
     for name, parameter in list(model.named_parameters(recurse=False)):
         if parameter.ndim == 0:
             setattr(model, name, nn.Parameter(parameter.detach().reshape(1), parameter.requires_grad))
@@ -356,8 +358,7 @@ def without_scalars(model: PGSegModel) -> PGSegModel:
 
 
 def full_weights(model: PGSegModel) -> dict[str, Tensor]:
-    """The state dict in whole tensors of the shapes of `from_pretrained`, whatever [`without_scalars`] and FSDP did to
-    them; every process has to call it."""
+    """The unsharded state dict with the shapes that `from_pretrained` expects. All processes must call it."""
     state = {}
     for name, value in model.state_dict().items():
         value = value.full_tensor() if isinstance(value, DTensor) else value

@@ -1,14 +1,14 @@
-"""Checkpoints of a training run, of which a kill at any moment leaves the last whole one usable.
+"""Checkpoints of a training run. If the run is killed at any moment, the last complete checkpoint stays usable.
 
-A checkpoint is a folder `checkpoint-00001000` in the run's output folder, which all processes must see: what
-`Accelerator.save_state` writes (weights, optimizer, schedule, gradient scaler, random states of each process), the
-averaged weights in `ema.safetensors`, each process's position in its data in `position-RANK.json`, and `progress.json`.
-It is written under a hidden name and renamed when it is whole; old ones are renamed before they are deleted.
-`progress.json` has the SHA-256 of the other files: a latest checkpoint that is damaged gives way to the one before.
+A checkpoint is a folder such as `checkpoint-00001000` in the run's output folder, which all processes must share. It
+contains the output of `Accelerator.save_state` (weights, optimizer, schedule, gradient scaler, random states of each
+process), the averaged weights in `ema.safetensors`, the data position of each process in `position-RANK.json`, and
+`progress.json` with the SHA-256 of the other files, to detect damage. A checkpoint is written under a hidden name and
+renamed once it is complete; old checkpoints are renamed before they are deleted.
 
-Load only checkpoints of your own. Accelerate reads the optimizer's, schedule's and random states with torch's
-`weights_only` unpickler, which builds tensors and numbers only; objects registered with
-`Accelerator.register_for_checkpointing` would be unpickled without that guard, so nothing is registered here.
+Load only your own checkpoints. Accelerate reads the states of optimizer, schedule and random generators with torch's
+`weights_only` unpickler, which creates only tensors and numbers. Objects registered with
+`Accelerator.register_for_checkpointing` would be unpickled without this protection, so nothing is registered here.
 """
 
 import json
@@ -37,12 +37,12 @@ logger = logging.get_logger(__name__)
 
 PROGRESS_NAME = "progress.json"
 AVERAGE_NAME = "ema.safetensors"
-# What a run leaves in its folder, with checkpoints or without.
+# Files that every run writes to its output folder, with or without checkpoints.
 RUN_FILES = ("all_results.json", "log.jsonl")
 _RUN_FOLDERS = ("best", "pictures")
 _NAME = re.compile(r"checkpoint-\d{8,}")
 _PARTIAL, _REMOVED, _DAMAGED = ".partial-", ".removed-", "damaged-"
-# What torch, safetensors and Accelerate raise on broken files and on states of another model.
+# Errors of torch, safetensors and Accelerate for broken files and for states of another model.
 _LOADING_ERRORS = (OSError, EOFError, RuntimeError, KeyError, ValueError, SafetensorError, UnpicklingError)
 
 
@@ -55,31 +55,31 @@ def save_checkpoint(
     keep: int | None = None,
     ema: nn.Module | None = None,
 ) -> Path:
-    """Writes `checkpoint-STEP` into `output_dir`; every process has to call it. A step that has a checkpoint already
-    keeps that one.
+    """Writes `checkpoint-STEP` to `output_dir`. All processes must call it. An existing checkpoint of the same step is
+    kept unchanged.
 
     Args:
-        accelerator: with the model, optimizer and schedule prepared, and nothing registered for checkpointing.
-        output_dir: the run's folder, seen by all processes.
-        step: optimizer steps that are done.
-        stream_state: where this process is in its data, as JSON.
-        extra: further JSON for `progress.json` (best metric, counts); the main process's counts.
-        keep: how many checkpoints to keep, the newest; None for all.
-        ema: averaged weights, any module.
+        accelerator: has prepared the model, optimizer and schedule; nothing may be registered for checkpointing.
+        output_dir: the run's folder, shared by all processes.
+        step: number of completed optimizer steps.
+        stream_state: this process's position in its data, as JSON values.
+        extra: more JSON values for `progress.json`, such as the best metric. Those of the main process are written.
+        keep: number of newest checkpoints to keep; None keeps all.
+        ema: a module with the averaged weights.
 
     Returns:
         The checkpoint's folder.
 
     Raises:
-        ValueError: `keep` below 1.
+        ValueError: if `keep` is below 1.
     """
     if keep is not None and keep < 1:
-        raise ValueError(f"keep is {keep}, expected None (keep all checkpoints) or at least 1.")
+        raise ValueError(f"keep is {keep}, expected at least 1, or None to keep all checkpoints.")
     output_dir = Path(output_dir)
     final = output_dir / f"checkpoint-{step:08d}"
     partial = output_dir / f"{_PARTIAL}{final.name}"
     if final.exists():
-        logger.warning(f"{final} exists already and stays as it is.")
+        logger.warning(f"{final} already exists and is not overwritten.")
         return final
     if accelerator.is_main_process:
         _remove_leftovers(output_dir)
@@ -96,7 +96,7 @@ def save_checkpoint(
         write_json(progress, partial / PROGRESS_NAME)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        # On disk before older ones go: a machine that loses power may otherwise be left with empty files only.
+        # Flush before deleting older checkpoints: a power failure could otherwise leave only empty files.
         for path in [*partial.iterdir(), partial]:
             _flush(path)
         os.replace(partial, final)
@@ -113,34 +113,36 @@ def load_checkpoint(
     ema: nn.Module | None = None,
     depends_on: Mapping[str, Any] | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Brings the prepared model, optimizer, schedule, the random states and `ema` to where a checkpoint left them;
-    every process has to call it.
+    """Restores the prepared model, optimizer, schedule, the random states and `ema` from a checkpoint. All processes
+    must call it.
 
     Args:
-        depends_on: values that have to equal the entry of this name in `progress.json`, if it has one.
+        depends_on: values that must equal the `depends_on` entry of `progress.json`, if it has one.
 
     Returns:
         The content of `progress.json` without the hashes, and this process's `stream_state`.
 
     Raises:
-        ValueError: no checkpoint or a broken one, another number of processes, averaged weights on one side only, or
-            one of `depends_on` differs.
+        ValueError: if the checkpoint is missing or broken, the number of processes or a value of `depends_on` differs,
+            or only one of run and checkpoint has averaged weights.
     """
     path = Path(path)
     progress = _read_json(path / PROGRESS_NAME)
     progress.pop("files", None)
     if progress.get("world_size") != accelerator.num_processes:
         raise ValueError(
-            f"{path} was written by {progress.get('world_size')} processes, this run has {accelerator.num_processes}; "
-            "start as many, or start anew from its weights."
+            f"{path} was written by {progress.get('world_size')} processes, but this run has "
+            f"{accelerator.num_processes}; start the same number, or start a new run from its weights."
         )
     if (path / AVERAGE_NAME).exists() != (ema is not None):
-        has, wants = ("lacks", "needs them") if ema is not None else ("has", "does not average")
-        raise ValueError(f"{path} {has} averaged weights, this run {wants}; resume with the same settings.")
+        has, wants = ("lacks", "needs them") if ema is not None else ("has", "does not use them")
+        raise ValueError(
+            f"{path} {has} averaged weights, but this run {wants}; resume with the same ema_decay."
+        )
     known = progress.get("depends_on")
     if depends_on is not None and known is not None and (different := differences(known, depends_on)):
         raise ValueError(
-            f"{path} is of another run: {', '.join(different)}. Change this back, or start a run of its own in another "
+            f"{path} belongs to another run: {', '.join(different)}. Change this back, or start a new run in another "
             "output folder."
         )
     stream_state = _read_json(path / _position_name(accelerator))
@@ -151,61 +153,60 @@ def load_checkpoint(
         _require_random_states(path / f"{RNG_STATE_NAME}_{accelerator.process_index}.pkl")
     except _LOADING_ERRORS as error:
         raise ValueError(
-            f"{path} cannot be loaded: {error}. Resume with the settings it was trained with."
+            f"{path} cannot be loaded: {error}. Resume with the settings that it was trained with."
         ) from error
     return progress, stream_state
 
 
 def find_latest(output_dir: str | os.PathLike) -> Path | None:
-    """The checkpoint of the highest step, None where there is none. Checkpoints that were being written or deleted
-    when a run was killed do not count."""
+    """The checkpoint with the highest step, or None. Partly written or partly deleted checkpoints do not count."""
     return next(reversed(_checkpoints(Path(output_dir))), None)
 
 
 def resolve_resume(output_dir: str | os.PathLike, argument: str | None) -> Path | None:
-    """What `--resume_from_checkpoint` means: a checkpoint's folder, or None to start anew. Changes nothing.
+    """Resolves `--resume_from_checkpoint` to a checkpoint folder, or to None to start from scratch. Changes no files.
 
     Args:
-        output_dir: the run's folder; need not exist.
-        argument: `"latest"`, a checkpoint's folder, or None where the option was not given.
+        output_dir: the run's folder, which does not have to exist.
+        argument: `"latest"`, a checkpoint's folder, or None if the option was not given.
 
     Raises:
-        ValueError: a path that is no checkpoint; or `output_dir` holds checkpoints that the run would mix with.
+        ValueError: if the path is not a checkpoint, or `output_dir` contains checkpoints of another run.
     """
     output_dir = Path(output_dir)
     latest = find_latest(output_dir)
     if argument is None:
         if latest is not None:
             raise ValueError(
-                f"{output_dir} holds checkpoints, the last is {latest.name}; pass --resume_from_checkpoint latest to "
-                "go on, or --overwrite_output_dir to delete them."
+                f"{output_dir} already contains checkpoints up to {latest.name}; pass --resume_from_checkpoint latest "
+                "to resume, or --overwrite_output_dir to delete them."
             )
         left = [name for name in RUN_FILES if (output_dir / name).exists()]
         if left:
             raise ValueError(
-                f"{output_dir} holds another run's {left[0]}; choose another output folder, or pass "
+                f"{output_dir} already contains {left[0]} of another run; choose another output folder, or pass "
                 "--overwrite_output_dir."
             )
         return None
     if argument == "latest":
         if latest is None and (output_dir / RUN_FILES[0]).exists():
             raise ValueError(
-                f"{output_dir} holds a run that has ended, without checkpoints; choose another output folder, or pass "
+                f"{output_dir} contains a finished run without checkpoints; choose another output folder, or pass "
                 "--overwrite_output_dir."
             )
         if latest is None:
-            logger.warning(f"{output_dir} holds no checkpoint to resume from: training starts anew.")
+            logger.warning(f"{output_dir} has no checkpoint to resume from; training starts from scratch.")
         return latest
     path = Path(argument)
     if not (path / PROGRESS_NAME).is_file():
         raise ValueError(
-            f"{path} is no checkpoint of training, expected 'latest' or a folder such as checkpoint-00001000 with "
-            f"{PROGRESS_NAME} in it."
+            f"{path} is not a training checkpoint, expected 'latest' or a folder such as checkpoint-00001000 that "
+            f"contains {PROGRESS_NAME}."
         )
     if latest is not None and latest.resolve() != path.resolve():
         raise ValueError(
-            f"{output_dir} holds {latest.name}, which resuming from {path} would mix with; choose another output "
-            "folder, or move the other checkpoints away."
+            f"{output_dir} contains {latest.name}, which would be mixed with a run resumed from {path}; choose another "
+            "output folder, or move the other checkpoints."
         )
     return path
 
@@ -216,22 +217,23 @@ def prepare_output_dir(
     resume: str | None = None,
     overwrite: bool = False,
 ) -> Path | None:
-    """Makes the run's folder ready: what a kill left half written or half deleted goes, with `overwrite` also the
-    checkpoints. Where the latest checkpoint is wanted and damaged, it is set aside under another name, which a warning
-    says, and the one before it is the latest. Every process has to call it.
+    """Prepares the run's folder: removes partly written or deleted checkpoints and, with `overwrite`, all checkpoints.
+    All processes must call it.
+
+    When resuming from the latest checkpoint, damaged ones are renamed with a warning, and the newest intact one counts.
 
     Args:
-        resume: the argument of [`resolve_resume`], whose result is returned.
+        resume: argument of [`resolve_resume`], whose result is returned.
         overwrite: `--overwrite_output_dir`.
 
     Raises:
-        ValueError: as [`resolve_resume`], for `resume` together with `overwrite`, and where every checkpoint or the
-            one that is asked for is damaged.
+        ValueError: as in [`resolve_resume`], if both `resume` and `overwrite` are given, or if the requested checkpoint
+            or all checkpoints are damaged.
     """
     output_dir = Path(output_dir)
     if overwrite and resume is not None:
         raise ValueError(
-            f"resuming from {resume} and overwriting {output_dir} exclude each other; choose one."
+            f"resuming from {resume} and overwriting {output_dir} are mutually exclusive; choose one."
         )
     path = None if overwrite else resolve_resume(output_dir, resume)
     if path is not None and resume == "latest":
@@ -241,7 +243,8 @@ def prepare_output_dir(
         path = resolve_resume(output_dir, resume)
     if path is not None and accelerator.is_main_process and (damage := _damage_of(path)):
         raise ValueError(
-            f"{path} is damaged: {damage}. Resume from another checkpoint, or start anew with --overwrite_output_dir."
+            f"{path} is damaged: {damage}. Resume from another checkpoint, or start from scratch with "
+            "--overwrite_output_dir."
         )
     if accelerator.is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
@@ -260,7 +263,7 @@ def prepare_output_dir(
 
 
 def _checkpoints(output_dir: Path) -> list[Path]:
-    """Whole checkpoints, the lowest step first. Other programs' folders of such a name have no progress.json."""
+    """Complete checkpoints, lowest step first. Similarly named folders without a progress.json are ignored."""
     if not output_dir.is_dir():
         return []
     named = [path for path in output_dir.iterdir() if _NAME.fullmatch(path.name)]
@@ -269,7 +272,7 @@ def _checkpoints(output_dir: Path) -> list[Path]:
 
 
 def _set_damaged_aside(output_dir: Path) -> None:
-    """Renames the newest checkpoints that are damaged, if there is a whole one before them."""
+    """Renames the newest checkpoints if they are damaged and there is an intact one before them."""
     damaged: dict[Path, str] = {}
     for checkpoint in reversed(_checkpoints(output_dir)):
         damage = _damage_of(checkpoint)
@@ -279,26 +282,26 @@ def _set_damaged_aside(output_dir: Path) -> None:
                 shutil.rmtree(aside, ignore_errors=True)
                 os.replace(path, aside)
                 logger.warning(
-                    f"{path} is damaged: {why}. It is {aside.name} now, and {checkpoint.name} the latest."
+                    f"{path} is damaged: {why}. It was renamed to {aside.name}; {checkpoint.name} is now the latest."
                 )
             return
         damaged[checkpoint] = damage
 
 
 def _damage_of(checkpoint: Path) -> str | None:
-    """What of a checkpoint is not as it was written, None if nothing is."""
+    """Describes the damage of a checkpoint, None if it is intact."""
     try:
         files = _read_json(checkpoint / PROGRESS_NAME).get("files", {})
         for name, known in files.items():
             if sha256(checkpoint / name) != known:
-                return f"{name} is not as it was written"
+                return f"the SHA-256 of {name} does not match"
     except (ValueError, OSError, AttributeError) as error:
         return str(error)
     return None
 
 
 def _remove(checkpoint: Path) -> None:
-    """Deletes a checkpoint, which is none any more from the first moment on."""
+    """Deletes a checkpoint. It is renamed first, so that a partly deleted one is never loaded."""
     target = checkpoint.with_name(f"{_REMOVED}{checkpoint.name}")
     os.replace(checkpoint, target)
     _delete(target)
@@ -314,11 +317,11 @@ def _delete(folder: Path) -> None:
     try:
         shutil.rmtree(folder)
     except OSError as error:
-        logger.warning(f"{folder} cannot be deleted and takes up space: {error}.")
+        logger.warning(f"{folder} cannot be deleted and still takes up space: {error}.")
 
 
 def _flush(path: Path) -> None:
-    """Waits until a file's content, or a folder's list of names, is on the disk."""
+    """Waits until a file's content or a folder's entries are on disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -327,14 +330,14 @@ def _flush(path: Path) -> None:
 
 
 def _require_random_states(path: Path) -> None:
-    """Accelerate goes on without a word where it cannot restore random states; the GPU's come last."""
+    """Checks that random states were restored: Accelerate skips failures silently, and restores GPU states last."""
     saved = load_weights_only(path)
     if not torch.equal(torch.get_rng_state(), saved["torch_manual_seed"]):
         raise ValueError(f"the random states in {path.name} could not be restored")
     if torch.cuda.is_available():
         states, wanted = torch.cuda.get_rng_state_all(), saved.get("torch_cuda_manual_seed", [])
         if [state.tolist() for state in states] != [state.tolist() for state in wanted]:
-            logger.warning(f"{path} is of other GPUs: random numbers drawn on a GPU will not repeat.")
+            logger.warning(f"{path} has other GPU random states: random numbers drawn on a GPU will differ.")
 
 
 def _position_name(accelerator: Accelerator) -> str:
@@ -345,7 +348,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path.parent} is no whole checkpoint, {path.name}: {error}.") from error
+        raise ValueError(f"{path.parent} is not a complete checkpoint, {path.name}: {error}.") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} holds {type(content).__name__}, expected a JSON object.")
+        raise ValueError(f"{path} contains a {type(content).__name__}, expected a JSON object.")
     return content

@@ -1,4 +1,4 @@
-"""What a run depends on, told by contents and not by paths, so that going on never means another run."""
+"""Hashes of what a run depends on, from contents and not from paths, so that only the same run can be resumed."""
 
 import hashlib
 import json
@@ -20,20 +20,20 @@ SAMPLED_SHARDS = 8
 
 
 def hash_of_files(path: Path) -> str | None:
-    """A hash of a file, or of a folder's files with their names; None where there is neither."""
+    """A hash of a file, or of a folder's files with their names; None if the path does not exist."""
     hashes = file_hashes(path)
     return hash_of(list(hashes.items())) if hashes else None
 
 
 def file_hashes(path: Path) -> dict[str, str]:
-    """The SHA-256 of a file, or of a folder's files by their names in it."""
+    """The SHA-256 of a file, or of each file in a folder by its relative path."""
     files = [path] if path.is_file() else sorted(each for each in path.rglob("*") if each.is_file())
     return {each.relative_to(path).as_posix(): sha256(each) for each in files}
 
 
 def contents_of(source: Source) -> str:
-    """A hash of a source's images, texts and masks, wherever they lie: of all records up to 256, of more records of so
-    many spread over them; of a stream, of as many from the beginnings of up to eight shards."""
+    """A hash of a source's images, texts and masks, independent of their location. It covers up to 256 evenly spaced
+    records; for a stream, up to 256 records from the beginnings of up to eight shards."""
     digest = hashlib.sha256()
     if not isinstance(source, StreamSource):
         digest.update(str(len(source)).encode())
@@ -57,7 +57,7 @@ def _sample(source: Source) -> Iterator[Record | UnusableRecord]:
 
 
 def bytes_of(part: Any) -> bytes:
-    """What an image, a mask or features consist of, whether in memory or in a file."""
+    """The bytes of an image, a mask or features, in memory or in a file."""
     if isinstance(part, (str, os.PathLike)) and Path(part).is_file():
         return Path(part).read_bytes()
     if isinstance(part, (Image.Image, np.ndarray)):

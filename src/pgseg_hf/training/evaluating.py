@@ -1,4 +1,4 @@
-"""Measuring and drawing a model while it trains."""
+"""Evaluation and visualization during training."""
 
 import math
 from collections.abc import Iterator
@@ -29,15 +29,15 @@ from .continuing import contents_of
 logger = logging.get_logger(__name__)
 
 BEST_METRICS = ("mean_iou", "top1")
-"""What decides which checkpoint is the best, the first of them that is measured."""
+"""The best checkpoint is chosen by the first of these metrics that is available."""
 
 
 class Evaluator:
-    """Measures a model on what the arguments name: mIoU (and the oracle's) on images with masks, zero-shot accuracy
-    on images with one tag each; every process on its part of the masks.
+    """Evaluates a model on the data in the arguments: mIoU (also of the oracle) on images with masks, and zero-shot
+    accuracy on images with one tag each. The images are split among the processes.
 
     Raises:
-        ValueError: folders that cannot be read.
+        ValueError: if a folder cannot be read.
     """
 
     def __init__(self, run: RunArguments, processor: PGSegProcessor, accelerator: Accelerator):
@@ -56,7 +56,7 @@ class Evaluator:
 
     @cached_property
     def measured_with(self) -> dict[str, Any]:
-        """On what and how; figures of other values are not comparable."""
+        """The evaluation data and settings. Metrics are comparable only if these are equal."""
         names = ("eval_limit", "eval_background", "eval_background_threshold")
         return {name: getattr(self.run, name) for name in names} | {
             "eval_masks": self.masks and self.masks.fingerprint(),
@@ -67,10 +67,10 @@ class Evaluator:
         return self.masks is not None or bool(self.tagged)
 
     def __call__(self, model: PGSegModel, limit: int | None = None) -> dict[str, float]:
-        """Figures of the unwrapped model; every process has to call it.
+        """Metrics of the unwrapped model by name. All processes must call it.
 
         Args:
-            limit: at most so many images of each kind.
+            limit: maximum number of images with masks, and of images with tags.
         """
         figures: dict[str, float] = {}
         device = self.accelerator.device
@@ -81,7 +81,7 @@ class Evaluator:
                 options = MaskOptions(self.options, oracle=True)
                 scores = evaluate_masks(Segmenter(model, self.processor), part, options)
                 found = scores.sum_over_processes(device).to_dict()
-                # Of one process they are told where the masks are counted.
+                # A single process already logs these warnings in `evaluate_masks`.
                 several = self.accelerator.num_processes > 1
                 for doubt in scores.doubts(folder) if several and self.accelerator.is_main_process else ():
                     logger.warning_once(doubt)
@@ -99,7 +99,7 @@ class Evaluator:
         return figures
 
     def draw(self, model: PGSegModel, folder: Path, step: int) -> dict[str, np.ndarray]:
-        """Writes images of the grouping and of the masks into `folder`; returns them as arrays [H, W, 3]."""
+        """Draws the groups and predicted labels of images into `folder`; returns arrays [H, W, 3] by name."""
         masks = self.masks
         if masks is None or not self.run.num_pictures:
             return {}
@@ -137,13 +137,11 @@ def _one_tag_each(path: str) -> Iterator[tuple[Any, str]]:
     for index in range(len(source)):
         record = source[index]
         if len(record.tags) != 1:
-            raise ValueError(
-                f"{record.name} has the tags {record.tags}, expected one for the zero-shot accuracy."
-            )
+            raise ValueError(f"{record.name} has the tags {record.tags}, expected exactly one tag per image.")
         yield record.image, record.tags[0]
 
 
 def best_metric(figures: dict[str, float]) -> tuple[str, float] | None:
-    """The figure by which checkpoints are compared, larger is better."""
+    """Name and value of the metric that checkpoints are compared by; higher is better."""
     found = ((name, figures[name]) for name in BEST_METRICS if name in figures)
     return next(((name, value) for name, value in found if math.isfinite(value)), None)

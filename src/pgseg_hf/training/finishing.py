@@ -1,4 +1,4 @@
-"""What a run leaves behind: a `from_pretrained` folder with a filled model card, and its figures."""
+"""Writes the result of a run: a `from_pretrained` folder with a model card and metrics."""
 
 import os
 from collections.abc import Mapping
@@ -17,15 +17,14 @@ RESULTS_NAME = "all_results.json"
 
 
 def save_weights(model: PGSegModel, processor: PGSegProcessor, folder: Path) -> None:
-    """Writes a `from_pretrained` folder in place of an older one of that name."""
+    """Writes a `from_pretrained` folder, replacing an existing one."""
     with folder_written_whole(folder, replace=True) as temporary:
         model.save_pretrained(temporary)
         processor.save_pretrained(temporary)
 
 
 def publish(weights: Path, output_dir: Path, card: str, results: Mapping[str, Any]) -> None:
-    """Moves the files of a `from_pretrained` folder up into `output_dir`, the configuration last, and adds the model
-    card and `all_results.json`."""
+    """Moves a `from_pretrained` folder's files to `output_dir` (config.json last), adds the model card and metrics."""
     files = sorted(weights.iterdir(), key=lambda path: path.name == "config.json")
     for path in files:
         os.replace(path, output_dir / path.name)
@@ -37,7 +36,7 @@ def publish(weights: Path, output_dir: Path, card: str, results: Mapping[str, An
 def model_card(
     model: PGSegModel, arguments: Arguments, results: Mapping[str, Any], repo_id: str | None
 ) -> str:
-    """The card of a trained model: data, recipe and figures of this run."""
+    """The model card with the data, recipe and metrics of this run."""
     chosen, data, run = arguments
     given = (chosen.model_name_or_path, chosen.groupvit_name_or_path)
     starts = [start for start in (*given, chosen.backbone_name_or_path, chosen.text_name_or_path) if start]
@@ -60,18 +59,18 @@ def model_card(
     }
     if figures:
         where = ", ".join(f"`{_public_name(path)}`" for path in (run.eval_masks, run.eval_tags) if path)
-        lines += ["", f"On {where}, with the settings of the processor:", "", "| figure | |", "|---|---|"]
+        lines += ["", f"Evaluated on {where} with the processor's settings:", "", "| metric | |", "|---|---|"]
         lines += [f"| {name} | {value:.4f} |" for name, value in figures.items()]
     name = repo_id or "path/to/this/folder"
     return str(generate_model_card(model.config, name, training="\n".join(lines), starts=starts))
 
 
 def upload(output_dir: Path, repo_id: str) -> str:
-    """Uploads the result into a repository that exists, without checkpoints and images; returns its address."""
+    """Uploads the result, without checkpoints and images, to an existing repository; returns its URL."""
     files = [path.name for path in output_dir.iterdir() if path.is_file() and not path.name.startswith(".")]
     return str(HfApi().upload_folder(repo_id=repo_id, folder_path=output_dir, allow_patterns=files).repo_url)
 
 
 def _public_name(path: str) -> str:
-    """Not where it lies on this machine: the last two parts of a path."""
+    """The last two parts of a local path, so that the card does not reveal where it is; a Hub name as it is."""
     return "/".join(Path(path).parts[-2:]) if os.path.isabs(path) or os.path.exists(path) else path

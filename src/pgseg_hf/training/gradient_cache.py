@@ -1,10 +1,10 @@
-"""Gradients of a large contrastive batch in the memory of a small one (gradient caching).
+"""Gradient caching: gradients of a large contrastive batch in the memory of a small one.
 
-The images and texts of a batch are encoded in chunks without a graph, the losses of the whole batch give the gradient
-of every feature, and each chunk is encoded once more, with its recorded randomness, to carry that gradient to the
-weights. The result is the gradient of the one large batch. What differs is BatchNorm in the heads: it normalises each
-chunk by the chunk's own statistics, as it would each process of a distributed run, and its running statistics move by
-the mean of all processes' chunks once a batch. Image prototypes move once a batch, to the mean over all of it.
+The images and texts of a batch are first encoded in chunks without a graph. The losses of the whole batch then give the
+gradient of each feature, and each chunk is encoded again with the same randomness to backpropagate that gradient to the
+weights. The result is the gradient of the full batch, except for BatchNorm in the heads: it normalises each chunk with
+the chunk's own statistics, as each process of a distributed run does. Its running statistics are updated once per batch
+by the mean over the chunks of all processes, and image prototypes once per batch by the mean over the batch.
 
 Source: Gao et al., "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup", 2021.
 """
@@ -24,14 +24,14 @@ from ..distributed import sum_over_processes, world_size
 from ..modeling_pgseg import PGSegModel
 from ..objective import compute_losses
 
-# Buffers that a forward in training changes, and those that a variant of NPR adds.
+# Buffers that a forward pass in training mode updates; NPR variants add their own.
 MOVING_BUFFERS = ("running_mean", "running_var")
-# Features that the losses have a gradient for; the others are constants.
+# Features that receive a gradient from the losses; the others are constants.
 DIFFERENTIABLE = frozenset({"embeds", "segment_embeds", "patch_embeds", "areas", "centers", "logits"})
 
 
 def split_evenly(count: int, chunk_size: int) -> list[slice]:
-    """Chunks of about `chunk_size` rows; none of a single row, which BatchNorm cannot normalise, if that can be."""
+    """Chunks of about `chunk_size` rows, avoiding single rows if possible, which BatchNorm cannot normalise."""
     parts = -(-count // chunk_size)
     if count // max(parts, 1) < 2:
         parts = max(count // 2, 1)
@@ -47,13 +47,13 @@ class _Chunk:
 
 
 class GradientCache:
-    """Losses and gradients of batches of any size in the memory of `chunk_size` images or texts.
+    """Computes losses and gradients of batches of any size in the memory of `chunk_size` images or texts.
 
     Args:
-        model: in training mode; not wrapped for distributed training. With several processes call
-            [`average_gradients`] afterwards.
-        chunk_size: images, and texts, that are encoded at a time.
-        autocast: makes the context of mixed precision.
+        model: the model in training mode, not wrapped for distributed training. With several processes, call
+            [`average_gradients`] after `backward`.
+        chunk_size: number of images, and of texts, encoded at a time.
+        autocast: returns the context manager for mixed precision.
     """
 
     def __init__(
@@ -66,15 +66,15 @@ class GradientCache:
     def backward(
         self, inputs: dict[str, Tensor], backward: Callable[[Tensor], None] = torch.Tensor.backward
     ) -> dict[str, Tensor]:
-        """Adds the gradient of the batch's total loss to the weights.
+        """Accumulates the gradient of the batch's total loss in the weights.
 
         Args:
-            inputs: as for `PGSegModel.forward`, of this process.
+            inputs: this process's arguments of `PGSegModel.forward`.
             backward: runs the backward pass of a scalar; `accelerator.backward` scales it for float16.
 
         Returns:
-            the parts of the loss of the whole batch (see `Losses`). Where the total is not finite there is no second
-            pass, and only the scales have a gradient.
+            The terms of the loss of the whole batch (see `Losses`). If the total is not finite, the second pass is
+            skipped and only the scales get a gradient.
         """
         name = "pixel_values" if "pixel_values" in inputs else "backbone_features"
         model, device = self.model, inputs[name].device
@@ -107,7 +107,7 @@ class GradientCache:
                 _set_random_states(chunk.random_states, device)
                 outputs = _differentiable(encode(chunk))
                 gradients = [leaf.grad for leaf in _differentiable(leaves)]
-                # A frozen tower's outputs have no way back.
+                # The outputs of a frozen tower have no graph.
                 used = [
                     pair for pair in zip(outputs, gradients) if pair[0].requires_grad and pair[1] is not None
                 ]
@@ -129,7 +129,7 @@ class GradientCache:
 
 
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """The mean of all processes' gradients; a weight without one counts as 0."""
+    """Averages the gradients over all processes; a missing gradient counts as 0."""
     if world_size() == 1:
         return
     pending = []
@@ -157,12 +157,12 @@ def _set_random_states(states: list[Tensor], device: torch.device) -> None:
 
 
 def _is_differentiable(path: tuple[Any, ...]) -> bool:
-    """Whether the last step of a path, a dataclass's or a named tuple's field, is one with a gradient."""
+    """Whether the last field of a path, of a dataclass or a named tuple, has a gradient."""
     return getattr(path[-1], "key", getattr(path[-1], "name", None)) in DIFFERENTIABLE
 
 
 def _as_leaves(features: Any) -> Any:
-    """The same features as leaves of a new graph; None stays."""
+    """The same features as leaves of a new graph; None stays None."""
 
     def leaf(path: tuple[Any, ...], value: Tensor | None) -> Tensor | None:
         return None if value is None else value.detach().requires_grad_(_is_differentiable(path))
@@ -176,7 +176,7 @@ def _differentiable(features: Any) -> list[Tensor]:
 
 
 def _concatenated(chunks: list[Any]) -> Any:
-    """The features of all chunks, in one dataclass of their kind."""
+    """The features of all chunks, concatenated into a single dataclass of the same type."""
 
     def joined(*parts: Any) -> Tensor | None:
         return None if parts[0] is None else torch.cat(parts)

@@ -1,4 +1,4 @@
-"""Optimizer, learning rate and averaged weights of training. Defaults are the released recipe's."""
+"""Optimizer, learning rate schedule and averaged weights. The defaults are those of the released recipe."""
 
 import math
 from collections.abc import Iterator
@@ -18,12 +18,12 @@ BACKBONE = "vision_model.embeddings.patch_embeddings.backbone."
 def parameter_groups(
     model: nn.Module, weight_decay: float = 0.05, backbone_learning_rate: float | None = None
 ) -> list[dict[str, Any]]:
-    """Groups for an optimizer, in the order of the model's parameters: `"decayed"`, and without weight decay
-    `"not decayed"`, the biases and whatever has fewer than two dimensions. Frozen parameters are in neither. With a
-    `backbone_learning_rate` those of a backbone are in two groups of their own.
+    """Parameter groups for an optimizer, in the order of the model's parameters. Weights with at least two dimensions
+    are in `"decayed"`; biases and all others are in `"not decayed"`, without weight decay. Frozen parameters are left
+    out. With a `backbone_learning_rate`, the backbone's parameters are in two separate groups.
 
     Raises:
-        ValueError: every parameter is frozen.
+        ValueError: if all parameters are frozen.
     """
     names = ["decayed", "not decayed", "backbone, decayed", "backbone, not decayed"]
     groups: list[dict[str, Any]] = [
@@ -36,7 +36,7 @@ def parameter_groups(
             groups[2 * is_backbone + (not is_decayed)]["params"].append(parameter)
     if not any(group["params"] for group in groups):
         raise ValueError(
-            "no parameter of the model needs a gradient, so there is nothing to train; unfreeze some."
+            "all parameters of the model are frozen, so there is nothing to train; unfreeze some of them."
         )
     for group in groups[2:]:
         group["lr"] = backbone_learning_rate
@@ -50,11 +50,11 @@ def build_optimizer(
     betas: tuple[float, float] = (0.9, 0.999),
     backbone_factor: float | None = None,
 ) -> AdamW:
-    """AdamW over [`parameter_groups`], with the fused kernel if the model is on CUDA already. A backbone that is not
-    frozen learns at `backbone_factor` times the learning rate, by default at all of it.
+    """AdamW over [`parameter_groups`], fused if the model is already on CUDA. The learning rate of a backbone that is
+    not frozen is multiplied by `backbone_factor`, if given.
 
-    With that kernel and a gradient scaler, a step that is skipped for infinite gradients is skipped inside the
-    kernel, and `accelerator.optimizer_step_was_skipped` does not tell.
+    With the fused kernel and a gradient scaler, steps with infinite gradients are skipped inside the kernel, so
+    `accelerator.optimizer_step_was_skipped` does not report them.
     """
     backbone_rate = None if backbone_factor is None else backbone_factor * learning_rate
     groups = parameter_groups(model, weight_decay, backbone_rate)
@@ -70,11 +70,11 @@ def learning_rate_factor(
     start: float = 1e-6,
     floor: float = 1e-5,
 ) -> float:
-    """The learning rate of a step, as a part of `peak`: a line from `start` at step 0 to `peak` at `warmup_steps`,
-    then half a cosine to `floor` at the last step, `total_steps - 1`, and `floor` ever after.
+    """The learning rate of a step, divided by `peak`. It rises linearly from `start` at step 0 to `peak` at
+    `warmup_steps`, then follows half a cosine down to `floor` at the last step, `total_steps - 1`, and stays there.
 
-    The released code counts its cosine from step 0, so that with its 10 of 30 epochs of warm-up the rate falls from
-    1e-4 to 7.75e-5 at once when the cosine takes over; here it does not.
+    In the released code the cosine starts at step 0. With its 10 warm-up epochs of 30, the rate therefore drops from
+    1e-4 to 7.75e-5 in one step at the end of the warm-up, which this function avoids.
     """
     if step < warmup_steps:
         return (start + (peak - start) * step / warmup_steps) / peak
@@ -85,15 +85,14 @@ def learning_rate_factor(
 def cosine_schedule(
     optimizer: Optimizer, warmup_steps: int, total_steps: int, start: float = 1e-6, floor: float = 1e-5
 ) -> LambdaLR:
-    """The schedule of [`learning_rate_factor`] with the optimizer's learning rate as its peak; groups with a rate of
-    their own follow in proportion. Step it once an optimizer step.
+    """A scheduler for [`learning_rate_factor`] with the optimizer's learning rate as the peak. Groups with a different
+    rate are scaled proportionally. Step it once per optimizer step.
 
-    A state holds the step and the peak, not the shape: training that goes on with another `total_steps` follows the
-    new ones. Accelerate steps a prepared scheduler once for each process, unless its
-    `step_scheduler_with_optimizer` is False.
+    The state contains the step and the peak but not the shape, so a run resumed with another `total_steps` follows the
+    new one. Accelerate steps a prepared scheduler once per process unless `step_scheduler_with_optimizer` is False.
 
     Raises:
-        ValueError: a warm-up that is not shorter than training, or rates that are not 0 <= start, floor <= peak.
+        ValueError: if the warm-up is not shorter than training, or not 0 <= start, floor <= peak.
     """
     peak = float(optimizer.defaults["lr"])
     if not 0 <= warmup_steps < total_steps:
@@ -102,8 +101,8 @@ def cosine_schedule(
         )
     if not (peak > 0 and 0 <= start <= peak and 0 <= floor <= peak):
         raise ValueError(
-            f"learning rates start at {start}, have the peak {peak} and end at {floor}; expected a positive peak and "
-            "start and floor from 0 to the peak."
+            f"learning rates start at {start}, peak at {peak} and end at {floor}; expected a positive peak, and start "
+            "and end between 0 and the peak."
         )
     shape: dict[str, Any] = {"warmup_steps": warmup_steps, "total_steps": total_steps}
     shape |= {"start": start, "floor": floor}
@@ -112,8 +111,8 @@ def cosine_schedule(
 
 @contextmanager
 def own_settings_kept(optimizer: Optimizer, schedule: LambdaLR) -> Iterator[None]:
-    """In the block an optimizer and its schedule may load states; afterwards they have their own rates, weight decay
-    and betas again, at the state's step. Those of the state would otherwise hold until the end of the run."""
+    """A context in which an optimizer and its schedule can load states. On exit they get back their own learning rates,
+    weight decay and betas, at the loaded step, so that changed settings take effect in a resumed run."""
     own = [
         {name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups
     ]
@@ -127,17 +126,17 @@ def own_settings_kept(optimizer: Optimizer, schedule: LambdaLR) -> Iterator[None
 
 
 class ExponentialMovingAverage(AveragedModel):
-    """Exponential moving average of a model's weights; its buffers (BatchNorm statistics, prototypes) are copied.
+    """Exponential moving average of a model's weights; buffers (BatchNorm statistics, prototypes) are copied.
 
-    `update_parameters(model)` after each optimizer step, `state_dict` and `load_state_dict` are torch's.
+    Call `update_parameters(model)` after each optimizer step. `state_dict` and `load_state_dict` work as in torch.
 
     Args:
-        model: unwrapped, on its device. The average is a copy of it in `module`.
-        decay: weight of the old average. Update n (from 0) uses min(decay, (1 + n) / (10 + n)), so that the average
-            soon forgets the start; the first one copies.
+        model: the unwrapped model on its device. The average is a copy of it in `module`.
+        decay: weight of the old average. Update n (from 0) uses min(decay, (1 + n) / (10 + n)), so that the initial
+            weights are forgotten quickly; the first update copies the weights.
 
     Raises:
-        ValueError: half-precision weights, whose average would stand still, or a decay outside 0 to 1.
+        ValueError: if weights are in half precision, where the average would not change, or `decay` is not in [0, 1].
     """
 
     def __init__(self, model: nn.Module, decay: float = 0.999):
@@ -145,7 +144,7 @@ class ExponentialMovingAverage(AveragedModel):
             raise ValueError(f"decay is {decay}, expected a number from 0 to 1.")
         for dtype in {parameter.dtype for parameter in model.parameters()} & {torch.float16, torch.bfloat16}:
             raise ValueError(
-                f"the weights are {dtype}, expected float32: load the model in float32 and train with mixed_precision."
+                f"the weights are {dtype}, expected float32; load the model in float32 and use mixed_precision."
             )
 
         def average(averages: Any, weights: Any, count: Tensor | int) -> None:
@@ -156,8 +155,8 @@ class ExponentialMovingAverage(AveragedModel):
 
     @contextmanager
     def applied_to(self, model: nn.Module) -> Iterator[None]:
-        """Inside the block `model` (unwrapped) has the averaged weights; afterwards its own weights and buffers again,
-        bit for bit, also where the block changed them. Takes memory for one more copy of the model."""
+        """A context in which `model` (unwrapped) has the averaged weights. On exit its own weights and buffers are
+        restored exactly, even if they were changed. This needs memory for another copy of the model."""
         own = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         try:
             model.load_state_dict(self.module.state_dict())

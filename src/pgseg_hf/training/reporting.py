@@ -1,4 +1,4 @@
-"""What a run tells while it goes on: progress bar, `log.jsonl`, trackers, and the figures at its end."""
+"""Logging of a run: progress bar, `log.jsonl`, trackers, running means and throughput."""
 
 import json
 import math
@@ -20,16 +20,16 @@ LOG_NAME = "log.jsonl"
 
 
 class Meter:
-    """Sums over steps that stay on the device, so that nothing waits for it until a line is written."""
+    """Sums over steps, kept on the device so that it is only synchronized when a line is logged."""
 
     def __init__(self, accelerator: Accelerator):
         self._accelerator = accelerator
         self._sums: dict[str, Tensor] = {}
         self.bad: Counter[str] = Counter()
-        """How often each part was NaN or infinite, over all processes."""
+        """How often each term was NaN or infinite, over all processes."""
 
     def state_dict(self) -> dict[str, list[float]]:
-        """The sums since the last line, of this process, for JSON."""
+        """This process's sums since the last line, as JSON values."""
         return {name: row.tolist() for name, row in self._sums.items()}
 
     def load_state_dict(self, state: dict[str, list[float]]) -> None:
@@ -38,7 +38,7 @@ class Meter:
         self._sums = {name: torch.tensor(row, dtype=dtype, device=device) for name, row in state.items()}
 
     def add(self, parts: dict[str, Tensor]) -> None:
-        """Adds a step's scalars; those that are not finite are counted instead."""
+        """Adds the scalars of a step. Values that are not finite are only counted."""
         for name, value in parts.items():
             value = value.detach().double() if value.device.type != "mps" else value.detach().float()
             finite = value.isfinite()
@@ -48,8 +48,7 @@ class Meter:
             self._sums[name] = self._sums.get(name, 0) + row
 
     def means(self) -> dict[str, float]:
-        """Means over the steps since the last call and over all processes, which all have to call it; NaN for a part
-        that never was finite."""
+        """Means over all processes and the steps since the last call (NaN if never finite). All must call it."""
         if not self._sums:
             return {}
         names = list(self._sums)
@@ -62,14 +61,14 @@ class Meter:
 
 
 class RunLog:
-    """Lines of figures, on the main process.
+    """Logs metrics to `log.jsonl`, trackers and a progress bar, on the main process.
 
     Args:
-        accelerator: with its trackers not yet started.
-        output_dir: where `log.jsonl` lies; lines of steps after `start_step` are from a run that was stopped, and go.
-        total_steps, start_step: of the run.
-        settings: what the trackers record of it.
-        project_name: of the trackers.
+        accelerator: its trackers must not be started yet.
+        output_dir: folder of `log.jsonl`. Lines after `start_step`, from an interrupted run, are removed.
+        total_steps, start_step: last step and first step of the run.
+        settings: settings that the trackers record.
+        project_name: project name for the trackers.
     """
 
     def __init__(
@@ -98,7 +97,7 @@ class RunLog:
         )
 
     def line(self, step: int, values: dict[str, float], shown: dict[str, float] | None = None) -> None:
-        """Writes a line of figures; `shown` go to the progress bar."""
+        """Logs the metrics of a step; `shown` also appear in the progress bar."""
         if self.accelerator.is_main_process:
             with self.path.open("a", encoding="utf-8") as file:
                 known = {name: value if math.isfinite(value) else None for name, value in values.items()}
@@ -108,7 +107,7 @@ class RunLog:
             self.bar.set_postfix({name: f"{value:.4g}" for name, value in shown.items()}, refresh=False)
 
     def pictures(self, step: int, pictures: dict[str, Any]) -> None:
-        """Gives images (arrays [H, W, 3]) to those trackers that take any."""
+        """Passes images (arrays [H, W, 3]) to the trackers that support them."""
         for tracker in self.accelerator.trackers:
             if pictures and hasattr(tracker, "log_images"):
                 layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
@@ -122,7 +121,7 @@ class RunLog:
 
 
 def read_log(path: str | os.PathLike) -> list[dict[str, Any]]:
-    """The lines of a `log.jsonl`; a last one that a kill cut off is left out."""
+    """The lines of a `log.jsonl`, without a truncated last line of a killed run."""
     path = Path(path)
     if not path.exists():
         return []
@@ -136,7 +135,7 @@ def read_log(path: str | os.PathLike) -> list[dict[str, Any]]:
 
 
 class Clock:
-    """How long a run waited for data and how long it computed."""
+    """Measures the time that a run spends waiting for data and computing."""
 
     def __init__(self) -> None:
         self.images = 0
@@ -151,7 +150,7 @@ class Clock:
         self.images += images
 
     def skip(self) -> None:
-        """What happened since the last mark, an evaluation or a checkpoint, is neither."""
+        """Ignores the time since the last mark, such as an evaluation or a checkpoint."""
         self._lap()
 
     def _lap(self) -> float:
@@ -161,10 +160,10 @@ class Clock:
 
     @property
     def images_per_second(self) -> float:
-        """Of the run: waiting for data and computing."""
+        """Throughput of the run, including waiting for data."""
         return self.images / max(self.waiting + self.computing, 1e-9)
 
     @property
     def model_images_per_second(self) -> float:
-        """Of the model alone, without waiting for data."""
+        """Throughput of the model alone, without waiting for data."""
         return self.images / max(self.computing, 1e-9)

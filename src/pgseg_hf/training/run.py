@@ -1,4 +1,4 @@
-"""The training loop: on one CPU or many GPUs, stopped and gone on with."""
+"""The training loop: resumable, on a single CPU or many GPUs."""
 
 import math
 import os
@@ -38,7 +38,7 @@ from .gradient_cache import GradientCache, average_gradients
 from .optimization import ExponentialMovingAverage, build_optimizer, cosine_schedule, own_settings_kept
 from .reporting import Clock, Meter, RunLog
 
-# What a run that goes on may change, and then says; what it learns from and by may not.
+# Settings that may change when a run is resumed; the run prints the changes. Data and model must stay the same.
 CHANGEABLE = (
     *("learning_rate", "warmup_learning_rate", "min_learning_rate", "backbone_learning_rate_factor"),
     *("warmup_ratio", "weight_decay", "adam_beta1", "adam_beta2", "max_grad_norm", "chunk_size", "ema_decay"),
@@ -49,13 +49,13 @@ COUNTS = ("step", "best_step", "bad_steps", "bad_in_a_row")
 
 
 class Run:
-    """A training run: everything that it consists of, and its steps."""
+    """A training run: its components and its steps."""
 
     def __init__(self, arguments: Arguments):
         self.arguments = arguments
         chosen, data, run = arguments
         self.options = run
-        assert run.output_dir is not None  # else RunArguments are refused
+        assert run.output_dir is not None  # checked by RunArguments
         self.output_dir = Path(run.output_dir)
         if run.threads:
             torch.set_num_threads(run.threads)
@@ -96,9 +96,9 @@ class Run:
         self.started = time.monotonic()
 
     def prepare(self, model: nn.Module) -> None:
-        """Optimizer and schedule; all that can be wrong is found by then, and only then the output folder changes."""
+        """Builds optimizer and schedule, then prepares the output folder, once all settings have been checked."""
         run, accelerator = self.options, self.accelerator
-        if run.sync_batchnorm and not run.chunk_size:  # chunks have statistics of their own
+        if run.sync_batchnorm and not run.chunk_size:  # each chunk has its own statistics
             model = sync_batchnorm(model)
         epochs = 0 if run.max_steps else (run.num_epochs or 0) * self.stream.batches_per_epoch
         self.total_steps = run.max_steps or max(1, math.ceil(epochs))
@@ -121,7 +121,7 @@ class Run:
         self.cache: GradientCache | None = None
         if run.chunk_size:
             self.cache = GradientCache(self.plain_model, run.chunk_size, accelerator.autocast)
-        # The processes started alike; from here on each has noise of its own.
+        # Until here all processes used the same seed; from now on each draws its own noise.
         set_seed(run.seed + accelerator.process_index)
 
     def refuse_what_cannot_be(self) -> None:
@@ -129,31 +129,31 @@ class Run:
         launched = int(os.environ.get("WORLD_SIZE", "1"))
         if launched != accelerator.num_processes:
             raise ValueError(
-                f"{launched} processes were launched, but each sees itself alone; on CPUs pass --cpu true."
+                f"{launched} processes were launched, but each runs on its own; to train on CPUs, pass --cpu true."
             )
         by_accelerate = os.environ.get("ACCELERATE_USE_CPU") == "True" and "MASTER_ADDR" in os.environ
         if by_accelerate and "WORLD_SIZE" not in os.environ:
             raise ValueError(
-                "accelerate launch was asked for several processes and starts one on CPUs; for N of them: "
+                "accelerate launch starts a single process on CPUs; to train with N processes, run "
                 "torchrun --nproc_per_node N examples/train_pgseg.py ... --cpu true"
             )
         if accelerator.mixed_precision == "fp16" and accelerator.scaler is None:
-            raise ValueError("mixed_precision fp16 needs a GPU; take bf16, or no.")
+            raise ValueError("mixed_precision fp16 needs a GPU; use bf16 or no.")
         wanted = set() if options.report_to == "none" else set(options.report_to.split(",")) - {"all"}
         missing = sorted(wanted - set(map(str, get_available_trackers())))
         if missing:
-            raise ValueError(f"report_to names {', '.join(missing)}, which are not installed or not known.")
-        if self.is_sharded and (options.chunk_size or options.ema_decay):
             raise ValueError(
-                "chunk_size and ema_decay do not work with FSDP; leave them out or train with DDP."
+                f"report_to has trackers that are unknown or not installed: {', '.join(missing)}."
             )
+        if self.is_sharded and (options.chunk_size or options.ema_decay):
+            raise ValueError("chunk_size and ema_decay do not support FSDP; remove them or train with DDP.")
 
     @property
     def is_sharded(self) -> bool:
         return self.accelerator.distributed_type == DistributedType.FSDP
 
     def load(self) -> None:
-        """Brings everything to where the checkpoint left it."""
+        """Restores everything from the checkpoint, if there is one."""
         if self.resume is None:
             return
         with own_settings_kept(self.optimizer, self.schedule.scheduler):
@@ -165,13 +165,15 @@ class Run:
         self.best = tuple(progress["best"]) if progress["best"] else None
         self.seconds_before = progress["seconds"]
         self.meter.bad.update(progress["bad_parts"])
-        self.accelerator.print(f"Going on from {self.resume}, step {self.step}.")
+        self.accelerator.print(f"Resuming from {self.resume}, step {self.step}.")
         for change in differences(progress.get("settings", {}), self.settings):
-            self.accelerator.print(f"From here on another setting: {change}.")
+            self.accelerator.print(f"Changed setting: {change}.")
         other = differences(progress.get("measured_with", {}), self.evaluator.measured_with)
         if self.best and other:
             self.best, self.best_step = None, 0
-            self.accelerator.print(f"The best weights until here do not count: {', '.join(other)}.")
+            self.accelerator.print(
+                f"The best metric so far is discarded, because the evaluation changed: {', '.join(other)}."
+            )
 
     def save(self) -> None:
         """Writes a checkpoint."""
@@ -183,7 +185,7 @@ class Run:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What may change where a run goes on."""
+        """Settings that may change when a run is resumed."""
         settings = {name: getattr(self.options, name) for name in CHANGEABLE}
         precision = self.accelerator.mixed_precision
         return settings | {"steps of the run": self.total_steps, "mixed_precision": precision}
@@ -193,7 +195,7 @@ class Run:
         return self.seconds_before + time.monotonic() - self.started
 
     def train(self) -> dict[str, Any]:
-        """Trains to the last step; returns the results."""
+        """Trains until the last step; returns the content of `all_results.json`."""
         options, accelerator = self.options, self.accelerator
         self.load()
         settings = {name: value for part in self.arguments for name, value in asdict(part).items()}
@@ -224,8 +226,8 @@ class Run:
         return results
 
     def drop_wrapped_model(self) -> None:
-        """Makes torch.distributed the last to hold the process group. DDP holds it too, and were DDP the last, it would
-        wait for the group's thread without giving up the interpreter's lock, for which that thread may be waiting."""
+        """Releases DDP, so that torch.distributed holds the last reference to the process group. If DDP held it, it
+        would wait for the group's thread while holding the GIL, for which that thread may be waiting."""
         del self.model
         self.accelerator.free_memory()
 
@@ -233,7 +235,7 @@ class Run:
         return bool(every and (self.step % every == 0 or self.step == self.total_steps))
 
     def train_step(self, batch: dict[str, Any]) -> tuple[dict[str, Tensor], Tensor]:
-        """One optimizer step; returns the parts of the loss and the norm of the gradient."""
+        """Runs an optimizer step; returns the terms of the loss and the gradient norm."""
         accelerator = self.accelerator
         buffers = {name: buffer.clone() for name, buffer in self.plain_model.named_buffers()}
         if self.cache is not None:
@@ -251,7 +253,7 @@ class Run:
         is_finite = norm.isfinite() & parts["total"].isfinite()
         is_bad = bool(sum_over_processes((~is_finite).float()) > 0)
         if not is_bad or accelerator.scaler is not None:
-            self.optimizer.step()  # a gradient scaler leaves a bad step out by itself, and learns from it
+            self.optimizer.step()  # a gradient scaler skips bad steps itself and adapts its scale
         self.optimizer.zero_grad()
         self.schedule.step()
         if is_bad:
@@ -263,13 +265,13 @@ class Run:
         return parts, norm
 
     def count_bad(self, is_bad: bool) -> None:
-        """Steps whose gradient is not finite change nothing; too many in a row end the run."""
+        """Counts steps without a finite gradient, which change nothing; too many in a row end the run."""
         self.bad_steps += is_bad
         self.bad_in_a_row = self.bad_in_a_row + 1 if is_bad else 0
         if self.bad_in_a_row >= self.options.max_bad_steps:
             raise ValueError(
-                f"{self.bad_in_a_row} steps in a row, until step {self.step}, had no finite gradient; go on from the "
-                "last checkpoint with a lower learning_rate, a smaller max_grad_norm or bf16 instead of fp16."
+                f"{self.bad_in_a_row} steps in a row, up to step {self.step}, had no finite gradient; resume from the "
+                "last checkpoint with a lower learning_rate, a smaller max_grad_norm, or bf16 instead of fp16."
             )
 
     def announce(self) -> None:
@@ -278,9 +280,9 @@ class Run:
         weights = sum(parameter.numel() for parameter in self.plain_model.parameters())
         chunks = f", encoded {options.chunk_size} at a time" if options.chunk_size else ""
         self.accelerator.print(
-            f"{weights:,} weights, {self.config.npr_variant} prototypes, loss {self.config.contrastive_loss}. "
-            f"{self.total_steps} steps of {batch} images ({options.batch_size} x {processes} processes{chunks}), "
-            f"each image contrasted with the texts of all {batch}."
+            f"{weights:,} parameters, NPR variant {self.config.npr_variant}, loss {self.config.contrastive_loss}. "
+            f"{self.total_steps} steps of {batch} images ({options.batch_size} x {processes} processes{chunks}); "
+            f"each image is contrasted with the texts of all {batch} images."
         )
 
     def log_line(self, log: RunLog) -> None:
@@ -293,7 +295,7 @@ class Run:
 
     @contextmanager
     def model_to_keep(self) -> Iterator[PGSegModel]:
-        """The whole model, with the averaged weights where there are any, and the main process's buffers."""
+        """A context with the unsharded model: averaged weights, if any, and the main process's buffers."""
         for each in (self.plain_model, self.ema):
             for buffer in each.buffers() if each is not None else ():
                 broadcast(buffer)
@@ -309,7 +311,7 @@ class Run:
             yield self.plain_model
 
     def evaluate(self, log: RunLog) -> None:
-        """Measures and draws the model, and keeps its weights if they are the best so far."""
+        """Evaluates the model, draws images, and saves the weights if they are the best so far."""
         with self.model_to_keep() as model:
             figures = self.evaluator(model, self.options.eval_limit)
             if self.options.eval_limit is None and self.step == self.total_steps:
@@ -335,7 +337,7 @@ class Run:
         return folder
 
     def finish(self) -> dict[str, Any]:
-        """Writes the result: the last weights, measured on all images."""
+        """Writes the last weights and evaluates them on all images; returns the results."""
         with self.model_to_keep() as model:
             if self.evaluator and not self.figures:
                 self.figures = self.evaluator(model)
@@ -372,10 +374,10 @@ class Run:
     def tell(self, results: dict[str, Any]) -> None:
         loader, model = results["loader_images_per_second"], results["model_images_per_second"]
         verdict = (
-            "the loader keeps up" if loader >= model else "the loader is the bottleneck: more num_workers"
+            "the loader keeps up" if loader >= model else "the loader is the bottleneck, increase num_workers"
         )
         if not self.clock.images:
-            verdict = "no steps were left to do"
+            verdict = "there were no steps left"
         counts = results["records"]
         left_out = {reason: count for reason, count in counts.items() if reason != "read"}
         reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items()) or "none"
@@ -383,7 +385,7 @@ class Run:
         print(
             f"{self.step} steps in {self.seconds / 60:.1f} minutes, {results['train_images_per_second']:.1f} images/s; "
             f"loader {loader:.1f} images/s, model {model:.1f} images/s: {verdict}.\n"
-            f"Records read: {counts.get('read', 0)}, left out: {reasons}. Steps left out: {self.bad_steps}.\n"
-            f"Parts of the loss that were not finite and did not count: {bad or 'none'}.\n"
-            f"The result is in {self.output_dir}."
+            f"Records read: {counts.get('read', 0)}; skipped: {reasons}. Steps skipped: {self.bad_steps}.\n"
+            f"Loss terms that were not finite and were ignored: {bad or 'none'}.\n"
+            f"The model is in {self.output_dir}."
         )

@@ -1,1 +1,1 @@
-"""From sources of images and texts to endless batches: reading, mixing, texts, views, cached features."""
+"""Infinite streams of training batches: reading and mixing sources, choosing texts and views, caching features."""

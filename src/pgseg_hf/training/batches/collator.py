@@ -1,4 +1,4 @@
-"""From examples to the arguments of `PGSegModel.forward`."""
+"""Collates training examples into the arguments of `PGSegModel.forward`."""
 
 import os
 import zlib
@@ -15,39 +15,41 @@ from .preparation import Example
 
 LAYOUTS = ("paired", "shared")
 PADDINGS = ("max_length", "longest")
-# Texts beside a batch's own, where there are any to draw from.
+# Extra negative texts per batch, if there are any to draw from.
 NEGATIVES = 150
-# Tokenizers that know no limit say 10^30.
+# Tokenizers without a length limit report 10^30.
 _NO_LIMIT = 1_000_000
 
 
 class PGSegCollator:
-    """Stacks images and tokenises their texts; for a `DataLoader`, or transformers' `Trainer` with
+    """Stacks images and tokenizes their texts, for a `DataLoader` or for Transformers' `Trainer` with
     `remove_unused_columns=False`.
 
-    "paired": each image has its caption, and its labels for the multi-label loss. "shared": the texts of a batch are
-    collected, equal ones once, and each image's positives are its labels, or its caption where it has none.
+    In the "paired" layout each image has its own caption, and labels for the multi-label loss. In the "shared" layout
+    all images of a batch share its distinct texts; the positives of an image are its labels, or its caption if it has
+    no labels.
 
-    On several processes the paired layout needs `num_labels` where images have labels, so that every process makes
-    batches of the same kind: they would wait for each other.
+    With several processes the paired layout needs `num_labels` if images have labels. Otherwise some processes could
+    have labels in a batch and others none, and they would wait for each other indefinitely.
 
     Args:
-        tokenizer: of the model's text tower.
-        context_length: longest text in tokens, by default the tokenizer's `model_max_length`; the rest is cut off.
+        tokenizer: tokenizer of the model's text tower.
+        context_length: maximum length of a text in tokens, by default the tokenizer's `model_max_length`. Longer texts
+            are truncated.
         layout: "paired" or "shared".
-        padding: "max_length" makes all texts `context_length` long, "longest" as long as the batch's longest.
-        num_labels: in the paired layout the number of labels of every image, padded or cut; 0 for none. By default
-            the largest number in the batch.
-        texts: in the shared layout the texts of every batch, which the examples' are among: words that no image of
-            a batch has are then negatives too.
-        synonyms: in the shared layout, other texts for a text. A batch has one of them for all of its images, drawn by
-            the batch's content, so that no text of an image is a negative of another that shows the same; on several
-            processes each draws for its own part of the batch.
-        negatives: in the shared layout, texts of which every batch has `NEGATIVES` more, drawn by its content, so that
-            words compete that are seldom in one batch.
+        padding: "max_length" pads all texts to `context_length`, "longest" to the longest text of the batch.
+        num_labels: number of labels per image in the paired layout, padded or truncated; 0 for none. By default the
+            largest number in the batch.
+        texts: in the shared layout, the texts of every batch, which must include those of all examples. Texts that no
+            image of a batch has are then negatives too.
+        synonyms: in the shared layout, alternatives for a text. The choice is seeded by the batch's content and is the
+            same for all its images, so that synonyms are never negatives of each other. With several processes, each
+            one chooses for its own part of the batch.
+        negatives: in the shared layout, texts from which `NEGATIVES` more are drawn for each batch, seeded by its
+            content, so that words that rarely share a batch compete too.
 
     Raises:
-        ValueError: naming the argument that makes no sense.
+        ValueError: if an argument is invalid; the message names it.
     """
 
     def __init__(
@@ -68,39 +70,39 @@ class PGSegCollator:
             context_length = tokenizer.model_max_length
         if not 3 <= context_length < _NO_LIMIT:
             raise ValueError(
-                f"context_length is {context_length}, expected the tokens that the text tower takes, at least 3."
+                f"context_length is {context_length}, expected the text tower's limit in tokens, at least 3."
             )
         if num_labels is not None and (layout != "paired" or num_labels < 0):
-            raise ValueError(f"num_labels is {num_labels}; it is for the paired layout, and 0 or more.")
+            raise ValueError(f"num_labels is {num_labels}, expected 0 or more, and layout='paired'.")
         if texts is not None and (layout != "shared" or not texts):
-            raise ValueError("texts are for the shared layout, and at least one.")
+            raise ValueError("texts needs layout='shared' and at least one text.")
         if synonyms and layout != "shared":
-            raise ValueError(f"synonyms are for the shared layout, and layout is {layout!r}.")
+            raise ValueError(f"synonyms needs layout='shared', but layout is {layout!r}.")
         self.tokenizer, self.context_length = tokenizer, context_length
         self.layout, self.padding, self.num_labels = layout, padding, num_labels
         self.texts, self.synonyms, self.negatives = texts, dict(synonyms or {}), list(negatives)
         self.cut_texts = 0
-        """How many texts were cut so far, in this process."""
+        """Number of texts truncated so far in this process."""
 
     def __call__(self, examples: Sequence[Example | Mapping[str, Any]]) -> dict[str, Any]:
         """
         Args:
-            examples: B of them, or mappings with the same keys (`labels` may be missing).
+            examples: B examples, or mappings with the same keys (`labels` may be missing).
 
         Returns:
-            `pixel_values` [B, 3, S, S], or `backbone_features` [B, C, h, w], and `return_loss` True.
+            `pixel_values` [B, 3, S, S] or `backbone_features` [B, C, h, w], and `return_loss=True`.
 
-            Paired: `input_ids` and `attention_mask` [B, T], and where there are labels `tag_input_ids` and
-            `tag_attention_mask` [B, M, T], absent labels with a mask of zeros. Shared: `input_ids` and
-            `attention_mask` [N, T], `text_targets` [B, N] of 0 and 1, and `patch_targets` [B, h, w, N]
-            where examples have `patch_texts`, if only empty ones.
+            Paired layout: `input_ids` and `attention_mask` [B, T] and, if there are labels, `tag_input_ids` and
+            `tag_attention_mask` [B, M, T], where the mask of a missing label is all zeros. Shared layout: `input_ids`
+            and `attention_mask` [N, T], `text_targets` [B, N] of 0 and 1 and, if an example has `patch_texts` (even
+            empty ones), `patch_targets` [B, h, w, N].
 
         Raises:
-            ValueError: no examples, in the shared layout a text that is not among the given ones, or in the paired one
-                labels without `num_labels` on several processes.
+            ValueError: if there are no examples, a text is not among the given `texts`, or several processes use the
+                paired layout with labels but without `num_labels`.
         """
         if not examples:
-            raise ValueError("no examples to collate: a batch needs at least one.")
+            raise ValueError("there are no examples to collate; a batch needs at least one.")
         rows = [vars(example) if isinstance(example, Example) else example for example in examples]
         captions = [row["caption"] for row in rows]
         labels = [[] if row.get("labels") is None else list(row["labels"]) for row in rows]
@@ -114,13 +116,13 @@ class PGSegCollator:
 
     def _paired(self, captions: list[str], labels: list[list[str]]) -> dict[str, Tensor]:
         most = max(map(len, labels)) if self.num_labels is None else self.num_labels
-        # Workers of a data loader know their run by its environment only.
+        # DataLoader workers have no process group; they only see the environment variables.
         if most and self.num_labels is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise ValueError(
-                "num_labels is None, and several processes need it: give the labels of every image."
+                "num_labels is None, but training with several processes needs the number of labels per image."
             )
         labels = [of_image[:most] for of_image in labels]
-        # In one call, so that captions and labels are padded to one length.
+        # A single call pads captions and labels to the same length.
         encoded = self._encode([*captions, *(label for of_image in labels for label in of_image)])
         batch = len(captions)
         texts = {name: values[:batch] for name, values in encoded.items()}
@@ -141,23 +143,23 @@ class PGSegCollator:
         called, more = self._in_other_words(wanted)
         texts = list(dict.fromkeys([*(self.texts or []), *called.values(), *more]))
         encoded = self._encode(texts)
-        # Texts that the tokenizer does not tell apart are one.
+        # Texts with the same tokens share a column.
         columns: dict[tuple[int, ...], int] = {}
         column_of: dict[str, int] = {}
         first: list[int] = []
         for index, (text, tokens) in enumerate(zip(texts, encoded["input_ids"].tolist())):
             if tuple(tokens) not in columns:
                 if self.texts is not None and index >= len(self.texts):
-                    raise ValueError(f"{text!r} is not among the {len(self.texts)} texts of the collator.")
+                    raise ValueError(f"{text!r} is not one of the {len(self.texts)} texts of the collator.")
                 columns[tuple(tokens)] = len(first)
                 first.append(index)
             column_of[text] = columns[tuple(tokens)]
-        # No bools: Trainer pads what it takes for labels with -100.
+        # Integers, not booleans, because the Trainer may pad these as labels with -100.
         targets = torch.zeros(len(captions), len(first), dtype=torch.int64)
         for row, of_image in enumerate(of_images):
             targets[row, [column_of[called[text]] for text in of_image]] = 1
         batch = {**{name: values[first] for name, values in encoded.items()}, "text_targets": targets}
-        # Where no cell has a name too, as every process needs a batch of the same kind.
+        # Also if no cell has a name, because all processes need the same kind of batch.
         if any(of_image is not None for of_image in grids):
             size = next((grid.shape for of_image in patches for grid in of_image.values()), (1, 1))
             batch["patch_targets"] = torch.zeros(len(captions), *size, len(first))
@@ -167,7 +169,7 @@ class PGSegCollator:
         return batch
 
     def _in_other_words(self, texts: list[str]) -> tuple[dict[str, str], list[str]]:
-        """What each text is called in this batch, half of those with synonyms by one of them; and further texts."""
+        """The name of each text in this batch (with probability 1/2 one of its synonyms), and the extra negatives."""
         rng = np.random.default_rng(zlib.crc32("\n".join(texts).encode()))
         called: dict[str, str] = {}
         for text in dict.fromkeys(texts):
@@ -177,7 +179,7 @@ class PGSegCollator:
         return called, [others[place] for place in rng.permutation(len(others))[:NEGATIVES]]
 
     def _encode(self, texts: list[str]) -> dict[str, Tensor]:
-        """Token ids and attention mask [N, T], equal texts tokenised once."""
+        """Token ids and attention mask [N, T]; equal texts are tokenized only once."""
         unique = {text: index for index, text in enumerate(dict.fromkeys(texts))}
         encoded = self.tokenizer(
             list(unique),

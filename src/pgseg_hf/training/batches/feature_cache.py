@@ -1,4 +1,4 @@
-"""Features of a frozen backbone, computed once: a fixed number of views of each image in a file that training reads."""
+"""A cache of a frozen backbone's features, computed once for a fixed number of views per image."""
 
 import hashlib
 import json
@@ -34,7 +34,7 @@ logger = logging.get_logger(__name__)
 BATCH_SIZE = 16
 # States of a view.
 MISSING, DONE, UNUSABLE = 0, 1, 2
-# A cached view's tags are one JSON list a view, of this many bytes or those of all labels of the masks.
+# Minimum number of bytes reserved for the tags of a view, which are stored as a JSON list.
 _TAG_BYTES = 1024
 _CELLS = ("cell_names", "cell_shares")
 _LARGEST = float(np.finfo(np.float16).max)
@@ -42,15 +42,16 @@ _LARGEST = float(np.finfo(np.float16).max)
 
 @dataclass
 class CacheOptions:
-    """Where features are kept, and how many views of each image.
+    """Settings of the feature cache.
 
     Args:
-        folder: of the cache; made if it does not exist.
-        views: random crops of each image.
-        seed: of the crops; not that of a run, so that runs of several seeds share a cache.
-        namer: names the cells of the backbone's last stage; their names are kept too.
-        whole_images: the backbone sees an image as a whole, at the short side of its crops, and a view is cut from its
-            features; else it sees the crop alone. Views then differ in place, size and mirroring only.
+        folder: folder of the cache, created if it does not exist.
+        views: number of random crops of each image.
+        seed: seed of the crops. It is independent of the run's seed, so that runs with different seeds share a cache.
+        namer: names the cells of the backbone's last stage; the names are cached too.
+        whole_images: if set, the backbone processes the whole image, resized to the `short_side` of the augmentation,
+            and views are cropped from its features. Views then differ only in position, size and mirroring. Otherwise
+            the backbone processes each crop on its own.
     """
 
     folder: str
@@ -61,13 +62,13 @@ class CacheOptions:
 
 
 class CachedSource:
-    """A table whose records come with the features of their views instead of an image.
+    """A source whose records have the cached features of their views instead of an image.
 
     Args:
-        source: the table.
-        folder: with `features.npy` [records, views, C, h, w], `tags.npy`, `states.npy`, and with names `cell_names.npy`
-            and `cell_shares.npy` [records, views, h, w, names].
-        namer: whose numbers are in `cell_names.npy`.
+        source: the map-style source that was cached.
+        folder: folder with `features.npy` [records, views, C, h, w], `tags.npy` and `states.npy`, and with a `namer`
+            also `cell_names.npy` and `cell_shares.npy` [records, views, h, w, names].
+        namer: the namer whose indices are stored in `cell_names.npy`.
     """
 
     def __init__(self, source: MapSource, folder: Path, namer: CellNamer | None = None):
@@ -79,7 +80,7 @@ class CachedSource:
         return len(self.source)
 
     def __getstate__(self) -> dict[str, Any]:
-        # A mapped file would be copied into a worker process whole.
+        # Pickling a memory-mapped array would copy the whole file into the worker.
         return {**self.__dict__, "_arrays": None}
 
     def _files(self) -> dict[str, np.ndarray]:
@@ -88,7 +89,7 @@ class CachedSource:
         return self._arrays
 
     def unusable(self) -> list[int]:
-        """Records of whose image no view could be computed."""
+        """Indices of the records without a usable view."""
         return np.flatnonzero((self._files()["states"] != DONE).all(axis=1)).tolist()
 
     def __getitem__(self, index: int) -> Record:
@@ -115,28 +116,27 @@ class CachedSource:
 def cache_features(
     sources: Sequence[Source], prepare: Preparation, model: PGSegModel, options: CacheOptions
 ) -> list[CachedSource]:
-    """Computes what is not in the cache yet, and gives sources that read it; of several processes each does its
-    share.
+    """Computes missing features and returns sources that read them. With several processes, each computes its share.
 
     Args:
-        sources: tables; streams have no known length.
-        prepare: crops images, and finds the tags of crops where masks tell them.
-        model: with a frozen backbone, on its device.
+        sources: map-style sources; streams have no known length.
+        prepare: crops the images, and reads the tags of crops from masks if it has `mask_labels`.
+        model: a model with a frozen backbone, on its device.
 
     Raises:
-        ValueError: a stream, a model without a frozen backbone, a cache of other data, crops or weights, or a disk that
-            is too small.
+        ValueError: if a source is a stream, the backbone is not frozen, the cache holds other data, crops or weights,
+            or the disk is too small.
     """
     config = model.config.vision_config
     if config.backbone_config is None or not config.freeze_backbone:
-        raise ValueError("cache_features needs a frozen backbone; give vision_config a backbone_config.")
+        raise ValueError("cache_features needs a frozen backbone; set backbone_config in vision_config.")
     if options.views < 1:
         raise ValueError(f"cache_views is {options.views}, expected at least 1.")
     if options.whole_images and options.namer is not None:
-        raise ValueError("cell_names are of crops; leave them out, or cache_whole_images.")
+        raise ValueError("cell_names needs crops; use either cell_names or cache_whole_images.")
     tables = [source for source in sources if isinstance(source, MapSource)]
     if len(tables) != len(sources):
-        raise ValueError("cache_features needs tables, and one of the sources is streamed.")
+        raise ValueError("cache_features does not support streamed sources; load them without streaming.")
     side = prepare.augmentation.options.image_size
     embeddings: Any = model.vision_model.embeddings
     namer = options.namer
@@ -181,13 +181,12 @@ def _map(folder: Path, named: bool, mode: Any) -> dict[str, np.ndarray]:
 
 
 def _open(plans: dict[Path, dict[str, Any]], root: Path, cells: tuple[int, ...] | None) -> None:
-    """Makes the files of a cache, or checks that they hold what is wanted; of several processes the first does, and all
-    raise a ValueError where it cannot."""
+    """Creates or checks the files of a cache on the main process; all processes raise a ValueError if that fails."""
     problem: list[str | None] = [None]
     if _rank() == 0:
         try:
             _make_files([plan for plan in plans.items() if not _is_made(*plan)], root, cells)
-        except Exception as error:  # whatever it is, the other processes wait for it
+        except Exception as error:  # any error must reach the other processes, which are waiting
             problem = [str(error) or type(error).__name__]
     if dist.is_initialized():
         dist.broadcast_object_list(problem)
@@ -196,7 +195,7 @@ def _open(plans: dict[Path, dict[str, Any]], root: Path, cells: tuple[int, ...] 
 
 
 def _is_made(folder: Path, made_with: dict[str, Any]) -> bool:
-    way_out = "Give another folder, or delete this one."
+    way_out = "Choose another folder, or delete this one."
     return is_same_run(folder / "made_with.json", made_with, way_out) is not None
 
 
@@ -224,11 +223,11 @@ def _make_files(
     free = shutil.disk_usage(root).free
     images = sum(made_with["shape"][0] for _, made_with in plans)
     logger.warning(
-        f"Features of {images:,} images in {plans[0][1]['shape'][1]} views take {size / 2**30:.1f} GiB in {root}."
+        f"The features of {images:,} images in {plans[0][1]['shape'][1]} views take {size / 2**30:.1f} GiB in {root}."
     )
     if size > free:
         raise ValueError(
-            f"{root} would take {size / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free; give another folder "
+            f"{root} needs {size / 2**30:.1f} GiB, but only {free / 2**30:.1f} GiB are free; choose another folder "
             "or fewer views."
         )
     for path, (dtype, dims) in files.items():
@@ -239,7 +238,7 @@ def _make_files(
 
 
 class _Filler:
-    """Computes the views of one table that are missing, those of this process."""
+    """Computes this process's share of the missing views of one source."""
 
     def __init__(
         self, table: CachedSource, number: int, prepare: Preparation, model: PGSegModel, options: CacheOptions
@@ -250,7 +249,7 @@ class _Filler:
         self.backbone: Any = model.vision_model.embeddings.patch_embeddings
         self.waiting: list[tuple[int, int, np.ndarray]] = []
         self.whole: tuple[int, Tensor | None] = (-1, None)
-        """The last record that the backbone saw as a whole, and its features."""
+        """Index and features of the last record whose whole image was processed."""
 
     def fill(self) -> None:
         rows, views = np.nonzero(self.arrays["states"] == MISSING)
@@ -264,15 +263,15 @@ class _Filler:
             try:
                 self._add(row, view)
             except UnusableRecord as error:
-                logger.info(f"left out: {error}")
+                logger.info(f"skipped: {error}")
                 self.arrays["states"][row, view] = UNUSABLE
                 unusable += 1
         self._write()
         for array in self.arrays.values():
             array.flush()  # type: ignore[attr-defined]
         logger.warning(
-            f"{len(missing) - unusable:,} views of {self.table.name} in {(time.monotonic() - start) / 60:.1f} "
-            f"minutes, {unusable} unusable; they are in {self.folder}."
+            f"Computed {len(missing) - unusable:,} views of {self.table.name} in "
+            f"{(time.monotonic() - start) / 60:.1f} minutes, {unusable} unusable. They are in {self.folder}."
         )
 
     def _add(self, row: int, view: int) -> None:
@@ -292,7 +291,7 @@ class _Filler:
             self._write()
 
     def _write(self) -> None:
-        """Features of the crops that wait."""
+        """Computes and stores the features of the waiting crops."""
         if not self.waiting:
             return
         pixels = torch.from_numpy(np.stack([pixels for *_, pixels in self.waiting])).to(self.device)
@@ -310,13 +309,13 @@ class _Filler:
 
 @torch.inference_mode()
 def _of_whole_image(backbone: Any, pixels: np.ndarray) -> Tensor:
-    """Features [1, C, h, w] of an image [3, H, W]."""
+    """Features [1, C, h, w] of a whole image [3, H, W]."""
     device = backbone.projection.weight.device
     return backbone.features(torch.from_numpy(pixels)[None].to(device)).float().clamp(-_LARGEST, _LARGEST)
 
 
 def _cut(features_1Chw: Any, crop: Crop, size: tuple[int, int]) -> np.ndarray:
-    """A crop of an image from its features, at a size of its own: [C, *size]."""
+    """The features of a crop, sampled from the features of the whole image: [C, *size]."""
     (left, top, right, bottom), (width, height) = crop.box, crop.size
     x_S, y_S = (
         2 * (low + (torch.arange(count) + 0.5) / count * (high - low)) / length - 1
@@ -342,7 +341,7 @@ def _fingerprint(module: torch.nn.Module, *texts: str) -> str:
 
 
 def _contents(table: MapSource) -> str:
-    """A hash of a table's images and masks, in their order."""
+    """A hash of a source's images and masks in order."""
     digest = hashlib.sha256(str(len(table)).encode())
     for item in records_of(table):
         if isinstance(item, UnusableRecord):

@@ -1,4 +1,4 @@
-"""A source with random access as a plain torch dataset, for transformers' `Trainer` and loops of one's own."""
+"""A map-style source as a PyTorch dataset, for Transformers' `Trainer` and custom training loops."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,12 +17,12 @@ MAX_FAILURES = 100
 
 
 class RecordDataset(Dataset):
-    """Item i is a random view of record i. Chance comes from torch's generator, which `DataLoader` seeds in each worker
-    anew for every epoch.
+    """A dataset whose item i is a random view of record i. Randomness comes from torch's global generator, which
+    `DataLoader` reseeds in each worker at every epoch.
 
     Args:
-        source: of records, for instance `open_source(SourceSpec(path="photos"))`.
-        prepare: makes an example of a record, for instance a `Preparation`.
+        source: a map-style source, such as `open_source(SourceSpec(path="photos"))`.
+        prepare: turns a record into an example, such as a `Preparation`.
     """
 
     def __init__(self, source: MapSource, prepare: Callable[[Record, np.random.Generator], Any]):
@@ -32,11 +32,11 @@ class RecordDataset(Dataset):
         return len(self.source)
 
     def __getitem__(self, index: int) -> Any:
-        """The example; of another record where this one cannot be used.
+        """The example of record `index`, or of a random other record if that one cannot be used.
 
         Raises:
-            IndexError: no such record.
-            ValueError: 100 records in a row cannot be used.
+            IndexError: if the index is out of range.
+            ValueError: if 100 records in a row cannot be used.
         """
         if not 0 <= index < len(self):
             raise IndexError(f"record {index} of {len(self)}")
@@ -45,7 +45,7 @@ class RecordDataset(Dataset):
             try:
                 return self.prepare(self.source[index], rng)
             except UnusableRecord as error:
-                logger.warning_once(f"left out: {error}")
+                logger.warning_once(f"skipped: {error}")
                 first_error, index = error, int(rng.integers(len(self)))
         raise ValueError(
             f"{MAX_FAILURES} records of {self.source.name} in a row cannot be used: {first_error}"

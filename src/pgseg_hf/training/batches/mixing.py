@@ -1,4 +1,4 @@
-"""Which record every place of every batch holds: exact shares of several sources, and seeds of all that is random."""
+"""Assigns records to batches: exact shares of several sources, and seeds for everything that is random."""
 
 from collections.abc import Sequence
 from enum import IntEnum
@@ -9,7 +9,7 @@ _LONGEST_CYCLE = 1 << 16
 
 
 class Draw(IntEnum):
-    """What a generator is for; each use has its own stream of numbers."""
+    """What a random generator is used for; each use has its own stream of numbers."""
 
     RECORDS = 1
     SHARDS = 2
@@ -20,24 +20,24 @@ class Draw(IntEnum):
 
 
 def seeded(draw: Draw, *numbers: int) -> np.random.Generator:
-    """A generator for one use and the numbers that tell its calls apart.
+    """A generator for one use, seeded with `numbers`.
 
-    For one use there are always as many numbers: numpy takes (1, 2) and (1, 2, 0) for the same seed.
+    Each use must always pass the same count of numbers, because NumPy treats (1, 2) and (1, 2, 0) as the same seed.
     """
     return np.random.default_rng((int(draw), *numbers))
 
 
 class Mixture:
-    """Deals the places of a run, numbered 0, 1, 2, ..., to sources by their weights.
+    """Distributes the slots of a run, numbered 0, 1, 2, ..., among sources according to their weights.
 
-    The dealing repeats after a cycle in which every source has its places spread evenly, so a source's share is right
-    over any stretch (to within 1/2 + share * sources / 2 records), and is a pure function of the places' numbers.
+    The assignment is a pure function of the slot number. It repeats after a cycle in which the slots of each source are
+    spread evenly, so a source's share is right over any span (to within 1/2 + share * sources / 2 records).
 
     Args:
-        weights: positive numbers, one a source; shares are kept to one in 65,536.
+        weights: one positive number per source. Shares are exact to about 1/65,536.
 
     Raises:
-        ValueError: no weights, or one that is not positive and finite.
+        ValueError: if there are no weights, or one is not positive and finite.
     """
 
     def __init__(self, weights: Sequence[float]):
@@ -53,17 +53,16 @@ class Mixture:
 
     @property
     def shares(self) -> np.ndarray:
-        """The sources' shares, which sum up to 1."""
+        """The share of each source; they sum to 1."""
         return self._counts / self._counts.sum()
 
     def places(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """The sources of `count` places from number `first` on, and for each which record of its source it is, counted
-        from the beginning of the run."""
+        """For `count` slots from `first`: their sources and their positions among the records taken from the source."""
         cycles, inside = np.divmod(np.arange(first, first + count), len(self._sources))
         sources = self._sources[inside]
         return sources, cycles * self._counts[sources] + self._turns[inside]
 
     def taken(self, count: int) -> np.ndarray:
-        """How many of the first `count` places each source has."""
+        """How many of the first `count` slots belong to each source."""
         cycles, rest = divmod(count, len(self._sources))
         return cycles * self._counts + np.bincount(self._sources[:rest], minlength=len(self._counts))

@@ -1,4 +1,4 @@
-"""Names for the cells of a frozen backbone's last feature map, by the classifier that was trained on it."""
+"""Names the cells of a frozen backbone's last feature map with the backbone's own classifier."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -14,23 +14,23 @@ from torch import Tensor
 from ...efficientnet_lite import EfficientNetLiteHead
 from ...files import write_atomically
 
-# Names that are kept of a cell, at most.
+# Maximum number of names kept per cell.
 KEPT = 4
-# A cell whose likeliest name has less than this share teaches nothing.
+# Cells whose most likely name has at most this share are ignored.
 LEAST_SHARE = 0.3
 
 
 class CellNamer:
-    """The head of EfficientNet-Lite, applied to every cell, with its classes summed by name.
+    """Applies the classification head of EfficientNet-Lite to every cell and sums its classes by name.
 
     Args:
-        head: tensors of `convert_efficientnet_lite`.
-        classes: the name of each class; several classes may share one.
-        parts: for some words names that belong to it, as clothes to a person: a cell with such a name shows half as
-            much of it and as much of the word, if the image has the word as a tag.
+        head: the head's tensors from `convert_efficientnet_lite`.
+        classes: the name of each class; several classes may share a name.
+        parts: maps a word to names that are parts of it, such as "person" to clothes. If the image has the word as a
+            tag, the share of such a name in a cell is split equally between the name and the word.
 
     Raises:
-        ValueError: another number of classes.
+        ValueError: if the number of classes differs from the head's.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class CellNamer:
         self.names = list(dict.fromkeys(classes))
         self.kept = min(KEPT, len(self.names))
         if len(self.names) > 2**16:
-            raise ValueError(f"there are {len(self.names)} names of classes, expected {2**16} at most.")
+            raise ValueError(f"there are {len(self.names)} class names, expected at most {2**16}.")
         if self.head.num_classes != len(classes):
             raise ValueError(f"the head has {self.head.num_classes} classes, expected {len(classes)}.")
         self._sums = torch.zeros(len(classes), len(self.names))
@@ -52,10 +52,10 @@ class CellNamer:
 
     @classmethod
     def read(cls, path: str | Path) -> "CellNamer":
-        """Of a file that [`~CellNamer.save`] wrote.
+        """Reads a file written by [`~CellNamer.save`].
 
         Raises:
-            ValueError: there is no such file, or it holds something else.
+            ValueError: if the file is missing or invalid.
         """
         try:
             with safe_open(path, "pt") as file:
@@ -64,11 +64,11 @@ class CellNamer:
                 return cls(tensors, metadata["classes"], metadata.get("parts", {}))
         except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
-                f"{path} is no file of a classifier, expected the one that prepare_everyday.py writes: {error}"
+                f"{path} is not a classifier file, expected one written by prepare_everyday.py: {error}"
             ) from error
 
     def save(self, path: Path) -> None:
-        """Writes head, classes and parts as safetensors."""
+        """Writes the head, classes and parts as a safetensors file."""
         tensors = {name: tensor.half() for name, tensor in self.head.state_dict().items()}
         content = save(tensors, {"classes": json.dumps(self.classes), "parts": json.dumps(self.parts)})
 
@@ -79,26 +79,26 @@ class CellNamer:
 
     @torch.inference_mode()
     def logits(self, feature_map: Tensor) -> Tensor:
-        """[B, C, h, w], the backbone's last, to [B, h, w, classes]."""
+        """Class logits [B, h, w, classes] of the backbone's last feature map [B, C, h, w]."""
         return self.head.to(feature_map.device)(feature_map.float())
 
     def shares(self, logits: Tensor) -> Tensor:
-        """Softmax over the classes [..., classes], summed by name [..., names]."""
+        """The softmax over classes [..., classes], summed by name: [..., names]."""
         return logits.softmax(-1) @ self._sums.to(logits.device)
 
     def likeliest(self, feature_map: Tensor) -> tuple[Tensor, Tensor]:
-        """The `kept` likeliest names of each cell, numbers of `names` [B, h, w, kept], and their shares likewise."""
+        """The `kept` most likely names of each cell as indices into `names`, and their shares: [B, h, w, kept] each."""
         shares, names = self.shares(self.logits(feature_map)).topk(self.kept, dim=-1)
         return names, shares
 
     def names_of_cells(
         self, names: np.ndarray, shares: np.ndarray, tags: Sequence[str]
     ) -> dict[str, np.ndarray]:
-        """How much of each cell has which name, {name: [h, w]}, of cells with one that is likely enough.
+        """The share of each name in every cell, {name: [h, w]}; cells without a likely name have shares of 0.
 
         Args:
-            names, shares: of [`~CellNamer.likeliest`], [h, w, kept].
-            tags: of the image.
+            names, shares: [h, w, kept] from [`~CellNamer.likeliest`].
+            tags: tags of the image.
         """
         shares = np.where(shares.max(-1, keepdims=True) > LEAST_SHARE, shares.astype(np.float32), 0)
         likely = np.unique(names[shares > LEAST_SHARE])

@@ -1,4 +1,4 @@
-"""From a record to what a model is trained on: decoded, cropped, with its texts chosen."""
+"""Turns records into training examples: decodes and crops images and chooses texts."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -19,14 +19,14 @@ CROP_TRIES = 5
 
 @dataclass
 class Example:
-    """One image as the collator takes it.
+    """One training example, as the collator expects it.
 
     Args:
-        pixel_values: float32 [3, S, S], normalised; None where there are features instead.
+        pixel_values: float32 [3, S, S], normalised; None if there are `backbone_features` instead.
         caption: the image's text.
-        labels: prompts of its tags and nouns; may be none.
-        backbone_features: [C, h, w] of a backbone, instead of pixels.
-        patch_texts: for some texts how much of each cell of a grid shows them, {text: [h, w]}.
+        labels: prompts of its tags and nouns; may be empty.
+        backbone_features: features [C, h, w] of a backbone.
+        patch_texts: the share of some texts in each cell of a grid, {text: [h, w]}.
     """
 
     pixel_values: np.ndarray | None
@@ -37,18 +37,18 @@ class Example:
 
 
 class Preparation:
-    """Makes an `Example` of a `Record`, with all chance from the generator that comes with it.
+    """Turns a `Record` into an `Example`. All randomness comes from the generator passed to the call.
 
     Args:
-        augmentation: how the image is cropped and varied.
-        texts: how its texts are chosen.
-        mask_labels: names of the values of masks, "" for a value without one (a background); 255 has none. If given, a
-            record with a mask has instead of its own tags the labels that a crop shows. No other use is made of masks.
-        crop_tag_share: a crop shows the labels that cover more than this share of it.
-        patch_stride: of features, every so many-th row and column is taken, from a place drawn at random.
+        augmentation: how images are cropped and augmented.
+        texts: how texts are chosen.
+        mask_labels: names of the mask values, "" for a value without a name (a background); 255 has no name. If given,
+            the tags of a record with a mask are replaced by the labels visible in the crop. Masks have no other use.
+        crop_tag_share: a label counts as visible if it covers more than this share of the crop.
+        patch_stride: keeps only every `patch_stride`-th row and column of cached features, starting at a random offset.
 
     Raises:
-        ValueError: options that make no sense, or a noun model that cannot be loaded.
+        ValueError: if an option is invalid, or the noun model cannot be loaded.
     """
 
     def __init__(
@@ -60,9 +60,9 @@ class Preparation:
         patch_stride: int = 1,
     ):
         if mask_labels is not None and len(mask_labels) > IGNORE_INDEX:
-            raise ValueError(f"mask_labels has {len(mask_labels)} names, expected {IGNORE_INDEX} at most.")
+            raise ValueError(f"mask_labels has {len(mask_labels)} names, expected at most {IGNORE_INDEX}.")
         if not 0 <= crop_tag_share < 1:
-            raise ValueError(f"crop_tag_share is {crop_tag_share}, expected a share of a crop below 1.")
+            raise ValueError(f"crop_tag_share is {crop_tag_share}, expected at least 0 and below 1.")
         if patch_stride < 1:
             raise ValueError(f"patch_stride is {patch_stride}, expected at least 1.")
         self.patch_stride = patch_stride
@@ -74,11 +74,11 @@ class Preparation:
             load_noun_model(self.texts.noun_model)
 
     def __call__(self, record: Record, rng: np.random.Generator) -> Example:
-        """One random view of a record.
+        """A random view of a record.
 
         Raises:
-            UnusableRecord: for "broken image", "broken mask" or "no text"; the last too where several crops showed no
-                label and there is no caption.
+            UnusableRecord: with the reason "broken image", "broken mask" or "no text". The latter also applies if
+                several crops in a row show no label and the record has no caption.
         """
         if record.views is not None:
             view = int(rng.integers(len(record.views)))
@@ -95,10 +95,10 @@ class Preparation:
         return Example(pixels, texts.caption, texts.labels)
 
     def draw(self, record: Record, rng: np.random.Generator) -> tuple[Image.Image, Crop, list[str] | None]:
-        """A record's image, a random crop of it, and the tags that the crop shows where a mask tells, else None.
+        """A record's image, a random crop of it, and the tags visible in the crop (None without a mask).
 
         Raises:
-            UnusableRecord: for "broken image" or "broken mask".
+            UnusableRecord: with the reason "broken image" or "broken mask".
         """
         name = record.name or "a record"
         tags: list[str] | None = None
@@ -117,7 +117,7 @@ class Preparation:
     def _crop_with_tags(
         self, mask: Image.Image, crop: Crop, rng: np.random.Generator
     ) -> tuple[Crop, list[str]]:
-        """This crop and its tags; where it has none, another one."""
+        """The crop and its tags. If it has no tags, further crops are tried."""
         for tries_left in reversed(range(CROP_TRIES)):
             tags = self._tags(self.augmentation.crop_mask(mask, crop))
             if tags or not tries_left:
@@ -132,7 +132,7 @@ class Preparation:
         if counts[len(names) :].any():
             value = len(names) + int(counts[len(names) :].argmax())
             raise ValueError(
-                f"its mask has the value {value}, and mask_labels names {len(names)} values; {IGNORE_INDEX} is for "
+                f"its mask has the value {value}, but mask_labels names {len(names)} values; use {IGNORE_INDEX} for "
                 "pixels without a label."
             )
         shown = counts[: len(names)] > self.crop_tag_share * labels_SS.size
@@ -140,7 +140,7 @@ class Preparation:
 
 
 def _every_so_many(features: np.ndarray, stride: int, rng: np.random.Generator) -> np.ndarray:
-    """Rows and columns of features [C, H, W] that lie a stride apart, [C, H // stride, W // stride]."""
+    """Every `stride`-th row and column of features [C, H, W]: [C, H // stride, W // stride]."""
     stride = min(stride, *features.shape[1:])
     if stride == 1:
         return features
@@ -150,7 +150,7 @@ def _every_so_many(features: np.ndarray, stride: int, rng: np.random.Generator) 
 
 
 def _load_mask(source: ImageSource) -> Image.Image:
-    """A label map as a PIL image of mode L."""
+    """A label map as a PIL image with mode L."""
     values = load_label_map(source)
     if values.min() < 0 or values.max() > IGNORE_INDEX:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Reading a streaming source for ever, shuffled, its shards divided among readers, and going on exactly."""
+"""Reads a streaming source indefinitely: shuffled, with shards divided among readers, and exactly resumable."""
 
 from collections.abc import Iterator
 from itertools import islice
@@ -8,30 +8,30 @@ from ...data.sources import StreamSource
 from .mixing import Draw, seeded
 
 State = list[int]
-"""Epoch; place in its order of shards and record in this shard where a block begins; records of it handed out."""
+"""Epoch, position in its order of shards, first record of the current block in that shard, records already yielded."""
 
 
 def read_in_blocks(
     source: StreamSource, seed: tuple[int, int], part: int, parts: int, block: int, state: State | None = None
 ) -> Iterator[tuple[Record | UnusableRecord, State]]:
-    """The records of one of several readers, which together read every record of a source once an epoch; never ends.
+    """Yields the records of one of several readers indefinitely. Together the readers read each record once per epoch.
 
-    Each epoch deals the shards anew. With fewer shards than readers, n of them read the same shard and keep every n-th
-    record. Records are shuffled in blocks: so many are read, not decoded, and handed out in random order. So a state is
-    four numbers, and going on means reading one block again.
+    Each epoch distributes the shards again. With fewer shards than readers, n readers share a shard and each keeps
+    every n-th record. Records are shuffled in blocks: `block` undecoded records are read and yielded in random order.
+    A state is therefore only four numbers, and resuming reads a single block again.
 
     Args:
-        source: what is read.
-        seed: of the run and of the source.
-        part, parts: this reader and how many there are, over all processes.
-        block: records in memory.
-        state: where another reader of the same part stopped.
+        source: the source to read.
+        seed: seed of the run and number of the source.
+        part, parts: index of this reader and number of readers over all processes.
+        block: number of records held in memory.
+        state: state at which a reader of the same part stopped.
 
     Returns:
-        Each record with the state after it.
+        An iterator over records, each with the state after it.
 
     Raises:
-        ValueError: while reading, where an epoch has nothing for this reader.
+        ValueError: during iteration, if an epoch has no record for this reader.
     """
     epoch, place, start, done = state or (0, 0, 0, 0)
     while True:
@@ -46,8 +46,8 @@ def read_in_blocks(
             place, start, done = records[-1][0], records[-1][1] + 1, 0
         if is_empty:
             raise ValueError(
-                f"{source.name} has nothing for reader {part + 1} of {parts}: it has fewer records than there are "
-                "readers. Use fewer workers."
+                f"{source.name} has no record for reader {part + 1} of {parts}: it has fewer records than readers. "
+                "Use fewer workers."
             )
         epoch, place, start = epoch + 1, 0, 0
 
@@ -55,7 +55,7 @@ def read_in_blocks(
 def _epoch(
     source: StreamSource, seed: tuple[int, int, int], part_of: tuple[int, int], place: int, start: int
 ) -> Iterator[tuple[int, int, Record | UnusableRecord]]:
-    """The rest of a reader's epoch: place in its order of shards, number in the shard, and the record."""
+    """The rest of a reader's epoch: position in its order of shards, index in the shard, and the record."""
     part, parts = part_of
     count = source.num_shards
     order = seeded(Draw.SHARDS, *seed).permutation(count)

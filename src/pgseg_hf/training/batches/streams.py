@@ -1,4 +1,4 @@
-"""Endless batches for training: weighted sources, exact resumption with worker processes, broken records left out."""
+"""Infinite training batches from weighted sources: exactly resumable with worker processes, skipping broken records."""
 
 import itertools
 import time
@@ -28,18 +28,18 @@ Collate = Callable[[list[Any]], dict[str, Any]]
 
 @dataclass
 class StreamOptions:
-    """How batches are made.
+    """Options of a `TrainingStream`.
 
     Args:
-        batch_size: records of a batch of one process.
-        seed: of the order of the records and of everything that `prepare` draws.
-        num_workers: worker processes of each process; 0 to work in the process itself.
-        shuffle_block: records of a streaming source that each worker holds, not decoded, to shuffle them.
-        pin_memory: batches in pinned memory, for faster copies to a GPU.
-        max_failures: so many unusable records in a row end the run.
+        batch_size: number of records per batch and process.
+        seed: seed of the order of records and of everything that `prepare` draws.
+        num_workers: number of DataLoader workers per process; 0 loads data in the process itself.
+        shuffle_block: number of undecoded records of a streaming source that each worker holds for shuffling.
+        pin_memory: whether to put batches in pinned memory, for faster copies to a GPU.
+        max_failures: number of unusable records in a row that ends the run.
 
     Raises:
-        ValueError: naming the field that makes no sense.
+        ValueError: if a field is invalid; the message names it.
     """
 
     batch_size: int
@@ -58,7 +58,7 @@ class StreamOptions:
 
 @dataclass
 class _Recipe:
-    """All that decides what is in a batch."""
+    """Everything that determines the content of a batch."""
 
     sources: Sequence[Source]
     mixture: Mixture
@@ -70,16 +70,13 @@ class _Recipe:
 
     @property
     def records(self) -> int:
-        """Of a batch of all processes."""
+        """Records in a batch across all processes."""
         return self.options.batch_size * self.world_size
 
 
 @dataclass
 class _Progress:
-    """What comes beside a batch.
-
-    A class of its own, so that pinning memory leaves it alone.
-    """
+    """What a worker reports with each batch. It is a custom class so that pinning memory does not touch it."""
 
     worker: int
     readers: list[State | None] = field(default_factory=list)
@@ -90,28 +87,28 @@ class _Progress:
 
 
 class TrainingStream:
-    """Batches without end from one or several sources, the same ones after a resumption.
+    """Infinite batches from one or several sources, exactly resumable.
 
-    The places of all processes' batches are dealt to the sources by exact shares, mixed by a seed, and dealt to the
-    processes. So with tables (sources with random access) neither the number of workers nor of processes changes what a
-    batch of all processes holds, and every record comes once an epoch; no batch has one twice where a source has three
-    times the records that a batch takes of it. Streaming sources are divided among processes
-    and workers by shards. A record that cannot be used is replaced by another of its source, and counted.
+    The slots of a batch across all processes are assigned to the sources in exact shares, shuffled, and distributed
+    among the processes. With map-style sources, the content of such a batch therefore depends neither on the number of
+    workers nor on the number of processes, and each record comes once per epoch. No batch contains a record twice if
+    its source has at least three times as many records as the batch takes from it. Streaming sources are split among
+    processes and workers by shards. Unusable records are counted and replaced by other records of the same source.
 
-    Iterating again goes on after the batch that was yielded last.
+    Iterating again continues after the last batch yielded.
 
     Args:
-        sources: where the records come from.
-        weights: the sources' shares, positive numbers.
-        prepare: makes an example of a record, with all chance from the generator; raises `UnusableRecord` for one to be
-            left out. May be pickled, as `collate`.
-        collate: makes a batch of a list of examples.
-        options: batch size, seed, workers.
-        rank, world_size: this process and how many there are.
-        depends_on: what `prepare` and `collate` depend on, in plain values; a state of other ones is refused.
+        sources: sources of the records.
+        weights: share of each source, as positive numbers.
+        prepare: turns a record into an example, using only the generator for randomness. It raises `UnusableRecord`
+            to skip a record. Workers may receive it pickled, like `collate`.
+        collate: turns a list of examples into a batch.
+        options: batch size, seed, number of workers.
+        rank, world_size: rank of this process and number of processes.
+        depends_on: what `prepare` and `collate` depend on, as plain values. A state with other values is rejected.
 
     Raises:
-        ValueError: arguments that do not fit together; while iterating, where too many records in a row are unusable.
+        ValueError: if arguments do not match, or, during iteration, if too many records in a row are unusable.
     """
 
     def __init__(
@@ -127,7 +124,7 @@ class TrainingStream:
     ):
         if len(sources) != len(weights):
             raise ValueError(
-                f"There are {len(sources)} sources and {len(weights)} weights; each source needs one."
+                f"There are {len(sources)} sources and {len(weights)} weights, expected one weight per source."
             )
         if not 0 <= rank < world_size:
             raise ValueError(f"rank is {rank}, expected 0 to {world_size - 1} for {world_size} processes.")
@@ -137,16 +134,15 @@ class TrainingStream:
         self._batch = 0
         self._states: list[list[State | None] | None] = [None] * self._workers
         self.counts: Counter[str] = Counter()
-        """Records of this process that were "read", how many of them were left out for which reason, and how many texts
-        were longer than the text tower takes ("cut text")."""
+        """Records "read" by this process, records skipped for each reason, and truncated texts ("cut text")."""
         self._made, self._seconds = 0, 0.0
         self._streaming = [source for source in sources if isinstance(source, StreamSource)]
         readers = world_size * self._workers
         for source in self._streaming:
             if source.num_shards < readers:
                 logger.warning(
-                    f"{source.name} has {source.num_shards} shards for {readers} readers (processes x workers): "
-                    "several read the same shard and keep a part of it. More shards or fewer workers read less."
+                    f"{source.name} has {source.num_shards} shards for {readers} readers (processes x workers), so "
+                    "several readers read the same shard. Use more shards or fewer workers to avoid reading data twice."
                 )
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -157,7 +153,7 @@ class TrainingStream:
             collate_fn=_unchanged,
             num_workers=options.num_workers,
             pin_memory=options.pin_memory,
-            # Without one of its own, the loader draws from torch's global generator.
+            # Without a generator, the loader would draw from torch's global one.
             generator=torch.Generator(),
         )
         for batch, progress in loader:
@@ -167,7 +163,7 @@ class TrainingStream:
             self._states[progress.worker] = progress.readers
             for reason, message in progress.messages.items():
                 if reason not in self.counts:
-                    logger.warning(f"left out: {message} ({reason}; further ones are only counted)")
+                    logger.warning(f"skipped: {message} ({reason}; further ones are only counted)")
             self.counts.update(progress.counts)
             self._made += 1
             self._seconds += progress.seconds
@@ -175,12 +171,12 @@ class TrainingStream:
 
     @property
     def sources(self) -> Sequence[Source]:
-        """Where the records come from."""
+        """Sources of the records."""
         return self._recipe.sources
 
     @property
     def epoch(self) -> float:
-        """Passes over the sources, averaged by their shares; of a streaming source only whole passes are known."""
+        """Passes over the sources, weighted by their shares. Streaming sources count only complete passes."""
         recipe = self._recipe
         taken = recipe.mixture.taken(self._batch * recipe.records)
         passes = []
@@ -193,14 +189,14 @@ class TrainingStream:
 
     @property
     def batches_per_epoch(self) -> float:
-        """Batches until the sources were seen once, averaged by their shares.
+        """Number of batches in one pass over the sources, weighted by their shares.
 
         Raises:
-            ValueError: a streaming source, whose length is not known.
+            ValueError: if a source is streamed, because its length is unknown.
         """
         if self._streaming:
             raise ValueError(
-                f"{self._streaming[0].name} is streamed and has no known length: give max_steps."
+                f"{self._streaming[0].name} is streamed and has no known length; set max_steps instead of num_epochs."
             )
         recipe = self._recipe
         lengths = np.array([len(cast(MapSource, source)) for source in recipe.sources])
@@ -208,11 +204,11 @@ class TrainingStream:
 
     @property
     def images_per_second(self) -> float:
-        """What all workers of this process can make together, by the time that their batches took; 0 before any."""
+        """Throughput of all workers of this process together, from the time per batch; 0 before the first batch."""
         return self._workers * self._recipe.options.batch_size * self._made / max(self._seconds, 1e-9)
 
     def state_dict(self) -> dict[str, Any]:
-        """The position after the last batch that was yielded, of this process; plain numbers and strings for JSON."""
+        """This process's position after the last batch yielded, as values that JSON can represent."""
         return {
             "batch": self._batch,
             "readers": list(self._states) if self._streaming else None,
@@ -221,28 +217,26 @@ class TrainingStream:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on where a stream stopped, from the next `iter` on.
+        """Makes the next iteration resume where the saved stream stopped.
 
         Raises:
-            ValueError: the state comes from a stream that would make other batches. With tables only, the number of
-                workers may differ, and that of processes with the same number of records in all; with streaming
-                sources neither.
+            ValueError: if the state belongs to a stream with other batches. With map-style sources only, the number of
+                workers may change, and the number of processes as long as the total batch size stays the same. With
+                streaming sources, neither may change.
         """
         try:
             batch, readers, counts, made_with = (
                 state[key] for key in ("batch", "readers", "counts", "made_with")
             )
         except (KeyError, TypeError) as error:
-            raise ValueError(f"This is no state of a training stream: {error} is missing.") from error
+            raise ValueError(f"Not a training stream state: {error} is missing.") from error
         if different := differences(made_with, self._made_with):
             why = (
-                "streaming sources go on only as they were divided"
-                if self._streaming
-                else "it would make others"
+                "streaming sources must be split as before" if self._streaming else "the batches would differ"
             )
             raise ValueError(
-                f"The data cannot go on with the same batches: {', '.join(different)}; {why}. Start anew or change "
-                "back."
+                f"The data cannot resume with the same batches: {', '.join(different)}; {why}. Change this back or "
+                "start from scratch."
             )
         self._batch = batch
         self._states = list(readers) if self._streaming else [None] * self._workers
@@ -273,7 +267,7 @@ class TrainingStream:
 
 
 class _Batches(IterableDataset):
-    """The batches from number `first` on; each of n workers makes every n-th."""
+    """The batches starting at number `first`; each of n workers makes every n-th batch."""
 
     def __init__(self, recipe: _Recipe, first: int, states: list[list[State | None] | None]):
         self._recipe, self._first, self._states = recipe, first, states
@@ -281,7 +275,7 @@ class _Batches(IterableDataset):
     def __iter__(self) -> Iterator[tuple[dict[str, Any] | None, _Progress]]:
         info = get_worker_info()
         place, workers = (info.id, info.num_workers) if info else (0, 1)
-        # The loader asks its workers in turn from 0 on. Which part of the shards a worker reads goes by its batches.
+        # The loader asks its workers in turn, starting at 0. The shards of a worker follow from its batch numbers.
         first = self._first + place
         worker = first % workers
         maker = _BatchMaker(self._recipe, worker, workers, self._states[worker])
@@ -293,8 +287,8 @@ class _Batches(IterableDataset):
             except ValueError as error:
                 if info is None:
                     raise
-                # The loader would put the text of a traceback around it.
-                logger.info(f"worker {worker} stops", exc_info=True)
+                # Raised here, the loader would wrap the message in a traceback.
+                logger.info(f"worker {worker} stopped", exc_info=True)
                 yield None, _Progress(worker, error=str(error))
                 return
 
@@ -316,15 +310,15 @@ class _BatchMaker:
             else None
             for number, (source, state) in enumerate(zip(recipe.sources, self._states))
         ]
-        # A batch may begin in one epoch of a source and end in the next.
+        # A batch may start in one epoch of a source and end in the next.
         self._order = lru_cache(maxsize=2 * len(recipe.sources))(_epoch_order)
-        # As many as a batch may have of each source, see `Mixture`.
+        # Maximum number of records that a batch takes from each source, see `Mixture`.
         shares = recipe.mixture.shares
         uneven = 1 + len(shares) * shares if len(shares) > 1 else 0
         self._apart = (shares * recipe.records + uneven).astype(int).tolist()
 
     def batch(self, number: int) -> dict[str, Any]:
-        """Batch `number` of this process, collated."""
+        """The collated batch `number` of this process."""
         recipe = self._recipe
         count, seed = recipe.records, recipe.options.seed
         sources, positions = recipe.mixture.places(number * count, count)
@@ -341,13 +335,13 @@ class _BatchMaker:
         return batch
 
     def progress(self, seconds: float) -> _Progress:
-        """Where the readers stand, what happened since the last call and how long the batch took."""
+        """The readers' states, the counts and messages since the last call, and the time that the batch took."""
         progress = _Progress(self._worker, list(self._states), self._counts, self._messages, seconds)
         self._counts, self._messages = Counter(), {}
         return progress
 
     def _example(self, number: int, position: int, rng: np.random.Generator) -> Any:
-        """An example of a source, or of the first usable record instead of it."""
+        """An example of a source; if the record at the position is unusable, other records replace it."""
         limit = self._recipe.options.max_failures
         reasons: Counter[str] = Counter()
         first = ""
@@ -363,10 +357,10 @@ class _BatchMaker:
                 first = first or str(error)
         seen = ", ".join(f"{count} x {reason}" for reason, count in reasons.items())
         name = self._recipe.sources[number].name
-        raise ValueError(f"{name}: {limit} records in a row cannot be used ({seen}). The first: {first}")
+        raise ValueError(f"{name}: {limit} records in a row cannot be used ({seen}). First error: {first}")
 
     def _record(self, number: int, position: int | None, rng: np.random.Generator) -> Record:
-        """The next record of a stream, or of a table the one at a position of the run; without one, any."""
+        """The next record of a stream, or a map-style source's record at a position (a random one if None)."""
         reader, source = self._readers[number], self._recipe.sources[number]
         if reader is not None:
             item, self._states[number] = next(reader)
@@ -382,13 +376,13 @@ class _BatchMaker:
 
 
 def _epoch_order(seed: int, number: int, epoch: int, length: int, apart: int) -> np.ndarray:
-    """In which order an epoch takes the records of a table: none of the last `apart` of an epoch is among the first so
-    many of the next, so that no batch has a record twice, if the table has three times as many."""
+    """The order of a map-style source's records in an epoch. With at least `3 * apart` records, the last `apart` of an
+    epoch never occur among the first `apart` of the next, so that no batch contains a record twice."""
     order = _random_order(seed, number, epoch, length)
     if epoch and length >= 3 * apart:
         last = _random_order(seed, number, epoch - 1, length)[-apart:]
         was_last = np.isin(order, last)
-        # Places in the middle only, so that the last ones are as drawn.
+        # Swap with positions in the middle only: the next epoch assumes that the last `apart` are as drawn.
         places = np.flatnonzero(was_last[:apart])
         others = apart + np.flatnonzero(~was_last[apart : length - apart])[: len(places)]
         order[places], order[others] = order[others], order[places]

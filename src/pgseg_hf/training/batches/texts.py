@@ -1,4 +1,4 @@
-"""Which texts a record is trained with: captions, sentences made of tags, and prompts of tags and nouns."""
+"""Chooses the texts of a record: captions, sentences made from tags, and prompts of tags and nouns."""
 
 import unicodedata
 from collections.abc import Iterable, Sequence
@@ -18,31 +18,31 @@ SENTENCE_TEMPLATES: tuple[str, ...] = (
     "a picture with {}.",
     "{}.",
 )
-"""What sentences of tags are put into; tags such as "grass" or "boots" need no article, others do."""
+"""Templates for sentences made from tags. Tags such as "grass" or "boots" need no article, others do."""
 
 PICTURE_WORDS = frozenset(
     ["background", "closeup", "image", "photo", "photograph", "picture", "shot", "snapshot", "view"]
 )
-"""Nouns of captions that name the image, not what it shows."""
+"""Nouns in captions that refer to the image itself, not to its content."""
 
 
 @dataclass
 class TextOptions:
-    """How texts are chosen.
+    """How the texts of a record are chosen.
 
     Args:
-        templates: for sentences of tags, each used as often as the others.
-        label_templates: for the prompts of single tags and nouns. With one, equal tags are equal texts; with several,
-            each prompt takes one at random.
-        max_tags: largest number of tags in a sentence and among the labels. Where texts are shared between images, a
-            tag that is left out counts as absent, so give as many as records have.
-        num_nouns: so many nouns of the caption become labels too (the paper's multi-label loss).
-        noun_model: name or folder of the spaCy pipeline that finds them, for instance `en_core_web_sm`.
-        caption_from_tags: how often a record with captions and tags gets a sentence of tags all the same; a record
-            without captions always does.
+        templates: templates for sentences made from tags, drawn uniformly.
+        label_templates: templates for the prompts of single tags and nouns. With one template, equal tags give equal
+            texts; with several, each prompt uses a random one.
+        max_tags: maximum number of tags in a sentence and among the labels. If images share texts, an omitted tag
+            counts as absent, so do not set it below the number of tags per record.
+        num_nouns: number of nouns from the caption that become labels too (the paper's multi-label loss).
+        noun_model: name or folder of the spaCy pipeline that finds nouns, such as `en_core_web_sm`.
+        caption_from_tags: probability that a record with both captions and tags gets a sentence made from tags. A
+            record without captions always does.
 
     Raises:
-        ValueError: naming the field that makes no sense.
+        ValueError: if a field is invalid; the message names it.
     """
 
     templates: Sequence[str] = SENTENCE_TEMPLATES
@@ -68,21 +68,21 @@ class TextOptions:
 
 @dataclass
 class Texts:
-    """What an image is compared with: one sentence, and prompts of single tags and nouns (may be none)."""
+    """The texts that an image is compared with: a sentence, and prompts of single tags and nouns (may be empty)."""
 
     caption: str
     labels: list[str]
 
 
 def choose_texts(record: Record, options: TextOptions, rng: np.random.Generator) -> Texts:
-    """Random texts of a record.
+    """Chooses the texts of a record at random.
 
-    Its text is one of its captions or, where it has none, a sentence of its tags: their number is drawn first, from one
-    to all of them (`max_tags` at most), then which and in which order. Its labels are its tags (`max_tags` of them
-    where it has more) and random nouns of the chosen caption.
+    The caption is one of the record's captions or, if it has none, a sentence made from its tags. For a sentence, the
+    number of tags is drawn first (from one to all, at most `max_tags`), then the tags and their order. The labels are
+    the record's tags (at most `max_tags`) and random nouns of the chosen caption.
 
     Raises:
-        UnusableRecord: it has neither captions nor tags.
+        UnusableRecord: if the record has neither captions nor tags.
     """
     captions = [caption.strip() for caption in record.captions if caption.strip()]
     tags = clean_tags(record.tags)
@@ -103,7 +103,7 @@ def choose_texts(record: Record, options: TextOptions, rng: np.random.Generator)
 
 
 def clean_tags(tags: Iterable[str]) -> list[str]:
-    """Tags without needless white space; empty ones and those that differ from an earlier one in case only left out."""
+    """Normalizes whitespace and drops empty tags and tags that differ from an earlier one only in case."""
     cleaned: dict[str, str] = {}
     for tag in tags:
         spaced = " ".join(tag.split())
@@ -114,10 +114,10 @@ def clean_tags(tags: Iterable[str]) -> list[str]:
 
 @lru_cache(maxsize=100_000)
 def find_nouns(caption: str, model: str) -> tuple[str, ...]:
-    """The nouns of a caption in lower case, in order, each once.
+    """The distinct nouns of a caption, in order and in lower case.
 
-    Nouns that follow each other count as one ("fire truck"); those that name the image itself ("photo") do not count.
-    A caption takes about a millisecond and is remembered.
+    Consecutive nouns count as one ("fire truck"); nouns that refer to the image itself ("photo") are dropped. A caption
+    takes about a millisecond, and its result is cached.
 
     Raises:
         ValueError: see `load_noun_model`.
@@ -136,28 +136,28 @@ def find_nouns(caption: str, model: str) -> tuple[str, ...]:
 
 @lru_cache(maxsize=4)
 def load_noun_model(model: str) -> Any:
-    """A spaCy pipeline that tells nouns, without the steps that are not needed for it.
+    """Loads a spaCy pipeline with only the components needed to find nouns.
 
     Raises:
-        ValueError: spaCy or the pipeline is not installed, or the pipeline does not tell parts of speech.
+        ValueError: if spaCy or the pipeline is not installed, or the pipeline does not tag parts of speech.
     """
     try:
         import spacy
     except ImportError as error:
-        raise ValueError("finding nouns in captions needs spaCy: pip install spacy.") from error
+        raise ValueError("finding nouns in captions requires spaCy: pip install spacy") from error
     try:
         pipeline = spacy.load(model, exclude=["parser", "ner", "lemmatizer"])
     except OSError as error:
         raise ValueError(
-            f"{model!r} is no installed spaCy pipeline: python -m spacy download {model}, or give a folder with one."
+            f"spaCy pipeline {model!r} is not installed: run python -m spacy download {model}, or pass its folder."
         ) from error
     if not pipeline("a dog").has_annotation("POS"):
         raise ValueError(
-            f"the spaCy pipeline {model!r} does not tell parts of speech; choose one that does, such as en_core_web_sm."
+            f"spaCy pipeline {model!r} does not tag parts of speech; choose one that does, such as en_core_web_sm."
         )
     return pipeline
 
 
 def _sample(items: Sequence[str], count: int, rng: np.random.Generator) -> list[str]:
-    """`count` of the items in random order, all of them where there are fewer."""
+    """Up to `count` of the items, in random order."""
     return [items[index] for index in rng.permutation(len(items))[:count]]

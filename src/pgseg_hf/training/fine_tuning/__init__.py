@@ -1,1 +1,1 @@
-"""`pgseg train`: a checkpoint fine-tuned on a folder of photos, with a report."""
+"""`pgseg train`: fine-tunes a checkpoint on a folder of photos and writes a report."""

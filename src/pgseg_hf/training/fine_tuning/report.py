@@ -1,4 +1,4 @@
-"""The report of `pgseg train`: the checkpoint before and after on photos that were held out, and what would help."""
+"""The report of `pgseg train`: metrics on held-out photos before and after fine-tuning, and advice."""
 
 import argparse
 from collections import Counter
@@ -29,9 +29,9 @@ logger = logging.get_logger(__name__)
 
 REPORT_NAME, JSON_NAME, PICTURES_NAME = "report.md", "report.json", "report"
 FEW_PHOTOS = 10
-"""Below so many photos to train on a label counts as one with too few."""
+"""A label with fewer training photos than this counts as having too few."""
 NEARLY_ALL = 0.9
-# A pair of labels is told apart by chance with 0.5, without a mistake with 1.
+# Minimum share of correctly ordered photos for a pair of labels; 0.5 is chance, 1 is perfect.
 TOLD_APART = 0.6
 LEAST_TO_JUDGE = 3
 MOST_COMPARED = 60
@@ -48,7 +48,7 @@ def write_report(
     masks: MaskDataset | None,
     results: dict[str, Any],
 ) -> dict[str, Any]:
-    """Measures both models and writes `report.md`, `report.json` and images; returns the content of the JSON."""
+    """Evaluates both models and writes `report.md`, `report.json` and images; returns the content of the JSON."""
     output, device = args.output, results["device"]
     segmenters = {
         "before": load_segmenter(args.model, device=device),
@@ -96,8 +96,8 @@ def score_photos(
     texts: Sequence[str],
     are_labels: bool,
 ) -> tuple[np.ndarray, list[Record]]:
-    """`logits_per_image` of photos as segmentation sees them, [photos, texts], and the photos that could be read;
-    the others are added to those that are left out."""
+    """`logits_per_image` [photos, texts] of the photos, preprocessed as for segmentation, and the photos that could be
+    read. The others are added to `photos.left_out`."""
     model, processor = segmenter.model, segmenter.processor
     if are_labels:
         embeds = segmenter.class_embeddings(texts)
@@ -119,8 +119,7 @@ def score_photos(
 
 
 def average_precisions(scores: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """Of each text, over the photos ordered by their score: the mean precision at the photos that have it, [texts]. NaN
-    for a text that all photos have or none."""
+    """The average precision of each text over the photos, [texts]. NaN for a text that all photos have, or none."""
     order = np.argsort(-scores, axis=0, kind="stable")
     hits = np.take_along_axis(targets, order, axis=0)
     precision = np.cumsum(hits, axis=0) / np.arange(1, len(hits) + 1)[:, None]
@@ -130,15 +129,13 @@ def average_precisions(scores: np.ndarray, targets: np.ndarray) -> np.ndarray:
 
 
 def precision_by_chance(targets: np.ndarray) -> float | None:
-    """The mean average precision of a random order of many photos, of the texts that [`average_precisions`] judges;
-    None where it judges none."""
+    """The mean average precision by chance, over the texts for which [`average_precisions`] is not NaN, else None."""
     is_judged = targets.any(axis=0) & ~targets.all(axis=0)
     return float(targets.mean(axis=0)[is_judged].mean()) if is_judged.any() else None
 
 
 def image_figures(scores: np.ndarray, targets: np.ndarray, precisions: np.ndarray) -> dict[str, float]:
-    """`mean_average_precision`, and `top1`: photos whose best text is one of theirs. NaN where there is nothing to
-    count."""
+    """`mean_average_precision`, and `top1`: the share of photos whose best text is one of theirs. NaN without data."""
     judged = precisions[np.isfinite(precisions)]
     best = targets[np.arange(len(scores)), scores.argmax(axis=1)] if scores.size else np.zeros(0)
     return {
@@ -148,7 +145,7 @@ def image_figures(scores: np.ndarray, targets: np.ndarray, precisions: np.ndarra
 
 
 def find_masks(args: argparse.Namespace, held_out: Sequence[Record]) -> MaskDataset | None:
-    """The masks of `--masks`, or of the held-out photos where their folder has any."""
+    """The masks from `--masks`, or those of the held-out photos if their folder has masks."""
     if args.masks is not None:
         return MaskFolder(args.masks)
     if find_metadata(args.photos) is None and not (args.photos / "masks").is_dir():
@@ -157,7 +154,7 @@ def find_masks(args: argparse.Namespace, held_out: Sequence[Record]) -> MaskData
         folder = MaskFolder(args.photos)
     except ValueError as error:
         if (args.photos / "masks").is_dir():
-            logger.warning(f"mIoU is left out: {error}")
+            logger.warning(f"mIoU is not computed: {error}")
         return None
     names = {normpath(args.photos / photo.name) for photo in held_out}
     found = [each for each in folder.images if normpath(str(each.image)) in names]
@@ -165,7 +162,7 @@ def find_masks(args: argparse.Namespace, held_out: Sequence[Record]) -> MaskData
 
 
 def mask_figures(segmenter: Segmenter, masks: MaskDataset) -> dict[str, float]:
-    """`mean_iou` and `pixel_accuracy`; with a threshold of 0.5 where the masks have a background."""
+    """`mean_iou` and `pixel_accuracy`, with a background threshold of 0.5 if the masks have a background."""
     options = SegmentationOptions(background_threshold=None if masks.background is None else 0.5)
     found = evaluate_masks(segmenter, masks, MaskOptions(options, skip_broken=True)).to_dict()
     return {name: found[name] for name in ("mean_iou", "pixel_accuracy")}
@@ -191,8 +188,8 @@ def _rows_of_labels(
 def confused_labels(
     scores: np.ndarray, targets: np.ndarray, labels: Sequence[str]
 ) -> list[tuple[str, str, float]]:
-    """Pairs of labels that the scores tell apart no better than by chance, among photos that have one of the two, with
-    the share of pairs of such photos that are in the right order; the worst first."""
+    """Pairs of labels that the scores barely distinguish, worst first. The third value is the share of photo pairs, one
+    with only the first label and one with only the second, that the difference of the two scores orders correctly."""
     found = []
     for one, other in combinations(range(min(len(labels), MOST_COMPARED)), 2):
         ahead = scores[:, one] - scores[:, other]
@@ -206,7 +203,7 @@ def confused_labels(
 
 
 def labels_always_together(photos: Sequence[Record]) -> list[list[str]]:
-    """Groups of labels that all photos have together or not at all."""
+    """Groups of labels that always occur together."""
     of_label: dict[str, list[str]] = {}
     for photo in photos:
         for label in photo.tags:
@@ -223,12 +220,12 @@ def draw_pictures(
     labels: Sequence[str],
     output: Path,
 ) -> list[str]:
-    """Held-out photos beside their masks before and after, spread over all; returns the files, relative to `output`."""
+    """Draws evenly spaced held-out photos, segmented before and after training; returns files relative to `output`."""
     names: list[str] = []
     count = min(_PICTURES, len(measured))
     most_common = labels[:_LABELS_OF_A_PICTURE]
     for photo in [measured[number * len(measured) // count] for number in range(count)]:
-        # In one order, so that a label has one colour in all images.
+        # Keep the order of the labels, so that each has the same colour in all images.
         words = [label for label in labels if label in photo.tags or label in most_common]
         words = words or _known_words(photo, segmenters["before"])
         if not words:
@@ -244,7 +241,7 @@ def draw_pictures(
 
 def _masks(segmenters: Any, image: Image.Image, words: Sequence[str]) -> Iterator[Image.Image]:
     for segmenter in segmenters:
-        # Where the checkpoint knows other words, these show what is none of the labels.
+        # If the checkpoint has a vocabulary, its other words reveal what is not one of the labels.
         has_others = segmenter.processor.vocabulary and BACKGROUND not in map(str.casefold, words)
         result = segmenter(
             image, words, SegmentationOptions(background_threshold=0.5 if has_others else None)
@@ -254,45 +251,41 @@ def _masks(segmenters: Any, image: Image.Image, words: Sequence[str]) -> Iterato
 
 
 def _known_words(photo: Record, segmenter: Segmenter) -> list[str]:
-    """Words of the checkpoint that stand in a photo's captions."""
+    """Words of the checkpoint's vocabulary that occur in a photo's captions."""
     text = f" {' '.join(photo.captions).casefold()} "
     return [word for word in segmenter.processor.vocabulary or () if f" {word.casefold()} " in text]
 
 
 def advice(report: dict[str, Any], count: int) -> list[str]:
-    """Sentences on what the photos and labels would need for a better result."""
+    """Sentences on how to improve the photos and labels for a better result."""
     found = []
     before, after = (report[name]["mean_average_precision"] for name in ("before", "after"))
     if not after > before:
         found.append(
-            "Training did not help by this measure: go on with the checkpoint that it started from, or mend what "
-            "follows."
+            "Training did not improve the mean average precision: keep using the original checkpoint, or fix the "
+            "problems below."
         )
     rows = report.get("labels", {})
     few = {label: row["train"] for label, row in rows.items() if row["train"] < FEW_PHOTOS}
     if few:
         named = _shown([f"{label} ({number})" for label, number in few.items()])
-        found.append(f"Labels with fewer than {FEW_PHOTOS} photos to learn from, which need more: {named}.")
+        found.append(f"Labels with fewer than {FEW_PHOTOS} training photos, add more: {named}.")
     if unmeasured := [label for label, row in rows.items() if not row["held_out"]]:
-        found.append(
-            f"Labels without a held-out photo, so that nothing is known of them: {_shown(unmeasured)}."
-        )
+        found.append(f"Labels without a held-out photo, which cannot be evaluated: {_shown(unmeasured)}.")
     many = [label for label, row in rows.items() if row["train"] + row["held_out"] > NEARLY_ALL * count]
     if many:
-        found.append(f"Labels on nearly every photo, which need photos without them: {_shown(many)}.")
+        found.append(f"Labels on nearly every photo, add photos without them: {_shown(many)}.")
     if pairs := report.get("never_told_apart"):
         named = _shown([f"{one} and {other}" for one, other, _ in pairs])
-        found.append(f"Labels that are not told apart, which need more photos with one of the two: {named}.")
+        found.append(f"Labels that are confused, add more photos with only one of the two: {named}.")
     if groups := report.get("always_together"):
         named = _shown([" and ".join(group) for group in groups])
-        found.append(
-            f"Labels that no photo has without the other, so that no photo tells which is which: {named}."
-        )
+        found.append(f"Labels that always occur together, add photos with only one of them: {named}.")
     for reason, names in report["left_out"].items():
-        found.append(f"Left out, {reason}: {len(names)} ({_shown(names, 3)}).")
+        found.append(f"Skipped, {reason}: {len(names)} ({_shown(names, 3)}).")
     if report["photos"]["held_out"] < 50:
         found.append(
-            f"The figures are of {report['photos']['held_out']} held-out photos: with so few they say little."
+            f"The metrics are based on only {report['photos']['held_out']} held-out photos, so they are imprecise."
         )
     return found
 
@@ -303,38 +296,38 @@ def _shown(names: Sequence[str], most: int = _SHOWN) -> str:
 
 
 def to_markdown(report: dict[str, Any], args: argparse.Namespace) -> str:
-    """The report for people."""
+    """The report as Markdown."""
     counts, kind = report["photos"], report["kind"]
     lines = [
         f"# {args.output.resolve().name}",
         "",
-        f"Fine-tuned on {counts['train']:,} photos by their {kind}, {report['steps']} steps in "
-        f"{report['seconds'] / 60:.1f} minutes; measured on {counts['held_out']} held-out photos:",
+        f"Fine-tuned on {counts['train']:,} photos with {kind}, {report['steps']} steps in "
+        f"{report['seconds'] / 60:.1f} minutes; evaluated on {counts['held_out']} held-out photos:",
         "",
         "| | before | after |",
         "|---|---|---|",
     ]
     called = {
         "mean_average_precision": f"mean average precision of the {kind} "
-        f"(by chance {_number(report['by_chance'])})",
-        "top1": f"photos whose best of all {kind} is right",
-        "mean_iou": "mIoU of the masks",
-        "pixel_accuracy": "pixels named right",
+        f"(chance: {_number(report['by_chance'])})",
+        "top1": f"top-1 accuracy of the {kind}",
+        "mean_iou": "mIoU",
+        "pixel_accuracy": "pixel accuracy",
     }
     for name, words in called.items():
         if name in report["after"]:
             values = (_number(report[when][name]) for when in ("before", "after"))
             lines.append(f"| {words} | {' | '.join(values)} |")
-    lines += ["", "Held-out photos; uncoloured is what fits words other than the labels better:", ""]
+    lines += ["", "Held-out photos. Regions without colour match other words better than the labels:", ""]
     lines += [f"![]({name})\n" for name in report["pictures"]]
     lines += [
-        "## What would make it better",
+        "## How to improve the result",
         "",
-        *(f"- {each}" for each in report["advice"] or ["Nothing found."]),
+        *(f"- {each}" for each in report["advice"] or ["No problems found."]),
     ]
     if rows := report.get("labels"):
         lines += ["", "## Average precision of each label", ""]
-        lines += ["| label | photos to train on | held out | before | after |", "|---|---|---|---|---|"]
+        lines += ["| label | training photos | held out | before | after |", "|---|---|---|---|---|"]
         for label, row in rows.items():
             name = label.replace("|", "\\|")
             figures = f"{_number(row['before'])} | {_number(row['after'])}"

@@ -1,5 +1,4 @@
-"""What `pgseg train` does: a checkpoint fine-tuned on a folder of labelled photos, with settings that fit their number,
-and measured before and after on photos that were held out."""
+"""Fine-tunes a checkpoint for `pgseg train` on labelled photos and evaluates it on held-out ones before and after."""
 
 import argparse
 import hashlib
@@ -35,20 +34,20 @@ _SPLIT = "split"
 
 
 def fine_tune(args: argparse.Namespace) -> dict[str, Any]:
-    """Trains, or goes on with training, and writes the model and its report into the output folder.
+    """Trains or resumes training, and writes the model and its report to the output folder.
 
     Args:
-        args: of `pgseg train`, checked.
+        args: checked arguments of `pgseg train`.
 
     Returns:
-        The content of `report.json`, and `done_before`: whether an earlier call had written it.
+        The content of `report.json`, and `done_before`: whether it had been written by an earlier call.
 
     Raises:
-        ValueError: photos or labels that cannot be trained on, or an output folder with another model.
+        ValueError: if the photos or labels cannot be used, or the output folder contains another model.
     """
     output = args.output
     if args.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device is cuda, and torch finds no GPU; leave it out for the CPU.")
+        raise ValueError("--device is cuda, but torch finds no GPU; omit it to use the CPU.")
     photos = read_photos(args.photos, args.labels_from, leave_out=output)
     _refuse_too_few(photos)
     config = PGSegConfig.from_pretrained(args.model)
@@ -57,7 +56,7 @@ def fine_tune(args: argparse.Namespace) -> dict[str, Any]:
         _clean_up(output)
         return read_json(output / JSON_NAME) | {"done_before": True}
     train, held_out = split_photos(photos.photos, args.held_out, args.seed)
-    masks = find_masks(args, held_out)  # may refuse a folder, which is to be known before training
+    masks = find_masks(args, held_out)  # raises for an invalid folder, so call it before training
     resume = "latest" if (output / RECORD_NAME).is_file() else None
     write_json(record, output / RECORD_NAME)
     for name, part in (("train", train), ("held-out", held_out)):
@@ -80,8 +79,8 @@ def fine_tune(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def competing_words(model: str, config: PGSegConfig) -> list[str]:
-    """Words that the checkpoint knows. They compete for the patches, as in segmentation, and have no loss of their own:
-    without them an image's one label learns to cover all of it."""
+    """The checkpoint's vocabulary. Its words compete for the patches, as in segmentation, but have no loss themselves.
+    Without them, the only label of an image would learn to cover all of it."""
     if not config.pooling.words_compete:
         return []
     return PGSegProcessor.from_pretrained(model).vocabulary or []
@@ -91,19 +90,19 @@ def _refuse_too_few(photos: LabelledPhotos) -> None:
     count, labels = len(photos.photos), photos.count_labels()
     if count < LEAST_PHOTOS:
         raise ValueError(
-            f"{photos.folder} has {count} photos with a label (from {photos.source}), expected {LEAST_PHOTOS} at "
-            "least, better 20 or more for each label."
+            f"{photos.folder} has {count} photos with a label (from {photos.source}), expected at least {LEAST_PHOTOS} "
+            "in total, and preferably 20 or more per label."
         )
     if len(labels) == 1 and not any(photo.captions for photo in photos.photos):
         raise ValueError(
-            f"{photos.folder}: all {count} photos have the one label {next(iter(labels))!r} (from {photos.source}), "
-            "expected two or more: a label is learned by what sets it apart."
+            f"{photos.folder}: all {count} photos have the same label {next(iter(labels))!r} (from {photos.source}), "
+            "expected at least two labels: a label is learned by comparison with others."
         )
 
 
 def split_photos(photos: list[Record], share: float, seed: int) -> tuple[list[Record], list[Record]]:
-    """Photos to train on, and photos held out: a share of the photos of each label, rare labels first. A label of a
-    single photo is trained on."""
+    """Splits the photos into training and held-out photos. A share of each label's photos is held out, rare labels
+    first. If a label has only one photo, that photo is used for training."""
     order = np.random.default_rng(seed).permutation(len(photos)).tolist()
     most = max(1, min(round(share * len(photos)), MOST_HELD_OUT))
     wanted = most / len(photos)
@@ -135,7 +134,7 @@ def split_photos(photos: list[Record], share: float, seed: int) -> tuple[list[Re
 def choose_arguments(
     args: argparse.Namespace, config: PGSegConfig, count: int, has_labels: bool, resume: str | None
 ) -> Arguments:
-    """Settings for a number of photos, on the features of a frozen backbone where the checkpoint has one."""
+    """Training arguments for `count` photos. A frozen backbone's features are cached."""
     batch = max(2, min(LARGEST_BATCH, count // 3))
     steps = args.steps or max(60, min(1500, math.ceil(15 * count / batch)))
     frozen = config.vision_config.backbone_config is not None and config.vision_config.freeze_backbone
@@ -176,7 +175,7 @@ def choose_arguments(
 
 
 def _record(args: argparse.Namespace, photos: LabelledPhotos) -> dict[str, Any]:
-    """What a run depends on."""
+    """Everything that a run depends on."""
     digest = hashlib.sha256()
     for photo in photos.photos:
         state = (photos.folder / photo.name).stat()
@@ -192,10 +191,10 @@ def _record(args: argparse.Namespace, photos: LabelledPhotos) -> dict[str, Any]:
 
 
 def _is_known(record: dict[str, Any], output: Path, overwrite: bool) -> bool:
-    """Whether the output folder has the result already. What is to be overwritten is made to be no run's any more.
+    """Whether the output folder already has the result. With `overwrite`, files of an earlier run are deleted.
 
     Raises:
-        ValueError: it has another run.
+        ValueError: if the folder belongs to another run.
     """
     way_out = "Choose another --output, or pass --overwrite."
     is_same = is_same_run(output / RECORD_NAME, record, way_out, overwrite)
@@ -210,7 +209,7 @@ def _is_known(record: dict[str, Any], output: Path, overwrite: bool) -> bool:
 
 
 def _clean_up(output: Path) -> None:
-    """Takes away what was only for going on."""
+    """Deletes the files that are only needed to resume."""
     folder = features_folder(output)
     for path in (*folder.glob("[0-9][0-9]-*"), *output.glob("checkpoint-*")):
         shutil.rmtree(path)
