@@ -160,11 +160,11 @@ def test_the_numbers_of_groups_do_not_matter(sample, order):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"truth": HALVES[:3]}, r"\(4, 4\) and the truth \(3, 4\)"),
-        ({"groups": HALVES[:0], "truth": HALVES[:0]}, "expected the same"),
+        ({"truth": HALVES[:3]}, r"\(4, 4\) .*truth \(3, 4\)"),
+        ({"groups": HALVES[:0], "truth": HALVES[:0]}, r"\(0, 4\)"),
         ({"groups": HALVES + 3}, "groups has values from 3 to 4, expected 0 to 3"),
         ({"groups": HALVES - 1}, "groups has values from -1"),
-        ({"truth": HALVES + 2}, "the truth has values from 2 to 3, expected 0 to 2"),
+        ({"truth": HALVES + 2}, "truth has values from 2 to 3, expected 0 to 2"),
     ],
 )
 def test_errors_count_nothing(changed, message):

@@ -121,7 +121,7 @@ class TestFolders:
         assert found_in(open_imagenet(str(tmp_path), "train")) == [(1, 0)]
 
     def test_clear_errors(self, tmp_path):
-        with pytest.raises(ValueError, match="nowhere is no folder"):
+        with pytest.raises(ValueError, match="nowhere is not a folder"):
             open_imagenet(str(tmp_path / "nowhere"))
         with pytest.raises(ValueError, match="holds no images"):
             open_imagenet(str(tmp_path))
