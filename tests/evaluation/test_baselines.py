@@ -123,7 +123,7 @@ def test_prior_of_masks_knows_the_places(tmp_path):
 
 
 def test_streams_have_no_prior(tmp_path):
-    with pytest.raises(ValueError, match=r"is a stream, expected a folder with metadata"):
+    with pytest.raises(ValueError, match=r"is a stream"):
         position_prior(numbered_shards(tmp_path / "shards", [2]), ["sky"], WHOLE)
 
 

@@ -94,7 +94,7 @@ class TestEveryBenchmark:
 
     def test_places_and_splits(self, name, tmp_path):
         layout = LAYOUTS[name]
-        with pytest.raises(ValueError, match="does not hold") as caught:
+        with pytest.raises(ValueError, match="does not contain") as caught:
             open_benchmark(name, tmp_path)
         for number, root in enumerate(BENCHMARKS[name].roots):
             assert str(tmp_path / root) in str(caught.value)
@@ -240,7 +240,7 @@ def test_hidden_files_are_no_images(tmp_path):
 def test_names_that_are_no_benchmarks(tmp_path):
     with pytest.raises(ValueError, match=r"benchmark is 'vok', expected one of voc, .*lvis, folder"):
         open_benchmark("vok", tmp_path)
-    with pytest.raises(ValueError, match="background is 'sky', but voc has its own"):
+    with pytest.raises(ValueError, match="background is 'sky', but voc"):
         open_benchmark("voc", tmp_path, background="sky")
     folder = make_folder(tmp_path / "own", [np.zeros((8, 8))])
     dataset = open_benchmark("folder", folder, background="road")

@@ -162,7 +162,7 @@ def test_thresholds_as_text(text, expected):
 
 @pytest.mark.parametrize("text", ["a", "0.1:0.5", "0.5:0.1:0.1", "0.1:0.5:0", "0.1:0.2:0.1:1", ""])
 def test_thresholds_that_make_no_sense(text):
-    with pytest.raises(ValueError, match="expected FROM:TO:STEP or numbers with commas"):
+    with pytest.raises(ValueError, match="expected FROM:TO:STEP"):
         parse_thresholds(text)
 
 
@@ -206,7 +206,7 @@ def test_a_part_of_the_images_in_another_type(evaluate):
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        (["--background", "moon"], "background 'moon' is none of the labels"),
+        (["--background", "moon"], "background 'moon' is not one of"),
         (["--background-threshold", "2"], "background_threshold is 2.0"),
         (["--thresholds", "high"], "thresholds are 'high'"),
         (["--thresholds", "0.5:3:1", "--background-threshold", "0.5"], "a threshold is 1.5"),
@@ -230,10 +230,10 @@ def test_data_that_are_not_there(evaluate, tmp_path, capsys, monkeypatch):
     """They are refused before a model is loaded."""
     monkeypatch.setattr(command, "load_segmenter", lambda *_, **__: pytest.fail("a model is loaded"))
     for extra, asked, message in (
-        ([], {"path": tmp_path / "nowhere"}, "nowhere is no folder"),
-        ([], {"benchmark": "voc"}, "does not hold Pascal VOC"),
+        ([], {"path": tmp_path / "nowhere"}, "nowhere is not a folder"),
+        ([], {"benchmark": "voc"}, "does not contain Pascal VOC"),
         (["--split", "minival"], {"benchmark": "voc"}, "has no split 'minival'"),
-        (["--split", "test"], {}, "has no folder 'test' for that split, expected one of images, masks"),
+        (["--split", "test"], {}, "has no folder 'test'"),
         (["--protocol", "no_such"], {}, "protocol is 'no_such', expected one of pgseg"),
         ([], {"path": f"hub:{tmp_path}"}, "hub:NAME has no labels"),
     ):
@@ -280,7 +280,7 @@ def test_masks_of_0_and_255(evaluate, tmp_path, capsys):
     assert code == 0 and (content["ignored_share"], content["warnings"]) == (0, [])
     assert content["settings"]["mask_values"] == "0=background,255=sky"
     assert evaluate("--mask-values", "0=sky", benchmark="voc")[0] == 2
-    assert "--mask_values is '0=sky', but voc" in capsys.readouterr().err
+    assert "--mask_values is '0=sky'" in capsys.readouterr().err
 
 
 def test_labels_with_signs_stay_in_their_cells():

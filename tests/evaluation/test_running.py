@@ -155,7 +155,7 @@ def test_parts_without_a_record_are_left_alone(tmp_path, folder, content):
     record.unlink() if content is None else record.write_text(content)
     before = sorted((tmp_path / "out" / "parts").iterdir())
     for overwrite in (False, True):
-        with pytest.raises(ValueError, match=r"parts is there|run.json cannot be read"):
+        with pytest.raises(ValueError, match=r"parts exists|run.json cannot be read"):
             Output(tmp_path / "out", RECORD, overwrite).prepare()
     assert sorted((tmp_path / "out" / "parts").iterdir()) == before
 
