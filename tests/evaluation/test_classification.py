@@ -75,7 +75,7 @@ def found_in(classes):
 
 
 def write_class_folders(root, names):
-    """Image number i in the folder names[i]."""
+    """Writes image i to the folder names[i]."""
     for number, name in enumerate(names):
         (root / name).mkdir(parents=True, exist_ok=True)
         (root / name / f"ILSVRC2012_val_{number:08d}.png").write_bytes(image_bytes(number))

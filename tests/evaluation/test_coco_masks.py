@@ -1,4 +1,4 @@
-"""Masks from polygons and run lengths as COCO's annotations store them."""
+"""Decoding of polygons and run lengths in COCO's formats."""
 
 import sys
 
@@ -31,8 +31,8 @@ def test_polygons_are_united():
     ("text", "expected"),
     [
         ("", []),
-        ("`0", [16]),  # bit 4 alone would say negative
-        ("T3X13oN", [100, 40, 3, 7]),  # the last is 7 - 40 = -33 in two characters
+        ("`0", [16]),  # bit 4 alone would mean a negative number
+        ("T3X13oN", [100, 40, 3, 7]),  # the last number is 7 - 40 = -33, in two characters
     ],
 )
 def test_compressed_numbers(text, expected):
@@ -64,7 +64,7 @@ def test_compressed_run_lengths_of_pycocotools():
         ({"size": [4, 5], "counts": [25, -5]}, "run lengths are"),
         ({"size": [4, 5], "counts": [20.0]}, "run lengths are"),
         ({"size": [4, 5]}, "None"),
-        # What pycocotools would read past the end of, or take for something.
+        # Strings that pycocotools reads beyond the end, or accepts.
         *(({"size": [4, 5], "counts": text}, text) for text in ("5z", "5/", "5é", "T", "oooooooo0")),
     ],
 )

@@ -1,4 +1,4 @@
-"""Folders with masks: what is found, what is refused."""
+"""Folders with masks: layouts and errors."""
 
 import json
 
@@ -140,7 +140,7 @@ def test_colours_and_values_that_do_not_count(tmp_path):
         folder = MaskFolder(path, mask_values=parse_mask_values("#0000FF=road, #ff8000=sky,#000000="))
         truth = folder.truth(folder.images[0])
         assert (truth == [1, 0, folder.ignore_index]).all() and folder.ignore_index not in (0, 1)
-    # Over white, as photos are laid, what is transparent would have a colour.
+    # Blended over white, as images are, transparent pixels would have a colour.
     for value in ("#ffffff=sky,#000000=", "#000000=sky"):
         Image.new("RGBA", (6, 6), (0, 0, 0, 0)).save(path / "masks" / "000.png")
         folder = MaskFolder(path, mask_values=parse_mask_values(value))

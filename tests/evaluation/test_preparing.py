@@ -1,4 +1,4 @@
-"""Masks made from what benchmarks' downloads hold: annotations of COCO's kinds, and maps of other values."""
+"""Masks made from benchmark downloads: COCO-style annotations, and maps with other values."""
 
 import json
 from pathlib import Path
@@ -59,9 +59,9 @@ def write_instances(root: Path, images: list, annotations: list) -> None:
 class TestCocoObject:
     def test_crowds_lie_below_and_small_instances_on_top(self, tmp_path):
         annotations = [
-            instance(2, BLOCK_POLYGON, area=4),  # bicycle, on top though first
+            instance(2, BLOCK_POLYGON, area=4),  # bicycle, on top although it comes first
             instance(1, box_polygon(0, 0, 4, 4), area=16, iscrowd=0),
-            # A crowd of toothbrushes, below all in spite of its area.
+            # A crowd of toothbrushes, below all others despite its small area.
             instance(90, {"size": [HEIGHT, WIDTH], "counts": [8, 12]}, area=0.5, iscrowd=1),
         ]
         write_instances(tmp_path, [image(name="000000000139.jpg"), image(2, "b.jpg")], annotations)
@@ -94,7 +94,7 @@ class TestCocoObject:
         before = files(tmp_path)
         assert counts(prepare_coco_object(tmp_path)) == (0, 3)
         assert files(tmp_path) == before
-        # Other annotations than those of the masks that are there.
+        # The annotations have changed since the masks were made.
         (folder / "c_instanceTrainIds.png").unlink()
         write_instances(tmp_path, images, good[:1])
         before = files(tmp_path)
@@ -174,7 +174,7 @@ class TestStuffthingmaps:
         assert source_of_coco_object(tmp_path, "val2017") == "stuffthingmaps"
         with pytest.raises(ValueError, match="masks made from the stuffthingmaps; remove them"):
             prepare_coco_object(tmp_path)
-        # Of masks that were there before it says nothing.
+        # The source of masks that already existed is unknown.
         (folder / "instanceTrainIds.txt").unlink()
         write_mask(self.RAW, folder / "c.png")
         assert counts(prepare_coco_object_from_stuff(tmp_path)) == (1, 1)

@@ -1,4 +1,4 @@
-"""Protocols: the published numbers, files of one's own, and that the segmenter does what they say."""
+"""Protocols: published values, custom files, and their effect on the segmenter."""
 
 from dataclasses import replace
 
@@ -10,7 +10,7 @@ from pgseg_hf.evaluation import MaskDataset
 from pgseg_hf.evaluation.benchmarks.catalogue import BENCHMARKS
 from pgseg_hf.evaluation.protocols import PROTOCOLS, load_protocol
 
-# The released configurations' values; the unified protocol has one for all.
+# Values of the released configurations; the unified protocol has a single value.
 IMAGENET_S = ("imagenet_s50", "imagenet_s300", "imagenet_s919")
 THRESHOLDS = {
     "pgseg": {

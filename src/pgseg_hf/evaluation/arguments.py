@@ -25,11 +25,7 @@ _EVALUATE: dict[str, dict[str, dict[str, Any]]] = {
         | {"help": ", ".join(BENCHMARK_NAMES)},
         "--data": {"required": True, "help": "the benchmark's folder, or hub:NAME for a data set on the Hub"},
         "--split": {"help": "split (default: val); for folder: a subfolder (default: the folder itself)"},
-        "--limit": {
-            "type": int,
-            "metavar": "N",
-            "help": "evaluate N images, evenly spaced over the data set",
-        },
+        "--limit": {"type": int, "metavar": "N", "help": "evaluate only N evenly spaced images"},
         "--background": {"metavar": "LABEL", "help": "for folder: the label that means background"},
         "--mask-values": {
             "metavar": "VALUE=LABEL,...",
@@ -38,9 +34,7 @@ _EVALUATE: dict[str, dict[str, dict[str, Any]]] = {
         },
         "--image-column": {"help": "for hub:NAME: image column (default: the usual names)"},
         "--mask-column": {"help": "for hub:NAME: mask column (default: mask)"},
-        "--label-column": {
-            "help": "for imagenet in shards or hub:NAME: class column (default: cls or label)"
-        },
+        "--label-column": {"help": "for imagenet: class column (default: cls in shards, otherwise label)"},
         "--skip-broken": {**_SWITCH, "help": "log and skip images that cannot be decoded"},
     },
     "protocol": {

@@ -171,7 +171,6 @@ def _source_of_masks(args: argparse.Namespace) -> dict[str, str]:
 
 
 def _open(args: argparse.Namespace) -> MaskDataset:
-    """Opens the requested images."""
     if args.data.startswith("hub:"):
         if args.benchmark == "folder":
             raise ValueError(
@@ -195,7 +194,6 @@ def _open(args: argparse.Namespace) -> MaskDataset:
 
 
 def _protocol(args: argparse.Namespace) -> Protocol:
-    """The protocol with the changes of the command line."""
     protocol = load_protocol(args.protocol or ("checkpoint" if args.benchmark == "folder" else "pgseg"))
     changes: dict[str, Any] = {
         name: value
@@ -209,7 +207,6 @@ def _protocol(args: argparse.Namespace) -> Protocol:
 
 
 def _prior_map(args: argparse.Namespace, segmenter: Segmenter, dataset: MaskDataset) -> np.ndarray | None:
-    """The map of the position prior, if requested."""
     if not args.train:
         return None
     crops = AugmentationOptions(

@@ -116,12 +116,11 @@ class MaskScores(ImageSums):
         return found
 
     def to_dict(self) -> dict[str, Any]:
-        """Metrics as a dictionary; NaN becomes None.
-
-        `mean_iou` skips labels that are neither in the masks nor predicted, `mean_iou_absent_as_zero` counts them as 0.
-        The other keys are `pixel_accuracy`, `mean_accuracy`, `frequency_weighted_iou`, `iou` by label (None for absent
-        labels), `ignored_share` of the ground truth's pixels, `images`, `broken` and `seconds`, and if requested
-        `thresholds`, `best_threshold`, `oracle_mean_iou`, `oracle_pixel_accuracy` and `groups`."""
+        """Metrics by name; NaN becomes None. `mean_iou` skips labels that are neither in the masks nor predicted,
+        `mean_iou_absent_as_zero` counts them as 0. Other keys are `pixel_accuracy`, `mean_accuracy`,
+        `frequency_weighted_iou`, `iou` by label (None if absent), `ignored_share` of the pixels, `images`, `broken` and
+        `seconds`, and if requested `thresholds`, `best_threshold`, `oracle_mean_iou`, `oracle_pixel_accuracy` and
+        `groups`."""
         scores: dict[str, Any] = {
             **self.confusion.figures(),
             "mean_iou_absent_as_zero": self.confusion.mean_iou(absent="zero"),

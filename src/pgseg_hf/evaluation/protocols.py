@@ -1,7 +1,5 @@
-"""Evaluation protocols: sizes, windows, thresholds and templates.
-
-Results are only comparable within a protocol: the same GroupViT weights reach 18.7 or 22.4 mIoU on Pascal Context.
-"""
+"""Evaluation protocols: sizes, windows, thresholds and templates. Results are only comparable within a protocol: the
+same GroupViT weights reach 18.7 or 22.4 mIoU on Pascal Context."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -163,10 +161,9 @@ PROTOCOLS: dict[str, Protocol] = {
 
 
 def load_protocol(name_or_path: str) -> Protocol:
-    """Loads one of `PROTOCOLS`, or a YAML file with fields of [`Protocol`].
-
-    The file's `base` names the protocol of missing fields, "pgseg" by default. Its `background_thresholds` are added to
-    those of the base, but a `background_threshold` replaces them all.
+    """Loads one of `PROTOCOLS`, or a YAML file with fields of [`Protocol`]. The file's `base` names the protocol of
+    missing fields, "pgseg" by default. Its `background_thresholds` are added to those of the base, but a
+    `background_threshold` replaces them all.
 
     Raises:
         ValueError: there is no such protocol or file, or a field is unknown or invalid.

@@ -94,7 +94,7 @@ def _group_colours() -> npt.NDArray[np.uint8]:
 
 
 def _spread(count: int, lightness: tuple[float, float], chroma: tuple[float, float]) -> npt.NDArray[np.uint8]:
-    """The base colours, followed by the colours of a grid that are farthest from all previous ones, uint8 [count, 3]."""
+    """The base colours, then colours of a grid, each the farthest from all previous ones, uint8 [count, 3]."""
     levels = np.linspace(0, 255, 16).round().astype(np.uint8)
     grid = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), axis=-1).reshape(-1, 3)
     light, *opponents = oklab(linear_light(grid)).T

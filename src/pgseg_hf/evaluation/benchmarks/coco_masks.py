@@ -60,9 +60,7 @@ def decompress_run_lengths(text: str) -> list[int]:
         ValueError: the string has an invalid character or ends within a number.
     """
     if not re.fullmatch("([P-o]{0,6}[0-O])*", text):
-        raise ValueError(
-            f"the compressed run lengths are {_shortened(text)}, expected a string in COCO's format."
-        )
+        raise ValueError(f"the compressed run lengths are {_shortened(text)}, expected COCO's format.")
     counts: list[int] = []
     for characters in re.findall("[P-o]*[0-O]", text):
         digits = [ord(character) - 48 for character in characters]

@@ -172,9 +172,7 @@ class MaskFolder(MaskDataset):
         super().__init__(name=folder.resolve().name, images=images, **content)
         if background is not None:
             if background not in self.labels:
-                raise ValueError(
-                    f"background {background!r} is not one of the labels {', '.join(self.labels)}."
-                )
+                raise ValueError(f"background is {background!r}, expected one of {', '.join(self.labels)}.")
             self.background = self.labels.index(background)
         require_files(self)
 
@@ -212,11 +210,7 @@ def parse_mask_values(text: str) -> dict[str, str | None]:
 
 
 def _label_table(mask_values: Mapping[str, str | None], content: dict) -> dict:
-    """`label_of_value`, `rgb_weights` and `ignore_index` for `mask_values`.
-
-    Raises:
-        ValueError: a value is invalid, values and colours are mixed, or a label is unknown.
-    """
+    """`label_of_value`, `rgb_weights` and `ignore_index` for `mask_values`."""
     is_colour = all(str(value).startswith("#") for value in mask_values)
     unknown = -1 if content["ignore_index"] is None else content["ignore_index"]
     table = {}
@@ -233,7 +227,7 @@ def _label_table(mask_values: Mapping[str, str | None], content: dict) -> dict:
 
 
 def _read_labels(folder: Path, mask_values: Mapping[str, str | None] | None) -> dict:
-    """Reads the labels, the background, synonyms and the table of the masks' values."""
+    """Fields of [`MaskDataset`] from `labels.json` and `mask_values`."""
     path = find_mask_labels([folder])
     if path is not None:
         content = read_mask_labels(path)

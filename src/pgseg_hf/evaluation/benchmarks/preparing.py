@@ -113,8 +113,7 @@ def source_of_coco_object(root: Path, split: str) -> str | None:
 
 
 def _coco_object_marker(root: Path, split: str, source: str) -> tuple[Path, str]:
-    """The file that records the source of masks, and its text. COCO-Object's two sources give different masks and are
-    not mixed."""
+    """The file that records the source of masks, and its text. Masks of different sources are not mixed."""
     known = source_of_coco_object(root, split)
     path = root / "annotations" / split / _MARKER
     if known not in (None, source):
@@ -364,11 +363,7 @@ def _write_masks(
     marker: tuple[Path, str] | None = None,
 ) -> PreparationSummary:
     """Writes missing masks, then the sorted listings, so that the masks of an existing listing are complete. The
-    marker, a file and its text, is written before the first mask, unless masks of unknown source exist.
-
-    Raises:
-        ValueError: two masks have the same name, or a mask was made from a file that has changed since.
-    """
+    marker, a file and its text, is written before the first mask, unless masks of unknown source exist."""
     start = time.monotonic()
     name, count = Counter(job.target for job in jobs).most_common(1)[0] if jobs else (None, 0)
     if count > 1:

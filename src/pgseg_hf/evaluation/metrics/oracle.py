@@ -16,10 +16,8 @@ from .confusion import IGNORE_INDEX
 def oracle_map(
     image: ScoredImage, truth: np.ndarray, num_labels: int, ignore_index: int | None = IGNORE_INDEX
 ) -> np.ndarray:
-    """The label map in which each group of each window has its majority label (the lowest one in case of a tie).
-
-    Windows are merged as usual. The gap to the model's own result is due to wrong labels, the remaining errors are due
-    to the groups.
+    """The label map in which each group of each window has its majority label (the lowest one in case of a tie). The
+    gap to the model's own result is due to wrong labels, the remaining errors are due to the groups.
 
     Args:
         image: groups and windows of the image.
