@@ -126,7 +126,7 @@ class Asked:
         is_number = isinstance(side, (int, float)) and math.isfinite(side) and side == int(side)
         if not (is_number and (side == 0 or MIN_SHORT_SIDE <= side <= MAX_SHORT_SIDE)):
             raise ValueError(
-                f"short_side is {side!r}; expected 0 for the model's own size, or an integer from "
+                f"short_side is {side!r}, expected 0 for the model's own size, or an integer from "
                 f"{MIN_SHORT_SIDE} to {MAX_SHORT_SIDE} pixels."
             )
         options = SegmentationOptions(

@@ -90,7 +90,7 @@ def read_settings(arguments: Sequence[str] | None = None) -> Settings:
     found = vars(parser.parse_args(arguments))
     for name, value in found.items():
         if type(value) is int and value < 1:
-            parser.error(f"{name} is {value}; expected at least 1")
+            parser.error(f"{name} is {value}, expected at least 1")
     return Settings(**found | {"models": tuple(found["models"])})
 
 
