@@ -146,7 +146,7 @@ class MaskFolder(MaskDataset):
     Args:
         path: the folder.
         background: label of the background; overrides `labels.json`.
-        mask_values: labels by mask value; overrides `labels.json`, or replaces the file if there is none.
+        mask_values: labels by mask value; overrides `labels.json`. Without that file, it also defines the labels.
 
     Raises:
         ValueError: a file is missing or invalid.

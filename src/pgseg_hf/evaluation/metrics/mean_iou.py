@@ -93,9 +93,7 @@ class MeanIoU(evaluate.Metric):
             and `per_category_accuracy` [N], NaN for absent labels.
         """
         if kwargs:
-            raise ValueError(
-                f"unknown arguments {', '.join(kwargs)}; pass options when the metric is created."
-            )
+            raise ValueError(f"unknown arguments {', '.join(kwargs)}; pass options to the constructor.")
         if predictions is not None or references is not None:
             # A missing one becomes empty, so that zip raises for different lengths; `or` fails for arrays.
             maps = [() if given is None else given for given in (predictions, references)]
