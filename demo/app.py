@@ -1,4 +1,4 @@
-"""A Gradio Space: type words, see masks."""
+"""A Gradio Space that segments images by text labels."""
 
 import contextlib
 import os
@@ -38,28 +38,23 @@ EXAMPLE_LABELS = {
 FIRST = "horses.jpg"  # segmented when the page opens
 WINDOWS = [("sliding window", "sliding"), ("whole image", "whole")]
 SYNONYMS = [("average", "average"), ("best at each place", "best")]
-# The system's own letters: fonts of the web would need a network.
+# System fonts, because web fonts need a network.
 FONTS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"]
 CODE_FONTS = ["ui-monospace", "Consolas", "monospace"]
 INTRODUCTION = """# PGSeg: segment by words
-Type what may be in an image and get a mask for each label. The model learned from images and their texts, never from a
-mask; the one that ships is small, finds large things best, and misses thin ones.
-[Paper](https://arxiv.org/abs/2310.19001) · [Code](https://pypi.org/project/pgseg-hf/), Apache-2.0, after the
+Type what may be in an image and get a mask for each label. The model was trained on images and texts, without masks.
+The bundled model is small: it works best for large objects and misses thin ones.
+[Paper](https://arxiv.org/abs/2310.19001) · [Code](https://pypi.org/project/pgseg-hf/), Apache-2.0, based on the
 [released code](https://github.com/Ferenas/PGSeg) ·
 [Weights](#licence), for research only"""
 
 
-# Components by what they are for, in the order in which handlers take and give their values.
+# Components by purpose, in the order of the handlers' arguments and results.
 Parts = dict[str, list[Any]]
 
 
 class Page(gr.Blocks):
-    """Blocks that fetch nothing from the web: Gradio would fetch a file that a request names by an address, for
-    whichever component, before the component sees it.
-
-    Args:
-        web_files: whether it may.
-    """
+    """Blocks that only fetch files from the web if `web_files` is True; Gradio fetches every URL of a request."""
 
     def __init__(self, *, web_files: bool, **options: Any):
         super().__init__(**options)
@@ -68,17 +63,13 @@ class Page(gr.Blocks):
     async def preprocess_data(
         self, block_fn: Any, inputs: list[Any], *args: Any, **options: Any
     ) -> list[Any]:
-        """The values of a request's components."""
+        """Checks the files of a request before Gradio opens them."""
         traverse(inputs, partial(check_file, web_files=self.web_files), is_file_obj_with_meta)
         return await super().preprocess_data(block_fn, inputs, *args, **options)
 
 
 def build_app(settings: Settings) -> gr.Blocks:
-    """The page and its API.
-
-    Raises:
-        ValueError: a model of the settings that cannot be offered.
-    """
+    """Builds the page and its API; raises a ValueError if a model of the settings cannot be offered."""
     catalogue = Catalogue(settings)
     catalogue.load(catalogue.default)
     keep = settings.keep_seconds
@@ -105,7 +96,7 @@ def build_app(settings: Settings) -> gr.Blocks:
 
 
 def _what_is_asked(catalogue: Catalogue, settings: Settings) -> Parts:
-    """The left side: an image, labels and choices."""
+    """The left column: image, labels and options."""
     image = gr.Image(
         str(EXAMPLES / FIRST),
         type="filepath",
@@ -143,23 +134,23 @@ def _what_is_asked(catalogue: Catalogue, settings: Settings) -> Parts:
 
 
 def _choices(catalogue: Catalogue, settings: Settings) -> list[Any]:
-    """Labels of a benchmark, and what hardly anybody changes."""
+    """Labels of a benchmark, and rarely used options."""
     model = gr.Dropdown(
         catalogue.names, value=catalogue.default, label="Model", **_picker(catalogue, settings)
     )
     preset = gr.Dropdown(list(presets()), value=None, label="Labels of a benchmark")
     window = gr.Radio(WINDOWS, value="sliding", label="Inference")
     short_side = _slider(0, "Short side in pixels (0: the model's own)", maximum=MAX_SHORT_SIDE, step=16)
-    info = f"share of the image, 0: every label (What is in it?: {MIN_AREA})"
+    info = f"share of the image; 0 keeps all labels ({MIN_AREA} for What is in it?)"
     min_area = _slider(0, "Minimum area of a label", info=info)
     info = "for labels such as car|automobile"
     synonyms = gr.Radio(
         SYNONYMS, value="average", label="Synonyms", info=info, interactive=False, elem_id="synonyms"
     )
     templates = gr.Textbox(
-        "",  # without a value programs would have to give one
-        label="Prompt templates, one a line",
-        info="{} stands for the label; the model's own where there are none",
+        "",  # without a default, API clients would have to pass one
+        label="Prompt templates, one per line",
+        info="{} stands for the label; empty for the model's own templates",
         placeholder="a photo of a {}.",
         lines=2,
         max_lines=8,
@@ -168,30 +159,29 @@ def _choices(catalogue: Catalogue, settings: Settings) -> list[Any]:
 
 
 def _slider(value: float, label: str, maximum: float = 1, step: float = 0.01, **options: Any) -> gr.Slider:
-    """A slider from 0 whose value the handlers look at: Gradio's refusals say nothing."""
+    """A slider from 0 whose value is checked by the handlers, because Gradio's error messages are not helpful."""
     slider = gr.Slider(0, maximum, value, step=step, label=label, **options)
     slider.preprocess = lambda payload: payload
     return slider
 
 
 def _picker(catalogue: Catalogue, settings: Settings) -> dict[str, Any]:
-    """Options of a dropdown of models."""
     options: dict[str, Any] = {"allow_custom_value": settings.any_hub_model, "interactive": True}
     if settings.any_hub_model:
-        options["info"] = "or any public model of the Hub, such as nvidia/groupvit-gcc-yfcc"
+        options["info"] = "or any public model on the Hub, such as nvidia/groupvit-gcc-yfcc"
     elif len(catalogue.names) == 1:
-        options["info"] = "there is one model here; start the server with --models FOLDER or NAME for more"
+        options["info"] = "start the server with --models FOLDER or NAME to add models"
     return options
 
 
 def _model_card() -> str:
-    """The card of the checkpoint that ships, without its front matter and title."""
+    """The model card of the bundled checkpoint, without front matter and title."""
     text = (Path(DEFAULT_CHECKPOINT) / "README.md").read_text(encoding="utf-8")
     return text.split("---\n", 2)[2].partition("\n# ")[2].partition("\n")[2]
 
 
 def _what_is_found(catalogue: Catalogue, settings: Settings) -> Parts:
-    """The right side: tabs of results."""
+    """The right column: tabs with results."""
     shown: dict[str, Any] = {"interactive": False, "show_label": False, "buttons": []}
     with gr.Tab("Masks"):
         masks = gr.AnnotatedImage(label="Masks", show_label=False, height=440, elem_id="masks")
@@ -224,7 +214,7 @@ def _what_is_found(catalogue: Catalogue, settings: Settings) -> Parts:
         )
         explained = gr.Markdown()
     with gr.Tab("Comparison"):
-        gr.Markdown("Choose a second model, and press **Segment**: both are shown side by side.")
+        gr.Markdown("Choose a second model and press **Segment** to compare both side by side.")
         names = [NO_MODEL, *catalogue.names]
         other = gr.Dropdown(names, value=NO_MODEL, label="Compare with", **_picker(catalogue, settings))
         with gr.Row(elem_id="comparison"):
@@ -237,7 +227,7 @@ def _what_is_found(catalogue: Catalogue, settings: Settings) -> Parts:
 
 
 def _connect(handlers: Handlers, parts: Parts, app: gr.Blocks) -> None:
-    """What happens when; requests of all kinds share one queue."""
+    """Connects components and handlers; all requests share one queue."""
     image, words, background, threshold, *choices = asked = parts["asked"]
     _, _, _, _, groups, heat, became, number, *_ = found = parts["found"]
     study, _ = states = parts["states"]
@@ -250,7 +240,7 @@ def _connect(handlers: Handlers, parts: Parts, app: gr.Blocks) -> None:
     inputs, outputs = [*asked, *parts["other"], number, *states], [*found, words, *states]
     show_results = f"(...values) => {{ showResults(); return values.slice(0, {len(inputs)}); }}"
     app.load(show_masks, inputs, outputs, show_progress="hidden", **shared)
-    # Not on the labels, which one corrects where they were refused.
+    # No progress overlay on the labels, so that users can correct them after an error.
     asking = {"js": show_results, "show_progress_on": found, **shared}
     gr.on([button.click, words.submit], show_masks, inputs, outputs, **asking)
     nothing = gr.State("")
@@ -267,7 +257,7 @@ def _connect(handlers: Handlers, parts: Parts, app: gr.Blocks) -> None:
     has_synonyms = "(words) => ({ __type__: 'update', interactive: words.includes('|') })"
     *_, synonyms, _ = choices
     words.change(None, words, synonyms, js=has_synonyms)
-    # Only once there is something to change.
+    # These only update existing results.
     again = {"trigger_mode": "always_last", "show_progress": "minimal", "show_progress_on": found, **shared}
     moved = _if_segmented(show_masks, len(outputs))
     threshold.release(moved, inputs, outputs, **again)
@@ -275,7 +265,7 @@ def _connect(handlers: Handlers, parts: Parts, app: gr.Blocks) -> None:
     of_groups = [image, background, threshold, number, study]
     number.release(speaking(handlers.show_groups), of_groups, [groups, heat, became], **again)
     tab.select(speaking(handlers.show_prototypes), [image, study], [*of_prototypes, study], **shared)
-    # The page has an example's image and labels; a program that leaves them out does not mean these.
+    # The page's defaults are an example; API clients need their own inputs, without these defaults.
     given, said = gr.Image(type="filepath", visible=False, label="Image"), gr.Textbox("", visible=False)
     given.preprocess = image.preprocess
     mask, found_labels = gr.File(visible=False, label="mask"), gr.JSON(visible=False, label="labels")
@@ -289,7 +279,7 @@ def _connect(handlers: Handlers, parts: Parts, app: gr.Blocks) -> None:
 
 
 def _if_segmented(show_masks: Callable, count: int) -> Callable:
-    """The same, but nothing happens before the first study."""
+    """Wraps `show_masks` so that nothing happens before the first study."""
 
     def again(*args: Any) -> Any:
         return show_masks(*args) if args[-2] is not None else [gr.skip()] * count
@@ -298,8 +288,7 @@ def _if_segmented(show_masks: Callable, count: int) -> Callable:
 
 
 def _keep_clean(folder: Path, keep_seconds: int) -> None:
-    """Deletes visitors' files once they are old, whatever becomes of Gradio's own cleaner, which a request that names a
-    folder can stop."""
+    """Deletes visitors' old files in a thread, because a request that names a folder can stop Gradio's own cleanup."""
     ours = set(folder.rglob("*"))
 
     def clean() -> None:
@@ -318,7 +307,7 @@ def _keep_clean(folder: Path, keep_seconds: int) -> None:
 
 
 def launch(settings: Settings, **options: Any) -> Any:
-    """Starts the server; `options` are those of Gradio's `launch`."""
+    """Starts the server; `options` are passed to Gradio's `launch`."""
     theme = gr.themes.Default(primary_hue="blue", font=FONTS, font_mono=CODE_FONTS).set(
         block_info_text_color="*neutral_600", block_info_text_color_dark="*neutral_300"
     )
@@ -339,7 +328,7 @@ def launch(settings: Settings, **options: Any) -> Any:
 
 
 def main() -> None:
-    """Serves the page until it is stopped; nothing of the visitors' is left then."""
+    """Serves the page until the process is stopped, and then deletes all visitors' files."""
     settings = read_settings()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     status = 0
@@ -351,8 +340,8 @@ def main() -> None:
             print(f"error: {error}", file=sys.stderr)
             status = 1
         except SystemExit:
-            pass  # the signal's
-    # A usual end would abort where a request is still worked on, as torch's threads can't be ended from outside.
+            pass  # raised by the signal handler
+    # A normal exit can abort while a request is running, because torch's threads cannot be stopped from outside.
     shutil.rmtree(folder, ignore_errors=True)
     sys.stdout.flush()
     sys.stderr.flush()

@@ -1,4 +1,4 @@
-"""What the page's buttons do."""
+"""Event handlers of the page and the API."""
 
 import html
 import json
@@ -37,13 +37,11 @@ NOT_HERE = "The image is not on the server; please upload it again."
 
 
 def file_as_it_is(*folders: str) -> Callable[[Any], str | None]:
-    """What takes the place of `gr.Image.preprocess`, which would open the file: the library says what is wrong with a
-    bad one. It gives the path of an uploaded file, or a `data:` address of an image.
+    """Creates a replacement for `gr.Image.preprocess` that returns the path of an uploaded file, or an image's `data:`
+    URL, without opening it, because the library has better error messages for broken files.
 
-    Gradio checks a path only where the request says that it is a file, so it is checked here.
-
-    Args:
-        folders: where files of visitors lie; no other is opened.
+    Gradio only checks a path if the request declares it as a file, so it is checked here: only files in `folders` are
+    accepted.
     """
 
     def preprocess(payload: Any) -> str | None:
@@ -66,20 +64,20 @@ def file_as_it_is(*folders: str) -> Callable[[Any], str | None]:
 
 
 def check_file(payload: dict[str, Any], web_files: bool) -> dict[str, Any]:
-    """A file of a request before Gradio looks for it.
+    """Checks a file of a request before Gradio opens it.
 
     Raises:
-        gr.Error: it lies on the web, unless that is allowed, or its path can be none.
+        gr.Error: the file is on the web and `web_files` is False, or the path is invalid.
     """
     if "\0" in payload["path"]:
         raise gr.Error(NOT_HERE, print_exception=False)
     if is_http_url_like(payload["path"]) and not web_files:
-        raise gr.Error("A web address is not fetched here; send the image itself.", print_exception=False)
+        raise gr.Error("This server does not fetch URLs; send the image itself.", print_exception=False)
     return payload
 
 
 def speaking(handler: Callable) -> Callable:
-    """A handler whose refusals are shown to the visitor, as text."""
+    """Wraps a handler so that its ValueErrors are shown to the visitor as text."""
 
     @wraps(handler)
     def wrapped(*args: Any) -> Any:
@@ -94,14 +92,14 @@ def speaking(handler: Callable) -> Callable:
 
 @dataclass(frozen=True)
 class Asked:
-    """The values of the page that its masks depend on, in the order of the components in `_connect`.
+    """The inputs of the page, in the order of the components in `_connect`.
 
     Args:
-        path, words, ...: as [`Handlers.segment`] takes them.
+        path, words, ...: as in [`Handlers.segment`].
         other: name of the model to compare with, or "none".
-        number: of the window whose groups are shown, from 1.
-        study: of the last call.
-        other_study: of the other model.
+        number: number of the window whose groups are shown, from 1.
+        study: study of the last call.
+        other_study: last study of the model to compare with.
     """
 
     path: str | None
@@ -121,19 +119,15 @@ class Asked:
 
     @property
     def choices(self) -> Choices:
-        """The same for a study.
-
-        Raises:
-            ValueError: a choice that there is not; programs send anything.
-        """
+        """The inputs as settings of a study; raises a ValueError for invalid values, which API clients can send."""
         if self.window not in ("sliding", "whole"):
             raise ValueError(f"window is {self.window!r}, expected 'sliding' or 'whole'.")
         side = self.short_side
         is_number = isinstance(side, (int, float)) and math.isfinite(side) and side == int(side)
         if not (is_number and (side == 0 or MIN_SHORT_SIDE <= side <= MAX_SHORT_SIDE)):
             raise ValueError(
-                f"short_side is {side!r}, expected 0 for the model's own, or a whole number of pixels from "
-                f"{MIN_SHORT_SIDE} to {MAX_SHORT_SIDE}."
+                f"short_side is {side!r}, expected 0 for the model's own size, or an integer from "
+                f"{MIN_SHORT_SIDE} to {MAX_SHORT_SIDE} pixels."
             )
         options = SegmentationOptions(
             window_size="auto" if self.window == "sliding" else None,
@@ -147,18 +141,12 @@ class Asked:
 
     @property
     def limit(self) -> float | None:
-        """The background threshold of the library."""
+        """The background threshold; None without a background."""
         return share(self.threshold, "threshold") if self.background else None
 
 
 class Handlers:
-    """What the page's buttons do.
-
-    Args:
-        settings: of the server.
-        catalogue: its models.
-        cache: folder of the files that Gradio serves and deletes.
-    """
+    """Event handlers of the page and the API; `cache` is the folder of files that Gradio serves and deletes."""
 
     def __init__(self, settings: Settings, catalogue: Catalogue, cache: str):
         self.settings = settings
@@ -166,7 +154,7 @@ class Handlers:
         self.cache = cache
 
     def first_study(self, path: str, words: str) -> Study | None:
-        """What the page opens with; nothing yet where only a visitor can borrow the GPU."""
+        """The study that the page opens with; None on ZeroGPU, where only a visitor's request can use the GPU."""
         if is_zerogpu():
             return None
         upload = read_upload(path, self.settings.max_pixels)
@@ -174,7 +162,7 @@ class Handlers:
         return self.laboratory.study(upload, read_labels(words), choices)
 
     def show_masks(self, *values: Any) -> tuple:
-        """All that the page shows for the values of [`Asked`], and the studies for the next call."""
+        """All outputs of the page for the values of [`Asked`], and the studies for the next call."""
         asked = Asked(*values)
         upload, labels, choices, limit = self._read(asked)
         study, other_study = self._studies(upload, labels, choices, asked)
@@ -209,7 +197,7 @@ class Handlers:
         )
 
     def _read(self, asked: Asked) -> tuple[Upload, LabelList | None, Choices, float | None]:
-        """The image, the labels, what was chosen under the model's real name, and the background threshold."""
+        """The image, the labels, the settings with the model's real name, and the background threshold."""
         upload = read_upload(asked.path, self.settings.max_pixels)
         choices = asked.choices
         choices = replace(choices, model=self.laboratory.catalogue.real_name(choices.model))
@@ -218,14 +206,14 @@ class Handlers:
     def _studies(
         self, upload: Upload, labels: LabelList | None, choices: Choices, asked: Asked
     ) -> tuple[Study, Study | None]:
-        """Of the model, and of the one to compare with, by the labels that count for the first."""
+        """Studies of the model and of the model to compare with, which uses the first one's labels."""
         others = []
         if asked.other and asked.other != NO_MODEL:
             options = replace(choices.options, min_area=None)
             others = [Choices(self.laboratory.catalogue.real_name(asked.other), options)]
             if others[0].model == choices.model:
                 raise ValueError(
-                    f"{choices.model} is the model already; choose another one to compare it with."
+                    f"{choices.model} is already the main model; choose a different one to compare with."
                 )
         make = self.laboratory.study
         with self._limited(choices, *others):
@@ -246,24 +234,24 @@ class Handlers:
         synonyms: Any,
         templates: str | None,
     ) -> tuple[str, dict]:
-        """Segment an image by words.
+        """Segment an image by text labels.
 
         Args:
             image: the image.
-            labels: what may be in it, separated by commas or lines, each with its synonyms, colour and threshold if it
-                has them, as in "car|automobile:red:0.4"; empty for what is found of everyday words.
-            background: whether there is background where no label scores as much as the threshold.
-            threshold: from 0 to 1.
-            model: name of a model that the server offers, or of one on the Hugging Face Hub.
-            window: "sliding" for windows over the image, "whole" for the image at once.
-            short_side: pixels that the image's short side is resized to, 0 for what the model was saved with.
-            min_area: share of the image that a label must cover to count when all compete, from 0 to 1; 0 for all
-                labels, and 0.02 where there are none.
-            synonyms: whether a label is scored by the "average" of its synonyms or by the "best" at each place.
-            templates: prompts such as "a photo of a {}.", one a line; empty for the model's own.
+            labels: labels separated by commas or lines, optionally with synonyms, a colour and a threshold, as in
+                "car|automobile:red:0.4"; empty to find everyday words in the image.
+            background: whether pixels where no label reaches the threshold are background.
+            threshold: background threshold from 0 to 1.
+            model: name of a model offered by the server, or on the Hugging Face Hub.
+            window: "sliding" for a sliding window, "whole" for the whole image at once.
+            short_side: size in pixels that the image's short side is resized to; 0 for the model's own size.
+            min_area: smallest share of the image, from 0 to 1, that a label must cover to be kept; 0 keeps all labels,
+                but defaults to 0.02 if no labels are given.
+            synonyms: score a label by the "average" of its synonyms, or by the "best" one at each location.
+            templates: prompt templates such as "a photo of a {}.", one per line; empty for the model's own.
 
         Returns:
-            the mask, an indexed PNG whose values are explained in the second result: labels, areas and scores.
+            the mask as an indexed PNG, and a JSON object with the labels, areas and scores of its values.
         """
         how = (model, window, short_side, min_area, synonyms, templates)
         upload, asked, choices, limit = self._read(Asked(image, labels, background, threshold, *how))
@@ -275,7 +263,7 @@ class Handlers:
     def show_groups(
         self, path: str | None, background: bool, threshold: float, number: int, study: Study | None
     ) -> tuple:
-        """The groups of another window."""
+        """Shows the groups of another window."""
         upload = read_upload(path, self.settings.max_pixels)
         if study is None or study.digest != upload.digest:
             raise ValueError("Press Segment first.")
@@ -284,7 +272,7 @@ class Handlers:
         return group_views(upload.image, study, limit, index)
 
     def show_prototypes(self, path: str | None, study: Study | None) -> tuple:
-        """The prototypes of the image that was segmented last, and the study with them."""
+        """Shows the prototypes of the last segmented image; also returns the study with them."""
         if study is None:
             return gr.Gallery(visible=False), "Press **Segment** first.", None
         upload = read_upload(path, self.settings.max_pixels)
@@ -295,26 +283,26 @@ class Handlers:
         if not study.prototypes:
             return gr.Gallery(visible=False), "This model has no prototypes.", study
         words = (
-            "Before each grouping, PGSeg looks for prototypes among the tokens themselves, with nothing learned but "
-            "where the search begins. Each patch has the colour of the prototype that it belongs to most, on the whole "
-            "image at once."
+            "Before each grouping stage, PGSeg clusters the image tokens into prototypes; only the starting points of "
+            "the clustering are learned. Each patch has the colour of its most likely prototype. The whole image is "
+            "processed at once."
         )
         return gr.Gallery(prototype_views(upload.image, study.prototypes), visible=True), words, study
 
     @contextmanager
     def _limited(self, *choices: Choices) -> Iterator[None]:
-        """The time that models have for a request, which begins once they are loaded."""
+        """Applies the time limit of a request, which starts after the models are loaded."""
         for each in choices:
             self.laboratory.catalogue.load(each.model)
         with time_limit(self.settings.max_seconds):
             yield
 
     def _file(self, data: bytes, name: str) -> str:
-        """A file where Gradio serves it, and deletes it once it was handed out."""
+        """Writes a file to the cache, where Gradio serves and later deletes it."""
         return save_bytes_to_cache(data, name, self.cache)
 
 
 def presets() -> dict[str, tuple[str, bool]]:
-    """Words of the known benchmarks by title, and whether they have a background."""
+    """Labels of the benchmarks, by title, and whether they have a background."""
     known = {b.title: (", ".join(b.classes), b.has_background) for b in BENCHMARKS.values()}
     return {title: preset for title, preset in known.items() if preset[0].count(",") < MAX_LABELS}

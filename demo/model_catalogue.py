@@ -1,4 +1,4 @@
-"""The models that a visitor can choose from, and what keeps a visitor from reading anything else."""
+"""The models that visitors can choose from, and the checks that keep them from reading other files."""
 
 import contextlib
 import re
@@ -26,23 +26,20 @@ from pgseg_hf import (
 )
 from pgseg_hf.run_records import hash_of, model_record
 
-# Owner and name as the Hub allows them: no dots in a row, nothing that leads into or out of a folder.
+# owner/name as the Hub allows them: no consecutive dots, nothing that could be a path.
 _HUB_NAME = re.compile(r"(?!.*\.\.)[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 _SIDE_FILES = (".json", ".txt")
-# Weights in the order of preference; `torch.load` reads the last with `weights_only`.
+# Weights in order of preference; `torch.load` reads the last one with `weights_only`.
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-_KEPT_MODELS = 3  # of visitors
+_KEPT_MODELS = 3  # visitors' models kept in memory
 
 
 class Catalogue:
-    """Loads models by the names that visitors see. What is offered stays in memory; of what visitors name on the Hub,
-    the models that were used last.
-
-    Args:
-        settings: which models are offered.
+    """Loads models by the names that visitors see. Offered models stay in memory, and so do the last Hub models that
+    visitors used.
 
     Raises:
-        ValueError: an offered model is neither a checkpoint's folder, nor one of such folders, nor a name on the Hub.
+        ValueError: an offered model is not a checkpoint folder, a folder of checkpoints, or a name on the Hub.
     """
 
     def __init__(self, settings: Settings):
@@ -53,31 +50,31 @@ class Catalogue:
             for name, place in _offered(given).items():
                 if self._places.setdefault(name, place) != place:
                     raise ValueError(f"two models are called {name}: {self._places[name]} and {place}.")
-        self._loaded: dict[str, Segmenter] = {}  # the one used last at the end
-        self._digests: dict[str, str] = {}  # of all that were loaded, the last under each name
-        self._lock = threading.Lock()  # of these, never held while a model is loaded
-        # Of a model while it is loaded: nobody waits for another one's download, and nothing is loaded twice.
+        self._loaded: dict[str, Segmenter] = {}  # the most recently used model is last
+        self._digests: dict[str, str] = {}  # for all models loaded so far
+        self._lock = threading.Lock()  # guards these, never held while a model is loaded
+        # One lock per model: downloads do not block other models, and no model is loaded twice.
         self._loading: WeakValueDictionary[str, threading.Lock] = WeakValueDictionary()
 
     @property
     def names(self) -> list[str]:
-        """What is offered, the shipped model first."""
+        """Names of the offered models; the bundled one is first."""
         return list(self._places)
 
     def load(self, name: str) -> Segmenter:
-        """A model by its name in the catalogue, or, where that is allowed, on the Hub.
+        """Loads a model by its name in the catalogue or, if allowed, on the Hub.
 
         Raises:
-            ValueError: unknown name, or a model that cannot be loaded; says nothing of where files lie.
+            ValueError: the name is unknown, or the model cannot be loaded; the message has no paths of the server.
         """
         name = self.real_name(name)
         if name not in self._places:
             if not self.settings.any_hub_model:
-                raise ValueError(f"{name!r} is not offered here, expected one of {', '.join(self.names)}.")
+                raise ValueError(f"{name!r} is not offered here; expected one of {', '.join(self.names)}.")
             if not _HUB_NAME.fullmatch(name):
                 raise ValueError(
-                    f"{name[:100]!r} is no model, expected one of the list or a name on the Hub such as owner/name. "
-                    "Folders can be chosen where the server was started with --models FOLDER."
+                    f"{name[:100]!r} is not a model; expected one of the list or a name on the Hub such as owner/name. "
+                    "Folders are available if the server was started with --models FOLDER."
                 )
         with self._lock:
             loading = self._loading.setdefault(name, threading.Lock())
@@ -92,17 +89,16 @@ class Catalogue:
         return found
 
     def digest(self, name: str) -> str:
-        """What stands for the weights and processor of a model that was loaded: on the Hub a name may become another
-        model."""
+        """Hash of the weights and processor of a loaded model, since models on the Hub can change."""
         with self._lock:
             return self._digests[self.real_name(name)]
 
     def real_name(self, name: str) -> str:
-        """What a model is called that a visitor named; the shipped one for nothing."""
+        """The name of a model; the bundled one for an empty name."""
         return name.strip() or self.default
 
     def _load(self, name: str) -> Segmenter:
-        # With ZeroGPU there is no GPU but while a function borrows it.
+        # With ZeroGPU, a GPU is only available inside decorated functions.
         device = "cpu" if is_zerogpu() else self.settings.device
         with contextlib.ExitStack() as stack:
             place = self._places.get(name) or stack.enter_context(tempfile.TemporaryDirectory())
@@ -120,11 +116,11 @@ class Catalogue:
 
 
 def load_any(place: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Segmenter:
-    """A PGSeg checkpoint, or a GroupViT one in PGSeg's classes without prototypes, which gives GroupViT's numbers, in
-    float32 always.
+    """Loads a PGSeg or GroupViT checkpoint. GroupViT is loaded as PGSeg without prototypes, with the same results, and
+    always in float32.
 
     Raises:
-        ValueError, OSError: it is neither, or not whole.
+        ValueError, OSError: the checkpoint is of neither kind, or incomplete.
     """
     config, _ = PreTrainedConfig.get_config_dict(place)
     if config.get("model_type") != "groupvit":
@@ -133,13 +129,13 @@ def load_any(place: str, device: str = "cpu", dtype: torch.dtype = torch.float32
     tokenizer = default_tokenizer(model.config.text_config.max_position_embeddings)
     if model.config.text_config.vocab_size != len(tokenizer):
         raise ValueError(
-            f"its vocabulary has {model.config.text_config.vocab_size} tokens, expected CLIP's {len(tokenizer)}."
+            f"its vocabulary has {model.config.text_config.vocab_size} tokens; expected CLIP's {len(tokenizer)}."
         )
     return Segmenter(model.to(device), PGSegProcessor(PGSegImageProcessorPil(), tokenizer))
 
 
 def _offered(given: str) -> dict[str, str]:
-    """Names and places of what one entry of the settings offers."""
+    """Paths or Hub names of the models of one entry of the settings, by name."""
     folder = Path(given).expanduser()
     if not folder.is_dir():
         if _HUB_NAME.fullmatch(given):
@@ -149,16 +145,12 @@ def _offered(given: str) -> dict[str, str]:
     checkpoints = [folder] if (folder / "config.json").is_file() else sorted(folder.iterdir())
     found = {path.name: str(path) for path in checkpoints if (path / "config.json").is_file()}
     if not found:
-        raise ValueError(f"{given} holds no config.json, nor does a folder in it; expected a checkpoint.")
+        raise ValueError(f"{given} and its subfolders have no config.json; expected a checkpoint.")
     return found
 
 
 def _download(name: str, folder: str, max_bytes: int) -> None:
-    """The files of a public model: without the owner's token, and nothing that would be executed.
-
-    Raises:
-        ValueError: the model has no weights, or is too large.
-    """
+    """Downloads a public model, without the owner's token and without files that could be executed."""
     files = {
         file.rfilename: file.size or 0
         for file in HfApi(token=False).model_info(name, files_metadata=True, timeout=10).siblings or ()
@@ -166,9 +158,9 @@ def _download(name: str, folder: str, max_bytes: int) -> None:
     }
     weights = next((file for file in _WEIGHTS if file in files), None)
     if weights is None:
-        raise ValueError(f"it has neither of {' and '.join(_WEIGHTS)}.")
+        raise ValueError(f"it has neither {' nor '.join(_WEIGHTS)}.")
     wanted = [weights, *(file for file in files if file.endswith(_SIDE_FILES))]
     size = sum(files[file] for file in wanted)
     if size > max_bytes:
-        raise ValueError(f"it has {size:,} bytes, more than the {max_bytes:,} that this server takes.")
+        raise ValueError(f"it has {size:,} bytes, more than the {max_bytes:,} that this server accepts.")
     snapshot_download(name, local_dir=folder, allow_patterns=wanted, token=False)

@@ -1,5 +1,5 @@
 () => {
-  // The label and score of the region under the pointer, or under a finger.
+  // Shows the label and score of the region under the pointer or finger.
   const tip = Object.assign(document.createElement("div"), { id: "tip", hidden: true });
   document.body.append(tip);
   const pixel = new OffscreenCanvas(1, 1).getContext("2d", { willReadFrequently: true });
@@ -30,7 +30,7 @@
   document.addEventListener("pointerdown", look);
   document.addEventListener("scroll", () => (tip.hidden = true), true);
 
-  // Before a request: what the last one was refused for goes, and the results come into view, on a phone from below.
+  // Before a request: close old error messages, and scroll to the results if they are off screen, as on a phone.
   window.showResults = () => {
     document.querySelectorAll(".toast-close").forEach((button) => button.click());
     const results = document.getElementById("results");

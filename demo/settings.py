@@ -1,4 +1,4 @@
-"""What the owner of a server decides: by option, or by environment variable, as on a Space."""
+"""Settings of the server, by command-line option or, as on a Space, by environment variable."""
 
 import argparse
 import os
@@ -10,35 +10,35 @@ import torch
 
 from pgseg_hf.command_line import CommandParser
 
-# The longest preset that is offered has as many (ImageNet-S-300).
-MAX_LABELS = 300
-MAX_TEMPLATES = 80  # as many as the longest list for ImageNet
-MAX_LETTERS = 100  # of a label or template
-# Pixels that a visitor may have an image's short side resized to.
+MAX_LABELS = 300  # the size of the longest preset, ImageNet-S-300
+MAX_TEMPLATES = 80  # the size of CLIP's longest list for ImageNet
+MAX_LETTERS = 100  # characters of a label or template
+# Range of the short side in pixels.
 MIN_SHORT_SIDE = 64
 MAX_SHORT_SIDE = 672
-LONGEST_EDGE = 2 * MAX_SHORT_SIDE  # of an image that is resized to these
-# Of a `data:` address: a file of 20 MB in base64.
+LONGEST_EDGE = 2 * MAX_SHORT_SIDE  # limit of the long side when the short side is set
+# Characters of a `data:` URL: a file of 20 MB in base64.
 MAX_DATA_LETTERS = 28_000_000
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How the server runs.
+    """Settings of the server.
 
     Args:
-        models: beside the shipped one: folders of checkpoints, folders that hold such folders, or names on the Hub.
-        any_hub_model: whether visitors may name any public model of the Hub.
-        mcp: whether the API is an MCP server too.
-        device: where models run.
-        dtype: `"float32"`, or `"int8"` for PGSeg's models on a CPU.
-        concurrency: requests that are worked on at once; the others wait.
-        keep_seconds: how long images and results of a visitor stay on the server.
-        max_seconds: that the model has for one request; what takes longer is given up.
-        web_images: whether a program may name an image by a web address, which the server then fetches.
-        max_pixels: of an image.
-        max_file_size: of an upload, as Gradio takes it.
-        max_model_bytes: of a model of the Hub that a visitor names.
+        models: models to offer besides the bundled one: folders of checkpoints, their parent folders, or names on the
+            Hub.
+        any_hub_model: whether visitors can use any public model on the Hub.
+        mcp: whether the API is also an MCP server.
+        device: device of the models.
+        dtype: `"float32"`, or `"int8"` for PGSeg models on a CPU.
+        concurrency: number of requests processed at the same time; others wait.
+        keep_seconds: how long visitors' images and results are kept.
+        max_seconds: time limit of the models for one request.
+        web_images: whether API clients can pass an image by URL, which the server fetches.
+        max_pixels: largest number of pixels of an image.
+        max_file_size: largest size of an upload, in Gradio's format.
+        max_model_bytes: largest size of a visitor's model from the Hub.
     """
 
     models: tuple[str, ...] = ()
@@ -56,21 +56,21 @@ class Settings:
 
 
 _HELP = {
-    "models": "further models to offer: folders of checkpoints, folders of such folders, or names on the Hub "
-    f"(in the variable separated by {os.pathsep!r}); no other folder of the server can be opened",
-    "any_hub_model": "visitors may name any public model of the Hub",
-    "mcp": "serve /segment as an MCP tool too; needs gradio[mcp]",
-    "device": "where models run; a GPU by default, if there is one",
-    "dtype": "int8, with --device cpu, keeps PGSeg's models in a third of the memory",
-    "concurrency": "requests that are worked on at once",
-    "keep_seconds": "how long a visitor's images and results stay on the server",
-    "max_seconds": "that the model has for one request; what takes longer is given up",
-    "web_images": "programs may name an image by a public web address, which the server fetches, of whatever size",
+    "models": "additional models: folders of checkpoints, their parent folders, or names on the Hub (separated by "
+    f"{os.pathsep!r} in the variable); visitors cannot open other folders of the server",
+    "any_hub_model": "let visitors use any public model on the Hub",
+    "mcp": "also serve /segment as an MCP tool; requires gradio[mcp]",
+    "device": "device of the models; by default a GPU, if available",
+    "dtype": "int8, with --device cpu, stores PGSeg models in a third of the memory",
+    "concurrency": "number of requests processed at the same time",
+    "keep_seconds": "how long visitors' images and results are kept, in seconds",
+    "max_seconds": "time limit of the models for one request, in seconds",
+    "web_images": "let API clients pass images by public URL, which the server fetches without a size limit",
 }
 
 
 def read_settings(arguments: Sequence[str] | None = None) -> Settings:
-    """The settings of a command line; the environment variables that `--help` names are its defaults."""
+    """Parses the command line; the defaults come from the environment variables listed by `--help`."""
     parser = CommandParser(description="Segment images by words, in the browser.")
     defaults = vars(Settings()) | {"device": "cuda" if torch.cuda.is_available() else "cpu"}
     for name, what in _HELP.items():
@@ -80,7 +80,7 @@ def read_settings(arguments: Sequence[str] | None = None) -> Settings:
         if isinstance(default, bool):
             how = {"action": argparse.BooleanOptionalAction, "default": _is_on(variable, default)}
         elif isinstance(default, int):
-            how |= {"type": int, "metavar": "N"}  # argparse reads a default that is text by its type too
+            how |= {"type": int, "metavar": "N"}  # argparse also converts a default that is a string
         elif name == "models":
             places = [place for place in (given or "").split(os.pathsep) if place]
             how = {"nargs": "+", "default": places, "metavar": "MODEL"}
@@ -95,7 +95,7 @@ def read_settings(arguments: Sequence[str] | None = None) -> Settings:
 
 
 def is_zerogpu() -> bool:
-    """Whether this is a Space whose GPU is there only inside functions of `spaces.GPU`."""
+    """Whether this is a Space with ZeroGPU, whose GPU is only available inside `spaces.GPU` functions."""
     return _is_on("SPACES_ZERO_GPU", False)
 
 

@@ -1,4 +1,4 @@
-"""From an image and words to scores, keeping what the image encoder made of the image."""
+"""Computes scores from an image and labels, and keeps the image features for further labels."""
 
 import binascii
 import hashlib
@@ -26,19 +26,19 @@ from pgseg_hf.visualization import prototype_maps
 
 try:
     import spaces
-except ImportError:  # anywhere but on a Space with ZeroGPU
+except ImportError:  # only available on a Space with ZeroGPU
     spaces = None
 
-GPU_SECONDS = 60  # that a function borrows a GPU for, at most
+GPU_SECONDS = 60  # longest GPU allocation of a ZeroGPU function
 
 
 @dataclass(frozen=True)
 class Choices:
-    """How an image is segmented.
+    """Settings of a segmentation.
 
     Args:
-        model: a name of the catalogue, or on the Hub.
-        options: all but the background, which [`Study.segmentation`] is asked for.
+        model: name of a model in the catalogue or on the Hub.
+        options: all options except the background threshold, which is passed to [`Study.segmentation`].
     """
 
     model: str
@@ -46,18 +46,18 @@ class Choices:
 
     @property
     def encoding(self) -> tuple[Any, ...]:
-        """What decides how the image is encoded, whatever the labels."""
+        """The settings that the image features depend on."""
         return self.model, self.options.window_size, self.options.shortest_edge
 
 
 @dataclass(frozen=True)
 class Upload:
-    """An image that a visitor gave.
+    """An image of a visitor.
 
     Args:
-        image: upright, RGB.
-        digest: of the file.
-        name: of the file, without ending.
+        image: RGB image, rotated according to its EXIF data.
+        digest: hash of the file.
+        name: name of the file without suffix.
     """
 
     image: Image.Image = field(repr=False)
@@ -65,25 +65,25 @@ class Upload:
     name: str
 
 
-# One stage's prototypes on an image: which one each patch belongs to, int64 [h, w], and how many there are.
+# Prototypes of one stage on an image: the prototype of each patch, int64 [h, w], and their number.
 Prototypes = tuple[np.ndarray, int]
 
 
 @dataclass(frozen=True)
 class Study:
-    """What is kept of a visitor's image, all on the CPU: features, and the scores of the last labels.
+    """The state kept for a visitor's image, on the CPU: image features, and the scores of the last labels.
 
     Args:
-        digest: of the image's file.
-        choices: it was segmented with.
-        model: what stands for the model's weights and processor then.
-        encoded: its features.
-        asked: labels, with their synonyms, colours and thresholds.
-        kept: indices of the N that count; with a minimum area the largest first.
-        class_embeds: [N, D], these in the joint space, or [N, W, D] where the best of W synonyms counts.
+        digest: hash of the image file.
+        choices: settings of the segmentation.
+        model: hash of the model's weights and processor.
+        encoded: image features.
+        asked: requested labels with their synonyms, colours and thresholds.
+        kept: indices of the N labels in use; with a minimum area, the largest first.
+        class_embeds: label embeddings [N, D] in the joint space, or [N, W, D] if the best of W synonyms is used.
         scored: scores without a background.
-        remarks: on labels that are far from all that the model learned.
-        prototypes: of each stage, once they were looked at.
+        remarks: remarks on labels that are far from everything the model was trained on.
+        prototypes: prototypes of each stage, once requested.
     """
 
     digest: str
@@ -99,23 +99,23 @@ class Study:
 
     @property
     def kept_labels(self) -> LabelList:
-        """The labels that count."""
+        """The labels in use."""
         words, names = ([each[index] for index in self.kept] for each in (self.asked.words, self.asked.names))
         return replace(self.asked, words=words, names=names)
 
     @property
     def labels(self) -> list[str]:
-        """What these are called."""
+        """Names of the labels in use."""
         return self.kept_labels.names
 
     @property
     def made_at(self) -> tuple[int, int]:
-        """Height and width that the masks are made at: the image's, or less where that would take too long."""
+        """Height and width at which masks are computed: those of the image, or smaller to limit the time."""
         shown = torch.stack([window.used() for window in self.scored.windows]).any(dim=0)
         return map_size(self.scored.size, int(shown.sum()))
 
     def segmentation(self, threshold: float | None) -> Segmentation:
-        """The masks in the image's size for a background threshold; no model is needed."""
+        """The masks at the size of the image for a background threshold; does not run a model."""
         scored = self.scored if threshold is None else self.scored.with_background(threshold)
         maps = replace(scored, size=self.made_at).label_map()
         label_map, scores = (resampled(values.numpy(), scored.size) for values in maps)
@@ -124,11 +124,7 @@ class Study:
 
 
 class Laboratory:
-    """Makes studies with the models of a catalogue, on a ZeroGPU where there is one.
-
-    Args:
-        catalogue: the models.
-    """
+    """Creates studies with the models of a catalogue, on ZeroGPU if available."""
 
     def __init__(self, catalogue: Catalogue):
         self.catalogue = catalogue
@@ -139,11 +135,11 @@ class Laboratory:
     def study(
         self, upload: Upload, labels: LabelList | None, choices: Choices, before: Study | None = None
     ) -> Study:
-        """A study of an image by labels, or by those words of a vocabulary that cover most of it where none are given;
-        the image encoder only runs where `before` is of another image, resolution or window, or of other weights.
+        """A study of an image with labels, or with the words of a vocabulary that cover most of it if there are none.
+        The image encoder only runs if `before` has another image, resolution, window or model.
 
         Raises:
-            ValueError: a model that cannot be loaded, or that takes too long.
+            ValueError: the model cannot be loaded or takes too long.
         """
         segmenter = self.catalogue.load(choices.model)
         model = self.catalogue.digest(choices.model)
@@ -161,8 +157,8 @@ class Laboratory:
         return replace(study, model=model)
 
     def _vocabulary(self, segmenter: Segmenter) -> list[str]:
-        """Everyday words, and what a fine-tuned checkpoint learned beside those of the shipped one; a checkpoint that
-        learned few of them has its own alone."""
+        """Everyday words, plus those that a fine-tuned checkpoint has in addition to the bundled one. A checkpoint with
+        fewer than half of the everyday words only uses its own vocabulary."""
         own, everyday = segmenter.processor.vocabulary, everyday_words()
         if not own:
             return everyday
@@ -172,12 +168,12 @@ class Laboratory:
         return everyday + [word for word in own if word not in {*everyday, *shipped}]
 
     def with_prototypes(self, upload: Upload, study: Study) -> Study:
-        """The same study with the prototypes of the whole image; empty for a model without any."""
+        """Adds the prototypes of the whole image to a study; empty for a model without prototypes."""
         if study.prototypes is not None and study.digest == upload.digest:
             return study
         segmenter = self.catalogue.load(study.choices.model)
         if self.catalogue.digest(study.choices.model) != study.model:
-            raise ValueError(f"{study.choices.model} has changed since; press Segment again.")
+            raise ValueError(f"{study.choices.model} has changed; press Segment again.")
         found = self._prototypes_on_gpu(segmenter, self._device, upload, study.choices)
         return replace(study, prototypes=found)
 
@@ -186,7 +182,7 @@ class Laboratory:
         return self.catalogue.settings.device
 
 
-# What a ZeroGPU runs, in another process: all it needs is among the arguments, and results are on the CPU.
+# ZeroGPU runs this in another process, so all inputs are arguments, and results are moved to the CPU.
 def _study(
     segmenter: Segmenter,
     device: str,
@@ -239,39 +235,37 @@ def _prototypes(
 
 
 def _moved(image: Any, device: torch.device | str) -> Any:
-    """An encoded or scored image with the tensors of its windows on a device."""
     windows = [replace(window, **send_to_device(vars(window), device)) for window in image.windows]
     return replace(image, windows=windows)
 
 
 def read_labels(text: str | None) -> LabelList | None:
-    """Labels from words that are separated by commas or lines, each as [`parse_labels`] takes it; None without any.
+    """Parses labels separated by commas or lines, each in the syntax of [`parse_labels`]; None if there are none.
 
     Raises:
-        ValueError: too many labels or synonyms, a very long one, one that is given twice, or one with a character that
-            is no text, such as NUL.
+        ValueError: there are too many labels or synonyms, or a label is too long, repeated, or has a control character.
     """
     words = [word.strip() for line in (text or "").splitlines() for word in line.split(",")]
     labels = [word for word in words if word]
     count = sum(label.count(SYNONYM) + 1 for label in labels)
     if count > MAX_LABELS:
         raise ValueError(
-            f"{count} labels are more than the {MAX_LABELS} that this demo takes; leave some out."
+            f"{count} labels are more than the {MAX_LABELS} that this demo accepts; remove some."
         )
     _check_texts(labels, "label")
     return parse_labels(labels) if labels else None
 
 
 def read_templates(text: str | None) -> tuple[str, ...] | None:
-    """Prompt templates, one in each line; None without any.
+    """Parses prompt templates, one per line; None if there are none.
 
     Raises:
-        ValueError: too many, a very long one, or one without `{}`.
+        ValueError: there are too many templates, or one is too long or has no `{}`.
     """
     templates = [line.strip() for line in (text or "").splitlines() if line.strip()]
     if len(templates) > MAX_TEMPLATES:
         raise ValueError(
-            f"{len(templates)} templates are more than the {MAX_TEMPLATES} that this demo takes."
+            f"{len(templates)} templates are more than the {MAX_TEMPLATES} that this demo accepts."
         )
     _check_texts(templates, "template")
     return tuple(validate_templates(templates)) if templates else None
@@ -281,17 +275,15 @@ def _check_texts(texts: list[str], what: str) -> None:
     for text in texts:
         odd = next((letter for letter in text if unicodedata.category(letter) in ("Cc", "Cs")), None)
         if odd is not None:
-            raise ValueError(
-                f"The {what} {text[:30]!r} has the character {odd!r}, which is no text; leave it out."
-            )
+            raise ValueError(f"The {what} {text[:30]!r} has the invalid character {odd!r}; remove it.")
         if len(text) > MAX_LETTERS:
             raise ValueError(
-                f"The {what} {text[:30]!r}… has {len(text)} letters, more than {MAX_LETTERS}; make it shorter."
+                f"The {what} {text[:30]!r}… has {len(text)} characters, expected at most {MAX_LETTERS}."
             )
 
 
 class _NamedBytes(BytesIO):
-    """A file in memory that error messages call by its own name and not by its place on the server."""
+    """A file in memory with the name that error messages show instead of its path on the server."""
 
     def __init__(self, data: bytes, name: str):
         super().__init__(data)
@@ -299,21 +291,21 @@ class _NamedBytes(BytesIO):
 
 
 def read_upload(path: str | None, max_pixels: int) -> Upload:
-    """The image of an uploaded file.
+    """Reads the image of an uploaded file.
 
     Raises:
-        ValueError: none was given, it is gone, it is no image, or too large.
+        ValueError: there is no file, or it has been deleted, is not an image or is too large.
     """
     if not path:
-        raise ValueError("Choose an image first: upload one, use the camera, or take an example.")
+        raise ValueError("Choose an image first: upload one, use the camera, or select an example.")
     try:
         if path.startswith("data:"):
             data, name = b64decode(path.partition(",")[2], validate=True), "image"
         else:
             data, name = Path(path).read_bytes(), Path(path).name
     except binascii.Error as error:
-        raise ValueError(f"The image's data: address is broken: {error}") from error
+        raise ValueError(f"The image's data: URL is broken: {error}") from error
     except OSError as error:
-        raise ValueError("The image is not kept on the server any more; please upload it again.") from error
+        raise ValueError("The image is no longer on the server; please upload it again.") from error
     image = load_image(_NamedBytes(data, name), max_pixels)
     return Upload(image, hashlib.sha256(data).hexdigest(), Path(name).stem)

@@ -1,4 +1,4 @@
-"""What the page shows of a study: images, tables and files, all in the library's colours."""
+"""Images, tables and files of a study, in the library's colours."""
 
 import io
 from typing import Any
@@ -14,26 +14,26 @@ from pgseg_hf.scoring import best_word
 from pgseg_hf.segmentation import remarks_on_one_label
 from pgseg_hf.visualization import draw_groups, group_palette, heat_map, indexed_png, label_colours
 
-SHOWN_SIDE = 1024  # pixels of the longest side on the page; files have the image's own size
+SHOWN_SIDE = 1024  # longest side on the page in pixels; files have the size of the image
 MAX_HEAT_MAP_ROWS = 24
-_LEAST_WINDOW_SIDE = 448  # a small window is shown enlarged
+_LEAST_WINDOW_SIDE = 448  # smaller windows are enlarged
 
 
 def shown_size(width: int, height: int) -> tuple[int, int]:
-    """The size on the page, width and height."""
+    """Width and height on the page."""
     factor = min(1, SHOWN_SIDE / max(width, height))
     return max(1, round(width * factor)), max(1, round(height * factor))
 
 
 def colours_of(result: Segmentation) -> dict[str, str]:
-    """Each label's colour as #rrggbb."""
+    """Colour of each label as #rrggbb."""
     rows = label_colours(result.labels, result.colours)
     return {label: f"#{bytes(rgb).hex()}" for label, rgb in zip(result.labels, rows)}
 
 
 def annotated(image: Image.Image, result: Segmentation) -> dict[str, Any]:
-    """The image and the masks of the labels present, the largest first, each with its label and score, as arguments of
-    `gr.AnnotatedImage`; the page decides how opaque they are."""
+    """Arguments of `gr.AnnotatedImage`: the image and the masks of the labels present, the largest first, with label
+    and score. The page sets their opacity."""
     size = shown_size(*image.size)
     label_map = resampled(result.label_map, size[::-1])
     colours = colours_of(result)
@@ -47,7 +47,7 @@ def annotated(image: Image.Image, result: Segmentation) -> dict[str, Any]:
 
 
 def table(result: Segmentation) -> list[list[str]]:
-    """Rows of label, share of the pixels and mean score: first what is there, the largest first."""
+    """Rows of label, share of the pixels and mean score, the largest first."""
     segments = sorted(result.segments(include_absent=True), key=lambda segment: -segment.area)
     return [
         [segment.label, f"{segment.area:.1%}", "–" if segment.score is None else f"{segment.score:.3f}"]
@@ -56,7 +56,7 @@ def table(result: Segmentation) -> list[list[str]]:
 
 
 def mask_file(result: Segmentation) -> bytes:
-    """The label map as an indexed PNG with its palette, in the image's own size."""
+    """The label map as an indexed PNG at the size of the image."""
     buffer = io.BytesIO()
     colours = label_colours(result.labels, result.colours)
     indexed_png(result.label_map, len(result.labels), result.background, colours).save(buffer, format="PNG")
@@ -64,19 +64,19 @@ def mask_file(result: Segmentation) -> bytes:
 
 
 def notes(study: Study, threshold: float | None) -> list[str]:
-    """What to say of masks that mean less than they look like, or have less detail than the image."""
+    """Remarks on masks that are less meaningful or less detailed than they look."""
     has_background = threshold is not None or bool(study.asked.thresholds)
     said = [*remarks_on_one_label(study.labels, has_background), *study.remarks]
     if study.made_at != study.scored.size:
         said.append(
-            f"The image is large for as many labels: their borders were drawn on {study.made_at[1]:,} x "
+            f"The image is large for this many labels: masks were computed at {study.made_at[1]:,} x "
             f"{study.made_at[0]:,} pixels and enlarged."
         )
     return said
 
 
 def report(result: Segmentation, study: Study, threshold: float | None) -> dict[str, Any]:
-    """What was asked and found, for JSON."""
+    """Settings and results, for JSON."""
     colours = colours_of(result)
     height, width = result.label_map.shape
     options = study.choices.options
@@ -102,14 +102,7 @@ def report(result: Segmentation, study: Study, threshold: float | None) -> dict[
 def group_views(
     image: Image.Image, study: Study, threshold: float | None, index: int = 0
 ) -> tuple[Image.Image, Image.Image, str]:
-    """The groups of one window, how well the labels fit them, and that in words.
-
-    Args:
-        image: the image.
-        study: of it.
-        threshold: of the background, or None.
-        index: number of the window.
-    """
+    """An image of the groups of window `index`, a heat map of their similarity to the labels, and an explanation."""
     window = study.encoded.windows[index]
     scored = study.scored if threshold is None else study.scored.with_background(threshold)
     scores = scored.windows[index].scores
@@ -142,31 +135,30 @@ def group_views(
 
 
 def _group_words(names: list[str], shares: np.ndarray, study: Study, shown: int) -> str:
-    """Which group became which label, and how to read the heat map; labels are in code marks, where nothing counts."""
+    """Explains the groups' labels and the heat map; labels are code spans, in which Markdown has no effect."""
     became = ", ".join(
         f"{group + 1} ({share:.0%}) → {_plain(name)}"
         for group, (name, share) in enumerate(zip(names, shares))
         if share
     )
     parts = [
-        f"Groups in use, their shares of the window and their labels: {became}.",
-        "The heat map has the cosine of each label and group; a frame marks the label that the group took, grey labels "
-        "are not among those that fit the whole window best.",
+        f"Groups in use, with their shares of the window and their labels: {became}.",
+        "The heat map shows the cosine similarity of labels and groups. A frame marks the label of each group; grey "
+        "labels are not among those that fit the whole window best.",
     ]
     if len(study.encoded.windows) > 1:
-        parts.append("Where windows overlap, the masks take the mean of their scores.")
+        parts.append("Where windows overlap, their scores are averaged.")
     if shown < len(study.labels):
-        parts.append(f"Shown are the {shown} labels that fit best of {len(study.labels)}.")
+        parts.append(f"The {shown} best of {len(study.labels)} labels are shown.")
     return " ".join(parts)
 
 
 def _plain(text: str) -> str:
-    """A visitor's word as a code span of Markdown."""
     return f"`{text.replace('`', chr(39))}`"
 
 
 def prototype_views(image: Image.Image, stages: tuple[Prototypes, ...]) -> list[tuple[Image.Image, str]]:
-    """An image and a caption for each stage's prototypes."""
+    """An image and a caption of the prototypes of each stage."""
     shown = image.resize(shown_size(*image.size), Image.Resampling.LANCZOS)
     return [
         (

@@ -6,13 +6,13 @@ from collections.abc import Iterator
 import pytest
 from demo_server import DEMO, Server, start_server, stop
 
-# A Space runs with its own folder in front.
+# On a Space, the folder of the demo comes first on the path.
 sys.path.insert(0, str(DEMO))
 
 
 @pytest.fixture(scope="package", autouse=True)
 def temporary_folder(tmp_path_factory) -> Iterator[None]:
-    """Where Gradio keeps images, and its client leaves an empty folder for each file that it fetches."""
+    """Gradio stores images here, and its client leaves an empty folder for each file that it fetches."""
     folder = tmp_path_factory.mktemp("temporary")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tempfile, "tempdir", str(folder))
@@ -22,13 +22,13 @@ def temporary_folder(tmp_path_factory) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def second_model(tiny_folder, tmp_path_factory) -> str:
-    """A folder called "tiny"."""
+    """A checkpoint in a folder called "tiny"."""
     return str(shutil.copytree(tiny_folder, tmp_path_factory.mktemp("models") / "tiny"))
 
 
 @pytest.fixture(scope="session")
 def catalogue(second_model):
-    """The shipped model and a second one."""
+    """A catalogue of the bundled model and a second one."""
     from model_catalogue import Catalogue
     from settings import Settings
 
@@ -44,7 +44,7 @@ def laboratory(catalogue):
 
 @pytest.fixture(scope="session")
 def server(second_model, tmp_path_factory) -> Iterator[Server]:
-    """The demo with a second model."""
+    """A running demo with a second model."""
     pytest.importorskip("gradio", reason="needs pip install pgseg-hf[demo]")
     running = start_server(tmp_path_factory.mktemp("server"), "--models", second_model)
     yield running

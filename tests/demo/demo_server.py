@@ -1,4 +1,4 @@
-"""A server of the demo, started as its README says."""
+"""Starts a server of the demo as described in its README."""
 
 import os
 import socket
@@ -21,10 +21,10 @@ class Server:
     """A running demo.
 
     Args:
-        url: of its page.
-        process: that serves it.
-        folder: where it keeps images and results.
-        started: `time.monotonic()` when the command was given.
+        url: address of the page.
+        process: server process.
+        folder: folder of images and results.
+        started: `time.monotonic()` at the start.
     """
 
     url: str
@@ -34,7 +34,7 @@ class Server:
 
 
 def start_server(folder: Path, *options: str) -> Server:
-    """`python demo/app.py OPTIONS`, once it answers."""
+    """Runs `python demo/app.py OPTIONS` and waits until it answers."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -65,6 +65,6 @@ def start_server(folder: Path, *options: str) -> Server:
 
 
 def stop(server: Server) -> None:
-    """Ends a server as a Space's machine does."""
+    """Stops a server in the same way as a Space does."""
     server.process.terminate()
     assert server.process.wait(timeout=60) == 0

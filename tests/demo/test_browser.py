@@ -25,8 +25,8 @@ if MISSING:
 
 SIZES = {"phone": (390, 844), "desktop": (1280, 900)}
 PATIENCE_MS = 60_000
-# No updates and no telemetry: where there is no network they would wait for it, and some machines refuse the rest
-# of the browser's connections with them.
+# No updates and no telemetry: without a network they wait for it, and on some machines they block the browser's other
+# connections.
 FLAGS = [
     *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
     *("--disable-background-networking", "--disable-component-update"),
@@ -50,7 +50,7 @@ def screenshots(tmp_path_factory) -> Path:
 
 
 class Visit:
-    """A page, what its console said was wrong, and where it asked for anything."""
+    """A page, with the errors of its console and its requests to other servers."""
 
     def __init__(self, browser, server, size: str, theme: str):
         width, height = SIZES[size]
@@ -87,7 +87,7 @@ class Visit:
         image.locator("img").first.wait_for()
 
     def wait_until_results_are_in_view(self) -> None:
-        """The top of the results is on the screen, with nothing over it."""
+        """Waits until the top of the results is on the screen and not covered."""
         self.page.wait_for_function(
             """() => {
                 const { top } = document.getElementById("results").getBoundingClientRect();
@@ -104,13 +104,13 @@ class Visit:
         sync_api.expect(field).to_have_value(name)
 
     def rows(self) -> list[list[str]]:
-        """The table, row by row."""
+        """The rows of the table."""
         return self.page.locator("#rows [role=row]:has([role=gridcell])").evaluate_all(
             "rows => rows.map(r => [...r.querySelectorAll('[role=gridcell]')].map(cell => cell.innerText.trim()))"
         )
 
     def open_tab(self, name: str) -> None:
-        """On a narrow screen some tabs are in a menu."""
+        """Opens a tab, which can be in a menu on a narrow screen."""
         tab = self.page.get_by_role("tab", name=name)
         if not tab.is_visible():
             self.page.locator(".overflow-menu > button").click()
@@ -214,7 +214,7 @@ def test_a_visitor_uploads_looks_downloads_and_compares(
     legends = compared.locator(".legend")
     sync_api.expect(legends).to_have_count(2)
     boxes = [legends.nth(number).bounding_box() for number in range(2)]
-    assert (abs(boxes[1]["y"] - boxes[0]["y"]) < 50) == (size == "desktop")  # on a phone one below the other
+    assert (abs(boxes[1]["y"] - boxes[0]["y"]) < 50) == (size == "desktop")  # stacked on a phone
     page.screenshot(path=screenshots / f"{size}-{theme}-6-comparison.png", full_page=True)
     visit.choose_model("none", "Compare with")
     visit.segment("building, road, tree")
@@ -241,9 +241,9 @@ def test_a_visitor_is_told_what_is_wrong_and_goes_on(browser, server, screenshot
     page.get_by_role("button", name="Model, resolution").click()
     visit.choose_model("/etc")
     visit.segment("tree, road")
-    page.get_by_text("'/etc' is no model").wait_for()
+    page.get_by_text("'/etc' is not a model").wait_for()
     page.screenshot(path=screenshots / f"{size}-light-5-options.png", full_page=True)
-    synonyms, templates = page.locator("#synonyms"), page.get_by_label("Prompt templates, one a line")
+    synonyms, templates = page.locator("#synonyms"), page.get_by_label("Prompt templates, one per line")
     sync_api.expect(synonyms.locator("input").first).to_be_disabled()
     templates.fill("a photo")
     visit.choose_model("pgseg-small-everyday")

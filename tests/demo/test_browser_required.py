@@ -1,4 +1,4 @@
-"""Where the browser's tests have to run, a missing browser fails them."""
+"""A missing browser fails the browser tests if they are required."""
 
 import runpy
 from pathlib import Path

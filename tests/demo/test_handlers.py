@@ -1,4 +1,4 @@
-"""What the buttons of the page do."""
+"""Event handlers of the page and the API."""
 
 import asyncio
 import json
@@ -75,7 +75,7 @@ def test_a_colour_stays_with_its_label(handlers, asked):
 
 def test_the_window_that_one_looks_at_stays(handlers, asked):
     first = handlers.show_masks(*asked(model="tiny"))
-    assert first[NUMBER].value == 2  # the middle one of three
+    assert first[NUMBER].value == 2  # the middle window of three
     study = first[STUDY]
     shown = handlers.show_masks(*asked(model="tiny", number=3, threshold=0.5, study=study))
     assert shown[NUMBER].value == 3
@@ -90,7 +90,7 @@ def test_two_models_stand_side_by_side(handlers, asked):
     assert shown[FIRST].value == shown[MASKS].value != shown[SECOND].value
     alone = handlers.show_masks(*asked())
     assert not alone[FIRST].visible and not alone[SECOND].visible and alone[OTHER] is None
-    with pytest.raises(ValueError, match="is the model already"):
+    with pytest.raises(ValueError, match="choose a different one"):
         handlers.show_masks(*asked(other="pgseg-small-everyday"))
 
 
@@ -102,7 +102,7 @@ def test_a_model_is_called_by_its_name_wherever_it_is_named(handlers, street_fil
 
 
 def test_without_labels_everyday_words_are_looked_for(handlers, asked, street_file):
-    """As `pgseg segment --vocabulary everyday` does."""
+    """The same as `pgseg segment --vocabulary everyday`."""
     given = handlers.show_masks(*asked())
     assert given[FOUND] == gr.skip()
     shown = handlers.show_masks(*asked(words=" ", study=given[STUDY], other="tiny"))
@@ -127,7 +127,7 @@ def test_without_labels_everyday_words_are_looked_for(handlers, asked, street_fi
 
 @pytest.mark.parametrize("knows", ["nothing", "street", "more than the shipped one"])
 def test_which_words_are_looked_for_is_the_checkpoints_affair(handlers, asked, monkeypatch, knows):
-    """One that learned a few names looks for these, a fine-tuned one for its new ones too."""
+    """A model with a few names looks for these; a fine-tuned one also for its new names."""
     shipped, own = (handlers.laboratory.catalogue.load(name).processor for name in ("", "tiny"))
     words, expected = {
         "nothing": (None, everyday_words()),
@@ -166,7 +166,7 @@ def test_minimum_area_synonyms_and_templates_are_the_librarys(handlers, asked, s
 
 
 def test_labels_with_synonyms_colours_and_thresholds(handlers, asked, street_file):
-    """As the library segments by them; another colour or threshold needs no model."""
+    """The same as in the library. Changed colours and thresholds do not run the model."""
     plain = handlers.show_masks(*asked(words="road|pavement, tree:0, building"))
     study = plain[STUDY]
     assert study.labels == ["road", "tree", "building"] and plain[FOUND] == gr.skip()
@@ -198,9 +198,9 @@ def test_labels_with_synonyms_colours_and_thresholds(handlers, asked, street_fil
         ({"threshold": None}, "threshold is None"),
         ({"threshold": 1.5}, "threshold is 1.5, expected a number from 0 to 1"),
         ({"window": None}, "window is None, expected 'sliding' or 'whole'"),
-        ({"labels": "cat, d\0g"}, r"The label 'd\\x00g' has the character '\\x00'"),
-        ({"labels": "\ud800"}, "no text"),
-        ({"model": "a\0b/c"}, "is no model"),
+        ({"labels": "cat, d\0g"}, r"The label 'd\\x00g' has the invalid character '\\x00'"),
+        ({"labels": "\ud800"}, "invalid character"),
+        ({"model": "a\0b/c"}, "is not a model"),
         ({"min_area": 1.5}, "min_area is 1.5, expected .* from 0 to 1"),
         ({"min_area": math.nan}, "min_area is nan"),
         ({"synonyms": "worst"}, "synonyms is 'worst'"),
@@ -261,7 +261,7 @@ def test_other_views_want_masks_of_the_same_image_first(handlers, asked, street_
     assert "new image" in handlers.show_prototypes(other, study)[1]
     with pytest.raises(ValueError, match="Press Segment first"):
         handlers.show_groups(other, False, 0.3, 1, study)
-    assert len(handlers.show_groups(street_file, False, 0.3, 99, study)) == 3  # a number beyond is the last
+    assert len(handlers.show_groups(street_file, False, 0.3, 99, study)) == 3  # the last window
 
 
 def test_refusals_are_shown_as_text():
@@ -294,7 +294,7 @@ def test_only_files_of_visitors_are_opened(tmp_path):
 
 
 def test_no_web_address_of_a_request_is_fetched(monkeypatch):
-    """Whichever component it is for."""
+    """For any component."""
     fetched = []
 
     async def fetch(url, cache_dir):
@@ -312,7 +312,7 @@ def test_no_web_address_of_a_request_is_fetched(monkeypatch):
 
     closed, open_one = build_app(Settings()), build_app(Settings(web_images=True))
     for place in (0, 1):
-        for path, message in (("https://example.com/a.jpg", "web address"), ("a\0b", "not on the server")):
+        for path, message in (("https://example.com/a.jpg", "does not fetch"), ("a\0b", "not on the server")):
             with pytest.raises(gr.Error, match=message):
                 request(closed, place, path)
         assert fetched == []

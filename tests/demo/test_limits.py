@@ -1,4 +1,4 @@
-"""What a request may cost."""
+"""Limits of a request."""
 
 import os
 import threading
@@ -27,7 +27,7 @@ class TestTime:
         with pytest.raises(ValueError, match=r"longer than the 0.05 seconds"), time_limit(0.05):
             model(torch.zeros(2))
         assert reached == []
-        model(torch.zeros(2))  # the limit is over too
+        model(torch.zeros(2))  # no limit outside the context
         assert reached == [1]
 
     def test_others_have_their_own_time(self, model):

@@ -1,4 +1,4 @@
-"""Which models a visitor can choose, and what stays closed."""
+"""Models that visitors can and cannot choose."""
 
 import shutil
 import threading
@@ -61,7 +61,7 @@ class TestWhatAVisitorTypes:
         ],
     )
     def test_paths_never_reach_the_hub_or_the_disk(self, name, no_network):
-        with pytest.raises(ValueError, match="is no model"):
+        with pytest.raises(ValueError, match="is not a model"):
             Catalogue(Settings()).load(name)
 
     def test_a_name_like_a_relative_folder_is_asked_of_the_hub(self, tiny_folder, tmp_path, monkeypatch):
@@ -97,7 +97,7 @@ class TestWhatAVisitorTypes:
 
     @pytest.fixture
     def hub(self, monkeypatch):
-        """A Hub on which every model takes a moment, and the names that were asked for."""
+        """A slow fake Hub, and the names requested from it."""
         asked = []
 
         def load(place, device, dtype):
@@ -135,7 +135,7 @@ class TestWhatAVisitorTypes:
 
         def download(name, folder, max_bytes):
             hub.append(name)
-            arrived.wait()  # only where both are loaded at once
+            arrived.wait()  # only passes if both are loaded at the same time
             Path(folder, "name").write_text(name)
 
         monkeypatch.setattr(model_catalogue, "_download", download)

@@ -1,4 +1,4 @@
-"""What is kept between requests, and what is refused."""
+"""State kept between requests, and invalid input."""
 
 import base64
 import io
@@ -22,7 +22,7 @@ LABELS = read_labels("building, road, tree")
 
 @pytest.fixture
 def passes(laboratory, monkeypatch) -> list[int]:
-    """An entry for every pass of the image encoder."""
+    """A list with an entry for each forward pass of the image encoder."""
     model = laboratory.catalogue.load("").model
     counted: list[int] = []
     original = model.vision_model.forward
@@ -91,7 +91,7 @@ class TestStudy:
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
         other = laboratory().study(upload, LABELS, choices, first)
         assert not torch.equal(*(each.encoded.windows[0].features.segment_embeds for each in (other, first)))
-        with pytest.raises(ValueError, match="own has changed since; press Segment again"):
+        with pytest.raises(ValueError, match="own has changed"):
             laboratory().with_prototypes(upload, first)
 
     def test_prototypes_are_looked_for_once(self, laboratory, upload, passes):
@@ -125,7 +125,7 @@ class TestLabels:
                 ",".join(f"word {i}|other {i}" for i in range(151)),
                 f"302 labels are more than the {MAX_LABELS}",
             ),
-            ("a" * 101, "101 letters"),
+            ("a" * 101, "101 characters"),
             ("cat:reddish", "'reddish', expected a threshold"),
             ("cat, Cat", "repeats"),
         ],
@@ -140,7 +140,7 @@ class TestLabels:
             ("a photo.", "templates.0. .*'a photo.'"),
             ("a {}.\nno {} of {}.", "templates.1. .*'no {} of {}.'"),
             ("\n".join(["{}"] * 81), "81 templates"),
-            ("{}" + "a" * 99, "101 letters"),
+            ("{}" + "a" * 99, "101 characters"),
             ("a\0 {}", "x00"),
         ],
     )
@@ -189,7 +189,7 @@ def test_on_zerogpu_models_are_loaded_before_a_gpu_is_lent(upload, monkeypatch):
     lent: list[str] = []
 
     class Spaces:
-        """Calls a function as in another process: of the arguments and results only copies pass."""
+        """Calls a function as in another process, with copies of the arguments and results."""
 
         @staticmethod
         def GPU(duration):
@@ -215,6 +215,6 @@ def test_on_zerogpu_models_are_loaded_before_a_gpu_is_lent(upload, monkeypatch):
     assert lent == ["_study", "_prototypes"]
     laboratory.study(upload, LABELS, WHOLE, study).segmentation(0.5)  # needs no GPU
     assert len(lent) == 2
-    with pytest.raises(ValueError, match="is no model"):
+    with pytest.raises(ValueError, match="is not a model"):
         laboratory.study(upload, LABELS, replace(WHOLE, model="/etc"))
     assert len(lent) == 2

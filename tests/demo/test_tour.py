@@ -1,4 +1,4 @@
-"""The tour of the examples, as a reader runs it, with fewer steps."""
+"""The tour of the examples on the command line, with fewer steps."""
 
 import subprocess
 import sys

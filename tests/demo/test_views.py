@@ -1,4 +1,4 @@
-"""What the page shows of a study."""
+"""Images, tables and files of a study."""
 
 import io
 import json
@@ -17,7 +17,7 @@ LABELS = ["cat", "dog", "wall"]
 
 
 def result(background: bool = True) -> Segmentation:
-    """A quarter background or cat, a quarter dog, a half the next label; scores of 0.5."""
+    """A quarter background or cat, a quarter dog, half the next label; scores of 0.5."""
     label_map = np.repeat([0, 1, 2, 2], 10)[:, None] * np.ones(20, int)
     return Segmentation(label_map, np.full(label_map.shape, 0.5), LABELS, background)
 
@@ -80,7 +80,7 @@ def test_groups_say_which_label_they_became(studied):
     share = (groups == largest).float().mean()
     assert f"{largest + 1} ({share:.0%}) → `{label}`" in words
     assert min(drawn.size) >= 300 and heat.width > 400
-    assert "`" + "`pedestrian" not in words  # a visitor's marks end no code span
+    assert "`" + "`pedestrian" not in words  # backticks of visitors do not end the code span
 
 
 def test_below_the_threshold_a_group_became_background(studied):
@@ -95,7 +95,7 @@ def test_many_labels_do_not_make_a_heat_map_of_all(studied, laboratory):
         upload, labels, Choices("pgseg-small-everyday", SegmentationOptions(window_size=None))
     )
     _, heat, words = views.group_views(upload.image, study, None)
-    assert f"Shown are the {views.MAX_HEAT_MAP_ROWS} labels" in words
+    assert f"The {views.MAX_HEAT_MAP_ROWS} best of 200 labels" in words
     assert heat.height < 1200
 
 

@@ -1,4 +1,4 @@
-"""Maps that do not look at the image, and a model without training."""
+"""Baselines that ignore the image, and the untrained model."""
 
 import copy
 import json
@@ -37,7 +37,7 @@ OPTIONS = MaskOptions(SegmentationOptions())
 
 
 class Untrained(KnownGroups):
-    """All that is asked for is the first label; it is its own untrained model."""
+    """Predicts the first label everywhere, and is its own untrained model."""
 
     def __init__(self):
         super().__init__([[1.0, 0.0, 0.0]] * 4)
@@ -61,7 +61,7 @@ def test_rows_by_hand(tmp_path, monkeypatch):
     ]
     assert rows["untrained model"]["pixel_accuracy"] == shares[0]
     best = rows["tree everywhere, the best single label"]
-    # The two other labels are in the masks and never predicted.
+    # The two other labels are in the masks but never predicted.
     assert (best["pixel_accuracy"], best["mean_iou"]) == (shares[2], pytest.approx(shares[2] / 3))
     prior = rows["position prior of the training tags"]
     assert prior["pixel_accuracy"] == pytest.approx((60 + 4 - 4 + 16 * 24 + 15) / pixels.sum())
@@ -80,7 +80,7 @@ def test_the_best_label_is_the_one_of_largest_mean_iou(pixels):
 
 
 def write_training_folder(folder, rows):
-    """Images of 60 x 60 pixels with these tags or masks."""
+    """Writes images of 60 x 60 pixels with these tags or masks."""
     folder.mkdir()
     lines = []
     for number, row in enumerate(rows):
@@ -113,7 +113,7 @@ def test_prior_of_masks_knows_the_places(tmp_path):
     assert (prior[2:8, 4:-4] == 2).all() and (prior[-8:-2, 4:-4] == 1).all()
     again = position_prior(path, ["sky", "road", "tree"], options)
     np.testing.assert_array_equal(prior, again)
-    # What covers less than a fiftieth of a crop is not its tag, nor is what is unknown.
+    # Labels that cover less than 2 % of a crop are not tags of it, and neither are unknown pixels.
     alone = write_training_folder(tmp_path / "b", [{"tags": ["x"], "mask": np.where(left == 2, 2, 255)}])
     whole = position_prior(alone, ["sky", "road", "tree"], WHOLE)
     assert (whole == 2).all()
@@ -123,7 +123,7 @@ def test_prior_of_masks_knows_the_places(tmp_path):
 
 
 def test_streams_have_no_prior(tmp_path):
-    with pytest.raises(ValueError, match=r"is a stream, expected a folder with metadata"):
+    with pytest.raises(ValueError, match=r"is a stream"):
         position_prior(numbered_shards(tmp_path / "shards", [2]), ["sky"], WHOLE)
 
 

@@ -1,4 +1,4 @@
-"""Every benchmark on a miniature copy of its published layout: what is found, what counts, and the figure by hand."""
+"""Every benchmark on a miniature of its published layout: files, ignored pixels, and the mean IoU by hand."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ from pgseg_hf.evaluation.benchmarks.catalogue import BENCHMARKS, open_benchmark
 from pgseg_hf.evaluation.evaluator import MaskEvaluator
 
 NAMES = list(LAYOUTS)
-# Number of labels, the first, the second and the last.
+# Number of labels; first, second and last label.
 LABELS = {
     "voc": (21, "background", "aeroplane", "monitor"),
     "voc20": (20, "aeroplane", "bicycle", "monitor"),
@@ -31,13 +31,13 @@ WITH_BACKGROUND = {name for name, (_, first, *_) in LABELS.items() if first == "
 
 
 def written(name, tmp_path, split="val"):
-    """A miniature at its published place, and the data set that opens it from above."""
+    """A miniature in its published folder, and the data set opened from the parent folder."""
     miniature = write_benchmark(name, tmp_path / LAYOUTS[name].folder, split)
     return miniature, open_benchmark(name, tmp_path, split)
 
 
 def known_segmenter(name, best):
-    """The label `best[i]` in quarter i; the background scores nothing."""
+    """Predicts the label `best[i]` in quarter i; the background has a score of zero."""
     count, background = LABELS[name][0], name in WITH_BACKGROUND
     scores = torch.zeros(4, count)
     for quarter, label in enumerate(best):
@@ -94,7 +94,7 @@ class TestEveryBenchmark:
 
     def test_places_and_splits(self, name, tmp_path):
         layout = LAYOUTS[name]
-        with pytest.raises(ValueError, match="does not hold") as caught:
+        with pytest.raises(ValueError, match="does not contain") as caught:
             open_benchmark(name, tmp_path)
         for number, root in enumerate(BENCHMARKS[name].roots):
             assert str(tmp_path / root) in str(caught.value)
@@ -116,7 +116,7 @@ class TestEveryBenchmark:
     def test_the_figure_is_that_of_a_count_by_hand(self, name, tmp_path):
         miniature, dataset = written(name, tmp_path)
         layout = LAYOUTS[name]
-        # Right in the first image where it counts; the others have the same labels one quarter further.
+        # Correct in the first image; in the others the same labels are shifted by one quarter.
         best = [label if label != layout.ignored or name == "lvis" else 3 for label in layout.labels]
         predictions = [quarters(best, truth.shape) for truth in miniature.truths]
         ignored = None if name == "lvis" else layout.ignored
@@ -129,8 +129,8 @@ class TestEveryBenchmark:
         } == pytest.approx(expected)
         result = scores.to_dict()
         assert result["mean_iou"] == pytest.approx(sum(expected.values()) / len(expected))
-        assert 0.1 < result["mean_iou"] < 0.9, "neither all right nor all wrong"
-        # The first image alone is all right.
+        assert 0.1 < result["mean_iou"] < 0.9, "neither all correct nor all wrong"
+        # The first image alone is entirely correct.
         first = evaluate_masks(segmenter, dataset.part(0, len(dataset)), options_for(name)).to_dict()
         assert first["mean_iou"] == first["pixel_accuracy"] == 1
 
@@ -156,7 +156,7 @@ class TestEveryBenchmark:
     def test_values_that_are_no_labels(self, name, tmp_path):
         miniature, dataset = written(name, tmp_path)
         layout = LAYOUTS[name]
-        # Where raw values begin with unknown, the last is the number of the labels.
+        # If raw values start with unknown, the highest equals the number of labels.
         highest = LABELS[name][0] - (name not in ("voc20", "context59", "ade20k"))
         strange = highest + 1
         write_mask(miniature.masks[1], np.full(miniature.truths[1].shape, strange), layout.encoding)
@@ -240,7 +240,7 @@ def test_hidden_files_are_no_images(tmp_path):
 def test_names_that_are_no_benchmarks(tmp_path):
     with pytest.raises(ValueError, match=r"benchmark is 'vok', expected one of voc, .*lvis, folder"):
         open_benchmark("vok", tmp_path)
-    with pytest.raises(ValueError, match="background is 'sky', but voc has its own"):
+    with pytest.raises(ValueError, match="background is 'sky', but voc"):
         open_benchmark("voc", tmp_path, background="sky")
     folder = make_folder(tmp_path / "own", [np.zeros((8, 8))])
     dataset = open_benchmark("folder", folder, background="road")

@@ -1,4 +1,4 @@
-"""The class name files of the benchmarks: counts, order, and names that prompts can be made of."""
+"""The class name files of the benchmarks: counts, order, and names that work in prompts."""
 
 import json
 import re
@@ -24,7 +24,7 @@ COUNTS = {
 }
 EXTRA_KEYS = {"imagenet": {"wnids"}, "imagenet_s": {"wnids", "subsets"}}
 
-# Each checked against a second public list of the benchmark than the one that the file was made from.
+# Checked against a different public list of each benchmark than the one that the file was made from.
 KNOWN_INDICES = {
     "ade20k": {0: "wall", 7: "bed", 12: "person", 20: "car", 76: "boat", 149: "flag"},
     "cityscapes": {0: "road", 5: "pole", 11: "person", 13: "car", 16: "train", 18: "bicycle"},
@@ -58,9 +58,9 @@ def test_labels_and_synonyms(name: str):
     labels, synonyms = data["labels"], data["synonyms"]
     assert len(labels) == COUNTS[name] and validate_labels(labels) == labels
     assert {index: labels[index] for index in KNOWN_INDICES[name]} == KNOWN_INDICES[name]
-    assert set(synonyms) <= set(labels) and all(synonyms.values()), "a label without synonyms is left out"
+    assert set(synonyms) <= set(labels) and all(synonyms.values()), "labels without synonyms are omitted"
     words = [word for each in synonyms.values() for word in each]
-    assert validate_labels([*labels, *words]) == [*labels, *words], "each stands once"
+    assert validate_labels([*labels, *words]) == [*labels, *words], "names are unique"
     assert not any("_" in word or word != " ".join(word.split()) for word in [*labels, *words])
     assert not {label.casefold() for label in labels} & {"background", "other", "unlabeled", "void"}
     assert len({word.casefold() for word in [*labels, *words]}) == len(labels) + len(words)

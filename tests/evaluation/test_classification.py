@@ -75,7 +75,7 @@ def found_in(classes):
 
 
 def write_class_folders(root, names):
-    """Image number i in the folder names[i]."""
+    """Writes image i to the folder names[i]."""
     for number, name in enumerate(names):
         (root / name).mkdir(parents=True, exist_ok=True)
         (root / name / f"ILSVRC2012_val_{number:08d}.png").write_bytes(image_bytes(number))
@@ -121,7 +121,7 @@ class TestFolders:
         assert found_in(open_imagenet(str(tmp_path), "train")) == [(1, 0)]
 
     def test_clear_errors(self, tmp_path):
-        with pytest.raises(ValueError, match="nowhere is no folder"):
+        with pytest.raises(ValueError, match="nowhere is not a folder"):
             open_imagenet(str(tmp_path / "nowhere"))
         with pytest.raises(ValueError, match="holds no images"):
             open_imagenet(str(tmp_path))

@@ -1,4 +1,4 @@
-"""Masks from polygons and run lengths as COCO's annotations store them."""
+"""Decoding of polygons and run lengths in COCO's formats."""
 
 import sys
 
@@ -31,8 +31,8 @@ def test_polygons_are_united():
     ("text", "expected"),
     [
         ("", []),
-        ("`0", [16]),  # bit 4 alone would say negative
-        ("T3X13oN", [100, 40, 3, 7]),  # the last is 7 - 40 = -33 in two characters
+        ("`0", [16]),  # bit 4 alone would mean a negative number
+        ("T3X13oN", [100, 40, 3, 7]),  # the last number is 7 - 40 = -33, in two characters
     ],
 )
 def test_compressed_numbers(text, expected):
@@ -52,19 +52,19 @@ def test_compressed_run_lengths_of_pycocotools():
     ("segmentation", "words"),
     [
         (None, "None, expected a list of polygons"),
-        ([], "None, expected x and y"),
+        ([], "a polygon is None"),
         ([[1, 1, 3, 1]], "at least 3 corners"),
         ([[1, 1, 3, 1, 3, 3, 1]], "at least 3 corners"),
         ([[1, 1, 3, 1, 3, float("nan")]], "nan"),
-        ([[1, 1, 3, 1, 3, 1e9]], "numbers up to 100,000"),
+        ([[1, 1, 3, 1, 3, 1e9]], "100,000"),
         ([[1, 1, 3, 1, 3, "4"]], "'4'"),
         ([1, 1, 3, 1, 3, 3], "a polygon is 1"),
         ({"size": [5, 4], "counts": [20]}, r"image's size \[4, 5\]"),
         ({"size": [4, 5], "counts": [5, 2]}, "add up to 7 pixels, expected 4 x 5 = 20"),
-        ({"size": [4, 5], "counts": [25, -5]}, "whole numbers from 0 on"),
-        ({"size": [4, 5], "counts": [20.0]}, "whole numbers from 0 on"),
+        ({"size": [4, 5], "counts": [25, -5]}, "run lengths are"),
+        ({"size": [4, 5], "counts": [20.0]}, "run lengths are"),
         ({"size": [4, 5]}, "None"),
-        # What pycocotools would read past the end of, or take for something.
+        # Strings that pycocotools reads beyond the end, or accepts.
         *(({"size": [4, 5], "counts": text}, text) for text in ("5z", "5/", "5é", "T", "oooooooo0")),
     ],
 )

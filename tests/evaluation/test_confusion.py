@@ -1,4 +1,4 @@
-"""Counts of pixels against loops and scikit-learn, by hand, and other rules for absent labels."""
+"""Confusion matrices against loops and scikit-learn, examples by hand, and rules for absent labels."""
 
 import math
 
@@ -17,7 +17,7 @@ from pgseg_hf.evaluation import ConfusionMatrix
 @example(0, 1, None)
 def test_counts_and_iou_of_scikit_learn(seed, num_labels, ignore_index):
     rng = np.random.default_rng(seed)
-    # Some labels are in none of the maps.
+    # Some labels do not occur in any map.
     present = [rng.choice(num_labels, rng.integers(1, num_labels + 1), replace=False) for _ in range(2)]
     truths, predictions = (rng.choice(each, (3, 4, 5)).astype(np.int16) for each in present)
     if ignore_index is not None:
@@ -54,7 +54,7 @@ def test_counts_by_hand():
 
 def test_all_figures_by_hand():
     matrix = ConfusionMatrix(4)
-    # Label 2 is only predicted, label 3 is nowhere.
+    # Label 2 is only predicted, label 3 is absent.
     matrix.counts[:3, :3] = [[6, 1, 1], [0, 2, 0], [0, 0, 0]]
     np.testing.assert_array_equal(matrix.iou(), [6 / 8, 2 / 3, 0, np.nan])
     np.testing.assert_array_equal(matrix.accuracy(), [6 / 8, 1, np.nan, np.nan])

@@ -1,4 +1,4 @@
-"""Images with masks in data sets of the Hub's kinds, all of them local."""
+"""Images with masks in local data sets of the Hub's formats."""
 
 import re
 
@@ -34,7 +34,7 @@ def make_table(image="image", mask="mask", encode=lambda values: Image.fromarray
 
 
 def save(table, folder, kind):
-    """Writes a table, and returns what opens it."""
+    """Writes a table and returns the path that opens it."""
     if kind == "saved":
         table.save_to_disk(folder)
     elif kind == "saved with splits":

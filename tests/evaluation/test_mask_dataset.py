@@ -1,4 +1,4 @@
-"""Folders with masks: what is found, what is refused."""
+"""Folders with masks: layouts and errors."""
 
 import json
 
@@ -88,7 +88,7 @@ def test_labels_above_a_link(tmp_path):
 
 
 def test_folders_that_make_no_sense(tmp_path):
-    with pytest.raises(ValueError, match="absent is no folder"):
+    with pytest.raises(ValueError, match="absent is not a folder"):
         MaskFolder(tmp_path / "absent")
     with pytest.raises(ValueError, match=r"has no labels.json"):
         MaskFolder(tmp_path)
@@ -140,7 +140,7 @@ def test_colours_and_values_that_do_not_count(tmp_path):
         folder = MaskFolder(path, mask_values=parse_mask_values("#0000FF=road, #ff8000=sky,#000000="))
         truth = folder.truth(folder.images[0])
         assert (truth == [1, 0, folder.ignore_index]).all() and folder.ignore_index not in (0, 1)
-    # Over white, as photos are laid, what is transparent would have a colour.
+    # Blended over white, as images are, transparent pixels would have a colour.
     for value in ("#ffffff=sky,#000000=", "#000000=sky"):
         Image.new("RGBA", (6, 6), (0, 0, 0, 0)).save(path / "masks" / "000.png")
         folder = MaskFolder(path, mask_values=parse_mask_values(value))
@@ -160,8 +160,8 @@ def test_colours_and_values_that_do_not_count(tmp_path):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"0": "moon"}, "'moon', which is none of sky, road, tree"),
-        ({"0": "sky", "#ff0000": "road"}, "'#ff0000', expected whole numbers, or else colours"),
+        ({"0": "moon"}, "'moon', .*sky, road, tree"),
+        ({"0": "sky", "#ff0000": "road"}, "'#ff0000', expected"),
         ({"#ff00": "sky"}, "'#ff00', expected"),
         ({"-1": "sky"}, "'-1', expected"),
     ],
@@ -177,5 +177,5 @@ def test_values_that_make_no_sense(tmp_path, values, message):
 
 @pytest.mark.parametrize("text", ["0", "0=a,0=b", "0:a", ""])
 def test_texts_that_say_no_values(text):
-    with pytest.raises(ValueError, match="expected each value once, such as 0=background,255=sky"):
+    with pytest.raises(ValueError, match="0=background,255=sky"):
         parse_mask_values(text)

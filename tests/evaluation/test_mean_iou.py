@@ -1,4 +1,4 @@
-"""The metric of `evaluate`: what it takes, over the same counts as everything else."""
+"""The `evaluate` metric: its inputs, and its agreement with the confusion matrix."""
 
 import math
 import socket
@@ -34,7 +34,7 @@ def test_figures_are_those_of_the_counts():
 @pytest.mark.parametrize("ignored", [255, -100])
 def test_reduced_labels_by_hand(ignored):
     metric = MeanIoU(3, ignored, reduce_labels=True)
-    # Raw 0 and the ignored are unknown, 1 to 3 are labels 0 to 2.
+    # 0 and the ignored value are unknown; 1 to 3 are labels 0 to 2.
     reference = np.array([[0, 1, 2], [3, ignored, 1]])
     before = reference.copy()
     metric.add(reference=reference, prediction=[[0, 0, 1], [0, 2, 0]])

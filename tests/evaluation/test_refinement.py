@@ -1,4 +1,4 @@
-"""Pixel-adaptive mask refinement: what it keeps, what it moves, and its formula pixel by pixel."""
+"""Pixel-adaptive mask refinement: invariants, effect on borders, and its formula pixel by pixel."""
 
 import math
 
@@ -16,7 +16,7 @@ def random(seed, *shape, dtype=torch.float32):
 
 
 def neighbours_of(row, column, size, dilations):
-    """Rows and columns of a pixel's neighbours, moved inside where they are beyond the border."""
+    """Rows and columns of a pixel's neighbours, clamped to the image."""
     return [
         (min(max(row + down * dilation, 0), size[0] - 1), min(max(column + right * dilation, 0), size[1] - 1))
         for dilation in dilations
@@ -64,7 +64,7 @@ def by_loops(scores, image, iterations, dilations):
 )
 def test_equals_the_formula_pixel_by_pixel(size, iterations, dilations):
     scores, image = random(1, 2, *size, dtype=torch.float64), random(2, 3, *size, dtype=torch.float64)
-    image[:, :2] = image[:, :1]  # a flat part
+    image[:, :2] = image[:, :1]  # a flat region
     refined = PixelAdaptiveRefinement(iterations, dilations)(scores, image)
     expected = by_loops(scores, image, iterations, dilations)
     torch.testing.assert_close(refined, expected, rtol=1e-10, atol=1e-12)
@@ -75,7 +75,7 @@ def test_equals_the_formula_pixel_by_pixel(size, iterations, dilations):
 @pytest.mark.parametrize("iterations", [1, 10])
 @pytest.mark.parametrize("column", [2, 4])
 def test_a_boundary_beside_an_edge_moves_onto_it(column, iterations):
-    """Scores change one column before or behind the colours."""
+    """The boundary of the scores is one column away from the edge of the colours."""
     right = torch.arange(8) >= 3
     image = torch.where(right, torch.tensor([[[0.9]], [[0.6]], [[0.1]]]), 0.3).expand(3, 8, 8)
     scores = torch.full((2, 8, 8), 0.1)

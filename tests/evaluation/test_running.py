@@ -1,4 +1,4 @@
-"""Evaluations in parts: continued, on several processes, with their files."""
+"""Evaluation in chunks: resuming, several processes, and output files."""
 
 import hashlib
 import json
@@ -35,7 +35,7 @@ def small_chunks(monkeypatch):
 
 
 class Recorder(KnownGroups):
-    """Keeps the sizes of the images that it segments, and stops at the given one."""
+    """Records the sizes of the images that it segments, and stops at a given image."""
 
     def __init__(self, stop_at=None):
         super().__init__(one_hot(0, 1, 1, 2))
@@ -50,7 +50,7 @@ class Recorder(KnownGroups):
 
 
 def masks_of(count):
-    """Masks whose heights tell which one it is: 8, 10, 12, ..."""
+    """Masks that can be identified by their height: 8, 10, 12, ..."""
     rng = np.random.default_rng(0)
     return [rng.integers(0, 3, (8 + 2 * number, 8)) for number in range(count)]
 
@@ -140,7 +140,7 @@ def test_a_run_of_something_else_is_not_mixed_in(tmp_path, folder):
         prepared(tmp_path / "out", threshold=0.5, dtype="bf16")
     segmenter = Recorder()
     evaluate_in_parts(segmenter, folder, OPTIONS, output)
-    assert segmenter.sizes == [], "the refused run has dropped parts"
+    assert segmenter.sizes == [], "the refused run has deleted parts"
 
     other = Output(tmp_path / "out", {**RECORD, "threshold": 0.5}, overwrite=True)
     other.prepare()
@@ -155,7 +155,7 @@ def test_parts_without_a_record_are_left_alone(tmp_path, folder, content):
     record.unlink() if content is None else record.write_text(content)
     before = sorted((tmp_path / "out" / "parts").iterdir())
     for overwrite in (False, True):
-        with pytest.raises(ValueError, match=r"parts is there|run.json cannot be read"):
+        with pytest.raises(ValueError, match=r"parts exists|run.json cannot be read"):
             Output(tmp_path / "out", RECORD, overwrite).prepare()
     assert sorted((tmp_path / "out" / "parts").iterdir()) == before
 
@@ -222,7 +222,7 @@ def test_what_is_drawn_beside_an_image(folder, background):
         return np.asarray(draw_evaluation(found, folder)).astype(int)
 
     def coloured(drawn):
-        """Columns with pixels of the label's colour as it lies over the image."""
+        """Columns with pixels of the label's colour, blended over the image."""
         colour = np.asarray(overlay(image, np.full((30, 40), 2), folder.labels, legend=False))[15, 20]
         if background is not None:
             colour = np.asarray(overlay(image, np.full((30, 40), 1), ["a", "b"], legend=False))[15, 20]
@@ -234,7 +234,7 @@ def test_what_is_drawn_beside_an_image(folder, background):
         drawn = draw(value, 255)
         plain = drawn.shape == unknown.shape and (drawn == unknown).all()
         assert plain == (value == background), "no colour for background and unknown"
-    # The truth's panel is left of the prediction's.
+    # The ground truth is to the left of the prediction.
     left, right, both = (coloured(draw(*values)) for values in ((2, 255), (255, 2), (2, 2)))
     assert len(left) == len(right) == 40 and left.max() < right.min()
     assert len(both) == 80
@@ -257,7 +257,7 @@ def test_hash_of_weights_and_versions(tmp_path, tiny_folder):
 
 
 def classify(segmenter, count, folder):
-    """Counts so many images, the third of which is broken."""
+    """Evaluates `count` images, of which the third is broken."""
     names = ["cat", "dog", "grass", "sky", "road", "tree", "car"]
     images = [LabelledImage(f"p{n}", make_photo(20 + 9 * n, 50, seed=n), label=n % 7) for n in range(count)]
     images[2:3] = [replace(each, image=b"") for each in images[2:3]]
@@ -267,7 +267,7 @@ def classify(segmenter, count, folder):
 
 
 def mean_iou(count, rank=None):
-    """Figures of so many maps; of two processes the first has all but the last, so that one has none of 0 and 1."""
+    """Metrics of `count` maps. The first of two processes has all but the last, so one can have none."""
     own = {None: np.s_[:], 0: np.s_[:-1], 1: np.s_[-1:]}[rank]
     truths, predictions = np.random.default_rng(0).integers(0, 3, (2, count, 4, 5))
     metric = MeanIoU(5)
@@ -278,7 +278,7 @@ def mean_iou(count, rank=None):
 
 @dataclass
 class OneProcess:
-    """What one process of two did with data sets of all sizes."""
+    """Results of one of two processes for data sets of different sizes."""
 
     rank: int
     folder: Path
@@ -321,16 +321,16 @@ def one_of_two_processes(rank, folder, checkpoint):
 def test_two_processes_give_what_one_gives(tmp_path, tiny_folder, tiny_segmenter):
     folder = MaskFolder(make_folder(tmp_path / "data", masks_of(5)))
     folder.images[3].image.write_bytes(b"\xff\xd8 broken")
-    # The run of four images was begun by one process, which did the second part.
+    # A single process has already evaluated the second chunk of the run with four images.
     begun = folder.only(folder.images[:4])
     evaluate_in_parts(Recorder(), begun, OPTIONS, prepared(tmp_path / "4"))
     (tmp_path / "4" / "parts" / "000000.npz").unlink()
-    # Forked, so that the processes do not import everything again.
+    # Forked processes do not import everything again.
     mp.start_processes(one_of_two_processes, args=(str(tmp_path), tiny_folder), nprocs=2, start_method="fork")
     results = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
     for count in range(6):
         own = [each["masks"][count]["sizes"] for each in results]
-        # All whole images once; of four images no process has to do the second part again.
+        # All valid images once; the second chunk of the four images is not evaluated again.
         expected = {3: [8, 10, 12], 4: [8, 10], 5: [8, 10, 12, 16]}.get(count, [8, 10][:count])
         assert sorted(own[0] + own[1]) == expected
         alone = evaluate_masks(Recorder(), folder.only(folder.images[:count]), OPTIONS)
@@ -342,7 +342,7 @@ def test_two_processes_give_what_one_gives(tmp_path, tiny_folder, tiny_segmenter
         if count not in (0, 4):
             found = sorted(path.stem for path in (tmp_path / str(count)).glob("predictions/images/*.png"))
             assert found == [f"{number:03d}" for number in range(count) if number != 3]
-    # Whole chunks belong to a process: 0 and 2 to the first, 1 to the second.
+    # Chunks 0 and 2 belong to the first process, 1 to the second.
     assert [each["masks"][5]["sizes"] for each in results] == [[8, 10, 16], [12]]
 
     expected = [classify(tiny_segmenter, count, tmp_path / "alone") for count in (0, 1, 4, 9)]
@@ -356,7 +356,7 @@ def test_two_processes_give_what_one_gives(tmp_path, tiny_folder, tiny_segmenter
 
 
 def test_processes_share_the_work_on_a_machine_without_an_accelerator(monkeypatch):
-    """Also where nobody says --device cpu."""
+    """Also without --device cpu."""
     asked = []
 
     class State(command.PartialState):

@@ -1,7 +1,7 @@
-"""How good masks and names are: benchmarks, protocols, IoU, figures of the groups, zero-shot classification.
+"""Evaluation: benchmarks, protocols, IoU, group statistics and zero-shot classification.
 
-Reading folders needs the core package alone; the `evaluate` metric, YAML, data sets of the Hub and shards need
-`pgseg-hf[train]`.
+Folders can be evaluated with the core package. The `evaluate` metric, YAML protocols, data sets on the Hub and tar
+shards need `pgseg-hf[train]`.
 """
 
 from typing import TYPE_CHECKING

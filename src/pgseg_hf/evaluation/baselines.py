@@ -1,4 +1,4 @@
-"""What a model has to beat: one label everywhere, the position prior of the training tags, groups at random."""
+"""Baselines: one label everywhere, the position prior of the training tags, and an untrained model."""
 
 from dataclasses import replace
 from typing import Any
@@ -18,10 +18,10 @@ from .benchmarks.mask_dataset import MaskDataset
 from .evaluator import MaskEvaluator, MaskOptions, SegmentedImage
 from .metrics.confusion import ConfusionMatrix
 
-# Of the position prior: cells of its map, and how many crops it is made of.
+# Size of the position prior's map, and the number of crops that it is computed from.
 _GRID = (24, 32)
 _CROPS = 12_800
-# A crop has the tag of what covers more than this share of it, as in training.
+# A crop has the tag of each label that covers more than this share of it, as in training.
 _TAG_SHARE = 0.02
 
 
@@ -32,15 +32,15 @@ def measure_baselines(
     seed: int = 0,
     prior_map: np.ndarray | None = None,
 ) -> dict[str, dict[str, float]]:
-    """Figures of what a model has to beat, by name. Of several processes each counts a part of the images; every one
-    has to call it, and all get the same.
+    """Metrics of the baselines, by name. Every process must call it; each evaluates a part of the images, and all
+    return the same result.
 
     Args:
-        segmenter: of the model.
+        segmenter: segmenter of the model.
         dataset: all images.
-        options: what the model is measured with.
-        seed: of the untrained model.
-        prior_map: from [`position_prior`], to be measured too.
+        options: evaluation options of the model.
+        seed: seed of the untrained model.
+        prior_map: result of [`position_prior`], to be evaluated too.
     """
     state = PartialState()
     part = dataset.part(state.process_index, state.num_processes)
@@ -71,15 +71,16 @@ def measure_baselines(
 
 
 def everywhere(label: int, pixels: np.ndarray) -> ConfusionMatrix:
-    """Confusion of the map that is one label everywhere, from the true pixels of each label, int64 [N]."""
+    """Confusion matrix if one label is predicted everywhere, from the true pixels of each label, int64 [N]."""
     matrix = ConfusionMatrix(len(pixels), ignore_index=None)
     matrix.counts[:, label] = pixels
     return matrix
 
 
 def best_label(pixels: np.ndarray) -> int:
-    """The label that has the largest mean IoU when it is everywhere, the first of equal ones; `pixels` as above."""
-    # Its IoU is its share of the pixels; the mean is over it and all labels that are in the truth.
+    """The label with the highest mean IoU if predicted everywhere, the lowest one in case of a tie; `pixels` as in
+    [`everywhere`]."""
+    # Its IoU is its share of the pixels. The mean is over it and all labels in the ground truth.
     counted = (pixels > 0).sum() + (pixels == 0)
     return int((pixels / counted).argmax())
 
@@ -90,17 +91,17 @@ def _stretched(prior_map: np.ndarray, size: Any) -> np.ndarray:
 
 
 def position_prior(path: str, labels: list[str], options: AugmentationOptions, seed: int = 0) -> np.ndarray:
-    """The label whose tag is most frequent among training crops over each place, [24, 32]. It knows what training
-    knows: a crop's tags where records have masks, else the image's.
+    """The most frequent tag of the training crops at each position, [24, 32]. As in training, a crop has the tags of
+    its mask, or of the whole image if the record has no mask.
 
     Raises:
-        ValueError: a stream, which has no random access, or more labels than a mask of 8 bits holds.
+        ValueError: the source is a stream without random access, or there are more than 255 labels.
     """
     if len(labels) > 255:
         raise ValueError(f"there are {len(labels)} labels, expected at most 255 for the position prior.")
     source = open_source(SourceSpec(path=path))
     if not isinstance(source, MapSource):
-        raise ValueError(f"{path} is a stream, expected a folder with metadata.")
+        raise ValueError(f"{path} is a stream; expected a folder with metadata.")
     rng, augmentation = np.random.default_rng(seed), Augmentation(options)
     sums, counts = np.zeros((len(labels), *_GRID)), np.full(_GRID, 1e-6)
     crops = -(-_CROPS // len(source))
@@ -128,6 +129,6 @@ def position_prior(path: str, labels: list[str], options: AugmentationOptions, s
 
 
 def untrained(segmenter: Segmenter) -> Segmenter:
-    """A model of the same shape with random weights, whose groups are what the architecture gives for nothing."""
+    """A segmenter with the same configuration and random weights."""
     model = PGSegModel(segmenter.model.config).to(segmenter.model.device, segmenter.model.dtype)
     return Segmenter(model, segmenter.processor, segmenter.options)

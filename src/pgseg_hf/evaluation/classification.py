@@ -1,4 +1,4 @@
-"""Zero-shot classification of whole images by their labels' prompts."""
+"""Zero-shot classification of whole images."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -31,19 +31,19 @@ _TEMPLATES = Path(__file__).parent / "imagenet_templates.json"
 
 
 def template_sets() -> dict[str, tuple[str, ...]]:
-    """Sets of prompt templates by name: "simple" (one), "subset" (CLIP's 7, that of the released figures) and "full"
+    """Sets of prompt templates by name: "simple" (one), "subset" (CLIP's 7, used for the released results) and "full"
     (CLIP's 80)."""
     full = tuple(read_json(_TEMPLATES)["templates"])
     return {"simple": SEGMENTATION_TEMPLATES, "subset": IMAGENET_TEMPLATES, "full": full}
 
 
 class ClassFinder:
-    """Numbers of classes from what data sets call them: a number, a WordNet id, or a name.
+    """Finds the index of a class from an index, a WordNet id or a class name.
 
     Args:
-        labels: names in the order of the numbers.
+        labels: class names by index.
         ids: WordNet ids in the same order.
-        listed: class names of the data set itself; where there are as many as labels, in the order of the numbers.
+        listed: class names of the data set itself. If there are as many as labels, they are in the same order.
     """
 
     def __init__(self, labels: Sequence[str], ids: Sequence[str] = (), listed: Sequence[str] = ()):
@@ -51,22 +51,22 @@ class ClassFinder:
         self._numbers = {str(number): number for number in range(len(labels))}
         for names in (ids, labels):
             self._numbers |= {name.casefold(): number for number, name in enumerate(names)}
-        # The data set's own names count by their place, whatever they are, unless it has other classes.
+        # The data set's own names are matched by position, unless it has a different number of classes.
         self._listed = {
             tuple(tags_of([name])): number
             for number, name in enumerate(listed if len(listed) == len(labels) else ())
         }
 
     def __call__(self, tags: Sequence[str], name: str) -> int:
-        """Raises a ValueError for an image whose tags name no class or several."""
+        """Raises a ValueError if the image's tags name no class or several."""
         if tuple(tags) in self._listed:
             return self._listed[tuple(tags)]
-        # One that writes several names, such as "tench, Tinca tinca", means what any of them does.
+        # A tag can list several names of a class, such as "tench, Tinca tinca".
         names = [part.casefold() for tag in tags for part in tags_of(tag)]
         found = {self._numbers[name] for name in names if name in self._numbers}
         if len(found) != 1:
             raise ValueError(
-                f"{name} has the label {', '.join(tags)!r}, expected one of the {len(self.labels)} classes, its number "
+                f"{name} has the label {', '.join(tags)!r}, expected one of the {len(self.labels)} classes, its index "
                 "or its WordNet id."
             )
         return found.pop()
@@ -74,13 +74,13 @@ class ClassFinder:
 
 @dataclass
 class Classes:
-    """Images with one class each.
+    """A classification data set, with one class for each image.
 
     Args:
-        name: for reports.
-        labels: names of the classes.
-        images: gives them, or why one cannot be read, afresh at every call.
-        fingerprint: gives what changes with the images; it may read them all.
+        name: name in reports.
+        labels: class names.
+        images: returns a new iterator over the images, with a [`BrokenImage`] for each unreadable one.
+        fingerprint: returns a string that changes with the images; it may read all of them.
     """
 
     name: str
@@ -90,16 +90,16 @@ class Classes:
 
 
 def open_imagenet(path: str, split: str = "val", label_column: str | None = None) -> Classes:
-    """ImageNet's images.
+    """Opens the images of ImageNet.
 
     Args:
-        path: a folder with a folder for each class (its WordNet id or name), there or in `split/`; tar shards, with
-            the class in `.cls` or another ending; or a data set of the Hub (`hub:imagenet-1k`).
-        split: folder of the images, or split of the data set.
-        label_column: in shards and tables, "cls" and "label" by default.
+        path: a folder with one subfolder for each class (its WordNet id or name), directly or in `split/`; tar shards
+            with the class in `.cls` files; or a data set on the Hub (`hub:imagenet-1k`).
+        split: subfolder of the images, or split of the data set.
+        label_column: where the class is: suffix in shards ("cls" by default) or column of a table ("label").
 
     Raises:
-        ValueError: there are no images, or names of classes that ImageNet does not have.
+        ValueError: there are no images, or a class is not in ImageNet.
     """
     content = read_class_names("imagenet")
     labels, ids = content["labels"], content["wnids"]
@@ -123,9 +123,9 @@ def open_imagenet(path: str, split: str = "val", label_column: str | None = None
         )
     root = next((place for place in (folder / split, folder) if place.is_dir()), None)
     if root is None:
-        raise ValueError(f"{path} is no folder, no pattern of tar files and no hub:NAME.")
+        raise ValueError(f"{path} is not a folder; expected a folder, a pattern of tar files or hub:NAME.")
     if root == folder and any((folder / name).is_dir() for name in ("train", "val", "test")):
-        raise ValueError(f"{path} has no folder {split!r} for that split.")
+        raise ValueError(f"{path} has no folder {split!r} for this split.")
     images = find_images(root)
     found = [
         LabelledImage(str(image), image, label=finder([image.parent.name], str(image))) for image in images
@@ -160,10 +160,10 @@ def _record(source: MapSource, index: int) -> Record | UnusableRecord:
 
 @dataclass(kw_only=True)
 class ClassificationScores(ImageSums):
-    """What was counted; figures of other images can be added.
+    """Counts of a classification. Scores of other images can be added with `merge`.
 
     Args:
-        hits: images whose class was first, and was among the first five.
+        hits: number of top-1 and of top-5 hits, int64 [2].
         images, broken, seconds, reused: see [`ImageSums`].
     """
 
@@ -173,25 +173,25 @@ class ClassificationScores(ImageSums):
         return {"hits": self.hits}
 
     def to_dict(self) -> dict[str, float]:
-        """`top1` and `top5` (NaN without images), and `images`."""
+        """`top1`, `top5` (NaN without images) and `images`."""
         top1, top5 = self.hits / self.images if self.images else (float("nan"), float("nan"))
         return {"top1": float(top1), "top5": float(top5), "images": self.images}
 
 
 @dataclass
 class Classifier:
-    """Counts images whose class is the most similar, or among the five most similar.
+    """Counts top-1 and top-5 hits of zero-shot classification.
 
-    As released: short side 256/224 of the model's image size, of which the centre is cropped.
+    As in the released code, the short side is resized to 256/224 of the model's image size and the centre is cropped.
 
     Args:
-        model: in evaluation mode.
-        processor: of that model.
-        labels: names of the classes.
-        templates: CLIP's seven by default, as released.
-        batch_size: images in one pass of the image encoder, and read at once.
-        skip_broken: images that cannot be decoded are named and left out; otherwise they are an error.
-        readers: threads that read images ahead.
+        model: model in evaluation mode.
+        processor: processor of the model.
+        labels: class names.
+        templates: prompt templates; defaults to CLIP's seven, as in the released code.
+        batch_size: number of images in one forward pass of the image encoder.
+        skip_broken: log and skip images that cannot be decoded instead of raising.
+        readers: number of threads that prefetch images.
     """
 
     model: PGSegModel
@@ -208,15 +208,15 @@ class Classifier:
         self.class_embeds = self.processor.get_class_embeddings(self.model, list(self.labels), self.templates)
 
     def empty(self) -> ClassificationScores:
-        """Nothing counted yet."""
+        """Scores with all counts at zero."""
         return ClassificationScores()
 
     @torch.no_grad()
     def __call__(self, images: Iterable[LabelledImage | BrokenImage]) -> ClassificationScores:
-        """Counts some images.
+        """Evaluates images.
 
         Raises:
-            ValueError: a broken image that is not to be left out.
+            ValueError: an image is broken and `skip_broken` is False.
         """
         start, scores = time.monotonic(), self.empty()
         how = (self.batch_size, self.readers, self.skip_broken)
@@ -226,7 +226,7 @@ class Classifier:
             )
             if not features.pooler_output.isfinite().all():
                 raise ValueError(
-                    "the model gives NaN or infinity: its weights are broken, or its type overflows."
+                    "the model returns NaN or infinity: its weights are broken, or their dtype overflows."
                 )
             similarity, _ = self.model.get_logits(features, self.class_embeds)
             best = similarity.topk(min(5, len(self.labels)), dim=1).indices.cpu()
@@ -259,20 +259,20 @@ def zero_shot_accuracy(
     labels: Sequence[str],
     batch_size: int = 64,
 ) -> dict[str, float]:
-    """Share of images whose label is the most similar one, or among the five most similar, see [`Classifier`].
+    """Top-1 and top-5 accuracy of zero-shot classification, see [`Classifier`].
 
     Args:
-        model: in evaluation mode.
-        processor: of that model.
-        images: images, each with its one label.
-        labels: all that an image may have.
-        batch_size: images in one pass of the image encoder, and read at once.
+        model: model in evaluation mode.
+        processor: processor of the model.
+        images: pairs of an image and its label.
+        labels: all class names.
+        batch_size: number of images in one forward pass of the image encoder.
 
     Returns:
-        `top1`, `top5` (NaN without images) and `images`, their number.
+        `top1`, `top5` (NaN without images) and the number of `images`.
 
     Raises:
-        ValueError: an image's label that is not among the labels, a broken image, a model in training mode.
+        ValueError: an image's label is not in `labels`, an image is broken, or the model is in training mode.
     """
     numbers = {label: number for number, label in enumerate(validate_labels(labels))}
 

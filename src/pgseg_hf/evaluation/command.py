@@ -1,4 +1,4 @@
-"""What `pgseg evaluate` and `pgseg prepare` do."""
+"""Implementation of `pgseg evaluate` and `pgseg prepare`."""
 
 import argparse
 import time
@@ -33,16 +33,16 @@ from .running import CLASSIFICATION_CHUNK, Output, checkpoint_hash, evaluate_in_
 
 
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:
-    """Runs `pgseg evaluate` on this process; every process of a launch has to call it.
+    """Runs `pgseg evaluate`; every process of a distributed launch must call it.
 
     Args:
-        args: of `add_evaluate_arguments`.
+        args: parsed options of `add_evaluate_arguments`.
 
     Returns:
         the content of `results.json`.
 
     Raises:
-        ValueError: anything that was asked for and cannot be.
+        ValueError: an option or the data are invalid.
     """
     start = time.monotonic()
     if args.threads:
@@ -53,7 +53,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     folder = args.output or Path(f"{name}-{args.benchmark}-{args.split or 'val'}")
     if args.benchmark != "folder":
         args.split = args.split or "val"
-    # Without an accelerator, `accelerate` shares the work among processes only where it is told to use the CPU.
+    # Without an accelerator, `accelerate` only distributes work if it is told to use the CPU.
     state = PartialState(cpu=args.device == "cpu" or not torch.accelerator.is_available())
     device = args.device or state.device
     classifies = args.benchmark == "imagenet"
@@ -66,7 +66,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     else:
         content = _segment(args, data, protocol, segmenter, folder, name)
     if not content["images"]:
-        raise ValueError(f"none of the images of {args.data} could be read.")
+        raise ValueError(f"no image of {args.data} could be read.")
     content["settings"] |= {
         "checkpoint": args.checkpoint if args.checkpoint != DEFAULT_CHECKPOINT else f"{name}, which ships",
         "weights_sha256": checkpoint_hash(args.checkpoint),
@@ -147,8 +147,7 @@ def _output(
     asked: dict[str, Any],
     fingerprint: Callable[[], str],
 ) -> Output:
-    """The folder of the results, with the record of all that the counts depend on: the main process's affair, which
-    reads all images for their fingerprint."""
+    """The output folder, prepared by the main process, which reads all images for their fingerprint."""
     output, state = Output(folder, asked, args.overwrite), PartialState()
     if state.is_main_process:
         output.record |= {**model_record(segmenter), "dtype": args.dtype, "images": fingerprint()}
@@ -162,7 +161,7 @@ def _counted(scores: ImageSums) -> dict[str, Any]:
 
 
 def _source_of_masks(args: argparse.Namespace) -> dict[str, str]:
-    """What COCO-Object's masks were made from, where `pgseg prepare` made them."""
+    """The source of COCO-Object's masks, if `pgseg prepare` made them."""
     if args.benchmark != "coco_object" or args.data.startswith("hub:"):
         return {}
     benchmark = BENCHMARKS["coco_object"]
@@ -172,13 +171,14 @@ def _source_of_masks(args: argparse.Namespace) -> dict[str, str]:
 
 
 def _open(args: argparse.Namespace) -> MaskDataset:
-    """The images that were asked for."""
     if args.data.startswith("hub:"):
         if args.benchmark == "folder":
-            raise ValueError("hub:NAME has no labels of its own; give the --benchmark that its masks are of.")
+            raise ValueError(
+                "hub:NAME has no labels of its own; pass the --benchmark that its masks belong to."
+            )
         if args.background is not None:
             raise ValueError(
-                f"background is {args.background!r}, but {args.benchmark} has its own; leave it out."
+                f"background is {args.background!r}, but {args.benchmark} defines its own; omit --background."
             )
         columns = (args.image_column, args.mask_column or "mask")
         images, fingerprint = hub_images(args.data.removeprefix("hub:"), args.split, *columns)
@@ -186,7 +186,7 @@ def _open(args: argparse.Namespace) -> MaskDataset:
         dataset = BENCHMARKS[args.benchmark].over(images, title, origin=fingerprint)
     else:
         if args.image_column or args.mask_column:
-            raise ValueError("--image-column and --mask-column are for hub:NAME; leave them out.")
+            raise ValueError("--image-column and --mask-column only apply to hub:NAME; omit them.")
         values = parse_mask_values(args.mask_values) if args.mask_values else None
         dataset = open_benchmark(args.benchmark, args.data, args.split, args.background, values)
     dataset.check_threshold(args.background_threshold)
@@ -194,7 +194,6 @@ def _open(args: argparse.Namespace) -> MaskDataset:
 
 
 def _protocol(args: argparse.Namespace) -> Protocol:
-    """The protocol with what the command line changes."""
     protocol = load_protocol(args.protocol or ("checkpoint" if args.benchmark == "folder" else "pgseg"))
     changes: dict[str, Any] = {
         name: value
@@ -208,7 +207,6 @@ def _protocol(args: argparse.Namespace) -> Protocol:
 
 
 def _prior_map(args: argparse.Namespace, segmenter: Segmenter, dataset: MaskDataset) -> np.ndarray | None:
-    """For the position prior, where it was asked for."""
     if not args.train:
         return None
     crops = AugmentationOptions(
@@ -251,10 +249,10 @@ def _classify(
 
 
 def prepare(args: argparse.Namespace) -> preparing.PreparationSummary:
-    """Runs `pgseg prepare`. The folder may be one above that of the benchmark, as for `pgseg evaluate`.
+    """Runs `pgseg prepare`. The folder may contain the benchmark's folder, as for `pgseg evaluate`.
 
     Raises:
-        ValueError: what it needs is missing or broken.
+        ValueError: a needed file is missing or broken.
     """
     benchmark = BENCHMARKS[args.what.removesuffix("_from_stuff")]
     places = (args.folder / name for name in benchmark.roots)
@@ -263,5 +261,5 @@ def prepare(args: argparse.Namespace) -> preparing.PreparationSummary:
     if args.split is None:
         return make(root)
     if args.what == "context":
-        raise ValueError("context has no --split: both are in its annotations.")
+        raise ValueError("context has no --split: its annotations contain both splits.")
     return make(root, f"lvis_v1_{args.split}.json" if args.what == "lvis" else args.split)

@@ -1,4 +1,4 @@
-"""Segmenting the images of a data set and counting what is right."""
+"""Segments the images of a data set and compares the predictions with its masks."""
 
 import time
 from collections.abc import Callable, Iterable
@@ -30,20 +30,20 @@ SynonymRule = Literal["none", "average", "merge"]
 
 @dataclass(frozen=True)
 class MaskOptions:
-    """What [`evaluate_masks`] does.
+    """Options of [`evaluate_masks`].
 
     Args:
-        segmentation: sizes, windows, templates and the background threshold; the segmenter's by default.
-        thresholds: further background thresholds, all counted in the same pass.
-        synonyms: whether a label's other names take part: not at all, by the mean of their embeddings with its own
-            (`"average"`), or as labels of their own whose pixels are the label's (`"merge"`; `top_k` then counts
+        segmentation: sizes, windows, templates and the background threshold; defaults to the segmenter's options.
+        thresholds: additional background thresholds, evaluated in the same pass.
+        synonyms: how a label's synonyms are used: not at all (`"none"`), averaged with the label's own embedding
+            (`"average"`), or as separate labels whose pixels count for the label (`"merge"`; `top_k` then counts
             names).
-        oracle: also what a perfect namer would make of the groups, see [`oracle_map`].
-        groups: also figures of the groups, see [`GroupStatistics`].
-        released_names: labels have the names of the released code in prompts, where these differ.
+        oracle: also evaluate the groups with perfect labels, see [`oracle_map`].
+        groups: also compute group statistics, see [`GroupStatistics`].
+        released_names: use the label names of the released code in prompts, where they differ.
         refinement: applied to the scores before each pixel's best label is chosen.
-        skip_broken: images that cannot be decoded are named and left out; otherwise they are an error.
-        readers: threads that read images ahead.
+        skip_broken: log and skip images that cannot be decoded instead of raising.
+        readers: number of threads that prefetch images.
     """
 
     segmentation: SegmentationOptions | None = None
@@ -67,14 +67,14 @@ class MaskOptions:
 
 @dataclass(kw_only=True)
 class MaskScores(ImageSums):
-    """What [`evaluate_masks`] counted. Scores of other images can be added.
+    """Counts returned by [`evaluate_masks`]. Scores of other images can be added with `merge`.
 
     Args:
-        labels: of the data set.
-        confusion: of the model.
-        by_threshold: of the model with other background thresholds.
-        oracle: of its groups, each with its majority label; None if not asked for.
-        groups: figures of the groups; None if not asked for.
+        labels: labels of the data set.
+        confusion: confusion matrix of the model.
+        by_threshold: confusion matrix of the model for each additional background threshold.
+        oracle: confusion matrix of the groups, each with its majority label; None if not requested.
+        groups: group statistics; None if not requested.
         images, broken, seconds, reused: see [`ImageSums`].
     """
 
@@ -98,28 +98,29 @@ class MaskScores(ImageSums):
         }
 
     def best_threshold(self) -> float | None:
-        """The one of `by_threshold` with the largest mean IoU; None where there are none."""
+        """The threshold in `by_threshold` with the highest mean IoU; None if there are none."""
         return max(self.by_threshold, key=lambda each: self.by_threshold[each].mean_iou(), default=None)
 
     def doubts(self, dataset: MaskDataset) -> list[str]:
-        """What a reader of the figures has to know about the data set's masks, see [`ConfusionMatrix`]; above all that
-        they look like masks of 0 and 255 whose 255 is taken for unknown."""
+        """Warnings about the data set's masks, see [`ConfusionMatrix.doubts`]. One of them is about binary masks with
+        the values 0 and 255, whose 255 is read as unknown."""
         found = self.confusion.doubts(self.labels)
         only_zeros = not self.confusion.counts[1:].any()
         as_they_are = dataset.label_of_value is None and dataset.ignore_index == IGNORE_INDEX
         if as_they_are and only_zeros and self.confusion.ignored and len(self.labels) > 1:
             found.append(
-                f"The masks hold 0 and 255 only, as masks of two values do, and here 255 is unknown: "
-                f"{self.confusion.ignored:,} pixels ({self.confusion.ignored_share():.1%}) do not count. If it is a "
-                f"label, say so: --mask_values 0={self.labels[0]},255={self.labels[1]}, or mask_values in labels.json."
+                f"The masks contain only the values 0 and 255, as binary masks do, and 255 means unknown: "
+                f"{self.confusion.ignored:,} pixels ({self.confusion.ignored_share():.1%}) are ignored. If 255 is a "
+                f"label, pass --mask_values 0={self.labels[0]},255={self.labels[1]}, or set mask_values in labels.json."
             )
         return found
 
     def to_dict(self) -> dict[str, Any]:
-        """`mean_iou` (labels left out that are neither in the masks nor predicted; `mean_iou_absent_as_zero` counts
-        them as 0), `pixel_accuracy`, `mean_accuracy`, `frequency_weighted_iou`, `iou` of each label (None where it is
-        absent), `ignored_share` of the truth's pixels, and what else was asked for: `thresholds`, `oracle_mean_iou`,
-        `oracle_pixel_accuracy`, `groups`; `images`, `broken`, `seconds`. NaN becomes None."""
+        """Metrics by name; NaN becomes None. `mean_iou` skips labels that are neither in the masks nor predicted,
+        `mean_iou_absent_as_zero` counts them as 0. Other keys are `pixel_accuracy`, `mean_accuracy`,
+        `frequency_weighted_iou`, `iou` by label (None if absent), `ignored_share` of the pixels, `images`, `broken` and
+        `seconds`, and if requested `thresholds`, `best_threshold`, `oracle_mean_iou`, `oracle_pixel_accuracy` and
+        `groups`."""
         scores: dict[str, Any] = {
             **self.confusion.figures(),
             "mean_iou_absent_as_zero": self.confusion.mean_iou(absent="zero"),
@@ -136,14 +137,14 @@ class MaskScores(ImageSums):
             scores["oracle_mean_iou"] = self.oracle.mean_iou()
             scores["oracle_pixel_accuracy"] = self.oracle.pixel_accuracy()
         if self.groups is not None:
-            # Sums in another order, as of several processes, differ in the last digits.
+            # The last digits depend on the order of summation, and so on the number of processes.
             scores["groups"] = {name: round(value, 10) for name, value in self.groups.to_dict().items()}
         rest = {"images": self.images, "broken": self.broken, "seconds": self.seconds}
         return without_nan({**scores, **rest})
 
 
 def without_nan(value: Any) -> Any:
-    """None in the place of every NaN, in dicts too: JSON has no NaN."""
+    """Replaces NaN by None, also inside dictionaries: JSON has no NaN."""
     if isinstance(value, dict):
         return {key: without_nan(each) for key, each in value.items()}
     return None if isinstance(value, float) and value != value else value
@@ -151,14 +152,14 @@ def without_nan(value: Any) -> Any:
 
 @dataclass
 class SegmentedImage:
-    """An image that was counted, for files made of it.
+    """An evaluated image, passed to callbacks that write files.
 
     Args:
-        labelled: of the data set.
-        image: as it was read.
-        truth: int64 [H, W].
-        predicted: int64 [H, W], values of the data set's labels.
-        encoded: its groups.
+        labelled: entry of the data set.
+        image: the decoded image.
+        truth: ground truth, int64 [H, W].
+        predicted: predicted labels of the data set, int64 [H, W].
+        encoded: image features with the groups.
     """
 
     labelled: LabelledImage
@@ -169,16 +170,16 @@ class SegmentedImage:
 
 
 class MaskEvaluator:
-    """Segments images of a data set and counts, see [`evaluate_masks`].
+    """Segments images of a data set and counts correct pixels, see [`evaluate_masks`].
 
     Args:
-        segmenter: the model's.
-        dataset: its labels and how its masks are read.
-        options: what to do.
-        on_image: called with each image that was counted.
+        segmenter: segmenter of the model.
+        dataset: gives the labels and reads the masks.
+        options: evaluation options.
+        on_image: called with each evaluated image.
 
     Raises:
-        ValueError: a background threshold for a data set without a background.
+        ValueError: a background threshold is given for a data set without a background.
     """
 
     def __init__(
@@ -193,19 +194,19 @@ class MaskEvaluator:
         self.segmentation = self.options.segmentation or segmenter.options
         if self.options.thresholds and self.segmentation.background_threshold is None:
             raise ValueError(
-                f"thresholds are {list(self.options.thresholds)}, but there is no background_threshold; expected one, "
-                "for a data set with a background."
+                f"thresholds are {list(self.options.thresholds)}, but background_threshold is None; set it, for a data "
+                "set with a background."
             )
         dataset.check_threshold(self.segmentation.background_threshold)
         background = None if self.segmentation.background_threshold is None else dataset.background
         asked = [value for value in range(len(dataset.labels)) if value != background]
-        # Of each value of the segmentation the data set's.
+        # Maps values of the segmentation to labels of the data set.
         self._label_of_value = np.array(asked if background is None else [background, *asked])
         own = dataset.released if self.options.released_names else {}
         others = dataset.synonyms if self.options.synonyms != "none" else {}
         labels = [dataset.labels[value] for value in asked]
         names = [[own.get(label, label), *others.get(label, ())] for label in labels]
-        # The number of the label that each embedded name stands for.
+        # Index of the label that each embedded name belongs to.
         self._owners = np.array([number for number, each in enumerate(names) for _ in each])
         prompts = [name for each in names for name in each]
         self.class_embeds = segmenter.class_embeddings(prompts, self.segmentation)
@@ -215,11 +216,11 @@ class MaskEvaluator:
 
     @property
     def skip_broken(self) -> bool:
-        """Whether broken images are left out."""
+        """Whether broken images are skipped."""
         return self.options.skip_broken
 
     def empty(self) -> MaskScores:
-        """Nothing counted yet."""
+        """Scores with all counts at zero."""
 
         def matrix() -> ConfusionMatrix:
             return ConfusionMatrix(len(self.dataset.labels), self.dataset.ignore_index)
@@ -233,7 +234,7 @@ class MaskEvaluator:
         )
 
     def __call__(self, images: Iterable[LabelledImage]) -> MaskScores:
-        """Counts some of the data set's images."""
+        """Evaluates some of the data set's images."""
         start, scores = time.monotonic(), self.empty()
         how = (self.segmentation.batch_size, self.options.readers, self.skip_broken)
         for batch in read_batches(images, self._read, scores, *how):
@@ -247,8 +248,8 @@ class MaskEvaluator:
         image, truth = labelled.read(), self.dataset.truth(labelled)
         if truth.shape != (image.height, image.width):
             raise ValueError(
-                f"{labelled.mask_place} has {truth.shape} pixels (height, width), its image {labelled.image_place} "
-                f"{(image.height, image.width)}; an image is turned as its EXIF data say, a mask is not."
+                f"{labelled.mask_place} has {truth.shape} pixels (height, width), but its image {labelled.image_place} "
+                f"{(image.height, image.width)}; images are rotated according to their EXIF data, masks are not."
             )
         return labelled, image, truth
 
@@ -263,7 +264,7 @@ class MaskEvaluator:
         segments: list[Any] = [window.features.segment_embeds for window in features.windows]
         if not all(bool(each.isfinite().all()) for each in segments):
             raise ValueError(
-                f"the model gives NaN or infinity for {labelled.image_place}: its weights are broken, or their type "
+                f"the model returns NaN or infinity for {labelled.image_place}: its weights are broken, or their dtype "
                 "overflows."
             )
         threshold = self.segmentation.background_threshold
@@ -316,23 +317,23 @@ class MaskEvaluator:
 def evaluate_masks(
     segmenter: Segmenter, dataset: MaskDataset, options: MaskOptions | None = None
 ) -> MaskScores:
-    """Segments the images of a data set and compares with their masks, at the images' own sizes.
+    """Segments the images of a data set and compares the predictions with their masks, at the size of each image.
 
-    The background is a label like the others, with its name as prompt, unless there is a `background_threshold`: then
-    it has no prompt and is where no other label scores as much.
+    A background is a label like the others, with its name as prompt. With a `background_threshold` it has no prompt
+    and is predicted where no other label reaches the threshold.
 
     Args:
-        segmenter: the model's.
-        dataset: or a part of it: `dataset.spread(100)` in training, `.part(rank, world_size)` for each process and
-            `sum_over_processes` on the result.
-        options: what to do.
+        segmenter: segmenter of the model.
+        dataset: the data set or a part of it: `dataset.spread(100)` during training, or
+            `dataset.part(rank, world_size)` in each process, followed by `sum_over_processes` on the result.
+        options: evaluation options.
 
     Raises:
-        ValueError: broken files, masks of another size than their image, values that are no labels, or a
-            background threshold for a data set without a background.
+        ValueError: files are broken, a mask and its image differ in size, a mask has values without a label, or a
+            background threshold is given for a data set without a background.
     """
     scores = MaskEvaluator(segmenter, dataset, options)(dataset.images)
-    # A part of several processes has to be seen with the others.
+    # One process alone does not see all masks.
     for doubt in scores.doubts(dataset) if distributed.world_size() == 1 else ():
         logger.warning_once(doubt)
     return scores

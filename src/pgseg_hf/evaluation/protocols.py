@@ -1,6 +1,5 @@
-"""How images are segmented for a figure: sizes, windows, thresholds, templates. A figure without its protocol says
-little: the same GroupViT weights have 18.7 or 22.4 mIoU on Pascal Context.
-"""
+"""Evaluation protocols: sizes, windows, thresholds and templates. Results are only comparable within a protocol: the
+same GroupViT weights reach 18.7 or 22.4 mIoU on Pascal Context."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -23,7 +22,7 @@ _CHOICES = {
     "refinement": ("none", "pamr"),
     "class_names": ("plain", "released"),
 }
-# Of the segmentation's options those that a protocol sets, by their names in reports and files.
+# The options of the segmentation that a protocol sets, by their names in reports and files.
 _OPTIONS = {
     **{name: name for name in ("shortest_edge", "longest_edge")},
     **{"window": "window_size", "stride": "window_stride"},
@@ -33,18 +32,18 @@ _OPTIONS = {
 
 @dataclass(frozen=True)
 class Protocol:
-    """How a benchmark's images are segmented.
+    """How the images of a benchmark are segmented.
 
     Args:
-        name: in reports.
-        source: where its numbers come from.
-        segmentation: sizes, windows, templates and, for every benchmark with a background that `background_thresholds`
-            does not name, the background threshold.
-        background_thresholds: by benchmark.
+        name: name in reports.
+        source: source of the values.
+        segmentation: sizes, windows, templates and the background threshold of benchmarks that are not in
+            `background_thresholds`.
+        background_thresholds: background threshold by benchmark.
         synonyms: "none", "average" or "merge", see [`MaskOptions`].
         refinement: "none" or "pamr".
-        class_names: "plain" ("fire engine"), or "released" ("fire_engine"): the strings that the released code puts
-            into its prompts, which differ for LVIS and ImageNet-S.
+        class_names: "plain" ("fire engine") or "released" ("fire_engine"), the strings in the prompts of the released
+            code, which differ for LVIS and ImageNet-S.
     """
 
     name: str
@@ -63,22 +62,22 @@ class Protocol:
             share(threshold, f"background_thresholds[{benchmark!r}]")
 
     def threshold(self, benchmark: str, dataset: MaskDataset) -> float | None:
-        """The background threshold for a benchmark; None where it has no background, or this protocol no threshold.
+        """The background threshold for a benchmark; None if it has no background, or for a folder without threshold.
 
         Raises:
-            ValueError: a benchmark of the field needs a threshold that this protocol does not have.
+            ValueError: the benchmark has a background, but the protocol has no threshold for it.
         """
         if dataset.background is None:
             return None
         found = self.background_thresholds.get(benchmark, self.segmentation.background_threshold)
         if found is None and benchmark != "folder":
             raise ValueError(
-                f"protocol {self.name} has no background threshold for {benchmark}; give one, or another protocol."
+                f"protocol {self.name} has no background threshold for {benchmark}; set one or choose another protocol."
             )
         return found
 
     def resolved(self, processor: PGSegProcessor) -> "Protocol":
-        """With the processor's numbers where this protocol leaves them to the checkpoint."""
+        """The protocol with options that it leaves to the checkpoint filled in from the processor."""
         names = ("window_size", "window_stride", "top_k", "patch_weight")
         auto = [name for name in names if getattr(self.segmentation, name) == "auto"]
         changes: dict[str, Any] = {name: getattr(processor, name) for name in auto}
@@ -88,16 +87,16 @@ class Protocol:
         return replace(self, segmentation=replace(self.segmentation, **changes))
 
     def to_dict(self) -> dict[str, Any]:
-        """For reports; as YAML [`load_protocol`] reads it."""
+        """The protocol for reports, in the form that [`load_protocol`] reads from YAML."""
         options = {name: getattr(self.segmentation, option) for name, option in _OPTIONS.items()}
         more = {name: getattr(self, name) for name in ("background_thresholds", *_CHOICES)}
         return {"name": self.name, "source": self.source, **options, **more}
 
     def changed(self, fields: Mapping[str, Any]) -> "Protocol":
-        """With other values of fields, called as in `to_dict`.
+        """A copy with changed fields, which are named as in `to_dict`.
 
         Raises:
-            ValueError: values that make no sense.
+            ValueError: a value is invalid.
         """
         options = {_OPTIONS[name]: value for name, value in fields.items() if name in _OPTIONS}
         if "templates" in options:
@@ -162,12 +161,12 @@ PROTOCOLS: dict[str, Protocol] = {
 
 
 def load_protocol(name_or_path: str) -> Protocol:
-    """One of `PROTOCOLS`, or a YAML file with fields of [`Protocol`]; `base` there names the protocol whose values
-    hold for what is not said, "pgseg" by default. `background_thresholds` there are added to those of the base, but a
-    `background_threshold` for all takes their place.
+    """Loads one of `PROTOCOLS`, or a YAML file with fields of [`Protocol`]. The file's `base` names the protocol of
+    missing fields, "pgseg" by default. Its `background_thresholds` are added to those of the base, but a
+    `background_threshold` replaces them all.
 
     Raises:
-        ValueError: no such protocol or file, unknown fields, or values that make no sense.
+        ValueError: there is no such protocol or file, or a field is unknown or invalid.
     """
     if name_or_path in PROTOCOLS:
         return PROTOCOLS[name_or_path]
@@ -179,7 +178,7 @@ def load_protocol(name_or_path: str) -> Protocol:
     try:
         content = read_yaml(path)
         if not isinstance(content, dict):
-            raise ValueError("it holds no fields")
+            raise ValueError("it contains no fields")
         base = content.pop("base", "pgseg")
         if base not in list(PROTOCOLS):
             raise ValueError(f"base is {base!r}, expected one of {', '.join(PROTOCOLS)}")
@@ -191,11 +190,11 @@ def load_protocol(name_or_path: str) -> Protocol:
         of_base = {} if "background_threshold" in content else PROTOCOLS[base].background_thresholds
         thresholds = {**of_base, **content.pop("background_thresholds", {})}
         if strange := sorted(set(thresholds) - {*BENCHMARKS, "folder"}):
-            raise ValueError(f"background_thresholds are for {', '.join(strange)}, which are no benchmarks")
+            raise ValueError(f"background_thresholds has unknown benchmarks: {', '.join(strange)}")
         named = {"name": path.stem, "source": path.name, "background_thresholds": thresholds}
         made = PROTOCOLS[base].changed({**named, **content})
         if made.name in PROTOCOLS and made != PROTOCOLS[made.name]:
-            raise ValueError(f"name is {made.name!r}, which is that of another protocol; choose another")
+            raise ValueError(f"name is {made.name!r}, which belongs to another protocol; choose another name")
         return made
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path} is no protocol: {error}") from error
+        raise ValueError(f"{path} is not a valid protocol: {error}") from error

@@ -1,4 +1,4 @@
-"""Figures as JSON and Markdown, with all that they depend on."""
+"""Reports of an evaluation in JSON and Markdown."""
 
 from pathlib import Path
 from typing import Any
@@ -7,7 +7,7 @@ from ..files import write_json, write_text
 
 
 def write_report(content: dict[str, Any], folder: Path) -> str:
-    """Writes `results.json` and `results.md` into a folder, and returns the Markdown."""
+    """Writes `results.json` and `results.md` to a folder and returns the Markdown."""
     markdown = to_markdown(content)
     write_text(markdown, folder / "results.md")
     write_json(content, folder / "results.json")
@@ -15,11 +15,11 @@ def write_report(content: dict[str, Any], folder: Path) -> str:
 
 
 def to_markdown(content: dict[str, Any]) -> str:
-    """A table of the main figures, the protocol beside them, and each label's IoU.
+    """Tables of the main metrics, the IoU of each label and the settings.
 
     Args:
-        content: of `results.json`: `title`, `rows` (figures by name), `settings`, and where there are any
-            `warnings`, `thresholds`, `groups`, `iou`, `broken`.
+        content: content of `results.json`: `title`, `rows` (metrics by name), `settings`, and optionally `warnings`,
+            `thresholds`, `groups`, `iou` and `broken`.
     """
     parts = [f"# {content['title']}", _figures(content["rows"], "")]
     if content.get("warnings"):
@@ -71,6 +71,6 @@ def _setting(value: Any) -> str:
 
 
 def cell(text: Any) -> str:
-    """Text that stays inside a cell of a Markdown table, whatever a label or file name holds."""
+    """Escapes text for a cell of a Markdown table."""
     escaped = str(text).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
     return " ".join(escaped.split())

@@ -1,4 +1,4 @@
-"""A whole evaluation: images in chunks over processes, continued where it stopped."""
+"""Resumable evaluation of a data set, in chunks distributed over processes."""
 
 import hashlib
 import platform
@@ -37,21 +37,21 @@ from .metrics.sums import ImageSums
 logger = logging.get_logger(__name__)
 
 CHUNK, CLASSIFICATION_CHUNK = 16, 256
-"""Images that are counted together, with masks and with classes."""
+"""Images per chunk for segmentation and for classification."""
 
 
-# What an evaluation writes into its folder beside run.json.
+# What an evaluation writes into its folder, besides run.json.
 _WRITTEN = ("parts", "predictions", "pictures", "results.json", "results.md")
 
 
 @dataclass
 class Output:
-    """The folder of an evaluation.
+    """Output folder of an evaluation.
 
     Args:
-        folder: with `parts/` for what is counted, `predictions/` and `pictures/`.
-        record: what was asked for; a run goes on only with the same.
-        overwrite: an earlier run with another record gives way, with all that it wrote.
+        folder: path of the folder; `parts/` holds counts, the images are in `predictions/` and `pictures/`.
+        record: settings of the run; a run is only resumed with the same record.
+        overwrite: delete the results of an earlier run with another record.
     """
 
     folder: Path
@@ -59,10 +59,10 @@ class Output:
     overwrite: bool = False
 
     def prepare(self) -> None:
-        """Writes the record, or checks it against that of an earlier run.
+        """Writes the record, or compares it with the record of an earlier run.
 
         Raises:
-            ValueError: the folder holds a run of something else.
+            ValueError: the folder contains a different run.
         """
         path = self.folder / "run.json"
         is_same = is_same_run(path, self.record, "Choose another --output, or --overwrite.", self.overwrite)
@@ -73,7 +73,7 @@ class Output:
             foreign = [name for name in _WRITTEN if (self.folder / name).exists()]
             if foreign:
                 raise ValueError(
-                    f"{self.folder / foreign[0]} is there and of no evaluation; choose another --output."
+                    f"{self.folder / foreign[0]} exists, but there is no run.json; choose another --output."
                 )
         for name in _WRITTEN:
             written = self.folder / name
@@ -90,17 +90,17 @@ class Output:
         chunk: int,
         files_of: Callable[[LabelledImage], Iterable[Path]] = lambda labelled: (),
     ) -> Any:
-        """Counts images on all processes and returns the sums; every process has to call it.
+        """Evaluates images on all processes and returns the summed counts; every process must call it.
 
-        The images are cut into chunks, whatever the number of processes; each process takes every n-th chunk. What a
-        chunk gave is written into `parts/` before the next one begins, and read instead of counted where it is there
-        and whole.
+        The images are split into chunks, independently of the number of processes; with n processes, each takes every
+        n-th chunk. The counts of a chunk are written to `parts/` before the next chunk starts. A chunk whose file
+        exists and is complete is not evaluated again.
 
         Args:
-            counter: counts them.
-            images: all of them, the same on every process.
-            chunk: how many go together; a stopped run loses at most so many in each process.
-            files_of: what else has to be there for an image that was counted.
+            counter: evaluates a list of images.
+            images: all images, the same on every process.
+            chunk: number of images in a chunk; a stopped run loses at most one chunk per process.
+            files_of: returns the other files that must exist for an image.
         """
         state = PartialState()
         total: Any = counter.empty()
@@ -122,13 +122,13 @@ class Output:
 
     @staticmethod
     def _is_whole(path: Path, counted: ImageSums, part: list, files_of: Callable, skip_broken: bool) -> bool:
-        """Whether an earlier run has counted a chunk, whose counts are added then, and its files are there."""
+        """Adds the counts of a chunk from an earlier run; returns whether they and all of its files exist."""
         if not path.is_file():
             return False
         try:
             counted.add_file(path)
         except ValueError as error:
-            logger.warning(f"{error}; it is counted again.")
+            logger.warning(f"{error}; its images are evaluated again.")
             return False
         whole = (each for each in part if each.name not in counted.broken)
         return (skip_broken or not counted.broken) and all(
@@ -144,17 +144,17 @@ def evaluate_in_parts(
     save_predictions: bool = False,
     num_drawn: int = 0,
 ) -> MaskScores:
-    """Counts a data set on all processes, see [`Output.count`].
+    """Evaluates a data set on all processes, see [`Output.count`].
 
     Args:
-        segmenter: the model's, on this process's device.
+        segmenter: segmenter on this process's device.
         dataset: all images, the same on every process.
-        options: what to do.
-        output: prepared.
-        save_predictions: write `predictions/NAME.png`, indexed, with the numbers of the data set's labels, which for
-            masks with 0 for unknown are one less than the masks' values.
-        num_drawn: write so many `pictures/NAME.jpg` of image, truth and prediction side by side, spread over the
-            data set.
+        options: evaluation options.
+        output: output folder, after `prepare`.
+        save_predictions: write `predictions/NAME.png`, indexed images of label indices. If 0 means unknown in the
+            masks, the indices are one less than the masks' values.
+        num_drawn: number of `pictures/NAME.jpg` to write, with image, ground truth and prediction side by side; the
+            images are spread over the data set.
     """
     shown = {labelled.name for labelled in dataset.spread(num_drawn).images} if num_drawn else set()
 
@@ -178,12 +178,12 @@ def _indexed(found: SegmentedImage, dataset: MaskDataset) -> Image.Image:
 
 
 def draw_evaluation(found: SegmentedImage, dataset: MaskDataset) -> Image.Image:
-    """Image, truth and prediction side by side; background and what is unknown stay uncoloured."""
+    """Image, ground truth and prediction side by side; background and unknown pixels are not coloured."""
     order = [value for value in range(len(dataset.labels)) if value != dataset.background]
     labels = [dataset.labels[value] for value in order]
     panels = [found.image]
     for values in (found.truth, found.predicted):
-        # 0 where there is no colour, then the labels in their order.
+        # 0 is not coloured; the labels follow in their order.
         coloured = np.searchsorted(order, values) + 1
         coloured[~np.isin(values, order)] = 0
         panels.append(overlay(found.image, coloured, labels, background=True))
@@ -191,8 +191,8 @@ def draw_evaluation(found: SegmentedImage, dataset: MaskDataset) -> Image.Image:
 
 
 def checkpoint_hash(name_or_path: str) -> str | None:
-    """SHA-256 of the files that a checkpoint's weights are loaded from (on the Hub of their index, where there are
-    several), the first 16 digits; None where there are none."""
+    """First 16 digits of the SHA-256 of a checkpoint's weight files; None if there are none. For sharded weights on the
+    Hub, only the index file is hashed."""
     folder = Path(name_or_path)
     files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
     if not folder.is_dir():
@@ -209,7 +209,7 @@ def checkpoint_hash(name_or_path: str) -> str | None:
 
 
 def versions(device: torch.device | str) -> dict[str, str]:
-    """What the figures were made with."""
+    """Versions of the packages, and the device."""
     device = torch.device(device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     packages = ("torch", "transformers", "accelerate", "numpy", "pillow")

@@ -1,7 +1,7 @@
-"""Colours and drawings for label maps: the one place where a mask becomes an image.
+"""Drawing of label maps, groups and scores.
 
 A *label map* is an integer array [H, W]. Without a background its values index the given labels; with one, 0 is
-background and label i has value i + 1. A label's colour depends on its index alone, or is chosen, so the same label
+background and label i has value i + 1. A label's colour is chosen by the user or depends only on its index, so a label
 has the same colour in every image of a run.
 """
 

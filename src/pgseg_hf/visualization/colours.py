@@ -1,4 +1,4 @@
-"""The one colour map: a label's colour depends on its index alone, unless it was chosen."""
+"""Colours of labels and groups. A colour only depends on the index, unless the user chooses it."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -7,8 +7,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import ImageColor
 
-# Okabe and Ito, "Color Universal Design" (2008), in an order that keeps neighbours apart. Their black hides on a
-# photograph: a dark wine red stands in for it.
+# Okabe and Ito, "Color Universal Design" (2008), ordered so that neighbours differ. Their black is hard to see on a
+# photo, so it is replaced by a dark wine red.
 BASE_COLOURS = (
     (230, 159, 0),
     (0, 114, 178),
@@ -23,7 +23,7 @@ _NUM_COLOURS = 1024  # distinct colours; after that they repeat
 _NUM_GROUP_COLOURS = 64
 _SAME_COLOUR = 60**2  # squared distance in units of `_seen_colours`
 
-# What protanopes and deuteranopes see, in linear RGB: Machado et al., "A Physiologically-based Model for Simulation
+# Simulation of protanopia and deuteranopia in linear RGB: Machado et al., "A Physiologically-based Model for Simulation
 # of Color Vision Deficiency" (2009), severity 1.
 _PROTANOPIA = (
     (0.152286, 1.052583, -0.204868),
@@ -40,9 +40,9 @@ _DEUTERANOPIA = (
 def palette(n: int) -> npt.NDArray[np.uint8]:
     """The first `n` label colours, uint8 [n, 3] (RGB).
 
-    The first eight are made for colour-blind readers (Okabe-Ito); each further one is the colour that lies farthest
-    from all before it, in the worst of normal, protanope and deuteranope vision. `palette(n)[:k]` equals
-    `palette(k)`. The first 1,024 colours are distinct; then they repeat from the start.
+    The first eight are safe for colour-blind readers (Okabe-Ito). Each further colour is the one farthest from all
+    previous ones, in the worst of normal, protanope and deuteranope vision. `palette(n)[:k]` equals `palette(k)`. The
+    first 1,024 colours are distinct; then they repeat.
 
     Raises:
         ValueError: `n` is negative.
@@ -55,8 +55,8 @@ def palette(n: int) -> npt.NDArray[np.uint8]:
 
 
 def label_colours(labels: Sequence[str], chosen: Mapping[str, str] | None = None) -> npt.NDArray[np.uint8]:
-    """The colours of labels, uint8 [N, 3] (RGB): those that were chosen, "#rrggbb", the others by the palette, where a
-    colour that is nearly a chosen one gives way to a further one."""
+    """Colours of labels, uint8 [N, 3] (RGB): the `chosen` ones ("#rrggbb" by label) and otherwise the palette's. A
+    colour of the palette that is close to a chosen one is replaced by a further colour."""
     colours = palette(len(labels))
     own = [index for index, label in enumerate(labels) if label in (chosen or {})]
     if not chosen or not own:
@@ -76,33 +76,32 @@ def label_colours(labels: Sequence[str], chosen: Mapping[str, str] | None = None
 
 
 def group_palette(n: int) -> npt.NDArray[np.uint8]:
-    """Colours of `n` groups, which are no labels: pale ones, uint8 [n, 3] (RGB); they repeat after 64."""
+    """Pale colours of `n` groups, distinct from those of labels, uint8 [n, 3] (RGB); they repeat after 64."""
     return _group_colours()[np.arange(n) % _NUM_GROUP_COLOURS]
 
 
 @functools.cache
 def _all_colours() -> npt.NDArray[np.uint8]:
-    """Colours for labels, uint8 [_NUM_COLOURS, 3]."""
-    # No near-black, near-white or grey: they read as the photograph itself.
+    # No near-black, near-white or grey colours, which look like a part of the photo.
     return _spread(_NUM_COLOURS, lightness=(0.35, 0.93), chroma=(0.05, 1.0))
 
 
 @functools.cache
 def _group_colours() -> npt.NDArray[np.uint8]:
-    """Pale colours, the farthest from those of the first labels first, uint8 [_NUM_GROUP_COLOURS, 3]."""
+    """Pale colours, ordered by their distance from the first label colours, uint8 [_NUM_GROUP_COLOURS, 3]."""
     count = len(BASE_COLOURS) + _NUM_GROUP_COLOURS
     return _spread(count, lightness=(0.72, 0.95), chroma=(0.03, 0.1))[len(BASE_COLOURS) :]
 
 
 def _spread(count: int, lightness: tuple[float, float], chroma: tuple[float, float]) -> npt.NDArray[np.uint8]:
-    """The base colours, then those of a grid that are farthest from all before, uint8 [count, 3]."""
+    """The base colours, then colours of a grid, each the farthest from all previous ones, uint8 [count, 3]."""
     levels = np.linspace(0, 255, 16).round().astype(np.uint8)
     grid = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), axis=-1).reshape(-1, 3)
     light, *opponents = oklab(linear_light(grid)).T
     pure = np.hypot(*opponents)
     grid = grid[(light > lightness[0]) & (light < lightness[1]) & (pure > chroma[0]) & (pure < chroma[1])]
     base = np.array(BASE_COLOURS, dtype=np.uint8)
-    # Whole numbers, so that every machine makes the same choices.
+    # Integers, so that the result is the same on every machine.
     candidates, chosen = _seen_colours(grid), _seen_colours(base)
     distance = np.min([_distance(candidates, colour) for colour in chosen], axis=0)
     colours = list(base)
@@ -114,13 +113,13 @@ def _spread(count: int, lightness: tuple[float, float], chroma: tuple[float, flo
 
 
 def linear_light(rgb: npt.NDArray[np.uint8]) -> npt.NDArray[np.float64]:
-    """sRGB bytes [N, 3] to linear light in 0..1."""
+    """Converts sRGB bytes [N, 3] to linear RGB from 0 to 1."""
     value = rgb / 255
     return np.where(value <= 0.04045, value / 12.92, ((value + 0.055) / 1.055) ** 2.4)
 
 
 def oklab(linear: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Linear RGB [N, 3] to Oklab [N, 3] (Björn Ottosson, "A perceptual color space for image processing", 2020)."""
+    """Converts linear RGB [N, 3] to Oklab [N, 3] (Ottosson, "A perceptual color space for image processing", 2020)."""
     to_lms = np.array(
         [
             [0.4122214708, 0.5363325363, 0.0514459929],
@@ -139,12 +138,12 @@ def oklab(linear: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 
 
 def _seen_colours(rgb: npt.NDArray[np.uint8]) -> npt.NDArray[np.int32]:
-    """Colours [N, 3] as three kinds of eyes see them: Oklab in units of 1/1000, [N, 3 kinds, 3]."""
+    """Colours [N, 3] in three kinds of vision, as Oklab in units of 1/1000, [N, 3 kinds, 3]."""
     linear = linear_light(rgb)
     kinds = [linear, *(np.clip(linear @ np.array(m).T, 0, 1) for m in (_PROTANOPIA, _DEUTERANOPIA))]
     return np.stack([np.rint(oklab(kind) * 1000) for kind in kinds], axis=1).astype(np.int32)
 
 
 def _distance(colours: npt.NDArray[np.int32], other: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
-    """Squared distance of each of [N, kinds, 3] to [kinds, 3] for the kind of eyes that tells them apart least."""
+    """Squared distances of colours [N, kinds, 3] from a colour [kinds, 3] in the least sensitive kind of vision."""
     return ((colours - other) ** 2).sum(axis=-1).min(axis=-1)

@@ -1,4 +1,4 @@
-"""Tables of numbers as images."""
+"""Heat maps of tables."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,11 +9,11 @@ from PIL import Image, ImageDraw
 from .colours import BASE_COLOURS
 from .text import INK, PAPER, drawable, fitted, font_of
 
-# From little to much: one hue that grows darker, which every kind of eyes can order.
+# From low to high: a single hue that gets darker, which colour-blind readers can order too.
 RAMP = np.array([(247, 251, 255), (86, 180, 233), (0, 52, 96)], dtype=float)
 NOTHING = (225, 225, 225)
 CHOSEN = BASE_COLOURS[6]
-_HEAT_MAP_LETTERS = 22  # pixels: a heat map of eight columns is readable at half its size
+_HEAT_MAP_LETTERS = 22  # pixels, so that a heat map of eight columns is readable at half its size
 
 
 def heat_map(
@@ -24,24 +24,24 @@ def heat_map(
     row_colours: Any = None,
     column_colours: Any = None,
 ) -> Image.Image:
-    """A table of numbers, each on a ground that is the darker the larger it is.
+    """Draws a table of numbers as a heat map, with darker cells for larger values.
 
     Args:
-        values: [R, C], for instance the cosines of R labels and C groups; NaN for what does not count, which is grey.
-        rows: R names.
-        columns: C names, short ones.
-        chosen: for each column the row that is framed, or -1.
-        row_colours: uint8 [R, 3], such as the labels' `palette`, for a swatch beside each name.
-        column_colours: uint8 [C, 3], the same over each column.
+        values: [R, C], for instance the cosine similarities of R labels and C groups; NaN cells are grey.
+        rows: names of the R rows.
+        columns: short names of the C columns.
+        chosen: for each column the index of the row that is framed, or -1.
+        row_colours: uint8 [R, 3], such as the labels' `palette`, for a swatch beside each row.
+        column_colours: uint8 [C, 3], for a swatch above each column.
 
     Raises:
-        ValueError: numbers of names, colours and values disagree, or there are no values.
+        ValueError: the numbers of names, colours and values do not match, or there are no values.
     """
     table = np.asarray(values.detach().float().cpu() if hasattr(values, "detach") else values, dtype=float)
     if table.ndim != 2 or table.size == 0 or table.shape != (len(rows), len(columns)):
         raise ValueError(
-            f"values have the shape {table.shape}, expected {(len(rows), len(columns))} as there are names, and at "
-            "least one of each."
+            f"values have shape {table.shape}, expected {(len(rows), len(columns))}, the numbers of rows and columns, "
+            "and at least one of each."
         )
     for kind, given, count in (
         ("chosen", chosen, len(columns)),
@@ -74,7 +74,7 @@ def heat_map(
     for (i, j), value in np.ndenumerate(table):
         x, y = left + j * wide, top + i * high
         share = (value - low) / span if span > 0 else 0.0
-        # A line stays free between cells.
+        # Leave a line between cells.
         draw.rectangle(
             (x, y, x + wide - 2, y + high - 2), fill=ramp(share) if np.isfinite(value) else NOTHING
         )
@@ -91,7 +91,7 @@ def heat_map(
 
 
 def ramp(share: float) -> tuple[int, ...]:
-    """The colour of a share from 0 to 1."""
+    """The colour for a value from 0 to 1."""
     place = min(max(share, 0.0), 1.0) * (len(RAMP) - 1)
     below = min(int(place), len(RAMP) - 2)
     mixed = RAMP[below] + (place - below) * (RAMP[below + 1] - RAMP[below])

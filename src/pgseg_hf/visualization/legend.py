@@ -1,4 +1,4 @@
-"""The panel that says which colour is which label."""
+"""Legend of an image."""
 
 import math
 from typing import NamedTuple
@@ -15,7 +15,7 @@ _MAX_LABEL_WIDTH = 14  # in letter heights: about 30 letters
 
 
 class _Entry(NamedTuple):
-    """One line of a legend; the line that stands for all that found no room has no colour."""
+    """One line of a legend. The line that summarizes omitted labels has no colour."""
 
     text: str
     share: float | None = None
@@ -25,7 +25,7 @@ class _Entry(NamedTuple):
 def legend_entries(
     names: list[str], colours: npt.NDArray[np.uint8], counts: npt.NDArray[np.intp], total: int
 ) -> list[_Entry]:
-    """The labels that are there, the largest first."""
+    """Entries of the labels present, the largest first."""
     order = [i for i in np.argsort(-counts, kind="stable").tolist() if counts[i]]
     texts = drawable(names, "label")
     entries = [_Entry(texts[i], counts[i] / total, tuple(colours[i].tolist())) for i in order]
@@ -33,9 +33,9 @@ def legend_entries(
 
 
 def with_legend(image: Image.Image, entries: list[_Entry]) -> Image.Image:
-    """The image with a panel that lists the entries: to the right of a tall image, under a wide one."""
+    """Adds a panel with the entries to an image: to the right of a tall image, below a wide one."""
     font = font_of(letter_size(image))
-    # Margin and side of a swatch, height of a line, width of a text and of a column, in pixels.
+    # In pixels: margin and side of a swatch, height of a line, width of a text and of a column.
     pad, row = round(font.size), round(1.7 * round(font.size))
     longest = max(math.ceil(font.getlength(text)) for text in ["9,999 more", *(e.text for e in entries)])
     text_width = min(_MAX_LABEL_WIDTH * pad, longest)

@@ -1,4 +1,4 @@
-"""Label maps over an image, beside one another, and as files."""
+"""Draws label maps over images, side by side, and as indexed images."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,7 +12,7 @@ from .colours import group_palette, label_colours, palette
 from .legend import legend_entries, with_legend
 from .text import INK, PAPER, drawable, fitted, font_of, letter_size
 
-# Pixels that are painted at a time.
+# Pixels per strip, which limits the memory for large images.
 _STRIP_PIXELS = 2**22
 
 
@@ -26,25 +26,26 @@ def overlay(
     contours: bool = True,
     colours: Mapping[str, str] | None = None,
 ) -> Image.Image:
-    """Colour an image by its label map. Under its colour it fades to grey, so that the hues are those of the legend.
+    """Colour an image by its label map. Coloured regions fade to grey, so that their hues match the legend.
 
     Args:
-        image: W x H.
-        label_map: integers [H, W] (array or tensor); values index `labels`, or 0 is background and label i is i + 1.
-        labels: the names, as given for the segmentation.
-        background: whether 0 is background; it stays uncoloured.
-        alpha: weight of the colour over the image, from 0 (image alone) to 1 (colour alone).
-        legend: whether to add a panel with the labels present, the largest first, each with its share of the pixels.
-            It stands to the right of a tall image and under a wide one. Labels in letters that the font lacks have
+        image: image of W x H pixels.
+        label_map: integers [H, W] (array or tensor) that index `labels`; with a background, 0 is background and label i
+            has value i + 1.
+        labels: label names, as given for the segmentation.
+        background: whether 0 is background, which is not coloured.
+        alpha: weight of the colours over the image, from 0 (only the image) to 1 (only the colours).
+        legend: whether to add a panel with the labels present, the largest first, and their shares of the pixels. It
+            is to the right of a tall image and below a wide one. Labels that the font cannot draw are replaced by
             their number, from 1.
-        contours: whether to draw a light line between regions.
-        colours: "#rrggbb" of labels that are not to have the palette's, by name.
+        contours: whether to draw light lines between regions.
+        colours: custom colours of labels, "#rrggbb" by name.
 
     Returns:
-        An RGB image: W x H, or larger by the legend.
+        An RGB image of W x H pixels, or larger with a legend.
 
     Raises:
-        ValueError: sizes disagree, a value has no label, there are no labels, or `alpha` is out of range.
+        ValueError: sizes do not match, a value has no label, there are no labels, or `alpha` is out of range.
     """
     names = _checked_labels(labels)
     values = _checked_map(label_map, len(names) + background)
@@ -52,7 +53,7 @@ def overlay(
     if values.shape != (image.height, image.width):
         raise ValueError(
             f"The label map is {values.shape[1]} x {values.shape[0]} (width x height), "
-            f"the image {image.width} x {image.height}: they must be of one size."
+            f"the image {image.width} x {image.height}; the sizes must be equal."
         )
     rows = label_colours(names, colours)
     drawn = _paint(image, values, rows, background, alpha, contours)
@@ -66,19 +67,18 @@ def draw_groups(
     alpha: float = 0.7,
     legend: bool = True,
 ) -> Image.Image:
-    """Colour an image by the group that each of its places belongs to, in other colours than labels have.
+    """Colour an image by its groups, in colours that differ from those of labels.
 
     Args:
-        image: W x H.
-        group_index: integers (array or tensor), [H, W] or any coarser grid, such as that of the patches, which is
-            stretched over the image.
-        num_groups: how many groups there are (eight in the last stage of the paper's model); the largest index + 1
-            where not given.
-        alpha: weight of the colour over the image.
-        legend: whether to list the groups and their shares.
+        image: image of W x H pixels.
+        group_index: integers (array or tensor), [H, W] or any coarser grid, such as the patches, which is stretched
+            over the image.
+        num_groups: number of groups (eight in the last stage of the paper's model); defaults to the largest index + 1.
+        alpha: weight of the colours over the image.
+        legend: whether to add a panel with the groups and their shares of the pixels.
 
     Raises:
-        ValueError: as `overlay`.
+        ValueError: as for `overlay`.
     """
     values = _checked_map(group_index, num_groups)
     image = to_rgb(image)
@@ -98,17 +98,17 @@ def draw_contours(
     legend: bool = True,
     colours: Mapping[str, str] | None = None,
 ) -> Image.Image:
-    """Draw only the borders of the regions, each in the colour of its label, over the image as it is.
+    """Draw the borders of the regions over the unchanged image, each in the colour of its label.
 
     Args:
-        image: W x H.
+        image: image of W x H pixels.
         label_map: as for `overlay`.
-        labels: the names, as given for the segmentation.
-        background: whether 0 is background, whose side of a border stays free.
+        labels: label names, as given for the segmentation.
+        background: whether 0 is background, which has no border of its own.
         legend, colours: as for `overlay`.
 
     Raises:
-        ValueError: as `overlay`.
+        ValueError: as for `overlay`.
     """
     drawn = np.array(overlay(image, label_map, labels, background, alpha=0, legend=False))
     values = _checked_map(label_map)
@@ -121,10 +121,10 @@ def draw_contours(
 
 
 def find_contours(label_map: Any, width: int = 1) -> npt.NDArray[np.bool_]:
-    """Where one region ends and the next begins, as a mask [H, W] of lines about `width` pixels wide.
+    """Borders between regions, as a bool mask [H, W] of lines about `width` pixels wide.
 
     Raises:
-        ValueError: the map is no integer [H, W], or `width` is below 1.
+        ValueError: the map is not an integer array [H, W], or `width` is below 1.
     """
     values = _checked_map(label_map)
     if width < 1:
@@ -133,7 +133,7 @@ def find_contours(label_map: Any, width: int = 1) -> npt.NDArray[np.bool_]:
     lines[:, :-1] |= values[:, :-1] != values[:, 1:]
     lines[:-1, :] |= values[:-1, :] != values[1:, :]
     for step in range(width - 1):
-        # Grow towards the other side each time, so that the line stays on the border.
+        # Grow towards alternating sides, so that the line stays on the border.
         wider = lines.copy()
         if step % 2 == 0:
             wider[:, 1:] |= lines[:, :-1]
@@ -146,10 +146,10 @@ def find_contours(label_map: Any, width: int = 1) -> npt.NDArray[np.bool_]:
 
 
 def side_by_side(images: Sequence[Image.Image], titles: Sequence[str] | None = None) -> Image.Image:
-    """Images in a row on white, aligned at the top, each under its title.
+    """Place images in a row on white, aligned at the top, each below its title.
 
     Raises:
-        ValueError: no images, or another number of titles than of images.
+        ValueError: there are no images, or the numbers of images and titles differ.
     """
     if not images:
         raise ValueError("side_by_side needs at least one image, got none.")
@@ -178,17 +178,17 @@ def indexed_png(
     background: bool = False,
     colours: npt.NDArray[np.uint8] | None = None,
 ) -> Image.Image:
-    """A label map as an image whose pixel values are the map's own values: what is saved as a mask.
+    """Convert a label map to an indexed image with the same pixel values, to be saved as a mask.
 
     Args:
         label_map: integers [H, W] (array or tensor).
-        num_labels: how many labels there are, so that all masks of a run get one format; judged by the largest value
-            where not given.
-        background: whether 0 is background; it is black in the palette.
-        colours: of the labels, uint8 [N, 3], from `label_colours`; by default the palette's.
+        num_labels: number of labels, so that all masks of a run have the same format; by default inferred from the
+            largest value.
+        background: whether 0 is background, which is black in the palette.
+        colours: colours of the labels, uint8 [N, 3], from `label_colours`; defaults to the palette.
 
     Returns:
-        A palette image (mode `P`) in the labels' colours for up to 256 values, else a 16-bit one (mode `I;16`).
+        A palette image (mode `P`) in the labels' colours for up to 256 values, otherwise a 16-bit image (mode `I;16`).
 
     Raises:
         ValueError: a value is negative, has no label, or exceeds 65,535.
@@ -196,7 +196,7 @@ def indexed_png(
     values = _checked_map(label_map, None if num_labels is None else num_labels + background)
     count = int(values.max()) + 1 if num_labels is None else num_labels + background
     if count > 2**16:
-        raise ValueError(f"A mask holds values up to 65,535, got {count - 1:,}.")
+        raise ValueError(f"A mask's values must be at most 65,535, got {count - 1:,}.")
     if count > 2**8:
         return Image.fromarray(values.astype(np.uint16))
     mask = Image.fromarray(values.astype(np.uint8)).convert("P")
@@ -216,19 +216,19 @@ def _checked_labels(labels: Sequence[str]) -> list[str]:
 
 
 def _checked_map(label_map: Any, num_values: int | None = None) -> npt.NDArray[np.int64]:
-    """A map of integers [H, W] in 0..num_values-1, from an array, a nested list or a tensor on any device."""
+    """Checks a map of integers [H, W] from 0 to num_values - 1, given as an array, nested list or tensor."""
     if hasattr(label_map, "detach"):
         label_map = label_map.detach().cpu()
     values = np.asarray(label_map)
     if values.ndim != 2 or values.size == 0:
-        raise ValueError(f"A label map has the shape (height, width), got {values.shape}.")
+        raise ValueError(f"A label map must have shape (height, width), got {values.shape}.")
     if values.dtype.kind not in "iub":
-        raise ValueError(f"A label map holds integers, got {values.dtype}.")
+        raise ValueError(f"A label map must contain integers, got {values.dtype}.")
     low, high = int(values.min()), int(values.max())
     if low < 0:
-        raise ValueError(f"A label map's values start at 0, got {low}.")
+        raise ValueError(f"A label map's values must not be negative, got {low}.")
     if num_values is not None and high >= num_values:
-        raise ValueError(f"The label map holds the value {high}, but values go up to {num_values - 1}.")
+        raise ValueError(f"The label map contains the value {high}, expected at most {num_values - 1}.")
     return values.astype(np.int64, copy=False)
 
 
@@ -255,9 +255,9 @@ def _paint(
     alpha: float,
     contours: bool,
 ) -> Image.Image:
-    """The image under its colours, see `overlay`; strip by strip, each with what lines from beside it need."""
+    """Colours an image in strips, see `overlay`. Each strip has a margin for lines that cross its border."""
     if not 0 <= alpha <= 1:
-        raise ValueError(f"alpha must lie between 0 and 1, got {alpha}.")
+        raise ValueError(f"alpha must be between 0 and 1, got {alpha}.")
     if background:
         colours = np.vstack([np.zeros((1, 3), dtype=np.uint8), colours])
     line = _line_width(image) if contours else 0
@@ -267,7 +267,7 @@ def _paint(
         bottom = min(top + step, height)
         first, last = max(top - line, 0), min(bottom + line, height)
         plain, part = image.crop((0, first, width, last)), values[first:last]
-        # Grey, and its shadows lifted: over black every colour would be black.
+        # Brighten the shadows of the grey image: on black, all colours would look black.
         grey = plain.convert("L").point([round(80 + 0.65 * level) for level in range(256)]).convert("RGB")
         strip = Image.blend(Image.blend(plain, grey, alpha), Image.fromarray(colours[part]), alpha)
         if background:

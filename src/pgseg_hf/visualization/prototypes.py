@@ -1,4 +1,4 @@
-"""Prototypes of a model's output as maps."""
+"""Maps of a model's prototypes."""
 
 from typing import Any
 
@@ -7,24 +7,24 @@ import numpy.typing as npt
 
 
 def prototype_maps(output: Any, index: int = 0) -> list[npt.NDArray[np.int64]]:
-    """Which prototype each patch of an image belongs to, stage by stage: what `draw_groups` draws.
+    """The prototype of each patch for each grouping stage, as a map for `draw_groups`.
 
-    The prototypes of a later stage describe the groups of the one before; a patch shares in them as it shares in these
-    groups.
+    The prototypes of a later stage belong to groups of the previous stage, and are mapped to patches by the patches'
+    assignment to these groups.
 
     Args:
-        output: of [`PGSegVisionModel`] with `output_npr=True` and `output_attentions=True`.
-        index: number of the image in its batch.
+        output: output of [`PGSegVisionModel`] with `output_npr=True` and `output_attentions=True`.
+        index: index of the image in the batch.
 
     Returns:
-        an int64 [h, w] for each grouping stage, on the grid of the patches.
+        an int64 map [h, w] of the patches for each grouping stage.
 
     Raises:
-        ValueError: the output holds no prototypes.
+        ValueError: the output has no prototypes.
     """
     if not output.npr or output.attentions is None:
         raise ValueError(
-            "the output has no prototypes, expected that of a model with npr_variant 'corrected' or 'released', "
+            "the output has no prototypes; expected the output of a model with npr_variant 'corrected' or 'released', "
             "called with output_npr=True and output_attentions=True."
         )
     maps, patches_KL = [], None

@@ -1,4 +1,4 @@
-"""Letters in drawings."""
+"""Text in drawings."""
 
 import functools
 import unicodedata
@@ -11,9 +11,9 @@ PAPER = (255, 255, 255)
 INK = (32, 32, 32)
 FAINT_INK = (112, 112, 112)
 
-_ROOM = 24  # letters of a text that are seen, see `fitted`
+_ROOM = 24  # visible characters of a text, see `fitted`
 
-# Letters that Pillow's font lacks and Unicode does not decompose.
+# Characters that are not in Pillow's font and that Unicode does not decompose.
 _PLAIN_LETTERS = str.maketrans(
     {"ß": "ss", "æ": "ae", "Æ": "Ae", "œ": "oe", "Œ": "Oe", "ø": "o", "Ø": "O", "ł": "l", "Ł": "L", "đ": "d"}
     | {"ð": "d", "þ": "th", "ı": "i", "×": "x", "–": "-", "—": "-"}
@@ -21,16 +21,16 @@ _PLAIN_LETTERS = str.maketrans(
 
 
 def letter_size(image: Image.Image) -> int:
-    """Letters of a size that stays readable when the image is shown on one screen."""
+    """Font size that is readable when the whole image fits on a screen."""
     return min(96, max(13, round(0.025 * min(image.size))))
 
 
 @functools.lru_cache(maxsize=8)
 def font_of(size: int) -> ImageFont.FreeTypeFont:
-    """Pillow's own font, so that an image looks the same on every machine."""
+    """Pillow's built-in font, so that drawings are the same on every machine."""
     font = ImageFont.load_default(size=size)
     if not isinstance(font, ImageFont.FreeTypeFont):
-        raise RuntimeError("Text needs a Pillow that was built with FreeType: pip install --upgrade pillow.")
+        raise RuntimeError("Text requires Pillow with FreeType; run pip install --upgrade pillow.")
     return font
 
 
@@ -41,9 +41,9 @@ def _has_glyph(character: str) -> bool:
 
 
 def drawable(texts: Sequence[str], kind: str) -> list[str]:
-    """Texts on one line each in letters that the font has: accents dropped, what has no likeness left out. A text that
-    lost letters, or that looks like another one now, or begins like one as far as there is room, has its number in
-    front, as `label 2: car`."""
+    """Texts reduced to one line each and to the font's characters: accents and unknown characters are removed. A text
+    that lost characters, or whose visible part equals that of another text, is prefixed with its number, as in
+    `label 2: car`."""
     found = [_drawable(text) for text in texts]
     alike = Counter(text[:_ROOM] for text, _ in found)
     numbered = [f"{kind} {number}".strip() for number in range(1, len(found) + 1)]
@@ -54,7 +54,7 @@ def drawable(texts: Sequence[str], kind: str) -> list[str]:
 
 
 def _drawable(text: str) -> tuple[str, bool]:
-    """The text in letters of the font, and whether it has lost none."""
+    """The text in the font's characters, and whether it is complete."""
     text = unicodedata.normalize("NFKD", text[:500].translate(_PLAIN_LETTERS))
     letters = "".join(" " if c.isspace() or unicodedata.category(c) == "Cc" else c for c in text)
     kept = "".join(filter(_has_glyph, letters))
@@ -64,7 +64,7 @@ def _drawable(text: str) -> tuple[str, bool]:
 
 
 def fitted(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
-    """The text, shortened to at most `width` pixels."""
+    """Shortens a text to at most `width` pixels."""
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(f"{text}…") > width:

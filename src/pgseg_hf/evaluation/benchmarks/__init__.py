@@ -1,1 +1,1 @@
-"""What is measured: images with masks, the field's benchmarks by name, and masks prepared from their downloads."""
+"""Benchmarks: images with masks, the supported benchmarks by name, and masks prepared from their downloads."""

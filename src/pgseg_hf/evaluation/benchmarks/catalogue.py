@@ -1,8 +1,8 @@
-"""The field's benchmarks by name: classes, values of masks, what does not count, and where the files lie.
+"""The supported benchmarks: classes, mask values, ignored values and file layouts.
 
-The layouts are those that mmsegmentation's dataset preparation leaves (its `docs/.../2_dataset_prepare.md`), and for
-ImageNet-S and LVIS those of their own downloads; what raw downloads lack is made by `preparing`. A protocol, which says
-how images are segmented, is apart from the benchmark: see `protocols`.
+The layouts are those of mmsegmentation's dataset preparation (its `docs/.../2_dataset_prepare.md`), and for ImageNet-S
+and LVIS those of the original downloads. Masks that a download lacks are made by `preparing`. How images are segmented
+is defined separately, in `protocols`.
 """
 
 from collections.abc import Iterable, Mapping
@@ -23,16 +23,16 @@ _CLASS_NAMES = Path(__file__).parent / "class_names"
 
 @dataclass(frozen=True)
 class Layout:
-    """Where a benchmark's files lie under its folder. `{split}` stands for the split's name in paths.
+    """File layout of a benchmark, relative to its folder. `{split}` stands for the split's name in paths.
 
     Args:
         images: folder of the images.
         masks: folder of the masks.
-        image_suffix: end of the images' names.
-        mask_suffix: what stands in the masks' names for it.
-        listing: file with a name a line; without one all images of the folder count but hidden ones.
-        nested: images and masks are in equal subfolders.
-        flat_masks: the listed names have folders, the masks lie side by side.
+        image_suffix: suffix of the images' names.
+        mask_suffix: suffix of the masks' names.
+        listing: file with one name per line; without it, all images of the folder are used except hidden ones.
+        nested: whether images and masks are in matching subfolders.
+        flat_masks: whether the listed names include folders, but all masks are in one folder.
     """
 
     images: str
@@ -44,7 +44,7 @@ class Layout:
     flat_masks: bool = False
 
     def of_split(self, root: Path, split: str) -> list[LabelledImage]:
-        """All images of a split, sorted or in the order of the list."""
+        """All images of a split, in the order of the listing, or sorted."""
         images, masks = root / self.images.format(split=split), root / self.masks.format(split=split)
         return [
             LabelledImage(
@@ -71,28 +71,28 @@ class Layout:
         return names
 
     def is_at(self, root: Path, split: str) -> bool:
-        """Whether the folder of images (and the list) is there."""
+        """Whether the folder of images and the listing exist."""
         listed = self.listing is None or (root / self.listing.format(split=split)).is_file()
         return listed and (root / self.images.format(split=split)).is_dir()
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A benchmark of the field.
+    """A benchmark.
 
     Args:
-        name: on the command line, in protocols and reports.
-        title: in prose.
-        class_names: file of names in `class_names/`.
-        layout: of its files.
-        roots: folders under the given one where the layout may begin, tried in this order.
+        name: name on the command line, in protocols and in reports.
+        title: name in messages.
+        class_names: file of class names in `class_names/`.
+        layout: layout of the files.
+        roots: subfolders of the given folder in which the layout is looked for, in this order.
         has_background: whether label 0 is a background, which has no prompt.
-        zero_is_unknown: raw masks have 0 for unknown, as 255, and k for class k - 1.
-        ignore_index: value that does not count; None for none.
-        rgb_weights: of masks that are colours, see [`MaskDataset`].
+        zero_is_unknown: whether raw masks have 0 (and 255) for unknown, and k for class k - 1.
+        ignore_index: value that is ignored; None if there is none.
+        rgb_weights: weights for coloured masks, see [`MaskDataset`].
         splits: names of splits in paths, by their usual names.
-        subset: of the class names, by key.
-        preparation: what makes masks that the download lacks.
+        subset: key of a subset of the class names.
+        preparation: hint on how to make masks that the download lacks.
     """
 
     name: str
@@ -110,7 +110,7 @@ class Benchmark:
 
     @property
     def classes(self) -> list[str]:
-        """Names of the classes, without a background."""
+        """Class names without the background."""
         content = read_class_names(self.class_names)
         if self.subset is None:
             return list(content["labels"])
@@ -119,18 +119,18 @@ class Benchmark:
 
     @property
     def labels(self) -> list[str]:
-        """Name of each value, with the background first where there is one."""
+        """Name of each value; a background comes first."""
         return [BACKGROUND, *self.classes] if self.has_background else self.classes
 
     def open(self, path: str | Path, split: str = "val") -> MaskDataset:
-        """The benchmark's images.
+        """Opens the benchmark.
 
         Args:
-            path: the benchmark's folder, or one above it, as in `roots`.
+            path: the benchmark's folder, or a folder that contains it, as in `roots`.
             split: "val" or "train".
 
         Raises:
-            ValueError: no such split, no such folder, or missing files, naming what was looked for.
+            ValueError: the split does not exist, or folders or files are missing.
         """
         if split not in self.splits:
             raise ValueError(f"{self.name} has no split {split!r}, expected one of {', '.join(self.splits)}.")
@@ -140,7 +140,7 @@ class Benchmark:
         if root is None:
             wanted = [self.layout.images, *([self.layout.listing] if self.layout.listing else [])]
             raise ValueError(
-                f"{path} does not hold {self.title}: expected {' and '.join(wanted).format(split=where)} in "
+                f"{path} does not contain {self.title}: expected {' and '.join(wanted).format(split=where)} in "
                 f"{' or '.join(str(place) for place in places)}."
             )
         dataset = self.over(self.layout.of_split(root, where), f"{self.name} {split}")
@@ -148,7 +148,7 @@ class Benchmark:
         return dataset
 
     def over(self, images: Iterable[LabelledImage], name: str, origin: str = "") -> MaskDataset:
-        """Images from elsewhere, with this benchmark's labels and values; `origin` says from where."""
+        """A data set of other images with this benchmark's labels and mask values; `origin` is their source."""
         labels, content = self.labels, read_class_names(self.class_names)
         other_names = {
             kind: {label: names for label, names in content.get(kind, {}).items() if label in labels}
@@ -171,7 +171,7 @@ class Benchmark:
 
 @cache
 def read_class_names(file: str) -> dict[str, Any]:
-    """A file of `class_names/`: `labels`, `synonyms` and `source`, for ImageNet also `wnids`."""
+    """Reads a file of `class_names/`, with `labels`, `synonyms` and `source`, and for ImageNet `wnids`."""
     return read_json(_CLASS_NAMES / f"{file}.json")
 
 
@@ -272,13 +272,13 @@ BENCHMARKS: dict[str, Benchmark] = {
             Layout("images", "annotations/lvis_{split}", listing="lvis_{split}.txt", flat_masks=True),
             roots=("lvis", "coco", ""),
             has_background=True,
-            # The released configuration leaves it at mmsegmentation's 255, which there is a class.
+            # The released configuration keeps mmsegmentation's default of 255, which is a class here.
             ignore_index=None,
             preparation="`pgseg prepare lvis DIR` makes them.",
         ),
     )
 }
-"""All benchmarks by name; `folder` stands for any [`MaskFolder`]."""
+"""All benchmarks by name; `open_benchmark` also accepts "folder" for a [`MaskFolder`]."""
 
 
 def open_benchmark(
@@ -288,27 +288,27 @@ def open_benchmark(
     background: str | None = None,
     mask_values: Mapping[str, str | None] | None = None,
 ) -> MaskDataset:
-    """A benchmark's images, or those of a folder with masks.
+    """Opens a benchmark or a folder with masks.
 
     Args:
         name: one of `BENCHMARKS`, or "folder".
-        path: its folder.
-        split: of a benchmark, "val" by default; of a folder a subfolder, by default the folder itself.
-        background, mask_values: of a folder, see [`MaskFolder`].
+        path: path of its folder.
+        split: split of a benchmark ("val" by default), or subfolder of a folder (by default the folder itself).
+        background, mask_values: options of a folder, see [`MaskFolder`].
 
     Raises:
-        ValueError: no such benchmark, or files that are missing.
+        ValueError: the benchmark is unknown, or files are missing.
     """
     if name != "folder":
         if name not in BENCHMARKS:
             raise ValueError(f"benchmark is {name!r}, expected one of {', '.join([*BENCHMARKS, 'folder'])}.")
         if background is not None:
-            raise ValueError(f"background is {background!r}, but {name} has its own; expected None.")
+            raise ValueError(f"background is {background!r}, but {name} defines its own; expected None.")
         return BENCHMARKS[name].open(path, split or "val")
     whole, folder = Path(path), Path(path, split or "")
     if whole.is_dir() and not folder.is_dir():
         there = ", ".join(sorted(each.name for each in whole.iterdir() if each.is_dir()))
-        raise ValueError(f"{path} has no folder {split!r} for that split, expected one of {there}.")
+        raise ValueError(f"{path} has no folder {split!r} for this split, expected one of {there}.")
     dataset = MaskFolder(folder, background, mask_values)
     dataset.name = f"{whole.resolve().name} {split or ''}".strip()
     return dataset

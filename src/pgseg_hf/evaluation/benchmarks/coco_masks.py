@@ -1,7 +1,7 @@
-"""Masks from the ways that COCO's annotations store them: polygons and run lengths, plain or compressed.
+"""Decodes masks in COCO's annotation formats: polygons and run lengths, plain or compressed.
 
-Polygons are drawn by pycocotools, of `pgseg-hf[formats]`. Run lengths are read here: pycocotools reads past the end of
-a broken string, and leaves pixels undefined that no run covers.
+Polygons are drawn by pycocotools (`pgseg-hf[formats]`). Run lengths are decoded here, because pycocotools reads past
+the end of a broken string and leaves pixels undefined that no run covers.
 """
 
 import re
@@ -11,22 +11,22 @@ from typing import Any
 import numpy as np
 
 MAX_COORDINATE = 100_000.0
-"""Largest polygon coordinate that is read, in pixels; anything beyond is no annotation of an image."""
+"""Largest accepted polygon coordinate in pixels; larger values cannot belong to an image."""
 
 
 def decode_segmentation(segmentation: Any, height: int, width: int) -> np.ndarray:
-    """The mask of a `segmentation` entry in COCO's format.
+    """Decodes the mask of a `segmentation` entry in COCO's format.
 
     Args:
-        segmentation: polygons `[[x, y, x, y, ...], ...]` in pixels, of which the union counts, or run lengths
+        segmentation: polygons `[[x, y, x, y, ...], ...]` in pixels, whose union is the mask, or run lengths
             `{"size": [height, width], "counts": ...}` with a list of counts or COCO's compressed string.
-        height, width: pixels of the image.
+        height, width: size of the image in pixels.
 
     Returns:
         bool [height, width].
 
     Raises:
-        ValueError: it is none of these, or does not fit the image, or pycocotools is missing.
+        ValueError: the entry has another format or does not match the image, or pycocotools is missing.
     """
     if isinstance(segmentation, list):
         return _draw_polygons(segmentation, height, width)
@@ -40,27 +40,27 @@ def decode_segmentation(segmentation: Any, height: int, width: int) -> np.ndarra
         counts = decompress_run_lengths(counts)
     if not isinstance(counts, list) or any(type(count) is not int or count < 0 for count in counts):
         raise ValueError(
-            f"the run lengths are {_shortened(counts)}, expected a list of whole numbers from 0 on."
+            f"the run lengths are {_shortened(counts)}, expected a list of non-negative integers."
         )
     if sum(counts) != height * width:
         raise ValueError(
             f"the run lengths add up to {sum(counts)} pixels, expected {height} x {width} = {height * width}."
         )
-    # Runs of 0 and 1 in turn, 0 first, down the columns.
+    # Runs of 0 and 1 alternate, starting with 0, in column-major order.
     return np.repeat(np.arange(len(counts)) % 2 == 1, counts).reshape(width, height).T
 
 
 def decompress_run_lengths(text: str) -> list[int]:
-    """The run lengths of COCO's compressed string.
+    """Decodes the run lengths of COCO's compressed string.
 
-    Every character stands for 6 bits, from ASCII 48 on: 5 bits of a number, lowest first, and one that says that more
-    follow. Numbers are signed; from the fourth on they are the difference to the one two before.
+    Each character, counted from ASCII 48, encodes 5 bits of a number, lowest first, and a continuation bit. Numbers are
+    signed. From the fourth on, they are stored as the difference from the number two places before.
 
     Raises:
-        ValueError: a character that does not occur in such strings, or a number that does not end.
+        ValueError: the string has an invalid character or ends within a number.
     """
     if not re.fullmatch("([P-o]{0,6}[0-O])*", text):
-        raise ValueError(f"the compressed run lengths are {_shortened(text)}, which is no string of COCO's.")
+        raise ValueError(f"the compressed run lengths are {_shortened(text)}, expected COCO's format.")
     counts: list[int] = []
     for characters in re.findall("[P-o]*[0-O]", text):
         digits = [ord(character) - 48 for character in characters]
@@ -77,17 +77,17 @@ def _draw_polygons(polygons: list, height: int, width: int) -> np.ndarray:
             not isinstance(polygon, list)
             or len(polygon) < 6
             or len(polygon) % 2
-            # The comparison turns away NaN too.
+            # `not <=` also rejects NaN.
             or any(type(value) not in (int, float) or not abs(value) <= MAX_COORDINATE for value in polygon)
         ):
             raise ValueError(
-                f"a polygon is {_shortened(polygon)}, expected x and y in turn of at least 3 corners, numbers up to "
-                f"{MAX_COORDINATE:,.0f} pixels."
+                f"a polygon is {_shortened(polygon)}, expected alternating x and y of at least 3 corners, up to "
+                f"{MAX_COORDINATE:,.0f} pixels each."
             )
     try:
         from pycocotools import mask
     except ImportError as error:
-        raise ValueError("pycocotools is not installed, expected pip install 'pgseg-hf[formats]'.") from error
+        raise ValueError("pycocotools is not installed; run pip install 'pgseg-hf[formats]'.") from error
     return mask.decode(mask.merge(mask.frPyObjects(polygons, height, width))).astype(bool)
 
 

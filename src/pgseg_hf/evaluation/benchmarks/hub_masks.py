@@ -1,4 +1,4 @@
-"""Images with masks in data sets of the Hub."""
+"""Images with masks from data sets on the Hub."""
 
 from functools import partial
 
@@ -11,20 +11,20 @@ from .reading import LabelledImage
 def hub_images(
     path: str, split: str = "validation", image_column: str | None = None, mask_column: str = "mask"
 ) -> tuple[list[LabelledImage], str]:
-    """The rows of a data set of the Hub, of a local folder in its layout, or of one written by `save_to_disk`; images
-    are read when they are asked for.
+    """Opens a data set on the Hub, in a local folder with the same layout, or written by `save_to_disk`. Images are
+    read on access.
 
     Args:
-        path: as `datasets.load_dataset` takes it.
-        split: of the data set; "val" also stands for "validation".
-        image_column: by default the usual names.
-        mask_column: of masks, one integer a pixel.
+        path: path as for `datasets.load_dataset`.
+        split: split of the data set; "val" also stands for "validation".
+        image_column: column of the images; by default the usual names are tried.
+        mask_column: column of the masks, with one integer per pixel.
 
     Returns:
-        the images, and a fingerprint of the data set.
+        the images and a fingerprint of the data set.
 
     Raises:
-        ValueError: it cannot be loaded, has no such split, or columns are missing.
+        ValueError: the data set cannot be loaded, or a split or column is missing.
     """
     source = open_split(path, split, Columns(image=image_column, mask=mask_column))
     assert not isinstance(source, StreamedTable)
@@ -39,7 +39,7 @@ def hub_images(
 
 
 def open_split(path: str, split: str, columns: Columns) -> TableSource | StreamedTable:
-    """As `open_hub`; "val" also stands for "validation"."""
+    """Like `open_hub`, but "val" also stands for "validation"."""
     try:
         return open_hub(path, columns, split=split)
     except ValueError:

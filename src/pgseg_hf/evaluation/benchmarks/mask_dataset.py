@@ -1,4 +1,4 @@
-"""Images with masks: what a benchmark is, however its files lie."""
+"""Data sets of images with masks, independent of the layout of their files."""
 
 import copy
 import os
@@ -17,27 +17,27 @@ from ...images import NoLabelMap, find_images, load_label_map
 from ...run_records import hash_of
 from .reading import BrokenImage, LabelledImage, file_digests
 
-# Of the colours of masks: #rrggbb as a number.
+# Weights of red, green and blue that turn a mask's colour into the number #rrggbb.
 _COLOURS = (65536, 256, 1)
 
 
 @dataclass
 class MaskDataset:
-    """Images with masks and the names of the masks' values.
+    """Images with masks and the labels of the masks' values.
 
     Args:
-        name: of the data, for reports.
-        labels: name of each value, 0 to N - 1; a background among them where there is one.
-        images: its images, all of them.
-        background: the value that means background, None for none.
-        ignore_index: value that does not count; None for none.
-        label_of_value: for each raw value of the files its label or `ignore_index`, no others occur; by default labels
-            and `ignore_index` are themselves.
-        rgb_weights: raw values are the weighted sums of the colours of masks, (1, 256, 0) in ImageNet-S; None for masks
-            of one number a pixel.
+        name: name in reports.
+        labels: name of each value, 0 to N - 1, including a background.
+        images: all images of the data set.
+        background: value of the background; None if there is none.
+        ignore_index: value that is ignored; None if there is none.
+        label_of_value: maps each raw value of the files to a label or `ignore_index`; other raw values are an error.
+            Defaults to the identity.
+        rgb_weights: weights of red, green and blue whose sum is the raw value of a coloured mask, (1, 256, 0) in
+            ImageNet-S; None for masks with one number per pixel.
         synonyms: other names of labels.
-        released: the names of labels in the released code where they differ, such as `fire_engine`.
-        origin: where the images come from, where that are no files.
+        released: label names in the released code, where they differ, such as `fire_engine`.
+        origin: source of images that are not files.
     """
 
     name: str
@@ -54,15 +54,15 @@ class MaskDataset:
     def __len__(self) -> int:
         return len(self.images)
 
-    # What to do about values that no label has; nothing, where they are a benchmark's.
+    # Advice for values without a label; a benchmark has none.
     _way_out = ""
 
     def truth(self, labelled: LabelledImage) -> np.ndarray:
-        """The labels of an image's pixels, int64 [H, W].
+        """Reads the ground truth of an image, int64 [H, W].
 
         Raises:
             BrokenImage: the mask cannot be decoded.
-            ValueError: it has values that are no labels.
+            ValueError: the mask has values without a label.
         """
         try:
             source = labelled.mask() if callable(labelled.mask) else labelled.mask
@@ -80,41 +80,41 @@ class MaskDataset:
             raise ValueError(
                 f"{labelled.mask_place} has the value {shown(strange[0])}, expected one of "
                 f"{', '.join(map(shown, table)) if self.rgb_weights == _COLOURS else _ranges(table)}: the values of "
-                f"{self.name} with its {len(self.labels)} labels. It holds {len(present)} values from "
+                f"{self.name} with its {len(self.labels)} labels. The mask has {len(present)} values from "
                 f"{shown(present[0])} to {shown(present[-1])}.{self._way_out}"
             )
         return np.array([table[value] for value in present])[np.searchsorted(present, raw)]
 
     def check_threshold(self, background_threshold: float | None) -> None:
-        """Raises a ValueError for a background threshold where there is no background."""
+        """Raises a ValueError for a background threshold if there is no background."""
         if background_threshold is not None and self.background is None:
             raise ValueError(
                 f"background_threshold is {background_threshold}, but {self.name} has no background; expected None, or "
-                "background in its labels.json."
+                "a background in labels.json."
             )
 
     def spread(self, count: int) -> "MaskDataset":
-        """At most `count` of the images, spread evenly over all of them."""
+        """A subset of at most `count` images, evenly spaced."""
         if count < 1:
             raise ValueError(f"count is {count}, expected at least 1 image.")
         count = min(count, len(self))
         return self.only(self.images[index * len(self) // count] for index in range(count))
 
     def part(self, rank: int, world_size: int) -> "MaskDataset":
-        """The images of one process: number i belongs to rank i % world_size. There may be none."""
+        """The images of one process, possibly none: image i belongs to rank i % world_size."""
         if not 0 <= rank < world_size:
             raise ValueError(f"rank is {rank} of world_size {world_size}, expected 0 <= rank < world_size.")
         return self.only(self.images[rank::world_size])
 
     def only(self, images: Iterable[LabelledImage]) -> "MaskDataset":
-        """The same labels with some of the images."""
+        """A copy with other images."""
         other = copy.copy(self)
         other.images = list(images)
         return other
 
     def fingerprint(self) -> str:
-        """Equal for the same images with the same meaning, wherever they lie: labels and other names, and of each
-        image its name and the contents of its files, which are all read for it."""
+        """A hash of the labels, their other names, and the names and file contents of all images, which does not depend
+        on their location. Reads all files."""
         meaning = [self.labels, self.background, self.ignore_index, self.rgb_weights, self.origin]
         tables = [sorted((self.label_of_value or {}).items()), sorted(self.synonyms.items())]
         sources = [source for each in self.images for source in (each.image, each.mask)]
@@ -123,7 +123,7 @@ class MaskDataset:
 
 
 def _ranges(values: Iterable[int]) -> str:
-    """`0 to 20, 255`"""
+    """Formats values as ranges: `0 to 20, 255`."""
     parts: list[list[int]] = []
     for value in sorted(values):
         if parts and value == parts[-1][-1] + 1:
@@ -134,27 +134,27 @@ def _ranges(values: Iterable[int]) -> str:
 
 
 class MaskFolder(MaskDataset):
-    """A folder of one's own: `metadata.jsonl` (`.csv`, `.parquet`) with `file_name` and `mask_file_name`, or `images/`
-    and `masks/` with files of equal names but for their endings.
+    """A custom data set in a folder with `metadata.jsonl` (`.csv`, `.parquet`) with the columns `file_name` and
+    `mask_file_name`, or with `images/` and `masks/` whose files have the same names except for the suffix.
 
-    `labels.json`, there or in the folder above, holds `labels`, in the order of the masks' values, and may hold
-    `ignore_index` (a value of the masks that does not count, 255 by default, or null), `background` (the value
-    that means background, null by default), `synonyms` (lists of other names by label) and `mask_values`: for each
-    value of the masks, or colour such as "#ff8000", its label, or null for what does not count. Without these a value
-    is the number of its label.
+    `labels.json`, in the folder or its parent, has the `labels` in the order of the masks' values. Optional keys are
+    `ignore_index` (a value of the masks that is ignored, 255 by default, or null), `background` (the value of the
+    background, null by default), `synonyms` (lists of other names by label) and `mask_values`, which maps each value of
+    the masks, or a colour such as "#ff8000", to its label, or to null to ignore it. Without `mask_values`, a value is
+    the index of its label.
 
     Args:
         path: the folder.
-        background: the label that means background, instead of what `labels.json` says.
-        mask_values: instead of what `labels.json` says; where there is no such file, they name the labels too.
+        background: label of the background; overrides `labels.json`.
+        mask_values: labels by mask value; overrides `labels.json`. Without that file, it also defines the labels.
 
     Raises:
-        ValueError: files that are missing or make no sense.
+        ValueError: a file is missing or invalid.
     """
 
     _way_out = (
-        " If other values are right, say what they mean: --mask_values 0=LABEL,255=LABEL (VALUE= for what does not "
-        'count, #ff8000=LABEL for a colour), or "mask_values" in labels.json.'
+        " If the masks are correct, define their values: --mask_values 0=LABEL,255=LABEL (VALUE= to ignore a value, "
+        '#ff8000=LABEL for a colour), or "mask_values" in labels.json.'
     )
 
     def __init__(
@@ -165,29 +165,29 @@ class MaskFolder(MaskDataset):
     ):
         folder = Path(path)
         if not folder.is_dir():
-            raise ValueError(f"{folder} is no folder; expected one with images and masks.")
+            raise ValueError(f"{folder} is not a folder; expected one with images and masks.")
         content = _read_labels(folder, mask_values)
         metadata = find_metadata(folder)
         images = _pairs_of_metadata(metadata) if metadata else _pairs_of_names(folder)
         super().__init__(name=folder.resolve().name, images=images, **content)
         if background is not None:
             if background not in self.labels:
-                raise ValueError(f"background {background!r} is none of the labels {', '.join(self.labels)}.")
+                raise ValueError(f"background is {background!r}, expected one of {', '.join(self.labels)}.")
             self.background = self.labels.index(background)
         require_files(self)
 
 
 def require_files(dataset: MaskDataset, hint: str = "") -> None:
-    """Looks whether all files of a data set are there.
+    """Checks that all files of a data set exist.
 
     Raises:
-        ValueError: there are no images, or some files are missing, naming the first.
+        ValueError: there are no images, two have the same name, or files are missing.
     """
     if not dataset.images:
         raise ValueError(f"{dataset.name} has no images.{hint}")
     name, count = Counter(each.name for each in dataset.images).most_common(1)[0]
     if count > 1:
-        raise ValueError(f"{count} images of {dataset.name} have the name {name}, expected each once.")
+        raise ValueError(f"{count} images of {dataset.name} have the name {name}; names must be unique.")
     files = [file for each in dataset.images for file in (each.image, each.mask)]
     missing = [file for file in files if isinstance(file, Path) and not file.is_file()]
     if missing:
@@ -197,41 +197,37 @@ def require_files(dataset: MaskDataset, hint: str = "") -> None:
 
 
 def parse_mask_values(text: str) -> dict[str, str | None]:
-    """`0=background,255=sky,128=`: labels by value or colour, None for what does not count.
+    """Parses `0=background,255=sky,128=` into labels by value or colour, None for ignored values.
 
     Raises:
-        ValueError: something else.
+        ValueError: the text has another form, or a value occurs twice.
     """
     pairs = [part.partition("=") for part in text.split(",")]
     values = {value.strip(): label.strip() or None for value, _, label in pairs}
     if not all(equals for _, equals, _ in pairs) or len(values) < len(pairs):
-        raise ValueError(f"mask_values are {text!r}, expected each value once, such as 0=background,255=sky.")
+        raise ValueError(f"mask_values is {text!r}, expected each value once, such as 0=background,255=sky.")
     return values
 
 
 def _label_table(mask_values: Mapping[str, str | None], content: dict) -> dict:
-    """`label_of_value`, `rgb_weights` and `ignore_index` of a data set whose masks have these values.
-
-    Raises:
-        ValueError: values that are none, or of two kinds, or labels that are not among those of the content.
-    """
+    """`label_of_value`, `rgb_weights` and `ignore_index` for `mask_values`."""
     is_colour = all(str(value).startswith("#") for value in mask_values)
     unknown = -1 if content["ignore_index"] is None else content["ignore_index"]
     table = {}
     for value, label in mask_values.items():
         if not re.fullmatch("#[0-9a-fA-F]{6}" if is_colour else "[0-9]+", str(value)):
             raise ValueError(
-                f"mask_values has {value!r}, expected whole numbers, or else colours such as #ff8000."
+                f"mask_values has {value!r}, expected only integers or only colours such as #ff8000."
             )
         if label is not None and label not in content["labels"]:
-            raise ValueError(f"mask_values has {label!r}, which is none of {', '.join(content['labels'])}.")
+            raise ValueError(f"mask_values has {label!r}, expected one of {', '.join(content['labels'])}.")
         number = int(str(value).removeprefix("#"), 16 if is_colour else 10)
         table[number] = unknown if label is None else content["labels"].index(label)
     return {"label_of_value": table, "rgb_weights": _COLOURS if is_colour else None, "ignore_index": unknown}
 
 
 def _read_labels(folder: Path, mask_values: Mapping[str, str | None] | None) -> dict:
-    """Labels, background, synonyms, and the meaning of the masks' values."""
+    """Fields of [`MaskDataset`] from `labels.json` and `mask_values`."""
     path = find_mask_labels([folder])
     if path is not None:
         content = read_mask_labels(path)
@@ -269,13 +265,13 @@ def _pairs_of_names(folder: Path) -> list[LabelledImage]:
     images, masks = folder / "images", folder / "masks"
     if not images.is_dir() or not masks.is_dir():
         raise ValueError(
-            f"{folder} holds neither metadata.jsonl nor the folders images and masks; of a folder with splits give one."
+            f"{folder} has neither metadata.jsonl nor the folders images and masks; if it has splits, choose one."
         )
     by_name: dict[Path, Path] = {}
     for mask in find_images(masks):
         other = by_name.setdefault(mask.relative_to(masks).with_suffix(""), mask)
         if other != mask:
-            raise ValueError(f"{other} and {mask} are masks of one image, expected one.")
+            raise ValueError(f"{other} and {mask} are masks of the same image; remove one of them.")
     found = []
     for image in find_images(images):
         name = image.relative_to(images).with_suffix("")
@@ -285,5 +281,5 @@ def _pairs_of_names(folder: Path) -> list[LabelledImage]:
 
 
 def image_name(path: str) -> str:
-    """A name for result files that stays inside their folder: `a/b.jpg` gives `a/b`."""
+    """A name for output files that cannot leave their folder: `a/b.jpg` becomes `a/b`."""
     return "/".join(part for part in Path(path).with_suffix("").parts if part not in ("/", "..", "."))

@@ -1,7 +1,7 @@
-"""Masks that the benchmarks are measured on and that the downloads do not hold as such.
+"""Makes the masks of benchmarks whose downloads do not include them.
 
-Every function writes masks beside what was downloaded, never over it. Masks that are there are left as they are, so a
-stopped run is continued by the same call; to make them anew, as where the annotations have changed, remove them first.
+Masks are written beside the downloaded files, which are never overwritten. Existing masks are kept, so the same call
+resumes a stopped run. To make masks again, for instance after the annotations have changed, remove them first.
 """
 
 import re
@@ -26,14 +26,15 @@ from .coco_masks import decode_segmentation
 COCO_CATEGORY_IDS: tuple[int, ...] = tuple(
     number for number in range(1, 91) if number not in {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}
 )
-"""The 80 category ids of COCO's instances; the others up to 90 were never annotated."""
+"""The 80 category ids of COCO's instances; the other ids up to 90 were never annotated."""
 
-# Values of the stuffthingmaps (nightrome/cocostuff): things are COCO's ids less 1, stuff is 91 to 181, 255 unlabelled.
+# Values of the stuffthingmaps (nightrome/cocostuff): COCO's ids minus 1 for things, 91 to 181 for stuff, 255 for
+# unlabelled pixels.
 _THING_VALUES = tuple(number - 1 for number in COCO_CATEGORY_IDS)
 _STUFF_VALUES = tuple(range(91, 182))
 _UNLABELLED = 255
 
-# Ids of the 59 classes in the PASCAL in Detail annotations and 0; rising, the place is the label. Source:
+# 0 and the ids of the 59 classes in the PASCAL in Detail annotations; the position is the label. Source:
 # mmsegmentation, tools/dataset_converters/pascal_context.py.
 # fmt: off
 CONTEXT_CATEGORY_IDS: tuple[int, ...] = (
@@ -45,24 +46,24 @@ CONTEXT_CATEGORY_IDS: tuple[int, ...] = (
 """Category ids of Pascal Context in the order of its labels, background first."""
 
 CITYSCAPES_IDS: tuple[int, ...] = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
-"""The 19 ids that count, in the order of their train ids (cityscapesScripts, `helpers/labels.py`)."""
+"""The 19 evaluated ids in the order of their train ids (cityscapesScripts, `helpers/labels.py`)."""
 
 _CITYSCAPES_HIGHEST_ID = 33
 _LVIS_CATEGORIES = 1203
 _MARKER = "instanceTrainIds.txt"
 
-# A file's or folder's name that stays where it is put.
+# Names of files and folders that cannot lead out of their folder.
 _NAME = re.compile(r'(?!\.)[^\\/:*?"<>|]{1,200}')
 
 
 @dataclass(frozen=True)
 class PreparationSummary:
-    """What a preparation did.
+    """Result of a preparation.
 
     Args:
-        written: masks of this run.
-        skipped: masks that were there already.
-        seconds: wall time of making and writing them.
+        written: number of masks written by this run.
+        skipped: number of masks that already existed.
+        seconds: wall time of the run.
     """
 
     written: int
@@ -71,15 +72,14 @@ class PreparationSummary:
 
 
 def prepare_coco_object(root: str | Path, split: str = "val2017") -> PreparationSummary:
-    """Masks of COCO-Object from the instances of COCO.
+    """Makes masks of COCO-Object from the instances of COCO.
 
-    Reads `annotations/instances_{split}.json` and writes `annotations/{split}/{stem}_instanceTrainIds.png`, 8 bits:
-    0 for background, 1 to 80 in the order of COCO's categories. Of overlapping instances the one of the smaller area
-    is on top; crowds lie below all others. The released evaluation of GroupViT uses the masks of
-    [`prepare_coco_object_from_stuff`] instead.
+    Reads `annotations/instances_{split}.json` and writes `annotations/{split}/{stem}_instanceTrainIds.png` with 8 bits:
+    0 for background, 1 to 80 in the order of COCO's categories. If instances overlap, the smaller one is on top; crowds
+    are below all others. The released evaluation of GroupViT uses the masks of [`prepare_coco_object_from_stuff`].
 
     Raises:
-        ValueError: the annotations are missing, broken or of another kind.
+        ValueError: the annotations are missing, broken or of the wrong kind.
     """
     marker = _coco_object_marker(Path(root), split, "instances")
     labels = {number: label for label, number in enumerate(COCO_CATEGORY_IDS, start=1)}
@@ -92,13 +92,13 @@ def prepare_coco_object(root: str | Path, split: str = "val2017") -> Preparation
 
 
 def prepare_coco_object_from_stuff(root: str | Path, split: str = "val2017") -> PreparationSummary:
-    """Masks of COCO-Object from the stuffthingmaps of COCO-Stuff, as in GroupViT's evaluation.
+    """Makes masks of COCO-Object from the stuffthingmaps of COCO-Stuff, as in GroupViT's evaluation.
 
-    Reads `annotations/{split}/*.png` and writes `{stem}_instanceTrainIds.png` beside them, 8 bits: 1 to 80 for
+    Reads `annotations/{split}/*.png` and writes `{stem}_instanceTrainIds.png` beside them with 8 bits: 1 to 80 for
     things, 0 for stuff and unlabelled pixels. Source: GroupViT, `convert_dataset/convert_coco_object.py`.
 
     Raises:
-        ValueError: there are no such maps, or one holds values that do not occur in them.
+        ValueError: there are no stuffthingmaps, or one has invalid values.
     """
     marker = _coco_object_marker(Path(root), split, "stuffthingmaps")
     table = {value: label for label, value in enumerate(_THING_VALUES, start=1)}
@@ -107,50 +107,49 @@ def prepare_coco_object_from_stuff(root: str | Path, split: str = "val2017") -> 
 
 
 def source_of_coco_object(root: Path, split: str) -> str | None:
-    """What the masks of COCO-Object were made from, "instances" or "stuffthingmaps"; None where no preparation said."""
+    """The source of COCO-Object's masks, "instances" or "stuffthingmaps"; None if no preparation recorded it."""
     path = root / "annotations" / split / _MARKER
     return path.read_text(encoding="utf-8").strip() if path.is_file() else None
 
 
 def _coco_object_marker(root: Path, split: str, source: str) -> tuple[Path, str]:
-    """The file that says what masks were made from, and what it says. The two ways to COCO-Object give other masks:
-    figures say which, and they are not mixed."""
+    """The file that records the source of masks, and its text. Masks of different sources are not mixed."""
     known = source_of_coco_object(root, split)
     path = root / "annotations" / split / _MARKER
     if known not in (None, source):
         raise ValueError(
-            f"{path.parent} holds masks made from the {known}; remove them and {_MARKER} to make others from the "
+            f"{path.parent} contains masks made from the {known}; remove them and {_MARKER} to make masks from the "
             f"{source}."
         )
     return path, f"{source}\n"
 
 
 def prepare_coco_stuff(root: str | Path, split: str = "val2017") -> PreparationSummary:
-    """Masks of COCO-Stuff with 171 classes from its stuffthingmaps, as mmsegmentation names and numbers them.
+    """Makes masks of COCO-Stuff with 171 classes from its stuffthingmaps, with mmsegmentation's names and values.
 
-    Reads `annotations/{split}/*.png` and writes `{stem}_labelTrainIds.png` beside them, 8 bits: 0 to 170, and 255 for
-    unlabelled pixels. Source: mmsegmentation, `tools/dataset_converters/coco_stuff164k.py`.
+    Reads `annotations/{split}/*.png` and writes `{stem}_labelTrainIds.png` beside them with 8 bits: 0 to 170, and 255
+    for unlabelled pixels. Source: mmsegmentation, `tools/dataset_converters/coco_stuff164k.py`.
 
     Raises:
-        ValueError: there are no such maps, or one holds values that do not occur in them.
+        ValueError: there are no stuffthingmaps, or one has invalid values.
     """
     table = {value: label for label, value in enumerate((*_THING_VALUES, *_STUFF_VALUES))}
     return _write_masks(_stuff_jobs(Path(root), split, {**table, _UNLABELLED: 255}, "_labelTrainIds.png"))
 
 
 def prepare_context(root: str | Path, annotations: str = "trainval_merged.json") -> PreparationSummary:
-    """Masks and lists of Pascal Context from the annotations of PASCAL in Detail.
+    """Makes masks and listings of Pascal Context from the annotations of PASCAL in Detail.
 
-    Writes `SegmentationClassContext/{stem}.png`, 8 bits: 0 for background, 1 to 59 in mmsegmentation's order, and
-    `ImageSets/SegmentationContext/train.txt` and `val.txt`. Later annotations are drawn over earlier ones, as
-    `Detail.getMask` of the detail API does.
+    Writes `SegmentationClassContext/{stem}.png` with 8 bits: 0 for background, 1 to 59 in mmsegmentation's order, and
+    `ImageSets/SegmentationContext/train.txt` and `val.txt`. Later annotations are drawn over earlier ones, like in
+    `Detail.getMask` of the detail API.
 
     Args:
         root: the folder `VOCdevkit/VOC2010`.
-        annotations: the JSON file, relative to `root`.
+        annotations: JSON file, relative to `root`.
 
     Raises:
-        ValueError: the annotations are missing, broken or of another kind, or lists of other images are there.
+        ValueError: the annotations are missing, broken or of the wrong kind, or existing listings have other images.
     """
     root = Path(root)
     labels = {number: label for label, number in enumerate(CONTEXT_CATEGORY_IDS)}
@@ -168,13 +167,13 @@ def prepare_context(root: str | Path, annotations: str = "trainval_merged.json")
 
 
 def prepare_cityscapes(root: str | Path, split: str = "val") -> PreparationSummary:
-    """Masks of Cityscapes with 19 classes.
+    """Makes masks of Cityscapes with 19 classes.
 
-    Reads `gtFine/{split}/*/*_gtFine_labelIds.png` and writes `*_gtFine_labelTrainIds.png` beside them, 8 bits: 0 to
-    18, and 255 for what does not count. Source: cityscapesScripts, `helpers/labels.py`.
+    Reads `gtFine/{split}/*/*_gtFine_labelIds.png` and writes `*_gtFine_labelTrainIds.png` beside them with 8 bits: 0 to
+    18, and 255 for ignored pixels. Source: cityscapesScripts, `helpers/labels.py`.
 
     Raises:
-        ValueError: there are no such maps, or one holds values that are no ids.
+        ValueError: there are no label maps, or one has invalid values.
     """
     folder = Path(root) / "gtFine" / split
     table = dict.fromkeys(range(_CITYSCAPES_HIGHEST_ID + 1), 255)
@@ -182,23 +181,23 @@ def prepare_cityscapes(root: str | Path, split: str = "val") -> PreparationSumma
     ending = "_gtFine_labelIds.png"
     sources = _visible(folder.glob(f"*/*{ending}"))
     if not sources:
-        raise ValueError(f"{folder} holds no CITY/*{ending}; unpack gtFine_trainvaltest.zip into {root}.")
+        raise ValueError(f"{folder} contains no CITY/*{ending}; unpack gtFine_trainvaltest.zip into {root}.")
     return _write_masks([_relabel_job(path, ending, "_gtFine_labelTrainIds.png", table) for path in sources])
 
 
 def prepare_lvis(root: str | Path, annotations: str = "lvis_v1_val.json") -> PreparationSummary:
-    """Semantic masks of LVIS v1 from its instances.
+    """Makes semantic masks of LVIS v1 from its instances.
 
-    Writes `annotations/lvis_val/{stem}.png`, 16 bits: 0 for background, otherwise the category id, 1 to 1203; of
-    overlapping instances the one of the smaller area is on top. The images are listed in `lvis_val.txt` with
-    their folder, for instance `val2017/000000000139.jpg`; some of them are of train2017.
+    Writes `annotations/lvis_val/{stem}.png` with 16 bits: 0 for background, otherwise the category id, 1 to 1203. If
+    instances overlap, the smaller one is on top. `lvis_val.txt` lists the images with their folder, for instance
+    `val2017/000000000139.jpg`; some are in train2017.
 
     Args:
-        root: the folder of the annotations; the images are not read.
-        annotations: the JSON file, relative to `root`; of `lvis_v1_train.json` the results are named `lvis_train`.
+        root: folder of the annotations; the images are not read.
+        annotations: JSON file, relative to `root`. For `lvis_v1_train.json`, the output is named `lvis_train`.
 
     Raises:
-        ValueError: the annotations are missing, broken or of another kind, or a list of other images is there.
+        ValueError: the annotations are missing, broken or of the wrong kind, or an existing listing has other images.
     """
     root = Path(root)
     result = f"lvis_{Path(annotations).stem.rpartition('_')[2]}"
@@ -218,7 +217,7 @@ class _Instance(NamedTuple):
 
 @dataclass
 class _Image:
-    """An image of an annotation file, and how messages call it."""
+    """An image of an annotation file; messages call it `where`."""
 
     source: Path
     where: str
@@ -231,7 +230,7 @@ class _Image:
         return _Job(target, partial(self.draw, dtype), self.source)
 
     def draw(self, dtype: type[np.unsignedinteger]) -> np.ndarray:
-        """The labels of the pixels, [H, W] with 0 where there is no instance."""
+        """The label map, [H, W], with 0 for pixels without an instance."""
         labels = np.zeros(self.size, dtype=dtype)
         for instance in sorted(self.instances, key=lambda instance: instance.order):
             try:
@@ -249,14 +248,14 @@ def _read_images(
     name: str = "file_name",
     by_area: bool = True,
 ) -> list[_Image]:
-    """The images of an annotation file; `labels` by category id, the rest are names of fields."""
+    """Reads the images of an annotation file. `labels` maps category ids; the strings are names of JSON fields."""
     content = read_json(path)
     images: dict[int, _Image] = {}
     for place, entry in enumerate(_entries(content, "images", path)):
         where = f"{path}, image {entry.get(image_id, f'at place {place}')}"
         number, height, width = (_whole_number(entry, key, where) for key in (image_id, "height", "width"))
         if number in images:
-            raise ValueError(f"{where} is there twice, expected one entry an id.")
+            raise ValueError(f"{where} occurs twice; ids must be unique.")
         if min(height, width) < 1 or height * width > MAX_IMAGE_PIXELS:
             raise ValueError(
                 f"{where} has {height} x {width} (height x width) pixels, expected 1 to {MAX_IMAGE_PIXELS:,}."
@@ -267,7 +266,7 @@ def _read_images(
         where = f"{path}, annotation {entry.get('id', f'at place {place}')}"
         number, category = (_whole_number(entry, key, where) for key in ("image_id", "category_id"))
         if number not in images:
-            raise ValueError(f"{where} is of image {number}, which is not among the images.")
+            raise ValueError(f"{where} has image_id = {number}, which is not among the images.")
         if category not in labels:
             raise ValueError(
                 f"{where} has category_id = {category}, expected one of {len(labels)} from {min(labels)} to "
@@ -281,7 +280,7 @@ def _read_images(
 def _drawing_order(entry: Mapping[str, Any], where: str) -> tuple[bool, float]:
     """Crowds first, then large instances, so that small ones are on top."""
     area = entry.get("area")
-    # The comparison turns away NaN too.
+    # The chained comparison also rejects NaN.
     if not isinstance(area, (int, float)) or not 0 <= area <= MAX_IMAGE_PIXELS:
         raise ValueError(
             f"{where} has area = {area!r}, expected a number of pixels up to {MAX_IMAGE_PIXELS:,}."
@@ -299,17 +298,17 @@ def _entries(content: Any, key: str, path: Path) -> list[dict[str, Any]]:
 def _whole_number(entry: Mapping[str, Any], key: str, where: str) -> int:
     value = entry.get(key)
     if type(value) is not int:
-        raise ValueError(f"{where} has {key} = {value!r}, expected a whole number.")
+        raise ValueError(f"{where} has {key} = {value!r}, expected an integer.")
     return value
 
 
 def _safe_name(value: Any, key: str, where: str) -> str:
-    """A file name from an annotation file, and its folder where it comes from an address; it stays in the root."""
+    """A file name from an annotation file, with its folder if it is a URL; it cannot lead out of the root."""
     parts = value.split("/") if isinstance(value, str) else []
     is_address = key == "coco_url"
-    kept = parts[2:][-2:] if is_address else parts  # an address begins with http: and nothing
+    kept = parts[2:][-2:] if is_address else parts  # the first two parts of a URL are "http:" and ""
     if len(kept) != 1 + is_address or not all(_NAME.fullmatch(part) and part.isprintable() for part in kept):
-        expected = "an address ending in FOLDER/FILE" if is_address else "a file name without folders"
+        expected = "a URL ending in FOLDER/FILE" if is_address else "a file name without folders"
         raise ValueError(f"{where} has {key} = {value!r}, expected {expected}.")
     return "/".join(kept)
 
@@ -319,7 +318,7 @@ def _stuff_jobs(root: Path, split: str, table: Mapping[int, int], ending: str) -
     sources = [path for path in _visible(folder.glob("*.png")) if "TrainIds" not in path.name]
     if not sources:
         raise ValueError(
-            f"{folder} holds no stuffthingmaps (*.png); unpack stuffthingmaps_trainval2017.zip into "
+            f"{folder} contains no stuffthingmaps (*.png); unpack stuffthingmaps_trainval2017.zip into "
             f"{folder.parent}."
         )
     return [_relabel_job(path, ".png", ending, table) for path in sources]
@@ -335,7 +334,7 @@ def _relabel_job(source: Path, ending: str, other: str, table: Mapping[int, int]
 
 
 def _relabelled(path: Path, table: Mapping[int, int]) -> np.ndarray:
-    """uint8 [H, W], the values of a mask, all below 256, replaced by those of the table."""
+    """The mask with its values, all below 256, replaced according to the table, uint8 [H, W]."""
     lookup = np.full(256, -1, dtype=np.int16)
     lookup[list(table)] = list(table.values())
     values = load_label_map(path)
@@ -351,7 +350,7 @@ def _relabelled(path: Path, table: Mapping[int, int]) -> np.ndarray:
 
 
 class _Job(NamedTuple):
-    """A mask, what makes it, and the file that it is made from."""
+    """A mask to write, the function that makes it, and the file it is made from."""
 
     target: Path
     make: Callable[[], np.ndarray]
@@ -363,30 +362,26 @@ def _write_masks(
     lists: Mapping[Path, list[str]] | None = None,
     marker: tuple[Path, str] | None = None,
 ) -> PreparationSummary:
-    """Makes and writes the masks that are not there, then the lists, sorted: where there is a list, there are its
-    masks. The marker, a file and its text, comes before the first mask, unless masks of unknown making are there.
-
-    Raises:
-        ValueError: two masks of one name, or masks that were made from other files than those that are there now.
-    """
+    """Writes missing masks, then the sorted listings, so that the masks of an existing listing are complete. The
+    marker, a file and its text, is written before the first mask, unless masks of unknown source exist."""
     start = time.monotonic()
     name, count = Counter(job.target for job in jobs).most_common(1)[0] if jobs else (None, 0)
     if count > 1:
-        raise ValueError(f"two images have the mask {name}, expected images of different names.")
+        raise ValueError(f"two images have the mask {name}; the images must have different names.")
     digests = {source: file_digest(source) for source in {job.source for job in jobs}}
     for target, _, source in jobs:
         made_from = mask_source(target) if target.is_file() else None
         if made_from not in (None, digests[source]):
             raise ValueError(
                 f"{target} was made from {source.name} with the SHA-256 {made_from}..., which now has "
-                f"{digests[source]}...; remove the masks to make them anew."
+                f"{digests[source]}...; remove the masks to make them again."
             )
     for folder in {job.target.parent for job in jobs}:
         remove_unfinished(folder)
     texts = {path: "".join(f"{line}\n" for line in sorted(lines)) for path, lines in (lists or {}).items()}
     for path, text in texts.items():
         if path.exists() and path.read_bytes() != text.encode():
-            raise ValueError(f"{path} lists other images than the annotations; move it out of the way.")
+            raise ValueError(f"{path} lists other images than the annotations; move or remove it.")
     waiting = [job for job in jobs if not job.target.is_file()]
     for target, make, source in logging.tqdm(waiting, desc="Preparing masks", unit="mask"):
         mask = Image.fromarray(make())

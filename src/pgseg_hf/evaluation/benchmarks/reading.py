@@ -1,4 +1,4 @@
-"""Images that are not read yet, and reading them ahead."""
+"""Lazy images, and a reader that prefetches them."""
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,11 +19,11 @@ logger = logging.get_logger(__name__)
 _READERS = 4
 
 Source = ImageSource | Callable[[], ImageSource]
-"""A file, its bytes or an image; or a function that gives one, for images that lie in tables."""
+"""A file, its bytes or an image, or for rows of a table a function that returns one."""
 
 
 class BrokenImage(ValueError):
-    """An image or mask that cannot be decoded, such as a truncated file; `name` is the image's."""
+    """An image or mask cannot be decoded, such as a truncated file. `name` is the name of the image."""
 
     def __init__(self, name: str, message: str):
         super().__init__(message)
@@ -32,13 +32,13 @@ class BrokenImage(ValueError):
 
 @dataclass(frozen=True)
 class LabelledImage:
-    """An image with its mask or its class, not read yet.
+    """An image with its mask or class, read on access.
 
     Args:
-        name: unique in its data set; the name of its result files, without an ending.
+        name: unique name in the data set, and name of its output files without suffix.
         image: the image.
-        mask: one integer a pixel; empty where the image has a class.
-        label: number of its class; None where the image has a mask.
+        mask: mask with one integer per pixel; empty if the image has a class.
+        label: index of the class; None if the image has a mask.
     """
 
     name: str
@@ -48,19 +48,19 @@ class LabelledImage:
 
     @property
     def image_place(self) -> str:
-        """What messages call the image."""
+        """Name of the image in messages."""
         return str(self.image) if isinstance(self.image, (str, os.PathLike)) else f"image {self.name}"
 
     @property
     def mask_place(self) -> str:
-        """What messages call the mask."""
+        """Name of the mask in messages."""
         return str(self.mask) if isinstance(self.mask, (str, os.PathLike)) else f"the mask of {self.name}"
 
     def read(self) -> Image.Image:
-        """The image, RGB.
+        """Reads the image as RGB.
 
         Raises:
-            BrokenImage: it cannot be decoded.
+            BrokenImage: the image cannot be decoded.
         """
         try:
             return load_image(self.image() if callable(self.image) else self.image)
@@ -76,18 +76,18 @@ def read_batches(
     readers: int = 2,
     skip_broken: bool = False,
 ) -> Iterator[list[Any]]:
-    """What `read` gives for images, in batches, of which the next is read in threads while one is worked on.
+    """Yields the results of `read` in batches. Threads read the next batch while the current one is processed.
 
     Args:
-        images: to read.
-        read: gets each of them.
-        scores: where those are named that are broken and left out.
-        batch_size: images of a batch, with the broken ones.
-        readers: threads.
-        skip_broken: leave out what `read` raises a [`BrokenImage`] for.
+        images: images to read.
+        read: function that is called with each image.
+        scores: records the names of skipped images.
+        batch_size: images per batch, including broken ones.
+        readers: number of threads.
+        skip_broken: skip images for which `read` raises [`BrokenImage`].
 
     Raises:
-        BrokenImage: unless they are left out.
+        BrokenImage: an image is broken and `skip_broken` is False.
     """
     images = iter(images)
     with ThreadPoolExecutor(readers) as pool:
@@ -102,7 +102,7 @@ def read_batches(
                     except BrokenImage as error:
                         if not skip_broken:
                             raise
-                        logger.warning(f"left out: {error}")
+                        logger.warning(f"skipped: {error}")
                         scores.broken[error.name] = str(error)
                 if batch:
                     yield batch
@@ -111,7 +111,7 @@ def read_batches(
 
 
 def file_digests(sources: Sequence[Source]) -> list[str | None]:
-    """Of each source what stands for its contents; None for what is no file."""
+    """Digest of each source's contents; None for sources that are not files."""
 
     def of(source: Source) -> str | None:
         return file_digest(source) if isinstance(source, (str, os.PathLike)) else None

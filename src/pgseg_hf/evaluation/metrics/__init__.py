@@ -1,1 +1,1 @@
-"""How good label maps are: counts of pixels and IoU, figures of the groups, refinement by colours."""
+"""Metrics of label maps: confusion matrices and IoU, group statistics, and refinement by colours."""

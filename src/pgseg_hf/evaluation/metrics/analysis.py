@@ -1,9 +1,9 @@
-"""What the groups of a checkpoint are like, apart from their names: compactness and richness.
+"""Compactness and richness of a model's groups, independent of their predicted labels.
 
-Compact groups mean one thing each, rich ones mean different things (PGSeg, NeurIPS 2023, arXiv 2310.19001, which names
-the two properties; the figures here are ours). Maths only: it knows no model and no files.
+Groups are compact if each one covers one object, and rich if they cover different ones. The two properties are named in
+PGSeg (NeurIPS 2023, arXiv 2310.19001); the statistics here are our own.
 
-Shapes: K groups, N labels, D width, H x W pixels of a window, h x w patches, U groups in use.
+Shapes: K groups, N labels, D hidden size, H x W pixels of a window, h x w patches, U groups in use.
 """
 
 from typing import Any
@@ -21,39 +21,39 @@ _FIGURES = (
 
 
 class GroupStatistics(Sums):
-    """Sums over windows, of which `to_dict` makes means.
+    """Accumulates statistics over windows; `to_dict` returns their means.
 
-    Every figure is a mean over all its units (windows, pixels, labels, pairs, patches) of all windows, NaN without
-    any. A group is *in use* in a window where it has at least one pixel, known or not; its *majority label* is the
-    most frequent one among its known pixels, of equal ones the first.
+    Each statistic is a mean over its units (windows, pixels, labels, pairs, patches) in all windows, or NaN if there
+    are none. A group is *in use* in a window if it has at least one pixel, known or unknown. Its *majority label* is
+    the most frequent one among its known pixels, and the lowest one in case of a tie.
 
-    Per window, n_k being the pixels of group k, n its sum, and v_kl the known pixels of group k with label l:
+    For each window, with n_k pixels in group k, n pixels in all, and v_kl known pixels of label l in group k:
 
     - `groups_used`: groups with n_k >= 1. From 1 to K.
     - `groups_used_1_percent`: groups with n_k >= n / 100. From 0 to K.
-    - `effective_groups`: exp(-sum_k p_k log p_k) with p_k = n_k / n: how many groups of equal area would be as
-      diverse. From 1 to K.
+    - `effective_groups`: exp(-sum_k p_k log p_k) with p_k = n_k / n, the number of equally large groups with the same
+      entropy. From 1 to K.
 
     Compactness:
 
-    - `purity`, per known pixel: sum_k max_l v_kl / sum_kl v_kl, what a perfect namer would get right. Above 0,
-      to 1; grows with the number of groups.
-    - `coverage`, per label present: max_k v_kl / sum_k v_kl, whether a thing is in one group. Above 0, to 1.
-    - `best_group_iou`, per label present: max_k v_kl / (sum_l v_kl + sum_k v_kl - v_kl). Above 0, to 1, which is
-      where one group is exactly the label.
+    - `purity`, per known pixel: sum_k max_l v_kl / sum_kl v_kl, the pixel accuracy with perfectly labelled groups. In
+      (0, 1]; grows with the number of groups.
+    - `coverage`, per label present: max_k v_kl / sum_k v_kl, the share of the label in its largest group. In (0, 1].
+    - `best_group_iou`, per label present: max_k v_kl / (sum_l v_kl + sum_k v_kl - v_kl). In (0, 1]; 1 if a group
+      matches the label exactly.
     - `sharpness`, per patch: its largest soft assignment. From 1 / K to 1.
 
     Richness:
 
-    - `redundancy`, per pair of groups in use: cosine similarity of their embeddings. From -1 to 1; 1 is all the same.
+    - `redundancy`, per pair of groups in use: cosine similarity of their embeddings. From -1 to 1 (identical).
     - `same_label_share`, per pair of groups in use with known pixels: whether their majority labels are equal. From 0
-      to 1; above 0 as soon as a thing is in several groups.
-    - `overlap`, per pair of groups in use: sum min(a, b) / sum max(a, b) of their soft maps a and b. From 0, disjoint,
-      to 1, equal.
+      to 1; above 0 as soon as a label is split over several groups.
+    - `overlap`, per pair of groups in use: sum min(a, b) / sum max(a, b) of their soft maps a and b. From 0 (disjoint)
+      to 1 (equal).
     """
 
     def __init__(self) -> None:
-        # Of each figure the total and the number of its units.
+        # Total and number of units for each statistic.
         self.sums = np.zeros((len(_FIGURES), 2))
 
     def arrays(self) -> dict[str, np.ndarray]:
@@ -69,18 +69,18 @@ class GroupStatistics(Sums):
         ignore_index: int | None,
         grouping: Tensor | None = None,
     ) -> None:
-        """Counts one window.
+        """Adds one window.
 
         Args:
-            groups: integers [H, W], the group of each pixel.
-            segments: [K, D], the groups' embeddings at any scale, finite.
-            truth: int64 [H, W].
+            groups: group of each pixel, integers [H, W].
+            segments: embeddings of the groups, finite, at any scale, [K, D].
+            truth: ground truth, int64 [H, W].
             num_labels: N; labels are 0 to N - 1.
-            ignore_index: value of the truth that does not count; None for none.
-            grouping: [K, h, w], the soft assignment of each patch, which sums to 1 over the groups.
+            ignore_index: value of the ground truth that is ignored; None if there is none.
+            grouping: soft assignment of each patch, which sums to 1 over the groups, [K, h, w].
 
         Raises:
-            ValueError: groups and truth of different sizes, or values that are no groups or labels.
+            ValueError: groups and ground truth differ in size, or have values out of range.
         """
         groups, truth = groups.long(), truth.to(groups.device).long()
         votes_KN = label_votes(groups, truth, (len(segments), num_labels), ignore_index)
@@ -115,21 +115,21 @@ class GroupStatistics(Sums):
         self._add("same_label_share", _num_pairs(groups_of_label).sum(), _num_pairs(groups_of_label.sum()))
 
     def _add_cosines(self, segments_UD: Tensor) -> None:
-        # Embeddings may be small, but an embedding of zeros has no direction: its cosines are 0.
+        # Small embeddings are normalized too; an embedding of zeros has no direction, so its cosines are 0.
         unit_UD = nn.functional.normalize(segments_UD.double(), dim=-1, eps=1e-300)
         self._add("redundancy", (unit_UD @ unit_UD.T).triu(diagonal=1).sum(), _num_pairs(len(unit_UD)))
 
     def _add_grouping(self, grouping_Khw: Tensor, used_K: Tensor) -> None:
         self._add("sharpness", grouping_Khw.amax(0).sum(), grouping_Khw[0].numel())
         maps_UL = grouping_Khw[used_K].flatten(1)
-        # The sum of min and max is a + b, their difference |a - b|: no tensor of pairs x patches is needed.
+        # min + max = a + b and max - min = |a - b|, so no tensor of pairs x patches is needed.
         total_UU = maps_UL.sum(1, keepdim=True) + maps_UL.sum(1)
         distance_UU = torch.cdist(maps_UL, maps_UL, p=1)
         iou_UU = (total_UU - distance_UU).clamp(min=0) / (total_UU + distance_UU).clamp(min=1e-300)
         self._add("overlap", iou_UU.triu(diagonal=1).sum(), _num_pairs(len(maps_UL)))
 
     def to_dict(self) -> dict[str, float]:
-        """The figures by name, and `windows`, how many there were."""
+        """The statistics by name, and the number of `windows`."""
         found = {
             name: float(total / count) if count else float("nan")
             for name, (total, count) in zip(_FIGURES, self.sums)
@@ -142,27 +142,28 @@ def _num_pairs(count: Any) -> Any:
 
 
 def label_votes(groups: Tensor, truth: Tensor, limits: tuple[int, int], ignore_index: int | None) -> Tensor:
-    """How many pixels of each group have each label, int64 [K, N].
+    """Number of pixels by group and label, int64 [K, N].
 
     Args:
         groups, truth: integers [H, W].
         limits: numbers of groups and labels, K and N.
-        ignore_index: value of the truth that does not count; None for none.
+        ignore_index: value of the ground truth that is ignored; None if there is none.
 
     Raises:
-        ValueError: other sizes, or values that are no groups or labels.
+        ValueError: groups and ground truth differ in size, or have values out of range.
     """
     if groups.ndim != 2 or groups.shape != truth.shape or not groups.numel():
         raise ValueError(
-            f"groups have shape {tuple(groups.shape)} and the truth {tuple(truth.shape)}, expected the same [H, W]."
+            f"groups have shape {tuple(groups.shape)} and the ground truth {tuple(truth.shape)}, expected the same "
+            "[H, W]."
         )
     known = torch.ones_like(truth, dtype=torch.bool) if ignore_index is None else truth != ignore_index
     pairs = groups[known].long(), truth[known]
-    for name, values, limit in zip(("groups", "the truth"), (groups, pairs[1]), limits, strict=True):
+    for name, values, limit in zip(("groups", "truth"), (groups, pairs[1]), limits, strict=True):
         if values.numel() and not 0 <= int(values.min()) <= int(values.max()) < limit:
             raise ValueError(
                 f"{name} has values from {int(values.min())} to {int(values.max())}, expected 0 to {limit - 1}; "
-                "give embeddings of all groups, num_labels of all labels and the ignore_index of the masks."
+                "pass the embeddings of all groups, the number of all labels and the ignore_index of the masks."
             )
     cells = pairs[0] * limits[1] + pairs[1]
     return cells.bincount(minlength=limits[0] * limits[1]).view(limits)

@@ -1,4 +1,4 @@
-"""Mean IoU as a metric of the `evaluate` library, without the Hub."""
+"""Mean IoU as a metric of the `evaluate` library that works offline."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -13,27 +13,27 @@ from .confusion import IGNORE_INDEX, AbsentRule, ConfusionMatrix
 
 logger = logging.get_logger(__name__)
 
-_DESCRIPTION = """Mean intersection over union of label maps, with pixel accuracy, frequency-weighted IoU and each
-label's figures, from one confusion matrix over all images; equal to mmsegmentation's."""
+_DESCRIPTION = """Mean intersection over union of label maps, pixel accuracy, frequency-weighted IoU and metrics of each
+label, from one confusion matrix over all images; the same values as in mmsegmentation."""
 _INPUTS = """Args:
     predictions: label maps, int [H, W] each.
-    references: label maps of the same sizes; pixels of `ignore_index` do not count."""
+    references: label maps of the same sizes; pixels with `ignore_index` are ignored."""
 
 
 class MeanIoU(evaluate.Metric):
-    """Mean IoU and its relatives, by a streaming confusion matrix: label maps are counted as they come and not kept.
+    """Mean IoU and related metrics from a streaming confusion matrix: label maps are counted and not stored.
 
-    A stand-in for `evaluate.load("mean_iou")` that needs no Hub and has its names; that one takes `num_labels` and the
-    rest in `compute`. In several processes of `torch.distributed` each one adds its own images, all of them call
-    `compute`, and all get the figures of all images.
+    An offline replacement for `evaluate.load("mean_iou")` with the same names, except that the options are passed here
+    and not to `compute`. With `torch.distributed`, each process adds its own images, every process must call `compute`,
+    and each gets the metrics over all images.
 
     Args:
-        num_labels: N; values are 0 to N - 1, a background among them where there is one.
-        ignore_index: value of the references that does not count; None for none.
-        absent: labels that are neither in the references nor predicted are left out of means (`"skip"`, as
-            mmsegmentation does) or count as 0 (`"zero"`).
-        reduce_labels: references have 0 for unknown and k for label k - 1, as ADE20K does.
-        device: where counts are summed over processes, as the backend needs it.
+        num_labels: N, including a background; values are 0 to N - 1.
+        ignore_index: value of the references that is ignored; None if there is none.
+        absent: whether labels that are neither in the references nor predicted are left out of means (`"skip"`, as
+            in mmsegmentation) or count as 0 (`"zero"`).
+        reduce_labels: whether references have 0 for unknown and k for label k - 1, as in ADE20K.
+        device: device on which the backend sums counts over processes.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class MeanIoU(evaluate.Metric):
         device: str | torch.device = "cpu",
     ):
         if reduce_labels and ignore_index is None:
-            raise ValueError("reduce_labels needs an ignore_index to put in the place of 0, got None.")
+            raise ValueError("reduce_labels needs an ignore_index to replace 0, got None.")
         super().__init__()
         self.absent, self.reduce_labels, self.device = absent, reduce_labels, device
         self.confusion = ConfusionMatrix(num_labels, ignore_index)
@@ -60,10 +60,10 @@ class MeanIoU(evaluate.Metric):
         )
 
     def add(self, *, prediction: Any = None, reference: Any = None, **kwargs: Any) -> None:
-        """Counts one label map, int [H, W] as array, tensor or nested lists.
+        """Adds one label map, int [H, W], as an array, tensor or nested list.
 
         Raises:
-            ValueError: of other sizes, or with values that are no labels.
+            ValueError: the sizes differ, or values are out of range.
         """
         truth = _array(reference)
         if self.reduce_labels:
@@ -75,7 +75,7 @@ class MeanIoU(evaluate.Metric):
     def add_batch(
         self, *, predictions: Iterable[Any] = (), references: Iterable[Any] = (), **kwargs: Any
     ) -> None:
-        """Counts several label maps, which may be of different sizes."""
+        """Adds several label maps, which may differ in size."""
         for prediction, reference in zip(predictions, references, strict=True):
             self.add(prediction=prediction, reference=reference)
 
@@ -86,16 +86,16 @@ class MeanIoU(evaluate.Metric):
         references: Iterable[Any] | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """The figures of all that was added (and of what is given here), and starts afresh.
+        """Computes the metrics over all label maps added so far and passed here, and resets the counts.
 
         Returns:
             `mean_iou`, `mean_accuracy`, `overall_accuracy`, `frequency_weighted_iou`, and arrays `per_category_iou`
-            and `per_category_accuracy` [N], NaN where a label is absent.
+            and `per_category_accuracy` [N], NaN for absent labels.
         """
         if kwargs:
-            raise ValueError(f"unknown arguments {', '.join(kwargs)}; give them when the metric is made.")
+            raise ValueError(f"unknown arguments {', '.join(kwargs)}; pass options to the constructor.")
         if predictions is not None or references is not None:
-            # A missing one is empty, so that the lengths differ; arrays have no truth value.
+            # A missing one becomes empty, so that zip raises for different lengths; `or` fails for arrays.
             maps = [() if given is None else given for given in (predictions, references)]
             self.add_batch(predictions=maps[0], references=maps[1])
         counted = self.confusion
@@ -117,6 +117,6 @@ def _array(label_map: Any) -> np.ndarray:
     values = label_map.cpu().numpy() if isinstance(label_map, torch.Tensor) else np.asarray(label_map)
     if values.dtype.kind not in "iu" or values.ndim != 2:
         raise ValueError(
-            f"a label map has the shape {values.shape} and type {values.dtype}, expected integers [H, W]."
+            f"a label map has shape {values.shape} and dtype {values.dtype}, expected integers [H, W]."
         )
     return values.astype(np.int64)

@@ -1,4 +1,4 @@
-"""What a perfect namer would make of a model's groups."""
+"""Label maps of a model's groups with perfect labels."""
 
 from dataclasses import replace
 
@@ -16,14 +16,14 @@ from .confusion import IGNORE_INDEX
 def oracle_map(
     image: ScoredImage, truth: np.ndarray, num_labels: int, ignore_index: int | None = IGNORE_INDEX
 ) -> np.ndarray:
-    """In each window each group takes its majority label (of equal ones the first); the windows are merged as ever.
-    What a model loses below it are names, the rest are groups.
+    """The label map in which each group of each window has its majority label (the lowest one in case of a tie). The
+    gap to the model's own result is due to wrong labels, the remaining errors are due to the groups.
 
     Args:
-        image: groups and windows.
-        truth: int [H, W] of the image's size.
+        image: groups and windows of the image.
+        truth: ground truth at the size of the image, int [H, W].
         num_labels: N; labels are 0 to N - 1.
-        ignore_index: value of the truth that does not count.
+        ignore_index: value of the ground truth that is ignored.
 
     Returns:
         int64 [H, W].
@@ -39,13 +39,13 @@ def oracle_map(
 
 
 def resized_truth(truth: np.ndarray, size: tuple[int, int]) -> Tensor:
-    """A mask at the size (height, width) that the model saw, by nearest neighbours; int64."""
+    """Resizes a mask to the model's input size (height, width) by nearest neighbour, int64."""
     resized = Image.fromarray(truth.astype(np.int32)).resize(size[::-1], Image.Resampling.NEAREST)
     return torch.from_numpy(np.array(resized)).long()
 
 
 def _majority(window: WindowScores, truth_HW: Tensor, num_labels: int, ignore_index: int | None) -> Tensor:
-    """One for each group's most frequent label, [K, num_labels]; the first one where all its pixels are unknown."""
+    """Majority label of each group, one-hot [K, N]; label 0 if all pixels of the group are unknown."""
     height, width = window.groups.shape
     part = truth_HW[window.top : window.top + height, window.left : window.left + width]
     limits = len(window.scores), num_labels

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from ...values import is_whole, whole_number
 
-# The affinity's bandwidth as a share of the local standard deviation, and what keeps it above 0 where there is none:
-# `models/mods/pamr.py` of the released code.
+# The affinity's bandwidth as a share of the local standard deviation, and the offset that keeps it above 0 in flat
+# regions: `models/mods/pamr.py` of the released code.
 _BANDWIDTH = 0.1
 _EPS = 1e-8
 
@@ -20,21 +20,21 @@ _DIRECTIONS = [(row, column) for row in (-1, 0, 1) for column in (-1, 0, 1) if (
 
 @dataclass(frozen=True)
 class PixelAdaptiveRefinement:
-    """Pixel-adaptive mask refinement (PAMR): each score becomes a mean over its neighbours, in which neighbours of
-    a similar colour count more, a few times in a row.
+    """Pixel-adaptive mask refinement (PAMR): repeatedly replaces each score by a weighted mean over its neighbours, in
+    which similar colours have larger weights.
 
-    The neighbours of a pixel p are the 8 around it at each dilation; beyond the border the last pixel repeats. With
-    I_p the colour of p and s_p the standard deviation (of a sample, n - 1) of each channel over the neighbours and,
-    once for each dilation, p itself, neighbour q has the weight
+    The neighbours of a pixel p are the 8 pixels around it at each dilation; border pixels are replicated. Let I_p be
+    the colour of p, and s_p the sample standard deviation (n - 1) of each channel over the neighbours and p itself,
+    which counts once for each dilation. The weight of neighbour q is
     softmax_q(mean over channels of -|I_p - I_q| / (1e-8 + 0.1 s_p)).
 
     Args:
-        iterations: how often; 0 leaves the scores alone. 10 in the released code, TCL and NACLIP.
-        dilations: distances of the neighbours in pixels. 8 and 16 as in SCLIP and NACLIP; the released code and TCL
-            have 1, 2, 4, 8, 12 and 24.
+        iterations: number of iterations; 0 returns the scores unchanged. 10 in the released code, TCL and NACLIP.
+        dilations: distances of the neighbours in pixels. 8 and 16 in SCLIP and NACLIP; 1, 2, 4, 8, 12 and 24 in the
+            released code and TCL.
 
     Raises:
-        ValueError: options out of range.
+        ValueError: an option is out of range.
 
     Source: Araslanov and Roth, Single-stage semantic segmentation from image labels, CVPR 2020, the section on
     pixel-adaptive mask refinement; formula and defaults of its released code (visinf/1-stage-wseg).
@@ -48,7 +48,7 @@ class PixelAdaptiveRefinement:
         object.__setattr__(self, "dilations", tuple(self.dilations))
         if not self.dilations or not all(is_whole(value) and value >= 1 for value in self.dilations):
             raise ValueError(
-                f"dilations is {self.dilations!r}, expected at least one whole number from 1 on."
+                f"dilations is {self.dilations!r}, expected at least one value, all integers of at least 1."
             )
 
     @torch.no_grad()
@@ -56,16 +56,15 @@ class PixelAdaptiveRefinement:
         """Refines the scores of one image.
 
         Args:
-            scores_CHW: float; probabilities stay probabilities.
-            image_3HW: float, the image at the same size, in 0 to 1. Other brightness or contrast of a channel gives
-                the same weights.
+            scores_CHW: float scores; probabilities remain probabilities.
+            image_3HW: float image of the same size, from 0 to 1. The weights do not depend on the brightness or
+                contrast of a channel.
 
         Returns:
-            float [C, H, W] of the scores' type, between the least and the largest score of each channel. Memory
-            grows with C + P maps.
+            float [C, H, W] in the dtype of the scores, within the range of each channel. Needs memory for C + P maps.
 
         Raises:
-            ValueError: other shapes or types.
+            ValueError: wrong shapes or dtypes.
         """
         if scores_CHW.ndim != 3 or image_3HW.shape != (3, *scores_CHW.shape[1:]):
             raise ValueError(
@@ -76,14 +75,14 @@ class PixelAdaptiveRefinement:
             raise ValueError(
                 f"scores are {scores_CHW.dtype} and the image {image_3HW.dtype}, expected floats."
             )
-        # Half precision would round the weights' sum away from 1, again in each iteration.
+        # In half precision the weights would not sum to 1, and the error would grow with each iteration.
         dtype = torch.promote_types(scores_CHW.dtype, torch.float32)
         scores = scores_CHW.to(dtype, copy=True)
         if not self.iterations or not scores.numel():
             return scores.to(scores_CHW.dtype)
         weights_PHW = self._weights(image_3HW.to(scores.device, dtype))
         for channel in scores:
-            # One channel at a time: its maps fit a processor's cache, and only one is padded.
+            # One channel at a time: its maps fit into the cache, and only one map is padded.
             for _ in range(self.iterations):
                 neighbours = self._neighbours(channel[None])
                 channel.zero_()
@@ -92,9 +91,9 @@ class PixelAdaptiveRefinement:
         return scores.to(scores_CHW.dtype)
 
     def _weights(self, image_3HW: Tensor) -> Tensor:
-        """Of each neighbour, [P, H, W]; they sum to 1."""
+        """Weight of each neighbour, [P, H, W]; the weights sum to 1."""
         total, squares = torch.zeros_like(image_3HW), torch.zeros_like(image_3HW)
-        # Sums of differences from the pixel itself, which adds 0: nothing is lost to rounding in flat regions.
+        # Differences from the pixel itself avoid rounding errors in flat regions.
         for neighbour in self._neighbours(image_3HW):
             difference = neighbour - image_3HW
             total += difference
@@ -108,7 +107,7 @@ class PixelAdaptiveRefinement:
         return torch.stack(logits).softmax(0)
 
     def _neighbours(self, maps_CHW: Tensor) -> list[Tensor]:
-        """The maps of each neighbour, [C, H, W], views of one padded copy."""
+        """The maps shifted to each neighbour, [C, H, W], as views of one padded copy."""
         height, width = maps_CHW.shape[1:]
         margin = max(self.dilations)
         padded = nn.functional.pad(maps_CHW[None], [margin] * 4, mode="replicate")[0]

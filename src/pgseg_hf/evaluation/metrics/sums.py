@@ -1,4 +1,4 @@
-"""Counts that can be added: over images, over the files of a run, over processes."""
+"""Counts that can be summed over images, over the files of a run and over processes."""
 
 import json
 import zipfile
@@ -17,35 +17,35 @@ from ...files import write_atomically
 
 
 class Sums:
-    """Base class of all that is counted on images."""
+    """Base class of all counts."""
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """The sums by name; the arrays themselves, not copies."""
+        """The sums by name, not copied."""
         raise NotImplementedError
 
     def add_arrays(self, arrays: Mapping[str, Any]) -> None:
-        """Adds what [`~Sums.arrays`] gave for other images.
+        """Adds the result of [`~Sums.arrays`] for other images.
 
         Raises:
-            KeyError, ValueError: arrays that are missing or have another shape.
+            KeyError, ValueError: an array is missing or has a different shape.
         """
         mine = self.arrays()
         for name, sums in mine.items():
             if np.shape(arrays[name]) != sums.shape:
                 raise ValueError(
-                    f"{name} has the shape {np.shape(arrays[name])}, expected {sums.shape}: counts of other labels."
+                    f"{name} has shape {np.shape(arrays[name])}, expected {sums.shape}: the labels must be the same."
                 )
         for name, sums in mine.items():
             sums += arrays[name]
 
     def merge(self, other: Self) -> None:
-        """Adds what another one has counted of the same labels with the same options."""
+        """Adds the counts of another object with the same labels and options."""
         self.add_arrays(other.arrays())
 
     def sum_over_processes(self, device: str | torch.device = "cpu") -> Self:
-        """Adds what all processes of `torch.distributed` counted, each on its part of the images; every process has to
-        call it. `device` is where its backend needs the counts."""
-        # Where there is one process nothing is moved: not every device knows float64.
+        """Sums the counts of all `torch.distributed` processes; every process must call it. `device` is the device on
+        which the backend sums."""
+        # A single process moves nothing to the device, since not all devices support float64.
         for sums in self.arrays().values() if distributed.world_size() > 1 else ():
             sums[...] = distributed.sum_over_processes(torch.from_numpy(sums).to(device)).cpu().numpy()
         return self
@@ -53,13 +53,13 @@ class Sums:
 
 @dataclass(kw_only=True)
 class ImageSums(Sums):
-    """Base class of what a run over a data set counts.
+    """Base class of the counts of a run over a data set.
 
     Args:
-        images: how many images were counted.
-        broken: names of images that were left out, with the reason.
-        seconds: wall time of this process, summed over calls that were continued.
-        reused: how many of the images an earlier run had counted.
+        images: number of evaluated images.
+        broken: reason for each skipped image, by name.
+        seconds: wall time of this process, summed over resumed runs.
+        reused: number of images that were evaluated by an earlier run.
     """
 
     images: int = 0
@@ -72,7 +72,7 @@ class ImageSums(Sums):
         self._add_told(other._told())
 
     def sum_over_processes(self, device: str | torch.device = "cpu") -> Self:
-        """As [`Sums.sum_over_processes`]; `seconds` is the longest."""
+        """Like [`Sums.sum_over_processes`]; `seconds` is the maximum over the processes."""
         super().sum_over_processes(device)
         if distributed.world_size() > 1:
             told: list[Any] = [None] * distributed.world_size()
@@ -85,7 +85,7 @@ class ImageSums(Sums):
         return self
 
     def save(self, path: Path) -> None:
-        """Writes all that was counted."""
+        """Writes the counts to a file."""
 
         def write(file: BinaryIO) -> None:
             np.savez_compressed(file, told=json.dumps(self._told()), **self.arrays())  # type: ignore[arg-type]
@@ -93,10 +93,10 @@ class ImageSums(Sums):
         write_atomically(path, write)
 
     def add_file(self, path: Path) -> None:
-        """Adds what [`~ImageSums.save`] wrote, all of it as reused.
+        """Adds the counts of a file written by [`~ImageSums.save`]; its images count as reused.
 
         Raises:
-            ValueError: a damaged file, or counts of something else; nothing is added.
+            ValueError: the file is damaged or has other counts; nothing is added.
         """
         try:
             with np.load(path, allow_pickle=False) as arrays:
