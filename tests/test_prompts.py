@@ -1,4 +1,4 @@
-"""Class labels and templates: what is accepted, what is refused and how prompts are made."""
+"""Class labels and templates: accepted and rejected values, and the resulting prompts."""
 
 import re
 from pathlib import Path
@@ -73,7 +73,7 @@ def test_a_label_has_synonyms_a_colour_and_a_threshold():
     [
         (
             "car:reddish",
-            "what follows ':' in the label 'car:reddish' is 'reddish', expected a threshold from 0",
+            "':' in the label 'car:reddish' is 'reddish', expected a threshold from 0",
         ),
         ("car:", "in the label 'car:' is ''"),
         ("car:#ff00", "'#ff00'"),
