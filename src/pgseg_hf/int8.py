@@ -28,8 +28,8 @@ def refuse_other_dtype(apply: Callable[[Tensor], Tensor]) -> None:
     if dtype != torch.float32:
         raise ValueError(
             f"dtype is {dtype}, but an int8 model cannot be cast: its scales and biases are float32, and it already "
-            "computes in bfloat16 where the CPU supports it. Leave the dtype as it is, or load the checkpoint that "
-            "was quantised in float32."
+            "computes in bfloat16 where the CPU supports it. Leave the dtype as it is, or load the original "
+            "checkpoint in float32."
         )
 
 
@@ -191,7 +191,7 @@ class Int8Linear(nn.Module):
         if self.training and torch.is_grad_enabled():
             raise ValueError(
                 "this model is in int8, which has no gradients and cannot be trained; call model.eval(), or for "
-                "training load the checkpoint that was quantised in float32."
+                "training load the original checkpoint in float32."
             )
         if x.device.type != "cpu":
             raise ValueError(f"the input is on {x.device}, expected the CPU: int8 layers run only there.")

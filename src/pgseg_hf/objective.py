@@ -178,8 +178,8 @@ class Objective(Batch):
         learns = torch.is_grad_enabled() and not torch.compiler.is_compiling()
         if learns and self.npr.may_be_nan and not loss.isfinite():
             logger.warning_once(
-                f"A prototype loss of the {self.config.npr_variant} variant is NaN, because no pair of a group and a "
-                "prototype was kept, and so is the total. For training set guard_prototype_losses=True in the "
+                f"A prototype loss of the {self.config.npr_variant} variant is NaN, as when no pair of a group and a "
+                "prototype is kept, and so is the total. For training set guard_prototype_losses=True in the "
                 "configuration."
             )
         return loss

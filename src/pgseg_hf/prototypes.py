@@ -118,7 +118,9 @@ def match_prototypes(
         return match_on_device(similarity_BKP, maximize, prototype_mask_BP)
     similarity = similarity_BKP.detach().to("cpu", estimation_dtype(similarity_BKP.dtype))
     if not torch.isfinite(similarity).all():
-        raise ValueError("similarities of groups and prototypes are NaN or infinite; training has diverged.")
+        raise ValueError(
+            "similarities of groups and prototypes are NaN or infinite; the features have diverged."
+        )
     batch, num_groups, num_prototypes = similarity.shape
     num_pairs = min(num_groups, num_prototypes)
     groups, prototypes = np.zeros((2, batch, num_pairs), dtype=np.int64)
