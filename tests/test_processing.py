@@ -95,7 +95,7 @@ def test_texts_and_labels_that_are_cut_are_told(caplog, monkeypatch):
 def test_labels_that_are_the_same_where_they_are_cut_are_refused(processor, templates):
     model = tiny_model(text_config=CLIP_TEXT)
     labels = ["cat", *("very " * 20 + last for last in ("old", "young"))]
-    message = "old' and '.*young' are the same to the model, of whose prompts 16 tokens count: shorten"
+    message = "old' and '.*young' are the same .* 16 tokens .*shorten"
     with pytest.raises(ValueError, match=message):
         processor(labels=labels, templates=templates)
     with pytest.raises(ValueError, match=message):

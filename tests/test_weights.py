@@ -72,7 +72,7 @@ def test_values_that_are_no_numbers_are_refused(folder):
 def test_a_model_that_was_never_loaded_is_refused(folder):
     with torch.device("meta"):
         model = PGSegModel(PGSegModel.config_class.from_pretrained(folder))
-    with pytest.raises(ValueError, match=r"has no values in .* and \d+ further tensors: load the model"):
+    with pytest.raises(ValueError, match=r"has no values in .* and \d+ more tensors: load the model"):
         refuse_bad_weights(model, "it")
 
 
