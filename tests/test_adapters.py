@@ -1,4 +1,4 @@
-"""Adapters of peft: all that is trained is in the adapter."""
+"""peft adapters: only the adapter is trained."""
 
 import copy
 
@@ -14,7 +14,7 @@ peft = pytest.importorskip("peft")
 
 
 def trained(model, config, steps=3):
-    """The model with an adapter after some steps on other images each."""
+    """The model with an adapter after a few training steps on different images."""
     adapted = peft.get_peft_model(model, config)
     without_noise(adapted.base_model.model)
     adapted.train()
@@ -88,5 +88,5 @@ def test_a_frozen_model_learns_nothing_by_the_way(variant):
         **inputs_of(4) | {"pixel_values": pixel_values}, return_loss=variant != "released"
     ).logits_per_image.sum().backward()
     for name, tensor in model.state_dict().items():
-        if name != "released_text_prototypes":  # which move at every call, as in the released code
+        if name != "released_text_prototypes":  # updated in every call, as in the released code
             assert torch.equal(tensor, before[name]), name

@@ -92,7 +92,7 @@ def test_a_web_address(tiny_folder, photo_file, tmp_path, capsys, monkeypatch):
         ("photo.png --labels cat --patch-weight 2", "--patch-weight is 2.0"),
         (
             "photo.png --labels cat --template 'no hole'",
-            "--template must hold '{}' exactly once, got 'no hole'",
+            "--template must have '{}' exactly once, got 'no hole'",
         ),
         ("photo.png --labels cat --max-pixels 0", "--max-pixels is 0"),
         ("photo.png --labels cat --short-side 0", "--short-side is 0"),

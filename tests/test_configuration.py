@@ -1,4 +1,4 @@
-"""Configurations: the paper's defaults, what is refused and how, and the way to JSON and back."""
+"""Configurations: the paper's defaults, rejected values and round trips through JSON."""
 
 import json
 import math
@@ -64,10 +64,10 @@ VISION_ERRORS = [
     ({"image_size": 100}, "image_size is 100, expected a multiple of patch_size = 16"),
     ({"image_size": 0}, "image_size is 0"),
     ({"depths": []}, "depths is empty"),
-    ({"depths": [10**9, 1, 1]}, "depths is .1000000000, 1, 1., expected at most 10,000"),
+    ({"depths": [10**9, 1, 1]}, "depths is .1000000000, 1, 1., .* at most 10,000"),
     ({"depths": [6, -1, 3]}, r"depths = \[6, -1, 3\]"),
     ({"num_hidden_layers": 11}, "num_hidden_layers is 11.* 12"),
-    ({"num_group_tokens": [64, 8]}, "num_group_tokens has 2 entries, depths has 3"),
+    ({"num_group_tokens": [64, 8]}, "num_group_tokens has 2 entries, but depths has 3"),
     ({"num_group_tokens": [0, 0, 0]}, r"num_group_tokens is \[0, 0, 0\]"),
     ({"num_group_tokens": [0, 8, 0]}, r"num_group_tokens is \[0, 8, 0\]"),
     ({"num_output_groups": [64]}, "num_output_groups has 1 entries"),
@@ -85,7 +85,7 @@ VISION_ERRORS = [
     ({"segment_source": "tokens"}, "segment_source is 'tokens', expected one of groups, patches"),
     (
         {"segment_source": "patches", "npr_variant": "released"},
-        "segment_source is 'patches', which the released variant does not have",
+        "segment_source is 'patches', which the released variant .*expected one of groups",
     ),
 ]
 TEXT_ERRORS = [
@@ -114,7 +114,7 @@ JOINT_ERRORS = [
     ),
     ({"logit_bias_init_value": float("inf")}, "logit_bias_init_value is inf"),
     ({"contrastive_pooling": "max"}, "contrastive_pooling is 'max', expected one of mean, groups, mixture"),
-    ({"contrastive_pooling": "mixture"}, "'mixture' and contrastive_loss 'info_nce', expected 'sigmoid'"),
+    ({"contrastive_pooling": "mixture"}, "'mixture' and .* 'info_nce', expected .* 'sigmoid'"),
     ({"mixture_looks": 0.5}, "mixture_looks is 0.5"),
     ({"mixture_looks": float("inf")}, "mixture_looks is inf"),
     ({"label_balance": 1.5}, "label_balance is 1.5"),
@@ -177,7 +177,7 @@ def test_round_trip_through_json(config, tmp_path):
     assert loaded.npr_variant == config.npr_variant
     stored = json.loads((tmp_path / "config.json").read_text())
     assert stored["model_type"] == "pgseg"
-    # One place for the variant, so that the two cannot disagree.
+    # The variant is stored in one place, so that the two cannot disagree.
     assert "npr_variant" not in stored
     assert stored["vision_config"]["npr_variant"] == config.npr_variant
     assert PGSegVisionConfig.from_pretrained(tmp_path).to_dict() == config.vision_config.to_dict()

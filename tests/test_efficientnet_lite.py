@@ -1,4 +1,4 @@
-"""EfficientNet-Lite against the public package, and its weights."""
+"""EfficientNet-Lite compared with the public package, and its weights."""
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ def public_model(name="efficientnet-lite0", seed=0):
 
 
 def outputs_of(model, blocks, pixel_values):
-    """What some blocks of the public network return."""
+    """Outputs of some blocks of the public network."""
     found = {}
     hooks = [
         model._blocks[block].register_forward_hook(
@@ -172,7 +172,7 @@ def test_folding_is_the_normalisation_and_leaves_the_weights_alone(public):
         assert torch.equal(tensor, before[name]), name
     for module in backbone.modules():
         if isinstance(module, EfficientNetLiteConv):
-            module.training = True  # but not its BatchNorm, which goes on with its running statistics
+            module.training = True  # but not its BatchNorm, which keeps using its running statistics
     for ours, unfolded in zip(folded, backbone(pixel_values).feature_maps):
         torch.testing.assert_close(ours, unfolded)
 

@@ -8,7 +8,7 @@ from tiny_models import CONTEXT, mask_of, tiny_model, tiny_texts
 
 from pgseg_hf.export import export_image_encoder, export_onnx, export_text_encoder
 
-# At least the 64 pixels that a backbone needs.
+# At least 64 pixels, as a backbone needs.
 SIZES = [(1, 64, 64), (3, 70, 99)]
 
 
@@ -45,7 +45,7 @@ def test_only_float32_is_exported(tmp_path):
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
-    """A folder of ONNX files, and the model in them."""
+    """A folder of ONNX files, and the exported model."""
     pytest.importorskip("onnxscript")
     model = tiny_backbone_model()
     return export_onnx(model, tmp_path_factory.mktemp("plain") / "onnx"), model

@@ -1,7 +1,7 @@
-"""The converted model gives the numbers that were recorded from the released implementation.
+"""The converted model reproduces outputs recorded from the released implementation.
 
-Each test runs on the recordings in `goldens/` (trimmed, see `goldens/trim.py`) and, where they are at hand, on the full
-ones. Float32 agrees within 1e-5 of the recorded tensor's largest entry, float64 within 1e-9.
+Each test runs on the recordings in `goldens/` (trimmed, see `goldens/trim.py`) and, if available, on the full ones.
+Float32 agrees within 1e-5 of the recorded tensor's largest entry, float64 within 1e-9.
 """
 
 import json
@@ -33,11 +33,11 @@ from pgseg_hf.scoring import (
 
 TRIMMED = Path(__file__).parent / "goldens"
 FULL = Path(__file__).parents[2] / "shared" / "goldens"
-# What the shapes do not tell: the recorded model's numbers of heads.
+# The recorded model's numbers of heads, which the shapes do not show.
 OVERRIDES = {"vision_config": {"num_attention_heads": 3}, "text_config": {"num_attention_heads": 1}}
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-9}
 PRECISIONS = {"float32": (torch.float32, ""), "float64": (torch.float64, "_f64")}
-# Largest entry below which a gradient is zero but for rounding; of such parameters the recording has 13.
+# Gradients whose largest entry is below this are zero except for rounding; 13 recorded parameters have such gradients.
 ZERO_GRADIENT = 1e-4
 
 
@@ -71,7 +71,7 @@ def assert_recorded(name: str, ours: Tensor, recorded: Tensor, largest: float | 
     """`recorded` may hold every n-th entry of a flattened tensor, or have further dimensions of size 1.
 
     Args:
-        largest: the whole tensor's largest entry, where `recorded` is not the whole.
+        largest: the largest entry of the whole tensor, if `recorded` is only part of it.
     """
     ours = ours.detach()
     assert ours.dtype == recorded.dtype, name
@@ -87,7 +87,8 @@ def assert_recorded(name: str, ours: Tensor, recorded: Tensor, largest: float | 
 
 
 def recorded_parts(model: PGSegModel) -> dict[str, Tensor]:
-    """What goes through the stages in the coming forward, by the recordings' names, filled in as it runs."""
+    """The values that pass through the stages in the next forward, by the recordings' names, filled in while it
+    runs."""
     parts: dict[str, Tensor] = {}
 
     def watch(stage, index):
@@ -204,7 +205,7 @@ def test_predictions(recordings, precision, size, background):
 @pytest.mark.parametrize("background", [None, 0.95, 0.2])
 @torch.no_grad()
 def test_sliding_window(recordings, background):
-    # Crops of 48 pixels, stride 24; stretched to 100 x 90 before the softmax and the choice of the label.
+    # Crops of 48 pixels, stride 24; interpolated to 100 x 90 before the softmax and argmax.
     recorded, model = recordings.load("slide"), recordings.model()
     classes = model.get_text_features(recordings.load("inputs")["class_ids"]).pooler_output
     image, size, original = recorded["image_80x72"], (80, 72), (100, 90)
@@ -250,7 +251,7 @@ def test_the_segmenters_sliding_window(recordings, background, monkeypatch):
 
 
 def train_step(recordings: Recordings, dtype: torch.dtype, noise: dict[int, Tensor], monkeypatch):
-    """One forward and backward in training with the given noise of the groups' number; none where it is missing."""
+    """One training forward and backward with the given noise by number of groups; no noise where it is missing."""
 
     def stored(self, logits):
         found = noise.get(logits.shape[1])
@@ -332,7 +333,8 @@ def test_every_gradient(recordings, monkeypatch):
 
 
 def recorded_gradients(recordings: Recordings) -> dict[str, tuple[Tensor, float]]:
-    """Recorded gradients by our names, NaN where an entry is not kept, each with the whole tensor's largest entry."""
+    """Recorded gradients by our names, NaN for entries that were not kept, each with the largest entry of the whole
+    tensor."""
     largest = recordings.summary()["largest_gradient_nogumbel"]
     state, gradients = recordings.load("state_dict"), {}
     for name, tensor in recordings.load("grads_nogumbel").items():
@@ -359,8 +361,8 @@ def check_norms(model: PGSegModel, norms: dict[str, float]) -> None:
 
 @pytest.mark.parametrize("level", ["1", "2", "3"])
 def test_prototype_losses_on_their_own(recordings, precision, level):
-    # The loss and the matching by themselves, from the recorded centres and prototypes. The text prototypes'
-    # similarities are all 1 or -1, so that their matching has ties.
+    # Loss and matching alone, from the recorded centres and prototypes. All similarities of the text prototypes are 1
+    # or -1, so that their matching has ties.
     dtype, suffix = precision
     recorded = recordings.load(f"train_nogumbel{suffix}")
     inp, target = recorded[f"match{level}.inp"], recorded[f"match{level}.target"]

@@ -1,4 +1,4 @@
-"""Without prototypes the model is transformers' GroupViT: the same tensors give the same numbers."""
+"""Without prototypes the model equals Transformers' GroupViT: the same tensors give the same outputs."""
 
 import json
 import shutil
@@ -52,7 +52,7 @@ def groupvit_config(size: str) -> GroupViTConfig:
 
 
 def groupvit_model(size: str = "tiny") -> GroupViTModel:
-    """Random weights that all have an effect: none is 0 or 1 as at the start of training."""
+    """Random weights that all have an effect: none is 0 or 1, as many are before training."""
     torch.manual_seed(0)
     model = GroupViTModel(groupvit_config(size)).eval()
     with torch.no_grad():

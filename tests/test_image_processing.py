@@ -1,4 +1,4 @@
-"""The image processors, against an oracle of Pillow and NumPy alone."""
+"""The image processors compared with a reference that uses only Pillow and NumPy."""
 
 import copy
 import io
@@ -23,14 +23,14 @@ both_backends = pytest.mark.parametrize("processor_class", [PGSegImageProcessorP
 
 
 def photo(width: int, height: int, mode: str = "RGB", seed: int = 0) -> Image.Image:
-    """Smooth random colours, so that resizing has something to do but no backend is at its limit."""
+    """Smooth random colours, so that resizing has an effect but does not reach any backend's limits."""
     rng = np.random.default_rng(seed)
     small = Image.fromarray(rng.integers(0, 256, (5, 7, 3), dtype=np.uint8))
     return small.resize((width, height), Image.Resampling.BICUBIC).convert(mode)
 
 
 def oracle(image: Image.Image, size: tuple[int, int] | None = None) -> np.ndarray:
-    """[3, H, W]: resize with Pillow, to [0, 1], normalise; `size` is (width, height)."""
+    """[3, H, W]: resized with Pillow, scaled to [0, 1], normalised; `size` is (width, height)."""
     if size is None:
         factor = min(448 / min(image.size), 2048 / max(image.size))
         size = tuple(max(16, int(side * factor + 0.5)) for side in image.size)
@@ -39,7 +39,7 @@ def oracle(image: Image.Image, size: tuple[int, int] | None = None) -> np.ndarra
 
 
 def assert_close(pixel_values, expected, exact: bool = True) -> None:
-    """Equal up to float32 for Pillow; within 1/255 on average, as promised, for any other resizing."""
+    """Equal up to float32 rounding for Pillow; within 1/255 on average for other backends, as documented."""
     values = np.asarray(pixel_values, dtype=np.float64)
     assert values.shape == expected.shape
     difference = np.abs(values - expected) * STD[:, None, None]
@@ -102,7 +102,7 @@ def test_sizes_at_the_call_and_in_the_constructor(processor_class, size, shape):
     ],
 )
 def test_impossible_sizes_are_refused(processor_class, size):
-    """The last one makes 448 x 2,240,000 pixels of this image."""
+    """The last size would give 448 x 2,240,000 pixels for this image."""
     with pytest.raises(ValueError):
         processor_class()(photo(5000, 1), size=size)
 

@@ -1,4 +1,4 @@
-"""Kernels give what the plain layers do, step aside where they have to, and can be turned off."""
+"""Kernels give the same results as the plain layers, are skipped where they do not apply, and can be turned off."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ needs_onednn = pytest.mark.skipif(
 
 
 class Operators(TorchDispatchMode):
-    """The names of the operators that run."""
+    """Records the names of the operators that run."""
 
     def __init__(self):
         super().__init__()
@@ -64,7 +64,7 @@ def test_attention_in_parts_agrees(entries, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("variant", ["released", "corrected", "tokens"])
 def test_image_towers_agree(dtype, variant):
-    """Stage by stage, on the same input: groups that are chosen hard would part over a rounding."""
+    """Stage by stage on the same input, because hard assignments could differ after rounding."""
     fields = {"vision_config": {"prototype_mixing": "tokens"}} if variant == "tokens" else {}
     model = tiny_model(npr_variant="corrected" if variant == "tokens" else variant, **fields).to(dtype)
     for stage in model.vision_model.encoder.stages:
@@ -148,5 +148,5 @@ def test_hooks_of_linear_layers_are_called():
         assert calls == ["before", "after"]
         for handle in handles:
             handle.remove()
-        layer.forward = lambda x: calls.append("instead") or expected  # as accelerate does where it offloads
+        layer.forward = lambda x: calls.append("instead") or expected  # as accelerate does when it offloads
         assert linear(layer, x) is expected and calls[-1] == "instead"

@@ -62,14 +62,14 @@ def test_groups_are_drawn_evenly_in_16_bits():
 
 
 def test_linear_layers_are_torchs_own():
-    """Tools that quantise take no subclass."""
+    """Quantisation tools do not accept subclasses."""
     linears = [module for module in tiny_backbone_model().modules() if isinstance(module, nn.Linear)]
     assert {type(module) for module in linears} == {nn.Linear} and len(linears) > 30
 
 
 def test_a_changed_layer_of_an_mlp_is_called_as_every_module():
     class Adapted(nn.Module):
-        """As adapters wrap a layer: another path beside it."""
+        """Adds a parallel path to a layer, as adapters do."""
 
         def __init__(self, layer):
             super().__init__()
@@ -88,7 +88,7 @@ def test_a_changed_layer_of_an_mlp_is_called_as_every_module():
 
 @pytest.mark.parametrize("adapted", [False, True])
 def test_activations_made_again_give_the_same_gradient(adapted):
-    """They are not kept; with dropout in an adapter's place they are, as it would draw anew."""
+    """They are not stored, except with dropout in an adapter, which would draw different values in a recompute."""
     torch.manual_seed(0)
     mlp = PGSegMLP(tiny_config().vision_config, 4, 6, 4).double().train()
     if adapted:

@@ -1,4 +1,4 @@
-"""What is imported when: counted in processes of their own, in modules and not in seconds."""
+"""What is imported when: checked in separate processes, by modules and not by time."""
 
 import ast
 import inspect
@@ -23,7 +23,7 @@ EXTRAS = "accelerate datasets evaluate pyarrow pandas gradio matplotlib spacy on
 
 
 def printed(code: str, cwd=None) -> list:
-    """What a new process prints in JSON, a line each."""
+    """The JSON values that a new process prints, one per line."""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=cwd)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith(("[", '"'))]
@@ -55,7 +55,7 @@ COMMANDS = [
 
 
 def test_help_and_errors_do_not_wait_for_torch(tmp_path):
-    """All in one process, the last one for an image that cannot be read, which needs transformers alone."""
+    """All in one process. The last case, an unreadable image, needs transformers but not torch."""
     (tmp_path / "broken.jpg").write_bytes(b"no image")
     code = f"""
 import json, sys
@@ -113,7 +113,7 @@ ROUTES = {
     "pipeline('open-vocabulary-segmentation', model=folder)": "OpenVocabularySegmentationPipeline",
     "pipeline(model=folder)": "OpenVocabularySegmentationPipeline",
 }
-"""What transformers makes without a touch of a name of the package, and its class."""
+"""What transformers creates without any access to a name of the package, and its class."""
 IMPORTS = (
     "from transformers import AutoBackbone, AutoConfig, AutoImageProcessor, AutoModel, AutoModelForTextEncoding\n"
     "from transformers import AutoProcessor, AutoTokenizer, pipeline\n"
@@ -136,7 +136,7 @@ def in_a_fork(code, routes):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks of POSIX")
 def test_transformers_finds_a_class_by_itself(tiny_folder):
-    """Each in a process that has asked for nothing else, and all whatever comes first."""
+    """Each in a process that has used nothing else before, and all together in any order."""
     prefixes = [
         f"{IMPORTS}import pgseg_hf",
         f"import pgseg_hf.modeling_pgseg\n{IMPORTS}",

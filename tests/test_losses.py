@@ -1,4 +1,5 @@
-"""Contrastive losses: against loops and by hand, and over two processes against one with both batches."""
+"""Contrastive losses: compared with loops and hand-computed values, and for two processes with one process and both
+batches."""
 
 import math
 import re
@@ -29,7 +30,7 @@ def draw(seed, *shape):
 
 
 def cross_entropy(row, positives):
-    """Of one row of logits, the target spread evenly over the positives."""
+    """Cross-entropy of one row of logits with a target spread evenly over the positives."""
     denominator = math.log(sum(math.exp(logit) for logit in row))
     return sum(denominator - row[positive] for positive in positives) / len(positives)
 
@@ -98,7 +99,7 @@ def test_sigmoid_loss_against_loops(seed, images, texts, density):
 
 @given(SEEDS, st.integers(1, 5), st.integers(1, 5), st.floats(0, 1))
 def test_balance_of_the_sigmoid_loss_leads_to_all_pairs_alike(seed, images, texts, balance):
-    """Twice the mean over all pairs, as the balanced loss has a mean for each text's positives and one for the rest."""
+    """Twice the mean over all pairs: the balanced loss has one mean for each text's positives and one for the rest."""
     logits, targets = 3 * draw(seed, images, texts), draw(seed + 1, images, texts) > 0
     of_pairs = torch.nn.functional.binary_cross_entropy_with_logits(logits, targets.double())
     expected = balance * sigmoid_loss(logits, targets) + (1 - balance) * 2 * of_pairs
@@ -127,7 +128,7 @@ def loss_of_present_labels(logits, mask):
 
 @given(SEEDS, st.integers(1, 4), st.integers(1, 4), st.floats(0.1, 0.9))
 def test_labels_that_do_not_exist_need_no_logits(seed, batch, count, density):
-    """Loss and gradient are those of logits for all of them, masked."""
+    """Loss and gradient equal those of masked logits for all labels."""
     logits = (3 * draw(seed, batch, batch * count)).requires_grad_()
     mask = draw(seed + 1, batch, count).sigmoid() < density
     present = mask.flatten()
@@ -157,7 +158,7 @@ def test_without_other_processes_everything_stays_local():
 BATCH = 3
 
 
-# Texts of both processes by their number: repeated within and across them, -1 for none.
+# Indices of the texts of both processes, repeated within and across them; -1 for none.
 CAPTIONS = ((0, 1, 0), (2, 1, 3))
 LABEL_TEXTS = (((4, 5), (-1, -1), (4, 7)), ((5, 7), (8, 4), (6, -1)))  # some images have fewer, or none
 SHARED_TEXTS = ((0, 1, 2, 3), (3, 0))
@@ -176,7 +177,7 @@ CASES = (
 
 
 def model_and_inputs(case, ranks=(0, 1)):
-    """A model for the kind of loss, and the batch of the given processes together."""
+    """A model for a kind of loss, and the combined batch of the given processes."""
     kind = case.removeprefix("shared ").removesuffix(" of patches")
     pooling = {"contrastive_pooling": "patches"} if "patches" in case else {}
     options = {"assignment_weight": 0.2, "text_prototype_weight": 0.1, "contrastive_loss": kind, **pooling}
@@ -189,7 +190,7 @@ def model_and_inputs(case, ranks=(0, 1)):
         owners = [torch.tensor(SHARED_OWNERS[rank]).bool() for rank in ranks]
         inputs["text_targets"] = torch.block_diag(*owners).bool()
         if pooling:
-            # Of all ranks, where each knows of its own texts alone.
+            # For all ranks, although each rank only knows its own texts.
             shown = [draw(30 + rank, BATCH, 2, 2, len(SHARED_TEXTS[rank])).abs() for rank in ranks]
             targets = [torch.block_diag(*(of_rank[:, i, j] for of_rank in shown)) for i, j in CELLS]
             inputs["patch_targets"] = torch.stack(targets, 1).unflatten(1, (2, 2))
@@ -264,7 +265,7 @@ def test_model_in_two_processes_learns_as_in_one(two_processes, case):
 
 @pytest.mark.parametrize("kind", ["multi_positive", "sigmoid"])
 def test_captions_that_repeat_are_no_negatives(kind):
-    # The same pairs, with the repeated texts written once and shared.
+    # The same pairs, with repeated texts given once and shared.
     model = model_and_inputs(kind)[0].eval()
     images, texts = tiny_images(4).double(), tiny_texts(2, words=7)
     repeated = model(texts[[0, 1, 0, 0]], images, return_loss=True)

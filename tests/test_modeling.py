@@ -125,7 +125,7 @@ def test_prompts_of_a_label_are_averaged(models):
     ids = tiny_texts(6, words=[1, 2, 3, 4, 5, 6]).unflatten(0, (2, 3))
     together = models["corrected"].get_text_features(ids).pooler_output
     one_by_one = models["corrected"].get_text_features(ids.flatten(0, 1)).pooler_output
-    # Of the vectors as they are; the mean is normalised afterwards.
+    # Vectors are averaged without normalisation; the mean is normalised afterwards.
     torch.testing.assert_close(together, one_by_one.unflatten(0, (2, 3)).mean(1))
     output = models["corrected"](input_ids=ids, pixel_values=tiny_images(3).double())
     assert output.logits_per_image.shape == (3, 2)
@@ -181,7 +181,7 @@ def test_scales_are_clamped_at_100(pooling):
 @given(st.integers(1, 3), st.integers(2, 5), SIDES, SIDES, st.sampled_from([1, 3, 8.5]))
 @torch.no_grad()
 def test_mixture_pooling_is_the_chance_to_see_each_text(batch, texts, height, width, looks):
-    """In so many looks at the patches, softly assigned to groups and these to texts."""
+    """The probability to see a text in a number of looks at patches, softly assigned to groups and these to texts."""
     model = tiny_model(
         contrastive_pooling="mixture", mixture_looks=looks, contrastive_loss="sigmoid"
     ).double()
@@ -312,7 +312,7 @@ def test_training_in_bfloat16_autocast():
 
 
 def test_a_recomputed_stage_moves_its_prototypes_once():
-    """Activation checkpointing of whole stages, as FSDP may do it."""
+    """Activation checkpointing of whole stages, as with FSDP."""
     from torch.utils.checkpoint import checkpoint
 
     def one_step(wrapped: bool):
@@ -335,7 +335,7 @@ def test_a_recomputed_stage_moves_its_prototypes_once():
 
 def test_arguments_that_are_not_used_are_named(caplog, monkeypatch):
     model = tiny_model()
-    with pytest.raises(ValueError, match=r"output_segmentation is True.*post_process_semantic_segmentation"):
+    with pytest.raises(ValueError, match=r"output_segmentation .*post_process_semantic_segmentation"):
         model(**inputs_of(), output_segmentation=True)
     model(**inputs_of(), output_segmentation=False)
     monkeypatch.setattr(logging.getLogger("pgseg_hf"), "propagate", True)

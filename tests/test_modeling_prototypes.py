@@ -1,4 +1,4 @@
-"""Prototypes in the models: where they move, what gradient they get, what they add to the tokens."""
+"""Prototypes in the models: when they are updated, which gradient they get, and what they add to the tokens."""
 
 import pytest
 import torch
@@ -107,7 +107,7 @@ def test_part_mixed_by_tokens_is_the_released_one_in_the_corrected_variant():
 
 
 def test_matching_in_order_changes_the_prototype_losses_alone():
-    """Both levels; where the best matching is another one, the loss in order is larger."""
+    """At both levels; where the best matching is different, the loss in order is larger."""
     inputs = inputs_of(pixel_values=tiny_images(3).double())
     best, ordered, released = (
         without_noise(
@@ -126,7 +126,7 @@ def test_matching_in_order_changes_the_prototype_losses_alone():
 @pytest.mark.parametrize("variant", ["none", "corrected"])
 @torch.no_grad()
 def test_segments_are_the_means_of_the_first_stages_patches(variant):
-    """By the soft assignment to the last stage's groups, at another size than the configured one."""
+    """By the soft assignment to the last stage's groups, at a size other than the configured one."""
     model = without_noise(tiny_model(npr_variant=variant, **PATCHES)).double().vision_model
     grouped = []
     model.encoder.stages[0].downsample.register_forward_pre_hook(
@@ -139,7 +139,7 @@ def test_segments_are_the_means_of_the_first_stages_patches(variant):
     torch.testing.assert_close(output.hidden_states[2], means, rtol=1e-2, atol=1e-2)
     assert not torch.allclose(
         output.hidden_states[2], means, rtol=1e-6, atol=1e-6
-    )  # 1e-3 more in the denominator
+    )  # 1e-3 is added to the denominator
     blocks = model.encoder.stages[2](output.hidden_states[2], None)[0]
     torch.testing.assert_close(output.last_hidden_state, model.layernorm(blocks))
 
@@ -152,7 +152,7 @@ def test_a_group_without_patches_has_a_mean_near_zero():
 
 
 def test_initial_weights_are_the_released_ones():
-    """Those too that modules without tensors of their own set, which transformers leaves out for code like ours."""
+    """Including those set by modules without tensors of their own, which transformers skips for custom code."""
     text = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2}
     model = PGSegModel(tiny_config(text_config=text, projection_intermediate_dim=256))
     for linear in (model.visual_projection[0], model.text_projection[3]):
@@ -180,7 +180,7 @@ def test_projection_by_running_statistics():
 
 
 class StillPrototypes(PGSegStagePrototypes):
-    """Prototypes that do not move."""
+    """Prototypes that are never updated."""
 
     def moves(self):
         return False

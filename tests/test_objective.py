@@ -1,4 +1,4 @@
-"""The losses of a batch: their parts, shared and absent texts, text prototypes."""
+"""The losses of a batch: their parts, shared and missing texts, text prototypes."""
 
 import copy
 import warnings
@@ -55,8 +55,8 @@ def test_parts_of_the_loss_add_up(variant):
 
 @VARIANTS
 def test_equal_texts_pass_the_transformer_once(variant):
-    """And the padding after the longest does not. The losses and gradients are those of all passes over all tokens,
-    which is what `output_hidden_states` gets."""
+    """The padding after the longest text is skipped too. Losses and gradients equal those without skipping, which is
+    how `output_hidden_states` runs."""
     model = without_noise(tiny_model(npr_variant=variant, num_text_prototypes=4)).double()
     model.config.contrastive_loss = "multi_positive"
     shapes = []
@@ -164,7 +164,7 @@ def test_captions_of_few_words_have_finite_losses(words):
 
 
 def test_text_prototypes_are_estimated_from_an_images_own_words(models):
-    # Another caption's words, or the special tokens, do not matter to an image's text prototypes.
+    # The words of other captions and special tokens do not affect an image's text prototypes.
     model = models["corrected"]
     ids = tiny_texts(2, words=[5, 3])
     features = model.encode_part(input_ids=ids)
@@ -212,7 +212,7 @@ def test_nan_prototype_losses_of_the_released_variant_are_said_once_in_training(
     try:
         with caplog.at_level("WARNING"):
             assert model(**inputs_of(4), return_loss=True).loss.isnan()
-            assert "set the configuration's guard_prototype_losses to True" in caplog.text
+            assert "guard_prototype_losses=True" in caplog.text
             model.config.guard_prototype_losses = True
             assert model(**inputs_of(4), return_loss=True).loss.isfinite()
     finally:
@@ -223,7 +223,7 @@ def test_nan_prototype_losses_of_the_released_variant_are_said_once_in_training(
 
 
 class Waits(TorchDispatchMode):
-    """The operators that on a GPU wait for a value, or for a number of values that nobody knows before."""
+    """Records the operators that on a GPU wait for a value or for an unknown number of values."""
 
     NAMES = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "equal")
 
@@ -246,7 +246,7 @@ def _from_images_to_gradients(model, images, texts, owners):
 
 
 def _training_parts(device, **fields):
-    """A model, images, features of texts and their owners: what a training step has when the images' turn comes."""
+    """A model, images, text features and their owners: the state of a training step after the texts."""
     model = tiny_model(**fields).to(device).train()
     labels, mask = tiny_texts(6, words=2, seed=1).unflatten(0, (3, 2)), torch.ones(3, 2, 12, dtype=torch.long)
     mask[1, 1] = 0
@@ -262,7 +262,7 @@ def _training_parts(device, **fields):
 
 @pytest.mark.parametrize("fields", [{}, {"assignment_weight": 0.2, "contrastive_pooling": "groups"}])
 def test_after_the_texts_nothing_waits_for_a_gpu(fields, monkeypatch):
-    """As on a GPU, but on the CPU: by the operators that would wait there."""
+    """Runs on the CPU and checks for operators that would wait on a GPU."""
     parts = _training_parts("cpu", **fields)
     monkeypatch.setattr("pgseg_hf.prototypes.match_prototypes", match_on_device)
     monkeypatch.setattr("pgseg_hf.modeling_vision._refuse_unfinite", lambda *_: None)
@@ -279,7 +279,7 @@ def _whole_step(device):
 
 
 def test_a_step_asks_a_few_things_about_its_texts(monkeypatch):
-    """Where they begin and end, which are there, how many differ, and which tokens are words."""
+    """Where they start and end, which are present, how many are distinct, and which tokens are words."""
     monkeypatch.setattr("pgseg_hf.prototypes.match_prototypes", match_on_device)
     monkeypatch.setattr("pgseg_hf.modeling_vision._refuse_unfinite", lambda *_: None)
     step = _whole_step("cpu")
@@ -300,7 +300,7 @@ def test_a_step_waits_for_the_gpu_a_few_times():
             step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    # What is asked, and copies of token ids to the CPU and back.
+    # Synchronisations for these, and copies of token ids to the CPU and back.
     assert sum("synchronizing" in str(warning.message) for warning in caught) <= 12
 
 
@@ -308,7 +308,7 @@ def test_a_step_waits_for_the_gpu_a_few_times():
 @pytest.mark.parametrize("fields", [{}, {"assignment_weight": 0.2}])
 def test_after_the_texts_nothing_waits_for_the_gpu(fields):
     parts = _training_parts("cuda", **fields)
-    _from_images_to_gradients(*parts)  # what only the first step does
+    _from_images_to_gradients(*parts)  # work that only the first step does
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:

@@ -1,4 +1,4 @@
-"""Names that are known for cells of an image: the loss by hand, and the way from a backbone's classifier to a batch."""
+"""Known names for cells of an image: the loss by hand, and from a backbone's classifier to a batch."""
 
 import numpy as np
 import pytest
@@ -47,7 +47,7 @@ def test_the_loss_is_the_cross_entropy_of_the_named_cells(grid):
     log_shares = (model.logit_scale.exp() * patches @ texts.T).log_softmax(-1)
     expected = 0.0
     for row, column in np.ndindex(grid):
-        # The patches that a cell lies on, wholly or in part.
+        # The patches that overlap the cell.
         rows, columns = (
             slice(place * size // cells, -(-(place + 1) * size // cells))
             for place, size, cells in zip((row, column), (5, 4), grid)

@@ -1,4 +1,4 @@
-"""Names on patches: the logits by hand, the two losses, and inference that joins patches and groups."""
+"""Names on patches: the logits by hand, the two losses, and inference that combines patches and groups."""
 
 import json
 
@@ -22,13 +22,13 @@ from pgseg_hf.poolings import CONTRASTIVE_LOSSES, POOLINGS, PoolingSettings
 from pgseg_hf.scoring import WindowScores, best_labels, group_map, merge_windows, window_starts
 
 LABELS = ["cat", "dog", "grass", "sky", "road", "tree", "car"]
-# Between the scores of the tiny model's groups.
+# Lies between the scores of the tiny model's groups.
 THRESHOLD = 0.09
 PATCHES_SIGMOID = {"contrastive_pooling": "patches", "contrastive_loss": "sigmoid"}
 
 
 def embeddings_of(model, ids, pixels):
-    """The model's patches [B, L, D] and texts [N, D], as unit vectors, and the factor on their cosines."""
+    """Unit vectors of the model's patches [B, L, D] and texts [N, D], and the factor on their cosines."""
     patches = normalize(model.get_image_features(pixels).patch_embeds, dim=-1)
     texts = normalize(model.get_text_features(ids).pooler_output, dim=-1)
     return patches, texts, min(float(model.logit_scale.exp()), model.config.max_logit_scale)
@@ -39,7 +39,7 @@ def embeddings_of(model, ids, pixels):
 
 @pytest.mark.parametrize("loss", CONTRASTIVE_LOSSES)
 def test_a_pooling_of_ones_own(loss, monkeypatch):
-    """One entry and one function: the mean of a text's two largest cosines over the patches."""
+    """A custom pooling with one entry and one function: the mean of a text's two largest cosines over the patches."""
 
     def best_two(images, texts, scale, config):
         return (scale * (images.patches @ texts.T)).topk(2, dim=1).values.mean(1)
@@ -122,7 +122,7 @@ def test_the_loss_reaches_the_patches_alone_where_there_are_no_prototypes(fields
     stages = model.vision_model.encoder.stages
     assert stages[0].layers[0].mlp.fc1.weight.grad.any()
     assert model.visual_projection[3].weight.grad.any()
-    # What groups learn from is left to the prototype losses.
+    # Groups only learn from the prototype losses.
     assert not any(
         parameter.grad is not None and parameter.grad.any() for parameter in stages[1].parameters()
     )
@@ -139,7 +139,7 @@ def segmenter_of(model, **fields):
 
 @pytest.fixture(scope="module")
 def segmenter():
-    """Of a model that shows several labels in one image."""
+    """A segmenter whose model finds several labels in one image."""
     model = tiny_model(seed=5, text_config=CLIP_TEXT, contrastive_pooling="patches").double()
     with torch.no_grad():
         model.logit_scale.fill_(3.5)
@@ -183,7 +183,7 @@ def scores_by_hand(segmenter, pixels, weight, threshold=None):
 
 @pytest.mark.parametrize(("weight", "threshold"), [(0, None), (0.4, THRESHOLD), (1, THRESHOLD)])
 def test_a_pixels_scores_mix_its_groups_and_its_patches(segmenter, weight, threshold):
-    # A tall one, which is worked on some rows at a time.
+    # A tall image, which is processed some rows at a time.
     photo = make_photo(70, 170)
     options = SegmentationOptions(window_size=None, patch_weight=weight, background_threshold=threshold)
     (image,) = segmenter.encode([photo], options)
@@ -242,7 +242,7 @@ def test_sliding_windows_average_the_mixed_scores(segmenter, weight, threshold):
     mean = interpolate((total / count)[None], size=(90, 120), mode="bilinear", align_corners=False)[0]
     result = segmenter(photo, LABELS, options)
     np.testing.assert_allclose(result.scores, mean.amax(0), rtol=1e-9, atol=1e-12)
-    # Where two labels are equally likely rounding decides.
+    # Rounding decides between equally likely labels.
     first, second = mean.topk(2, dim=0).values
     clear = first - second > 1e-9
     np.testing.assert_array_equal(result.label_map[clear], mean.argmax(0)[clear])
@@ -263,7 +263,7 @@ def test_background_that_only_patches_have_is_shown():
     assert scores[1].tolist() == [1.0, 1.0]
 
 
-# What is refused, and what is saved
+# Rejected values, and saving
 
 
 def test_models_that_do_not_name_patches_have_no_weight(plain_segmenter):
@@ -297,7 +297,7 @@ def test_the_processor_saves_how_to_segment(segmenter, tmp_path):
     assert (stored["top_k"], stored["patch_weight"]) == (3, 0.25)
     overridden = PGSegProcessor.from_pretrained(tmp_path, patch_weight=0.5)
     assert (overridden.top_k, overridden.patch_weight) == (3, 0.5)
-    # Processors that were saved before there were these fields go on as they did.
+    # Processors saved before these fields existed still work.
     for name in ("top_k", "patch_weight"):
         stored.pop(name)
     (tmp_path / "processor_config.json").write_text(json.dumps(stored))

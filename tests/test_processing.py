@@ -39,7 +39,7 @@ def words(processor, ids, mask) -> str:
 
 
 class TextModel(torch.nn.Module):
-    """What `get_class_embeddings` needs of a model: text features that depend on all tokens and weights."""
+    """What `get_class_embeddings` needs from a model: text features that depend on all tokens and weights."""
 
     def __init__(self, dtype=torch.float32):
         super().__init__()
@@ -86,19 +86,16 @@ def test_texts_and_labels_that_are_cut_are_told(caplog, monkeypatch):
     processor(labels=["cat", "dog " * 11])
     assert not caplog.records
     processor(text=["a cat", "dog " * 17])
-    assert "texts of more than 18 tokens are cut" in caplog.text
+    assert "texts of more than 18 tokens" in caplog.text
     processor(labels=["cat", "dog " * 17])
-    assert (
-        "1 of 2 labels are cut, as their prompts have more than 18 tokens; the first is 'dog dog"
-        in caplog.text
-    )
+    assert "1 of 2 labels" in caplog.text and "18 tokens; the first is 'dog dog" in caplog.text
 
 
 @pytest.mark.parametrize("templates", [["a photo of a {}."], ["a photo of a {}.", "{}"]])
 def test_labels_that_are_the_same_where_they_are_cut_are_refused(processor, templates):
     model = tiny_model(text_config=CLIP_TEXT)
     labels = ["cat", *("very " * 20 + last for last in ("old", "young"))]
-    message = "old' and '.*young' are the same to the model, of whose prompts 16 tokens count: shorten"
+    message = "old' and '.*young' are the same .* 16 tokens .*shorten"
     with pytest.raises(ValueError, match=message):
         processor(labels=labels, templates=templates)
     with pytest.raises(ValueError, match=message):
@@ -162,7 +159,7 @@ def test_padding_and_size_can_be_chosen_in_the_call(processor, images):
         ({"text": "a cat", "labels": ["cat"]}, "not both"),
         ({"text": []}, "empty list"),
         ({"text": [1]}, "string"),
-        ({"text": "a cat", "templates": ["{}"]}, "templates are for labels"),
+        ({"text": "a cat", "templates": ["{}"]}, "templates .* labels and tags"),
         ({"labels": "cat, dog"}, r"\['cat', 'dog'\]"),
         ({"labels": []}, "no labels"),
         ({"labels": ["cat", "Cat"]}, "repeats"),
@@ -171,8 +168,8 @@ def test_padding_and_size_can_be_chosen_in_the_call(processor, images):
         ({"tags": []}, "tags must be"),
         ({"tags": ["cat"]}, "image 0.*list of strings"),
         ({"tags": [["cat"], ["dog", ""]]}, "image 1.*empty"),
-        ({"tags": [["cat"]], "text": ["a", "b"]}, "1 images, got 2 texts"),
-        ({"tags": [["cat"], ["dog"]], "images": Image.new("RGB", (9, 9))}, "2 images, got 1 images"),
+        ({"tags": [["cat"]], "text": ["a", "b"]}, "1 images.* 2 texts"),
+        ({"tags": [["cat"], ["dog"]], "images": Image.new("RGB", (9, 9))}, "2 images.* 1 images"),
     ],
     ids=lambda value: "" if isinstance(value, dict) else value,
 )
@@ -285,7 +282,7 @@ def test_texts_are_padded_on_the_right_whatever_the_tokenizer_says(tiny_segmente
     for name, rows in asked.items():
         assert found[name] == rows
     assert torch.equal(processor.get_class_embeddings(tiny_segmenter.model, labels), expected)
-    # Who asks for it gets it, and the model the same text.
+    # Left padding on request; the model encodes the same text.
     left = processor(labels=labels, padding_side="left", return_tensors="pt")
     assert left["attention_mask"][0, 0] == 0
     with torch.no_grad():

@@ -22,7 +22,7 @@ from pgseg_hf.prototypes import (
 )
 
 SEEDS = st.integers(0, 2**31 - 1)
-# Few iterations amplify rounding less; exactness is compared in float64.
+# With few iterations rounding is amplified less; exact comparisons are in float64.
 ITERATIONS = 4
 SCALE = torch.tensor(10.0, dtype=torch.float64)
 LOSSES = {"released": released_prototype_loss, "corrected": prototype_loss}
@@ -60,7 +60,7 @@ def test_responsibilities_sum_to_one_and_prototypes_are_unit_vectors(
     torch.testing.assert_close(responsibilities.sum(-1), torch.ones(batch, length, dtype=torch.float64))
     assert (responsibilities >= 0).all()
     norms = prototypes.norm(dim=-1)
-    # Short of 1 by the 1e-6 that is added before the division, more where the mean of the tokens is small.
+    # Below 1 because of the 1e-6 that is added before the division, further below if the mean of the tokens is small.
     assert (norms <= 1).all()
     assume(length >= 2 * count)
     torch.testing.assert_close(norms, torch.ones_like(norms), atol=1e-2, rtol=0)
@@ -128,7 +128,7 @@ def test_samples_with_no_tokens_or_no_prototypes_stay_finite():
 
 
 @pytest.mark.parametrize(
-    ("steps", "width", "message"), [(0, 3, "num_iterations is 0"), (10, 4, "3 channels, the seeds 4")]
+    ("steps", "width", "message"), [(0, 3, "num_iterations is 0"), (10, 4, "3 channels, .* 4")]
 )
 def test_estimation_refuses_no_steps_and_seeds_of_other_width(steps, width, message):
     with pytest.raises(ValueError, match=message):
@@ -141,7 +141,7 @@ def test_estimation_refuses_no_steps_and_seeds_of_other_width(steps, width, mess
 @example(seed=0, rows=64, more_columns=0, values=0)  # a stage of the default size
 @given(SEEDS, st.integers(1, 9), st.integers(0, 4), st.sampled_from([0, 1, 2, 1000]))
 def test_assignment_on_any_device_costs_as_little_as_scipys(seed, rows, more_columns, values):
-    """Of random costs (0), of many equal ones, and of the same for all."""
+    """For random costs (0), costs with many ties, and identical costs."""
     costs = 3 * draw(seed, (4, rows, rows + more_columns))
     costs = costs.remainder(values).floor() if values else costs
     ours = cheapest_assignment(costs)
@@ -177,7 +177,7 @@ def test_matching_is_the_best_of_all(seed, groups, prototypes, maximize):
         best = max(totals) if maximize else min(totals)
         ours = pairs(matching, index)
         assert len({row for row, _ in ours}) == len({column for _, column in ours}) == few
-        # Matched in float64 where the similarity is; in float32 otherwise.
+        # Matched in float64 if the similarity is float64, else in float32.
         assert abs(sum(similarity[index][pair] for pair in ours) - best) < 1e-12
 
 
@@ -217,7 +217,7 @@ def test_groups_are_paired_with_prototypes_in_order(groups, expected):
 def test_matching_refuses_similarities_that_are_not_finite(value):
     similarity = torch.zeros(1, 3, 3)
     similarity[0, 1, 2] = value
-    with pytest.raises(ValueError, match="NaN or infinity"):
+    with pytest.raises(ValueError, match="NaN or infinite"):
         match_prototypes(similarity)
 
 
@@ -227,7 +227,7 @@ SIMILARITY = torch.tensor([[[0.9, 0.5, 0.1], [0.2, 0.12, 0.8], [0.3, 0.7, 0.6]]]
 
 
 def test_rejection_by_the_matched_pair():
-    # Best matching: (0, 0), (1, 2), (2, 1), and every one is its row's and its column's largest.
+    # Best matching: (0, 0), (1, 2), (2, 1); each pair is the largest of its row and column.
     matching = match_prototypes(SIMILARITY.bfloat16())
     assert pairs(matching) == [(0, 0), (1, 2), (2, 1)]
     rows, columns = kept_pairs(SIMILARITY, matching, 0.1)
@@ -274,7 +274,7 @@ def test_pairs_that_do_not_exist_are_never_kept(seed, present):
 
 
 def loss_by_hand(similarity, chosen, scale, rows_kept, columns_kept):
-    """The loss of one image in plain loops; `chosen[i]` is group i's prototype."""
+    """The loss of one image in plain loops; `chosen[i]` is the prototype of group i."""
     logits = scale * similarity
     rows = [logits[i].exp().sum().log() - logits[i, j] for i, j in enumerate(chosen)]
     columns = [logits[:, j].exp().sum().log() - logits[i, j] for i, j in enumerate(chosen)]
@@ -286,7 +286,8 @@ def loss_by_hand(similarity, chosen, scale, rows_kept, columns_kept):
 
 
 def centers_and_prototypes_of(similarity):
-    """Vectors with exactly these cosines: prototypes are unit vectors, centres fill up in their own dimensions."""
+    """Vectors with exactly these cosines: prototypes are unit vectors, centres are completed in dimensions of their
+    own."""
     groups, count = similarity.shape
     prototypes = torch.eye(count, count + groups, dtype=torch.float64)
     fill = (1 - (similarity**2).sum(1)).sqrt()
@@ -303,7 +304,7 @@ def test_prototype_loss_by_hand():
 
 
 def test_terms_are_averaged_over_the_whole_batch():
-    # Not image by image: the mean of the kept terms of a batch weighs images by how many terms they keep.
+    # Not image by image: the mean of a batch's kept terms weighs images by their number of kept terms.
     centers, prototypes = draw(3, (6, 4, 8), (6, 4, 8))
     prototypes = normalize(prototypes, dim=-1)
     similarity = normalize(centers, dim=-1) @ prototypes.transpose(1, 2)
@@ -322,7 +323,7 @@ def test_terms_are_averaged_over_the_whole_batch():
 
 @given(SEEDS, st.integers(2, 5), st.floats(1, 50))
 def test_the_perfect_matching_has_the_lowest_loss(seed, count, scale):
-    # Centres that are the prototypes in another order.
+    # The centres are the prototypes in another order.
     prototypes = normalize(draw(seed, (1, count, 16)), dim=-1)
     order = permutation(seed, count)
     centers = prototypes[:, order]
@@ -331,7 +332,7 @@ def test_the_perfect_matching_has_the_lowest_loss(seed, count, scale):
     assert matching.prototypes[0].tolist() == order.tolist()
     for chosen in permutations(range(count)):
         other = Matching(matching.groups, torch.tensor([chosen]), matching.valid)
-        # Without rejection, which would drop the worst terms of a bad matching.
+        # Without rejection, which would drop the worst terms of a poor matching.
         loss, _ = prototype_loss(centers, prototypes, scale, threshold=-1.0, matching=other)
         assert lowest <= loss + 1e-9
 
@@ -371,7 +372,8 @@ def test_released_loss_is_nan_where_no_term_is_kept_and_corrected_is_zero():
 
 
 def test_corrected_loss_of_images_without_prototypes():
-    # Image 0 has none, image 1 one, image 2 all: as images 1 and 2 alone, and finite gradients everywhere.
+    # Image 0 has no prototypes, image 1 has one, image 2 has all: as images 1 and 2 alone, with finite gradients
+    # everywhere.
     centers, prototypes = draw(0, (3, 3, 8), (3, 3, 8))
     centers.requires_grad_()
     mask = torch.tensor([[False] * 3, [False, True, False], [True] * 3])

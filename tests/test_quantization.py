@@ -1,4 +1,4 @@
-"""Models in int8: near float32, small, saved and loaded, and not to be trained."""
+"""Int8 models: close to float32, small, saved and loaded, and not trainable."""
 
 import copy
 import json
@@ -91,9 +91,7 @@ def test_modules_that_are_named_stay_as_they_are(tmp_path):
 
 
 def test_modules_that_are_not_there_are_refused(tmp_path):
-    with pytest.raises(
-        ValueError, match=r"has 'text_modle', which PGSegModel .* vision_model, .*or names in them"
-    ):
+    with pytest.raises(ValueError, match=r"has 'text_modle', which PGSegModel .* vision_model, "):
         quantised(tiny_model(), tmp_path, modules_to_not_convert=["vision_model.encoder", "text_modle"])
 
 

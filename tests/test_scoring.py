@@ -128,7 +128,7 @@ def test_label_maps_are_the_argmax_of_the_softmax_in_every_precision(dtype, chan
     generator = torch.Generator().manual_seed(len(channels))
     scores = torch.rand(len(channels), 11, 13, generator=generator, dtype=torch.float64)
     steps = torch.finfo(dtype).eps / 4 * torch.randint(0, 40, scores.shape, generator=generator)
-    near = torch.rand(11, 13, generator=generator) < 0.5  # here all scores are a few roundings apart
+    near = torch.rand(11, 13, generator=generator) < 0.5  # where all scores differ by a few rounding steps
     scores = torch.where(near, 0.25 + steps, scores).to(dtype)
     scores[:, :2] = 0.0
     for count in (max(channels, default=0) + 1, 300):
@@ -138,7 +138,7 @@ def test_label_maps_are_the_argmax_of_the_softmax_in_every_precision(dtype, chan
         probabilities = dense.softmax(dim=0)
         if dtype in (torch.float64, torch.float32):
             assert torch.equal(labels, probabilities.argmax(dim=0))
-        else:  # of 16 bits torch's softmax rounds by the tensor's layout
+        else:  # in 16 bits the rounding of torch's softmax depends on the layout
             found = probabilities.gather(0, labels[None])[0].double()
             assert (found >= probabilities.amax(dim=0).double() * (1 - torch.finfo(dtype).eps)).all()
         assert torch.equal(best, dense.amax(dim=0))

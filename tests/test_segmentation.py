@@ -75,7 +75,7 @@ def test_label_scores_are_means_over_the_labels_pixels(shipped_segmenter, street
     assert scores.shape == (1, len(STREET))
     assert (scores[0] > 0).nonzero()[:, 0].tolist() == label_map.unique().tolist()
     assert scores.max() <= 1
-    with pytest.raises(ValueError, match="target_sizes are for 2 images"):
+    with pytest.raises(ValueError, match="target_sizes for 2 images"):
         processor.post_process_semantic_segmentation(outputs, [(1, 1), (2, 2)])
 
 

@@ -203,7 +203,7 @@ BROKEN = {
     "safetensors": lambda path: save_file(STATE, path),
     "another zip": lambda path: zipfile.ZipFile(path, "w").writestr("a.txt", "a"),
 }
-CAUSES = {"empty": "holds nothing", "text": "git lfs pull", "html": "is a web page"}
+CAUSES = {"empty": "is empty", "text": "git lfs pull", "html": "is a web page"}
 
 
 @pytest.mark.parametrize("kind", list(BROKEN))

@@ -1,4 +1,4 @@
-"""A background by the words that a checkpoint knows."""
+"""Background decided by the words that a checkpoint knows."""
 
 import json
 import logging
@@ -48,7 +48,7 @@ def test_background_is_where_labels_are_unlikely():
 
 @pytest.fixture
 def different(monkeypatch):
-    """All words of a model of random weights are nearly the same."""
+    """With random weights all words are nearly equal."""
     monkeypatch.setattr(segmentation, "SAME_MEANING", 2.0)
 
 
@@ -97,7 +97,7 @@ def test_one_label_that_covers_the_image_is_remarked_on(tiny_segmenter, photo, c
             inputs = tiny_segmenter.processor(photo, labels=["stoat"], return_tensors="pt")
             outputs = tiny_segmenter.model(**inputs)
         tiny_segmenter.processor.post_process_semantic_segmentation(outputs, background_threshold=0.51)
-    assert "background_threshold is 0.51 for outputs of a single label" in caplog.text
+    assert "background_threshold is 0.51" in caplog.text
 
 
 def test_labels_far_from_all_that_was_learned_are_remarked_on(knowing, monkeypatch, photo, caplog):
@@ -194,7 +194,7 @@ def test_the_words_that_ship_are_those_that_the_checkpoint_was_trained_with():
 
 
 def test_labels_as_a_vocabulary(shipped_segmenter):
-    """Values are those of the whole vocabulary, so that they mean the same in all images."""
+    """Values refer to the whole vocabulary, so that they have the same meaning in all images."""
     words = ["pizza", "horse", "beach", "shore", "sea", "computer"]
     (encoded,) = shipped_segmenter.encode([HORSES])
     found = seen(shipped_segmenter, encoded, words, 0.03)

@@ -1,4 +1,4 @@
-"""Weights that are no weights, and models that are as they were."""
+"""Unusable weights, and models that are restored after evaluation."""
 
 import copy
 import shutil
@@ -30,12 +30,12 @@ def test_a_whole_folder_has_nothing_wrong(folder, tmp_path):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (lambda data: POINTER, "pointer of git-lfs.*git lfs pull"),
+        (lambda data: POINTER, "git-lfs pointer.*git lfs pull"),
         (lambda data: b"<!DOCTYPE html><html>sign in</html>", "is a web page"),
-        (lambda data: b"", r"holds nothing \(0 bytes\)"),
-        (lambda data: data[:1000], "is cut off, 1,000 of"),
-        (lambda data: data[:-1], "is cut off"),
-        (lambda data: b"PK" + bytes(1000), "is no safetensors file"),
+        (lambda data: b"", r"is empty \(0 bytes\)"),
+        (lambda data: data[:1000], "truncated, 1,000 of"),
+        (lambda data: data[:-1], "truncated"),
+        (lambda data: b"PK" + bytes(1000), "not a safetensors file"),
     ],
 )
 def test_the_likely_cause_is_named(folder, change, reason):
@@ -72,7 +72,7 @@ def test_values_that_are_no_numbers_are_refused(folder):
 def test_a_model_that_was_never_loaded_is_refused(folder):
     with torch.device("meta"):
         model = PGSegModel(PGSegModel.config_class.from_pretrained(folder))
-    with pytest.raises(ValueError, match=r"has no values in .* and \d+ further tensors: load the model"):
+    with pytest.raises(ValueError, match=r"has no values in .* and \d+ more tensors: load the model"):
         refuse_bad_weights(model, "it")
 
 

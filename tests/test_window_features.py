@@ -1,4 +1,4 @@
-"""Windows that are cut from the features a backbone has of the whole image, in training and in segmentation."""
+"""Windows cut from a backbone's features of the whole image, in training and in segmentation."""
 
 import json
 
@@ -93,7 +93,7 @@ def test_the_choice_is_saved(segmenter, tmp_path):
 @pytest.mark.parametrize("flip", [False, True])
 def test_a_cut_on_the_grid_is_a_part_of_the_features(flip):
     features = torch.randn(1, 5, 6, 8, generator=torch.Generator().manual_seed(0))
-    crop = Crop(size=(80, 60), box=(20, 10, 60, 40), flip=flip)  # ten pixels a feature
+    crop = Crop(size=(80, 60), box=(20, 10, 60, 40), flip=flip)  # ten pixels per feature
     expected = features[0, :, 1:4, 2:6].numpy()
     cut = _cut(features, crop, (3, 4))
     np.testing.assert_allclose(cut, expected[..., ::-1] if flip else expected, atol=1e-5)

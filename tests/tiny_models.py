@@ -1,4 +1,4 @@
-"""Models of a few thousand weights (but for the embedding of CLIP's tokens), and inputs for them."""
+"""Models with a few thousand weights (except for CLIP's token embeddings), and inputs for them."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ VARIANTS = pytest.mark.parametrize("variant", NPR_VARIANTS)
 PATCHES = {"vision_config": {"segment_source": "patches"}}
 BOS, EOS = 48, 49
 CONTEXT = 12
-# Of the text tower of `tiny_config`.
+# Fields of the text tower of `tiny_config`.
 TEXT_FIELDS = {
     "vocab_size": EOS + 1,
     "hidden_size": 16,
@@ -50,7 +50,7 @@ TINY_FIELDS: dict[str, Any] = {
     "projection_dim": 8,
     "projection_intermediate_dim": 24,
 }
-# For `tiny_config(text_config=CLIP_TEXT)`: a text tower that takes the tokens of CLIP's tokenizer.
+# For `tiny_config(text_config=CLIP_TEXT)`: a text tower that accepts the tokens of CLIP's tokenizer.
 CLIP_TEXT = {
     "vocab_size": 49_408,
     "max_position_embeddings": 77,
@@ -59,7 +59,7 @@ CLIP_TEXT = {
     "pad_token_id": 49_407,
 }
 
-# The start of a program that works as if the package were not installed.
+# First lines of a program that runs as if the package were not installed.
 WITHOUT_THE_PACKAGE = """
 import sys
 
@@ -118,7 +118,7 @@ def tiny_images(batch: int = 2, height: int = 16, width: int = 16, seed: int = 0
 
 
 def tiny_texts(count: int = 2, words: int | list[int] = 5, seed: int = 0) -> Tensor:
-    """Token ids [count, CONTEXT] of texts of so many random words, padded with the end token."""
+    """Token ids [count, CONTEXT] of texts of `words` random words each, padded with the end token."""
     generator = torch.Generator().manual_seed(seed)
     lengths = [words] * count if isinstance(words, int) else words
     ids = torch.full((count, CONTEXT), EOS)
@@ -129,12 +129,12 @@ def tiny_texts(count: int = 2, words: int | list[int] = 5, seed: int = 0) -> Ten
 
 
 def mask_of(ids: Tensor) -> Tensor:
-    """The attention mask of such texts, up to the first end token."""
+    """The attention mask of these texts, up to the first end token."""
     return ((ids == EOS).cumsum(1) <= 1).long()
 
 
 def without_noise(model: PGSegModel) -> PGSegModel:
-    """No Gumbel noise in training, so that two runs can be compared."""
+    """Turns Gumbel noise in training off, so that two runs can be compared."""
     for stage in model.vision_model.encoder.stages:
         if stage.downsample is not None:
             stage.downsample.assign.sample_noise = torch.zeros_like
@@ -142,7 +142,7 @@ def without_noise(model: PGSegModel) -> PGSegModel:
 
 
 def with_fixed_statistics(model: PGSegModel) -> PGSegModel:
-    """In training but for BatchNorm, which normalises by its running statistics."""
+    """Puts the model in training mode, with BatchNorm using its running statistics."""
     model.train()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm1d):

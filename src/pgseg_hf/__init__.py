@@ -1,7 +1,7 @@
-"""PGSeg for Hugging Face Transformers: segmenting anything one can name, learned from image-text pairs alone.
+"""PGSeg for Hugging Face Transformers: open-vocabulary segmentation learned from image-text pairs.
 
-Importing the package imports neither torch nor transformers: its names are imported when they are first asked for, and
-the Auto classes and pipelines know PGSeg all the same.
+Importing the package imports neither torch nor transformers: its names are imported on first access, and the Auto
+classes and pipelines support PGSeg without importing it first.
 """
 
 import sys
@@ -14,9 +14,9 @@ from .registration import register
 __version__ = "0.1.0"
 
 DEFAULT_CHECKPOINT = str(Path(__file__).parent / "checkpoints" / "pgseg-small-everyday")
-"""The checkpoint that ships with the package, a `from_pretrained` name like any other."""
+"""The checkpoint that ships with the package, a name for `from_pretrained`."""
 
-if TYPE_CHECKING:  # as the table below, for mypy and editors
+if TYPE_CHECKING:  # the names of the table below, for mypy and editors
     from .checkpoint import load_segmenter as load_segmenter
     from .configuration_pgseg import PGSegConfig as PGSegConfig
     from .configuration_pgseg import PGSegTextConfig as PGSegTextConfig

@@ -1,4 +1,4 @@
-"""A pretrained backbone in the place of the patch convolution.
+"""A pretrained backbone in place of the patch convolution.
 
 Shapes: B batch, h x w the grid of the backbone's finest chosen stage, C width of the image tower.
 """
@@ -17,18 +17,18 @@ from .layers import PGSegVisionEmbeddings
 
 
 def load_backbone(name_or_path: str, **fields: Any) -> Any:
-    """A pretrained backbone in float32; `fields` of its configuration, such as `out_features`, may be changed."""
+    """Loads a pretrained backbone in float32. `fields` override its configuration, for example `out_features`."""
     config = AutoConfig.from_pretrained(name_or_path, **fields)
-    # AutoBackbone itself asks the Hub for the name, and takes a folder for a model of timm.
+    # AutoBackbone looks every name up on the Hub and treats a folder as a timm model.
     backbone = MODEL_FOR_BACKBONE_MAPPING[type(config)].from_pretrained(
         name_or_path, config=config, dtype="float32"
     )
-    backbone.config.name_or_path = ""  # a checkpoint should not tell where its backbone once lay
+    backbone.config.name_or_path = ""  # keeps local paths out of saved checkpoints
     return backbone
 
 
 def _new_backbone(config: PreTrainedConfig) -> Any:
-    """A backbone that attends as its configuration says or, where it cannot, as it does by itself."""
+    """Builds a backbone with the configured attention, or with its default where it does not support that one."""
     try:
         return AutoBackbone.from_config(config)
     except (ValueError, ImportError):
@@ -39,8 +39,8 @@ def _new_backbone(config: PreTrainedConfig) -> Any:
 
 
 class PGSegBackboneFeatures(nn.Module):
-    """Feature maps of a backbone's chosen stages to patches [B, C, h, w]: on the finest one's grid, each stage's
-    channels normalised by themselves, joined, projected."""
+    """Turns the feature maps of a backbone's chosen stages into patches [B, C, h, w]: resizes them to the finest grid,
+    normalises each stage's channels, concatenates and projects them."""
 
     def __init__(self, config: PGSegVisionConfig):
         super().__init__()
@@ -52,8 +52,8 @@ class PGSegBackboneFeatures(nn.Module):
         self.train(self.training)
 
     def train(self, mode: bool = True) -> "PGSegBackboneFeatures":
-        """As ever, but a frozen backbone, by its configuration or as below an adapter, stays in evaluation mode and
-        without gradient, after loading too."""
+        """Sets the mode, but keeps a frozen backbone in evaluation mode and without gradient, also after loading. It is
+        frozen if its configuration says so or if none of its parameters learn, as below an adapter."""
         super().train(mode)
         if self.is_frozen or not any(parameter.requires_grad for parameter in self.backbone.parameters()):
             self.backbone.eval().requires_grad_(False)
@@ -61,19 +61,19 @@ class PGSegBackboneFeatures(nn.Module):
 
     @property
     def _dtype(self) -> torch.dtype:
-        # Not the projection's, which may be quantised.
+        # The projection's dtype does not count: it may be quantised.
         return next(self.norms.parameters()).dtype
 
     def features(self, pixel_values: Tensor) -> Tensor:
-        """The chosen stages of images [B, 3, H, W] on the finest one's grid, joined and not normalised: [B, channels,
-        h, w]. Without gradient where the backbone is frozen."""
+        """The chosen stages for images [B, 3, H, W], resized to the finest grid and concatenated, not normalised:
+        [B, channels, h, w]. Without gradient if the backbone is frozen."""
         return self.on_one_grid(self.maps(pixel_values))
 
     def maps(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
-        """The chosen stages of images [B, 3, H, W], each on its own grid.
+        """The chosen stages for images [B, 3, H, W], each on its own grid.
 
         Raises:
-            ValueError: the finest one's stride is not the configuration's `patch_size`.
+            ValueError: if the stride of the finest stage is not the configured `patch_size`.
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.is_frozen):
             maps = self.backbone(pixel_values.to(self._dtype)).feature_maps
@@ -82,19 +82,19 @@ class PGSegBackboneFeatures(nn.Module):
         return maps
 
     def _refuse_another_stride(self, image: torch.Size, grid: torch.Size) -> None:
-        # A grid may count the part of a patch at the border or leave it out.
+        # A grid may include a partial patch at the border or leave it out.
         if any(abs(cells * self.patch_size - side) >= self.patch_size for side, cells in zip(image, grid)):
             raise ValueError(
-                f"vision_config.patch_size is {self.patch_size}, and the backbone's finest stage makes {grid[0]} x "
-                f"{grid[1]} cells of {image[0]} x {image[1]} pixels; expected its stride, about "
+                f"vision_config.patch_size is {self.patch_size}, but the backbone's finest stage has {grid[0]} x "
+                f"{grid[1]} cells for an image of {image[0]} x {image[1]} pixels; expected its stride, about "
                 f"{max(round(image[0] / grid[0]), 1)}."
             )
 
     def on_one_grid(self, maps: tuple[Tensor, ...]) -> Tensor:
-        """Maps of the chosen stages on the finest one's grid, joined."""
+        """Resizes maps of the chosen stages to the finest grid and concatenates them."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.is_frozen):
-            # Stages go from fine to coarse. Their sizes are not compared, so that a graph holds for all of them; to its
-            # own size a map is stretched as it is.
+            # Stages are ordered from fine to coarse. Their sizes are not compared, so that one graph works for all of
+            # them; resizing a map to its own size does not change it.
             size = maps[0].shape[-2:]
             on_grid = [
                 nn.functional.interpolate(features, size=size, mode="bilinear", align_corners=False)
@@ -103,7 +103,7 @@ class PGSegBackboneFeatures(nn.Module):
             return torch.cat([maps[0], *on_grid], dim=1)
 
     def project(self, features: Tensor) -> Tensor:
-        """Features of [`~PGSegBackboneFeatures.features`], of any float type, to patches [B, C, h, w]."""
+        """Projects features from [`~PGSegBackboneFeatures.features`], of any float dtype, to patches [B, C, h, w]."""
         parts = features.to(self._dtype).permute(0, 2, 3, 1).split(self.channels, dim=-1)
         normed = torch.cat([norm(part) for norm, part in zip(self.norms, parts)], dim=-1)
         return self.projection(normed).permute(0, 3, 1, 2)
@@ -114,7 +114,7 @@ class PGSegBackboneFeatures(nn.Module):
 
 @contextmanager
 def backbones_set_aside(model: nn.Module) -> Iterator[list[Any]]:
-    """Takes the backbones out of a model, for what not every backbone can do and the model around it can."""
+    """Removes the backbones from a model inside the block, for operations that not every backbone supports."""
     parts = [module for module in model.modules() if isinstance(module, PGSegBackboneFeatures)]
     backbones = [part.backbone for part in parts]
     for part in parts:
@@ -127,7 +127,7 @@ def backbones_set_aside(model: nn.Module) -> Iterator[list[Any]]:
 
 
 class PGSegBackboneEmbeddings(PGSegVisionEmbeddings):
-    """Patch tokens of a backbone, with position embeddings as ever."""
+    """Patch tokens from a backbone, with position embeddings."""
 
     patch_embeddings: PGSegBackboneFeatures
 
@@ -135,8 +135,8 @@ class PGSegBackboneEmbeddings(PGSegVisionEmbeddings):
         return PGSegBackboneFeatures(config)
 
     def features(self, pixel_values: Tensor) -> Tensor:
-        """What [`~PGSegBackboneEmbeddings.forward`] takes as `backbone_features`, [B, channels, h, w]: computed once,
-        features of a frozen backbone can be used in every epoch."""
+        """Features [B, channels, h, w] to pass as `backbone_features` to [`~PGSegBackboneEmbeddings.forward`]. For a
+        frozen backbone they can be computed once and reused in every epoch."""
         return self.patch_embeddings.features(pixel_values)
 
     def forward(

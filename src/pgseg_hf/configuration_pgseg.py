@@ -9,18 +9,18 @@ from transformers import CONFIG_MAPPING, AutoConfig, CLIPTextConfig, PreTrainedC
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import SubConfigSpec
 
-# Registers the backbone, for configurations that name it.
+# This import registers the backbone for configurations that name it.
 from .efficientnet_lite import EfficientNetLiteConfig
 from .poolings import CONTRASTIVE_LOSSES, POOLINGS, PoolingSettings, refuse_other_losses
 from .variants import NPR_VARIANTS, SEGMENT_SOURCES, VariantSettings
 
-# What `pipeline` knows the task by, and what the Hub's list of tasks, and so a card, calls it.
+# The name of the task in `pipeline`, and its name on the Hub and in model cards.
 PIPELINE_TASK = "open-vocabulary-segmentation"
 HUB_TASK = "image-segmentation"
 
 PROTOTYPE_MATCHINGS = ("hungarian", "order")
 PROTOTYPE_MIXINGS = ("prototypes", "tokens")
-# A file that asks for more keeps the machine busy for hours before anything of it is read.
+# A file with more layers would keep the machine busy for hours before its weights are read.
 _MOST_LAYERS = 10_000
 
 
@@ -36,7 +36,7 @@ def _require_choice(name: str, value: Any, choices: Iterable[str]) -> None:
 def _require_range(
     config: Any, names: Iterable[str], low: float = -math.inf, high: float = math.inf, prefix: str = ""
 ) -> None:
-    """For fields that are not None."""
+    """Checks that each field is None or a finite number in the range."""
     least = "a finite number" if math.isinf(low) else f"a finite number of at least {low}"
     expected = least if math.isinf(high) else f"{low} to {high:,}"
     for name in names:
@@ -49,27 +49,27 @@ def _require_heads(config: Any, prefix: str) -> None:
     size, heads = config.hidden_size, config.num_attention_heads
     _require(
         size % heads == 0,
-        f"{prefix}hidden_size is {size}, which is no multiple of num_attention_heads = {heads}.",
+        f"{prefix}hidden_size is {size}, expected a multiple of num_attention_heads = {heads}.",
     )
 
 
 class PipelineOfFolder(dict):
-    """`custom_pipelines` of a configuration: `pipeline(model=folder)` finds its task by it and, in the folder's code,
-    its class; the Hub's name of the task leads to it too. Where the package is imported its own class is registered,
-    and the folder's is not looked for."""
+    """The `custom_pipelines` of a configuration. `pipeline(model=folder)` finds its task here and its class in the
+    folder's code; the Hub's name of the task works too. The class of an imported package takes precedence over the
+    folder's."""
 
     def __init__(self) -> None:
         impl = "pipeline.OpenVocabularySegmentationPipeline"
         super().__init__({PIPELINE_TASK: {"impl": impl, "pt": ["AutoModel"], "type": "multimodal"}})
 
     def __contains__(self, task: object) -> bool:
-        from transformers.pipelines import PIPELINE_REGISTRY  # late: only pipelines ask, and it takes long
+        from transformers.pipelines import PIPELINE_REGISTRY  # late: slow, and only for pipelines
 
         is_registered = PIPELINE_TASK in PIPELINE_REGISTRY.supported_tasks
         return task == HUB_TASK or (task == PIPELINE_TASK and not is_registered)
 
     def __getitem__(self, task: str) -> dict[str, Any]:
-        # A copy, as transformers puts classes into it, which no JSON can hold.
+        # A copy, because transformers adds classes to it, which JSON cannot hold.
         return dict(super().__getitem__(PIPELINE_TASK))
 
     def __reduce__(self) -> tuple:
@@ -79,25 +79,25 @@ class PipelineOfFolder(dict):
 @strict
 class PGSegTextConfig(CLIPTextConfig):
     r"""
-    Configuration of the text tower: a CLIP text transformer, pooled at the end-of-text token. The fields are those
-    of [`~transformers.CLIPTextConfig`]; the defaults are PGSeg's and GroupViT's.
+    Configuration of the text tower: a CLIP text transformer, pooled at the end-of-text token. The fields are those of
+    [`~transformers.CLIPTextConfig`]; the defaults are those of PGSeg and GroupViT.
 
     Args:
         vocab_size (`int`, defaults to 49408): number of byte-pair tokens.
         hidden_size (`int`, defaults to 256): width of the transformer.
-        intermediate_size (`int`, defaults to 1024): width of the hidden layer of its MLPs.
-        projection_dim (`int`, *optional*): not used, see [`PGSegConfig`]; a field of CLIP's configuration.
+        intermediate_size (`int`, defaults to 1024): width of the hidden layer of the MLPs.
+        projection_dim (`int`, *optional*): not used; see [`PGSegConfig`] for the joint space.
         num_hidden_layers (`int`, defaults to 12): number of transformer blocks.
-        num_attention_heads (`int`, defaults to 4): number of heads; divides `hidden_size`.
+        num_attention_heads (`int`, defaults to 4): number of attention heads; must divide `hidden_size`.
         max_position_embeddings (`int`, defaults to 77): context length in tokens.
         hidden_act (`str`, defaults to `"quick_gelu"`): activation of the MLPs.
         layer_norm_eps (`float`, defaults to 1e-5): epsilon of the layer normalisations.
         attention_dropout (`float`, defaults to 0.0): dropout of the attention weights.
         initializer_range (`float`, defaults to 0.02): standard deviation of the initial embeddings.
         initializer_factor (`float`, defaults to 1.0): factor on all initial standard deviations.
-        pad_token_id (`int`, *optional*, defaults to 49407): CLIP pads with the end-of-text token.
+        pad_token_id (`int`, *optional*, defaults to 49407): padding token; CLIP pads with the end-of-text token.
         bos_token_id (`int`, *optional*, defaults to 49406): start-of-text token.
-        eos_token_id (`int`, defaults to 49407): end-of-text token, at whose first place the text is pooled.
+        eos_token_id (`int`, defaults to 49407): end-of-text token; texts are pooled at its first occurrence.
     """
 
     # Saved with its code, for trust_remote_code=True where this package is not installed.
@@ -125,7 +125,7 @@ class PGSegTextConfig(CLIPTextConfig):
         _require_choice("text_config.hidden_act", self.hidden_act, ACT2FN)
         _require(
             isinstance(self.eos_token_id, int),
-            f"text_config.eos_token_id is {self.eos_token_id}, expected the one token at which texts are pooled.",
+            f"text_config.eos_token_id is {self.eos_token_id}, expected a single token id, at which texts are pooled.",
         )
 
 
@@ -135,7 +135,7 @@ def _backbone_config(fields: dict[str, Any]) -> PreTrainedConfig:
         return EfficientNetLiteConfig.from_dict(fields)
     _require(
         model_type in CONFIG_MAPPING,
-        f"vision_config.backbone_config has the model_type {model_type!r}, which transformers does not know.",
+        f"vision_config.backbone_config has model_type {model_type!r}, expected a model type that transformers has.",
     )
     return CONFIG_MAPPING[model_type].from_dict(fields)
 
@@ -143,57 +143,52 @@ def _backbone_config(fields: dict[str, Any]) -> PreTrainedConfig:
 @strict
 class PGSegVisionConfig(PreTrainedConfig):
     r"""
-    Configuration of the image tower: a GroupViT with non-learnable prototypes (NPR). All lists have one entry for
-    each stage; a stage with no group tokens (the last one) does not group.
+    Configuration of the image tower: a GroupViT with non-learnable prototypes (NPR). Lists have one entry per stage. A
+    stage without group tokens, such as the last one, does not group.
 
     Args:
         hidden_size (`int`, defaults to 384): width C of all stages.
         intermediate_size (`int`, defaults to 1536): width of the hidden layer of the blocks' MLPs.
-        depths (`list[int]`, defaults to `(6, 3, 3)`): number of transformer blocks of each stage.
-        num_group_tokens (`list[int]`, defaults to `(64, 8, 0)`): number of learned group tokens of each stage.
-        num_output_groups (`list[int]`, defaults to `(64, 8, 0)`):
-            number K of groups that each stage's grouping block makes; not read for a stage without group tokens. A
-            last entry for a stage that does not group may be left out.
-        num_hidden_layers (`int`, *optional*): the sum of `depths`; filled in, and checked where it is given.
-        num_attention_heads (`int`, defaults to 6): number of heads; divides `hidden_size`.
-        image_size (`int`, defaults to 224):
-            side in pixels of the square for which position embeddings are stored; other sizes interpolate them.
-        patch_size (`int`, defaults to 16): side of a patch in pixels; divides `image_size`.
-        num_channels (`int`, defaults to 3): colour channels.
-        backbone_config (`dict` or [`~transformers.PreTrainedConfig`], *optional*):
-            configuration of a pretrained backbone of [`~transformers.AutoBackbone`] whose features take the place of
-            the patch convolution. Its `out_features` may name several stages: they are brought to the finest one's
-            grid, normalised, joined and projected to `hidden_size`. `patch_size` is then the stride of the finest one.
-        freeze_backbone (`bool`, defaults to `True`): keep the backbone's weights and statistics as they are.
+        depths (`list[int]`, defaults to `(6, 3, 3)`): number of transformer blocks per stage.
+        num_group_tokens (`list[int]`, defaults to `(64, 8, 0)`): number of learned group tokens per stage.
+        num_output_groups (`list[int]`, defaults to `(64, 8, 0)`): number K of groups that each stage's grouping block
+            outputs. Entries for stages without group tokens are not used; the last one may be omitted.
+        num_hidden_layers (`int`, *optional*, defaults to the sum of `depths`): must equal the sum of `depths` if given.
+        num_attention_heads (`int`, defaults to 6): number of attention heads; must divide `hidden_size`.
+        image_size (`int`, defaults to 224): side in pixels of the stored position embeddings; other sizes interpolate
+            them.
+        patch_size (`int`, defaults to 16): side of a patch in pixels; must divide `image_size`.
+        num_channels (`int`, defaults to 3): number of colour channels.
+        backbone_config (`dict` or [`~transformers.PreTrainedConfig`], *optional*): configuration of a pretrained
+            [`~transformers.AutoBackbone`] whose features replace the patch convolution. `out_features` may name several
+            stages, which are resized to the finest grid, normalised, concatenated and projected to `hidden_size`.
+            `patch_size` must be the stride of the finest stage.
+        freeze_backbone (`bool`, defaults to `True`): whether to keep the backbone's weights and statistics fixed.
         hidden_act (`str`, defaults to `"gelu"`): activation of the MLPs.
         layer_norm_eps (`float`, defaults to 1e-5): epsilon of the layer normalisations.
         dropout (`float`, defaults to 0.0): dropout after the patch embedding.
         attention_dropout (`float`, defaults to 0.0): dropout of the attention weights.
-        drop_path_rate (`float`, defaults to 0.1): stochastic depth of the last block, rising linearly from 0.
+        drop_path_rate (`float`, defaults to 0.1): stochastic depth of the last block; rises linearly from 0.
         initializer_range (`float`, defaults to 0.02): standard deviation of the initial weights.
         initializer_factor (`float`, defaults to 1.0): factor on initial standard deviations.
-        assign_eps (`float`, defaults to 1.0): added to a group's number of tokens when its tokens are averaged.
-        assign_mlp_ratio (`list[float]`, defaults to `(0.5, 4)`):
-            hidden widths, as multiples of `hidden_size`, of the grouping block's token-mixing and channel MLPs.
-        npr_variant (`str`, defaults to `"corrected"`):
-            `"none"` (a GroupViT), `"released"` (the numbers of the released PGSeg code, for its checkpoints) or
-            `"corrected"` (the method as the paper describes it).
-        num_prototype_iterations (`int`, defaults to 10): steps of the prototype estimation.
-        prototype_momentum (`float`, defaults to 0.9): share of the old prototypes in their moving average.
-        prototype_projection_dim (`int`, *optional*):
-            hidden width of the projection of prototypes to tokens; by default 8/3 of `intermediate_size`, which at the
-            paper's 1536 is its 4096.
-        prototype_mixing (`str`, defaults to `"prototypes"`):
-            how the corrected variant makes the prototypes' part of the tokens: `"prototypes"`, each prototype is
-            projected and then mixed by its responsibilities, whose size does not depend on the number of tokens;
-            `"tokens"`, mixed by weights that sum to 1 over the tokens and then projected, as the released code does.
-            Not read by the other variants.
-        segment_source (`str`, *optional*, defaults to `"patches"` for the corrected variant, else `"groups"`):
-            what the last grouping stage makes segment tokens of: `"groups"`, its input tokens and the group tokens
-            (GroupViT's and the paper's), or `"patches"`, the mean of the first stage's patches over each group by the
-            soft assignment (ours): what a group is called then depends on nothing but the patches in it; or `"inputs"`,
-            the same mean of the patches as they enter the first stage, so that a name depends on what the patch
-            embeddings, or the backbone, see there, and not on what attention brings from elsewhere in the image.
+        assign_eps (`float`, defaults to 1.0): added to the number of a group's tokens when they are averaged.
+        assign_mlp_ratio (`list[float]`, defaults to `(0.5, 4)`): hidden widths of the grouping block's two MLPs
+            (tokens, channels), as multiples of `hidden_size`.
+        npr_variant (`str`, defaults to `"corrected"`): `"none"` (a GroupViT), `"released"` (reproduces the released
+            PGSeg code, for its checkpoints) or `"corrected"` (the method as the paper describes it).
+        num_prototype_iterations (`int`, defaults to 10): number of steps of the prototype estimation.
+        prototype_momentum (`float`, defaults to 0.9): weight of the old prototypes in their moving average.
+        prototype_projection_dim (`int`, *optional*, defaults to 8/3 of `intermediate_size`): hidden width of the
+            projection of prototypes to tokens. The default gives the paper's 4096 for an `intermediate_size` of 1536.
+        prototype_mixing (`str`, defaults to `"prototypes"`): how the corrected variant adds prototypes to the tokens.
+            `"prototypes"` projects each prototype and then mixes them by their responsibilities, which keeps the
+            magnitude independent of the number of tokens. `"tokens"` mixes by weights that sum to 1 over the tokens and
+            then projects, as the released code does. Not used by other variants.
+        segment_source (`str`, *optional*, defaults to `"patches"` for the corrected variant, else `"groups"`): what the
+            last grouping stage computes segment tokens from. `"groups"` uses its input tokens and the group tokens
+            (GroupViT and the paper). `"patches"` averages the first stage's patches over each group by the soft
+            assignment (ours), so that a group's name depends only on the patches in it. `"inputs"` averages the patches
+            as they enter the first stage, so that the name does not depend on attention to the rest of the image.
     """
 
     _auto_class = "AutoConfig"
@@ -237,7 +232,7 @@ class PGSegVisionConfig(PreTrainedConfig):
         _require(
             self.backbone_config is None or isinstance(self.backbone_config, PreTrainedConfig),
             f"vision_config.backbone_config is {self.backbone_config!r}, expected the configuration of a backbone, or "
-            "its fields with model_type.",
+            "a dict of its fields with model_type.",
         )
         if self.num_hidden_layers is None:
             self.num_hidden_layers = sum(self.depths)
@@ -251,16 +246,16 @@ class PGSegVisionConfig(PreTrainedConfig):
         channels = getattr(self.backbone_config, "num_channels", self.num_channels)
         _require(
             channels == self.num_channels,
-            f"vision_config.num_channels is {self.num_channels}, and backbone_config has {channels}.",
+            f"vision_config.num_channels is {self.num_channels}, but that of backbone_config is {channels}.",
         )
-        # Of stages by their names, as EfficientNet-Lite's; what others call strides are those between stages.
+        # EfficientNet-Lite has strides by stage name. Other backbones use the field for the strides between stages.
         strides = getattr(self.backbone_config, "strides", None)
         if isinstance(strides, dict):
             finest = min(strides[name] for name in self.backbone_config.out_features)
             _require(
                 self.patch_size == finest,
                 f"vision_config.patch_size is {self.patch_size}, expected {finest}, the stride of the finest of the "
-                f"backbone's {', '.join(self.backbone_config.out_features)}.",
+                f"backbone's stages {', '.join(self.backbone_config.out_features)}.",
             )
 
     def _validate_stages(self) -> None:
@@ -268,12 +263,12 @@ class PGSegVisionConfig(PreTrainedConfig):
         for name, values in (("depths", self.depths), ("num_group_tokens", self.num_group_tokens)):
             _require(
                 sum(values) <= _MOST_LAYERS,
-                f"vision_config.{name} is {list(values)}, expected at most {_MOST_LAYERS:,} in all.",
+                f"vision_config.{name} is {list(values)}, expected a sum of at most {_MOST_LAYERS:,}.",
             )
-        _require(stages > 0, "vision_config.depths is empty, expected one depth for each stage.")
+        _require(stages > 0, "vision_config.depths is empty, expected one depth per stage.")
         _require(
             len(self.num_group_tokens) == stages,
-            f"vision_config.num_group_tokens has {len(self.num_group_tokens)} entries, depths has {stages}.",
+            f"vision_config.num_group_tokens has {len(self.num_group_tokens)} entries, but depths has {stages}.",
         )
         grouping_stages = sum(tokens > 0 for tokens in self.num_group_tokens)
         _require(
@@ -281,20 +276,20 @@ class PGSegVisionConfig(PreTrainedConfig):
             and min(self.num_group_tokens) >= 0
             and grouping_stages > 0,
             f"vision_config.num_group_tokens is {list(self.num_group_tokens)}, expected at least one grouping stage, "
-            "and none after a stage without group tokens.",
+            "and no grouping stage after one without group tokens.",
         )
         _require(
             len(self.num_output_groups) in (stages, grouping_stages),
-            f"vision_config.num_output_groups has {len(self.num_output_groups)} entries, depths has {stages}.",
+            f"vision_config.num_output_groups has {len(self.num_output_groups)} entries, but depths has {stages}.",
         )
         _require(
             all(groups > 0 for groups in self.num_output_groups[:grouping_stages]),
-            f"vision_config.num_output_groups is {list(self.num_output_groups)}, expected at least 1 for each stage "
-            "with group tokens.",
+            f"vision_config.num_output_groups is {list(self.num_output_groups)}, expected at least 1 for every "
+            "stage with group tokens.",
         )
         _require(
             min(self.depths) >= 0 and self.num_hidden_layers == sum(self.depths),
-            f"vision_config.num_hidden_layers is {self.num_hidden_layers}, but depths = {list(self.depths)} add up to "
+            f"vision_config.num_hidden_layers is {self.num_hidden_layers}, but depths = {list(self.depths)} sum to "
             f"{sum(self.depths)}.",
         )
 
@@ -312,8 +307,8 @@ class PGSegVisionConfig(PreTrainedConfig):
         self._validate_stages()
         _require(
             len(self.assign_mlp_ratio) == 2 and int(min(self.assign_mlp_ratio) * self.hidden_size) > 0,
-            f"vision_config.assign_mlp_ratio is {list(self.assign_mlp_ratio)}, expected two numbers that make at least "
-            "one channel of hidden_size.",
+            f"vision_config.assign_mlp_ratio is {list(self.assign_mlp_ratio)}, expected two numbers that give at "
+            "least one channel when multiplied by hidden_size.",
         )
         _require_choice("vision_config.npr_variant", self.npr_variant, NPR_VARIANTS)
         _require_choice("vision_config.prototype_mixing", self.prototype_mixing, PROTOTYPE_MIXINGS)
@@ -322,7 +317,7 @@ class PGSegVisionConfig(PreTrainedConfig):
         _require(
             self.segment_source in known,
             f"vision_config.segment_source is {self.segment_source!r}, which the {self.npr_variant} variant does not "
-            f"have; expected one of {', '.join(known)}.",
+            f"support; expected one of {', '.join(known)}.",
         )
         shares = ("dropout", "attention_dropout", "drop_path_rate", "prototype_momentum")
         _require_range(self, shares, 0, 1, prefix="vision_config.")
@@ -335,65 +330,60 @@ class PGSegVisionConfig(PreTrainedConfig):
 @strict
 class PGSegConfig(PreTrainedConfig):
     r"""
-    Configuration of [`PGSegModel`]: both towers, the joint space and the weights of the losses. `npr_variant` may be
-    given here too; it is stored in `vision_config`, and reading or setting it here reads or sets it there.
+    Configuration of [`PGSegModel`]: both towers, the joint space and the losses. `npr_variant` may be given here too;
+    it is stored in `vision_config`, and reading or setting it here reads or sets it there.
 
     Args:
-        text_config (`dict` or [`PGSegTextConfig`], *optional*): the text tower.
-        vision_config (`dict` or [`PGSegVisionConfig`], *optional*): the image tower.
+        text_config (`dict` or [`PGSegTextConfig`], *optional*): configuration of the text tower.
+        vision_config (`dict` or [`PGSegVisionConfig`], *optional*): configuration of the image tower.
         projection_dim (`int`, defaults to 256): dimension D of the joint space.
         projection_intermediate_dim (`int`, defaults to 4096): hidden width of both projection heads.
         logit_scale_init_value (`float`, defaults to ln(1/0.07)): initial logarithm of the contrastive logit scale.
         prototype_logit_scale_init_value (`float`, defaults to ln(1/0.1)): the same for the prototype losses.
         max_logit_scale (`float`, defaults to 100.0): upper bound of both scales.
-        image_prototype_weight (`float`, defaults to 0.1): weight of the image prototype losses, I-NPR.
-        text_prototype_weight (`float`, defaults to 0.01): weight of the text prototype loss, T-NPR.
-        num_text_prototypes (`int`, *optional*):
-            number of text prototypes; by default 8 for the released variant, where the code fixes it, else as many as
-            the last grouping stage has output groups.
-        multi_label_weight (`float`, defaults to 1.0): weight of the multi-label loss, where label texts are given.
-        rejection_threshold (`float`, defaults to 0.1):
-            pairs whose min-max-normalised similarity is not above it are left out of the prototype losses.
-        prototype_matching (`str`, defaults to `"hungarian"`):
-            which prototype each group learns from in the corrected variant: `"hungarian"`, the matching of largest
-            similarity, or `"order"`, group i from prototype i. Not read by the other variants.
-        assignment_weight (`float`, *optional*, defaults to 0.2 for the corrected variant, else 0):
-            weight of a term of ours: the cross-entropy between the prototypes' responsibilities for each token and
-            the soft assignment of tokens to the matched groups.
-        contrastive_pooling (`str`, *optional*, defaults to `"groups"` for the corrected variant, else `"mean"`):
-            what an image is compared with texts by: `"mean"`, the projected mean of its segment tokens (the paper's),
-            `"groups"`, the log-mean-exp over its groups of their scaled cosines (ours, a multiple-instance loss), or
-            `"mixture"`, the log odds that a text is seen in `mixture_looks` looks at the image as it would be
-            segmented, where its share is the sum over groups of their area times the softmax of their scaled cosines
-            over all texts (ours, for the sigmoid loss with tags that name everything that is to be told apart; a batch
-            needs two different texts at least), or `"patches"`, which trains names on the patches themselves and lets
-            inference join them with the groups (ours): with the sigmoid loss the same log odds with every patch a
-            group of its own, with the other losses the mean of a text's scaled cosines over the patches, weighted by
-            their softmax.
-        mixture_looks (`float`, defaults to 1.0):
-            n of $1-(1-s)^n$, the chance that at least one of n points drawn at random falls on what has the share s of
-            an image. At 1 the tags of an image are driven to equal shares of it; with more looks a tag that has
-            some share already is driven no further, while what is no tag gets none.
-        patch_text_weight (`float`, defaults to 1.0):
-            weight of the cross-entropy between the patches' softmax over texts and `patch_targets`, where there are
-            any.
-        contrastive_loss (`str`, defaults to `"info_nce"`):
-            `"info_nce"`: one positive text an image (the paper's), all others are negatives; for captions that differ.
-            `"multi_positive"`: equal texts of the global batch count as one, and all texts equal to one of an image's
-            own are its positives, by a softmax with soft targets; for tags and repeated captions.
-            `"sigmoid"`: the same positives, every pair of image and text judged on its own, with one bias for all (none
-            with `"mixture"` and `"patches"`, whose odds need none); for tags, where an image has any number of them.
-            The multi-label loss is of the same kind.
-        label_balance (`float`, defaults to 1.0):
-            weights of the sigmoid loss: at 1 every text counts the same however frequent it is, and its images as much
-            as all other images; at 0 every pair of image and text counts the same, so that frequent texts are given
-            larger shares; between them in between.
+        image_prototype_weight (`float`, defaults to 0.1): weight of the image prototype losses (I-NPR).
+        text_prototype_weight (`float`, defaults to 0.01): weight of the text prototype loss (T-NPR).
+        num_text_prototypes (`int`, *optional*): number of text prototypes. Defaults to 8 for the released variant, as
+            fixed in its code, and to the number of output groups of the last grouping stage for others.
+        multi_label_weight (`float`, defaults to 1.0): weight of the multi-label loss, used if label texts are given.
+        rejection_threshold (`float`, defaults to 0.1): minimum min-max-normalised similarity of pairs in the prototype
+            losses.
+        prototype_matching (`str`, defaults to `"hungarian"`): which prototype each group learns from in the corrected
+            variant. `"hungarian"` maximises similarity; `"order"` pairs group i with prototype i.
+        assignment_weight (`float`, *optional*, defaults to 0.2 for the corrected variant, else 0): weight of the
+            assignment term (ours): the cross-entropy between the prototypes' responsibilities for each token and the
+            soft assignment of tokens to the matched groups.
+        contrastive_pooling (`str`, *optional*, defaults to `"groups"` for the corrected variant, else `"mean"`): how an
+            image is compared with texts.
+            - `"mean"` uses the projected mean of its segment tokens (the paper).
+            - `"groups"` uses the log-mean-exp over its groups of their scaled cosines (ours, a multiple-instance loss).
+            - `"mixture"` uses the log odds that a text is seen in `mixture_looks` looks at the segmented image. A
+              text's share of the image is the sum over groups of their area times the softmax of their scaled cosines
+              over all texts (ours). For the sigmoid loss with tags that name all classes and at least two texts per
+              batch.
+            - `"patches"` trains names on the patches and lets inference combine them with the groups (ours). With the
+              sigmoid loss it uses the same log odds with each patch as a group; with the other losses, the mean of a
+              text's scaled cosines over the patches, weighted by their softmax.
+        mixture_looks (`float`, defaults to 1.0): n in $1-(1-s)^n$, the probability that at least one of n random points
+            falls on a text with share s of the image. At 1 the tags of an image are driven to equal shares. With more
+            looks a tag that already has some share is driven no further, while other texts are driven to 0.
+        patch_text_weight (`float`, defaults to 1.0): weight of the cross-entropy between the patches' softmax over
+            texts and `patch_targets`, used if these are given.
+        contrastive_loss (`str`, defaults to `"info_nce"`): the contrastive loss; the multi-label loss is of the same
+            kind.
+            - `"info_nce"`: one positive text per image, all others are negatives (the paper); for distinct captions.
+            - `"multi_positive"`: equal texts of the global batch count as one, and all texts equal to one of an image's
+              own are its positives, with soft targets; for tags and repeated captions.
+            - `"sigmoid"`: the same positives, with each image-text pair classified separately and one shared bias (no
+              bias with `"mixture"` and `"patches"`, whose odds need none); for any number of tags per image.
+        label_balance (`float`, defaults to 1.0): weighting of the sigmoid loss. At 1 all texts have the same weight,
+            however frequent, and so do the images with and without a text. At 0 all image-text pairs have the same
+            weight, so that frequent texts get larger shares. Values in between interpolate.
         logit_bias_init_value (`float`, defaults to 0.0): initial bias of the sigmoid loss.
-        freeze_text (`bool`, defaults to `False`): keep the text tower and its projection as they are in training.
-        guard_prototype_losses (`bool`, defaults to `False`):
-            for training the released variant, whose prototype losses are NaN where no pair is kept: leave those out of
-            the total, and cut the text prototypes' gradient to the group centres, which is 0 but for rounding that is
-            amplified to any size.
+        freeze_text (`bool`, defaults to `False`): whether to keep the text tower and its projection fixed in training.
+        guard_prototype_losses (`bool`, defaults to `False`): for training the released variant, whose prototype losses
+            are NaN if no pair is kept. Leaves NaN losses out of the total and stops the gradient of the text prototype
+            loss to the group centres, which is 0 except for amplified rounding errors.
         initializer_range (`float`, defaults to 0.02): standard deviation of the initial weights.
         initializer_factor (`float`, defaults to 1.0): factor on initial standard deviations.
     """
@@ -401,8 +391,8 @@ class PGSegConfig(PreTrainedConfig):
     _auto_class = "AutoConfig"
     model_type = "pgseg"
     sub_configs_defaults = {"text_config": PGSegTextConfig, "vision_config": PGSegVisionConfig}
-    # Trainer stacks the rest of a `PGSegOutput` over batches and processes: logits_per_image, image_embeds and
-    # segment_embeds. These cannot be where batches differ in their number of texts or in their size.
+    # Trainer concatenates the other fields of a `PGSegOutput` over batches and processes: logits_per_image,
+    # image_embeds and segment_embeds. It cannot concatenate these if numbers of texts or image sizes vary.
     keys_to_ignore_at_inference = [
         *("contrastive_loss", "multi_label_loss", "image_prototype_loss", "image_prototype_losses"),
         *("text_prototype_loss", "assignment_loss", "num_negatives", "logits_per_text", "segment_logits"),
@@ -449,8 +439,8 @@ class PGSegConfig(PreTrainedConfig):
 
     @classmethod
     def paper(cls, **fields: Any) -> "PGSegConfig":
-        """The corrected variant as the paper has it, without the details of ours that are the default: no assignment
-        term, images compared with texts by their mean, and segments named by their tokens. Other fields as given."""
+        """The corrected variant as in the paper, without the defaults that are ours: no assignment term, images
+        compared with texts by their mean, and segments named by their tokens. `fields` set other fields."""
         vision = fields.pop("vision_config", None) or {}
         vision = vision.to_dict() if isinstance(vision, PGSegVisionConfig) else vision
         defaults = {"contrastive_pooling": "mean", "assignment_weight": 0.0}
@@ -471,12 +461,12 @@ class PGSegConfig(PreTrainedConfig):
 
     @property
     def pooling(self) -> PoolingSettings:
-        """What `contrastive_pooling` asks of the model and its training."""
+        """What `contrastive_pooling` requires of the model and its training."""
         return POOLINGS[str(self.contrastive_pooling)]
 
     @property
     def npr_settings(self) -> VariantSettings:
-        """What the variant asks of those who train and run the model."""
+        """What the NPR variant requires for training and running the model."""
         return NPR_VARIANTS[self.npr_variant]
 
     def validate_architecture(self) -> None:

@@ -1,4 +1,4 @@
-"""What processes that train together share; every function also works in a process alone.
+"""Communication between the processes of a training run; every function also works in a single process.
 
 Shapes: N rows of this process, G processes.
 """
@@ -11,12 +11,12 @@ from torch import Tensor
 
 
 def world_size() -> int:
-    """Number of processes that train together, 1 without torch.distributed."""
+    """Number of training processes; 1 without torch.distributed."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def gather_constant(values: Tensor) -> list[Tensor]:
-    """Each process's tensor of one shape, in the order of ranks, without gradient."""
+    """Tensors of the same shape from all processes, in rank order, without gradient."""
     if world_size() == 1:
         return [values]
     gathered = [torch.empty_like(values) for _ in range(world_size())]
@@ -25,12 +25,12 @@ def gather_constant(values: Tensor) -> list[Tensor]:
 
 
 def gather_features(features: Tensor) -> Tensor:
-    """Features of all processes, [G * N, ...], in the order of ranks, with gradient to every process's part."""
+    """Features of all processes [G * N, ...], in rank order, with gradient to every process's part."""
     return features if world_size() == 1 else _GatherWithGradient.apply(features)
 
 
 class _GatherWithGradient(torch.autograd.Function):
-    """Concatenation over processes; backward, each process's part gets the sum of all processes' gradients for it."""
+    """Concatenates over processes; in backward each part gets the sum of its gradients from all processes."""
 
     @staticmethod
     def forward(ctx: Any, features: Tensor) -> Tensor:
@@ -43,7 +43,7 @@ class _GatherWithGradient(torch.autograd.Function):
 
 
 def gather_rows(rows: Tensor) -> tuple[Tensor, int]:
-    """As [`gather_features`] where each process has its own number of rows; also the place of the first own row."""
+    """[`gather_features`] for any number of rows per process; also returns the index of this process's first row."""
     if world_size() == 1:
         return rows, 0
     counts = torch.cat(gather_constant(torch.tensor([len(rows)], device=rows.device))).tolist()
@@ -57,7 +57,7 @@ def gather_rows(rows: Tensor) -> tuple[Tensor, int]:
 
 
 def sum_over_processes(values: Tensor) -> Tensor:
-    """Sum over all processes, without gradient; the same on each of them."""
+    """Sum over all processes, identical on each of them, without gradient."""
     values = values.detach().clone()
     if world_size() > 1:
         dist.all_reduce(values)
@@ -65,7 +65,7 @@ def sum_over_processes(values: Tensor) -> Tensor:
 
 
 def pad_to_longest(values_BM: Tensor) -> Tensor:
-    """Pads dimension 1 with zeros to the longest of all processes."""
+    """Pads dimension 1 with zeros to the largest size on any process."""
     if world_size() == 1:
         return values_BM
     longest = torch.tensor(values_BM.shape[1], device=values_BM.device)
@@ -77,5 +77,5 @@ def pad_to_longest(values_BM: Tensor) -> Tensor:
 
 
 def rank_offset(batch: int) -> int:
-    """Place of this process's first sample among the gathered ones."""
+    """Index of this process's first sample in the gathered batch."""
     return dist.get_rank() * batch if world_size() > 1 else 0

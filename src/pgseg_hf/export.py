@@ -1,4 +1,4 @@
-"""The two encoders as graphs for `torch.export` and ONNX, with any batch and image size."""
+"""Exports the two encoders with `torch.export` and ONNX, for any batch and image size."""
 
 import os
 from pathlib import Path
@@ -11,10 +11,10 @@ from .files import folder_written_whole
 from .modeling_pgseg import PGSegModel
 from .weights import evaluation_mode
 
-# Pixels between neighbours of the coarsest stage of most backbones, which is computed even where it is not used.
+# Stride of the coarsest stage of most backbones, which is computed even if it is not used.
 BACKBONE_STRIDE = 32
 
-# Names of the axes of any size; patches have a grid of their own.
+# Names of the dynamic axes; patches have their own grid.
 ONNX_AXES = {
     "pixel_values": {0: "batch", 2: "height", 3: "width"},
     "image_embeds": {0: "batch"},
@@ -27,8 +27,8 @@ ONNX_AXES = {
 
 
 class ImageEncoder(nn.Module):
-    """Pixels [B, 3, H, W] to image embeddings [B, D] and segment embeddings [B, K, D], both not normalised, and the
-    grouping [B, K, h, w]: all that segmentation needs of an image."""
+    """Maps pixels [B, 3, H, W] to image embeddings [B, D], segment embeddings [B, K, D] (both not normalised) and the
+    grouping [B, K, h, w]: all that segmentation needs from an image."""
 
     def __init__(self, model: PGSegModel):
         super().__init__()
@@ -40,7 +40,7 @@ class ImageEncoder(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """Token ids and attention mask [N, T] to text embeddings [N, D], not normalised."""
+    """Maps token ids and attention mask [N, T] to text embeddings [N, D], not normalised."""
 
     def __init__(self, model: PGSegModel):
         super().__init__()
@@ -51,10 +51,10 @@ class TextEncoder(nn.Module):
 
 
 def export_image_encoder(model: PGSegModel) -> torch.export.ExportedProgram:
-    """A graph of [`ImageEncoder`] with dynamic batch, height and width.
+    """Exports [`ImageEncoder`] with dynamic batch, height and width.
 
-    Height and width are at least two patches, with a backbone at least 64 pixels. Not every backbone of transformers
-    can be exported for any size: EfficientNet-Lite, DINOv2, ConvNeXt and PVTv2 can, Swin cannot.
+    Height and width must be at least two patches, and at least 64 pixels with a backbone. Not every backbone of
+    Transformers can be exported for any size: EfficientNet-Lite, DINOv2, ConvNeXt and PVTv2 can, Swin cannot.
     """
     vision = model.config.vision_config
     unit = vision.patch_size if vision.backbone_config is None else max(vision.patch_size, BACKBONE_STRIDE)
@@ -68,7 +68,7 @@ def export_image_encoder(model: PGSegModel) -> torch.export.ExportedProgram:
 
 
 def export_text_encoder(model: PGSegModel) -> torch.export.ExportedProgram:
-    """A graph of [`TextEncoder`] with dynamic number of texts; their length is the whole context."""
+    """Exports [`TextEncoder`] with a dynamic number of texts, each padded to the full context length."""
     text = model.config.text_config
     ids = torch.full((2, text.max_position_embeddings), text.eos_token_id, device=model.device)
     shapes = {name: {0: torch.export.Dim("texts", min=1)} for name in ("input_ids", "attention_mask")}
@@ -79,23 +79,24 @@ def export_text_encoder(model: PGSegModel) -> torch.export.ExportedProgram:
 def export_onnx(
     model: PGSegModel, output: str | os.PathLike, dtype: Literal["float32", "int8"] = "float32"
 ) -> Path:
-    """Writes `image_encoder.onnx` and `text_encoder.onnx`, with the axes of `ONNX_AXES`, to a new folder, whole or not
-    at all.
+    """Exports both encoders to ONNX.
 
-    Needs the extra `export` (onnx, onnxruntime, onnxscript).
+    Writes `image_encoder.onnx` and `text_encoder.onnx`, with the axes of `ONNX_AXES`, to a new folder. The folder
+    appears only once both are complete. Needs the extra `export` (onnx, onnxruntime, onnxscript).
 
     Args:
-        model: on a CPU, in float32.
-        output: the folder.
-        dtype: `"int8"` for weights of linear layers and embeddings in 8 bits, the inputs of linear layers rounded at
-            each call, by onnxruntime's dynamic quantisation; convolutions stay float32.
+        model: the model, on the CPU in float32.
+        output: the folder to create.
+        dtype: `"float32"`, or `"int8"` for onnxruntime's dynamic quantisation: 8-bit weights of linear layers and
+            embeddings, and inputs of linear layers rounded in each call. Convolutions stay float32.
 
     Raises:
-        ValueError: a model in another dtype, or another `dtype`; the folder exists and is not empty, or cannot be
-            written to.
+        ValueError: if the model has another dtype, `dtype` is unknown, or the folder is not empty or not writable.
     """
     if getattr(model, "is_quantized", False):
-        raise ValueError("the model is in int8, expected float32: load it so, and ask here for dtype='int8'.")
+        raise ValueError(
+            "the model is in int8, expected float32: load it in float32 and pass dtype='int8' here."
+        )
     if model.dtype != torch.float32:
         raise ValueError(
             f"the model is in {str(model.dtype).removeprefix('torch.')}, expected float32: load it with "
@@ -123,7 +124,7 @@ def _quantize_onnx(path: Path) -> None:
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    # The quantiser turns a weight for each product that it stands in, and those of the heads stand in two.
+    # The quantiser transposes a weight once per product that uses it, and the weights of the heads are used twice.
     model = onnx.load(path)
     weights = {weight.name: weight for weight in model.graph.initializer}
     turned = set()
@@ -137,6 +138,6 @@ def _quantize_onnx(path: Path) -> None:
             weight = weights[node.input[1]]
             values = onnx.numpy_helper.to_array(weight).T.copy()
             weight.CopyFrom(onnx.numpy_helper.from_array(values, weight.name))
-    model.graph.ClearField("value_info")  # the shapes of the weights as they were
+    model.graph.ClearField("value_info")  # it holds the shapes before the transposition
     onnx.save(model, path)
     quantize_dynamic(path, path, ["MatMul", "Gemm", "Gather"], per_channel=True, weight_type=QuantType.QInt8)

@@ -1,8 +1,7 @@
-"""Features of a batch of images and texts in the joint space, and their similarity.
+"""Features of images and texts in the joint space, and their similarity.
 
-They are kept apart from the towers that make them, so that a batch may be encoded in parts (gradient caching).
-Shapes: B images of this process, N texts of this process, K groups, L patches, P prototypes, T tokens, C width, D joint
-width.
+They are separate from the towers that compute them, so that a batch can be encoded in parts (gradient caching).
+Shapes: B images and N texts of this process, K groups, L patches, P prototypes, T tokens, C width, D joint width.
 """
 
 import math
@@ -15,19 +14,19 @@ from torch import Tensor, nn
 from .distributed import gather_features
 from .precision import estimation_dtype
 
-# Areas of groups are at least this, and shares of texts this far from 1, so that log odds stay finite.
+# Lower bound of the areas of groups and of 1 - share of a text, so that log odds stay finite.
 SMALLEST_SHARE = 1e-4
-# Below it the chance to be seen in one look is its odds, to float32's rounding.
+# Below this log share, share and odds are equal up to float32 rounding.
 NEGLIGIBLE_LOG_SHARE = -20.0
 
 
 class StageFeatures(NamedTuple):
-    """What the prototype losses need of a grouping stage.
+    """What the prototype losses need from a grouping stage.
 
-    centers: [B, K, C]; gradient flows into them.
+    centers: [B, K, C], with gradient.
     prototypes: [B, P, C], constants.
-    responsibilities: [B, L, P], constants; None where the assignment term has no weight.
-    logits: [B, K, L] of the soft assignment; None likewise.
+    responsibilities: [B, L, P], constants; None if the assignment term has no weight.
+    logits: [B, K, L], logits of the soft assignment; None if the assignment term has no weight.
     """
 
     centers: Tensor
@@ -38,9 +37,13 @@ class StageFeatures(NamedTuple):
 
 @dataclass
 class ImageFeatures:
-    """Images in the joint space, not normalised: `embeds` [B, D], `segment_embeds` [B, K, D], for mixture pooling each
-    group's share of the image, `areas` [B, K], for patch pooling `patch_embeds` [B, L, D] with the height and width of
-    their grid, `patch_grid` [B, 2], and the stages' parts."""
+    """Images in the joint space, not normalised.
+
+    embeds, segment_embeds: [B, D] and [B, K, D].
+    areas: [B, K], each group's share of its image; for mixture pooling.
+    patch_embeds, patch_grid: [B, L, D], and height and width of the patch grid [B, 2]; for patch pooling.
+    stages: features of the grouping stages.
+    """
 
     embeds: Tensor
     segment_embeds: Tensor
@@ -54,12 +57,12 @@ class ImageFeatures:
 class TextFeatures:
     """Texts in the joint space.
 
-    embeds: [N, D], not normalised; gradient flows into them.
-    keys: int64 [N, T], equal rows are equal texts.
-    joint: [N, D], the same through the head's running statistics, constants; variants that estimate from them.
-    words: [N, T, D], the tokens of words likewise.
+    embeds: [N, D], not normalised, with gradient.
+    keys: int64 [N, T]; equal rows are equal texts.
+    joint: [N, D], embeddings by the head's running statistics, constants; for variants that estimate from them.
+    words: [N, T, D], the same for the tokens of words.
     word_mask: bool [N, T].
-    prototypes: [N, P, .], constants; variants that estimate them with the texts.
+    prototypes: [N, P, .], constants; for variants that estimate them in the text tower.
     """
 
     embeds: Tensor
@@ -74,10 +77,10 @@ class TextFeatures:
 class TextOwners:
     """Which texts belong to which image.
 
-    num_captions: the first so many texts are captions, the rest the images' label texts, image by image.
+    num_captions: number of captions. They come first, followed by the images' label texts in the order of the images.
     label_mask: bool [B, M], which labels each image has.
-    text_targets: bool [B, num_captions], where captions are shared; None: caption i belongs to image i.
-    patch_targets: [B, h, w, num_captions], how much of a cell of each image shows each caption, where that is known.
+    text_targets: bool [B, num_captions], for captions that images share; if None, caption i belongs to image i.
+    patch_targets: [B, h, w, num_captions], share of each cell of an image that shows each caption, where known.
     """
 
     num_captions: int
@@ -86,38 +89,38 @@ class TextOwners:
     patch_targets: Tensor | None = None
 
     def caption_owners(self, device: torch.device) -> Tensor:
-        """bool [B, num_captions]."""
+        """Which captions belong to which image, bool [B, num_captions]."""
         if self.text_targets is not None:
             return self.text_targets.bool()
         return torch.eye(self.num_captions, dtype=torch.bool, device=device)
 
     def label_owners(self, count: int) -> Tensor:
-        """bool [B, count], `count` being the number of label texts, which a GPU would have to be asked for."""
+        """Which label texts belong to which image, bool [B, count]; passing `count` avoids a GPU synchronisation."""
         images = torch.arange(len(self.label_mask), device=self.label_mask.device)
         return images[:, None] == images.repeat_interleave(self.label_mask.sum(1), output_size=count)
 
     def at_labels(self, rows: Tensor) -> Tensor:
-        """Rows of the label texts at their places, [B, M, ...], zeros elsewhere."""
+        """Scatters rows of the label texts to their places in [B, M, ...], with zeros elsewhere."""
         placed = rows.new_zeros(*self.label_mask.shape, *rows.shape[1:])
         mask = self.label_mask.view(*self.label_mask.shape, *[1] * (rows.ndim - 1))
         return placed.masked_scatter(mask.expand_as(placed), rows)
 
 
 def normalized(embeds: Tensor) -> Tensor:
-    """Unit vectors in float32 or better."""
+    """Unit vectors in float32 or float64."""
     return nn.functional.normalize(embeds.to(estimation_dtype(embeds.dtype)), dim=-1)
 
 
 def clamped_scale(log_scale: Tensor, config: Any) -> Tensor:
-    """The factor on cosines, in float32 or better."""
+    """The factor on cosines, in float32 or float64."""
     scale = log_scale.to(estimation_dtype(log_scale.dtype)).exp()
     return scale.clamp(max=float(config.max_logit_scale))
 
 
 @dataclass
 class JointImages:
-    """Images [B, D] and their groups [B, K, D] as unit vectors of the joint space, for mixture pooling each group's
-    share of its image [B, K], and for patch pooling the patches [B, L, D]."""
+    """Unit vectors of images [B, D], their groups [B, K, D] and, for patch pooling, their patches [B, L, D] in the
+    joint space. For mixture pooling, `areas` [B, K] holds each group's share of its image."""
 
     embeds: Tensor
     segments: Tensor
@@ -131,18 +134,16 @@ class JointImages:
         return cls(normalized(features.embeds), normalized(features.segment_embeds), features.areas, patches)
 
     def gathered(self) -> "JointImages":
-        """Those of all processes, for the losses that need them; not for mixtures."""
+        """The images of all processes, for the losses that need them; does not support mixtures."""
         patches = None if self.patches is None else gather_features(self.patches)
         return JointImages(gather_features(self.embeds), gather_features(self.segments), patches=patches)
 
     def logits(self, text_ND: Tensor, scale: Tensor, config: Any) -> Tensor:
-        """Scaled similarity [B, N] with normalised texts, by the configured pooling; by shares it depends on what other
-        texts there are."""
+        """Scaled similarity [B, N] with normalised texts, by the configured pooling. Shares depend on all texts."""
         return POOLED[config.contrastive_pooling](self, text_ND, scale, config)
 
     def patch_log_shares(self, text_ND: Tensor, scale: Tensor) -> Tensor:
-        """Log softmax over normalised texts at each patch, [B, L, N]; of the same tensor computed once, as two losses
-        need it."""
+        """Log softmax over normalised texts at each patch, [B, L, N]; cached, because two losses need it."""
         if self._log_shares is None or self._log_shares[0] is not text_ND:
             self._log_shares = text_ND, (scale * (self.patches @ text_ND.T)).log_softmax(dim=2)
         return self._log_shares[1]
@@ -174,14 +175,14 @@ def _by_patches(images: JointImages, text_ND: Tensor, scale: Tensor, config: Any
 
 
 POOLED = {"mean": _by_mean, "groups": _by_groups, "mixture": _by_mixture, "patches": _by_patches}
-"""From images [B], normalised texts [N, D], their scale and the configuration to logits [B, N]; what each asks of the
-model is in `poolings.py`."""
+"""Functions of images [B], normalised texts [N, D], the scale and the configuration that return logits [B, N]. What
+each pooling requires of the model is in `poolings.py`."""
 
 
 @dataclass
 class Scales:
-    """What a model compares its features by: factors on cosines in float32 or better, of images with texts and of
-    groups with prototypes, the sigmoid loss's bias, and the seeds of the text prototypes [1, P, D]."""
+    """Factors on cosines, of images with texts and of groups with prototypes (float32 or float64), the bias of the
+    sigmoid loss, and the initial values of the text prototypes [1, P, D]."""
 
     contrastive: Tensor
     prototype: Tensor | None = None
@@ -191,8 +192,8 @@ class Scales:
 
 @dataclass
 class Batch:
-    """What the losses are computed from: the features of this process's images and texts, whom the texts belong to, and
-    the configuration and scales of the model that made them."""
+    """Input of the losses: the features of this process's images and texts, which texts belong to which image, and the
+    configuration and scales of the model that computed them."""
 
     config: Any
     scales: Scales
@@ -205,8 +206,7 @@ class Batch:
 
 
 def log_odds_of_being_seen(log_shares: Tensor, looks: float) -> Tensor:
-    """Log odds that one at least of so many looks, each at a point drawn at random, falls on what has this share of a
-    image: of $1-(1-s)^n$."""
+    """Log odds of $1-(1-s)^n$, the probability that at least one of n = `looks` random points hits a share s."""
     negligible = NEGLIGIBLE_LOG_SHARE - math.log(looks)
     log_shares = log_shares.clamp(max=math.log1p(-SMALLEST_SHARE))
     log_unseen = looks * torch.log1p(-log_shares.clamp(min=negligible).exp())

@@ -1,4 +1,4 @@
-"""Transformers' GroupViT for warm starts: its architecture in PGSeg's configuration, and its checkpoints."""
+"""Warm starts from Transformers' GroupViT: its architecture as a PGSeg configuration, and its checkpoints."""
 
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
@@ -18,23 +18,23 @@ logger = logging.get_logger(__name__)
 def config_from_groupvit(
     config: GroupViTConfig, npr_variant: str = "corrected", **kwargs: Any
 ) -> PGSegConfig:
-    """The PGSeg configuration of a transformers GroupViT's architecture.
+    """The PGSeg configuration with the architecture of a Transformers GroupViT.
 
     Args:
-        config: of the GroupViT.
-        npr_variant: of the PGSeg.
-        kwargs: further fields of [`PGSegConfig`]; `text_config` and `vision_config` may hold fields of the towers.
+        config: configuration of the GroupViT.
+        npr_variant: NPR variant of the PGSeg model.
+        kwargs: further fields of [`PGSegConfig`]; `text_config` and `vision_config` may be dicts of fields.
 
     Raises:
-        ValueError: a keyword that is no field.
+        ValueError: if a keyword is not a field of [`PGSegConfig`].
     """
     unknown = sorted(set(kwargs) - {field.name for field in fields(PGSegConfig)})
     if unknown:
-        raise ValueError(f"{', '.join(unknown)} is no field of PGSegConfig.")
+        raise ValueError(f"not a field of PGSegConfig: {', '.join(unknown)}.")
     text_overrides, vision_overrides = kwargs.pop("text_config", {}), kwargs.pop("vision_config", {})
     text_fields = {field.name for field in fields(PGSegTextConfig)} & set(config.text_config.to_dict())
     vision_fields = {field.name for field in fields(PGSegVisionConfig)} & set(config.vision_config.to_dict())
-    # GroupViT lets the number of layers disagree with the depths, which alone decide.
+    # In GroupViT the number of layers may disagree with the depths; only the depths are used.
     vision_fields -= {"num_hidden_layers"}
     not_architecture = {field.name for field in fields(PreTrainedConfig)}
     text, vision = (
@@ -45,7 +45,7 @@ def config_from_groupvit(
         name: getattr(config, name)
         for name in ("projection_dim", "projection_intermediate_dim", "logit_scale_init_value")
     }
-    return PGSegConfig.paper(  # the heads were trained for segment tokens and their mean
+    return PGSegConfig.paper(  # the heads were trained on segment tokens and their mean
         text_config={**text, **text_overrides},
         vision_config={**vision, "npr_variant": npr_variant, **vision_overrides},
         **{**shared, **kwargs},
@@ -55,7 +55,7 @@ def config_from_groupvit(
 def load_groupvit(
     model_class: type["PGSegModel"], name_or_path: str, npr_variant: str, **kwargs: Any
 ) -> "PGSegModel":
-    """What [`PGSegModel.from_groupvit`] does."""
+    """Implements [`PGSegModel.from_groupvit`]."""
     source = _read_groupvit(name_or_path)
     model = model_class(config_from_groupvit(source.config, npr_variant, **kwargs))
     model.vision_model.set_attn_implementation("eager")
@@ -63,14 +63,14 @@ def load_groupvit(
     left_out = _tensors_left_out(model.config)
     unexpected = model.load_state_dict(tensors, strict=False).unexpected_keys
     if unexpected := [name for name in unexpected if not name.startswith(left_out)]:
-        raise ValueError(f"tensors of {name_or_path} that PGSeg does not have: {', '.join(unexpected)}.")
+        raise ValueError(f"{name_or_path} has tensors that PGSeg does not have: {', '.join(unexpected)}.")
     new = [name for name in model.state_dict() if name not in tensors]
     logger.warning(f"Warm start from {name_or_path}; newly initialised: {', '.join(new) or 'nothing'}.")
     return model.eval()
 
 
 def _tensors_left_out(config: PGSegConfig) -> tuple[str, ...]:
-    """Prefixes of GroupViT's tensors that a PGSeg of this configuration does not use."""
+    """Prefixes of GroupViT tensors that a PGSeg model with this configuration does not use."""
     vision = config.vision_config
     if vision.segment_source == "groups":
         return ()
@@ -82,11 +82,8 @@ def _tensors_left_out(config: PGSegConfig) -> tuple[str, ...]:
 
 
 def _read_groupvit(name_or_path: str) -> GroupViTModel:
-    """Loads a checkpoint of transformers' GroupViT.
-
-    Raises:
-        ValueError: there is none, it is of another model, or tensors are missing.
-    """
+    """Loads a Transformers GroupViT checkpoint; raises a ValueError if it is unreadable, not a GroupViT, or
+    incomplete."""
     try:
         model_type = AutoConfig.from_pretrained(name_or_path).model_type
         if model_type != "groupvit":

@@ -15,10 +15,9 @@ logger = logging.get_logger(__name__)
 if is_torchvision_available():
 
     class PGSegImageProcessor(PGSegImageInputs, TorchvisionBackend):
-        """PGSeg's image processor: as `PGSegImageProcessorPil`, but batched and on any device.
+        """PGSeg's image processor on torchvision: same as [`PGSegImageProcessorPil`], but batched and on any device.
 
-        Tensors stay on their device, or go to the `device` given in the call. The result is within 1/255 of
-        the PIL processor's on average.
+        Tensors stay on their device or move to the given `device`. Results are on average within 1/255 of Pillow's.
         """
 
         def resize(
@@ -29,20 +28,18 @@ if is_torchvision_available():
             antialias: bool = True,
             **kwargs: Any,
         ) -> torch.Tensor:
-            """Resize an image or a stack [..., C, H, W] to `size`."""
+            """Resizes an image or a batch [..., C, H, W] to `size`."""
             height, width = self._target_size(image, size)
             return super().resize(image, SizeDict(height=height, width=width), resample, antialias, **kwargs)
 
 else:
 
     class PGSegImageProcessor(PGSegImageProcessorPil):  # type: ignore[no-redef]
-        """`PGSegImageProcessorPil` under the name that checkpoints are saved with."""
+        """[`PGSegImageProcessorPil`] under the name that checkpoints are saved with."""
 
         def __init__(self, **kwargs: Any) -> None:
-            # transformers falls back to its own PIL processors in the same way.
-            logger.warning_once(
-                "torchvision is not installed: PGSegImageProcessor works through Pillow instead."
-            )
+            # transformers falls back to its own Pillow processors in the same way.
+            logger.warning_once("torchvision is not installed: PGSegImageProcessor uses Pillow instead.")
             super().__init__(**kwargs)
 
 

@@ -1,4 +1,4 @@
-"""PGSeg's image processor on Pillow and NumPy, and what it shares with the torchvision one."""
+"""PGSeg's image processor on Pillow and NumPy, and the parts it shares with the torchvision one."""
 
 import os
 from typing import Any, ClassVar
@@ -26,10 +26,9 @@ logger = logging.get_logger(__name__)
 
 
 class PGSegImageInputs:
-    """Defaults and input checks of both image processors; to be mixed in before a backend of transformers.
+    """Defaults and input checks of both image processors; a mixin to put before a Transformers backend.
 
-    The defaults are the released evaluation's: short side 448, long side at most 2048, bilinear, no crop,
-    ImageNet mean and standard deviation.
+    Defaults of the released evaluation: short side 448, long side at most 2048, bilinear, ImageNet mean and std.
     """
 
     # Saved with its code, for trust_remote_code=True where this package is not installed.
@@ -48,10 +47,8 @@ class PGSegImageInputs:
     do_convert_rgb = True
 
     def fetch_images(self, image_url_or_urls: Any) -> Any:
-        """Read paths, addresses and bytes with `load_image`; images in memory stay as they are.
-
-        Lists may be nested. A 2-D array is a greyscale image.
-        """
+        """Reads paths, URLs and bytes, also in nested lists, and returns other images unchanged. 2-D arrays are
+        greyscale."""
         source = image_url_or_urls
         if are_images(source):
             return [self.fetch_images(item) for item in source]
@@ -60,7 +57,7 @@ class PGSegImageInputs:
         if isinstance(source, (str, os.PathLike, bytes)) or hasattr(source, "read"):
             return load_image(source)
         raise ValueError(
-            "images must be PIL images, arrays, tensors, paths or addresses, or lists of them, "
+            "images must be PIL images, arrays, tensors, paths or URLs, or lists of them, "
             f"got {type(source).__name__}: {source!r}"
         )
 
@@ -78,11 +75,10 @@ class PGSegImageInputs:
         device: Any = None,
         **kwargs: Any,
     ) -> Any:
-        """Bring one PIL image, array or tensor to channels first, RGB where `do_convert_rgb` is set.
+        """Converts a PIL image, array or tensor to channels first, and to RGB if `do_convert_rgb` is set.
 
         Raises:
-            ValueError: for NaN or infinite pixels, integers outside 0 to 255, other types, an image without
-                pixels, and whatever `to_rgb` refuses.
+            ValueError: for NaN, infinite or no pixels, integers outside 0 to 255, and other dtypes; see also `to_rgb`.
         """
         if not isinstance(image, Image.Image):
             image = _checked_pixels(image, will_be_rescaled=bool(kwargs.get("do_rescale")))
@@ -92,7 +88,7 @@ class PGSegImageInputs:
                 and image.shape[0] == 1
                 and image.shape[2] in (3, 4)
             ):
-                # A thin colour image; transformers would take it for a grey one of width 3 or 4.
+                # A thin colour image, which transformers would treat as a grey one of width 3 or 4.
                 input_data_format = ChannelDimension.LAST
         elif do_convert_rgb:
             image, do_convert_rgb = to_rgb(image), False
@@ -105,14 +101,14 @@ class PGSegImageInputs:
         )
 
     def _target_size(self, image: Any, size: SizeDict) -> tuple[int, int]:
-        """(height, width) to resize an image or stack (channels first) to."""
+        """(height, width) to resize an image or batch (channels first) to."""
         if size.height and size.width and min(size.height, size.width) >= 1:
             return size.height, size.width
         if size.shortest_edge:
             height, width = image.shape[-2:]
             return resized_size(height, width, size.shortest_edge, size.longest_edge)
         raise ValueError(
-            "size must hold 'height' and 'width', or 'shortest_edge' with or without 'longest_edge', "
+            "size must have 'height' and 'width', or 'shortest_edge' with or without 'longest_edge', "
             f"all at least 1, got {dict(size)}"
         )
 
@@ -124,25 +120,24 @@ class PGSegImageInputs:
             sizes = [tuple(image.shape[-2:]) for image in features["pixel_values"]]
             if len(set(sizes)) > 1:
                 raise ValueError(
-                    "images of different sizes cannot make one batch, after resizing (height, width) are "
-                    f"{sizes}: give size={{'height': ..., 'width': ...}}, or segment them one by one"
+                    "images of different sizes cannot be batched, the (height, width) after resizing are "
+                    f"{sizes}: pass size={{'height': ..., 'width': ...}}, or process them one by one"
                 )
         return BatchFeature(data=dict(features), tensor_type=return_tensors)
 
 
 class PGSegImageProcessorPil(PGSegImageInputs, PilBackend):
-    """PGSeg's image processor without torchvision: images to `pixel_values` [B, 3, H, W], normalised float32.
+    """PGSeg's image processor without torchvision: converts images to `pixel_values` [B, 3, H, W], normalised float32.
 
-    Takes PIL images, arrays, tensors, paths, addresses or bytes, one or a list. PIL images and files are
-    rotated as their EXIF data says, transparency is laid over white, 16-bit values are scaled (`to_rgb`).
-    Arrays and tensors hold 0 to 255, whatever their type, channels first or last.
+    Accepts PIL images, arrays, tensors, paths, URLs or bytes, one or a list. PIL images and files are rotated by their
+    EXIF data, composited over white if transparent, and scaled if 16-bit (`to_rgb`). Arrays and tensors must have
+    values from 0 to 255, whatever their dtype, channels first or last.
 
-    Calls raise `ValueError` for unreadable images, for NaN or infinite pixels, and for images of different
-    resized sizes where `return_tensors` asks for one batch.
+    Calls raise `ValueError` for unreadable images, NaN or infinite pixels, and different sizes with `return_tensors`.
     """
 
     def process_image(self, image: Any, *args: Any, **kwargs: Any) -> np.ndarray:
-        """As for any backend; tensors of any device and type become arrays."""
+        """Converts tensors of any device and dtype to arrays, then processes them as the backend does."""
         if is_torch_tensor(image):
             image = image.detach().cpu()
             image = (image.float() if image.dtype == torch.bfloat16 else image).numpy()
@@ -156,20 +151,20 @@ class PGSegImageProcessorPil(PGSegImageInputs, PilBackend):
         reducing_gap: int | None = None,
         **kwargs: Any,
     ) -> np.ndarray:
-        """Resize one image [C, H, W] to `size`; floating-point images stay floating point."""
+        """Resizes an image [C, H, W] to `size`; floating-point images stay floating point."""
         height, width = self._target_size(image, size)
         if image.dtype == np.uint8:
             return super().resize(
                 image, SizeDict(height=height, width=width), resample, reducing_gap, **kwargs
             )
-        # transformers would round floats to 8 bits or refuse them; Pillow resizes single float channels.
+        # transformers would round floats to 8 bits or reject them; Pillow can resize single float channels.
         resample = PILImageResampling.BILINEAR if resample is None else resample
         channels = [Image.fromarray(np.ascontiguousarray(channel, dtype=np.float32)) for channel in image]
         return np.stack([np.asarray(channel.resize((width, height), resample)) for channel in channels])
 
 
 def _greyscale_to_pil(values: Any) -> Image.Image:
-    """A 2-D array or tensor of 8 or 16 bits as a PIL image."""
+    """Converts a 2-D array or tensor of 8 or 16 bits to a PIL image."""
     array = values.detach().cpu().numpy() if is_torch_tensor(values) else values
     if array.dtype not in (np.uint8, np.uint16) or 0 in array.shape:
         raise ValueError(
@@ -180,7 +175,7 @@ def _greyscale_to_pil(values: Any) -> Image.Image:
 
 
 def _checked_pixels(image: Any, will_be_rescaled: bool) -> Any:
-    """An array or tensor as it is (floating point) or as uint8 (any integers), if its values make sense."""
+    """Checks the values of an array or tensor; returns floating-point input as it is and integers as uint8."""
     is_tensor = is_torch_tensor(image)
     what = f"an image of shape {tuple(image.shape)} and type {image.dtype}"
     if 0 in image.shape:
@@ -192,8 +187,8 @@ def _checked_pixels(image: Any, will_be_rescaled: bool) -> Any:
             raise ValueError(f"{what} has {int((~finite).sum())} NaN or infinite pixel values")
         if will_be_rescaled and 0 < image.max() <= 1:
             logger.warning_once(
-                "A floating-point image with values of at most 1 will be divided by 255 once more: "
-                "pass do_rescale=False where it is scaled already."
+                "A floating-point image has no values above 1 and will be divided by 255: "
+                "pass do_rescale=False if it is already scaled."
             )
         return image
 

@@ -1,4 +1,4 @@
-"""A linear layer in 8 bits for the CPU."""
+"""An 8-bit linear layer for the CPU."""
 
 import math
 import warnings
@@ -10,31 +10,31 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import GELUActivation
 
-# Without these instructions sums of products of 8 bits may overflow: inputs are then rounded to 7.
-# (torch keeps the questions for itself; where they are missing, the machine counts as without.)
+# Without these instructions sums of 8-bit products may overflow, so inputs are rounded to 7 bits. The check is private
+# in torch; if it is missing, the CPU counts as one without them.
 _ROUNDS_TO_7_BITS = not getattr(torch.cpu, "_is_vnni_supported", bool)()
 
 
 def rounded(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """A weight [out, in] as int8, and the scale of each row, float32 [out]."""
+    """Rounds a weight [out, in] to int8; also returns the scale of each row, float32 [out]."""
     rows = weight.detach().float()
     scale = (rows.abs().amax(1) / 127).clamp(min=torch.finfo(torch.float32).tiny)
     return (rows / scale[:, None]).round().to(torch.int8), scale
 
 
 def refuse_other_dtype(apply: Callable[[Tensor], Tensor]) -> None:
-    """Raises a ValueError for what `model.to(dtype)` and the like do to each tensor, if it would change float32."""
+    """Raises a ValueError if `apply`, the function that `model.to(dtype)` applies to tensors, changes float32."""
     dtype = apply(torch.empty(0)).dtype
     if dtype != torch.float32:
         raise ValueError(
-            f"dtype is {dtype}, but this model is in int8, whose scales and biases are float32 and which computes in "
-            "bfloat16 by itself where the CPU can; expected to move it to no dtype, or the checkpoint that it was "
-            "made of, loaded in float32."
+            f"dtype is {dtype}, but an int8 model cannot be cast: its scales and biases are float32, and it already "
+            "computes in bfloat16 where the CPU supports it. Leave the dtype as it is, or load the original "
+            "checkpoint in float32."
         )
 
 
 class QuantizedInput(NamedTuple):
-    """A tensor in 8 bits, `(values - zero) * scale`, and the type of what is computed from it."""
+    """A tensor in 8 bits, equal to `(values - zero) * scale`, and the dtype of results computed from it."""
 
     values: Tensor
     scale: float
@@ -47,8 +47,8 @@ class QuantizedInput(NamedTuple):
         low, high = (float(value) for value in x.aminmax())
         if not math.isfinite(high - low):
             raise ValueError(
-                f"the input of a layer in int8 lies between {low} and {high}, expected finite numbers; the checkpoint "
-                "may have diverged."
+                f"the input of an int8 layer ranges from {low} to {high}, expected finite numbers; training of the "
+                "checkpoint may have diverged."
             )
         low, high = min(low, 0.0), max(high, 0.0)
         scale = max((high - low) / steps, torch.finfo(torch.float32).tiny)
@@ -57,20 +57,19 @@ class QuantizedInput(NamedTuple):
 
 
 def _bytes_of(x: Tensor, scale: float, zero: int) -> Tensor:
-    """`x / scale + zero`, which lies between 0 and 255, rounded."""
+    """`x / scale + zero` rounded; the caller ensures values from 0 to 255."""
     if _rounds_at_once():
         quantized = torch.quantize_per_tensor(x, scale, zero, torch.quint8)
         values: Any = torch.empty(0, dtype=torch.uint8)
         return values.set_(quantized.untyped_storage(), 0, x.shape)
-    # The sum is never negative: cutting off what follows the point rounds it. By way of 16 bits: torch takes five
-    # times as long to go from floats to unsigned bytes at once.
+    # The sum is never negative, so truncation rounds it. Going through 16 bits is five times as fast in torch.
     positive = torch.add(torch.tensor(zero + 0.5), x, alpha=1 / scale)
     return positive.to(torch.int16).to(torch.uint8)
 
 
 @cache
 def _rounds_at_once() -> bool:
-    """Whether torch still has the quantised tensors that it warns about (once): one pass instead of three."""
+    """Whether torch still has quantised tensors (deprecated, with a warning): one pass instead of three."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         try:
@@ -82,13 +81,13 @@ def _rounds_at_once() -> bool:
 
 @cache
 def has_bfloat16() -> bool:
-    """Whether the CPU has instructions for bfloat16."""
+    """Whether the CPU has bfloat16 instructions."""
     return bool(getattr(torch.cpu, "_is_avx512_bf16_supported", bool)())
 
 
 @cache
 def _has_onednn() -> bool:
-    """Whether torch has oneDNN's product of 8 bits, which it keeps for itself."""
+    """Whether torch has oneDNN's 8-bit product, a private operator."""
     try:
         weight = torch.ops.onednn.qlinear_prepack(torch.ones(1, 1, dtype=torch.int8), None)
         one, zero = torch.ones(1), torch.zeros(1, dtype=torch.long)
@@ -102,11 +101,8 @@ def _has_onednn() -> bool:
 
 
 class Int8Linear(nn.Module):
-    """A linear layer with a weight of 8 bits, inputs rounded to 8 bits at each call, and sums in 32 bits.
-
-    Args:
-        linear: the float layer; from the device `"meta"` only its shape is taken.
-    """
+    """A linear layer with 8-bit weights, inputs rounded to 8 bits in each call, and 32-bit accumulation. If the float
+    layer `linear` is on the `"meta"` device, only its shape is used."""
 
     weight: Tensor | None
 
@@ -124,21 +120,21 @@ class Int8Linear(nn.Module):
         return super()._apply(fn, recurse)
 
     def pack(self) -> None:
-        """Moves the weight into the layout of the machine's kernel, the only copy of it from then on."""
+        """Moves the weight to the layout of this machine's kernel and drops the unpacked copy."""
         values: Any = self.weight
         scale: Any = self.weight_scale
-        # No buffer: transformers leaves one that is in no file without values.
+        # Not a buffer: transformers would leave it uninitialised, because no checkpoint has it.
         self.zeros = torch.zeros(self.out_features, dtype=torch.long)
         if _has_onednn():
             self.packed, self.weight = torch.ops.onednn.qlinear_prepack(values, None), None
             return
         with warnings.catch_warnings():
-            # That these tensors will go, by which the operators are fed.
+            # Hides the deprecation warning of quantised tensors, which this operator needs.
             warnings.simplefilter("ignore", UserWarning)
             weight = torch._make_per_channel_quantized_tensor(values, scale.double(), self.zeros, 0)
         engine = torch.backends.quantized.engine
         if "fbgemm" in torch.backends.quantized.supported_engines:
-            torch.backends.quantized.engine = "fbgemm"  # oneDNN's would keep two copies, and is no faster
+            torch.backends.quantized.engine = "fbgemm"  # oneDNN's engine keeps two copies and is not faster
         try:
             self.packed = torch.ops.quantized.linear_prepack(weight, self.bias)
         finally:
@@ -164,7 +160,7 @@ class Int8Linear(nn.Module):
             self.pack()
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles, also on a machine with another kernel: a packed weight can be neither."""
+        """Unpacks the weight, because packed weights can be neither copied nor pickled, nor used by another kernel."""
         buffers = self._buffers | {"weight": self._unpacked()}
         return self.__dict__ | {"_buffers": buffers, "packed": self.packed is not None}
 
@@ -174,12 +170,12 @@ class Int8Linear(nn.Module):
             self.pack()
 
     def quantized(self, x: Tensor) -> "QuantizedInput | Tensor":
-        """An input in 8 bits, which several layers may share; as it is, where the machine's kernel rounds it."""
+        """Rounds an input to 8 bits, for several layers to share. Returns it unchanged if the kernel rounds."""
         self._refuse(x)
         return QuantizedInput.of(x) if _has_onednn() else x
 
     def forward(self, x: "Tensor | QuantizedInput", activation: nn.Module | None = None) -> Tensor:
-        """Applies the layer and what follows it, if that is given."""
+        """Applies the layer and then the activation, if given."""
         if not isinstance(x, QuantizedInput):
             x = self.quantized(x)
         if isinstance(x, QuantizedInput):
@@ -194,11 +190,11 @@ class Int8Linear(nn.Module):
     def _refuse(self, x: Tensor) -> None:
         if self.training and torch.is_grad_enabled():
             raise ValueError(
-                "this model is in int8, which has no gradients and cannot be trained; expected model.eval(), or, for "
-                "training, the checkpoint it was made of, loaded in float32."
+                "this model is in int8, which has no gradients and cannot be trained; call model.eval(), or for "
+                "training load the original checkpoint in float32."
             )
         if x.device.type != "cpu":
-            raise ValueError(f"the input is on {x.device}, expected the CPU, where int8 layers are.")
+            raise ValueError(f"the input is on {x.device}, expected the CPU: int8 layers run only there.")
 
     def extra_repr(self) -> str:
         return (

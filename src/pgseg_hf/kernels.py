@@ -1,6 +1,6 @@
-"""Faster ways to what `layers.py` computes in evaluation without gradient; numbers change by rounding only.
+"""Faster versions of what `layers.py` computes, for evaluation without gradient; results differ only by rounding.
 
-[`plain_kernels`] turns all of them off: the layers then are torch's own.
+[`plain_kernels`] turns them off, so that all layers use torch's own operators.
 
 Shapes: B batch, L image tokens, P prototypes, C width, H hidden width.
 """
@@ -18,7 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .int8 import Int8Linear
 from .variants import NPR_VARIANTS
 
-# Entries of attention scores that are worked on at a time where attention goes in parts: they stay in a core's cache.
+# Number of attention scores computed at a time by attention in parts, so that they fit a core's cache.
 _CACHED_SCORES = 2**21
 
 _is_on = True
@@ -26,7 +26,7 @@ _is_on = True
 
 @contextmanager
 def plain_kernels() -> Iterator[None]:
-    """Within it every layer computes as it is written down, to compare or to look for a fault; for all threads."""
+    """Turns the faster kernels off inside the block, in all threads, for comparisons and debugging."""
     global _is_on
     before, _is_on = _is_on, False
     try:
@@ -36,7 +36,7 @@ def plain_kernels() -> Iterator[None]:
 
 
 def is_plain_linear(layer: Any) -> bool:
-    """Whether a layer is a linear one and no more: no adapter's, quantised or offloaded one, and none with hooks."""
+    """Whether a layer is exactly `nn.Linear`: no adapter, not quantised or offloaded, and without hooks."""
     # Quantised and fake tensors are subclasses.
     return (
         type(layer) is nn.Linear
@@ -46,11 +46,11 @@ def is_plain_linear(layer: Any) -> bool:
 
 
 def linear(layer: Any, x: Tensor, activation: nn.Module | None = None) -> Tensor:
-    """A linear layer and what follows it; in evaluation on a CPU by oneDNN, which on some is faster than the library
-    that torch multiplies float32 with, and applies GELU before a row leaves the cache. In training always by itself, so
-    that a part that is computed again for the gradient comes out the same.
+    """Applies a linear layer and an optional activation.
 
-    No subclass, as tools that quantise take `nn.Linear` alone.
+    In evaluation on a CPU it uses oneDNN, which on some CPUs is faster than torch's float32 library and fuses GELU. In
+    training it always uses torch, so that a recompute for the gradient gives the same result. It is a function and not
+    a subclass, because quantisation tools only accept `nn.Linear`.
     """
     if isinstance(layer, Int8Linear):
         return layer(x, activation)
@@ -70,7 +70,7 @@ def linear(layer: Any, x: Tensor, activation: nn.Module | None = None) -> Tensor
 
 
 def linears(layers: Sequence[Any], x: Tensor) -> list[Tensor]:
-    """Linear layers of one input, which for those in int8 is rounded once."""
+    """Applies several linear layers to one input; for int8 layers the input is rounded once."""
     if all(isinstance(layer, Int8Linear) for layer in layers):
         x = layers[0].quantized(x)
     return [linear(layer, x) for layer in layers]
@@ -78,8 +78,7 @@ def linears(layers: Sequence[Any], x: Tensor) -> list[Tensor]:
 
 @cache
 def _onednn_dtypes() -> frozenset[torch.dtype]:
-    """What oneDNN's linear layer takes here. torch keeps the operator for itself: where it is missing, or not what it
-    was, nothing."""
+    """Dtypes that oneDNN's linear layer supports here; empty if torch's private operator is missing or has changed."""
     if not torch.backends.mkldnn.is_available():
         return frozenset()
     try:
@@ -103,11 +102,11 @@ def _is_eager_cpu_inference(x: Tensor) -> bool:
 
 
 def faster_attention(module: Any, query: Tensor) -> Callable | None:
-    """An attention function that is faster than the configured one of a module, with the same arguments; or None."""
+    """An attention function that is faster than the module's configured one and takes the same arguments, or None."""
     if not _is_on or module.training or torch.is_grad_enabled():
         return None
     configured = module.config._attn_implementation
-    # Some variants are eager for their gradients only, see `PGSegVisionModel`.
+    # Some variants use eager attention only for their gradients, see `PGSegVisionModel`.
     eager_for_gradients = configured == "eager" and NPR_VARIANTS[module.config.npr_variant].eager_gradients
     if configured != "sdpa" and not eager_for_gradients:
         return None
@@ -119,8 +118,8 @@ def faster_attention(module: Any, query: Tensor) -> Callable | None:
 def attention_in_parts(
     module: Any, query: Tensor, key: Tensor, value: Tensor, mask: None, scaling: float, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """As `eager_attention_forward`, a few heads at a time, without a matrix of all weights. On CPUs whose bfloat16
-    instructions are no matrix units faster than torch's fused kernel."""
+    """`eager_attention_forward` for a few heads at a time, so that the full matrix of weights is never stored. Faster
+    than torch's fused kernel on CPUs that have bfloat16 instructions but no matrix units."""
     batch, heads, length, width = query.shape
     query, key, value = (
         part.reshape(batch * heads, part.shape[2], width) for part in (query * scaling, key, value)
@@ -134,13 +133,13 @@ def attention_in_parts(
 
 
 def projects_first(projection: Any) -> bool:
-    """Whether [`project_mixtures`] may stand for the projection of mixtures: only where BatchNorm is affine."""
+    """Whether [`project_mixtures`] can replace the projection of mixtures: only where BatchNorm is affine."""
     return _is_on and not projection.training and not torch.is_grad_enabled()
 
 
 def project_mixtures(projection: Any, rows_BPC: Tensor, weights_BLP: Tensor) -> Tensor:
-    """The projection (linear, BatchNorm, ReLU, linear) of `weights_BLP @ rows_BPC`: its first two layers, affine
-    together, take the P rows, and the mix comes after them."""
+    """The projection (linear, BatchNorm, ReLU, linear) of `weights_BLP @ rows_BPC`. The first two layers are affine
+    together, so they are applied to the P rows before mixing."""
     first, norm, _, last = projection
 
     def affine(rows: Tensor) -> Tensor:

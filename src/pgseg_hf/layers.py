@@ -1,4 +1,4 @@
-"""The parts that PGSeg's image tower is made of.
+"""Building blocks of PGSeg's image tower.
 
 Shapes: B batch, L image tokens of a stage's input, K groups of a stage, P prototypes, C width.
 """
@@ -19,8 +19,8 @@ from .kernels import faster_attention, linear, linears
 from .npr import PGSegStagePrototypes, npr_of
 from .precision import estimation_dtype, full_precision
 
-# Added to a group's number of patches where its mean stands for it: small beside one patch, and a group without any
-# gets a mean near 0 instead of noise.
+# Added to a group's number of patches when they are averaged: small beside one patch, and gives 0 instead of noise for
+# an empty group.
 EMPTY_GROUP_EPS = 1e-3
 
 
@@ -34,18 +34,17 @@ def eager_attention_forward(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Plain attention of [B, heads, length, width] tensors, output [B, length, heads, width]; softmax in float32 or
-    better."""
+    """Plain attention of [B, heads, length, width] tensors; returns [B, length, heads, width] and the weights."""
     scores = query @ key.transpose(-1, -2) * scaling
     if attention_mask is not None:
         scores = scores + attention_mask
-    weights = scores.softmax(dim=-1).to(query.dtype)  # torch sums float16 and bfloat16 in float32
+    weights = scores.softmax(dim=-1).to(query.dtype)  # torch accumulates float16 and bfloat16 in float32
     weights = nn.functional.dropout(weights, p=dropout, training=module.training)
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
 class PGSegAttention(nn.Module):
-    """Multi-head attention of queries [B, Q, C] over keys and values from another sequence [B, L, C]."""
+    """Multi-head attention of queries [B, Q, C] over a context [B, L, C]."""
 
     def __init__(self, config: PGSegVisionConfig):
         super().__init__()
@@ -87,8 +86,8 @@ class PGSegMLP(nn.Module):
         self.fc2 = nn.Linear(hidden_features, out_features)
 
     def forward(self, x: Tensor) -> Tensor:
-        # For the gradient the activations, the largest tensors of a block, are made again, which takes no product. Not
-        # with an adapter, which may have dropout, nor in a compiled graph, whose compiler decides.
+        # The activations, the largest tensors of a block, are recomputed for the gradient, which costs no matrix
+        # product. Not with an adapter, which may have dropout, nor in a compiled graph, where the compiler decides.
         learns = self.training and torch.is_grad_enabled()
         if not learns or type(self.fc2) is not nn.Linear or torch.compiler.is_compiling():
             return linear(self.fc2, linear(self.fc1, x, self.activation_fn))
@@ -101,14 +100,14 @@ class PGSegMLP(nn.Module):
 
 
 class PGSegMixerMLP(PGSegMLP):
-    """Two linear layers over the tokens: [B, tokens in, C] to [B, tokens out, C]."""
+    """Two linear layers over the tokens: maps [B, tokens in, C] to [B, tokens out, C]."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.transpose(1, 2)).transpose(1, 2)
 
 
 class PGSegDropPath(nn.Module):
-    """Stochastic depth: in training, leaves the branch out for whole samples and scales the others up."""
+    """Stochastic depth: in training, drops the branch for random samples and scales the others up."""
 
     def __init__(self, rate: float):
         super().__init__()
@@ -139,7 +138,7 @@ class PGSegLayer(GradientCheckpointingLayer):
 
 
 class PGSegCrossAttentionLayer(nn.Module):
-    """Lets projected group tokens read the image tokens; no norm before the attention, one at the end."""
+    """Cross-attention from projected group tokens to image tokens, with a norm at the end only."""
 
     def __init__(self, config: PGSegVisionConfig):
         super().__init__()
@@ -155,7 +154,7 @@ class PGSegCrossAttentionLayer(nn.Module):
 
 
 class PGSegAssignAttention(nn.Module):
-    """Assigns each image token to one group and, where it pools, averages the tokens of each group."""
+    """Assigns each image token to one group and, if `pools`, averages the tokens of each group."""
 
     def __init__(self, config: PGSegVisionConfig, pools: bool = True):
         super().__init__()
@@ -169,15 +168,15 @@ class PGSegAssignAttention(nn.Module):
             self.proj = nn.Linear(config.hidden_size, config.hidden_size)
 
     def sample_noise(self, logits: Tensor) -> Tensor:
-        """Standard Gumbel noise of the shape of the logits, in float32 or better: in 16 bits it would be cut off at 4.4
-        and often equal, which favours the first groups."""
+        """Standard Gumbel noise in the shape of the logits, in float32 or float64. In 16 bits it would be cut off at
+        4.4 and often have ties, which favour the first groups."""
         dtype = estimation_dtype(logits.dtype)
         zero, one = (torch.full((), value, device=logits.device, dtype=dtype) for value in (0.0, 1.0))
-        # Checking the arguments would have a GPU wait.
+        # Validating the arguments would synchronise with a GPU.
         return torch.distributions.Gumbel(zero, one, validate_args=False).sample(logits.shape)
 
     def forward(self, centers_BKC: Tensor, tokens_BLC: Tensor) -> tuple[Tensor | None, Tensor]:
-        """Returns the groups' averaged tokens [B, K, C] and the logits of the soft assignment [B, K, L]."""
+        """Returns the groups' averaged tokens [B, K, C] or None, and the logits of the soft assignment [B, K, L]."""
         queries_BKC = linear(self.q_proj, centers_BKC)
         keys_BLC = linear(self.k_proj, tokens_BLC)
         logits_BKL = queries_BKC @ keys_BLC.transpose(1, 2) * self.scaling
@@ -193,7 +192,7 @@ class PGSegAssignAttention(nn.Module):
 
 
 class PGSegGroupingBlock(nn.Module):
-    """Groups L image tokens, led by the group tokens, and, where it pools, makes K segment tokens of them."""
+    """Groups L image tokens by means of the group tokens and, if `pools`, computes K segment tokens."""
 
     def __init__(
         self, config: PGSegVisionConfig, num_group_tokens: int, num_output_groups: int, pools: bool = True
@@ -212,7 +211,7 @@ class PGSegGroupingBlock(nn.Module):
             self.mlp_channels = PGSegMLP(config, width, channels_width, width)
 
     def forward(self, tokens_BLC: Tensor, group_tokens_BGC: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
-        """Returns segment tokens [B, K, C], group centres [B, K, C] and assignment logits [B, K, L]."""
+        """Returns segment tokens [B, K, C] or None, group centres [B, K, C] and assignment logits [B, K, L]."""
         centers_BKC = self.norm_post_tokens(self.mlp_inter(self.norm_tokens(group_tokens_BGC)))
         tokens_BLC = self.norm_x(tokens_BLC)
         centers_BKC = self.pre_assign_attn(centers_BKC, tokens_BLC)
@@ -225,13 +224,13 @@ class PGSegGroupingBlock(nn.Module):
 
 
 class StageOutput(NamedTuple):
-    """What a stage makes of its tokens; after the grouping stages there is but `tokens` and `grouped`.
+    """Output of a stage. Stages that do not group return only `tokens` and `grouped`.
 
-    tokens: of the next stage, [B, K, C] or [B, L, C]; None where the grouping does not pool.
-    group_tokens: after the blocks, [B, G, C].
-    logits: of the soft assignment, [B, K, L].
-    features: what the prototype losses need; where the stage has prototypes.
-    grouped: the image tokens [B, L, C] that were grouped.
+    tokens: input of the next stage, [B, K, C] or [B, L, C]; None if the grouping does not pool.
+    group_tokens: [B, G, C], after the blocks.
+    logits: [B, K, L], logits of the soft assignment.
+    features: what the prototype losses need, if the stage has prototypes.
+    grouped: [B, L, C], the image tokens that were grouped.
     """
 
     tokens: Tensor | None
@@ -242,7 +241,7 @@ class StageOutput(NamedTuple):
 
 
 class PGSegStage(nn.Module):
-    """Transformer blocks over image and group tokens, then a grouping block; the last stage only has blocks."""
+    """Transformer blocks over image and group tokens, followed by a grouping block; the last stage has only blocks."""
 
     def __init__(self, config: PGSegVisionConfig, index: int, drop_path_rates: list[float]):
         super().__init__()
@@ -275,7 +274,7 @@ class PGSegStage(nn.Module):
     def forward(
         self, tokens_BLC: Tensor, previous_group_tokens: Tensor | None, seeds: Tensor | None = None
     ) -> StageOutput:
-        """`seeds` [1, P, C] start the prototype estimation; needed where the stage has prototypes."""
+        """`seeds` [1, P, C], required if the stage has prototypes, are the start of the prototype estimation."""
         estimate = self.npr.estimate(tokens_BLC, seeds) if self.npr is not None else None
         length = tokens_BLC.shape[1]
         if self.group_token is not None:
@@ -298,13 +297,13 @@ class PGSegStage(nn.Module):
 
 
 def mean_of_groups(tokens_BLC: Tensor, assignment_BKL: Tensor) -> Tensor:
-    """Mean [B, K, C] of the tokens over each group by the soft assignment; near 0 for a group without tokens."""
+    """Mean [B, K, C] of each group's tokens by the soft assignment; near 0 for a group without tokens."""
     weights_BKL = assignment_BKL.to(tokens_BLC.dtype)
     return weights_BKL @ tokens_BLC / (weights_BKL.sum(dim=-1, keepdim=True) + EMPTY_GROUP_EPS)
 
 
 class PGSegPatchEmbeddings(nn.Module):
-    """Pixels [B, 3, H, W] to patches [B, C, H // p, W // p]; a remainder that does not fill a patch is cut off."""
+    """Maps pixels [B, 3, H, W] to patches [B, C, H // p, W // p]; pixels beyond the last whole patch are dropped."""
 
     def __init__(self, config: PGSegVisionConfig):
         super().__init__()
@@ -317,7 +316,7 @@ class PGSegPatchEmbeddings(nn.Module):
 
 
 class PGSegVisionEmbeddings(nn.Module):
-    """Patch tokens with position embeddings, interpolated where the grid is not the configured one."""
+    """Patch tokens with position embeddings, which are interpolated for other grids than the configured one."""
 
     def __init__(self, config: PGSegVisionConfig):
         super().__init__()
@@ -331,7 +330,7 @@ class PGSegVisionEmbeddings(nn.Module):
         return PGSegPatchEmbeddings(config)
 
     def interpolated_positions(self, height: int, width: int) -> Tensor:
-        """Position embeddings of a grid of `height` x `width` patches, [1, height * width, C]; bicubic."""
+        """Position embeddings [1, height * width, C] for a grid of `height` x `width` patches; bicubic."""
         if not torch.compiler.is_exporting() and height == self.grid and width == self.grid:
             return self.position_embeddings
         weight = self.position_embeddings
@@ -351,14 +350,14 @@ class PGSegVisionEmbeddings(nn.Module):
         return self.embed(self.patch_embeddings(pixel_values))
 
     def embed(self, patches: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """Patches [B, C, h, w] as tokens with their positions, and the grid."""
+        """Converts patches [B, C, h, w] to tokens with positions; also returns the grid (h, w)."""
         height, width = patches.shape[-2:]
         tokens = self.layernorm(patches.flatten(2).transpose(1, 2))
         return self.dropout(tokens + self.interpolated_positions(height, width)), (height, width)
 
 
 class PGSegVisionEncoder(nn.Module):
-    """The stages, which compute in `compute_dtype`, or in the type of what they are given."""
+    """The stages, which compute in `compute_dtype`, or in the dtype of their input if it is None."""
 
     compute_dtype: torch.dtype | None = None
 

@@ -1,4 +1,4 @@
-"""Names of a package that are imported when they are first asked for (PEP 562), so that the package imports at once."""
+"""Lazy package attributes (PEP 562): names are imported on first access, so that importing the package is fast."""
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -10,11 +10,11 @@ from typing import Any
 def lazy_names(
     package: str, names: Mapping[str, Sequence[str]]
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """The `__getattr__` and `__dir__` of a package.
+    """Returns `__getattr__` and `__dir__` for a package.
 
     Args:
-        package: its `__name__`.
-        names: what each of its modules gives to it; all modules can be reached as attributes too.
+        package: the package's `__name__`.
+        names: the public names of each module. All modules are accessible as attributes too.
     """
     module_of = {name: module for module, of_module in names.items() for name in of_module}
 

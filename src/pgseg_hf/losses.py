@@ -1,4 +1,4 @@
-"""Contrastive losses between images and texts, local to a process or over all of them.
+"""Contrastive losses between images and texts, for one or several processes.
 
 Shapes: B images of this process, N texts of this process, G processes.
 """
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .distributed import gather_constant, gather_rows, rank_offset, sum_over_processes, world_size
 
-# A logit that takes no part in a softmax, finite so that gradients stay finite where a whole row is left out.
+# Masks a logit in a softmax; finite, so that gradients stay finite if a whole row is masked.
 NEVER = -1e9
 
 
@@ -39,13 +39,13 @@ def multi_positive_loss(
     image_targets: Tensor,
     text_targets: Tensor | None = None,
 ) -> Tensor:
-    """InfoNCE with several positives: soft targets spread evenly over the positives of a row.
+    """InfoNCE with several positives: the targets are spread evenly over the positives of a row.
 
     Args:
         logits_per_image: [B, N], this process's images against all texts.
         logits_per_text: [M, G * B], this process's texts against all images.
-        image_targets: bool [B, N], which texts belong to which image. A row with no positive is left out.
-        text_targets: bool [M, G * B]; by default the transpose of `image_targets`.
+        image_targets: bool [B, N], which texts belong to which image. Rows without a positive are ignored.
+        text_targets: bool [M, G * B]; defaults to the transpose of `image_targets`.
     """
     text_targets = image_targets.T if text_targets is None else text_targets
     _refuse_other_shape(image_targets, logits_per_image, "images x texts")
@@ -61,16 +61,15 @@ def _refuse_other_shape(targets: Tensor, logits: Tensor, sides: str) -> None:
 
 
 def sigmoid_loss(logits: Tensor, targets: Tensor, balance: float = 1.0) -> Tensor:
-    """Every pair of an image and a text on its own: does the text belong to the image?
+    """Binary classification of each image-text pair: does the text belong to the image?
 
-    With a balance of 1 the images with a text and those without it weigh the same, and so do all texts, however
-    frequent they are; with 0 all pairs weigh the same; between, the weights are a mean of both. SigLIP instead sums
-    over all pairs, with one positive a text.
+    With a balance of 1 all texts have the same weight, however frequent, and so do the images with and without a text.
+    With 0 all pairs have the same weight. SigLIP sums over all pairs, with one positive per text.
 
     Args:
         logits: [B, N], this process's images against all texts.
         targets: bool [B, N], which texts belong to which image.
-        balance: 0 to 1.
+        balance: 0 to 1; interpolates the weights.
     """
     _refuse_other_shape(targets, logits, "images x texts")
     positives = sum_over_processes(targets.sum(0).to(logits.dtype))
@@ -82,12 +81,12 @@ def sigmoid_loss(logits: Tensor, targets: Tensor, balance: float = 1.0) -> Tenso
 
 
 class SharedTexts(NamedTuple):
-    """The different texts of all processes, each once, and whom they belong to.
+    """The distinct texts of all processes, and which images they belong to.
 
     embeds: [U, D].
     image_targets: bool [B, U], which of them belong to this process's images.
-    places: int64 [N], where this process's texts are among them.
-    own: int64 [M], those that this process answers for; over all processes each text once.
+    places: int64 [N], index of each of this process's texts among them.
+    own: int64 [M], those that this process is responsible for; each text has exactly one such process.
     text_targets: bool [M, G * B], which images of all processes they belong to.
     """
 
@@ -99,11 +98,11 @@ class SharedTexts(NamedTuple):
 
 
 def share_texts(embeds_ND: Tensor, keys_NT: Tensor, owners_BN: Tensor) -> SharedTexts:
-    """Makes equal texts one, so that an image's positives are all texts equal to one of its own.
+    """Merges equal texts, so that an image's positives are all texts equal to one of its own.
 
     Args:
-        embeds_ND: texts of this process; gradient flows into them.
-        keys_NT: int64, equal rows are equal texts. T is the same on all processes.
+        embeds_ND: texts of this process, with gradient.
+        keys_NT: int64; equal rows are equal texts. T must be the same on all processes.
         owners_BN: bool, which texts belong to which of this process's images.
     """
     keys, start = gather_rows(keys_NT)
@@ -125,13 +124,13 @@ def share_texts(embeds_ND: Tensor, keys_NT: Tensor, owners_BN: Tensor) -> Shared
 def multi_label_loss(
     logits_per_image: Tensor, logits_per_label: Tensor, owners_BN: Tensor, start: int = 0
 ) -> Tensor:
-    """InfoNCE between images and their own label texts, of which each image has any number.
+    """InfoNCE between images and their own label texts, any number per image.
 
     Args:
-        logits_per_image: [B, labels of all processes], this process's images against the labels of all.
+        logits_per_image: [B, labels of all processes], this process's images against all labels.
         logits_per_label: [N, G * B], this process's labels against all images.
         owners_BN: bool, which image each of this process's labels belongs to.
-        start: place of this process's first label among those of all.
+        start: index of this process's first label among all labels.
 
     Source: GroupViT section 3.2, multi-label contrastive loss; targets are spread evenly over an image's labels.
     """
@@ -148,7 +147,7 @@ def multi_label_loss(
 
 
 def _soft_cross_entropy(logits: Tensor, positives: Tensor) -> Tensor:
-    """Mean over the rows (of all processes) that have a positive; scaled so that processes' mean is the global one."""
+    """Mean over all processes' rows with a positive, scaled so that the processes' mean is the global mean."""
     counts = positives.sum(1)
     weights = positives.to(logits.dtype) / counts.clamp(min=1)[:, None]
     rows = -(weights * logits.log_softmax(1)).sum(1)

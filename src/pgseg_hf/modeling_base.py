@@ -1,4 +1,4 @@
-"""What all PGSeg models share: initialisation, loading, and the choice of attention."""
+"""Initialisation, loading and choice of attention for all PGSeg models."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -13,18 +13,18 @@ from .configuration_pgseg import PGSegConfig
 from .layers import PGSegAssignAttention, PGSegAttention, PGSegMLP, PGSegStage, PGSegVisionEmbeddings
 from .npr import PGSegStagePrototypes, init_prototypes
 from .projection import PGSegProjection
-from .quantization import METHOD  # noqa: F401 (from here on transformers knows the method)
+from .quantization import METHOD  # noqa: F401 (registers the method with transformers)
 from .weights import what_is_wrong_with
 
 if TYPE_CHECKING:
-    # Never run: what a file imports is saved beside the weights, and there `custom_pipelines` names this class.
+    # Never executed. Imported files are saved beside the weights, where `custom_pipelines` needs this class.
     from .pipeline import OpenVocabularySegmentationPipeline  # noqa: F401
 
 logger = logging.get_logger(__name__)
 
 
 class PGSegPreTrainedModel(PreTrainedModel):
-    """Weight initialisation, and what transformers needs to know of PGSeg models."""
+    """Base class of PGSeg models: weight initialisation and loading of pretrained checkpoints."""
 
     config: PGSegConfig
     base_model_prefix = "pgseg"
@@ -43,18 +43,19 @@ class PGSegPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    # Names of those that the checkpoint lacked and nothing has trained since.
+    # Weights that the checkpoint lacked and that have not been trained since.
     random_weights: tuple[str, ...] = ()
 
     @classmethod
     def from_pretrained(
         cls, pretrained_model_name_or_path: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any
     ) -> Any:
-        """As ever; of a folder that cannot be read the likely reason is named. Weights that it lacks are random, as
-        ever with a warning, and a pipeline refuses such a model until it is put in training mode.
+        """Loads a checkpoint like [`~transformers.PreTrainedModel.from_pretrained`].
+
+        Missing weights are initialised randomly, with a warning; pipelines reject such models until `train()`.
 
         Raises:
-            OSError: such a folder: with a pointer of git-lfs or a web page for a file, a download that was cut off.
+            OSError: if a folder cannot be read, with the likely reason, such as a truncated download.
         """
         try:
             model, report = super().from_pretrained(
@@ -75,27 +76,27 @@ class PGSegPreTrainedModel(PreTrainedModel):
         return super().train(mode)
 
     def set_attn_implementation(self, attn_implementation: Any, allow_all_kernels: bool = False) -> None:
-        """As ever, but a backbone that cannot attend like this goes on as it did."""
+        """Sets the attention implementation; a backbone that does not support it keeps its current one."""
         with backbones_set_aside(self) as backbones:
             before = [backbone.config._attn_implementation for backbone in backbones]
             super().set_attn_implementation(attn_implementation, allow_all_kernels)
         for backbone, known in zip(backbones, before):
-            # Written down for it without asking whether it can.
+            # The call above set this on the backbone's configuration without checking support.
             asked = backbone.config._attn_implementation
             backbone.config._attn_implementation = known
             try:
                 backbone.set_attn_implementation(asked, allow_all_kernels)
             except (ValueError, ImportError) as error:
-                logger.warning(f"{type(backbone).__name__} goes on with {known}: {error}")
+                logger.warning(f"{type(backbone).__name__} keeps attention {known}: {error}")
 
     def enable_input_require_grads(self) -> None:
-        """As ever, but for backbones, whose embeddings may give more than a tensor."""
+        """Excludes backbones, whose embeddings may return more than one tensor."""
         with backbones_set_aside(self):
             super().enable_input_require_grads()
 
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
-        # For code outside its tree transformers leaves out modules without tensors of their own, such as an MLP, in
-        # case `_init_weights` overwrites what was loaded; `transformers.initialization` does not.
+        # For custom code, transformers skips modules without tensors of their own, such as an MLP, in case
+        # `_init_weights` overwrites loaded weights. `transformers.initialization` does not overwrite them.
         super()._initialize_weights(module)
 
     @torch.no_grad()
@@ -126,19 +127,19 @@ class PGSegPreTrainedModel(PreTrainedModel):
 
 
 def name_unused(kwargs: dict[str, Any]) -> None:
-    """Says which arguments nothing is done with, a misspelt one for instance.
+    """Warns about arguments that are not used, such as misspelt ones.
 
     Raises:
-        ValueError: GroupViT's `output_segmentation`, whose output would be missed.
+        ValueError: for GroupViT's `output_segmentation`, because callers would miss its output.
     """
     if kwargs.get("output_segmentation"):
         raise ValueError(
-            "output_segmentation is True, an argument of GroupViT; segment_logits and grouping are always returned "
-            "here, and processor.post_process_semantic_segmentation(outputs, target_sizes) makes label maps of them."
+            "output_segmentation is an argument of GroupViT; PGSeg always returns segment_logits and grouping. Leave "
+            "it out and get label maps from processor.post_process_semantic_segmentation(outputs, target_sizes)."
         )
     unused = sorted(name for name, value in kwargs.items() if value is not None and value is not False)
     if unused and not torch.compiler.is_compiling():
-        logger.warning_once(f"not used: {', '.join(unused)}; see the arguments of forward.")
+        logger.warning_once(f"arguments not used: {', '.join(unused)}; see the arguments of forward.")
 
 
 __all__ = ["PGSegPreTrainedModel"]

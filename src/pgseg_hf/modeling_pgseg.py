@@ -36,28 +36,28 @@ from .token_ids import different_texts, find_words, padded_on_the_right, up_to_e
 
 @dataclass
 class PGSegOutput(ModelOutput):
-    """Output of [`PGSegModel`].
+    """Output of [`PGSegModel`]. Losses are set with `return_loss`; parts are before their weights.
 
     Args:
-        loss: weighted sum of the parts, with `return_loss`.
-        contrastive_loss: mean of the two directions of InfoNCE over the global batch.
-        multi_label_loss: the same with soft targets over each image's label texts, where these are given.
-        image_prototype_loss: I-NPR, the sum over grouping stages, before its weight.
-        image_prototype_losses: the stages' parts of it, a scalar for each grouping stage.
-        text_prototype_loss: T-NPR, before its weight.
-        assignment_loss: sum over grouping stages, before its weight; where the weight is not 0.
-        patch_text_loss: of `patch_targets`, before its weight.
-        num_negatives: texts of all processes that an image is told apart from in the contrastive loss, on average.
+        loss: weighted sum of the parts.
+        contrastive_loss: the contrastive loss over the global batch.
+        multi_label_loss: contrastive loss with each image's label texts, if these are given.
+        image_prototype_loss: I-NPR, the sum over grouping stages.
+        image_prototype_losses: I-NPR of each grouping stage, scalars.
+        text_prototype_loss: T-NPR.
+        assignment_loss: sum over grouping stages; None if its weight is 0.
+        patch_text_loss: loss of `patch_targets`, if these are given.
+        num_negatives: mean number of texts of all processes that an image is contrasted with.
         logits_per_image: [B, N], scaled similarity of images and texts.
         logits_per_text: [N, B].
         segment_logits: [B, K, N], scaled cosine of segment tokens and texts.
-        patch_logits: [B, N, h, w], scaled cosine of patches and texts; with patch pooling.
+        patch_logits: [B, N, h, w], scaled cosine of patches and texts, for patch pooling without `return_loss`.
         image_embeds: [B, D], normalised.
         text_embeds: [N, D], normalised.
         segment_embeds: [B, K, D], normalised.
         grouping: [B, K, h, w], soft assignment of patches to groups.
         image_sizes: int64 [B, 2], height and width of the input in pixels.
-        text_model_output: output of the text tower, `pooler_output` projected.
+        text_model_output: output of the text tower, with projected `pooler_output`.
         vision_model_output: [`PGSegVisionOutput`].
     """
 
@@ -83,7 +83,7 @@ class PGSegOutput(ModelOutput):
     vision_model_output: PGSegVisionOutput | None = None
 
     def add_losses(self, losses: Losses) -> None:
-        """Fills in the losses and their parts."""
+        """Sets the losses and their parts."""
         self.loss, self.num_negatives = losses.total, losses.negatives
         self.contrastive_loss, self.multi_label_loss = losses.contrastive, losses.multi_label
         self.image_prototype_loss = losses.image_prototype
@@ -96,7 +96,7 @@ class PGSegOutput(ModelOutput):
 
 
 class PGSegModel(KeepsPrecision, WithModelCard, EmbedsTokens, PGSegPreTrainedModel):
-    """Both towers in one joint space, with the losses of the method."""
+    """PGSeg: an image and a text tower with a joint space and the losses of the method."""
 
     _auto_class = "AutoModel"
 
@@ -124,7 +124,7 @@ class PGSegModel(KeepsPrecision, WithModelCard, EmbedsTokens, PGSegPreTrainedMod
         self.post_init()
 
     def train(self, mode: bool = True) -> "PGSegModel":
-        """As ever, but a frozen text tower stays in evaluation mode and without gradient, after loading too."""
+        """Sets the mode, but keeps a frozen text tower in evaluation mode and without gradient, also after loading."""
         super().train(mode)
         if self.config.freeze_text:
             for module in (self.text_model, self.text_projection):
@@ -154,10 +154,10 @@ class PGSegModel(KeepsPrecision, WithModelCard, EmbedsTokens, PGSegPreTrainedMod
 
         Args:
             input_ids: [N, T], or [N, P, T] for P prompts of each of N labels, whose embeddings are averaged.
-            attention_mask: of the same shape.
+            attention_mask: same shape.
 
         Returns:
-            the text tower's output, `pooler_output` [N, D] projected and not normalised.
+            The text tower's output with `pooler_output` [N, D] projected and not normalised.
         """
         return self._encode_texts(input_ids, attention_mask, False, position_ids=position_ids, **kwargs)[0]
 
@@ -169,9 +169,9 @@ class PGSegModel(KeepsPrecision, WithModelCard, EmbedsTokens, PGSegPreTrainedMod
         sparing: bool = False,
         **kwargs: Any,
     ) -> tuple[BaseModelOutputWithPooling, Tensor | None]:
-        """The text tower on [..., T] tokens, and prototypes from [`~pgseg_hf.npr.NPR.observe_texts`]. If `sparing`,
-        equal texts pass its transformer once, and it does not compute what follows the longest text's end: the hidden
-        states there are 0."""
+        """Applies the text tower to [..., T] tokens; also returns the prototypes from
+        [`~pgseg_hf.npr.NPR.observe_texts`]. If `sparing`, equal texts are encoded once and tokens after the longest
+        text's end are skipped (their hidden states are 0)."""
         input_ids = input_ids.flatten(0, -2)
         attention_mask = None if attention_mask is None else attention_mask.flatten(0, -2)
         rows, length = None, input_ids.shape[1]
@@ -195,14 +195,14 @@ class PGSegModel(KeepsPrecision, WithModelCard, EmbedsTokens, PGSegPreTrainedMod
 
     @can_return_tuple
     def get_image_features(self, pixel_values: Tensor | None = None, **kwargs: Any) -> PGSegVisionOutput:
-        """Encodes images [B, 3, H, W]; `pooler_output` [B, D] and `segment_embeds` [B, K, D] are in the joint space,
-        not normalised. All that segmentation needs of an image."""
+        """Encodes images [B, 3, H, W]. `pooler_output` [B, D] and `segment_embeds` [B, K, D] are in the joint space,
+        not normalised."""
         parts = self.config.pooling.parts
         by_patches, by_groups = parts == "patches", parts == "groups"
         outputs = self.vision_model(pixel_values, return_dict=True, output_patches=by_patches, **kwargs)
         if by_patches:
             outputs.patch_embeds = self.visual_projection(outputs.patch_hidden_state)
-        # BatchNorm takes its statistics from what the contrastive loss compares with texts.
+        # BatchNorm computes its statistics from the parts that the contrastive loss compares with texts.
         outputs.pooler_output = self.visual_projection(
             outputs.pooler_output, use_running_stats=by_groups or by_patches
         )
@@ -212,10 +212,10 @@ class PGSegModel(KeepsPrecision, WithModelCard, EmbedsTokens, PGSegPreTrainedMod
         return outputs
 
     def get_logits(self, image_features: PGSegVisionOutput, text_embeds: Tensor) -> tuple[Tensor, Tensor]:
-        """Scaled similarities with texts: of images [B, N] and of segment tokens [B, K, N], in float32 or better.
+        """Scaled similarities of images [B, N] and segment tokens [B, K, N] with texts, in float32 or float64.
 
         Args:
-            image_features: from [`~PGSegModel.get_image_features`].
+            image_features: output of [`~PGSegModel.get_image_features`].
             text_embeds: [N, D], normalised or not.
         """
         with full_precision(text_embeds.device.type):
@@ -226,8 +226,8 @@ class PGSegModel(KeepsPrecision, WithModelCard, EmbedsTokens, PGSegPreTrainedMod
             return pooled, scale * (images.segments @ text.T)
 
     def get_patch_logits(self, image_features: PGSegVisionOutput, text_embeds: Tensor) -> Tensor | None:
-        """Scaled cosines of the patches and texts, [B, N, h, w], in float32 or better; None without patch pooling.
-        Arguments as for [`~PGSegModel.get_logits`]."""
+        """Scaled cosines of patches and texts [B, N, h, w], in float32 or float64; None without patch pooling. The
+        arguments are those of [`~PGSegModel.get_logits`]."""
         if image_features.patch_embeds is None:
             return None
         with full_precision(text_embeds.device.type):
@@ -252,27 +252,26 @@ class PGSegModel(KeepsPrecision, WithModelCard, EmbedsTokens, PGSegPreTrainedMod
         patch_targets: Tensor | None = None,
         **kwargs: Any,
     ) -> PGSegOutput:
-        """Compares images with texts and, with `return_loss`, computes the losses of the method.
+        """Compares images with texts and, with `return_loss`, computes the losses.
 
         Args:
             input_ids: [N, T] texts, or [N, P, T] labels with P prompts each. For the losses text i belongs to image i.
             pixel_values: [B, 3, H, W], normalised.
-            attention_mask: of the shape of `input_ids`.
+            attention_mask: shape of `input_ids`.
             tag_input_ids: [B, M, T], prompts of each image's nouns or tags, for the multi-label loss.
-            tag_attention_mask: [B, M, T]; a label whose mask is all 0 is absent.
-            text_targets: [B, N], bool or 0 and 1, which texts belong to which image, where they are shared between
-                images: the contrastive loss then has several positives.
-            return_loss: compute the losses. Hidden states of texts are then 0 after the longest text's end.
-            output_attentions: return each stage's soft assignment (in `vision_model_output`).
-            output_hidden_states: return the towers' hidden states.
-            backbone_features: instead of `pixel_values`, see [`PGSegVisionModel`].
-            patch_targets: [B, h, w, N], what share of each cell of an image's grid shows each text, 0 where nothing is
-                known: another loss on the patches, where `contrastive_pooling` compares these with texts.
+            tag_attention_mask: [B, M, T]; a mask of zeros marks an absent label.
+            text_targets: [B, N], bool or 0 and 1: which texts belong to which image, for texts that images share.
+            return_loss: whether to compute the losses. Hidden states of texts are then 0 after the longest text's end.
+            output_attentions: whether to return each stage's soft assignment (in `vision_model_output`).
+            output_hidden_states: whether to return the hidden states of the towers.
+            backbone_features: replaces `pixel_values`, see [`PGSegVisionModel`].
+            patch_targets: [B, h, w, N], share of each grid cell that shows each text, 0 where unknown. Adds a loss on
+                the patches; requires `contrastive_pooling="patches"`.
 
         Raises:
-            ValueError: pixels or texts of wrong shape, NaN pixels, or losses asked for without one text an image.
+            ValueError: for pixels or texts of the wrong shape, NaN pixels, or losses without one text per image.
         """
-        # Their names before; transformers' Trainer takes arguments with "label" in their names for targets.
+        # The former names; Trainer treats arguments with "label" in their names as targets.
         tag_input_ids = kwargs.pop("label_input_ids", tag_input_ids)
         tag_attention_mask = kwargs.pop("label_attention_mask", tag_attention_mask)
         name_unused(kwargs)
@@ -284,8 +283,8 @@ class PGSegModel(KeepsPrecision, WithModelCard, EmbedsTokens, PGSegPreTrainedMod
             all_ids, all_mask, owners = self.gather_texts(
                 input_ids, attention_mask, tag_input_ids, tag_attention_mask, text_targets, patch_targets
             )
-        # Captions and labels pass the text tower together, so that BatchNorm sees them together; before the images, as
-        # what is asked about token ids has a GPU wait, which then has little to do.
+        # Captions and labels share a pass through the text tower, so that BatchNorm sees them together. Texts come
+        # before images, because checking token ids synchronises with the GPU, which has little queued at this point.
         text, text_features = self._encode_texts(
             all_ids, all_mask, return_loss, position_ids=position_ids, **towers
         )
@@ -326,8 +325,8 @@ class PGSegModel(KeepsPrecision, WithModelCard, EmbedsTokens, PGSegPreTrainedMod
         text_targets: Tensor | None = None,
         patch_targets: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None, TextOwners]:
-        """The captions and then the label texts of a batch, [N, T], their attention mask, and whom they belong to;
-        arguments as in `forward`."""
+        """The captions followed by the label texts of a batch [N, T], their attention mask, and which images they
+        belong to. The arguments are those of `forward`."""
         owners = TextOwners(len(input_ids), text_targets=text_targets, patch_targets=patch_targets)
         if tag_input_ids is None:
             return input_ids, attention_mask, owners
@@ -349,12 +348,12 @@ class PGSegModel(KeepsPrecision, WithModelCard, EmbedsTokens, PGSegPreTrainedMod
     def _encode_texts(
         self, input_ids: Tensor, attention_mask: Tensor | None, for_losses: bool, **kwargs: Any
     ) -> tuple[BaseModelOutputWithPooling, TextFeatures | None]:
-        """The text tower's output, `pooler_output` [N, D] projected, and what the losses need of it."""
+        """The text tower's output, with `pooler_output` [N, D] projected, and the features that the losses need."""
         if for_losses:
             input_ids, attention_mask = padded_on_the_right(
                 input_ids, attention_mask, self.config.text_config
             )
-        # A batch's tags are a few words, many times; with dropout no two of them are equal.
+        # The tags of a batch repeat a few words. With dropout, equal texts have different embeddings.
         config = self.config.text_config
         asked = {name: kwargs.get(name) for name in ("output_attentions", "output_hidden_states")}
         details = any(getattr(config, name) if value is None else value for name, value in asked.items())
@@ -393,8 +392,7 @@ class PGSegModel(KeepsPrecision, WithModelCard, EmbedsTokens, PGSegPreTrainedMod
         attention_mask: Tensor | None = None,
         backbone_features: Tensor | None = None,
     ) -> ImageFeatures | TextFeatures:
-        """Features for [`~pgseg_hf.objective.compute_losses`] of some of a batch's images [B, 3, H, W], or of some of
-        its texts [N, T]; image prototypes stay where they are."""
+        """Features of part of a batch, images [B, 3, H, W] or texts [N, T], for `compute_losses`."""
         if input_ids is None:
             vision = self.get_image_features(
                 pixel_values=pixel_values,
@@ -410,17 +408,17 @@ class PGSegModel(KeepsPrecision, WithModelCard, EmbedsTokens, PGSegPreTrainedMod
     def from_parts(
         cls, backbone_name_or_path: str | None = None, text_name_or_path: str | None = None, **kwargs: Any
     ) -> "PGSegModel":
-        """A new model on pretrained parts; the rest has random weights.
+        """Creates a model from pretrained parts; the rest has random weights.
 
         Args:
-            backbone_name_or_path: folder or Hub name of a backbone of [`~transformers.AutoBackbone`]; fields of its
-                configuration may be changed by `vision_config={"backbone_config": {"out_features": ...}}`.
-            text_name_or_path: of a [`PGSegTextModelWithProjection`] or [`PGSegModel`], whose text tower, projection and
-                joint space are taken.
+            backbone_name_or_path: folder or Hub name of an [`~transformers.AutoBackbone`]. Fields of its configuration
+                can be set by `vision_config={"backbone_config": {"out_features": ...}}`.
+            text_name_or_path: the same for a [`PGSegTextModelWithProjection`] or [`PGSegModel`], for its text tower and
+                joint space.
             kwargs: fields of [`PGSegConfig`].
 
         Raises:
-            ValueError: the parts do not fit the fields.
+            ValueError: if the parts do not fit the fields.
         """
         backbone = text = None
         if backbone_name_or_path is not None:
@@ -432,7 +430,7 @@ class PGSegModel(KeepsPrecision, WithModelCard, EmbedsTokens, PGSegPreTrainedMod
             text = PGSegTextModelWithProjection.from_pretrained(text_name_or_path, dtype="float32")
             names = ("text_config", "projection_dim", "projection_intermediate_dim")
             if given := [name for name in names if name in kwargs]:
-                raise ValueError(f"{', '.join(given)} come from {text_name_or_path}; leave them out.")
+                raise ValueError(f"{text_name_or_path} sets {', '.join(given)}; leave them out.")
             kwargs |= {name: getattr(text.config, name) for name in names}
         model = cls(PGSegConfig(**kwargs))
         if backbone is not None:
@@ -445,19 +443,18 @@ class PGSegModel(KeepsPrecision, WithModelCard, EmbedsTokens, PGSegPreTrainedMod
 
     @classmethod
     def from_groupvit(cls, name_or_path: str, npr_variant: str = "corrected", **kwargs: Any) -> "PGSegModel":
-        """Warm start from a transformers GroupViT checkpoint; only NPR's tensors are new, and named in the log.
+        """Warm start from a Transformers GroupViT checkpoint. Only NPR's tensors are new; they are named in the log.
 
-        The image tower attends eagerly, as GroupViT's does (the released variant in training and with gradient, see
-        `PGSegVisionModel`), so that without NPR its numbers are the same;
-        `model.set_attn_implementation("sdpa")` changes to the faster kernels.
+        The image tower uses eager attention like GroupViT's, for the same outputs without NPR (the released variant
+        only in training and with gradient, see `PGSegVisionModel`). `set_attn_implementation("sdpa")` is faster.
 
         Args:
             name_or_path: Hub name or folder of a `GroupViTModel`.
-            npr_variant: of the new model.
-            kwargs: further fields of [`PGSegConfig`], for instance `image_prototype_weight`.
+            npr_variant: NPR variant of the new model.
+            kwargs: further fields of [`PGSegConfig`], for example `image_prototype_weight`.
 
         Raises:
-            ValueError: there is no such checkpoint, it is no GroupViT, or not a whole one.
+            ValueError: if the checkpoint does not exist, is not a GroupViT, or is incomplete.
         """
         return load_groupvit(cls, name_or_path, npr_variant, **kwargs)
 

@@ -1,4 +1,4 @@
-"""PGSeg's text tower: CLIP's, alone and with its projection to the joint space.
+"""PGSeg's text tower: CLIP's, with and without the projection to the joint space.
 
 Shapes: N texts, P prompts of a label, T text tokens, D joint width.
 """
@@ -17,7 +17,7 @@ from .token_ids import rotated, starts_of_texts
 
 
 class PGSegTextModel(CLIPTextModel):
-    """The text tower: transformers' CLIP text transformer with PGSeg's configuration."""
+    """The text tower: CLIP's text transformer with PGSeg's configuration."""
 
     _auto_class = "AutoModel"
     config: PGSegTextConfig
@@ -41,8 +41,8 @@ class PGSegTextModel(CLIPTextModel):
         position_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPooling:
-        """As CLIP's, on whichever side texts [N, T] are padded: without `position_ids` each is encoded as if its
-        padding were on the right, where attentions have it too."""
+        """Encodes texts [N, T] as CLIP does, padded on either side. Without `position_ids` each text is encoded as if
+        padded on the right; attentions are returned in that order too."""
         kwargs["return_dict"] = True
         starts_N = None
         if input_ids is not None and position_ids is None:
@@ -60,17 +60,17 @@ class PGSegTextModel(CLIPTextModel):
 def refuse_bad_texts(input_ids: Tensor | None, for_losses: bool = False) -> None:
     if input_ids is None or input_ids.ndim not in ((2,) if for_losses else (2, 3)):
         shape = None if input_ids is None else list(input_ids.shape)
-        others = ", one prompt a text for the losses" if for_losses else " or [labels, prompts, length]"
+        others = ", one prompt per text for the losses" if for_losses else " or [labels, prompts, length]"
         raise ValueError(f"input_ids has shape {shape}, expected token ids [texts, length]{others}.")
 
 
 def mean_over_prompts(embeds: Tensor, input_ids: Tensor) -> Tensor:
-    """Embeddings [N * P, D] of token ids [N, P, T], averaged to [N, D]; of [N, T] as they are."""
+    """Averages embeddings [N * P, D] of token ids [N, P, T] to [N, D]; those of [N, T] stay as they are."""
     return embeds.unflatten(0, input_ids.shape[:2]).mean(1) if input_ids.ndim == 3 else embeds
 
 
 class EmbedsTokens:
-    """For a model beside it: its input embeddings are those of its text tower."""
+    """Mixin for models whose input embeddings are those of their text tower."""
 
     text_model: PGSegTextModel
 
@@ -82,7 +82,7 @@ class EmbedsTokens:
 
 
 class PGSegTextModelWithProjection(EmbedsTokens, PGSegPreTrainedModel):
-    """The text tower with its projection: texts to the joint space, from a folder of its own or a whole model's."""
+    """The text tower with its projection to the joint space. Also loads checkpoints of [`PGSegModel`]."""
 
     _auto_class = "AutoModelForTextEncoding"
     input_modalities = ("text",)
@@ -99,11 +99,11 @@ class PGSegTextModelWithProjection(EmbedsTokens, PGSegPreTrainedModel):
         self.post_init()
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Embeddings [N, D] of texts, projected and not normalised, as `PGSegModel.get_text_features` gives them.
+        """Returns embeddings [N, D] of texts, projected and not normalised, like `PGSegModel.get_text_features`.
 
         Args:
             input_ids: [N, T], or [N, P, T] for P prompts of each of N labels, whose embeddings are averaged.
-            attention_mask: of the same shape.
+            attention_mask: same shape.
         """
         refuse_bad_texts(input_ids)
         mask = None if attention_mask is None else attention_mask.flatten(0, -2)

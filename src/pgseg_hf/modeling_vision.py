@@ -1,4 +1,4 @@
-"""PGSeg's image tower: images of any size to segment tokens and the grouping of their patches.
+"""PGSeg's image tower: computes segment tokens and a grouping of the patches for images of any size.
 
 Shapes: B batch, L image tokens of a stage's input, K groups of a stage, C width, D joint width.
 """
@@ -29,15 +29,14 @@ class PGSegVisionOutput(ModelOutput):
         last_hidden_state: [B, K, C], the segment tokens after the last stage and LayerNorm.
         pooler_output: [B, C], their mean; from `get_image_features` its projection [B, D], not normalised.
         segment_embeds: [B, K, D], projected segment tokens, not normalised; only from `get_image_features`.
-        patch_hidden_state: [B, L, C], the patches that groups are named by (as the first stage groups them, or as they
-            enter it where `segment_source` says so), after the same LayerNorm.
-        patch_embeds: [B, L, D], these projected, not normalised; only from `get_image_features` with patch pooling.
+        patch_hidden_state: [B, L, C], the patches that groups are named by, after the same LayerNorm: as the first
+            stage groups them, or as they enter it for `segment_source="inputs"`.
+        patch_embeds: [B, L, D], their projection, not normalised; only from `get_image_features` with patch pooling.
         grouping: [B, K, h, w], soft assignment of patches to the last stage's groups, on the true patch grid.
         image_sizes: int64 [B, 2], height and width of the input in pixels.
-        hidden_states: the input of each stage and the output of the last, where asked for.
-        attentions: soft assignment [B, K, L] of each grouping stage, where asked for.
-        npr: for each grouping stage what the prototype losses need, [`~pgseg_hf.features.StageFeatures`], where asked
-            for.
+        hidden_states: input of each stage and output of the last, with `output_hidden_states`.
+        attentions: soft assignment [B, K, L] of each grouping stage, with `output_attentions`.
+        npr: [`~pgseg_hf.features.StageFeatures`] of each grouping stage for the prototype losses, with `output_npr`.
     """
 
     last_hidden_state: Tensor | None = None
@@ -53,12 +52,12 @@ class PGSegVisionOutput(ModelOutput):
 
 
 def _refuse_unfinite(name: str, values: Tensor, training: bool) -> None:
-    """In training nobody looks on a GPU, which would have to be waited for; the loss is then NaN as well."""
+    """Raises a ValueError, except in training on a GPU, where checking would synchronise; the loss is NaN as well."""
     if values.device.type == "meta" or values.numel() == 0 or (training and values.is_cuda):
         return
-    low, high = values.aminmax()  # NaN where there is one
+    low, high = values.aminmax()  # NaN if any value is NaN
     if not (low.isfinite() & high.isfinite()):
-        raise ValueError(f"{name} holds NaN or infinite values; expected finite ones.")
+        raise ValueError(f"{name} has NaN or infinite values, expected finite ones.")
 
 
 def _refuse_bad_pixels(pixel_values: Tensor | None, patch_size: int, channels: int, training: bool) -> None:
@@ -71,8 +70,8 @@ def _refuse_bad_pixels(pixel_values: Tensor | None, patch_size: int, channels: i
     height, width = pixel_values.shape[-2:]
     if height < patch_size or width < patch_size:
         raise ValueError(
-            f"pixel_values is {height} x {width} pixels, smaller than a patch of {patch_size} x {patch_size}; "
-            "resize it."
+            f"pixel_values has images of {height} x {width} pixels, smaller than a patch of {patch_size} x "
+            f"{patch_size}; resize them."
         )
     _refuse_unfinite("pixel_values", pixel_values, training)
 
@@ -81,13 +80,13 @@ def _refuse_bad_features(features: Tensor, channels: int, training: bool) -> Non
     if features.ndim != 4 or features.shape[1] != channels or not features.is_floating_point():
         raise ValueError(
             f"backbone_features has shape {list(features.shape)} and type {features.dtype}, expected [batch, "
-            f"{channels}, height, width] of floats, as this model's embeddings.features gives them."
+            f"{channels}, height, width] of floats, as returned by this model's embeddings.features."
         )
     _refuse_unfinite("backbone_features", features, training)
 
 
 class PGSegVisionModel(PGSegPreTrainedModel):
-    """The image tower: an image to segment tokens and the grouping of its patches."""
+    """The image tower: computes segment tokens of images and the grouping of their patches."""
 
     # Saved with its code, for trust_remote_code=True where this package is not installed.
     _auto_class = "AutoModel"
@@ -111,9 +110,9 @@ class PGSegVisionModel(PGSegPreTrainedModel):
     def get_correct_attn_implementation(
         self, requested_attention: str | None, is_init_check: bool = False
     ) -> str:
-        """A variant of `eager_gradients` attends eagerly unless asked otherwise: the released one's BatchNorm over
-        nearly equal rows amplifies the rounding of other kernels to some 2e-5 of a gradient's largest entry. In
-        evaluation without gradient, where that does not matter, it then attends by sdpa."""
+        """Variants with `eager_gradients` default to eager attention: the released variant's BatchNorm over nearly
+        equal rows amplifies the rounding of other kernels to about 2e-5 of a gradient's largest entry. Evaluation
+        without gradient uses sdpa."""
         if requested_attention is None and NPR_VARIANTS[self.config.npr_variant].eager_gradients:
             requested_attention = "eager"
         return super().get_correct_attn_implementation(requested_attention, is_init_check)
@@ -134,18 +133,18 @@ class PGSegVisionModel(PGSegPreTrainedModel):
 
         Args:
             pixel_values: [B, 3, H, W], normalised.
-            output_attentions: return each stage's soft assignment.
-            output_hidden_states: return the stages' inputs and the last output.
-            output_npr: return what the prototype losses need.
-            output_patches: return the patches that were grouped.
-            move_prototypes: in training with gradient, move the prototypes to the mean of this batch; False where the
-                batch is a part of one, see [`~PGSegVisionModel.move_prototypes`].
-            backbone_features: [B, channels, h, w] instead of `pixel_values`, from `embeddings.features` of a model with
-                a backbone; `image_sizes` are then those of the grid times `patch_size`.
+            output_attentions: whether to return each stage's soft assignment.
+            output_hidden_states: whether to return the stages' inputs and the last output.
+            output_npr: whether to return what the prototype losses need.
+            output_patches: whether to return the patches that were grouped.
+            move_prototypes: whether to update the prototypes with the mean of this batch, in training with gradient.
+                Pass False for a part of a batch, see [`~PGSegVisionModel.move_prototypes`].
+            backbone_features: [B, channels, h, w] from `embeddings.features` of a model with a backbone, instead of
+                `pixel_values`. `image_sizes` are then the size of the grid times `patch_size`.
 
         Raises:
-            ValueError: wrong shape, images smaller than a patch, both inputs; NaN or infinite pixels or features, which
-                in training on CUDA nobody looks for.
+            ValueError: for a wrong shape, images smaller than a patch, both inputs, or values that are not finite (not
+                checked in CUDA training).
         """
         name_unused(kwargs)
         if backbone_features is None and not torch.compiler.is_compiling():
@@ -205,7 +204,7 @@ class PGSegVisionModel(PGSegPreTrainedModel):
         return self.embeddings(backbone_features=backbone_features)
 
     def move_prototypes(self, prototypes: Sequence[Tensor]) -> None:
-        """Moves each grouping stage's prototypes to the mean of a batch's, [B, P, C]."""
+        """Updates each grouping stage's prototypes with the mean of a batch's prototypes [B, P, C]."""
         stages: Any = [stage.npr for stage in self.encoder.stages if stage.npr is not None]
         for stage, of_stage in zip(stages, prototypes):
             stage.move(of_stage)

@@ -1,7 +1,7 @@
-"""The variants of non-learnable prototypes (NPR): what each of them makes of a model, and its losses.
+"""The variants of non-learnable prototypes (NPR): their modules and losses.
 
-A variant is a subclass of [`NPR`]; `npr_variant` of a configuration names it. Its arithmetic is in `prototypes.py`. The
-released code's variant has a file of its own, `npr_released.py`, which [`npr_of`] imports when it is asked for.
+A variant is a subclass of [`NPR`], selected by `npr_variant` of the configuration. The arithmetic is in
+`prototypes.py`. The released code's variant is in `npr_released.py`, which [`npr_of`] imports on first use.
 
 Shapes: B batch, L image tokens of a stage's input, K groups, P prototypes, C width, D joint width.
 """
@@ -33,8 +33,8 @@ from .variants import NPR_VARIANTS, VariantSettings
 
 @torch.no_grad()
 def init_prototypes(buffer: Tensor, dim: int = -1) -> None:
-    """Fills a buffer of prototypes with random unit vectors along `dim`, the same at every call: transformers expects
-    buffers not to depend on the seed or on the order of initialisation."""
+    """Fills a buffer of prototypes with random unit vectors along `dim`. They are the same in each call: transformers
+    expects buffers not to depend on the seed or the order of initialisation."""
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(buffer.shape, generator=generator, dtype=torch.float32, device="cpu")
     init.copy_(buffer, nn.functional.normalize(values, dim=dim))
@@ -44,7 +44,8 @@ def init_prototypes(buffer: Tensor, dim: int = -1) -> None:
 def move_prototypes(
     buffer_1PC: Tensor, estimates_BPC: Tensor, momentum: float, mask_BP: Tensor | None = None
 ) -> None:
-    """Moves the seeds towards the mean of all processes' estimates; a prototype that no sample has stays."""
+    """Updates the moving average of prototypes with the mean of all processes' estimates. Prototypes without samples
+    stay."""
     if mask_BP is None:
         mask_BP = torch.ones(estimates_BPC.shape[:2], dtype=torch.bool, device=estimates_BPC.device)
     sums_PC = sum_over_processes((estimates_BPC * mask_BP[..., None]).sum(0))
@@ -54,7 +55,7 @@ def move_prototypes(
 
 
 class PGSegStagePrototypes(KeepsPrecision, nn.Module):
-    """A stage's prototypes: the moving seeds of the estimation and the projection of prototypes to tokens."""
+    """Prototypes of a stage: a moving average that seeds the estimation, and the projection of prototypes to tokens."""
 
     precise_buffer = "prototypes"
     prototypes: Tensor
@@ -73,35 +74,34 @@ class PGSegStagePrototypes(KeepsPrecision, nn.Module):
         )
 
     def seeds(self) -> Tensor:
-        """Where a forward starts the estimation, [1, P, C]: a copy where `move` will change the prototypes, so that a
-        recompute of the stage starts from the same."""
+        """Initial prototypes of the estimation [1, P, C]; a copy if `move` will change them, so that a recompute of the
+        stage gives the same result."""
         return self.prototypes.clone() if self.moves() else self.prototypes
 
     def moves(self) -> bool:
-        """Whether this forward changes the seeds: in training with gradient. Frozen ones stay, as a frozen model's
-        statistics do."""
+        """Whether this forward pass updates the prototypes: in training with gradient, unless they are frozen."""
         is_frozen = not self.projection[1].weight.requires_grad
         return self.training and torch.is_grad_enabled() and not is_frozen
 
     def move(self, estimates_BPC: Tensor) -> None:
-        """In training with gradient, moves the seeds to the mean of the batch's prototypes."""
+        """Updates the prototypes with the mean of the batch's prototypes, in training with gradient."""
         if self.moves():
             move_prototypes(self.prototypes, estimates_BPC, self.momentum)
 
     def estimate(self, tokens_BLC: Tensor, seeds_1PC: Tensor) -> PrototypeEstimate:
-        """Estimates prototypes from a stage's input."""
+        """Estimates prototypes from the input tokens of a stage."""
         with full_precision(tokens_BLC.device.type):
             tokens_BLC = tokens_BLC.detach().to(estimation_dtype(tokens_BLC.dtype))
             return estimate_prototypes(tokens_BLC, seeds_1PC, self.num_iterations)
 
     def reconstruct(self, estimate: PrototypeEstimate, dtype: torch.dtype) -> Tensor:
-        """The prototypes' part of each token, R [B, L, C]."""
+        """R [B, L, C], which is added to the tokens."""
         if self.mixing == "tokens":
             return self.project_mixed(estimate, dtype)
         return estimate.responsibilities.to(dtype) @ self.projection(estimate.prototypes.to(dtype))
 
     def project_mixed(self, estimate: PrototypeEstimate, dtype: torch.dtype) -> Tensor:
-        """The projection of each token's mixture of prototypes, [B, L, C]."""
+        """Projection [B, L, C] of each token's mixture of prototypes."""
         weights_BLP = tokens_to_weights(estimate.responsibilities)
         if projects_first(self.projection):
             return project_mixtures(self.projection, estimate.prototypes.to(dtype), weights_BLP.to(dtype))
@@ -114,12 +114,12 @@ class PGSegStagePrototypes(KeepsPrecision, nn.Module):
 
 
 class NPRLosses(NamedTuple):
-    """Losses of one batch before their weights.
+    """Losses of one batch, before their weights.
 
-    image_by_stage: I-NPR, a scalar for each grouping stage.
+    image_by_stage: I-NPR of each grouping stage, scalars.
     text: T-NPR.
-    assignment: the sum over the stages; None where it has no weight.
-    text_estimate: the texts' prototypes [B, P, D] and which of them exist, bool [B, P], for those who move their seeds.
+    assignment: sum over the stages; None if it has no weight.
+    text_estimate: the texts' prototypes [B, P, D] and which of them exist, bool [B, P], for variants that update them.
     """
 
     image_by_stage: tuple[Tensor, ...]
@@ -129,19 +129,19 @@ class NPRLosses(NamedTuple):
 
 
 class NPR:
-    """A variant, without state: its tensors lie in the modules and buffers of the model.
+    """A variant of NPR. It has no state: its tensors are in the modules and buffers of the model.
 
-    A subclass with a `name` is one that configurations may ask for; `settings` are what it asks of a configuration.
+    A subclass with a `name` can be selected in configurations; `settings` is what it requires of them.
     """
 
-    # The modules of grouping stages; a variant without any has no losses.
+    # Module of each grouping stage; variants without one have no losses.
     stage_prototypes: ClassVar[type[PGSegStagePrototypes] | None] = None
-    # The model's buffer of text prototypes, and along which dimension they have unit length.
+    # Name of the model's buffer of text prototypes, and the dimension along which they have unit length.
     text_buffer: ClassVar[str | None] = None
     text_dim: ClassVar[int] = -1
-    # Buffers of the model that an encoding of texts changes.
+    # Buffers of the model that change when texts are encoded.
     moved_by_texts: ClassVar[tuple[str, ...]] = ()
-    # Whether a loss may be NaN for want of pairs, and so the total.
+    # Whether a loss, and so the total, may be NaN if no pair is kept.
     may_be_nan: ClassVar[bool] = False
 
     def __init_subclass__(cls, name: str | None = None, settings: VariantSettings | None = None) -> None:
@@ -155,17 +155,17 @@ class NPR:
         raise NotImplementedError
 
     def observe_texts(self, model: Any, pooled: Tensor) -> Tensor | None:
-        """Called with the text tower's pooled output [N, C] of every text that is encoded, in evaluation too; what it
-        returns is the `prototypes` of the [`TextFeatures`]."""
+        """Called with the pooled outputs [N, C] of all texts, also in evaluation; returns `prototypes` of
+        [`TextFeatures`]."""
         return None
 
     def add_text_features(
         self, model: Any, features: TextFeatures, pooled: Tensor, hidden: Tensor, word_mask: Tensor
     ) -> None:
-        """Adds what the losses need of texts, from the tower's output [N, C] and [N, T, C]."""
+        """Adds what the losses need from texts, given the pooled [N, C] and token outputs [N, T, C] of the tower."""
 
     def losses(self, batch: Batch) -> NPRLosses:
-        """I-NPR of each grouping stage, the assignment term where it has a weight, and T-NPR."""
+        """I-NPR of each grouping stage, the assignment term if it has a weight, and T-NPR."""
         by_stage, assignments = [], []
         for stage in batch.images.stages:
             loss, matching = self.stage_loss(
@@ -182,33 +182,33 @@ class NPR:
     def stage_loss(
         self, batch: Batch, centers_BKC: Tensor, prototypes_BPC: Tensor
     ) -> tuple[Tensor, Matching]:
-        """I-NPR of one stage and the matching of its groups with prototypes."""
+        """I-NPR of one stage, and the matching of its groups with prototypes."""
         raise NotImplementedError
 
     def text_loss(self, batch: Batch) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-        """T-NPR between the last grouping stage and the texts' prototypes, and the `text_estimate` of the losses."""
+        """T-NPR between the last grouping stage and the texts' prototypes, and `text_estimate` of [`NPRLosses`]."""
         raise NotImplementedError
 
     def move_text_prototypes(self, model: Any, estimates: Tensor, mask: Tensor) -> None:
-        """Called with the `text_estimate` of the losses in training with gradient."""
+        """Called with `text_estimate` of the losses, in training with gradient."""
 
 
 _VARIANTS: dict[str, NPR] = {}
 
 
 def npr_of(config: Any) -> NPR:
-    """The variant that a configuration names."""
+    """The variant that a configuration selects."""
     if config.npr_variant == "released":
-        from .npr_released import ReleasedNPR  # noqa: F401 (makes itself known)
+        from .npr_released import ReleasedNPR  # noqa: F401 (registers itself)
     return _VARIANTS[config.npr_variant]
 
 
 class NoPrototypes(NPR, name="none"):
-    """GroupViT."""
+    """GroupViT, without prototypes."""
 
 
 class CorrectedNPR(NPR, name="corrected"):
-    """The paper's method without the released code's faults."""
+    """The method of the paper without the faults of the released code."""
 
     stage_prototypes = PGSegStagePrototypes
     text_buffer = "text_prototypes"
@@ -261,15 +261,15 @@ class CorrectedNPR(NPR, name="corrected"):
         return prototype_loss(centers_BKC, prototypes_BPC, scale, threshold, mask_BP, matching)
 
     def move_text_prototypes(self, model: Any, estimates: Tensor, mask: Tensor) -> None:
-        # Below an adapter nothing moves that the adapter does not hold.
+        # With an adapter only the adapter's own state may change.
         if any(parameter.requires_grad for parameter in model.parameters(recurse=False)):
             momentum = model.config.vision_config.prototype_momentum
             move_prototypes(model.text_prototypes, estimates, momentum, mask)
 
 
 def own_texts(texts: TextFeatures, owners: TextOwners) -> tuple[Tensor, Tensor]:
-    """What each image's text prototypes are estimated from: the texts of its labels where it has several, else the
-    words of its caption. Constants [B, ., D] and which of them exist, bool [B, .]."""
+    """The texts that each image's prototypes are estimated from: its label texts if it has several, else the words of
+    its caption. Returns constants [B, ., D] and which of them exist, bool [B, .]."""
     count = owners.num_captions
     words, words_mask = texts.words[:count], texts.word_mask[:count]
     if owners.text_targets is not None:

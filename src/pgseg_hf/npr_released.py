@@ -1,8 +1,8 @@
-"""NPR as the released code computes it, faults included, to rerun its checkpoints; frozen.
+"""NPR exactly as in the released code, with its faults, to reproduce its checkpoints. Does not change.
 
-Differences from the method: groups are matched with the *least* similar prototypes, pairs are kept by the first row and
-column instead of the diagonal, text prototypes are scalars that every call of the text tower moves, image prototypes
-never move, and a loss without pairs is NaN.
+It differs from the method: groups are matched with the *least* similar prototypes; pairs are kept by the first row and
+column instead of the diagonal; text prototypes are scalars, updated in each call of the text tower; image prototypes
+are constant; a loss without pairs is NaN.
 
 Shapes: B batch, L tokens, K groups, P prototypes, M pairs, C width.
 """
@@ -27,13 +27,13 @@ from .prototypes import (
     updated_prototypes,
 )
 
-# Released `TextTransformer.Atten`: both numbers are fixed in the code.
+# Released `TextTransformer.Atten`: both values are hard-coded.
 TEXT_PROTOTYPES = 8
 TEXT_MOMENTUM = 0.9
 
 
 class ReleasedStagePrototypes(PGSegStagePrototypes):
-    """Prototypes that never move."""
+    """Prototypes that are never updated."""
 
     def moves(self) -> bool:
         return False
@@ -42,21 +42,21 @@ class ReleasedStagePrototypes(PGSegStagePrototypes):
         return self.project_mixed(estimate, dtype)
 
     def project_tokens(self, tokens_BLC: Tensor) -> Tensor:
-        """By the convolutions of width 1 of the released code, whose rounding this reproduces."""
+        """Uses convolutions of width 1 like the released code, to reproduce its rounding."""
         first, _, activation, last = self.projection
         hidden = self.projection.normalized(_as_convolution(first, tokens_BLC.transpose(1, 2)))
         return _as_convolution(last, activation(hidden)).transpose(1, 2)
 
 
 def _as_convolution(layer: Any, x: Tensor) -> Tensor:
-    """A linear layer on [B, channels, L], as a convolution of width 1."""
+    """Applies a linear layer to [B, channels, L] as a convolution of width 1."""
     if is_plain_linear(layer):
         return nn.functional.conv1d(x, layer.weight[..., None], layer.bias)
     return layer(x.transpose(1, 2)).transpose(1, 2)
 
 
 class ReleasedNPR(NPR, name="released"):
-    """The released code's."""
+    """The released code's variant."""
 
     stage_prototypes = ReleasedStagePrototypes
     text_buffer = "released_text_prototypes"
@@ -68,7 +68,7 @@ class ReleasedNPR(NPR, name="released"):
         return config.num_text_prototypes or TEXT_PROTOTYPES, 1
 
     def observe_texts(self, model: Any, pooled: Tensor) -> Tensor | None:
-        """Estimates prototypes [N, P, 1] of the scalars of each pooled text, and moves their buffer."""
+        """Estimates prototypes [N, P, 1] from the scalars of each pooled text, and updates their buffer."""
         if torch.compiler.is_exporting():
             return None
         buffer = model.released_text_prototypes
@@ -91,9 +91,9 @@ class ReleasedNPR(NPR, name="released"):
         prototypes = batch.texts.prototypes[: len(centers)]
         if centers.shape[:2] != prototypes.shape[:2]:
             raise ValueError(
-                "the released text prototypes need one text an image and as many of them as the last grouping stage "
-                f"has output groups; got {list(centers.shape[:2])} images x groups, {list(prototypes.shape[:2])} "
-                "texts x prototypes."
+                "the released text prototypes need one text per image and one prototype per output group of the last "
+                f"grouping stage; got {list(centers.shape[:2])} images x groups, {list(prototypes.shape[:2])} texts "
+                "x prototypes."
             )
         scalars = centers.to(prototypes.dtype).mean(-1, keepdim=True)
         if batch.config.guard_prototype_losses:
@@ -104,9 +104,8 @@ class ReleasedNPR(NPR, name="released"):
 def released_prototype_loss(
     centers_BKC: Tensor, prototypes_BKC: Tensor, logit_scale: Tensor, threshold: float = 0.1
 ) -> tuple[Tensor, Matching]:
-    """As [`~pgseg_hf.prototypes.prototype_loss`] for as many prototypes as groups, with the matching of smallest
-    cosine, rejection by first row and column, and NaN where no term is kept. Source: released `downsample_spatial` and
-    `match` losses."""
+    """[`~pgseg_hf.prototypes.prototype_loss`] for equal numbers of prototypes and groups, with the matching of smallest
+    cosine, rejection by first row and column, and NaN without terms. Source: released `downsample_spatial`, `match`."""
     similarity_BKP = cosines(centers_BKC, prototypes_BKC)
     matching = match_prototypes(similarity_BKP.detach().nan_to_num(), maximize=False)
     row_terms, column_terms = matched_terms(similarity_BKP, matching, logit_scale)
@@ -117,8 +116,8 @@ def released_prototype_loss(
 def kept_pairs_released(
     similarity_BKK: Tensor, matching: Matching, threshold: float
 ) -> tuple[Tensor, Tensor]:
-    """The released code's rejection, which reads the first row and column of the matched similarities rather than
-    their diagonal. As [`~pgseg_hf.prototypes.kept_pairs`], for as many prototypes as groups."""
+    """[`~pgseg_hf.prototypes.kept_pairs`] with the released code's rejection, which reads the first row and column of
+    the matched similarities instead of their diagonal. For equal numbers of prototypes and groups."""
     first_row = min_max(similarity_BKK[:, 0, :].gather(1, matching.prototypes), 1)
     first_prototype = matching.prototypes[:, None, :1].expand(-1, similarity_BKK.shape[1], 1)
     first_column = min_max(similarity_BKK.gather(2, first_prototype)[..., 0], 1)
@@ -126,7 +125,7 @@ def kept_pairs_released(
 
 
 def _masked_mean(values: Tensor, keep: Tensor) -> Tensor:
-    """Mean of the kept values; NaN where none is kept."""
+    """Mean of the kept values; NaN if none is kept."""
     total = torch.where(keep, values, torch.zeros_like(values)).sum()
     count = keep.sum()
     return torch.where(count > 0, total / count.clamp(min=1), torch.full_like(total, float("nan")))

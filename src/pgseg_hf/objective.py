@@ -1,6 +1,6 @@
-"""The training objective: from the features of a batch of images and texts to the method's losses.
+"""The training objective: computes the losses from the features of a batch of images and texts.
 
-Shapes: B images of this process, N texts of this process, U different texts of all processes, L patches.
+Shapes: B images of this process, N texts of this process, U distinct texts of all processes, L patches.
 """
 
 from dataclasses import dataclass, fields
@@ -31,7 +31,7 @@ logger = logging.get_logger(__name__)
 
 @dataclass
 class Losses:
-    """Parts of the objective before their weights, and `total`, the weighted sum that is minimised."""
+    """Parts of the objective before their weights, and `total`, their weighted sum."""
 
     total: Tensor
     contrastive: Tensor
@@ -42,16 +42,16 @@ class Losses:
     assignment: Tensor | None = None
     patch_text: Tensor | None = None
     negatives: Tensor | None = None
-    """How many texts an image is told apart from in the contrastive loss, on average; not part of the total."""
+    """Mean number of texts that an image is contrasted with; not part of the total."""
 
     def parts(self) -> dict[str, Tensor]:
-        """The parts that there are, as scalars without gradient."""
+        """The parts that were computed, as scalars without gradient."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: value.detach() for name, value in values.items() if isinstance(value, Tensor)}
 
 
 class Objective(Batch):
-    """The losses of one global batch. Gradient flows into the features and into the scales' factors and bias."""
+    """The losses of one global batch, with gradient to the features, the scales' factors and the bias."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -81,7 +81,7 @@ class Objective(Batch):
         return images.logits(text_ND, self.scales.contrastive, self.config)
 
     def _shared_captions(self, texts_ND: Tensor) -> SharedTexts | None:
-        """The captions, equal ones once, where a loss needs them so."""
+        """The captions with equal ones merged, if a loss needs that."""
         owners = self.owners
         one_each = self.config.contrastive_loss == "info_nce" and owners.text_targets is None
         if one_each and owners.patch_targets is None:
@@ -118,12 +118,11 @@ class Objective(Batch):
         )
 
     def _share(self, texts_ND: Tensor, keys_NT: Tensor, owners_BN: Tensor) -> SharedTexts:
-        keys_NT = pad_to_longest(keys_NT + 1) - 1  # texts of processes that pad to other lengths stay equal
+        keys_NT = pad_to_longest(keys_NT + 1) - 1  # so that texts padded to different lengths stay equal
         return share_texts(texts_ND, keys_NT, owners_BN)
 
     def _shared_texts_loss(self, shared: SharedTexts) -> tuple[Tensor, Tensor]:
-        """Equal texts of the global batch count as one, which may belong to many images; also which belong to this
-        process's images, bool [B, U]."""
+        """Contrastive loss with equal texts merged, and which of them belong to this process's images, bool [B, U]."""
         logits_BU = self._logits(self.joint, shared.embeds)
         if self.config.contrastive_loss == "sigmoid":
             targets_BU = shared.image_targets
@@ -140,13 +139,12 @@ class Objective(Batch):
         return loss, shared.image_targets
 
     def _patch_texts_loss(self, shared: SharedTexts, targets_BhwN: Tensor) -> Tensor:
-        """Cross-entropy of the patches' softmax over the texts of the global batch, by how much of their cell a text
-        has; a mean over what the cells of all processes show."""
+        """Cross-entropy of the patches' softmax over all texts with the texts' shares of the cells; mean over all
+        processes."""
         patches_BLD = self.joint.patches
         if patches_BLD is None:
             raise ValueError(
-                f"patch_targets are given and contrastive_pooling is {self.config.contrastive_pooling!r}, expected "
-                "'patches'."
+                f"patch_targets require contrastive_pooling='patches', but it is {self.config.contrastive_pooling!r}."
             )
         if targets_BhwN.ndim != 4 or targets_BhwN.shape[::3] != (len(patches_BLD), len(shared.places)):
             raise ValueError(
@@ -180,16 +178,15 @@ class Objective(Batch):
         learns = torch.is_grad_enabled() and not torch.compiler.is_compiling()
         if learns and self.npr.may_be_nan and not loss.isfinite():
             logger.warning_once(
-                f"The {self.config.npr_variant} variant's prototype losses are NaN where no pair of a group and a "
-                "prototype is kept, and with them the total. For training set the configuration's "
-                "guard_prototype_losses to True."
+                f"A prototype loss of the {self.config.npr_variant} variant is NaN, as when no pair of a group and a "
+                "prototype is kept, and so is the total. For training set guard_prototype_losses=True in the "
+                "configuration."
             )
         return loss
 
 
 def compute_losses(model: Any, images: ImageFeatures, texts: TextFeatures, owners: TextOwners) -> Losses:
-    """The losses of one global batch in float32 or better; see [`Objective`]. In training with gradient the text
-    prototypes of a `PGSegModel` are moved."""
+    """The losses of one global batch in float32 or float64. In training, also updates the model's text prototypes."""
     config = model.config
     with full_precision(images.embeds.device.type):
         scales = Scales(clamped_scale(model.logit_scale, config), bias=model.logit_bias)

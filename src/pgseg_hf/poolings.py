@@ -1,4 +1,4 @@
-"""What the poolings ask of a model and its training; how they compute is in `features.py`."""
+"""What each pooling requires of a model and its training; the computation is in `features.py`."""
 
 from dataclasses import dataclass
 
@@ -7,13 +7,12 @@ CONTRASTIVE_LOSSES = ("info_nce", "multi_positive", "sigmoid")
 
 @dataclass(frozen=True)
 class PoolingSettings:
-    """What a pooling needs to know of images and of the loss.
+    """What a pooling requires of images and of the loss.
 
     Args:
-        parts: what of an image is compared with texts: "image" (the mean of its segment tokens), "groups" or "patches".
-        by_share: with the sigmoid loss the logits are log odds of a text's share of the image among all texts, which
-            need no bias.
-        losses: contrastive losses that it is for.
+        parts: what is compared with texts: "image" (the mean of its segment tokens), "groups" or "patches".
+        by_share: whether the logits of the sigmoid loss are log odds of a text's share of the image, without a bias.
+        losses: supported contrastive losses.
     """
 
     parts: str
@@ -22,7 +21,7 @@ class PoolingSettings:
 
     @property
     def words_compete(self) -> bool:
-        """With the sigmoid loss: texts of a batch that no image has take part in the shares, and have no loss."""
+        """Whether in the sigmoid loss texts that no image has compete for shares, without a loss of their own."""
         return self.by_share and self.parts == "patches"
 
 
@@ -35,10 +34,10 @@ POOLINGS = {
 
 
 def refuse_other_losses(pooling: str, loss: str) -> None:
-    """Raises a ValueError for a pooling with a contrastive loss that it is not for."""
+    """Raises a ValueError if a pooling does not support a contrastive loss."""
     if loss not in POOLINGS[pooling].losses:
         others = ", ".join(name for name, settings in POOLINGS.items() if loss in settings.losses)
         raise ValueError(
-            f"contrastive_pooling is {pooling!r} and contrastive_loss {loss!r}, expected "
-            f"{' or '.join(map(repr, POOLINGS[pooling].losses))}; or one of the poolings {others}."
+            f"contrastive_pooling is {pooling!r} and contrastive_loss is {loss!r}, expected the loss "
+            f"{' or '.join(map(repr, POOLINGS[pooling].losses))}, or one of the poolings {others}."
         )

@@ -1,4 +1,4 @@
-"""Where 16 bits are not enough: prototype estimation, losses and the buffers of prototypes."""
+"""Where 16 bits are not enough: prototype estimation, losses and prototype buffers."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,7 +7,7 @@ import torch
 
 
 def estimation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Precision of prototype estimation and losses: float32, or float64 for float64 inputs."""
+    """Precision of prototype estimation and losses: float64 for float64 inputs, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -16,7 +16,7 @@ def full_precision(device_type: str) -> torch.autocast:
 
 
 class KeepsPrecision:
-    """For a `torch.nn.Module` beside it: keeps one of its buffers in float32 or better when it is cast to 16 bits."""
+    """Mixin for a `torch.nn.Module` that keeps one of its buffers in float32 when the module is cast to 16 bits."""
 
     precise_buffer: str | None = None
     _buffers: dict[str, Any]

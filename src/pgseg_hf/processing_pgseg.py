@@ -1,4 +1,4 @@
-"""Images, captions, class labels and tags to the inputs of PGSeg, and class names to embeddings."""
+"""PGSeg's processor: inputs for the model, embeddings of class names, and label maps of its outputs."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -23,25 +23,22 @@ logger = logging.get_logger(__name__)
 
 
 class PGSegProcessor(ProcessorMixin):
-    """One processor for PGSeg's two inputs: an image processor and a CLIP tokenizer.
+    """Combines a PGSeg image processor and a CLIP tokenizer.
 
     Args:
         image_processor: a `PGSegImageProcessor` or `PGSegImageProcessorPil`.
-        tokenizer: a `CLIPTokenizer`; text is padded to its `model_max_length` and truncated with the end
-            token kept.
-        templates: prompt templates for class labels, each with one `{}`, saved with the processor. By default
-            the released segmentation prompt.
-        window_size: side in pixels of the sliding window on a resized image, by default the released
-            evaluation's; None for the whole image at once.
-        window_stride: pixels from one window to the next.
-        window_features: cut windows from the features that a backbone has of the whole image, not from its pixels; for
-            models that were trained so. Size and stride are then multiples of the model's `patch_size`.
-        top_k: number of labels that one window may show, by default the released evaluation's.
-        patch_weight: share w of the patches' own scores in a pixel's, which are (1 - w) times those of its group
-            plus w times those of the patches around it; 0, the released recipe, for the groups alone. Only for models
-            with `contrastive_pooling="patches"`.
-        vocabulary: words that the checkpoint was trained with. With a background threshold those that mean something
-            else than the labels compete with them, so that even a single label need not cover the image.
+        tokenizer: a `CLIPTokenizer`. Texts are padded to its `model_max_length`; truncation keeps the end token.
+        templates: prompt templates for class labels, each with one `{}`. Defaults to the released segmentation prompt.
+        window_size: side in pixels of the sliding window on a resized image; None for the whole image at once.
+        window_stride: step between windows in pixels. The defaults are those of the released evaluation.
+        window_features: whether to cut windows from a backbone's features of the whole image instead of from its
+            pixels, for models trained this way. Size and stride must then be multiples of `patch_size`.
+        top_k: maximum number of labels per window. Defaults to the released evaluation's.
+        patch_weight: weight w of patch scores. A pixel's score is (1 - w) times the score of its group plus w times
+            that of the patches around it. The released recipe uses 0; other values require
+            `contrastive_pooling="patches"`.
+        vocabulary: words that the checkpoint was trained with. With a background threshold, those with another meaning
+            than the labels compete with them, so that a single label need not cover the whole image.
 
     Raises:
         ValueError: for templates without exactly one `{}`, a weight outside 0 to 1, or a `top_k` below 1.
@@ -80,30 +77,27 @@ class PGSegProcessor(ProcessorMixin):
         tags: Sequence[Sequence[str]] | None = None,
         **kwargs: Any,
     ) -> BatchFeature:
-        """Prepare images with captions or class labels.
+        """Prepares images with captions or class labels for the model.
 
         Args:
             images: one image or a list, see the image processor.
             text: one caption or a list, used as they are.
-            labels: N class labels, put into the templates; not together with `text`.
-            tags: for each image its own words (training with the multi-label loss), each put into the first
-                template; an image may have none.
-            kwargs: `templates=[...]` for this call's labels and tags instead of the processor's own, and the
-                arguments of the tokenizer and the image processor (`return_tensors`, `size`, `max_length`,
-                ...).
+            labels: N class labels, which are put into the templates. Cannot be combined with `text`.
+            tags: a list of words for each image, possibly empty, for the multi-label loss; put into the first template.
+            kwargs: `templates=[...]` to replace the processor's templates for labels and tags, and arguments of the
+                tokenizer and the image processor (`return_tensors`, `size`, `max_length`, ...).
 
         Returns:
-            A `BatchFeature` with what the inputs given need:
-            - `pixel_values` [B, 3, H, W] for images;
-            - `input_ids` and `attention_mask` [B, L] for text, [N, L] for labels with one template, [N, T, L]
-              with T of them (the model averages their embeddings);
-            - `tag_input_ids` and `tag_attention_mask` [B, M, L] for tags, M the largest number of tags of
-              an image; rows beyond an image's own tags are padding with an attention mask of zeros.
+            A `BatchFeature` with the fields for the given inputs:
+            - `pixel_values` [B, 3, H, W] for images.
+            - `input_ids` and `attention_mask`: [B, L] for text, [N, L] for labels with one template, [N, T, L] for
+              labels with T templates (the model averages their embeddings).
+            - `tag_input_ids` and `tag_attention_mask` [B, M, L] for tags. M is the largest number of tags of an image;
+              missing tags are padding with an attention mask of zeros.
 
         Raises:
-            ValueError: without any input, for text and labels together, empty text, bad labels, tags or
-                templates (see `validate_labels`), labels that are the same where they are cut, and tags that are
-                not one list for each image or text.
+            ValueError: if inputs are missing, empty, invalid (see `validate_labels`) or do not fit together, or if
+                labels are equal after truncation.
         """
         templates = kwargs.pop("templates", None)
         if are_images(images):
@@ -112,7 +106,7 @@ class PGSegProcessor(ProcessorMixin):
             text = list(text)
         self._check_inputs(images, text, labels, tags, templates)
         templates = self.templates if templates is None else validate_templates(templates)
-        # On the right whatever the tokenizer's own setting, which would take precedence over `text_kwargs`.
+        # Always pad on the right: the tokenizer's own setting would take precedence over `text_kwargs`.
         if "padding_side" not in kwargs.get("text_kwargs", {}):
             kwargs.setdefault("padding_side", "right")
         merged_kwargs = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
@@ -129,13 +123,12 @@ class PGSegProcessor(ProcessorMixin):
             data.update(self._encode_labels(labels, templates, text_kwargs))
         if tags is not None:
             if images is not None and len(data["pixel_values"]) != len(tags):
-                raise ValueError(f"tags are for {len(tags)} images, got {len(data['pixel_values'])} images")
+                raise ValueError(f"got tags for {len(tags)} images, but {len(data['pixel_values'])} images")
             data.update(self._encode_tags(tags, templates[0], text_kwargs))
         return BatchFeature(data, tensor_type=return_tensors)
 
     @staticmethod
     def _check_inputs(images: Any, text: Any, labels: Any, tags: Any, templates: Any) -> None:
-        """Refuse combinations of inputs that make no sense."""
         if images is None and text is None and labels is None and tags is None:
             raise ValueError("nothing to process: give images, text, labels or tags")
         if text is not None and labels is not None:
@@ -143,7 +136,7 @@ class PGSegProcessor(ProcessorMixin):
                 "give text (captions, used as they are) or labels (put into templates), not both"
             )
         if templates is not None and labels is None and tags is None:
-            raise ValueError("templates are for labels and tags, and neither was given")
+            raise ValueError("templates apply to labels and tags, but neither was given")
         if text is not None and not isinstance(text, str) and len(text) == 0:
             raise ValueError("text is an empty list: give at least one caption")
         if tags is not None:
@@ -151,12 +144,12 @@ class PGSegProcessor(ProcessorMixin):
                 raise ValueError(f"tags must be a list with one list of strings for each image, got {tags!r}")
             texts = [text] if isinstance(text, str) else text
             if texts is not None and len(texts) != len(tags):
-                raise ValueError(f"tags are for {len(tags)} images, got {len(texts)} texts")
+                raise ValueError(f"got tags for {len(tags)} images, but {len(texts)} texts")
 
     def _encode_labels(
         self, labels: Sequence[str], templates: Sequence[str], text_kwargs: dict
     ) -> dict[str, list]:
-        """Token ids and the like, [N][L] or [N][T][L] with several templates."""
+        """Tokenizer outputs as lists [N][L], or [N][T][L] for several templates."""
         prompts = build_prompts(labels, templates)
         encoded = self.tokenizer([prompt for of_label in prompts for prompt in of_label], **text_kwargs)
         check_distinct_labels(encoded, labels, prompts, self._context(text_kwargs))
@@ -195,7 +188,7 @@ class PGSegProcessor(ProcessorMixin):
         return batch
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
-        """As for every processor; a repository without a model card gets one that waits for the model's."""
+        """Pushes the processor. A repository without a model card gets a placeholder."""
         token, private = kwargs.get("token"), kwargs.get("private")
         api = HfApi(token=token)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
@@ -206,14 +199,14 @@ class PGSegProcessor(ProcessorMixin):
     def save_pretrained(
         self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any
     ) -> Any:
-        """As `ProcessorMixin.save_pretrained`."""
-        # A tokenizer saves the truncation and padding of its last call, which loading would take for defaults.
+        """Saves the processor, see `ProcessorMixin.save_pretrained`."""
+        # A tokenizer saves the truncation and padding of its last call, which would become defaults on loading.
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         if backend is not None:
             backend.no_truncation()
             backend.no_padding()
         files = super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
-        # For the file only: a processor that was loaded does not have it, and the two should be equal.
+        # Only needed in the file. A loaded processor does not have it, and the two should be equal.
         self.__dict__.pop("auto_map", None)
         return files
 
@@ -221,10 +214,10 @@ class PGSegProcessor(ProcessorMixin):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any
     ) -> Any:
-        """As `ProcessorMixin.from_pretrained`.
+        """Loads a processor, see `ProcessorMixin.from_pretrained`.
 
         Raises:
-            OSError: files that are none, with the likely reason.
+            OSError: if a file is invalid, with the likely reason.
         """
         try:
             return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
@@ -237,17 +230,17 @@ class PGSegProcessor(ProcessorMixin):
     def get_processor_dict(
         cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """As `ProcessorMixin.get_processor_dict`; a folder without the processor's own file is refused.
+        """See `ProcessorMixin.get_processor_dict`.
 
         Raises:
-            OSError: such a folder, whose other files do not tell templates, windows and the like.
+            OSError: if a folder lacks the processor's own file; the others do not have templates, windows and so on.
         """
         fields, kwargs = super().get_processor_dict(pretrained_model_name_or_path, **kwargs)
         if "processor_class" not in fields:
             raise OSError(
-                f"{pretrained_model_name_or_path} has no processor_config.json with a processor_class, expected what "
-                "save_pretrained of a processor or pipeline writes; of a tokenizer and an image processor make one by "
-                "PGSegProcessor(image_processor, tokenizer)."
+                f"{pretrained_model_name_or_path} has no processor_config.json with a processor_class, expected a "
+                "folder saved by save_pretrained of a processor or pipeline. To make one, "
+                "use PGSegProcessor(image_processor, tokenizer).save_pretrained(folder)."
             )
         return fields, kwargs
 
@@ -258,41 +251,39 @@ class PGSegProcessor(ProcessorMixin):
         templates: Sequence[str] | None = None,
         batch_size: int = 256,
     ) -> torch.Tensor:
-        """Embed class labels: the mean over templates of the text features, then L2-normalised.
+        """Embeds class labels: the mean of the text features over templates, then L2-normalised.
 
-        This is the released recipe: the features are averaged as they leave the text head, not normalised one
-        by one. All prompts pass the text tower, which in the released variant moves its buffer of text prototypes;
-        [`Segmenter`] keeps what it was asked for.
+        As in the released recipe, the features that are averaged are not normalised. All prompts pass through the text
+        tower, which in the released variant updates its text prototypes. [`Segmenter`] caches embeddings.
 
         Args:
-            model: a `PGSegModel` (anything with its `get_text_features`, `text_model` and `text_projection`),
-                in evaluation mode.
+            model: a `PGSegModel`, or a model with its `get_text_features` and `text_model`, in evaluation mode.
             labels: N class labels.
-            templates: instead of the processor's own.
-            batch_size: prompts in one forward pass of the text tower.
+            templates: replaces the processor's templates.
+            batch_size: number of prompts per forward pass of the text tower.
 
         Returns:
-            [N, D] unit rows, without gradient, on the model's device and in its features' dtype.
+            Unit vectors [N, D], without gradient, on the model's device and in its features' dtype.
 
         Raises:
-            ValueError: for bad labels or templates, labels that are the same where they are cut, a batch size
-                below 1, or a model in training mode, whose BatchNorm would learn from the prompts.
+            ValueError: if labels or templates are invalid, labels are equal after truncation, the batch size is below
+                1, or the model is in training mode, in which BatchNorm would learn from the prompts.
         """
         batch_size = whole_number(batch_size, "batch_size")
         if model.training:
-            raise ValueError("class embeddings need the model in evaluation mode: call model.eval() first")
+            raise ValueError("class embeddings require the model in evaluation mode: call model.eval() first")
         templates = self.templates if templates is None else validate_templates(templates)
         prompts = build_prompts(labels, templates)
         ids, mask = (part.unflatten(0, (-1, len(templates))) for part in self._tokens(labels, prompts))
         return _embed_prompts(model, ids, mask, batch_size)
 
     def _context(self, text_kwargs: dict) -> int:
-        """Tokens that a text may have."""
+        """Maximum number of tokens of a text."""
         return text_kwargs.get("max_length") or self.tokenizer.model_max_length
 
     def _tokens(self, labels: Sequence[str], prompts: list[list[str]]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Token ids and attention mask [N * T, L]. Other than padding by the tokenizer's call this leaves it, which
-        threads may share, as it is."""
+        """Token ids and attention mask [N * T, L]. Padding is a separate step, because threads may share the
+        tokenizer."""
         text_kwargs: dict = {**self.text_kwargs, "padding": False}
         encoded = self.tokenizer([prompt for of_label in prompts for prompt in of_label], **text_kwargs)
         check_distinct_labels(encoded, labels, prompts, self._context(text_kwargs))
@@ -311,23 +302,22 @@ class PGSegProcessor(ProcessorMixin):
         top_k: int | None = None,
         patch_weight: float | None = None,
     ) -> list[torch.Tensor]:
-        """Label maps of whole images, by the released inference recipe.
+        """Converts outputs for whole images to label maps, by the released inference recipe.
 
         Args:
-            outputs: of `PGSegModel` on B images and N labels.
-            target_sizes: (height, width) for each image, usually of the original; the input's by default.
-            background_threshold: where no label scores this much there is background; None for no background. Outputs
-                know nothing of other words, so that `vocabulary` is not used here; [`Segmenter`] uses it.
-            top_k: number of labels that one image may show; the processor's by default.
-            patch_weight: of the patches' scores in a pixel's; the processor's by default.
+            outputs: output of `PGSegModel` for B images and N labels.
+            target_sizes: (height, width) of each label map, usually the original's. Defaults to the input's.
+            background_threshold: pixels whose best score is below it are background; None for no background.
+                `vocabulary` is not used here, because outputs hold no other words; [`Segmenter`] uses it.
+            top_k: maximum number of labels per image. Defaults to the processor's.
+            patch_weight: weight of patch scores. Defaults to the processor's.
 
         Returns:
-            B tensors int64 [H, W]. Without a background, values index the labels; with one, 0 is background and
-            label i has value i + 1.
+            B tensors int64 [H, W]. Values index the labels; with a background, 0 is background and label i is i + 1.
 
         Raises:
-            ValueError: target sizes for another number of images, a threshold or weight outside 0 to 1, or a weight of
-                patches that the outputs do not have.
+            ValueError: if the number of target sizes is not the number of images, a threshold or weight is outside 0 to
+                1, or `patch_weight` is above 0 and the outputs have no patch logits.
         """
         how = (background_threshold, top_k, patch_weight)
         return [labels for labels, _, _ in self._label_maps(outputs, target_sizes, *how)]
@@ -339,10 +329,10 @@ class PGSegProcessor(ProcessorMixin):
         top_k: int | None = None,
         patch_weight: float | None = None,
     ) -> torch.Tensor:
-        """How sure the masks are: for each image and value of its label map the mean score of the pixels that have it.
+        """Confidence of the masks: the mean score of each label's pixels in each image.
 
         Args:
-            outputs, background_threshold, top_k, patch_weight: as for `post_process_semantic_segmentation`.
+            outputs, background_threshold, top_k, patch_weight: see `post_process_semantic_segmentation`.
 
         Returns:
             [B, N], or [B, 1 + N] with the background first; 0 for labels without pixels.
@@ -363,23 +353,23 @@ class PGSegProcessor(ProcessorMixin):
         top_k: int | None,
         patch_weight: float | None,
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
-        """Label map [H, W], its scores [H, W] and the number of values, for each image."""
+        """Yields the label map [H, W], its scores [H, W] and the number of values for each image."""
         batch = len(outputs.grouping)
         top_k = self.top_k if top_k is None else top_k
         patch_weight = self.patch_weight if patch_weight is None else share(patch_weight, "patch_weight")
         patch_logits = getattr(outputs, "patch_logits", None)
         if patch_weight and patch_logits is None:
             raise ValueError(
-                f"patch_weight is {patch_weight}, but the outputs have no patch_logits, which models with "
-                "contrastive_pooling='patches' return without return_loss; expected 0"
+                f"patch_weight is {patch_weight}, but the outputs have no patch_logits, expected 0. Models with "
+                "contrastive_pooling='patches' return patch_logits without return_loss"
             )
         if background_threshold is not None and outputs.segment_logits.shape[-1] == 1:
             logger.warning_once(
-                f"background_threshold is {background_threshold} for outputs of a single label, which covers the whole "
-                "image as nothing else is compared with it; Segmenter and the pipeline compare it with other words."
+                f"background_threshold is {background_threshold}, but the outputs are of a single label, which covers "
+                "the whole image; Segmenter and the pipeline compare it with other words."
             )
         if target_sizes is not None and len(target_sizes) != batch:
-            raise ValueError(f"target_sizes are for {len(target_sizes)} images, the outputs for {batch}")
+            raise ValueError(f"got target_sizes for {len(target_sizes)} images, but outputs for {batch}")
         if target_sizes is not None and any(min(int(side) for side in size) < 1 for size in target_sizes):
             raise ValueError(
                 f"target_sizes are {target_sizes}, expected (height, width) of at least 1 pixel each"
@@ -402,7 +392,7 @@ class PGSegProcessor(ProcessorMixin):
 
 
 def _embed_prompts(model: Any, ids: torch.Tensor, mask: torch.Tensor, batch_size: int) -> torch.Tensor:
-    """Token ids and mask [N, T, L] to unit class embeddings [N, D]."""
+    """Unit class embeddings [N, D] of token ids and mask [N, T, L]."""
     device = next(model.text_model.parameters()).device
     labels, templates, _ = ids.shape
     features = []

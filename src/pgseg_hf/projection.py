@@ -1,4 +1,4 @@
-"""The head with BatchNorm that PGSeg projects tokens, texts and prototypes with."""
+"""The projection with BatchNorm for tokens, texts and prototypes."""
 
 from typing import Any
 
@@ -20,13 +20,12 @@ class PGSegProjection(nn.Sequential):
         )
 
     def forward(self, x: Tensor, use_running_stats: bool = False) -> Tensor:
-        """With `use_running_stats`, or for a single row, which has no statistics of its own, training too normalises by
-        the running statistics and leaves them as they are."""
+        """With `use_running_stats`, or for a single row, training uses the running statistics without updating them."""
         shape = x.shape[:-1]
         hidden = linear(self[0], x.reshape(-1, x.shape[-1]))
         if self.training and (use_running_stats or hidden.shape[0] == 1):
             norm: Any = self[1]
-            # Copies, as the next forward changes the statistics in place before this one's backward.
+            # Copies, because the next forward changes the statistics in place before this one's backward.
             scale = norm.weight * torch.rsqrt(norm.running_var.clone() + norm.eps)
             hidden = (hidden - norm.running_mean.clone()) * scale + norm.bias
         else:
@@ -35,8 +34,7 @@ class PGSegProjection(nn.Sequential):
         return hidden.reshape(*shape, hidden.shape[-1])
 
     def normalized(self, hidden: Tensor) -> Tensor:
-        """BatchNorm; frozen, in training too by its running statistics, which stay: below an adapter nothing is learned
-        that the adapter does not hold."""
+        """BatchNorm. If frozen, as below an adapter, training also uses the running statistics as they are."""
         norm: Any = self[1]
         if not self.training or norm.weight.requires_grad:
             return norm(hidden)

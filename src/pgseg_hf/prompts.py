@@ -1,4 +1,4 @@
-"""Class labels and the prompt templates that they are put into."""
+"""Class labels, and the prompt templates they are put into."""
 
 import re
 import unicodedata
@@ -11,7 +11,7 @@ from .text_files import check_characters, read_json, read_text, split_lines
 from .values import hex_colour, is_list, share
 
 SEGMENTATION_TEMPLATES: tuple[str, ...] = ("a photo of a {}.",)
-"""The one template of the released segmentation results."""
+"""The template of the released segmentation results."""
 
 IMAGENET_TEMPLATES: tuple[str, ...] = (
     "itap of a {}.",
@@ -27,27 +27,27 @@ IMAGENET_TEMPLATES: tuple[str, ...] = (
 PLACEHOLDER = "{}"
 SYNONYM = "|"
 SETTING = ":"
-# What labels.json of a folder of masks may say beside, see `evaluation.mask_dataset`.
+# Further keys that labels.json of a folder of masks may have, see `evaluation.mask_dataset`.
 _OF_MASKS = ("ignore_index", "background", "mask_values")
 
 
 def validate_labels(labels: Sequence[str]) -> list[str]:
-    """Check class labels given by a user and strip white space around them.
+    """Checks class labels and strips surrounding white space.
 
     Args:
-        labels: a list, tuple, array or column of words or phrases, at least one.
+        labels: a list, tuple, array or column with at least one word or phrase.
 
     Returns:
-        The labels in the order given, stripped.
+        The stripped labels in their order.
 
     Raises:
-        ValueError: for anything but a list of strings (a bare string too), for no labels, an empty
-            label, or labels that differ only in case or white space, which the tokenizer cannot tell apart.
+        ValueError: if `labels` is not a list of strings, there are no labels, a label is empty, or labels differ only
+            in case or white space, which the tokenizer ignores.
     """
     if isinstance(labels, str):
         parts = [part.strip() for part in labels.split(",")]
         raise ValueError(
-            f"labels must be a list of strings, got the string {labels!r}: write labels={parts!r}. "
+            f"labels must be a list of strings, got the string {labels!r}: use labels={parts!r}. "
             "Only the command line splits at commas."
         )
     if not is_list(labels):
@@ -63,23 +63,23 @@ def validate_labels(labels: Sequence[str]) -> list[str]:
             raise ValueError(f"labels[{index}] must be a string, got {type(label).__name__}: {label!r}")
         stripped.append(check_characters(str(label).strip()))
         if not stripped[-1]:
-            raise ValueError(f"labels[{index}] is empty ({label!r}): every label needs a word")
+            raise ValueError(f"labels[{index}] is empty ({label!r}): every label must have a word")
         same_to_tokenizer = unicodedata.normalize("NFC", " ".join(label.split())).casefold()
         if same_to_tokenizer in first_seen:
             other = first_seen[same_to_tokenizer]
             raise ValueError(
                 f"labels[{index}] {label!r} repeats labels[{other}] {labels[other]!r} "
-                "(case and white space do not count): give each label once"
+                "(case and white space are ignored): give each label once"
             )
         first_seen[same_to_tokenizer] = index
     return stripped
 
 
 def split_synonyms(labels: Sequence[str]) -> list[list[str]]:
-    """The words of each label: `"car|automobile"` is a label with two, and is called by the first.
+    """The words of each label: `"car|automobile"` is one label with two words, named by the first.
 
     Raises:
-        ValueError: see `validate_labels`; also where a word is empty or stands for two labels.
+        ValueError: see `validate_labels`; also if a word is empty or used by two labels.
     """
     words = [[word.strip() for word in label.split(SYNONYM)] for label in validate_labels(labels)]
     flat = [word for each in words for word in each]
@@ -87,7 +87,7 @@ def split_synonyms(labels: Sequence[str]) -> list[list[str]]:
         try:
             validate_labels(flat)
         except ValueError as error:
-            raise ValueError(f"of labels and synonyms together, {error}") from error
+            raise ValueError(f"labels and synonyms together: {error}") from error
     return words
 
 
@@ -96,10 +96,10 @@ class LabelList:
     """Labels as a user wrote them.
 
     Args:
-        words: of each label, `"car|automobile"`, as [`Segmenter`] takes them.
-        names: what each is called, its first word.
-        colours: `"#rrggbb"` by name, of labels that were given one.
-        thresholds: by name, 0 to 1, of labels that were given one.
+        words: words of each label in the form that [`Segmenter`] accepts, `"car|automobile"`.
+        names: name of each label, its first word.
+        colours: `"#rrggbb"` by name, for labels with a colour.
+        thresholds: 0 to 1 by name, for labels with a threshold.
     """
 
     words: list[str]
@@ -109,11 +109,11 @@ class LabelList:
 
 
 def parse_labels(labels: Sequence[str]) -> LabelList:
-    """The labels of a list, each with its synonyms and then, after colons, a colour and a threshold if it has them:
-    `"car|automobile:red:0.4"`, `"road:#808080"`, `"tree:0.3"`.
+    """Parses labels with synonyms and, after colons, an optional colour and threshold: `"car|automobile:red:0.4"`,
+    `"road:#808080"`, `"tree:0.3"`.
 
     Raises:
-        ValueError: something after a colon that is neither, or see `split_synonyms`.
+        ValueError: if the text after a colon is neither a colour nor a threshold; see also `split_synonyms`.
     """
     parts = [[part.strip() for part in label.split(SETTING)] for label in validate_labels(labels)]
     words = split_synonyms([of_label[0] for of_label in parts])
@@ -122,11 +122,13 @@ def parse_labels(labels: Sequence[str]) -> LabelList:
         for setting in settings:
             is_number = re.fullmatch(r"[-+.\d]+", setting)
             if name in (found.thresholds if is_number else found.colours):
-                raise ValueError(f"the label {label!r} has two thresholds or colours, expected one of each.")
+                raise ValueError(
+                    f"the label {label!r} has two thresholds or colours, expected at most one of each."
+                )
             if is_number:
                 found.thresholds[name] = _threshold(setting, label)
             else:
-                place = f"what follows {SETTING!r} in the label {label!r}"
+                place = f"the text after {SETTING!r} in the label {label!r}"
                 found.colours[name] = hex_colour(setting, place, "a threshold from 0 to 1 or ")
     return found
 
@@ -140,20 +142,19 @@ def _threshold(text: str, label: str) -> float:
 
 
 def read_labels(text: str) -> LabelList:
-    """The labels that a command was given: words separated by commas, or `@` and a file of them, which is text with
-    words separated by commas or lines, or JSON, `["cat", ...]` or `{"labels": ["cat", ...], "synonyms": {"cat":
-    ["kitten", ...]}, "colours": {"cat": "#ff0000"}, "thresholds": {"cat": 0.4}}`. Each is as [`parse_labels`] takes it.
+    """Labels given to a command: words separated by commas, or `@` and the name of a file. The file is text with labels
+    separated by commas or lines, or JSON: `["cat", ...]` or `{"labels": ["cat", ...], "synonyms":
+    {"cat": ["kitten", ...]}, "colours": {"cat": "#ff0000"}, "thresholds": {"cat": 0.4}}`. Each label has the form of
+    [`parse_labels`].
 
     Raises:
-        ValueError: the file cannot be read, a file without `@`, `;` instead of commas, or see `parse_labels`.
+        ValueError: if the file cannot be read, `@` is missing, or labels are separated by `;`; see also `parse_labels`.
     """
     path = Path(text.strip().removeprefix("@"))
     is_json = path.suffix.lower() == ".json"
     if not text.strip().startswith("@"):
         if is_json or path.suffix.lower() in (".txt", ".csv"):
-            raise ValueError(
-                f"labels are {text!r}, the name of a file; expected @{path} for the labels in it."
-            )
+            raise ValueError(f"labels is the file name {text!r}; use @{path} to read labels from it.")
         labels = _split_labels(text, "labels")
     elif is_json:
         labels = _labels_of_json(path)
@@ -168,9 +169,7 @@ def read_labels(text: str) -> LabelList:
 
 def _split_labels(text: str, source: str) -> list[str]:
     if ";" in text:
-        raise ValueError(
-            f"{source} has {text!r}; labels are separated by commas, {text.replace(';', ',')!r}."
-        )
+        raise ValueError(f"{source} has {text!r}; separate labels by commas: {text.replace(';', ',')!r}.")
     return [label.strip() for label in text.split(",")]
 
 
@@ -184,12 +183,12 @@ def _labels_of_json(path: Path) -> list[str]:
         if other := sorted(
             set(content if isinstance(content, dict) else ()) - {"labels", *names, *_OF_MASKS}
         ):
-            raise ValueError(f"it has {other[0]!r}, expected labels, {', '.join(names)}")
+            raise ValueError(f"it has the key {other[0]!r}, expected labels, {', '.join(names)}")
         for name, table in tables.items():
             if unknown := sorted(set(table) - set(labels)):
-                raise ValueError(f"{name} are for {unknown[0]!r}, which is none of the labels")
+                raise ValueError(f"{name} has {unknown[0]!r}, which is not one of the labels")
         if wrong := [words for words in tables["synonyms"].values() if not is_list(words)]:
-            raise ValueError(f"synonyms have {wrong[0]!r}, expected a list of words")
+            raise ValueError(f"synonyms has {wrong[0]!r}, expected a list of words")
         parts = [[SYNONYM.join([label, *tables["synonyms"].get(label, ())])] for label in labels]
         for label, part in zip(labels, parts):
             part += [str(tables[name][label]) for name in ("colours", "thresholds") if label in tables[name]]
@@ -201,13 +200,10 @@ def _labels_of_json(path: Path) -> list[str]:
 
 
 def validate_templates(templates: Sequence[str]) -> list[str]:
-    """Check prompt templates: a list of strings, at least one, that each hold `{}` exactly once.
-
-    Returns:
-        The templates as a list.
+    """Checks prompt templates: a list of at least one string, each with `{}` exactly once. Returns them as a list.
 
     Raises:
-        ValueError: for anything else, naming the template.
+        ValueError: if there are no templates or one is invalid.
     """
     if not is_list(templates):
         raise ValueError(
@@ -224,17 +220,17 @@ def validate_templates(templates: Sequence[str]) -> list[str]:
             )
         check_characters(template)
         if template.count(PLACEHOLDER) != 1:
-            raise ValueError(f"templates[{index}] must hold {PLACEHOLDER!r} exactly once, got {template!r}")
+            raise ValueError(f"templates[{index}] must have {PLACEHOLDER!r} exactly once, got {template!r}")
     return [str(template) for template in templates]
 
 
 def build_prompts(
     labels: Sequence[str], templates: Sequence[str] = SEGMENTATION_TEMPLATES
 ) -> list[list[str]]:
-    """Put every label into every template.
+    """Puts every label into every template.
 
     Args:
-        labels: N class labels; they may hold braces.
+        labels: N class labels; they may contain braces.
         templates: T templates, each with one `{}`.
 
     Returns:
@@ -248,5 +244,5 @@ def build_prompts(
 
 
 def join_words(words: Sequence[str]) -> str:
-    """`hat`, `hat and skirt`, `hat, skirt and boots`."""
+    """Joins words to a phrase: `hat`, `hat and skirt`, `hat, skirt and boots`."""
     return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))

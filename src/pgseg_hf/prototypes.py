@@ -1,4 +1,4 @@
-"""Non-learnable prototypes (NPR): estimation, matching, rejection and loss as pure functions that know no model.
+"""Non-learnable prototypes (NPR): estimation, matching, rejection and loss as pure functions without a model.
 
 Shapes: B batch, L tokens, K groups, P prototypes, C width.
 """
@@ -16,9 +16,9 @@ from .losses import NEVER
 from .precision import estimation_dtype
 
 EPS = 1e-6
-# Groups up to which matching stays on a GPU: with more, its many small steps should take longer than scipy's matching.
+# Maximum number of groups for matching on a GPU. With more, its many small steps should be slower than scipy.
 _FEW_GROUPS = 16
-# Similarities of a batch from which on threads are worth their start; some 20 ms of matching.
+# Minimum number of similarities in a batch for using threads; about 20 ms of matching.
 _WORTH_THREADS = 2**20
 
 
@@ -38,7 +38,7 @@ class Matching(NamedTuple):
 
     groups: int64 [B, M], rows of the similarity; M = min(K, P).
     prototypes: int64 [B, M], the columns they are matched to.
-    valid: bool [B, M], False where an image has fewer pairs than M (the indices there are 0).
+    valid: bool [B, M], False where an image has fewer than M pairs (the indices there are 0).
     """
 
     groups: Tensor
@@ -47,7 +47,7 @@ class Matching(NamedTuple):
 
 
 def tokens_to_weights(responsibilities_BLP: Tensor) -> Tensor:
-    """Responsibilities normalised over the tokens, so that each prototype's weights sum to (almost) 1: [B, L, P]."""
+    """Normalises responsibilities over the tokens, so that each prototype's weights sum to (almost) 1: [B, L, P]."""
     return responsibilities_BLP / (EPS + responsibilities_BLP.sum(dim=1, keepdim=True))
 
 
@@ -64,19 +64,23 @@ def estimate_prototypes(
 
     Args:
         tokens_BLC: tokens, float32 or float64.
-        seeds_PC: [P, C] or [1, P, C], where the steps start.
+        seeds_PC: [P, C] or [1, P, C], initial prototypes.
         num_iterations: number of steps, at least 1.
-        norm_dim: dimension over which prototypes are scaled to unit length: -1, the channels; the released text
-            prototypes use 1, the prototypes.
-        token_mask_BL: bool, True for tokens that count; all by default.
-        prototype_mask_BP: bool, True for prototypes that are used; the others come out as 0.
+        norm_dim: dimension along which prototypes have unit length; the released text prototypes use 1.
+        token_mask_BL: bool, True for tokens to use; all by default.
+        prototype_mask_BP: bool, True for prototypes to use; the others are 0 in the result.
+
+    Raises:
+        ValueError: if `num_iterations` is below 1 or tokens and seeds have different widths.
 
     Source: PGSeg section 3.2; method of the released `downsample_spatial`.
     """
     if num_iterations < 1:
         raise ValueError(f"num_iterations is {num_iterations}, expected at least 1.")
     if not torch.compiler.is_compiling() and tokens_BLC.shape[-1] != seeds_PC.shape[-1]:
-        raise ValueError(f"tokens have {tokens_BLC.shape[-1]} channels, the seeds {seeds_PC.shape[-1]}.")
+        raise ValueError(
+            f"tokens have {tokens_BLC.shape[-1]} channels, but the seeds have {seeds_PC.shape[-1]}."
+        )
     prototypes_BPC = seeds_PC.to(tokens_BLC.dtype).expand(tokens_BLC.shape[0], -1, -1)
     for _ in range(num_iterations):
         logits_BLP = tokens_BLC @ prototypes_BPC.transpose(1, 2)
@@ -99,15 +103,15 @@ def estimate_prototypes(
 def match_prototypes(
     similarity_BKP: Tensor, maximize: bool = True, prototype_mask_BP: Tensor | None = None
 ) -> Matching:
-    """Hungarian matching of groups (rows) with prototypes (columns), for each sample on its own.
+    """Hungarian matching of groups (rows) with prototypes (columns), separately for each sample.
 
     Args:
         similarity_BKP: finite similarities.
-        maximize: False gives the *worst* matching, which the released code trains with.
+        maximize: False gives the *worst* matching, with which the released code trains.
         prototype_mask_BP: bool, True for prototypes that exist; the others stay unmatched.
 
     Raises:
-        ValueError: a similarity is NaN or infinite; on a GPU they are not looked at.
+        ValueError: if a similarity is NaN or infinite (not checked on a GPU).
     """
     device = similarity_BKP.device
     if device.type == "cuda" and min(similarity_BKP.shape[1:]) <= _FEW_GROUPS:
@@ -115,7 +119,7 @@ def match_prototypes(
     similarity = similarity_BKP.detach().to("cpu", estimation_dtype(similarity_BKP.dtype))
     if not torch.isfinite(similarity).all():
         raise ValueError(
-            "similarities of groups and prototypes hold NaN or infinity; the features have diverged."
+            "similarities of groups and prototypes are NaN or infinite; the features have diverged."
         )
     batch, num_groups, num_prototypes = similarity.shape
     num_pairs = min(num_groups, num_prototypes)
@@ -139,7 +143,7 @@ def match_prototypes(
         for index in range(batch):
             match(index)
     else:
-        with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # scipy lets other threads run meanwhile
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # scipy releases the GIL
             list(pool.map(match, range(batch)))
     arrays = (torch.from_numpy(array) for array in (groups, prototypes, valid))
     return Matching(*(array.to(device, non_blocking=True) for array in arrays))
@@ -149,12 +153,13 @@ def match_prototypes(
 def match_on_device(
     similarity_BKP: Tensor, maximize: bool = True, prototype_mask_BP: Tensor | None = None
 ) -> Matching:
-    """As [`match_prototypes`], without anything that a GPU has to be waited for."""
+    """[`match_prototypes`] without synchronising with the GPU."""
     cost_BKP = -similarity_BKP.double() if maximize else similarity_BKP.double()
     batch, num_groups, num_prototypes = cost_BKP.shape
     more_groups = num_groups > num_prototypes
     if prototype_mask_BP is not None:
-        # An absent prototype takes no group from another; or it costs more than all that avoiding it could.
+        # With more groups than prototypes, absent ones cost 0 and take spare groups. Else they cost more than any
+        # alternative.
         largest_B11 = cost_BKP.abs().amax(dim=(1, 2), keepdim=True)
         filler_B11 = 0 * largest_B11 if more_groups else 2 * num_groups * largest_B11 + 1
         cost_BKP = torch.where(prototype_mask_BP[:, None, :], cost_BKP, filler_B11)
@@ -170,13 +175,13 @@ def match_on_device(
 
 
 def cheapest_assignment(cost_BNM: Tensor) -> Tensor:
-    """The column of each row, int64 [B, N], such that columns differ and their costs sum to the least; N <= M.
+    """The column of each row, int64 [B, N], such that columns are distinct and the sum of costs is minimal; N <= M.
 
-    Shortest augmenting paths (Jonker and Volgenant, 1987), row by row, as scipy goes, but for all samples at once and
-    with as many steps as the longest path may have, so that none of them depends on the costs: N (N + 1) / 2.
+    Shortest augmenting paths (Jonker and Volgenant, 1987), row by row like scipy, but for all samples at once. Each row
+    takes as many steps as its longest possible path, so that their number, N (N + 1) / 2, does not depend on the costs.
     """
     batch, num_rows, num_columns = cost_BNM.shape
-    # One more row and column, which stand for none: no way leads on from there.
+    # The extra row and column stand for none; no path continues from them.
     cost = nn.functional.pad(cost_BNM, (0, 0, 0, 1), value=float("inf"))
     row_prices, column_prices = cost.new_zeros(batch, num_rows + 1), cost.new_zeros(batch, num_columns)
     columns = torch.full((batch, num_rows + 1), num_columns, device=cost.device)
@@ -213,19 +218,14 @@ def cheapest_assignment(cost_BNM: Tensor) -> Tensor:
 
 
 def ordered_matching(num_groups: int, prototype_mask_BP: Tensor) -> Matching:
-    """Group i with prototype i, whatever their similarity, where there is such a prototype.
-
-    Args:
-        num_groups: K.
-        prototype_mask_BP: bool, True for prototypes that exist.
-    """
+    """Matches group i of `num_groups` with prototype i, regardless of similarity, if `prototype_mask_BP` has it."""
     valid = prototype_mask_BP[:, :num_groups]
     indices = torch.arange(valid.shape[1], device=valid.device).expand(len(valid), -1) * valid
     return Matching(indices, indices, valid)
 
 
 def min_max(values: Tensor, dim: int, mask: Tensor | None = None) -> Tensor:
-    """Values scaled to 0 to 1 along a dimension, by those that the mask has."""
+    """Scales values to 0 to 1 along a dimension, by the minimum and maximum of those in the mask."""
     low_source = values if mask is None else values.masked_fill(~mask, float("inf"))
     high_source = values if mask is None else values.masked_fill(~mask, float("-inf"))
     low, high = low_source.amin(dim, keepdim=True), high_source.amax(dim, keepdim=True)
@@ -238,10 +238,10 @@ def kept_pairs(
     threshold: float,
     prototype_mask_BP: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Hard rejection: which terms of the prototype loss stay, bool [B, M] for the row and the column direction.
+    """Hard rejection: which terms of the prototype loss are kept, bool [B, M] for the row and the column direction.
 
-    A term stays where the matched similarity, min-max-normalised among the prototypes of its group (row direction)
-    or the groups of its prototype (column direction), is above `threshold`.
+    A term is kept if its matched similarity is above `threshold` after min-max normalisation over the prototypes of its
+    group (row direction) or the groups of its prototype (column direction).
     """
     mask = None if prototype_mask_BP is None else prototype_mask_BP[:, None, :]
     in_rows = _pair_values(min_max(similarity_BKP, 2, mask), matching)
@@ -256,15 +256,14 @@ def _pair_values(matrix_BKP: Tensor, matching: Matching) -> Tensor:
 
 
 def global_masked_mean(values: Tensor, keep: Tensor) -> Tensor:
-    """The kept values' share in the mean over all processes' kept values, such that the mean of the processes' results
-    is that mean; 0 where no process keeps any."""
+    """Mean of kept values, scaled so that the mean over processes is the global one; 0 if no process keeps any."""
     total = torch.where(keep, values, torch.zeros_like(values)).sum()
     count = sum_over_processes(keep.sum().to(values.dtype))
     return total * world_size() / count.clamp(min=1)
 
 
 def cosines(centers_BKC: Tensor, prototypes_BPC: Tensor) -> Tensor:
-    """Cosines of group centres and prototypes, [B, K, P]; gradient flows into the centres alone."""
+    """Cosines of group centres and prototypes [B, K, P], with gradient to the centres only."""
     centers_BKC = nn.functional.normalize(centers_BKC, dim=-1)
     prototypes_BPC = nn.functional.normalize(prototypes_BPC.detach(), dim=-1)
     return centers_BKC @ prototypes_BPC.transpose(1, 2)
@@ -273,7 +272,7 @@ def cosines(centers_BKC: Tensor, prototypes_BPC: Tensor) -> Tensor:
 def matched_terms(
     similarity_BKP: Tensor, matching: Matching, logit_scale: Tensor, prototype_mask_BP: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """InfoNCE of each matched pair, [B, M]: its group against all prototypes, and its prototype against all groups."""
+    """InfoNCE of each matched pair [B, M]: its group against all prototypes, and its prototype against all groups."""
     logits_BKP = row_logits_BKP = logit_scale * similarity_BKP
     if prototype_mask_BP is not None:
         row_logits_BKP = logits_BKP.masked_fill(~prototype_mask_BP[:, None, :], NEVER)
@@ -291,25 +290,25 @@ def prototype_loss(
     prototype_mask_BP: Tensor | None = None,
     matching: Matching | None = None,
 ) -> tuple[Tensor, Matching]:
-    """Contrastive loss between group centres and the prototypes that they are matched to.
+    """Contrastive loss between group centres and their matched prototypes.
 
     Args:
-        centers_BKC: group centres; gradient flows into them.
+        centers_BKC: group centres, with gradient.
         prototypes_BPC: prototypes, constants.
-        logit_scale: scalar factor on the cosines; gradient flows into it.
-        threshold: of the hard rejection.
+        logit_scale: scalar factor on the cosines, with gradient.
+        threshold: threshold of the hard rejection.
         prototype_mask_BP: bool, True for prototypes that exist.
         matching: a matching to use instead of that of largest cosine.
 
     Returns:
-        the loss, a scalar: mean of the kept terms of the row direction plus mean of those of the column direction, over
-        all processes, 0 where no term is kept; and the matching.
+        The loss, a scalar, and the matching. The loss is the mean of the kept row terms plus the mean of the kept
+        column terms, over all processes; 0 if no term is kept.
 
     Source: PGSeg section 3.3.
     """
     similarity_BKP = cosines(centers_BKC, prototypes_BPC)
     if matching is None:
-        # NaN features may be matched in any way: the loss is NaN as well, which is for the training loop to handle.
+        # Any matching will do for NaN features: the loss is NaN as well, which the training loop handles.
         comparable_BKP = similarity_BKP.detach().nan_to_num()
         matching = match_prototypes(comparable_BKP, prototype_mask_BP=prototype_mask_BP)
     row_terms, column_terms = matched_terms(similarity_BKP, matching, logit_scale, prototype_mask_BP)
@@ -318,13 +317,13 @@ def prototype_loss(
 
 
 def assignment_loss(log_assignment_BKL: Tensor, responsibilities_BLP: Tensor, matching: Matching) -> Tensor:
-    """Cross-entropy between the prototypes' responsibilities for each token and its soft assignment to groups, the
-    prototypes reordered to the groups they are matched to. Ours; as many prototypes as groups.
+    """Cross-entropy between the prototypes' responsibilities for each token and the token's soft assignment to groups,
+    with prototypes in the order of their matched groups. Ours; for equal numbers of prototypes and groups.
 
     Args:
         log_assignment_BKL: logarithm of the soft assignment, which sums to 1 over the groups.
         responsibilities_BLP: constants, rows sum to 1.
-        matching: of groups and prototypes.
+        matching: from [`match_prototypes`].
     """
     targets_BPL = responsibilities_BLP.detach().transpose(1, 2)
     length = targets_BPL.shape[2]
@@ -337,6 +336,6 @@ def assignment_loss(log_assignment_BKL: Tensor, responsibilities_BLP: Tensor, ma
 def updated_prototypes(
     prototypes_PC: Tensor, batch_mean_PC: Tensor, momentum: float = 0.9, renormalize: bool = True
 ) -> Tensor:
-    """Moving average of the prototypes, [P, C]; rows scaled to unit length if `renormalize`."""
+    """Moving average of the prototypes [P, C]; with `renormalize`, rows are scaled to unit length."""
     updated = momentum * prototypes_PC + (1 - momentum) * batch_mean_PC.to(prototypes_PC.dtype)
     return nn.functional.normalize(updated, dim=-1) if renormalize else updated

@@ -1,16 +1,16 @@
-"""Models in int8, for the CPU: a quantisation method of transformers' kind, `quantization_config=PGSegInt8Config()`.
+"""Int8 models for the CPU: a Transformers quantization method, `quantization_config=PGSegInt8Config()`.
 
 | layers | weights | computed in |
 |---|---|---|
 | linear layers of the image tower's stages, and of a backbone | int8, a scale for each row | int8 |
 | those that decide a patch's group; other linear layers, token embeddings | int8, a scale for each row | floats |
-| projections of prototypes | bfloat16 | bfloat16 where the CPU has it |
+| projections of prototypes | bfloat16 | bfloat16 if the CPU supports it |
 | convolutions | float16 | float32 |
-| norms, position embeddings, prototypes, biases | float32 | as their input |
+| norms, position embeddings, prototypes, biases | float32 | dtype of their input |
 
-Computing in int8 rounds inputs at each call (dynamic quantisation). The stages take nearly all of the time; elsewhere
-that would cost accuracy for little, and in a backbone's convolutions, fifty in a row, rounded weights alone would too.
-Between the products the stages compute in bfloat16 where the CPU has instructions for it.
+Int8 computation rounds inputs in each call (dynamic quantisation). It is used in the stages, which take almost all of
+the time. Elsewhere it would cost accuracy for little gain, and rounding the weights of a backbone's fifty consecutive
+convolutions would too. Between products the stages compute in bfloat16 if the CPU supports it.
 """
 
 import re
@@ -29,7 +29,7 @@ from .layers import PGSegVisionEncoder
 
 METHOD = "pgseg_int8"
 
-# What a layer's forward needs beside its `__constants__`.
+# Attributes that a layer's forward needs in addition to its `__constants__`.
 _EXTRA_FIELDS = ("_reversed_padding_repeated_twice",)
 
 _COMPUTED_IN_INT8 = re.compile(r"(^|\.)(stages\.\d+\.(?!downsample\.assign\.[qk]_proj)|backbone\.)")
@@ -37,11 +37,11 @@ _OF_PROTOTYPES = re.compile(r"(^|\.)npr\.")
 
 
 class PGSegInt8Config(QuantizationConfigMixin):
-    """For `from_pretrained(..., quantization_config=PGSegInt8Config())`.
+    """Quantisation to int8: `from_pretrained(..., quantization_config=PGSegInt8Config())`.
 
     Args:
-        modules_to_not_convert: names of modules that stay float32 with all that is in them, such as
-            `["vision_model.embeddings"]`; those that a model does not have are refused.
+        modules_to_not_convert: names of modules to keep in float32 with all their submodules, such as
+            `["vision_model.embeddings"]`. Names that the model does not have raise a `ValueError` on loading.
     """
 
     def __init__(self, modules_to_not_convert: list[str] | None = None, **kwargs: Any):
@@ -50,11 +50,7 @@ class PGSegInt8Config(QuantizationConfigMixin):
 
 
 class _Stored(nn.Module):
-    """A layer whose weight is kept in fewer bits, and float32 again where it is asked for.
-
-    Args:
-        layer: the float layer.
-    """
+    """A layer that stores the weight of a float layer in fewer bits and returns it in float32."""
 
     def __init__(self, layer: Any):
         nn.Module.__init__(self)
@@ -95,7 +91,7 @@ class _StoredInFloat16(_Stored):
 
 
 class StoredLinear(_Stored, nn.Linear):  # type: ignore[override]
-    """A linear layer with a weight of 8 bits that computes in the type of its input."""
+    """A linear layer with 8-bit weights that computes in the dtype of its input."""
 
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
@@ -103,7 +99,7 @@ class StoredLinear(_Stored, nn.Linear):  # type: ignore[override]
 
 
 class BFloat16Linear(nn.Linear):
-    """A linear layer with a weight of 16 bits, which computes in them where the machine can, else in float32."""
+    """A linear layer with bfloat16 weights that computes in bfloat16 if the CPU supports it, else in float32."""
 
     def __init__(self, layer: nn.Linear):
         nn.Module.__init__(self)
@@ -118,18 +114,18 @@ class BFloat16Linear(nn.Linear):
 
 
 class Float16Conv2d(_StoredInFloat16, nn.Conv2d):  # type: ignore[override]
-    """A convolution with a weight of 16 bits that computes in float32."""
+    """A convolution with float16 weights that computes in float32."""
 
 
 class StoredEmbedding(_Stored, nn.Embedding):  # type: ignore[override]
-    """An embedding with a weight of 8 bits; what is looked up is float32."""
+    """An embedding with 8-bit weights; embeddings are returned in float32."""
 
     def forward(self, ids: Tensor) -> Tensor:
         return self._rows(ids)
 
 
 def _replacement(name: str, module: nn.Module) -> Any:
-    """The class that a layer becomes one of, or None. A layer of a subclass may do more than its weights say."""
+    """The class that replaces a layer, or None. Subclasses are kept: they may do more than their weights tell."""
     if type(module) is nn.Conv2d:
         return Float16Conv2d
     if type(module) is nn.Embedding and not name.endswith("position_embedding"):
@@ -149,7 +145,7 @@ def _replace_layers(model: nn.Module, kept: list[str]) -> None:
 
 
 class PGSegInt8Quantizer(HfQuantizer):
-    """Makes the layers of a model int8 once it is loaded, or before its int8 weights are."""
+    """Converts the layers of a model to int8: after loading float weights, or before loading int8 weights."""
 
     quantization_config: PGSegInt8Config
 
@@ -157,7 +153,7 @@ class PGSegInt8Quantizer(HfQuantizer):
         device_map = kwargs.get("device_map")
         devices = set(device_map.values()) if isinstance(device_map, dict) else {device_map}
         if not devices <= {None, "cpu", torch.device("cpu")}:
-            raise ValueError(f"device_map is {device_map}, expected the CPU, as int8 runs there.")
+            raise ValueError(f"device_map is {device_map}, expected the CPU: int8 models run only there.")
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         return torch.float32
@@ -170,7 +166,7 @@ class PGSegInt8Quantizer(HfQuantizer):
             parts = ", ".join(name for name, _ in model.named_children())
             raise ValueError(
                 f"modules_to_not_convert has {unknown[0]!r}, which {type(model).__name__} does not have, expected "
-                f"{parts} or names in them."
+                f"{parts} or modules in them."
             )
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
@@ -186,7 +182,7 @@ class PGSegInt8Quantizer(HfQuantizer):
         model.requires_grad_(False)
 
     def _tell_parts(self, model: PreTrainedModel) -> None:
-        """Says in each tower's configuration what it is: a tower is saved and loaded without the other, too."""
+        """Stores the quantisation in each tower's configuration, because a tower can be saved and loaded alone."""
         kept = self.quantization_config.modules_to_not_convert or []
         for name, part in model.named_children():
             if isinstance(part, PreTrainedModel) and name not in kept:
@@ -201,6 +197,6 @@ class PGSegInt8Quantizer(HfQuantizer):
         return False
 
 
-# Not by transformers' decorators, which refuse a second copy of this file, as `trust_remote_code` may load one.
+# Not with transformers' decorators: they reject a second copy of this file, as `trust_remote_code` may load one.
 AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(METHOD, PGSegInt8Config)
 AUTO_QUANTIZER_MAPPING.setdefault(METHOD, PGSegInt8Quantizer)

@@ -1,9 +1,8 @@
-"""Makes PGSeg known to transformers' Auto classes and pipelines without importing any of it.
+"""Registers PGSeg with Transformers' Auto classes and pipelines without importing it.
 
-transformers lists the models of its own by name, and looks for a name in the module `transformers.models.<model type>`
-when it is needed. PGSeg's names are added to these lists, and this package, which imports its names when they are asked
-for, stands under those modules' names. The lists lie in modules that import torch: they are not imported for it, but
-changed as soon as somebody else imports them.
+Transformers lists its own models by name and looks a name up in the module `transformers.models.<model type>` when it
+is needed. PGSeg's names are added to these lists, and this package, which imports its names on access, is registered as
+those modules. The lists are in modules that import torch. They are not imported here, but extended when they are.
 """
 
 import sys
@@ -28,7 +27,7 @@ _IMAGE_PROCESSORS = {"pil": "PGSegImageProcessorPil", "torchvision": "PGSegImage
 
 _AUTO = "transformers.models.auto"
 _PIPELINES = "transformers.pipelines"
-# For each module its mappings, without the `_NAMES` of their lists, and what is added to these.
+# The mappings of each module, without the suffix `_NAMES` of their lists, and the names to add.
 _LISTS: dict[str, dict[str, dict[str, Any]]] = {
     f"{_AUTO}.configuration_auto": {"CONFIG_MAPPING": _CONFIGS},
     f"{_AUTO}.modeling_auto": {
@@ -43,11 +42,11 @@ _LISTS: dict[str, dict[str, dict[str, Any]]] = {
 
 
 def register(package: ModuleType) -> None:
-    """Adds the names of a package now where the lists are imported already, else as soon as they are."""
+    """Adds a package's names to lists that are already imported now, and to the others when they are imported."""
     for model_type in _CONFIGS:
         sys.modules.setdefault(f"transformers.models.{model_type}", package)
     for name in _LISTS:
-        # One that is being imported has its lists later than this.
+        # A module that is still being imported does not have its lists yet.
         module = sys.modules.get(name)
         if module is not None and not getattr(module.__spec__, "_initializing", False):
             _add_names(module)
@@ -55,7 +54,7 @@ def register(package: ModuleType) -> None:
 
 
 class _AfterImport(MetaPathFinder):
-    """Finds transformers' lists as they are found without it, and adds to them what they lack."""
+    """Finds Transformers' list modules like the other finders do, and adds the missing names after their import."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -78,12 +77,12 @@ class _AfterImport(MetaPathFinder):
 def _add_names(module: ModuleType) -> None:
     for mapping, names in _LISTS[module.__name__].items():
         getattr(module, f"{mapping}_NAMES").update(names)
-        # Made of the configurations' list when the mapping was: perhaps before their names came.
+        # The mapping was built from the configurations' list, perhaps before PGSeg's names were added.
         getattr(getattr(module, mapping), "_reverse_config_mapping", {}).update(
             {config: model_type for model_type, config in _CONFIGS.items()}
         )
     if module.__name__ == _PIPELINES:
-        # As `register_pipeline` does it, with the class by its name, as transformers has its own.
+        # Like `register_pipeline`, but with the class by name, as for transformers' own pipelines.
         impl = f"{__package__}.pipeline.OpenVocabularySegmentationPipeline"
         default = {"model": (sys.modules[__package__].DEFAULT_CHECKPOINT, "main")}
         task = {"impl": impl, "pt": (module.AutoModel,), "default": default, "type": "multimodal"}

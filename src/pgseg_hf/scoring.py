@@ -1,11 +1,10 @@
-"""The inference recipe: from groups of patches and their affinity with texts to a label for every pixel.
+"""The inference recipe: computes a label for every pixel from groups of patches and their affinity with texts.
 
-A *window* is what went through the image encoder at once: a whole image or a crop. Inside a window every pixel takes
-the class scores of its group, so a window is kept as a map of group indices and one row of scores for each group, and
-no tensor of pixels x classes is ever made.
+A *window* is one input of the image encoder: a whole image or a crop. Inside a window every pixel has the class scores
+of its group. It is stored as group indices and one row of scores per group, not as pixels x classes.
 
 Shapes: K groups, N labels, H x W pixels of a window or an image, h x w patches.
-Source: released `segmentation/evaluation/pgseg_seg.py`, the same as GroupViT's `group_vit_seg.py`.
+Source: released `segmentation/evaluation/pgseg_seg.py`, identical to GroupViT's `group_vit_seg.py`.
 """
 
 from collections import deque
@@ -20,26 +19,24 @@ from torch import Tensor, nn
 from .values import share
 
 TOP_K = 5
-# Entries of a chunk of [classes, H, W] floats, 128 MB.
+# Number of entries of a chunk of [classes, H, W] floats, 128 MB.
 _CHUNK_ENTRIES = 2**25
-# Entries of a chunk that is worked on again before it leaves the processor's caches.
+# Number of entries of a chunk that is reused while it is in the processor's caches.
 _CACHED_ENTRIES = 2**20
 
 
 @dataclass
 class WindowScores:
-    """One window's scores: of a pixel's group and, with a weight above 0, of the patches around it.
+    """Scores of one window: those of the groups and, with a weight above 0, of the patches.
 
     Args:
         groups: uint8 [H, W] (int32 above 256 groups), the group of each pixel.
         scores: [K, N], or [K, N + 1] with the background as channel 0.
-        top: row of the window's first pixel in the image.
-        left: column of it.
-        patch_scores: [N, h, w] or [N + 1, h, w], the same of each patch; None where the groups alone decide.
-        patch_weight: share of the patches in a pixel's score, 0 to 1.
-        known: [K], the chance that a group is any of the labels and not one of the other words that the checkpoint
-            knows; None where there are no such words, or nobody asked.
-        patch_known: [h, w], the same of each patch.
+        top, left: row and column of the window's first pixel in the image.
+        patch_scores: [N, h, w] or [N + 1, h, w], scores of each patch; None to use only the groups.
+        patch_weight: weight of patch scores in a pixel's score, 0 to 1.
+        known: [K], probability that a group is a label and not another word that the checkpoint knows, or None.
+        patch_known: [h, w], the same for each patch.
     """
 
     groups: Tensor
@@ -56,8 +53,8 @@ class WindowScores:
             self.patch_scores = None
 
     def with_background(self, threshold: float) -> "WindowScores":
-        """The same with a background channel in front, from scores without one: where other words are known, it is 1
-        where the labels together are less likely than the threshold, else see [`add_background`]."""
+        """Adds a background channel in front to scores without one. Background is where `known` is below the threshold,
+        or as in [`add_background`] if there is no `known`."""
         patches = self.patch_scores
         if patches is not None:
             known = None if self.patch_known is None else self.patch_known.flatten()
@@ -66,13 +63,13 @@ class WindowScores:
         return replace(self, scores=scores, patch_scores=patches)
 
     def used(self) -> Tensor:
-        """Which channels are not 0 everywhere, bool [N]."""
+        """Which channels have a score other than 0, bool [N]."""
         used = (self.scores != 0).any(dim=0)
         return used if self.patch_scores is None else used | (self.patch_scores != 0).flatten(1).any(dim=1)
 
     def reader(self, channels: Sequence[int]) -> Callable[[slice], Tensor]:
-        """A function from a slice of the window's rows to the scores [C, rows, W] of its pixels: (1 - w) times those
-        of the pixel's group plus w times those of the patches, stretched bilinearly over the window."""
+        """Returns a function that maps a slice of the window's rows to the scores [C, rows, W] of its pixels: (1 - w)
+        times those of the pixel's group plus w times those of the patches, bilinearly interpolated."""
         of_groups = self.scores[:, channels].T
         stretched = None
         if self.patch_scores is not None:
@@ -90,19 +87,15 @@ class WindowScores:
 
 
 def average_by_owner(embeds_MD: Tensor, owners: Any) -> Tensor:
-    """Unit mean [N, D] of the rows of each owner: of the words that are names of one label.
-
-    Args:
-        embeds_MD: the words' embeddings.
-        owners: M numbers of labels, ascending from 0.
-    """
+    """Averages embeddings of words per label and normalises them, [N, D]. `owners` are the words' labels, ascending
+    from 0."""
     index = torch.as_tensor(owners, device=embeds_MD.device)
     sums = embeds_MD.new_zeros(int(index[-1]) + 1, embeds_MD.shape[1])
     return nn.functional.normalize(sums.index_add_(0, index, embeds_MD), dim=-1)
 
 
 def best_word(logits: Tensor, words_NWD: Tensor) -> Tensor:
-    """For each of N labels the largest of the logits of its W words, [N * W, ...] to [N, ...]."""
+    """The largest logit among the W words of each of N labels: [N * W, ...] to [N, ...]."""
     return logits.unflatten(0, words_NWD.shape[:2]).amax(dim=1) if words_NWD.dim() == 3 else logits
 
 
@@ -112,14 +105,17 @@ def group_scores(
     background_threshold: float | None = None,
     top_k: int = TOP_K,
 ) -> Tensor:
-    """Class scores of each group of one window, [K, N], or [K, 1 + N] with a background channel in front.
+    """Class scores of each group of one window [K, N], or [K, 1 + N] with a background channel in front.
 
     Args:
         segment_logits_KN: scaled cosines of segment tokens and labels.
-        image_logits_N: those of the image; only the `top_k` labels with the largest get scores above 0.
-        background_threshold: a group whose best score is below it (or below the window's best score, if that is
-            lower) has 1 in the background channel; its class scores stay.
-        top_k: number of labels that one window may show.
+        image_logits_N: scaled cosines of the image and labels; only the `top_k` largest get scores above 0.
+        background_threshold: a group is background (1 in that channel) if its best score is below the threshold, or
+            below the window's best score if that is lower. Its class scores stay.
+        top_k: maximum number of labels per window.
+
+    Raises:
+        ValueError: if `top_k` is below 1.
     """
     if top_k < 1:
         raise ValueError(f"top_k is {top_k}, expected at least 1.")
@@ -131,7 +127,7 @@ def group_scores(
 
 
 def chance_of_labels(label_logits: Tensor, other_logits: Tensor, dim: int) -> Tensor:
-    """The share of a softmax over labels and other words, along `dim`, that falls on the labels."""
+    """The probability of all labels together in a softmax over labels and other words along `dim`."""
     return (label_logits.logsumexp(dim) - other_logits.logsumexp(dim)).sigmoid()
 
 
@@ -141,16 +137,15 @@ def patch_scores(
     background_threshold: float | None = None,
     top_k: int = TOP_K,
 ) -> Tensor:
-    """Class scores of each patch of one window, [N, h, w], or [1 + N, h, w] with a background channel in front: those
-    of [`group_scores`] with every patch a group of its own."""
+    """Class scores of each patch, [N, h, w] or with background [1 + N, h, w]: [`group_scores`] of patches."""
     rows_LN = patch_logits_Nhw.flatten(1).T
     scores_LN = group_scores(rows_LN, image_logits_N, background_threshold, top_k)
     return scores_LN.T.unflatten(1, patch_logits_Nhw.shape[1:])
 
 
 def add_background(scores_KN: Tensor, threshold: float, known_K: Tensor | None = None) -> Tensor:
-    """Class scores of a window's groups with the background channel in front, [K, 1 + N], see [`group_scores`]. With
-    `known_K`, the chance that a group is any of the labels, background is where it is below the threshold."""
+    """Adds a background channel in front of a window's group scores, [K, 1 + N], see [`group_scores`]. With `known_K`,
+    the probability that a group is one of the labels, background is where it is below the threshold."""
     threshold = share(threshold, "background_threshold", "None or ")
     best_K = scores_KN.amax(dim=-1)
     is_background_K = best_K < best_K.amax().clamp(max=threshold) if known_K is None else known_K < threshold
@@ -158,20 +153,19 @@ def add_background(scores_KN: Tensor, threshold: float, known_K: Tensor | None =
 
 
 def group_map(grouping_Khw: Tensor, size: tuple[int, int]) -> Tensor:
-    """The group of each pixel: the soft grouping stretched bilinearly over the window, then the largest, [H, W]."""
+    """The group of each pixel [H, W]: the argmax of the bilinearly interpolated soft grouping."""
     wide = grouping_Khw if grouping_Khw.dtype == torch.float64 else grouping_Khw.float()
     stretched_KHW = nn.functional.interpolate(wide[None], size=size, mode="bilinear", align_corners=False)[0]
     return first_largest(stretched_KHW).to(torch.uint8 if wide.shape[0] <= 256 else torch.int32)
 
 
 def first_largest(maps_CHW: Tensor) -> Tensor:
-    """As `argmax(dim=0)`, int64 [H, W], in a fraction of its time: torch's takes strided steps, this goes along rows.
-    NaN is not looked for."""
+    """`argmax(dim=0)`, int64 [H, W], but much faster: along rows instead of strided. Does not handle NaN."""
     return _first_true(maps_CHW == maps_CHW.amax(dim=0)).clamp_(max=len(maps_CHW) - 1)
 
 
 def _first_true(flags_CHW: Tensor) -> Tensor:
-    """The first channel that is true at each pixel, int64 [H, W]; C where none is."""
+    """The first true channel at each pixel, int64 [H, W]; C if there is none."""
     count = len(flags_CHW)
     dtype = _dtype_to_count(count)
     ranks_C11 = torch.arange(count, 0, -1, dtype=dtype, device=flags_CHW.device)[:, None, None]
@@ -183,12 +177,12 @@ def _dtype_to_count(channels: int) -> torch.dtype:
 
 
 def window_starts(length: int, window: int, stride: int) -> list[int]:
-    """Where windows of `window` pixels begin along a side of `length` pixels; the last one is moved back to fit."""
+    """Starts of windows of `window` pixels along a side of `length` pixels; the last one is moved back to fit."""
     if window < 1 or stride < 1:
-        raise ValueError(f"window is {window} and stride {stride}, expected both at least 1 pixel.")
+        raise ValueError(f"window is {window} and stride is {stride}, expected both at least 1 pixel.")
     if stride > window:
         raise ValueError(
-            f"stride is {stride}, expected at most the window's {window} pixels, or pixels are left out."
+            f"stride is {stride}, expected at most the window's {window} pixels, or some pixels are not covered."
         )
     count = max(length - window + stride - 1, 0) // stride + 1
     return [max(min(index * stride + window, length) - window, 0) for index in range(count)]
@@ -197,18 +191,17 @@ def window_starts(length: int, window: int, stride: int) -> list[int]:
 def merge_windows(windows: Sequence[WindowScores], size: tuple[int, int]) -> tuple[Tensor, list[int], int]:
     """Averages the windows of one image.
 
-    Args:
-        windows: which cover the image.
-        size: of the image, (H, W).
+    Memory grows with `size` times the number of labels in any window, at most `top_k` per window.
 
-    Memory grows with `size` times the number of labels that some window shows, at most `top_k` a window.
+    Args:
+        windows: windows that cover the image.
+        size: (H, W) of the image.
 
     Returns:
-        scores [C, H, W] of the channels that are not 0 everywhere, the numbers of these channels in rising order, and
-        how many channels there are in all.
+        Scores [C, H, W] of the channels that are not 0 everywhere, their ascending indices, and the total number.
 
     Raises:
-        ValueError: scores that are not finite.
+        ValueError: if scores are not finite.
     """
     num_channels = windows[0].scores.shape[1]
     parts = [window.scores for window in windows] + [
@@ -216,8 +209,8 @@ def merge_windows(windows: Sequence[WindowScores], size: tuple[int, int]) -> tup
     ]
     if not all(part.isfinite().all() for part in parts):
         raise ValueError(
-            "the scores of a window are NaN or infinite, expected finite numbers; a model that overflows in float16 "
-            "needs dtype float32 or bfloat16."
+            "the scores of a window are NaN or infinite, expected finite numbers; if the model overflows in float16, "
+            "use dtype float32 or bfloat16."
         )
     used = torch.stack([window.used() for window in windows]).any(dim=0)
     channels = used.nonzero()[:, 0]
@@ -240,20 +233,20 @@ def best_labels(
     num_channels: int,
     target_size: tuple[int, int] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The most probable channel of each pixel, after a bilinear stretch to `target_size`.
+    """The most probable channel of each pixel, after bilinear interpolation to `target_size`.
 
-    The recipe takes the argmax of a softmax, to which scores are equal that differ by less than its rounding; of these
-    the first channel wins. Large maps are worked on a few channels at a time, so that memory grows with pixels and not
-    with pixels x classes; there the softmax's sum may differ in its last bit.
+    The recipe takes the argmax of a softmax, in which scores that differ by less than its rounding are equal; the first
+    of these channels wins. Large maps are processed a few channels at a time, so that memory grows with pixels and not
+    with pixels x classes; the softmax's sum may then differ in its last bit.
 
     Args:
-        scores_CHW: from [`merge_windows`]; channels that are not among them score 0.
-        channels: their numbers, rising.
-        num_channels: how many there are in all.
-        target_size: (H, W) of the result; that of the scores by default.
+        scores_CHW: from [`merge_windows`]; other channels score 0.
+        channels: their indices, ascending.
+        num_channels: total number of channels.
+        target_size: (H, W) of the result; defaults to the size of the scores.
 
     Returns:
-        int64 [H, W], and the largest scores, [H, W].
+        int64 [H, W], and the largest scores [H, W].
     """
     size = (scores_CHW.shape[1], scores_CHW.shape[2]) if target_size is None else target_size
     if num_channels * size[0] * size[1] <= _CHUNK_ENTRIES:
@@ -264,7 +257,7 @@ def best_labels(
 def _best_labels_by_chunks(
     scores_CHW: Tensor, channels: Sequence[int], num_channels: int, size: tuple[int, int]
 ) -> tuple[Tensor, Tensor]:
-    """As the argmax of the softmax over all channels, a few channels stretched at a time and worked on row by row."""
+    """Argmax of the softmax over all channels, interpolating a few channels at a time and working row by row."""
     height, width = size
     step = max(1, _CHUNK_ENTRIES // (height * width))
     rows_at_once = max(1, _CACHED_ENTRIES // width)
@@ -287,7 +280,7 @@ def _best_labels_by_chunks(
         total[rows] = (num_channels - len(channels)) * torch.exp(-best[rows])
     for _, rows, part in parts():
         total[rows] += torch.exp(part - best[rows]).sum(dim=0)
-    # Among the channels that are not listed, which all score 0, only the first can be an argmax.
+    # Of the unlisted channels, which all score 0, only the first can be an argmax.
     unlisted = next((number for number in range(num_channels) if number not in set(channels)), num_channels)
     labels = torch.empty(size, dtype=_dtype_to_count(num_channels), device=scores_CHW.device)
     for rows in strips:
@@ -304,9 +297,9 @@ def _best_labels_by_chunks(
 def _best_labels_by_rows(
     scores_CHW: Tensor, channels: Sequence[int], num_channels: int
 ) -> tuple[Tensor, Tensor]:
-    """As the argmax of the softmax over all channels, which is taken only where it may not be the largest score's.
+    """Argmax of the softmax over all channels. The softmax is only computed for near ties.
 
-    Of 16 bits torch's softmax rounds by the tensor's layout, so that there it may be another of nearly equal channels.
+    In 16 bits the rounding of torch's softmax depends on the tensor's layout, so near ties may be resolved differently.
     """
     height, width = scores_CHW.shape[1:]
     labels = torch.zeros(height, width, dtype=torch.int64, device=scores_CHW.device)
@@ -323,7 +316,7 @@ def _best_labels_by_rows(
         high = part >= best[rows] - equal_to_softmax
         unclear = high.sum(dim=0, dtype=_dtype_to_count(len(channels))) > 1
         if len(channels) < num_channels:
-            # Those that are not listed score 0.
+            # Unlisted channels score 0.
             unclear |= best[rows] <= equal_to_softmax
         labels[rows] = numbers_C[_first_true(high).clamp_(max=len(channels) - 1)]
         for some in unclear.nonzero().split(max(1, _CACHED_ENTRIES // num_channels)):
@@ -335,7 +328,7 @@ def _best_labels_by_rows(
 
 
 def stretch(scores_CHW: Tensor, size: tuple[int, ...]) -> Tensor:
-    """Bilinear resize of [C, H, W] maps."""
+    """Bilinear interpolation of [C, H, W] maps."""
     if tuple(scores_CHW.shape[-2:]) == tuple(size):
         return scores_CHW
     return nn.functional.interpolate(scores_CHW[None], size=size, mode="bilinear", align_corners=False)[0]
@@ -344,9 +337,9 @@ def stretch(scores_CHW: Tensor, size: tuple[int, ...]) -> Tensor:
 def dense_probabilities(
     windows: Sequence[WindowScores], size: tuple[int, int], target_size: tuple[int, int] | None = None
 ) -> Tensor:
-    """Probabilities of all channels at each pixel, [N, H, W] or [N + 1, H, W]: the windows' mean, stretched, softmax.
+    """Probabilities of all channels at each pixel, [N, H, W] or [N + 1, H, W]: softmax of interpolated scores.
 
-    Needs memory for pixels x classes; label maps come from [`best_labels`].
+    Uses memory for pixels x classes; for label maps use [`best_labels`].
     """
     scores, channels, num_channels = merge_windows(windows, size)
     dense = scores.new_zeros(num_channels, *size)
@@ -356,12 +349,12 @@ def dense_probabilities(
 
 @dataclass
 class ScoredImage:
-    """An image's windows with their groups' scores for some labels.
+    """The windows of an image, with scores for some labels.
 
     Args:
         size: height and width of the original.
-        resized: height and width of what the windows cover.
-        windows: their scores.
+        resized: height and width of the area that the windows cover.
+        windows: the windows' scores.
     """
 
     size: tuple[int, int]
@@ -369,7 +362,7 @@ class ScoredImage:
     windows: list[WindowScores] = field(default_factory=list)
 
     def with_background(self, threshold: float) -> "ScoredImage":
-        """The same with a background channel in front, from scores without one."""
+        """Adds a background channel in front to scores without one."""
         return replace(self, windows=[window.with_background(threshold) for window in self.windows])
 
     def label_map(self) -> tuple[Tensor, Tensor]:
@@ -379,10 +372,10 @@ class ScoredImage:
 
 
 def averaged_over_neighbours(images: Iterable[ScoredImage], count: int) -> Iterator[ScoredImage]:
-    """Each image with the windows of the `count` images around it, fewer at both ends: scores are means over windows.
+    """Averages scores over consecutive images: each gets the windows of the `count` images around it.
 
     Raises:
-        ValueError: neighbours of different sizes.
+        ValueError: if neighbours have different sizes.
     """
     after = count // 2
     near: deque[ScoredImage | None] = deque([None] * count, maxlen=count)
@@ -394,7 +387,7 @@ def averaged_over_neighbours(images: Iterable[ScoredImage], count: int) -> Itera
         present = [each for each in near if each is not None]
         if len({each.size for each in present}) > 1:
             raise ValueError(
-                f"images of {', '.join(map(str, sorted({each.size for each in present})))} (height, width) follow one "
-                "another, expected one size where scores are averaged over neighbours."
+                "averaging over neighbours needs images of one size, got (height, width) "
+                f"{', '.join(map(str, sorted({each.size for each in present})))}."
             )
         yield replace(middle, windows=[window for each in present for window in each.windows])

@@ -1,4 +1,4 @@
-"""What the text tower can leave out of a batch of token ids, and which of them are words.
+"""Work that the text tower can skip for a batch of token ids, and which tokens are words.
 
 Shapes: N texts, T tokens. `config` is that of the text tower.
 """
@@ -12,13 +12,13 @@ from torch import Tensor
 def different_texts(
     input_ids: Tensor, attention_mask: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The different ones of N texts [U, T], their attention mask, and which of them each text is, [N]; all texts and
-    None where all differ, and where the shapes of a graph must not depend on the texts."""
+    """The distinct texts [U, T] among N texts, their attention mask, and the index [N] of each text among them. Returns
+    all texts and None if all are distinct, or if shapes must not depend on the texts (compilation, meta device)."""
     if torch.compiler.is_compiling() or input_ids.device.type == "meta":
         return input_ids, attention_mask, None
     given = attention_mask is not None
     keys_N2T = torch.cat([input_ids, attention_mask.to(input_ids.dtype)], 1) if given else input_ids
-    # Not every device can do this, and the number of different texts has to come to the CPU anyway.
+    # Not every device supports this, and the number of distinct texts is needed on the CPU anyway.
     different_U2T, rows_N = (
         part.to(input_ids.device) for part in keys_N2T.cpu().unique(dim=0, return_inverse=True)
     )
@@ -30,12 +30,12 @@ def different_texts(
 
 
 def starts_of_texts(input_ids: Tensor, attention_mask: Tensor | None, config: Any) -> Tensor | None:
-    """How many tokens of padding stand before each of N texts [N, T], by the attention mask or else by the start token,
-    [N]; None where texts are padded on the right only, which the end token's first place takes for granted."""
+    """Number of padding tokens before each of N texts [N, T], by the attention mask or else the start token, [N]. None
+    if all texts are padded on the right, as pooling at the first end token assumes."""
     if attention_mask is not None:
         starts_N = attention_mask.bool().int().argmax(1)
     elif config.bos_token_id is None or config.eos_token_id == 2:
-        # The start token of CLIP's first configurations is a wrong one too.
+        # The start token in CLIP's first configurations is wrong too.
         return None
     else:
         starts_N = (input_ids == config.bos_token_id).int().argmax(1)
@@ -44,7 +44,7 @@ def starts_of_texts(input_ids: Tensor, attention_mask: Tensor | None, config: An
 
 
 def rotated(values: Tensor, by_N: Tensor) -> Tensor:
-    """The rows of [N, T, ...], each moved so many places to the left; what leaves there comes back on the right."""
+    """Rotates each row of [N, T, ...] to the left by its number of places `by_N`."""
     length = values.shape[1]
     places_NT = (torch.arange(length, device=values.device) + by_N[:, None]) % length
     places = places_NT.view(*places_NT.shape, *[1] * (values.ndim - 2)).expand_as(values)
@@ -54,7 +54,7 @@ def rotated(values: Tensor, by_N: Tensor) -> Tensor:
 def padded_on_the_right(
     input_ids: Tensor, attention_mask: Tensor | None, config: Any
 ) -> tuple[Tensor, Tensor | None]:
-    """Texts [N, T] and their attention mask with all padding behind the text."""
+    """Moves the padding of texts [N, T] and their attention mask to the right."""
     starts_N = starts_of_texts(input_ids, attention_mask, config)
     if starts_N is None:
         return input_ids, attention_mask
@@ -62,9 +62,9 @@ def padded_on_the_right(
 
 
 def up_to_ends(input_ids: Tensor, attention_mask: Tensor | None, config: Any) -> tuple[Tensor, Tensor | None]:
-    """Texts [N, T] and their attention mask up to where the longest one ends, as the transformer is causal and pools at
-    the ends; all of them where one has no end."""
-    # CLIP pools at the largest id where the end is 2, as in its first configurations.
+    """Cuts texts [N, T] and their attention mask after the end of the longest one, because the transformer is causal
+    and pools at the ends. Returns them whole if a text has no end."""
+    # With an end token of 2, as in its first configurations, CLIP pools at the largest id.
     if torch.compiler.is_compiling() or input_ids.device.type == "meta" or config.eos_token_id == 2:
         return input_ids, attention_mask
     is_end = input_ids == config.eos_token_id
@@ -73,7 +73,6 @@ def up_to_ends(input_ids: Tensor, attention_mask: Tensor | None, config: Any) ->
 
 
 def find_words(input_ids: Tensor, config: Any) -> tuple[Tensor, Tensor]:
-    """True for the tokens of words, after the start token and before the first end token, and True from there on;
-    both [N, T]."""
+    """Masks [N, T] of tokens of words (between start and first end token) and of all from the first end token on."""
     has_ended = (input_ids == config.eos_token_id).cumsum(1) > 0
     return ~has_ended & input_ids.ne(config.bos_token_id), has_ended

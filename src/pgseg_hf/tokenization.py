@@ -1,4 +1,4 @@
-"""CLIP's byte-pair tokenizer, built from the merges shipped with the package: nothing is downloaded."""
+"""CLIP's byte-pair tokenizer, built from the merges that ship with the package; nothing is downloaded."""
 
 import gzip
 from collections.abc import Iterable, Sequence
@@ -28,8 +28,8 @@ def load_merges() -> tuple[tuple[str, str], ...]:
 
 
 def build_vocabulary(merges: Sequence[tuple[str, str]] | None = None) -> dict[str, int]:
-    """256 byte characters, the same as word ends, the merges (all of CLIP's by default, which makes its 49,408
-    entries), start and end of text."""
+    """256 byte characters, the same as word ends, the merges (defaults to CLIP's, 49,408 entries), start and end
+    token."""
     byte_characters = sorted(ByteLevel.alphabet())
     entries = byte_characters + [character + "</w>" for character in byte_characters]
     entries += [left + right for left, right in (load_merges() if merges is None else merges)]
@@ -38,16 +38,16 @@ def build_vocabulary(merges: Sequence[tuple[str, str]] | None = None) -> dict[st
 
 
 def merges_for_words(words: Iterable[str], count: int) -> list[tuple[str, str]]:
-    """The merges of CLIP's that make the tokens of the first of these words, for a smaller tokenizer.
+    """Selects the CLIP merges that the given words need, for a smaller tokenizer.
 
-    A word whose merges are all kept has CLIP's own tokens, as merges that no step of it uses change nothing.
+    A word whose merges are all kept has the same tokens as in CLIP, because unused merges have no effect.
 
     Args:
-        words: lower-case words without white space, the most important first.
-        count: largest number of merges; a word whose merges do not fit is left out.
+        words: lower-case words without white space, most important first.
+        count: maximum number of merges. Words whose merges do not fit are skipped.
 
     Returns:
-        The merges in the order of their rank.
+        The merges in rank order.
     """
     if count < 1:
         raise ValueError(f"count is {count}, expected at least 1 merge")
@@ -78,35 +78,35 @@ def _merged(parts: list[str], left: str, right: str) -> list[str]:
 
 
 def cut_texts(encoded: BatchEncoding, texts: Sequence[str]) -> list[str]:
-    """Those of the texts that a tokenizer cut, as they have more tokens than the text tower takes."""
+    """The texts that a tokenizer truncated, because they have more tokens than the text tower accepts."""
     encodings = getattr(encoded, "encodings", None) or ()
     return [text for text, encoding in zip(texts, encodings) if encoding.overflowing]
 
 
 def warn_of_cut_texts(encoded: BatchEncoding, texts: Sequence[str], limit: int) -> int:
-    """Says once that there are texts which are cut; returns how many of these are."""
+    """Warns once if texts are truncated; returns their number."""
     cut = cut_texts(encoded, texts)
     if cut:
         logger.warning_once(
-            f"texts of more than {limit} tokens are cut, and what comes after them is not seen; shorten them."
+            f"texts of more than {limit} tokens are truncated, and the rest of them is ignored; shorten them."
         )
-        logger.info(f"cut: {cut}")
+        logger.info(f"truncated texts: {cut}")
     return len(cut)
 
 
 def check_distinct_labels(
     encoded: BatchEncoding, labels: Sequence[str], prompts: Sequence[Sequence[str]], limit: int
 ) -> None:
-    """Warns of labels that are cut.
+    """Warns about labels that are truncated.
 
     Args:
-        encoded: the prompts of all labels, one label's after the other's.
+        encoded: the prompts of all labels, in the order of the labels.
         labels: N names.
-        prompts: of each label.
-        limit: tokens that the text tower takes, for messages.
+        prompts: prompts of each label.
+        limit: maximum number of tokens, for messages.
 
     Raises:
-        ValueError: labels whose prompts are the same tokens.
+        ValueError: if two labels have the same tokens.
     """
     flat = [prompt for of_label in prompts for prompt in of_label]
     rows = iter(encoded["input_ids"])
@@ -115,15 +115,15 @@ def check_distinct_labels(
     for label, of_label in zip(labels, prompts):
         other = first.setdefault(tuple(tuple(next(rows)) for _ in of_label), label)
         if other != label:
-            why = f", of whose prompts {limit} tokens count" if cut.intersection(of_label) else ""
+            why = f", which uses only {limit} tokens of their prompts" if cut.intersection(of_label) else ""
             raise ValueError(
-                f"{other!r} and {label!r} are the same to the model{why}: shorten or change one of them."
+                f"{other!r} and {label!r} are the same for the model{why}: shorten or change one of them."
             )
     shortened = [label for label, of_label in zip(labels, prompts) if cut.intersection(of_label)]
     if shortened:
         logger.warning_once(
-            f"{len(shortened)} of {len(labels)} labels are cut, as their prompts have more than {limit} tokens; the "
-            f"first is {shortened[0]!r}."
+            f"{len(shortened)} of {len(labels)} labels are truncated, because their prompts have more than {limit} "
+            f"tokens; the first is {shortened[0]!r}."
         )
 
 
@@ -131,25 +131,26 @@ def default_tokenizer(
     context_length: int = DEFAULT_CONTEXT_LENGTH,
     merges: Sequence[tuple[str, str]] | int | None = None,
 ) -> CLIPTokenizer:
-    """A new CLIP tokenizer, by default the one that PGSeg and GroupViT checkpoints were trained with.
+    """Creates a CLIP tokenizer, by default the one that PGSeg and GroupViT checkpoints were trained with.
 
     Args:
-        context_length: tokens that the text tower takes, start and end token included (`model_max_length`).
-        merges: for a smaller vocabulary, how many of CLIP's merges (the most frequent come first), or which, see
-            `merges_for_words`; the vocabulary has 514 entries more.
+        context_length: maximum number of tokens, including the start and end token (`model_max_length`).
+        merges: for a smaller vocabulary, the number of CLIP's merges to use (the most frequent come first), or the
+            merges themselves, see `merges_for_words`. The vocabulary has 514 further entries.
 
     Returns:
-        A `transformers.CLIPTokenizer`; padding is the end token, truncation keeps the end token.
+        A `transformers.CLIPTokenizer` that pads with the end token and keeps it when truncating.
 
     Raises:
-        ValueError: for a context too short for one token between start and end, or a number of merges that CLIP does
-            not have.
+        ValueError: if the context is shorter than 3 tokens or CLIP does not have that many merges.
     """
     if context_length < 3:
         raise ValueError(f"context_length must be at least 3 (start, one token, end), got {context_length}")
     if isinstance(merges, int):
         if not 0 < merges <= len(load_merges()):
-            raise ValueError(f"merges is {merges}, expected 1 to {len(load_merges())}, as many as CLIP has")
+            raise ValueError(
+                f"merges is {merges}, expected 1 to {len(load_merges())}, the number of CLIP's merges"
+            )
         merges = load_merges()[:merges]
     chosen: Any = list(load_merges() if merges is None else merges)
     return CLIPTokenizer(vocab=build_vocabulary(chosen), merges=chosen, model_max_length=context_length)

@@ -1,4 +1,4 @@
-"""What the variants of NPR ask of a configuration; what they do is in `npr.py`."""
+"""What the NPR variants require of a configuration; their computation is in `npr.py`."""
 
 from dataclasses import dataclass
 
@@ -7,14 +7,14 @@ SEGMENT_SOURCES = ("groups", "patches", "inputs")
 
 @dataclass(frozen=True)
 class VariantSettings:
-    """What a variant of NPR asks of a configuration, and of those who train and run such a model.
+    """What an NPR variant requires of a configuration, and for training and running such a model.
 
     Args:
-        segment_source, contrastive_pooling, assignment_weight: where the configuration does not say.
-        segment_sources: those that the variant has.
-        eager_gradients: in training attention is eager unless asked otherwise.
-        guards_losses: training leaves out prototype losses that are NaN.
-        one_text_an_image: the losses need it.
+        segment_source, contrastive_pooling, assignment_weight: defaults of the configuration.
+        segment_sources: supported segment sources.
+        eager_gradients: whether attention defaults to eager in training.
+        guards_losses: whether training leaves out prototype losses that are NaN.
+        one_text_an_image: whether the losses need exactly one text per image.
     """
 
     segment_source: str = "groups"
@@ -26,12 +26,12 @@ class VariantSettings:
     one_text_an_image: bool = False
 
 
-# `npr.NPR` adds those of further variants.
+# `npr.NPR` adds further variants.
 NPR_VARIANTS = {
     "none": VariantSettings(),
     "released": VariantSettings(
         segment_sources=("groups",), eager_gradients=True, guards_losses=True, one_text_an_image=True
     ),
-    # What three seeds of examples/ablate_npr.py support, see examples/README.md.
+    # Values chosen with examples/ablate_npr.py on three seeds, see examples/README.md.
     "corrected": VariantSettings("patches", "groups", 0.2),
 }

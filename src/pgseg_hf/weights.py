@@ -1,4 +1,4 @@
-"""Weights that are no weights, in words; and a model that is as it was after it was used."""
+"""Checks for unusable weights, and a context manager that restores a model after evaluation."""
 
 import json
 import os
@@ -16,38 +16,34 @@ _LARGEST_HEADER = 100_000_000  # bytes, that of the safetensors library
 
 
 def what_is_wrong_with(folder: str | os.PathLike, needed: str | None = None) -> str | None:
-    """The likely reason why a checkpoint's folder cannot be read, and the way out; None where its files look whole, and
-    for a name on the Hub. `needed` is a file that it must have."""
+    """The likely reason why a checkpoint's folder cannot be read, and how to fix it. None if its files look complete,
+    and for a Hub name. `needed` is the name of a required file."""
     if not os.path.isdir(folder):
         return None
     for path in sorted(Path(folder).iterdir()):
         if path.suffix in _SUFFIXES and path.is_file() and (reason := what_is_wrong_with_file(path)):
             return f"{path} {reason}"
     if needed is not None and not (Path(folder) / needed).exists():
-        return f"{folder} has no {needed}: copy the whole folder, or save a model there by save_pretrained."
+        return f"{folder} has no {needed}: copy the whole folder, or save a model there with save_pretrained."
     return None
 
 
 def what_is_wrong_with_file(path: Path) -> str | None:
-    """The same of one file, to be put behind its name."""
+    """The same for a single file, worded to follow its name."""
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(512)
         if not start.strip():
-            return f"holds nothing ({size} bytes): copy or download it again."
+            return f"is empty ({size} bytes): copy or download it again."
         if start.startswith(b"version https://git-lfs"):
-            return (
-                "is a pointer of git-lfs and not the file: run `git lfs pull` in the folder it was cloned to."
-            )
+            return "is a git-lfs pointer and not the file: run `git lfs pull` in the cloned repository."
         if start.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
-            return "is a web page and not the file: the download needs a login or another address."
+            return "is a web page and not the file: the download needs a login or another URL."
         if path.suffix != ".safetensors":
             return None
         length = int.from_bytes(start[:8], "little")
         if length > _LARGEST_HEADER or not start[8:].lstrip().startswith(b"{"):
-            return (
-                "is no safetensors file; save the model by save_pretrained, or convert it by `pgseg convert`."
-            )
+            return "is not a safetensors file: save the model with save_pretrained, or convert it with `pgseg convert`."
         file.seek(8)
         try:
             header = json.loads(file.read(length))
@@ -56,25 +52,24 @@ def what_is_wrong_with_file(path: Path) -> str | None:
         except (ValueError, KeyError, TypeError, AttributeError, IndexError):
             expected = 8 + length
     if size < expected:
-        return f"is cut off, {size:,} of {expected:,} bytes: copy or download it again."
+        return f"is truncated, {size:,} of {expected:,} bytes: copy or download it again."
     return None
 
 
 def refuse_bad_weights(model: Any, name: str) -> None:
-    """Refuses weights and statistics that are NaN or infinite, were never loaded or are random, as the checkpoint lacks
-    them.
+    """Rejects weights and statistics that are not finite, were never loaded, or are missing from the checkpoint.
 
     Args:
-        model: on any device.
-        name: what the error calls it.
+        model: a model on any device.
+        name: name of the model in the error.
 
     Raises:
-        ValueError: naming the first such tensors.
+        ValueError: if there are such tensors; names the first ones.
     """
     is_offloaded = getattr(model, "hf_device_map", None) is not None
     if missing := getattr(model, "random_weights", ()):
         raise ValueError(
-            f"{name} is no whole PGSeg checkpoint, these tensors are missing: {', '.join(missing)}."
+            f"{name} is not a complete PGSeg checkpoint, these tensors are missing: {', '.join(missing)}."
         )
     bad, empty = [], []
     for key, tensor in chain(model.named_parameters(), model.named_buffers()):
@@ -87,42 +82,42 @@ def refuse_bad_weights(model: Any, name: str) -> None:
     if bad:
         raise ValueError(
             f"{name} has NaN or infinite values in {_named(bad)}: training diverged before it was saved, or values "
-            "were too large for float16; take an earlier checkpoint, or save in bfloat16 or float32."
+            "were too large for float16; use an earlier checkpoint, or save in bfloat16 or float32."
         )
     if empty:
-        raise ValueError(f"{name} has no values in {_named(empty)}: load the model by from_pretrained.")
+        raise ValueError(f"{name} has no values in {_named(empty)}: load the model with from_pretrained.")
 
 
 def refuse_other_tokenizer(config: Any, tokenizer: Any, name: str) -> None:
-    """Refuses a tokenizer whose tokens are none of the model's.
+    """Rejects a tokenizer that does not fit the model.
 
     Args:
-        config: of the whole model.
-        tokenizer: of its processor.
-        name: what the error calls the two.
+        config: configuration of the whole model.
+        tokenizer: tokenizer of its processor.
+        name: name of the two in the error.
 
     Raises:
-        ValueError: another end token, or more tokens than the model has.
+        ValueError: if the end tokens differ, or the tokenizer has more tokens than the model.
     """
     text = config.text_config
-    # 2 stands for the largest token, as in CLIP's first configurations. A vocabulary may have more rows than tokens.
+    # An end token of 2 means the largest id, as in CLIP's first configurations. Vocabularies may have spare rows.
     if text.eos_token_id not in (2, tokenizer.eos_token_id) or len(tokenizer) > text.vocab_size:
         raise ValueError(
-            f"{name} has a tokenizer of {len(tokenizer)} tokens, the end token is {tokenizer.eos_token_id}, "
-            f"for a model of {text.vocab_size} and {text.eos_token_id}; files of the processor are missing or "
-            "another's, or model.resize_token_embeddings was not called for new tokens."
+            f"{name} has a tokenizer with {len(tokenizer)} tokens and end token {tokenizer.eos_token_id}, but a model "
+            f"with {text.vocab_size} and {text.eos_token_id}. Files of the processor are missing or belong to another "
+            "model, or model.resize_token_embeddings was not called for new tokens."
         )
 
 
 def _named(keys: list[str]) -> str:
     shown = ", ".join(keys[:3])
-    return shown if len(keys) <= 3 else f"{shown} and {len(keys) - 3} further tensors"
+    return shown if len(keys) <= 3 else f"{shown} and {len(keys) - 3} more tensors"
 
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[Any]:
-    """In the block the model is in evaluation mode. After it, the mode of every module, what learns, the buffers (the
-    released text prototypes move in evaluation too) and torch's random state are what they were."""
+    """Puts the model in evaluation mode inside the block. Then restores the mode of every module, `requires_grad`, the
+    buffers (the released text prototypes change in evaluation too) and torch's random state."""
     modes = [(module, module.training) for module in model.modules()]
     learns = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]

@@ -1,4 +1,4 @@
-"""Markers of transformers' own testers, whose conftest.py is not in the sdist."""
+"""Markers of Transformers' own testers, whose conftest.py is not in the sdist."""
 
 import pytest
 

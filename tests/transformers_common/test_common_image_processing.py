@@ -1,4 +1,4 @@
-"""transformers' common image processor tests on our image processors."""
+"""Transformers' common image processor tests, run on our image processors."""
 
 import unittest
 
@@ -8,7 +8,7 @@ from pgseg_hf import PGSegImageProcessor, PGSegImageProcessorPil
 
 
 class ImageProcessorTester(ImageProcessingTester):
-    """Small sizes; the classes are named, as they are in no list of transformers' own."""
+    """Uses small sizes and names the classes, which are not in Transformers' own lists."""
 
     def __init__(self, parent: unittest.TestCase):
         super().__init__(

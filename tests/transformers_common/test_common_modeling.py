@@ -1,4 +1,4 @@
-"""transformers' common model tests on our models and configurations, in the sizes that its GroupViT is tested with."""
+"""Transformers' common model tests, run on our models and configurations in the sizes of its GroupViT tests."""
 
 import tempfile
 import unittest
@@ -23,12 +23,12 @@ MOVES = "each forward of the released variant moves its text prototypes and so t
 
 
 def skipped(reason: str) -> Callable:
-    """In the place of a test of the mixins."""
+    """Replaces a test of the mixins."""
     return unittest.skip(reason)(lambda self: None)
 
 
 class VisionModelTester:
-    """Tiny vision models and inputs; the names are those that the mixins read."""
+    """Tiny vision models and inputs; the mixins read these names."""
 
     is_training = True
     batch_size = 12
@@ -153,13 +153,13 @@ class PGSegVisionModelTest(ModelTesterMixin, unittest.TestCase):
     test_training_gradient_checkpointing_use_reentrant_true = skipped(NO_LOSS)
 
     def test_model_get_set_embeddings(self):
-        """The mixin's expects token embeddings; here they are a convolution."""
+        """The mixin's test expects token embeddings; here they are a convolution."""
         model = PGSegVisionModel(self.model_tester.get_config())
         self.assertIsInstance(model.get_input_embeddings(), nn.Module)
         self.assertIsNone(model.get_output_embeddings())
 
     def test_attention_outputs(self):
-        """The mixin's expects one square attention a layer; here, as in GroupViT, there is one assignment a stage."""
+        """The mixin expects square attention per layer; this model, like GroupViT, has one assignment per stage."""
         config, inputs = self.model_tester.prepare_config_and_inputs_for_common()
         stages = sum(tokens > 0 for tokens in config.num_group_tokens)
         model = PGSegVisionModel._from_config(config, attn_implementation="eager").to(torch_device).eval()
@@ -176,7 +176,7 @@ class PGSegVisionModelTest(ModelTesterMixin, unittest.TestCase):
                 self.assertEqual(assignment.shape, (self.model_tester.batch_size, groups[stage], length))
 
     def test_retain_grad_hidden_states_attentions(self):
-        """The mixin's asks the attentions for a gradient too; the soft assignment is a report, not on the way."""
+        """The mixin also expects a gradient of the attentions; the soft assignment is only an output."""
         config, inputs = self.model_tester.prepare_config_and_inputs_for_common()
         outputs = PGSegVisionModel(config).to(torch_device)(
             **inputs, output_attentions=True, output_hidden_states=True
@@ -207,8 +207,8 @@ class PGSegTextModelTest(ModelTesterMixin, unittest.TestCase):
 
 
 class PGSegModelTest(ModelTesterMixin, unittest.TestCase):
-    # The tester looks for the width in `backbone_config` wherever there is such a field, None or not; the shapes are
-    # checked in test_modeling.py.
+    # The tester reads the width from `backbone_config` if the field exists, even if it is None; the shapes are checked
+    # in test_modeling.py.
     skip_test_image_features_output_shape = True
     all_model_classes = (PGSegModel,)
     _is_composite = True
@@ -238,7 +238,7 @@ class PGSegModelTest(ModelTesterMixin, unittest.TestCase):
         self.assertEqual(outputs.logits_per_text.shape, (texts, images))
 
     def _image_features_get_expected_num_attentions(self, model_tester=None):
-        """The mixin expects one attention a layer; here, as in GroupViT, there is one assignment a grouping stage."""
+        """The mixin expects one attention per layer; this model, like GroupViT, has one per grouping stage."""
         return sum(tokens > 0 for tokens in self.model_tester.vision_model_tester.num_group_tokens)
 
     def _image_features_get_expected_num_hidden_states(self, model_tester=None):
@@ -259,7 +259,7 @@ class PGSegModelTest(ModelTesterMixin, unittest.TestCase):
 
 
 class PGSegVisionModelWithoutPrototypesTest(PGSegVisionModelTest):
-    """A GroupViT, on images of another size than the configured one."""
+    """A GroupViT, on images of a size other than the configured one."""
 
     settings = {"npr_variant": "none", "input_size": (27, 44)}
 
@@ -285,7 +285,7 @@ class ReleasedPGSegVisionModelTest(PGSegVisionModelTest):
 
 
 class PGSegModelWithoutPrototypesTest(PGSegModelTest):
-    """A GroupViT whose groups are means of patches and are compared with the texts one by one."""
+    """A GroupViT whose segments are means of patches, each compared with the texts."""
 
     settings = {
         "npr_variant": "none",
@@ -296,7 +296,7 @@ class PGSegModelWithoutPrototypesTest(PGSegModelTest):
 
 
 class PGSegModelWithBackboneTest(PGSegModelTest):
-    """On a backbone that learns, with names on its patches."""
+    """With a trainable backbone and names on patches."""
 
     test_all_params_have_gradient = False  # DINOv2's mask token has none
 

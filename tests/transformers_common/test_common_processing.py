@@ -1,4 +1,4 @@
-"""transformers' common processor tests on our processor."""
+"""Transformers' common processor tests, run on our processor."""
 
 import unittest
 

@@ -1,10 +1,10 @@
-"""Access to transformers' own common testers, which are part of its sdist but not of its wheel.
+"""Access to Transformers' own common testers, which are in its sdist but not in its wheel.
 
-`TRANSFORMERS_TESTS` names the root of the unpacked sdist of the installed version (the folder that holds `tests/`):
+`TRANSFORMERS_TESTS` is the root of the unpacked sdist of the installed version (the folder that contains `tests/`):
 
     pip download --no-deps --no-binary :all: --no-build-isolation transformers==<version>
 
-Where it is not set, everything that imports this module skips itself.
+If it is not set, modules that import this one are skipped.
 """
 
 import importlib
@@ -39,7 +39,7 @@ def _require_same_version(root: Path) -> None:
 
 
 def _stub(name: str, **attributes: object) -> None:
-    """Stands in for a helper of the testers that lies in a sub-folder, which the sdist leaves out."""
+    """Replaces a helper of the testers in a sub-folder that the sdist leaves out."""
     try:
         importlib.import_module(name)
     except ModuleNotFoundError as error:
@@ -52,12 +52,12 @@ def _stub(name: str, **attributes: object) -> None:
 
 _require_same_version(Path(ROOT))
 sys.path.insert(0, ROOT)
-# Export is tested by tests of our own, and no model here generates text.
+# Export has its own tests, and these models do not generate text.
 _stub("tests.exporters", __path__=[])
 _stub("tests.exporters.test_export", ExportTesterMixin=type("ExportTesterMixin", (), {}))
 _stub("tests.generation", __path__=[])
 _stub("tests.generation.test_utils", GenerationTesterMixin=type("GenerationTesterMixin", (), {}))
-# Fields that every configuration takes, with values that are not their defaults.
+# Fields that every configuration accepts, with values other than their defaults.
 _stub("tests.utils", __path__=[])
 _stub(
     "tests.utils.test_configuration_utils",
@@ -76,7 +76,7 @@ _stub(
         "eos_token_id": 8,
     },
 )
-# Maps the addresses of the testers' photographs to files; ours will do.
+# Maps the URLs of the testers' photographs to local files; one of our images is enough.
 _PHOTO = Path(__file__).parents[2] / "examples" / "images" / "blue-sweater.jpg"
 _stub(
     "fetch_hub_objects_for_ci",
