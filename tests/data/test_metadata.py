@@ -180,5 +180,5 @@ def test_broken_rows_are_told_one_by_one(tmp_path):
     ]
     with pytest.raises(UnusableRecord, match=r"line 9 of .*metadata.jsonl cannot be read: Extra data"):
         source[7]
-    with pytest.raises(UnusableRecord, match=r"'half \\ud83d' has '\\ud83d', which is no character"):
+    with pytest.raises(UnusableRecord, match=r"'half \\ud83d' has '\\ud83d', which is not a character"):
         source[1]

@@ -115,7 +115,7 @@ def test_from_a_folder_and_a_table_to_a_model_with_a_report(photos, checkpoint, 
     before = {path: path.stat().st_mtime_ns for path in output.rglob("*")}
     assert main(asked) == 0 and "was done before" in capsys.readouterr().out
     assert main([*asked, "--seed", "1"]) == 2
-    assert "my-model holds results of another run: seed was 0 and is 1." in capsys.readouterr().err
+    assert "my-model contains results of another run: seed was 0 and is 1." in capsys.readouterr().err
     assert {path: path.stat().st_mtime_ns for path in output.rglob("*")} == before
 
 
@@ -157,7 +157,7 @@ def test_a_killed_run_goes_on_with_the_same_command(photos, checkpoint, capsys):
         (None, ["--held-out", "1.5"], "--held-out is 1.5, expected a share"),
         (None, ["--masks", "absent"], "--masks is absent, which is no folder"),
         (None, ["--masks", "{taken}"], "taken"),
-        (None, ["--model", "/absent/model"], "/absent/model is no folder"),
+        (None, ["--model", "/absent/model"], "/absent/model is not a folder"),
         (None, ["--output", "{photos}"], "which holds the photos"),
         (None, ["--output", "{taken}"], "taken holds something else"),
     ],
