@@ -17,7 +17,7 @@ from pgseg_hf.variants import NPR_VARIANTS
 settings.register_profile("pgseg_hf", deadline=None)
 settings.load_profile("pgseg_hf")
 
-# Tiny tensors gain nothing from threads, and the workers of pytest-xdist would fight for the cores.
+# Threads do not help with tiny tensors, and the workers of pytest-xdist would compete for the cores.
 torch.set_num_threads(1)
 
 
@@ -31,7 +31,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session", autouse=True)
 def nothing_is_left_behind() -> Iterator[None]:
-    """No test leaves folders under names of random digits, as Gradio makes them, in the temporary folder."""
+    """No test leaves Gradio's folders, which are named by hexadecimal digits, in the temporary folder."""
     places = [Path(tempfile.gettempdir()), Path(tempfile.gettempdir(), "gradio")]
 
     def nameless() -> set[Path]:
@@ -46,7 +46,7 @@ def nothing_is_left_behind() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def warnings_are_shown() -> None:
-    """Also after a test of `--quiet` in this process."""
+    """Restores warnings after a test of `--quiet` in this process."""
     logging.set_verbosity_warning()
     logging.get_logger("pgseg_hf").setLevel(logging.NOTSET)
     logging.enable_progress_bar()
@@ -62,7 +62,7 @@ def tiny_segmenter() -> Segmenter:
 
 @pytest.fixture(scope="session")
 def shipped_segmenter() -> Segmenter:
-    """The checkpoint that ships, for what needs masks of several labels."""
+    """The shipped checkpoint, for tests that need masks of several labels."""
     return load_segmenter()
 
 

@@ -1,4 +1,4 @@
-"""Backbones of a few thousand weights under tiny models."""
+"""Backbones of a few thousand weights for tiny models."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ _VIT = {
     "num_attention_heads": 2,
 }
 _VIT["mlp_ratio"] = 2
-# Configurations, and the stride of the finest stage that is used.
+# Configurations, and the stride of the finest stage in use.
 BACKBONES: dict[str, tuple[dict[str, Any], int]] = {
     "efficientnet_lite": (
         {
@@ -55,7 +55,7 @@ ANY_BACKBONE = pytest.mark.parametrize("name", BACKBONES)
 
 
 def backbone_fields(name: str = "efficientnet_lite", **vision: Any) -> dict[str, Any]:
-    """Fields of a `vision_config`, whose stored position embeddings are a grid of 4 x 4."""
+    """Fields of a `vision_config` with position embeddings for a 4 x 4 grid."""
     fields, stride = BACKBONES[name]
     config = {"model_type": name, **fields}
     return {"backbone_config": config, "patch_size": stride, "image_size": 4 * stride} | vision
