@@ -144,7 +144,7 @@ def test_metadata_of_editors_spreadsheets_and_pandas(tmp_path, encoding, ends, k
 @pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv"])
 def test_metadata_in_another_encoding_are_refused(tmp_path, name):
     (tmp_path / name).write_bytes("file_name,caption\na.png,Café\n".encode("cp1252"))
-    with pytest.raises(ValueError, match=rf"{name} is no UTF-8 text: line 2 has b'\\xe9.*; save it as UTF-8"):
+    with pytest.raises(ValueError, match=rf"{name} is not UTF-8 text: line 2 has b'\\xe9.*; save it as UTF-8"):
         open_path(tmp_path)
 
 
