@@ -1,19 +1,19 @@
 # make segment   segment a photo:  make segment IMAGE=photo.jpg LABELS="cat, sofa, window"
-# make demo      the demo in the browser, at http://127.0.0.1:7860:  make demo DEMO_ARGS="--models my-pgseg"
-# make test      run the test-suite:  make test PYTEST_ARGS="-m 'not slow' -x"
-# make test-transformers   transformers' own common tests on our classes, from the sdist of the installed version
-# make test-versions   tests of model, processors, pipeline, saving and data on the oldest versions that are allowed
-#                and on the newest (tests/constraints), each in an environment of its own: .venv-lowest, .venv-newest
-# make lint      ruff (lint and format) and mypy
-# make space     a folder for a Space of the Hub, with the package in it: dist/space
-# make clean     remove the virtual environment and what the tools left behind
+# make demo      run the demo at http://127.0.0.1:7860:  make demo DEMO_ARGS="--models my-pgseg"
+# make test      run the test suite:  make test PYTEST_ARGS="-m 'not slow' -x"
+# make test-transformers   run transformers' common tests on our classes, from the sdist of the installed version
+# make test-versions   run the tests of model, processors, pipeline, saving and data with the oldest and the newest
+#                supported versions (tests/constraints), in separate environments: .venv-lowest, .venv-newest
+# make lint      run ruff (lint and format) and mypy
+# make space     create a folder for a Hub Space that includes the package: dist/space
+# make clean     remove the virtual environments and the files of the tools
 #
-# Each target sets up what it needs in .venv, once; PYTHON=python3.12 picks the interpreter.
+# Each target installs what it needs into .venv once; PYTHON=python3.12 chooses the interpreter.
 
 PYTHON ?= python3
 VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
-# Instead of the one in CONSTRAINTS, where an index has no build of that for CPUs.
+# Replaces the torch version in CONSTRAINTS if an index has no CPU build of it.
 TORCH ?=
 
 IMAGE ?= examples/images/horses.jpg
@@ -22,9 +22,9 @@ OUTPUT ?= segmented.png
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 
-# Where torch comes from on Linux without an NVIDIA GPU: PyTorch's own index of CPU builds, as the default build
-# brings gigabytes of CUDA. Where it can't be reached within 10 seconds, or with TORCH_INDEX= (empty), pip's own
-# sources decide.
+# On Linux without an NVIDIA GPU, torch comes from PyTorch's index of CPU builds, because the default build downloads
+# gigabytes of CUDA. If the index cannot be reached within 10 seconds, or with TORCH_INDEX= (empty), pip's usual
+# sources are used.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
 PY := $(VENV)/bin/python
@@ -33,7 +33,7 @@ INSTALL := $(PIP) install -qq --constraint $(VENV)/constraints.txt
 DEPENDS := pyproject.toml $(VENV)/constraints.txt
 
 .DEFAULT_GOAL := help
-# Every step installs into one environment: never two at a time, whatever -j says.
+# All steps install into the same environment, so they must not run in parallel, even with -j.
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 .PHONY: help segment demo test test-transformers test-versions test-lowest test-newest lint space clean
@@ -79,7 +79,7 @@ clean:
 	find src tests examples demo -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.created:
-	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.exit(sys.version_info < (3, 11) and f"Python 3.11 or newer is needed, $(PYTHON) is {v}: pass another one with PYTHON=")'
+	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.exit(sys.version_info < (3, 11) and f"Python 3.11 or newer is needed, but $(PYTHON) is {v}: choose another one with PYTHON=")'
 	@echo "Creating $(VENV)"
 	@$(PYTHON) -m venv "$(VENV)"
 	@touch $@
@@ -87,7 +87,7 @@ $(VENV)/.created:
 $(VENV)/constraints.txt: $(VENV)/.created $(CONSTRAINTS)
 	@sed '$(if $(TORCH),s/^torch==.*/$(TORCH)/)' $(CONSTRAINTS) > $@
 
-# torch comes first and by itself, so that what follows finds it in place.
+# torch is installed first and alone, so that later steps find it installed.
 $(VENV)/.torch: $(VENV)/constraints.txt
 	@torch=$$(sed -n 's/^\(torch==[^ ]*\).*/\1/p' $(VENV)/constraints.txt); \
 	if [ "$$(uname -s)" != Linux ] || nvidia-smi >/dev/null 2>&1; then \
@@ -96,7 +96,7 @@ $(VENV)/.torch: $(VENV)/constraints.txt
 		index="$(TORCH_INDEX)"; \
 	fi; \
 	if [ -n "$$index" ] && ! timeout 10 $(PY) -c 'import sys, urllib.request; urllib.request.urlopen(sys.argv[1], timeout=8)' "$$index/torch/" 2>/dev/null; then \
-		echo "$$index does not answer: taking torch from pip's own sources"; \
+		echo "$$index does not answer: installing torch from pip's usual sources"; \
 		index=; \
 	fi; \
 	if [ -n "$$index" ]; then \
@@ -114,25 +114,25 @@ $(VENV)/.core: $(VENV)/.torch $(DEPENDS)
 	@touch $@
 
 $(VENV)/.demo: $(VENV)/.core $(DEPENDS)
-	@echo "Installing what the demo needs"
+	@echo "Installing the demo's dependencies"
 	@$(INSTALL) --editable '.[demo]'
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.core $(DEPENDS)
-	@echo "Installing what the tests need"
+	@echo "Installing the tests' dependencies"
 	@$(INSTALL) --editable '.[test]'
 	@touch $@
 
 $(VENV)/.versions: $(VENV)/.core $(DEPENDS)
-	@echo "Installing what the tests of versions need"
+	@echo "Installing the dependencies of the version tests"
 	@$(INSTALL) --editable '.[train]' pytest pytest-xdist hypothesis parameterized peft scikit-learn
 	@touch $@
 
-# transformers keeps its testers in the sdist only; the stamp holds where it was unpacked.
+# Only the sdist of transformers includes its common tests; the stamp file contains the path where it was unpacked.
 $(VENV)/.testers: $(VENV)/.test
 	@rm -rf "$(VENV)/testers" && mkdir "$(VENV)/testers"
 	@version=$$($(PY) -c 'import transformers; print(transformers.__version__)'); \
-	echo "Fetching the testers of transformers $$version"; \
+	echo "Downloading the common tests of transformers $$version"; \
 	$(PIP) download -qq --no-deps --no-binary :all: --no-build-isolation --dest "$(VENV)/testers" "transformers==$$version" && \
 	tar -xzf "$(VENV)/testers/transformers-$$version.tar.gz" -C "$(VENV)/testers" && \
 	(cd "$(VENV)/testers/transformers-$$version" && pwd) > $@

@@ -1,11 +1,10 @@
-"""Which parts of the prototypes (NPR) help? Every variant is trained on the same synthetic scenes and measured.
+"""Which parts of the prototypes (NPR) help? Trains every variant on the same synthetic scenes and evaluates it.
 
     python examples/ablate_npr.py --output ablation --threads 1
 
-Runs go seed by seed, each one `train_pgseg.py` in a process of its own. A run that has a record in `records/` is not
-done again, so that the same command goes on after a stop; a record of other settings, data or scenes is refused. At the
-end, and with `--table` without any training, the records become `table.md`, `table.json` and, with matplotlib,
-`curves.png`.
+The runs are ordered by seed, and each runs `train_pgseg.py` in its own process. A run with a record in `records/` is
+not repeated, so the same command resumes after a stop; a record of other settings, data or scenes is refused. At the
+end the records are summarised in `table.md`, `table.json` and, with matplotlib, `curves.png`; `--table` does only that.
 """
 
 import argparse
@@ -59,7 +58,7 @@ WITHOUT: dict[str, dict[str, Any]] = {
 
 
 def merged(fields: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """Fields with changes; those of a tower one by one."""
+    """Fields with changes applied; those of a tower are merged field by field."""
     inner = {name: fields.get(name, {}) | value for name, value in changes.items() if isinstance(value, dict)}
     return fields | changes | inner
 
@@ -88,19 +87,19 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no-prototype-losses": {"image_prototype_weight": 0.0, "text_prototype_weight": 0.0},
     **{f"ours-{name}": merged(OURS, changes) for name, changes in WITHOUT.items()},
 }
-"""Changes of the configuration file's `model_config`, whose variant is `corrected`. `assignment`, `group-pooling` and
-`patches` each change one thing of `corrected`, `ours` all three; `light` gives its losses a tenth of their weight, and
-`ours-light` those of `ours` a tenth and a quarter; `no-...` leaves one part out of `corrected`, and `ours-no-...` out
-of `ours`."""
+"""Changes to `model_config` in the configuration file, whose variant is `corrected`. `assignment`, `group-pooling` and
+`patches` each change one part of `corrected`; `ours` changes all three. `light` has a tenth of the weight of the
+prototype losses, and `ours-light` also a quarter of the assignment weight of `ours`. `no-...` removes one part of
+`corrected`, and `ours-no-...` one part of `ours`."""
 
-# Seeds of scenes to measure on; training has 0.
+# Seeds of the evaluation scenes; training uses 0.
 EVALUATION_SEED, CURVE_SEED = 1, 2
 CURVE_SCENES = 40
 
 
 @dataclass
 class Scenes:
-    """A fixed set of scenes in memory: images with masks, and a caption with everything for each."""
+    """A fixed set of scenes in memory: images with masks and a full caption."""
 
     dataset: MaskDataset
     captions: list[str]
@@ -111,7 +110,7 @@ class Scenes:
 
 
 def make_scenes(split: str, size: int, count: int, seed: int = EVALUATION_SEED) -> Scenes:
-    """The first `count` scenes of a split."""
+    """Creates the first `count` scenes of a split."""
     source = SceneSource(SceneOptions(size=size, length=count, seed=seed, split=split))
     images = [
         LabelledImage(f"{split}-{index}", record.image, record.mask) for index, record in enumerate(source)
@@ -121,7 +120,7 @@ def make_scenes(split: str, size: int, count: int, seed: int = EVALUATION_SEED) 
 
 
 def write_scenes(scenes: Scenes, folder: Path) -> Path:
-    """The scenes as a folder that training can measure on."""
+    """Writes the scenes to a folder for evaluation during training."""
     for each in scenes.dataset.images:
         write_image(each.image, folder / "images" / f"{each.name}.png")
         write_image(each.mask, folder / "masks" / f"{each.name}.png")
@@ -130,7 +129,7 @@ def write_scenes(scenes: Scenes, folder: Path) -> Path:
 
 
 def measure(segmenter: Segmenter, scenes: Scenes) -> dict[str, float | None]:
-    """Segmentation, groups and retrieval by a model."""
+    """Evaluates a model's segmentation, groups and retrieval."""
     options = MaskOptions(SegmentationOptions(batch_size=50), oracle=True, groups=True)
     with evaluation_mode(segmenter.model):
         scores = evaluate_masks(segmenter, scenes.dataset, options).to_dict()
@@ -144,8 +143,8 @@ def measure(segmenter: Segmenter, scenes: Scenes) -> dict[str, float | None]:
 
 @torch.no_grad()
 def retrieval(segmenter: Segmenter, scenes: Scenes) -> dict[str, float]:
-    """Share of images whose full caption is the most similar one, or among the five most similar; captions that are
-    equal stand for each other."""
+    """Share of images whose full caption is the most similar, or among the five most similar ones. Equal captions count
+    as the same."""
     model, processor = segmenter.model, segmenter.processor
     length, captions = model.config.text_config.max_position_embeddings, scenes.captions
     texts = processor.tokenizer(
@@ -164,14 +163,14 @@ def retrieval(segmenter: Segmenter, scenes: Scenes) -> dict[str, float]:
 
 @dataclass
 class Ablation:
-    """What all runs have in common.
+    """The settings that all runs share.
 
     Args:
         output: folder of records and results.
         config: YAML file of the corrected variant.
-        steps: of each run; the file's by default.
-        scenes: images of each evaluation.
-        threads: of torch.
+        steps: number of steps per run; by default the file's.
+        scenes: number of images per evaluation.
+        threads: number of torch threads.
     """
 
     output: Path
@@ -189,12 +188,12 @@ class Ablation:
         self.curve = make_scenes("test", size, CURVE_SCENES, CURVE_SEED)
 
     def settings_of(self, variant: str) -> dict[str, Any]:
-        """The options of a variant's training."""
+        """The training options of a variant."""
         config = merged(self.settings["model_config"], VARIANTS[variant])
         return self.settings | {"model_config": config}
 
     def depends_on(self, variant: str) -> dict[str, Any]:
-        """All that decides a record's figures, by contents."""
+        """Everything that the results of a record depend on, by content."""
         return flat({"settings": self.settings_of(variant), "scenes": self.scenes}) | self._contents
 
     @cached_property
@@ -204,7 +203,7 @@ class Ablation:
             data = parse_arguments([str(Path(name) / "settings.yaml"), "--output_dir", name])[1]
         try:
             sources = [contents_of(open_source(spec)) for spec in data.source_specs()]
-        except ValueError as error:  # which training says as well
+        except ValueError as error:  # training raises it too
             sources = [str(error)]
         scenes = [image.tobytes().hex() for each in self.sets.values() for image in each.images]
         files = {
@@ -221,20 +220,20 @@ class Ablation:
         """Whether a run has a record.
 
         Raises:
-            ValueError: it has one of other settings, data or scenes.
+            ValueError: the record is of other settings, data or scenes.
         """
         path = self.record_path(variant, seed)
         if not path.exists():
             return False
         record = json.loads(path.read_text(encoding="utf-8"))
         if different := differences(record.get("depends_on", {}), self.depends_on(variant)):
-            raise ValueError(f"{path} is of another run: {', '.join(different)}. Choose another --output.")
+            raise ValueError(f"{path} is from another run: {', '.join(different)}. Choose another --output.")
         if other := differences(record["versions"], _versions()):
-            print(f"{path} is of other versions: {', '.join(other)}.", file=sys.stderr)
+            print(f"{path} is from other versions: {', '.join(other)}.", file=sys.stderr)
         return True
 
     def run(self, variant: str, seed: int) -> dict[str, Any]:
-        """Trains, measures and writes the record.
+        """Trains and evaluates a variant and writes its record.
 
         Raises:
             subprocess.CalledProcessError: training failed; its output is in `failed/`.
@@ -298,7 +297,7 @@ def _untrained(options: list[str]) -> Segmenter:
 
 
 def read_records(output: Path) -> list[dict[str, Any]]:
-    """All records, the variants in their order."""
+    """Reads all records, in the order of `VARIANTS`."""
     paths = sorted((output / "records").glob("*.json"))
     records = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
     order = list(VARIANTS)
@@ -306,10 +305,10 @@ def read_records(output: Path) -> list[dict[str, Any]]:
 
 
 def write_results(output: Path, variants: Sequence[str] = tuple(VARIANTS)) -> None:
-    """Table and curves of the variants' records.
+    """Writes the table and the curves of the variants' records.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there are no records.
     """
     records = read_records(output)
     rows = {variant: row for variant, row in summarize(records).items() if variant in variants}
@@ -336,13 +335,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         "metavar": "VARIANT",
     }
     parser.add_argument(
-        "--variants", **variants, help="what is run, and shown in the results; by default all"
+        "--variants", **variants, help="variants to run and to show in the results (default: all)"
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, help="of each run; by default the configuration file's")
-    parser.add_argument("--scenes", type=int, default=200, help="images of each evaluation")
+    parser.add_argument("--steps", type=int, help="steps per run (default: the configuration file's)")
+    parser.add_argument("--scenes", type=int, default=200, help="images per evaluation")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--table", action="store_true", help="only make the results of the records")
+    parser.add_argument("--table", action="store_true", help="only write the results of existing records")
     arguments = parser.parse_args(argv)
     failed = []
     if not arguments.table:

@@ -1,4 +1,4 @@
-"""Table and curves of `ablate_npr.py`, from its records."""
+"""Tables and curves from the records of `ablate_npr.py`."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +15,7 @@ COMPARED = ("mean_iou", "oracle_mean_iou", "recall@1")
 
 
 def spread_of(values: Sequence[float | None]) -> dict[str, Any]:
-    """Mean, standard deviation (of a sample; None for one value) and number of the values that there are."""
+    """Mean, sample standard deviation (None for a single value) and count of the values that are not None."""
     known = [value for value in values if value is not None]
     return {
         "mean": mean(known) if known else None,
@@ -25,8 +25,8 @@ def spread_of(values: Sequence[float | None]) -> dict[str, Any]:
 
 
 def summarize(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """For each variant its seeds, and for each figure ("test/mean_iou", ...) mean and spread over the seeds, of its
-    values and of its differences to its reference with the same seed: `ours` for those of `ours-...`."""
+    """Summarises each variant: its seeds, and for each metric ("test/mean_iou", ...) the mean and spread over seeds of
+    its values and of the differences to its reference with the same seed (`ours` for `ours-...`)."""
     by_run: dict[tuple[str, int], dict[str, float | None]] = {}
     for record in records:
         figures = [(split, *item) for split, each in record["figures"].items() for item in each.items()]
@@ -50,7 +50,7 @@ def summarize(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def table(rows: dict[str, Any]) -> str:
-    """Markdown: the figures on the test scenes, then the rest."""
+    """Formats the summary as Markdown tables, first for the test scenes."""
     difference = f"Test scenes: difference to `{REFERENCE}` (of `ours-...` to `ours`) of the same seed"
     parts = (
         ("Test scenes: mean ± standard deviation over seeds", "test", FIGURES),
@@ -86,7 +86,7 @@ CURVES = {"contrastive": "contrastive loss", "eval_mean_iou": "mIoU", "eval_orac
 
 
 def draw_curves(records: Sequence[dict[str, Any]], path: Path) -> None:
-    """Means over the seeds, as far as all of them have a point.
+    """Draws means over the seeds, at steps for which all seeds have a value.
 
     Raises:
         ValueError: matplotlib is not installed.
@@ -95,7 +95,7 @@ def draw_curves(records: Sequence[dict[str, Any]], path: Path) -> None:
         import matplotlib
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ValueError("curves need matplotlib: pip install 'pgseg-hf[plots]'.") from error
+        raise ValueError("curves need matplotlib; run pip install 'pgseg-hf[plots]'.") from error
     trained = list(dict.fromkeys(record["variant"] for record in records if record["log"]))
     if not trained:
         return

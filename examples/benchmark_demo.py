@@ -1,10 +1,10 @@
-"""How long the demo takes: from its start to the first result, then for each later one.
+"""Measures how long the demo takes from its start to the first result, and for each later result.
 
     pip install 'pgseg-hf[demo]'
     python examples/benchmark_demo.py --short_side 448 --window whole
 
-Each result is a call of `/segment` over the network interface of this machine, for an image that it has not seen: the
-upload, both encoders, the masks and their files. Times are seconds on a clock; close other programs first.
+Each result is a local network call of `/segment` for a new image and includes the upload, both encoders, the masks and
+their files. Times are wall-clock seconds; close other programs first.
 """
 
 import argparse
@@ -28,10 +28,10 @@ START_SECONDS = 300
 
 
 def main() -> None:
-    """Starts a server, asks it, and prints the times."""
+    """Starts a server, sends requests and prints the times."""
     parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=10, help="results after the first one")
-    parser.add_argument("--short_side", type=int, default=448, help="pixels; 0 for the model's own")
+    parser.add_argument("--repeats", type=int, default=10, help="number of results after the first")
+    parser.add_argument("--short_side", type=int, default=448, help="in pixels; 0 for the model's default")
     parser.add_argument("--window", choices=["whole", "sliding"], default="whole")
     parser.add_argument("--labels", default="building, road, pavement, tree, sky, car, pedestrian")
     parser.add_argument("--image", type=Path, default=DEMO / "examples" / "green-jacket.jpg")
@@ -62,7 +62,7 @@ def main() -> None:
 
 
 def turned(image: Path, count: int, folder: Path) -> list[Path]:
-    """The image, turned a little more each time."""
+    """Writes copies of the image, each rotated a little more."""
     with Image.open(image) as opened:
         turned_image = opened.convert("RGB")
     paths = [folder / f"{number}.png" for number in range(count)]
@@ -72,7 +72,7 @@ def turned(image: Path, count: int, folder: Path) -> list[Path]:
 
 
 def connected(url: str, server: subprocess.Popen, folder: str) -> Client:
-    """A client of the server, once it answers."""
+    """Waits until the server answers and returns a client."""
     until = time.monotonic() + START_SECONDS
     while server.poll() is None and time.monotonic() < until:
         try:

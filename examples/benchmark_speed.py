@@ -1,14 +1,15 @@
-"""Measure speed and memory against transformers' GroupViT, which is the same architecture without prototypes.
+"""Measures speed and memory against transformers' GroupViT, the same architecture without prototypes.
 
     python examples/benchmark_speed.py --output speed --threads 2
     python examples/benchmark_speed.py --output speed --readme README.md examples/speed.md
 
-With `--readme` ten rows of what users run go between the two markers of the first file, all others between those of the
-second.
+With `--readme`, ten rows for common uses are inserted between the two markers in the first file, and all other rows
+between those in the second.
 
-All jobs of a row are timed in turn, so that a ratio's two sides see the same machine; medians and quartiles over the
-rounds go to `results.json` and `results.md`, and the curves, with matplotlib (the extra `plots`), to `curves.png`. Peak
-memory is that of a process of its own. On CUDA (`--device cuda`) the encoder runs in bfloat16, training by autocast.
+All jobs of a row are timed in turn, so that both sides of a ratio run under the same conditions. Medians and quartiles
+over the rounds are written to `results.json` and `results.md`, and curves, with matplotlib (the extra `plots`), to
+`curves.png`. Peak memory is measured in a separate process. On CUDA (`--device cuda`) the encoder runs in bfloat16 and
+training under autocast.
 """
 
 import argparse
@@ -66,11 +67,11 @@ Row = dict[str, Any]
 
 
 class Benchmark:
-    """The sections of the benchmark; each returns rows.
+    """The sections of the benchmark; each method returns rows.
 
     Args:
         scale_name: `"full"` or `"quick"`.
-        rounds: how often each job is timed; training steps half as often.
+        rounds: how often each job is timed; training steps are timed half as often.
         device: `"cpu"` or `"cuda"`.
     """
 
@@ -87,7 +88,7 @@ class Benchmark:
     def _timed(
         self, section: str, title: str, jobs: dict[str, Job], rounds: int, reference: str | None = None
     ) -> tuple[dict[str, Row], dict[str, list[float]]]:
-        """A row for each job, with its time by a reference's, and the seconds of all rounds."""
+        """A row for each job, with the ratio of its time to a reference's, and the seconds of all rounds."""
         seconds = time_in_turn(jobs, max(rounds, 1), self.device, title)
         rows: dict[str, Row] = {}
         for name in jobs:
@@ -104,7 +105,7 @@ class Benchmark:
     def _counted(
         self, section: str, title: str, jobs: dict[str, Job], rounds: int, dtype: torch.dtype, batch: int
     ) -> list[Row]:
-        """The same against GroupViT, with operations and their share of the machine's rate of matrix products."""
+        """Like `_timed` against GroupViT, with FLOPs and their share of the machine's matrix product rate."""
         flops = {name: count_flops(job) for name, job in jobs.items()}
         matmul, matmul_flops = matmul_job(dtype, self.device, self.side)
         rows, _ = self._timed(section, title, {**jobs, MATMUL: matmul}, rounds, GROUPVIT)
@@ -122,7 +123,7 @@ class Benchmark:
         return {name: encoding_job(model, pixels(size, batch)) for name, model in models.items()}
 
     def encoder(self) -> list[Row]:
-        """The image tower in evaluation, in float32 and bfloat16."""
+        """The image tower in evaluation mode, in float32 and bfloat16."""
         rows = []
         for dtype in self.dtypes:
             for size, batch in self.images:
@@ -134,7 +135,7 @@ class Benchmark:
     def training(self) -> list[Row]:
         """A training step of the whole model, and its peak memory."""
         dtype = self.dtypes[0]
-        # All of the memory first: it is measured in other processes, which on CUDA share the device with this one.
+        # Memory comes first: it is measured in other processes, which on CUDA share the device with this one.
         memory = {
             batch: {
                 name: self._memory({"kind": "training", "contender": name, "batch": batch})
@@ -167,7 +168,7 @@ class Benchmark:
         return in_own_process(__file__, {**shared, **spec})
 
     def compiled(self) -> list[Row]:
-        """The image tower by torch.compile, against GroupViT without, and how long compiling takes."""
+        """The image tower with torch.compile against GroupViT without, and the time of compilation."""
         if not can_compile(self.device):
             return []
         found = []
@@ -211,7 +212,7 @@ class Benchmark:
         return found
 
     def start(self) -> list[Row]:
-        """Processes from their start to their end, against the import of what they cannot do without."""
+        """Whole processes against the imports that they cannot avoid."""
         plain, ours, clip = (
             "import transformers",
             "import pgseg_hf, transformers",
@@ -234,7 +235,7 @@ class Benchmark:
                 "pgseg segment": process(*segment),
             }
             rows, seconds = self._timed("start", "process start, default checkpoint", jobs, self.rounds // 4)
-        # All that is above the encoder passes, against the import.
+        # The time beyond the encoder passes is compared with the import.
         pairs = zip(seconds["pgseg segment"], seconds[PASSES])
         seconds["pgseg segment"] = [all_of_it - encoding for all_of_it, encoding in pairs]
         for name, reference in ((ours, plain), ("pgseg --help", plain), ("pgseg segment", clip)):
@@ -242,7 +243,7 @@ class Benchmark:
         return list(rows.values())
 
     def photo(self) -> list[Row]:
-        """A photo end to end against its encoder passes alone, and many labels against few."""
+        """Segmenting a photo against its encoder passes alone, and many labels against few."""
         photos = PhotoJobs(self.scale, self.device)
         few, many = (f"{count} labels" for count in self.scale.labels)
         counts = dict(zip((few, many), self.scale.labels))
@@ -256,7 +257,7 @@ class Benchmark:
         memory = {name: self._memory({"kind": "photo", "labels": counts[name]})["peak"] for name in counts}
         for name, peak in memory.items():
             rows[name] |= {"memory_MiB": {"peak": peak}, "memory_ratio": peak / memory[few]}
-        # The memory that a large photo takes with very many labels.
+        # Peak memory of a large photo with very many labels.
         (width, height), count = self.scale.large_photo, self.scale.large_labels
         peak = self._memory({"kind": "photo", "labels": count, "size": [width, height]})["peak"]
         title = f"a {width}x{height} photo, sliding window, float32"
@@ -264,7 +265,7 @@ class Benchmark:
         return [*rows.values(), large | {"not_timed": "", "memory_MiB": {"peak": peak}}]
 
     def prototypes(self) -> list[Row]:
-        """Estimation, matching and losses at a large batch, as a share of the training step."""
+        """Prototype estimation, matching and losses at a large batch, as a share of the training step."""
         unit = self.scale.cuda_batches[0] if self.device == "cuda" else self.scale.training_batches[-1]
         batch = self.scale.prototype_batch
         images = pixels(self.images[0][0], unit).to(self.device)
@@ -279,7 +280,7 @@ class Benchmark:
         return [row | {"of": f"{steps:g} training steps of {unit}"}]
 
     def curves(self) -> list[Row]:
-        """How time grows with image size, batch and number of labels, and memory with the labels."""
+        """Time by image size, batch size and number of labels, and memory by number of labels."""
         found: list[Row] = []
         side, rounds = self.images[0][0], self.rounds // 2
         curve = [("image size", size, size, 1) for size in self.scale.curve_sizes]
@@ -303,8 +304,8 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _memory_of(contender: str, memory: dict[str, dict[str, Any]]) -> Row:
-    """A training step's memory, and its ratios to GroupViT's: of all that the process holds, and of what the step adds
-    to what was held before it; nothing where it does not fit."""
+    """Memory of a training step and its ratios to GroupViT's, for the whole process and for the step alone. Empty if it
+    does not fit."""
     own, theirs = memory[contender], memory[GROUPVIT]
     row: Row = {"memory_MiB": own} if "peak" in own else {}
     if "peak" in own and "peak" in theirs:
@@ -320,7 +321,7 @@ SECTIONS: dict[str, Callable[[Benchmark], list[Row]]] = {
 
 
 def measure_one(spec: dict[str, Any]) -> dict[str, Any]:
-    """The peak memory of one job, in MiB; `{"out_of_memory": True}` where it does not fit."""
+    """The peak memory of one job in MiB; `{"out_of_memory": True}` if it does not fit."""
     torch.set_num_threads(spec["threads"])
     scale, device = SCALES[spec["scale"]], spec["device"]
     if spec["kind"] == "photo":
@@ -329,7 +330,7 @@ def measure_one(spec: dict[str, Any]) -> dict[str, Any]:
     images = pixels(scale.images[0][0], spec["batch"])
     try:
         job = training_job(scale, spec["contender"], images.to(device))
-        job()  # what comes with the first step: kernels, the optimizer's state
+        job()  # the first step sets up kernels and the optimizer's state
         return peak_memory(job, device)
     except torch.OutOfMemoryError:
         return {"out_of_memory": True}
@@ -354,16 +355,16 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=Path("speed"), help="folder for the results")
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--threads", type=int, help="of the CPU; torch's own choice by default")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument(
         "--readme",
         type=Path,
         nargs=2,
         metavar=("README", "PAGE"),
-        help="Markdown files with the markers of a table: for ten rows of what users run, and for the rest",
+        help="Markdown files with the markers of a table: for ten rows of common uses, and for the rest",
     )
-    parser.add_argument("--quick", action="store_true", help="tiny models: the figures mean nothing")
+    parser.add_argument("--quick", action="store_true", help="use tiny models; the figures are meaningless")
     parser.add_argument("--one", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     for name in ("rounds", "threads"):
@@ -390,7 +391,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"{name} ...", file=sys.stderr)
         rows += SECTIONS[name](benchmark)
         if options.device == "cuda":
-            gc.collect()  # models of the section refer to themselves
+            gc.collect()  # models of the section have reference cycles
             torch.cuda.empty_cache()
         write_json(results, options.output / "results.json")
     table = markdown(results)

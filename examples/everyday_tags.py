@@ -1,4 +1,4 @@
-"""Everyday words for images: what captions, class folders, tags and an ImageNet classifier say, in one vocabulary."""
+"""Everyday words for images: maps captions, class folders, tags and ImageNet classes to one vocabulary."""
 
 import json
 import re
@@ -16,7 +16,7 @@ from pgseg_hf.text_files import read_text, split_lines
 from pgseg_hf.training.batches.patch_names import CellNamer
 
 WORDS_FILE = Path(__file__).with_name("everyday_words.json")
-# Labels and WordNet ids of the classifier's classes, in its order.
+# Labels and WordNet ids of the classifier's classes, in order.
 IMAGENET_FILE = Path(__file__).parents[1] / "src/pgseg_hf/evaluation/benchmarks/class_names/imagenet.json"
 LONGEST_PHRASE = 3
 SIDE = 256
@@ -24,12 +24,12 @@ IRREGULAR = {"leaves": "leaf", "knives": "knife", "shelves": "shelf", "calves": 
 
 
 def plain(text: str) -> list[str]:
-    """The words of a text, in small letters; a hyphen parts words."""
+    """The words of a text in lower case; a hyphen separates words."""
     return re.findall(r"[a-z]+", text.lower())
 
 
 def singulars(phrase: str) -> Iterable[str]:
-    """A phrase, and what it may be the plural of."""
+    """A phrase and its possible singulars."""
     yield phrase
     if phrase in IRREGULAR:
         yield IRREGULAR[phrase]
@@ -39,10 +39,10 @@ def singulars(phrase: str) -> Iterable[str]:
 
 
 class EverydayWords:
-    """The vocabulary of `everyday_words.json`, whose first entry says what each part means.
+    """The vocabulary of `everyday_words.json`; the file's first entry explains each part.
 
     Raises:
-        ValueError: a word of two names, an unknown name, or one with a held-out word.
+        ValueError: a word stands for two names, a name is unknown, or a name contains a held-out word.
     """
 
     def __init__(self, content: dict[str, Any]):
@@ -60,7 +60,7 @@ class EverydayWords:
                 key = " ".join(plain(word))
                 if self._names.setdefault(key, name) != name:
                     first = self._names[key]
-                    raise ValueError(f"{word!r} stands for {first!r} and for {name!r}, expected one name.")
+                    raise ValueError(f"{word!r} stands for both {first!r} and {name!r}, expected one name.")
         self._phrases = {" ".join(plain(phrase)): names for phrase, names in content["phrases"].items()}
         self._tags = {
             source: {tag.lower(): names for tag, names in table.items()}
@@ -70,7 +70,7 @@ class EverydayWords:
 
     @classmethod
     def read(cls, path: Path = WORDS_FILE) -> "EverydayWords":
-        """The words of a file."""
+        """Reads the words from a file."""
         return cls(json.loads(path.read_text(encoding="utf-8")))
 
     def _check(self, content: dict[str, Any]) -> None:
@@ -83,14 +83,14 @@ class EverydayWords:
         ]
         shown = [name for table in tables for names in table.values() for name in names]
         if unknown := sorted({*shown, *self.implies, *self.kinds, *self.parts} - set(self.synonyms)):
-            raise ValueError(f"{unknown} are no names; expected some of 'names', for instance 'dog'.")
+            raise ValueError(f"{unknown} are not names; expected some of 'names', such as 'dog'.")
         words = [word for name, others in self.synonyms.items() for word in (name, *others)]
         words += [name for name in self._classes.values() if name]
         if held := [word for word in words if self.holds_out(word)]:
-            raise ValueError(f"{held} hold words that no training text may have, expected others.")
+            raise ValueError(f"{held} contain held-out words, which no training text may have.")
 
     def holds_out(self, text: str) -> bool:
-        """Whether a text has a word that is kept for tests of unseen words."""
+        """Whether a text contains a word that is reserved for evaluating unseen words."""
         return self._held_out.search(text) is not None
 
     def name(self, phrase: str) -> str | None:
@@ -99,7 +99,7 @@ class EverydayWords:
         return next((self._names[word] for word in singulars(key) if word in self._names), None)
 
     def of_captions(self, captions: Iterable[str]) -> list[str]:
-        """Names of what captions mention; the longest phrases first, so that a hot dog is no dog."""
+        """The names that captions mention. The longest phrase counts, so that a hot dog is not a dog."""
         found: dict[str, None] = {}
         for caption in captions:
             words, start = plain(caption), 0
@@ -121,14 +121,14 @@ class EverydayWords:
         return None
 
     def completed(self, names: Iterable[str]) -> list[str]:
-        """Names, each once, and after them what they imply; without those that only say less than another one."""
+        """Names without repetitions, followed by the names that they imply, but without less specific ones."""
         names = list(names)
         implied = [other for name in names for other in self.implies.get(name, ())]
         found = dict.fromkeys([*names, *implied])
         return [name for name in found if found.keys().isdisjoint(self.kinds.get(name, ()))]
 
     def of_tags(self, source: str, tags: Iterable[str]) -> list[str]:
-        """Names of a source's own tags; a tag without one is left out."""
+        """The names of a source's tags; tags without a name are left out."""
         table, found = self._tags.get(source, {}), {}
         for tag in tags:
             key = tag.strip().lower()
@@ -137,11 +137,11 @@ class EverydayWords:
         return list(found)
 
     def of_classes(self, labels: Sequence[str], wnids: Sequence[str], wordnet: Path) -> list[str]:
-        """A name for each ImageNet class: its own, that of its nearest hypernym with one, or the label itself.
+        """A name for each ImageNet class: its own, that of its nearest hypernym with a name, or the label itself.
 
         Args:
-            labels, wnids: the classes, with WordNet ids as "n02084071".
-            wordnet: folder of WordNet 3.0's `data.noun`.
+            labels, wnids: the classes, with WordNet ids such as "n02084071".
+            wordnet: folder with `data.noun` of WordNet 3.0.
         """
         nouns = read_nouns(wordnet)
         return [self._of_class(label, wnid[1:], nouns) for label, wnid in zip(labels, wnids)]
@@ -153,7 +153,7 @@ class EverydayWords:
             words = (word for above in hypernyms(synset, nouns) for word in nouns[above][0])
             name = next((self._names[word] for word in words if word in self._names), None)
         if name is None and self.holds_out(own):
-            raise ValueError(f"class {label!r} holds a held-out word; expected a name for it in 'classes'.")
+            raise ValueError(f"class {label!r} contains a held-out word; add a name for it to 'classes'.")
         return name or own
 
 
@@ -161,11 +161,11 @@ def read_nouns(wordnet: Path) -> dict[str, tuple[list[str], list[str]]]:
     """Words and hypernyms of each noun synset of WordNet.
 
     Raises:
-        ValueError: no `data.noun`.
+        ValueError: `data.noun` does not exist.
     """
     path = wordnet / "data.noun"
     if not path.is_file():
-        raise ValueError(f"{path} is no file; expected WordNet 3.0's (Debian: wordnet-base), see --wordnet.")
+        raise ValueError(f"{path} is not a file; expected WordNet 3.0 (Debian: wordnet-base), see --wordnet.")
     nouns = {}
     for line in split_lines(read_text(path)):
         if line.startswith(" "):  # the licence
@@ -180,7 +180,7 @@ def read_nouns(wordnet: Path) -> dict[str, tuple[list[str], list[str]]]:
 
 
 def hypernyms(synset: str, nouns: dict[str, tuple[list[str], list[str]]]) -> list[str]:
-    """A synset and all above it, the nearest first; none for an unknown one."""
+    """A synset and all its hypernyms, nearest first; empty for an unknown synset."""
     found = [synset] if synset in nouns else []
     for each in found:
         found += [above for above in nouns[each][1] if above not in found]
@@ -188,15 +188,15 @@ def hypernyms(synset: str, nouns: dict[str, tuple[list[str], list[str]]]) -> lis
 
 
 class Classifier:
-    """EfficientNet-Lite with its ImageNet head, whose classes are summed by name.
+    """EfficientNet-Lite with its ImageNet head; probabilities of classes with the same name are summed.
 
     Args:
         weights: file of the public state dict.
         names: the name of each class.
-        parts: names that belong to another, see `CellNamer`.
+        parts: names that are parts of another, see `CellNamer`.
 
     Raises:
-        ValueError: other weights, or another number of classes.
+        ValueError: the weights are of another model, or the number of classes differs.
     """
 
     def __init__(self, weights: Path, names: Sequence[str], parts: Mapping[str, Sequence[str]] | None = None):
@@ -207,13 +207,13 @@ class Classifier:
 
     @torch.inference_mode()
     def shares(self, images: Sequence[Image.Image]) -> Tensor:
-        """How much of an image, or of the quadrant with most of it, each name has.
+        """The share of each name in an image, or in the quadrant that has most of it.
 
         Args:
-            images: RGB, each resized to a square of 256 px.
+            images: RGB images; each is resized to a square of 256 px.
 
         Returns:
-            [B, names] in 0 to 1: the largest of five, the four quadrants' mean over their cells' softmax, and the
+            Shares [B, names] from 0 to 1: the largest of the four quadrants' mean softmax over their cells, and the
             softmax of the mean logits.
         """
         squares = [np.asarray(image.resize((SIDE, SIDE), Image.Resampling.BICUBIC)) for image in images]
@@ -226,7 +226,7 @@ class Classifier:
         return torch.stack([*quadrants, whole]).amax(0)
 
     def tags(self, images: Sequence[Image.Image], least: float) -> list[list[str]]:
-        """For each image the names with a share above `least`, the largest first."""
+        """For each image, the names with a share above `least`, largest first."""
         return [
             [self.names[at] for at in row.argsort(descending=True).tolist() if row[at] > least]
             for row in self.shares(images)

@@ -1,4 +1,4 @@
-"""Makes `tour.ipynb` of `tour.py`, whose cells begin with `# %%`.
+"""Generates `tour.ipynb` from `tour.py`, whose cells start with `# %%`.
 
 python examples/make_notebook.py
 """
@@ -11,7 +11,7 @@ TOUR = Path(__file__).parent / "tour.py"
 
 
 def notebook(script: str) -> str:
-    """The notebook of a script in cells, as the JSON of nbformat 4; its docstring is the first cell."""
+    """Converts a script with cells to a notebook (nbformat 4 JSON); the docstring becomes the first cell."""
     cells = [("markdown", ast.get_docstring(ast.parse(script)) or "")]
     for part in script.split("\n# %%")[1:]:
         head, _, body = part.partition("\n")

@@ -1,9 +1,9 @@
-"""Makes a folder for a Space of the Hub that carries the package, for as long as it is on no index.
+"""Creates a folder for a Hub Space that includes the package, as long as it is not on a package index.
 
     python examples/make_space.py dist/pgseg_hf-0.1.0-py3-none-any.whl dist/space
 
-A Space installs `requirements.txt` before its other files are there, so that it cannot name a wheel among them: the
-wheel is unpacked beside the demo, and what it needs is required instead.
+A Space installs `requirements.txt` before its other files are available, so a wheel cannot be listed there. The wheel
+is unpacked next to the demo instead, and its dependencies are listed.
 """
 
 import argparse
@@ -13,7 +13,7 @@ import zipfile
 from pathlib import Path
 
 DEMO = Path(__file__).parent.parent / "demo"
-# What every installation needs, and what the extra adds.
+# The dependencies of every installation and those of the extra.
 _NEEDED = re.compile(r"^Requires-Dist: ([^;\n]+?)(?:; extra == ['\"]demo['\"])?$", re.MULTILINE)
 
 
@@ -21,7 +21,7 @@ def make_space(wheel: Path, folder: Path) -> None:
     """Fills a new folder.
 
     Raises:
-        FileExistsError: it is there already.
+        FileExistsError: the folder already exists.
     """
     shutil.copytree(DEMO, folder, ignore=shutil.ignore_patterns("__pycache__"))
     with zipfile.ZipFile(wheel) as files:
@@ -32,7 +32,6 @@ def make_space(wheel: Path, folder: Path) -> None:
 
 
 def main() -> None:
-    """Makes the folder."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -41,7 +40,7 @@ def main() -> None:
     args = parser.parse_args()
     make_space(args.wheel, args.folder)
     print(
-        f"{args.folder}: upload it as a Space, for instance by `hf upload OWNER/NAME {args.folder} --type space`"
+        f"{args.folder}: upload it as a Space, for example with `hf upload OWNER/NAME {args.folder} --type space`"
     )
 
 

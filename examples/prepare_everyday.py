@@ -1,14 +1,14 @@
-"""A folder of images with everyday words, out of public sources: captions, class folders, tags, and what an ImageNet
-classifier recognises. No mask is ever read.
+"""Builds a folder of images with everyday words from public sources: captions, class folders, tags, and the output of
+an ImageNet classifier. No masks are read.
 
     python examples/prepare_everyday.py --output everyday-data --efficientnet efficientnet-lite0-57934424.pth \
         --flickr8k images --flickr8k_captions Flickr8k.token.txt --intel seg_train --rooms rooms/train \
         --caltech 101_ObjectCategories --imagenette imagenette/train --clothing clothing/train \
         --food food --ccp ccp/train
 
-Each source is optional. `OUTPUT/everyday` appears when it is whole: `images/`, `metadata.jsonl` (file_name, tags,
-captions, source) and `words.json` (names with their synonyms, licences, counts), and with `--efficientnet` its
-classifier as `classifier.safetensors`. Train on it as on any folder: `--data OUTPUT/everyday`.
+Each source is optional. `OUTPUT/everyday` appears once it is complete. It has `images/`, `metadata.jsonl` (file_name,
+tags, captions, source), `words.json` (names with synonyms, licences, counts) and, with `--efficientnet`, the classifier
+as `classifier.safetensors`. Train on it as on any folder: `--data OUTPUT/everyday`.
 """
 
 import argparse
@@ -39,21 +39,21 @@ ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
 MAX_SIDE = 512
 BATCH = 16
 SOURCES = {
-    "flickr8k": "folder of the images",
-    "intel": "seg_train, folders of scenes",
-    "rooms": "train, folders of rooms of Places365",
-    "caltech": "101_ObjectCategories",
-    "imagenette": "train, folders of WordNet ids",
-    "clothing": "train, folders of garments",
+    "flickr8k": "folder of images",
+    "intel": "folder seg_train with one folder per scene",
+    "rooms": "folder train with one folder per room of Places365",
+    "caltech": "folder 101_ObjectCategories",
+    "imagenette": "folder train with one folder per WordNet id",
+    "clothing": "folder train with one folder per garment",
     "food": "folder with images/*.jpg and tags/*.jpg.txt",
-    "ccp": "folder with metadata.jsonl, of which file_name and tags are read",
+    "ccp": "folder with metadata.jsonl; only file_name and tags are read",
 }
 PER_CLASS = {"caltech": 45, "imagenette": 200, "clothing": 200}
 
 
 @dataclass
 class Item:
-    """An image of a source, with what the source says of it."""
+    """An image of a source with its tags and captions."""
 
     source: str
     path: Path
@@ -62,7 +62,7 @@ class Item:
 
     @property
     def file_name(self) -> str:
-        """Its place in the new folder; names of files repeat among classes."""
+        """The path in the new folder, with the class folder where file names repeat among classes."""
         folder = f"{self.path.parent.name}/" if self.source in (*PER_CLASS, "intel", "rooms") else ""
         return f"images/{self.source}/{folder}{self.path.name}"
 
@@ -71,39 +71,39 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     """The command line."""
     parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--output", type=Path, required=True, help="folder in which everyday/ is made")
+    add("--output", type=Path, required=True, help="folder in which everyday/ is created")
     for source, what in SOURCES.items():
         add(f"--{source}", type=Path, help=what)
     add("--flickr8k_captions", type=Path, help="Flickr8k.token.txt")
     add("--efficientnet", type=Path, help="state dict of EfficientNet-Lite, for automatic words")
-    add("--wordnet", type=Path, default=Path("/usr/share/wordnet"), help="WordNet 3.0's data.noun")
-    add("--word_share", type=float, default=0.25, help="share of an image or quadrant that makes a word")
-    add("--per_class", type=int, default=400, help="images of each scene of Intel and of each room")
+    add("--wordnet", type=Path, default=Path("/usr/share/wordnet"), help="folder of WordNet 3.0's data.noun")
+    add("--word_share", type=float, default=0.25, help="smallest share of an image or quadrant for a word")
+    add("--per_class", type=int, default=400, help="largest number of images per Intel scene and per room")
     add("--threads", type=int, default=1)
-    add("--seed", type=int, default=0, help="chooses the images of large classes")
+    add("--seed", type=int, default=0, help="seed for choosing images of large classes")
     options = parser.parse_args(arguments)
     if (options.flickr8k is None) != (options.flickr8k_captions is None):
-        parser.error("--flickr8k and --flickr8k_captions belong together; expected both or neither.")
+        parser.error("--flickr8k and --flickr8k_captions must be given together.")
     if not 0 <= options.word_share < 1:
         parser.error(f"--word_share is {options.word_share}, expected 0 to 1.")
     if min(options.per_class, options.threads) < 1:
-        parser.error("--per_class and --threads are expected to be 1 or more.")
+        parser.error("--per_class and --threads must be at least 1.")
     return options
 
 
 def images_in(folder: Path) -> list[Path]:
-    """The images of a folder, in order.
+    """The images of a folder, sorted.
 
     Raises:
-        ValueError: no such folder.
+        ValueError: the folder does not exist.
     """
     if not folder.is_dir():
-        raise ValueError(f"{folder} is no folder; expected one of images.")
+        raise ValueError(f"{folder} is not a folder; expected one with images.")
     return sorted(path for path in folder.iterdir() if path.suffix.lower() in ENDINGS)
 
 
 def flickr8k(images: Path, captions: Path, words: EverydayWords) -> list[Item]:
-    """Every image with captions; those with a held-out word only leave the names of their other words."""
+    """All images with captions. A caption with a held-out word is dropped, but its other words still give names."""
     sentences: dict[str, list[str]] = {}
     for line in split_lines(read_text(captions)):
         name, _, caption = line.partition("\t")
@@ -117,10 +117,10 @@ def flickr8k(images: Path, captions: Path, words: EverydayWords) -> list[Item]:
 
 
 def class_folders(source: str, root: Path, words: EverydayWords, most: int, seed: int) -> list[Item]:
-    """Images of the class folders that `everyday_words.json` lists; no other folder is looked into.
+    """Images of the class folders that `everyday_words.json` lists; other folders are ignored.
 
     Raises:
-        ValueError: none of them is there.
+        ValueError: none of these folders exists.
     """
     table = words.folders[source]
     known = [name for name in table if (root / name).is_dir()]
@@ -137,7 +137,7 @@ def class_folders(source: str, root: Path, words: EverydayWords, most: int, seed
 
 
 def food(root: Path, words: EverydayWords) -> list[Item]:
-    """Images with a file of tags each."""
+    """Images with one tag file each."""
     items = []
     for path in images_in(root / "images"):
         file = root / "tags" / f"{path.name}.txt"
@@ -147,7 +147,7 @@ def food(root: Path, words: EverydayWords) -> list[Item]:
 
 
 def ccp(root: Path, words: EverydayWords) -> list[Item]:
-    """Images of a folder in our own layout; columns other than their tags are not read."""
+    """Images of a folder with `metadata.jsonl`; only file names and tags are read."""
     items = []
     for line in split_lines(read_text(root / "metadata.jsonl")):
         row = json.loads(line)
@@ -157,7 +157,7 @@ def ccp(root: Path, words: EverydayWords) -> list[Item]:
 
 
 def collect(options: argparse.Namespace, words: EverydayWords) -> list[Item]:
-    """The images of all sources on the command line; the others are said."""
+    """Collects the images of all given sources and prints which sources are missing."""
     items: list[Item] = []
     for source in SOURCES:
         root = getattr(options, source)
@@ -174,15 +174,15 @@ def collect(options: argparse.Namespace, words: EverydayWords) -> list[Item]:
         print(f"{source}: {len(found):,} images", flush=True)
         items += found
     if not items:
-        raise ValueError("there are no images; expected at least one source, for instance --intel seg_train.")
+        raise ValueError("there are no images; expected at least one source, such as --intel seg_train.")
     return items
 
 
 def place(item: Item, image: Image.Image, folder: Path) -> str:
-    """Puts an image into the new folder, and says under which name.
+    """Puts an image into the new folder and returns its name.
 
-    A link where that is possible and the file is not read-only, for a link would share what somebody protects; an image
-    of more than 512 px is saved smaller, as JPEG.
+    An image larger than 512 px is resized and saved as JPEG. Others are hard-linked if possible, but a read-only file
+    is copied, because a link would share a protected file.
     """
     target = folder / item.file_name
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -195,7 +195,7 @@ def place(item: Item, image: Image.Image, folder: Path) -> str:
     else:
         try:
             os.link(item.path, target)
-        except OSError:  # on another disk
+        except OSError:  # another disk
             shutil.copyfile(item.path, target)
     return target.relative_to(folder).as_posix()
 
@@ -203,8 +203,8 @@ def place(item: Item, image: Image.Image, folder: Path) -> str:
 def write_images(
     items: Sequence[Item], words: EverydayWords, classifier: Classifier | None, least: float, folder: Path
 ) -> list[dict[str, Any]]:
-    """Writes images into a folder; gives the rows of its metadata, those without any word left out. An image that
-    cannot be read is said."""
+    """Writes images into a folder and returns its metadata rows. Images without any word are left out, and unreadable
+    ones are reported."""
     rows: list[dict[str, Any]] = []
     for start in trange(0, len(items), BATCH, unit=f" x {BATCH} images"):
         batch = []
@@ -225,7 +225,7 @@ def write_images(
 def summary(
     rows: Sequence[dict[str, Any]], words: EverydayWords, options: argparse.Namespace
 ) -> dict[str, Any]:
-    """What `words.json` holds: names with synonyms, everyday ones first; licences; counts."""
+    """The content of `words.json`: names with synonyms, everyday ones first; licences; counts."""
     tags = Counter(tag for row in rows for tag in row["tags"])
     others = sorted(set(tags) - set(words.synonyms))
     used = [*(source for source in SOURCES if getattr(options, source) is not None)]
@@ -242,10 +242,10 @@ def summary(
 
 
 def run(options: argparse.Namespace) -> Path:
-    """Makes the folder, whole or not at all.
+    """Builds the folder, completely or not at all.
 
     Raises:
-        ValueError: a source or the weights cannot be read, there is no word at all, or the folder exists.
+        ValueError: a source or the weights cannot be read, no image has a word, or the folder exists.
     """
     torch.set_num_threads(options.threads)
     words = EverydayWords.read()
@@ -260,7 +260,7 @@ def run(options: argparse.Namespace) -> Path:
             print("automatic words: left out, no --efficientnet", flush=True)
         rows = write_images(items, words, classifier, options.word_share, folder)
         if not rows:
-            raise ValueError(f"{len(items)} images have no word; expected captions, tags or classes.")
+            raise ValueError(f"{len(items)} images have no words; expected captions, tags or classes.")
         lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         write_text("".join(lines), folder / "metadata.jsonl")
         result = summary(rows, words, options)
@@ -282,6 +282,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    # Half a result is removed on SIGTERM too, as on Ctrl-C.
+    # SIGTERM also removes the incomplete folder, like Ctrl-C.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     main()

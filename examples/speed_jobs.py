@@ -1,4 +1,4 @@
-"""The models and the work that `benchmark_speed.py` measures."""
+"""The models and jobs that `benchmark_speed.py` measures."""
 
 import io
 from dataclasses import dataclass, field
@@ -25,16 +25,16 @@ CONTEXT = 77
 
 @dataclass(frozen=True)
 class Scale:
-    """How large the models and their inputs are.
+    """The sizes of the models and their inputs.
 
-    images: (pixels a side, batch) of the image encoder.
-    training_batches: of the training step; the last is also the unit of larger ones on a CPU.
-    photo: width and height; `short_side` is what it is resized to, which is a window's side as well.
-    labels: few and many.
-    large_photo, large_labels: of the peak of memory.
-    prototype_batch: of the row on prototypes.
-    matmul, cuda_matmul: side of the matrices of the machine's own rate.
-    curve_*: what the curves go over.
+    images: (pixels per side, batch) of the image encoder.
+    training_batches: batches of the training step; on a CPU, the last is also the unit for larger ones.
+    photo: width and height; its short side is resized to `short_side`, which is also the side of a window.
+    labels: small and large number of labels.
+    large_photo, large_labels: sizes for peak memory.
+    prototype_batch: batch of the prototype row.
+    matmul, cuda_matmul: side of the matrices that measure the machine's rate.
+    curve_*: values along the curves.
     """
 
     vision: dict[str, Any] = field(default_factory=dict)
@@ -84,7 +84,7 @@ SCALES = {"full": FULL, "quick": QUICK}
 
 
 def build_model(scale: Scale, contender: str, image_size: int | None = None) -> Any:
-    """A model with random weights in evaluation mode. GroupViT takes one image size only, `image_size`."""
+    """A model with random weights in evaluation mode. GroupViT accepts only one image size, `image_size`."""
     sized = {} if image_size is None or contender != GROUPVIT else {"image_size": image_size}
     config = GroupViTConfig(
         vision_config=scale.vision | sized, text_config=scale.text, **scale.heads, output_segmentation=False
@@ -96,7 +96,7 @@ def build_model(scale: Scale, contender: str, image_size: int | None = None) -> 
 
 
 def quantized(model: PGSegModel) -> PGSegModel:
-    """The model, now in int8."""
+    """Converts the model to int8 in place."""
     PGSegInt8Quantizer(PGSegInt8Config(), pre_quantized=False).postprocess_model(model)
     return model
 
@@ -106,7 +106,7 @@ def pixels(size: int, batch: int) -> Tensor:
 
 
 def encoding_job(model: Any, pixel_values: Tensor, compiled: bool = False) -> Job:
-    """The image tower in evaluation; if `compiled`, its first run compiles it."""
+    """The image tower in evaluation mode; if `compiled`, the first run compiles it."""
     tower, on_device = model.vision_model, pixel_values.to(model.device, model.dtype)
     if compiled:
         tower = torch.compile(tower)
@@ -119,8 +119,8 @@ def encoding_job(model: Any, pixel_values: Tensor, compiled: bool = False) -> Jo
 
 
 def training_job(scale: Scale, contender: str, pixel_values: Tensor) -> Job:
-    """A training step of a contender on the images' device: images with a caption each, forward, loss, backward, AdamW;
-    on CUDA by autocast."""
+    """A training step of a contender on the images' device, with one caption per image: forward, loss, backward and
+    AdamW; on CUDA under autocast."""
     checkpointing = contender == CHECKPOINTED
     device, batch = pixel_values.device, len(pixel_values)
     model = build_model(scale, "corrected" if checkpointing else contender).to(device).train()
@@ -136,7 +136,7 @@ def training_job(scale: Scale, contender: str, pixel_values: Tensor) -> Job:
         "attention_mask": (torch.arange(CONTEXT) <= length).long().to(device),
         "pixel_values": pixel_values.to(device),
     }
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)  # no temporaries in the way
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)  # without temporary tensors
 
     def job() -> None:
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
@@ -149,8 +149,8 @@ def training_job(scale: Scale, contender: str, pixel_values: Tensor) -> Job:
 
 
 def prototype_job(scale: Scale, device: str) -> Job:
-    """Estimation, matching and losses of the corrected variant's prototypes, both stages and the texts, with the
-    backward to the group centres."""
+    """Prototype estimation, matching and losses of the corrected variant for both stages and the texts, with the
+    backward pass to the group centres."""
     vision = build_model(scale, "corrected").config.vision_config
     batch, width = scale.prototype_batch, vision.hidden_size
     groups, last = vision.num_output_groups[:2]
@@ -179,7 +179,7 @@ def prototype_job(scale: Scale, device: str) -> Job:
 
 
 class PhotoJobs:
-    """Segmenting one photo, from the file's bytes to its label map, and its encoder passes alone."""
+    """Jobs that segment a photo, from the file's bytes to the label map, or run its encoder passes alone."""
 
     def __init__(self, scale: Scale, device: str, size: tuple[int, int] | None = None):
         model = build_model(scale, "corrected").to(device)
@@ -208,7 +208,7 @@ class PhotoJobs:
 
     def segmentation(self, labels: int) -> Job:
         names = self.names(labels)
-        self.segmenter.class_embeddings(names)  # prompts pass the text tower once and are kept
+        self.segmenter.class_embeddings(names)  # prompts are encoded once and cached
         return lambda: self.segmenter(self.photo, names)
 
 

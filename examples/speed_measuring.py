@@ -1,4 +1,4 @@
-"""Measuring for `benchmark_speed.py`: jobs timed in turn, their floating-point operations and their peak memory."""
+"""Measurements for `benchmark_speed.py`: times of interleaved jobs, their FLOPs and their peak memory."""
 
 import contextlib
 import ctypes
@@ -22,8 +22,8 @@ Job = Callable[[], Any]
 
 
 def time_in_turn(jobs: dict[str, Job], rounds: int, device: str, title: str) -> dict[str, list[float]]:
-    """Seconds of each run of each job: every round runs every job once, the next round beginning with the next job.
-    Two rounds before them are not counted."""
+    """Seconds of each run of each job. Every round runs every job once, and each round starts with the next job. Two
+    warm-up rounds are not counted."""
     names = list(jobs)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for index in tqdm(range(-2, rounds), desc=title, unit="round", leave=False):
@@ -57,22 +57,22 @@ def spread(values: list[float]) -> dict[str, float]:
 
 
 def ratio(seconds: dict[str, list[float]], job: str, reference: str) -> dict[str, float]:
-    """Spread over the rounds of one job's time by another's."""
+    """Spread over the rounds of the ratio of one job's time to another's."""
     return spread([ours / theirs for ours, theirs in zip(seconds[job], seconds[reference])])
 
 
 def can_compile(device: str) -> bool:
-    """Whether torch.compile works here, tried on a small function; what its first use sets up is then done."""
+    """Whether torch.compile works here. Tries it on a small function, which also does its one-time setup."""
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.ones(64, device=device))
     except RuntimeError as error:
-        print(f"torch.compile is left out, as it fails on this machine: {error}", file=sys.stderr)
+        print(f"torch.compile is skipped because it fails on this machine: {error}", file=sys.stderr)
         return False
     return True
 
 
 def matmul_job(dtype: torch.dtype, device: str, side: int) -> tuple[Job, int]:
-    """A product of two square matrices, large enough to show what the machine can do, and its operations."""
+    """A product of two square matrices, large enough to reach the machine's peak rate, and its FLOPs."""
     left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     return (lambda: left @ right), 2 * side**3
 
@@ -93,7 +93,7 @@ def _attention_backward_flops(gradient: Any, query: Any, key: Any, value: Any, *
 
 
 def count_flops(job: Job) -> int:
-    """Floating-point operations of the job's matrix products, on the path that is timed."""
+    """FLOPs of the job's matrix products, on the same code path as the timing."""
     counter = FlopCounterMode(display=False)
     with counter:
         job()
@@ -101,29 +101,29 @@ def count_flops(job: Job) -> int:
 
 
 def register_cpu_kernels() -> None:
-    """torch's counter does not know the kernels of the CPU."""
+    """Registers CPU kernels that torch's FLOP counter does not know."""
     aten, onednn = torch.ops.aten, torch.ops.mkldnn
     for library, name, formula in (
         (onednn, "_linear_pointwise", _linear_flops),
         (aten, "_scaled_dot_product_flash_attention_for_cpu", _attention_flops),
         (aten, "_scaled_dot_product_flash_attention_for_cpu_backward", _attention_backward_flops),
     ):
-        operator = getattr(library, name, None)  # builds without oneDNN lack its own
+        operator = getattr(library, name, None)  # builds without oneDNN lack its operators
         if operator is not None and operator not in flop_registry:
             register_flop_formula(operator)(formula)
 
 
 def in_own_process(script: str, spec: dict[str, Any]) -> dict[str, Any]:
-    """Runs `script --one SPEC` in a process of its own, which prints a JSON object on its last line."""
+    """Runs `script --one SPEC` in a separate process and reads the JSON object on its last line."""
     command = [sys.executable, script, "--one", json.dumps(spec)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if done.returncode:
-        raise RuntimeError(f"the process for {spec} ended with {done.returncode}; see its message above.")
+        raise RuntimeError(f"the process for {spec} exited with {done.returncode}; see its message above.")
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def peak_memory(job: Job, device: str) -> dict[str, float]:
-    """MiB that the process holds before the job, and at most during it; on CUDA, of the device."""
+    """Memory in MiB of the process before the job and at its peak; on CUDA, memory of the device."""
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -132,10 +132,10 @@ def peak_memory(job: Job, device: str) -> dict[str, float]:
         torch.cuda.synchronize()
         return {"before": before / 2**20, "peak": torch.cuda.max_memory_allocated() / 2**20}
     with contextlib.suppress(OSError, AttributeError):
-        # glibc keeps what was freed for later, which would count as held before the job.
+        # glibc keeps freed memory, which would count as used before the job.
         ctypes.CDLL(None).malloc_trim(0)
     with contextlib.suppress(OSError):
-        # Lets the peak start anew, on Linux; elsewhere it is that since the start of the process.
+        # Resets the peak on Linux; elsewhere the peak is that since the start of the process.
         Path("/proc/self/clear_refs").write_text("5")
     before = _status("VmRSS")
     job()
@@ -143,7 +143,7 @@ def peak_memory(job: Job, device: str) -> dict[str, float]:
 
 
 def _status(name: str) -> float:
-    # Not `ru_maxrss`, which a process inherits from the one that started it.
+    # A process inherits `ru_maxrss` from its parent, so /proc is preferred.
     try:
         found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
     except OSError:

@@ -10,8 +10,7 @@ BEGIN, END = "<!-- benchmark_speed.py: begin -->", "<!-- benchmark_speed.py: end
 
 
 def goals(row: dict[str, Any], on_cuda: bool = False) -> dict[str, float]:
-    """The bounds that a row is to keep, by the name of its figure: upper ones, but lower ones of shares; none for most
-    rows."""
+    """The goals of a row by metric: upper bounds, but lower bounds for shares. Most rows have none."""
     job, is_float32, large = row["job"], "bfloat16" not in row["job"], "448 px" in row["job"]
     match row["section"], row["contender"]:
         case "encoder" | "training" as section, contender if on_cuda:
@@ -51,7 +50,7 @@ def goals(row: dict[str, Any], on_cuda: bool = False) -> dict[str, float]:
 
 
 def _figure(row: dict[str, Any], name: str, bounds: dict[str, float]) -> str:
-    """A figure with its quartiles and, where it has a goal, the goal and whether it holds."""
+    """Formats a metric with its quartiles and, if it has a goal, the goal and whether it holds."""
     if name not in row:
         return ""
     value, spread, digits = row[name], "", 3 if row["section"] == "prototypes" else 2
@@ -68,12 +67,12 @@ def _verdict(value: float, name: str, bounds: dict[str, float], factor: int = 1)
 
 
 def _short(value: float) -> str:
-    """Whole above 100, three digits below."""
+    """Rounds to an integer above 100, and to three digits below."""
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _memory(row: dict[str, Any], bounds: dict[str, float]) -> tuple[str, str]:
-    """Peak memory and its ratio, each with the part that the job itself adds to what was held before it."""
+    """Formats peak memory and its ratio, each also for the memory that the job itself adds."""
     if "memory_MiB" not in row:
         return "", ""
     memory, ratio = row["memory_MiB"], _figure(row, "memory_ratio", bounds)
@@ -87,7 +86,7 @@ def _memory(row: dict[str, Any], bounds: dict[str, float]) -> tuple[str, str]:
 
 
 def is_headline(row: dict[str, Any]) -> bool:
-    """Whether a row is one of the ten at most that the README has: what users run."""
+    """Whether a row is one of the common uses (ten at most) in the README."""
     section, contender = row["section"], row["contender"]
     if section == "start":
         return contender in ("pgseg --help", "pgseg segment")
@@ -97,7 +96,7 @@ def is_headline(row: dict[str, Any]) -> bool:
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """The rows as a Markdown table; `results` are those of `results.json`, or some of their rows."""
+    """Formats rows as a Markdown table; `results` is the content of `results.json`, perhaps with fewer rows."""
     machine = results["machine"]
     on_cuda = "NVIDIA" in machine["device"]
     lines = [
@@ -149,7 +148,7 @@ def insert_table(table: str, path: Path) -> None:
     """Puts the table between the two markers of a Markdown file.
 
     Raises:
-        ValueError: the file does not have each marker once, in their order.
+        ValueError: the file does not have each marker exactly once and in order.
     """
     text = path.read_text(encoding="utf-8")
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
@@ -159,7 +158,7 @@ def insert_table(table: str, path: Path) -> None:
 
 
 def draw_curves(rows: list[dict[str, Any]], path: Path) -> None:
-    """A panel for each curve; nothing without curves or, with a message, without matplotlib."""
+    """Draws one panel per curve. Without matplotlib it only prints a message."""
     points = [row for row in rows if row["section"] == "curves"]
     if not points:
         return
@@ -167,7 +166,7 @@ def draw_curves(rows: list[dict[str, Any]], path: Path) -> None:
         from matplotlib.figure import Figure
         from matplotlib.ticker import LogLocator
     except ImportError:
-        print(f"{path} is not drawn: it needs matplotlib, pip install 'pgseg-hf[plots]'.", file=sys.stderr)
+        print(f"{path} needs matplotlib and is skipped; run pip install 'pgseg-hf[plots]'.", file=sys.stderr)
         return
     curves = list(dict.fromkeys(row["job"] for row in points))
     figure = Figure(figsize=(5 * len(curves), 4), layout="constrained")
@@ -181,7 +180,7 @@ def draw_curves(rows: list[dict[str, Any]], path: Path) -> None:
         if "memory_MiB" in of_curve[0]:
             axes.plot(values, [row["memory_MiB"]["peak"] for row in own], "s--", label="peak memory, MiB")
             axes.set(ylabel="ms, MiB")
-            axes.set_ylim(bottom=0)  # nearly flat: what is left is noise
+            axes.set_ylim(bottom=0)  # the curve is nearly flat, and the rest is noise
         else:
             axes.set_yscale("log")
             axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))

@@ -1,4 +1,4 @@
-"""How near a text tower is to its sentence encoder, on words that are the same at every call."""
+"""Measures how close a text tower is to its sentence encoder, on a fixed set of words."""
 
 from collections.abc import Sequence
 
@@ -13,8 +13,8 @@ from torch.nn.functional import cosine_similarity, normalize
 def measure(
     student: Student, teacher: Teacher, bank: TextBank, fold: str, shrinkage: float
 ) -> dict[str, float]:
-    """How near the tower is to its teacher on held-out and on everyday nouns. With a `fold` that the tower already has,
-    the teacher's embeddings are mapped in the same way, by their own statistics."""
+    """Measures how close the tower is to its teacher on held-out and everyday nouns. If the tower has a `fold`, the
+    teacher's embeddings are mapped in the same way with their own statistics."""
     everyday = teacher.embed_labels(bank.everyday)
     mean, matrix = torch.zeros(teacher.size), torch.eye(teacher.size)
     if fold != "none":
@@ -43,8 +43,8 @@ def measure(
 
 
 def synonym_ranks(queries: Tensor, names: Tensor) -> Tensor:
-    """Ranks [pairs] of the second words of `SYNONYMS` among the everyday names, by their similarity with the first
-    words, both normalised [., D]."""
+    """Ranks [pairs] of the second words of `SYNONYMS` among the everyday names, by similarity to the first words. Both
+    inputs are normalised embeddings [., D]."""
     similarities = queries @ names.T
     for row, (word, _) in enumerate(SYNONYMS):
         if word in EVERYDAY:
@@ -54,6 +54,6 @@ def synonym_ranks(queries: Tensor, names: Tensor) -> Tensor:
 
 
 def print_table(title: str, figures: dict[str, float]) -> None:
-    """Figures as a table in Markdown."""
+    """Prints figures as a Markdown table."""
     rows = [f"| {name} | {value:.3f} |" for name, value in figures.items()]
     print("\n".join(["", f"| {title} | |", "|---|---|", *rows, ""]), flush=True)

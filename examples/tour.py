@@ -1,11 +1,11 @@
-"""A tour of the library in five stops: load, segment, look at groups and prototypes, fine-tune for a minute, evaluate.
+"""A tour of the library in five steps: load, segment, look at groups and prototypes, fine-tune for a minute, evaluate.
 
     pip install 'pgseg-hf[train]'
     python examples/tour.py --output_dir tour
 
-Images go to the output folder. The fine-tuning takes scenes that are drawn on the spot, about a minute on one core;
-with `--data FOLDER --eval_data FOLDER` it takes your own images (see examples/README.md for both layouts).
-`tour.ipynb` is the same as a notebook, which `python examples/make_notebook.py` makes of this file.
+Images are written to the output folder. Fine-tuning uses generated scenes and takes about a minute on one core. To use
+your own images, pass `--data FOLDER --eval_data FOLDER` (see examples/README.md for both layouts). `tour.ipynb` is the
+same tour as a notebook, which `python examples/make_notebook.py` generates from this file.
 """
 
 # %%
@@ -37,24 +37,24 @@ from pgseg_hf.visualization import (
 parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--output_dir", type=Path, default=Path("tour"))
 parser.add_argument("--model_name_or_path", default=DEFAULT_CHECKPOINT)
-parser.add_argument("--data", type=Path, help="a folder of images with captions or tags")
-parser.add_argument("--eval_data", type=Path, help="a folder of images with masks")
+parser.add_argument("--data", type=Path, help="folder of images with captions or tags")
+parser.add_argument("--eval_data", type=Path, help="folder of images with masks")
 parser.add_argument("--steps", type=int, default=40)
 args = parser.parse_args([] if hasattr(builtins, "__IPYTHON__") else None)
 if (args.data is None) != (args.eval_data is None):
-    parser.error("--data and --eval_data belong together")
+    parser.error("--data and --eval_data must be given together")
 args.output_dir.mkdir(parents=True, exist_ok=True)
 
 
 def save(drawn: Image.Image, name: str) -> Image.Image:
-    """Writes an image to the output folder; a notebook shows it too."""
+    """Writes an image to the output folder and returns it, so that a notebook shows it."""
     drawn.save(args.output_dir / f"{name}.png")
     return drawn
 
 
 # %% [markdown]
 # ## 1. Load
-# A model and its processor, from a folder or the Hub.
+# Load a model and its processor from a folder or the Hub.
 
 # %%
 segmenter = load_segmenter(args.model_name_or_path)
@@ -63,7 +63,7 @@ print(f"1. Loaded {args.model_name_or_path}: {parameters:,} parameters")
 
 # %% [markdown]
 # ## 2. Segment
-# Labels in, one for each pixel out.
+# Pass labels and get one label per pixel.
 
 # %%
 image = load_image(Path(train_with_trainer.__file__).parent / "images" / "horses.jpg")
@@ -76,7 +76,7 @@ save(draw_contours(image, result.label_map, labels), "contours")
 save(overlay(image, result.label_map, labels), "masks")
 
 # %% [markdown]
-# With a background, at three thresholds, from one pass of the image encoder.
+# With a background at three thresholds, from a single pass of the image encoder.
 
 # %%
 encoded = next(segmenter.encode([image]))
@@ -90,7 +90,7 @@ save(side_by_side(overlays, ["threshold 0.1", "0.3", "0.5"]), "background")
 
 # %% [markdown]
 # ## 3. Look at groups and prototypes
-# The groups of the whole image, and how well the labels fit them.
+# The groups of the whole image, and how similar the labels are to them.
 
 # %%
 (window,) = next(segmenter.encode([image], SegmentationOptions(window_size=None))).windows
@@ -99,14 +99,14 @@ count = len(cosines)
 best = cosines.argmax(dim=1).tolist()
 print("3. Groups and prototypes:")
 for group, label in enumerate(best):
-    print(f"   group {group + 1} is most like {labels[label]!r} ({cosines[group, label]:.2f})")
+    print(f"   group {group + 1} is most similar to {labels[label]!r} ({cosines[group, label]:.2f})")
 names = [str(group + 1) for group in range(count)]
 colours = palette(len(labels)), group_palette(count)
 save(heat_map(cosines.T, labels, names, best, *colours), "affinities")
 save(draw_groups(image, window.groups, count), "groups")
 
 # %% [markdown]
-# The prototypes of each stage, for models that have any.
+# The prototypes of each stage, if the model has any.
 
 # %%
 pixel_values = segmenter.processor(images=image, return_tensors="pt")["pixel_values"]
@@ -122,12 +122,12 @@ save(side_by_side(maps, titles), "prototypes") if maps else None
 
 # %% [markdown]
 # ## 4. Fine-tune
-# On a folder with tags, here of drawn scenes; another one has masks to be measured on.
+# Fine-tune on a folder of images with tags, here generated scenes. A second folder has masks for the evaluation.
 
 
 # %%
 def draw_scenes(folder: Path, split: str, length: int) -> Path:
-    """A folder of images with tags, for the split "test" with masks too."""
+    """Writes a folder of images with tags, and with masks for the split "test"."""
     source = SceneSource(SceneOptions(size=96, length=length, split=split))
     rows = []
     for part in ("images", "masks"):
@@ -153,7 +153,7 @@ train_with_trainer.train(str(data), checkpoint, steps=args.steps, start=args.mod
 
 # %% [markdown]
 # ## 5. Evaluate
-# Mean IoU before and after, and the best that the groups allow (the oracle).
+# Mean IoU before and after fine-tuning, and the best that the groups allow (the oracle).
 
 # %%
 dataset = MaskFolder(eval_data)
@@ -161,4 +161,4 @@ print(f"5. Evaluate on {len(dataset)} images with masks.")
 for name, each in (("before", segmenter), ("after", load_segmenter(checkpoint))):
     scores = evaluate_masks(each, dataset, MaskOptions(oracle=True))
     print(f"   {name}: mean IoU {scores.confusion.mean_iou():.3f}, oracle {scores.oracle.mean_iou():.3f}")
-print(f"The fine-tuned checkpoint is {checkpoint}, images are beside it.")
+print(f"The fine-tuned checkpoint is {checkpoint}; the images are next to it.")

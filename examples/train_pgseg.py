@@ -1,14 +1,14 @@
-"""Train PGSeg on images and their texts, on one CPU or many GPUs.
+"""Trains PGSeg on images and texts, on one CPU or many GPUs.
 
     accelerate launch --quiet examples/train_pgseg.py examples/configs/own_folder.yaml --data photos --output_dir run
 
-The first argument may be a YAML file; options override it, `--help` lists them all. A stopped run goes on with the same
-command and `--resume_from_checkpoint latest`. The output folder ends as one for `from_pretrained`, with checkpoints,
-`log.jsonl`, images of the grouping and `all_results.json`. An error is one line; with `TRANSFORMERS_VERBOSITY=info`
-it comes with its traceback, and `accelerate launch --quiet` leaves out the launcher's own.
+The first argument may be a YAML file. Options override it; `--help` lists them all. To resume a stopped run, add
+`--resume_from_checkpoint latest` to the same command. The output folder works with `from_pretrained` and also has
+checkpoints, `log.jsonl`, images of the grouping and `all_results.json`. An error is a single line;
+`TRANSFORMERS_VERBOSITY=info` adds the traceback, and `accelerate launch --quiet` hides that of the launcher.
 
-The loop is `pgseg_hf.training.run.Run`: change a step, what is measured or what is saved in a class of your own that
-inherits from it (`train_step`, `evaluate`, `finish`).
+The training loop is `pgseg_hf.training.run.Run`. Subclass it to change a step (`train_step`), the evaluation
+(`evaluate`) or what is saved (`finish`).
 """
 
 import sys

@@ -1,10 +1,10 @@
-"""Train PGSeg with transformers' own `Trainer`, from a folder of images with captions or tags.
+"""Trains PGSeg with the `Trainer` of transformers on a folder of images with captions or tags.
 
     python examples/train_with_trainer.py photos checkpoint
     python examples/train_with_trainer.py photos adapter --lora
 
-The second writes an adapter of peft, which `PeftModel.from_pretrained(model, "adapter")` loads.
-For global contrast over processes, gradient caching, streaming data and exact resumption in it see `train_pgseg.py`.
+The second command writes a PEFT adapter, which `PeftModel.from_pretrained(model, "adapter")` loads. For contrast across
+processes, gradient caching, streaming data and exact resuming see `train_pgseg.py`.
 """
 
 import os
@@ -19,7 +19,7 @@ from pgseg_hf.training.batches.collator import PGSegCollator
 from pgseg_hf.training.batches.map_dataset import RecordDataset
 from pgseg_hf.training.batches.preparation import Preparation
 
-# For captions and tags that repeat between images, whatever the checkpoint was trained with.
+# Captions and tags repeat between images, so this loss replaces the checkpoint's.
 LOSS = "multi_positive"
 
 
@@ -31,8 +31,8 @@ def train(
     start: str = DEFAULT_CHECKPOINT,
     lora: bool = False,
 ) -> Trainer:
-    """Fine-tunes the checkpoint `start` on the folder `data`, and writes a `from_pretrained` folder; with `lora` only
-    matrices of rank 8 beside all linear layers, and only these are written."""
+    """Fine-tunes the checkpoint `start` on the folder `data` and writes a folder for `from_pretrained`. With `lora`, it
+    trains and writes only matrices of rank 8 for all linear layers."""
     config = PGSegConfig.from_pretrained(start)
     pooling = config.contrastive_pooling if config.pooling.parts == "patches" else "groups"
     model = PGSegModel.from_pretrained(
@@ -63,7 +63,7 @@ def train(
             logging_steps=10,
             save_strategy="no",
             report_to="none",
-            remove_unused_columns=False,  # the examples are no arguments of forward; the collator makes them so
+            remove_unused_columns=False,  # the collator turns examples into arguments of forward
             dataloader_drop_last=True,  # BatchNorm needs more than one image
         ),
         train_dataset=dataset,

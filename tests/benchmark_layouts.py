@@ -1,7 +1,7 @@
 """Miniature copies of the benchmarks' published layouts, with known masks.
 
-Paths and values are written down here and not taken from the registry, so that each checks the other. Every image has
-one raw value in each of its 2 x 2 quarters; the second image has those of the first one place further.
+Paths and values are repeated here and not taken from the registry, so that each checks the other. Every image has one
+raw value in each of its 2 x 2 quarters; each image shifts the values of the one before by one quarter.
 """
 
 from dataclasses import dataclass, field, replace
@@ -19,18 +19,17 @@ class Published:
     """A published layout.
 
     Args:
-        folder: where it begins, under a folder of data sets.
-        names: of the images, as they are in results, in their order.
-        images: paths; `{split}` as in `splits`.
-        masks: paths.
-        raw: values of the quarters in the files of the first image: top left, top right, bottom left, bottom right.
-        labels: what these mean.
-        border: raw value of the first image's top row, which does not count; None for no such row.
-        ignored: what the loader makes of pixels that do not count.
+        folder: root folder of the benchmark, inside a folder of data sets.
+        names: names of the images in results, in order.
+        images, masks: paths, where `{split}` stands for a value of `splits`.
+        raw: values in the first image's mask file: top left, top right, bottom left, bottom right.
+        labels: label numbers of these values.
+        border: raw value of the first image's top row, which is ignored; None for no such row.
+        ignored: label number of ignored pixels after loading.
         encoding: "palette", "grey", "16 bits" or "rgb".
         listing: path of the list of names.
-        listed: its lines.
-        splits: names in paths.
+        listed: lines of that list.
+        splits: name of each split in paths.
     """
 
     folder: str
@@ -49,7 +48,7 @@ class Published:
 
 @dataclass(frozen=True)
 class Miniature:
-    """What was written: paths in the order of `names`, and the decoded truth [H, W] of each image."""
+    """The written files, in the order of `names`, and the decoded ground truth [H, W] of each image."""
 
     names: list[str]
     images: list[Path]
@@ -167,13 +166,13 @@ LAYOUTS: dict[str, Published] = {
 
 
 def quarters(values, size) -> np.ndarray:
-    """[H, W] with a value in each quarter, as `KnownGroups` cuts an image."""
+    """An array [H, W] with one value per quarter, divided as in `KnownGroups`."""
     rows, columns = (np.arange(side) * 2 // side for side in size)
     return np.array(values).reshape(2, 2)[rows[:, None], columns[None]]
 
 
 def write_benchmark(name: str, root: Path, split: str = "val") -> Miniature:
-    """Writes the layout of a benchmark, beginning at `root`."""
+    """Writes the layout of a benchmark into `root`."""
     layout = LAYOUTS[name]
     where = layout.splits[split]
     images = [root / path.format(split=where) for path in layout.images]
@@ -191,7 +190,7 @@ def write_benchmark(name: str, root: Path, split: str = "val") -> Miniature:
         listing = root / layout.listing.format(split=where)
         listing.parent.mkdir(parents=True, exist_ok=True)
         listing.write_text("\n".join(layout.listed) + "\n")
-        # An image of another split, in the same folder.
+        # An image of another split in the same folder.
         write_noise(images[0].with_name("unlisted.jpg"), SIZES[0])
     return Miniature(list(layout.names), images, masks, truths, listing)
 
@@ -202,7 +201,7 @@ def write_noise(path: Path, size: tuple[int, int], seed: int = 0) -> None:
 
 
 def write_mask(path: Path, raw: np.ndarray, encoding: str = "grey") -> None:
-    """The raw values, in the encoding that a benchmark uses."""
+    """Writes raw values in the encoding of a benchmark."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if encoding == "16 bits":
         image = Image.fromarray(raw.astype(np.uint16))
@@ -211,20 +210,20 @@ def write_mask(path: Path, raw: np.ndarray, encoding: str = "grey") -> None:
     else:
         image = Image.fromarray(raw.astype(np.uint8))
         if encoding == "palette":
-            # Colours in falling brightness: read as grey they would be other numbers.
+            # The brightness falls with the index, so that colours read as grey give other numbers.
             image.putpalette([255 - value // 3 for value in range(768)])
     image.save(path)
 
 
-# A block in an image as COCO's annotations store it.
+# A block in an image, in the forms of COCO annotations.
 HEIGHT, WIDTH = 4, 5
-# Rows 1 and 2 of columns 1 and 2, down the columns: 5 pixels outside, 2 inside, 2 outside, 2 inside, 9 outside.
+# Rows 1 and 2 of columns 1 and 2, counted down the columns: 5 pixels outside, 2 inside, 2 outside, 2 inside, 9 outside.
 BLOCK_POLYGON = [[1, 1, 3, 1, 3, 3, 1, 3]]
 BLOCK_COUNTS = {"size": [HEIGHT, WIDTH], "counts": [5, 2, 2, 2, 9]}
-# The fourth and fifth number are 2 - 2 = 0 and 9 - 2 = 7.
+# From the fourth count on, differences to the count two before: 2 - 2 = 0 and 9 - 2 = 7.
 BLOCK_STRING = {"size": [HEIGHT, WIDTH], "counts": "52207"}
 
 
 def box_polygon(left: int, top: int, right: int, bottom: int) -> list[list[int]]:
-    """A polygon along the pixels' edges, as in COCO's annotations."""
+    """A polygon along the edges of pixels, as in COCO annotations."""
     return [[left, top, right, top, right, bottom, left, bottom]]

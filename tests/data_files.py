@@ -20,7 +20,7 @@ SIDE = 8
 
 
 def image_bytes(number: int) -> bytes:
-    """A PNG whose first pixel's red value is the number, so that a test knows which one it has."""
+    """A PNG whose red value is the number, so that a test can identify the image."""
     pixels = np.full((SIDE, SIDE, 3), number % 256, dtype=np.uint8)
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, format="PNG")
@@ -28,7 +28,7 @@ def image_bytes(number: int) -> bytes:
 
 
 def write_folder(folder: Path, rows: list[dict], kind: str = "jsonl") -> str:
-    """Images 0, 1, 2, ... under the rows' `file_name` where these have one, and the rows as metadata."""
+    """Writes the rows as metadata, and an image 0, 1, 2, ... for each row with a `file_name`."""
     folder.mkdir(parents=True, exist_ok=True)
     for number, row in enumerate(rows):
         path = folder / str(row.get("file_name", "")).lstrip("/")
@@ -69,7 +69,7 @@ def numbered_files(first: int, count: int) -> dict[str, bytes]:
 
 
 def numbered_shards(folder: Path, sizes: list[int], first: int = 0) -> str:
-    """Shards of so many records, numbered through; returns their pattern."""
+    """Writes shards of the given sizes with consecutively numbered records and returns their pattern."""
     folder.mkdir(parents=True, exist_ok=True)
     for shard, size in enumerate(sizes):
         (folder / f"{shard:03d}.tar").write_bytes(tar_bytes(numbered_files(first, size)))
@@ -78,7 +78,7 @@ def numbered_shards(folder: Path, sizes: list[int], first: int = 0) -> str:
 
 
 def numbered_tables(folder: Path, sizes: list[int], first: int = 0) -> str:
-    """A folder in the Hub's layout with parquet files of so many rows."""
+    """Writes a folder in the Hub's layout with parquet files of the given numbers of rows."""
     folder.mkdir(parents=True, exist_ok=True)
     for shard, size in enumerate(sizes):
         rows = [
@@ -95,12 +95,12 @@ def open_path(path, **fields):
 
 
 def number_of(record):
-    """Of an image made by `data_files.image_bytes`."""
+    """The number of an image made by [`image_bytes`]."""
     return load_image(record.image).getpixel((0, 0))[0]
 
 
 def records_of(source):
-    """Numbers and captions of a source's records, or the reason why one is left out."""
+    """Number and captions of each record of a source, or the reason why a record is unusable."""
     if hasattr(source, "read_shard"):
         items = itertools.chain.from_iterable(map(source.read_shard, range(source.num_shards)))
     else:

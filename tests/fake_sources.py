@@ -19,7 +19,7 @@ WEIGHTS = st.one_of(
 
 @dataclass
 class Table:
-    """Records named by their numbers; those in `broken` cannot be used."""
+    """Numbered records; those in `broken` cannot be used."""
 
     length: int
     first: int = 0
@@ -35,7 +35,7 @@ class Table:
 
 @dataclass
 class Shards:
-    """A streaming source of shards of the given sizes; records numbered through."""
+    """A streaming source of shards of the given sizes, with consecutively numbered records."""
 
     sizes: list
     first: int = 0
@@ -65,7 +65,7 @@ class Shards:
 
 
 def prepare(record, rng):
-    """The number in a record's caption and a draw."""
+    """The number in a record's caption and a random draw."""
     if record.name == "broken":
         rng.random()
         raise UnusableRecord("broken image", f"{record.captions[0]} is broken")
@@ -97,7 +97,7 @@ def stream_of(sources, weights=None, rank=0, world_size=1, prepare=prepare, coll
 
 
 def take(stream, count):
-    """Numbers and draws of the next batches."""
+    """Numbers and random draws of the next batches."""
     batches = itertools.islice(stream, count)
     return [(batch["numbers"].tolist(), batch["draws"].tolist()) for batch in batches]
 

@@ -1,4 +1,4 @@
-"""Folders of images with masks, and a stand-in for a segmenter whose groups are known."""
+"""Folders of images with masks, and a fake segmenter with known groups."""
 
 import json
 
@@ -16,7 +16,7 @@ QUADRANTS = np.kron(np.array([[0, 1], [2, 2]]), np.ones((4, 4), int))
 
 
 def make_folder(folder, masks, labels=None, metadata=True):
-    """Images with these masks, of their sizes."""
+    """Writes images of the same sizes as the given masks, and the masks."""
     rows = []
     for kind in ("images", "masks"):
         (folder / kind).mkdir(parents=True)
@@ -33,8 +33,8 @@ def make_folder(folder, masks, labels=None, metadata=True):
 
 
 class KnownGroups:
-    """Stands in for a `Segmenter`: the groups of every image are its 2 x 2 quarters, with these scores, one row for
-    each quarter and one column for each label that is asked for."""
+    """A fake `Segmenter` whose groups are the 2 x 2 quarters of each image. `scores` has one row per quarter and one
+    column per requested label."""
 
     def __init__(self, scores):
         self.options = SegmentationOptions()

@@ -1,4 +1,4 @@
-"""The ablation of the examples: its arithmetic from records by hand, and two variants from training to table."""
+"""The ablation example: its arithmetic on handmade records, and two variants from training to table."""
 
 import json
 
@@ -12,7 +12,7 @@ from tiny_models import TINY_FIELDS
 
 SETTINGS = {
     "data": "synthetic:train,size=32,length=50,with_tags=0",
-    # No block after the last grouping, as in all settings for a CPU.
+    # No block after the last grouping, as in all CPU configurations.
     "model_config": TINY_FIELDS | {"vision_config": TINY_FIELDS["vision_config"] | {"depths": [1, 1, 0]}},
     "contrastive_loss": "multi_positive",
     "cpu": True,
@@ -35,7 +35,7 @@ def record_of(variant, seed, mean_iou, recall=0.5):
 
 @pytest.fixture
 def records():
-    """Values that binary fractions represent, so that the table can be written by hand."""
+    """Records with binary fractions as values, so that the table can be computed by hand."""
     return [
         record_of("none", 0, 0.25),
         record_of("none", 1, 0.5),
@@ -53,7 +53,7 @@ def test_means_spreads_and_paired_differences(records):
     assert rows["ours-no-matching"]["differences"]["test/mean_iou"]["mean"] == 0.25  # to `ours`
     assert rows["none"]["seeds"] == [0, 1, 2] and rows["corrected"]["seeds"] == [0, 1]
     figures, differences = rows["none"]["figures"], rows["none"]["differences"]
-    # Of 1/4, 1/2, 1/2 the mean is 5/12 and the squared deviations add up to 1/24: over 2, their root is 1/48 ** .5.
+    # The mean of 1/4, 1/2, 1/2 is 5/12. Their squared deviations sum to 1/24, so the spread is (1/24 / 2) ** .5.
     expected = {"mean": pytest.approx(5 / 12), "spread": pytest.approx(48**-0.5), "count": 3}
     assert figures["test/mean_iou"] == expected
     # Differences -1/4 and -1/8; seed 2 has no partner.
@@ -115,7 +115,7 @@ def test_a_record_of_other_data_or_scenes_is_refused_and_of_other_versions_said(
     record = {"depends_on": known.depends_on("corrected"), "versions": versions | {"numpy": "1.0"}}
     ablate_npr.write_json(record, known.record_path("corrected", 0))
     assert ablation().is_done("corrected", 0) and not known.is_done("corrected", 1)
-    assert f"of other versions: numpy was '1.0' and is '{np.__version__}'" in capsys.readouterr().err
+    assert f"from other versions: numpy was '1.0' and is '{np.__version__}'" in capsys.readouterr().err
     (tmp_path / "photos" / "1.png").write_bytes((tmp_path / "photos" / "2.png").read_bytes())
     with pytest.raises(ValueError, match=r"contents of the sources was .* and is"):
         ablation().is_done("corrected", 0)
@@ -159,7 +159,7 @@ def test_variants_from_training_to_table(tmp_path, capsys):
         ablate_npr.main([*command, "--variants", "no-matching", "--steps", "3"])
     capsys.readouterr()
 
-    # A run that fails is named, and the others go on.
+    # A failed run is named, and the others continue.
     config.write_text(yaml.safe_dump(SETTINGS | {"data": "synthetic:val"}))
     command[1] = str(tmp_path / "failing")
     assert ablate_npr.main([*command, "--variants", "corrected", "untrained"]) == 1

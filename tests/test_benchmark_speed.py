@@ -1,4 +1,4 @@
-"""The speed benchmark of the examples: its arithmetic by hand, its table, and one whole run on tiny models."""
+"""The speed benchmark example: its arithmetic, its table, and a complete run on tiny models."""
 
 import json
 import subprocess
@@ -24,7 +24,7 @@ def row(**fields):
 
 
 def test_a_ratio_is_taken_within_each_round():
-    # The machine slows down threefold from the first round to the last, and the ratio stays.
+    # The machine becomes three times slower from the first round to the last, but the ratio does not change.
     seconds = {"groupvit": [1.0, 2.0, 3.0], "corrected": [1.1, 2.2, 3.3]}
     assert speed_measuring.ratio(seconds, "corrected", "groupvit")["median"] == pytest.approx(1.1)
     assert speed_measuring.spread([4.0, 1.0, 2.0, 3.0, 5.0]) == {"median": 3.0, "low": 2.0, "high": 4.0}
@@ -60,7 +60,7 @@ def test_operations_are_those_of_the_matrix_products():
 
 
 def test_peak_memory_sees_what_a_job_holds_for_a_while():
-    # Where the system does not let the peak start anew, only what exceeds the one so far can be seen.
+    # If the system cannot reset the peak, only memory above the previous peak is visible.
     idle = speed_measuring.peak_memory(lambda: None, "cpu")
     size = int(idle["peak"] - idle["before"]) + 64
     measured = speed_measuring.peak_memory(lambda: torch.ones(size * 2**18).sum(), "cpu")

@@ -1,4 +1,4 @@
-"""Loading checkpoints, whatever their folder holds."""
+"""Loading checkpoints from good, broken and unsuitable folders."""
 
 import json
 import os
@@ -13,10 +13,10 @@ from pgseg_hf import load_segmenter
 
 
 def test_not_a_checkpoint(tmp_path):
-    with pytest.raises(ValueError, match="absent is no folder"):
+    with pytest.raises(ValueError, match="absent is not a folder"):
         load_segmenter(str(tmp_path / "absent"))
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
-    with pytest.raises(ValueError, match="no PGSeg checkpoint"):
+    with pytest.raises(ValueError, match="not a PGSeg checkpoint"):
         load_segmenter(str(tmp_path))
 
 
@@ -87,5 +87,5 @@ def test_code_that_a_folder_names_is_neither_run_nor_asked_for(tiny_folder, tmp_
     try:
         load_segmenter(str(folder))
     except ValueError as error:
-        assert "foreign is no PGSeg checkpoint" in str(error)
+        assert "foreign is not a PGSeg checkpoint" in str(error)
     assert not (tmp_path / "executed").exists()

@@ -28,7 +28,7 @@ def run(*arguments) -> int:
 
 
 def segments_of(output: str) -> list[dict]:
-    """Of the only image of `--json`."""
+    """The segments of the only image in the output of `--json`."""
     (found,) = json.loads(output)["images"]
     return found["segments"]
 
@@ -88,7 +88,7 @@ def test_a_web_address(tiny_folder, photo_file, tmp_path, capsys, monkeypatch):
         ("photo.png --labels cat --batch-size 0", "--batch-size is 0"),
         ("photo.png --labels cat --output image.xyz", "image.xyz"),
         ("photo.png --labels cat --window 8 --stride 9", "--stride is 9"),
-        ("photo.png --labels cat --whole --stride 9", "--stride is 9, but with --whole"),
+        ("photo.png --labels cat --whole --stride 9", "--stride is 9, but --whole"),
         ("photo.png --labels cat --patch-weight 2", "--patch-weight is 2.0"),
         (
             "photo.png --labels cat --template 'no hole'",
@@ -96,26 +96,26 @@ def test_a_web_address(tiny_folder, photo_file, tmp_path, capsys, monkeypatch):
         ),
         ("photo.png --labels cat --max-pixels 0", "--max-pixels is 0"),
         ("photo.png --labels cat --short-side 0", "--short-side is 0"),
-        ("photo.png --labels cat --smooth 3", "--smooth is 3, but there is no video"),
-        ("photo.png --labels cat --every 3", "--every is 3, but there is no video"),
-        ("photo.png --labels cat --workers 3", "--workers is 3, but there is one image"),
-        ("photo.png --labels cat --workers 0", "--workers is 0, but there is one image"),
+        ("photo.png --labels cat --smooth 3", "--smooth is 3, but the input is not a video"),
+        ("photo.png --labels cat --every 3", "--every is 3, but the input is not a video"),
+        ("photo.png --labels cat --workers 3", "--workers is 3, but there is only one image"),
+        ("photo.png --labels cat --workers 0", "--workers is 0, but there is only one image"),
         ("photo.png --labels cat --format yolo --workers -1", "--workers is -1"),
-        ("photo.png photo.png --labels cat --mask m.png", "--mask is m.png, but it is for one image"),
-        ("photo.png photo.png --labels cat --overwrite", "--overwrite is given, but results of a folder"),
+        ("photo.png photo.png --labels cat --mask m.png", "--mask is m.png, but"),
+        ("photo.png photo.png --labels cat --overwrite", "--overwrite is given, but a folder run resumes"),
         ("photo.png --labels cat --format png --overwrite", "--overwrite is given"),
         ("photo.png --labels cat --format csv --output o.png", "--output is o.png, expected a folder"),
-        ("photo.png --labels cat --output photo.png", "photo.png is the image itself"),
-        ("photo.png --labels cat --output old.png", "old.png exists already; --overwrite replaces it"),
+        ("photo.png --labels cat --output photo.png", "photo.png is the input image"),
+        ("photo.png --labels cat --output old.png", "old.png already exists; use --overwrite"),
         ("photo.png --labels cat --output o.png --mask x/../o.png", "--output and --mask are both"),
-        ("photo.png --labels cat --mask mask.gif", "mask.gif would not keep the numbers"),
-        ("no*.png --labels cat", "'no*.png' fits no image"),
+        ("photo.png --labels cat --mask mask.gif", "mask.gif has a format that does not keep"),
+        ("no*.png --labels cat", "'no*.png' matches no images"),
         ("photo.png absent.png --labels cat", "'absent.png' cannot be read as an image file"),
         ("broken.jpg --labels cat", "broken.jpg"),
         ("photo.png - --labels cat", "'-' is one of 2"),
-        ("http://127.0.0.1/a.jpg photo.png --labels cat", "addresses and - go alone"),
+        ("http://127.0.0.1/a.jpg photo.png --labels cat", "'http://127.0.0.1/a.jpg' is one of 2"),
         ("ftp://example.org/a.jpg --labels cat", "ftp"),
-        ("empty --labels cat", "empty holds no images"),
+        ("empty --labels cat", "empty contains no images"),
     ],
     ids=lambda text: text if text.count("-") > 1 else "",
 )
@@ -138,7 +138,7 @@ def test_what_is_wrong_is_told_before_a_model_is_loaded(
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        (["--model", "no/such/folder"], "no PGSeg checkpoint"),
+        (["--model", "no/such/folder"], "no/such/folder is not a PGSeg checkpoint"),
         (["--patch-weight", "0.5"], "or --patch-weight 0"),
         (["--device", "abacus"], "abacus"),
         (["--dtype", "int8", "--device", "meta"], "meta"),
@@ -152,7 +152,7 @@ def test_what_the_model_tells(tiny_folder, photo_file, tmp_path, capsys, extra, 
 
 def test_a_stride_alone_needs_a_checkpoint_with_a_window(tiny_folder, photo_file, tmp_path, capsys):
     asked = [*WORDS, "--stride", "8", "--output", tmp_path / "out.png"]
-    assert run("segment", photo_file, *asked) == 2  # with the checkpoint that ships
+    assert run("segment", photo_file, *asked) == 2  # with the shipped checkpoint
     assert "--stride is 8, but" in capsys.readouterr().err and not (tmp_path / "out.png").exists()
     assert run("segment", photo_file, *asked, "--model", tiny_folder) == 0
 
@@ -215,7 +215,7 @@ def test_convert(tmp_path, capsys):
     files = {"config.json", "model.safetensors", "processor_config.json", "tokenizer.json", "README.md"}
     assert files <= set(os.listdir(tmp_path / "converted"))
     for name, fields, message in (
-        ("converted", {}, "exists already"),
+        ("converted", {}, "converted already exists"),
         ("b", {"config": '{"colour": 1}'}, "colour"),
     ):
         code, said = convert(state, name, **fields)
@@ -225,7 +225,7 @@ def test_convert(tmp_path, capsys):
 
 
 def test_colours_and_thresholds_of_labels(tmp_path, monkeypatch, capsys):
-    """And that background has no score."""
+    """Also checks that background has no score."""
     monkeypatch.chdir(tmp_path)
     Path("photos").mkdir()
     shutil.copy(IMAGES / "horses.jpg", "photos/a.jpg")
@@ -259,7 +259,7 @@ def test_colours_and_thresholds_of_labels(tmp_path, monkeypatch, capsys):
     ],
 )
 def test_options_reach_the_model(tmp_path, capsys, labels, option, values):
-    """By the checkpoint that ships, which names patches."""
+    """Uses the shipped checkpoint, because it scores patches."""
     photo = tmp_path / "a.png"
     Image.open(IMAGES / "horses.jpg").resize((160, 120)).save(photo)
     found = []
@@ -280,7 +280,6 @@ def test_options_reach_the_model(tmp_path, capsys, labels, option, values):
 
 
 def test_a_vocabulary_names_what_is_there(tmp_path, monkeypatch, capsys):
-    """By the checkpoint that ships."""
     monkeypatch.chdir(tmp_path)
     assert run("segment", IMAGES / "horses.jpg", "--vocabulary", "everyday", "--json") == 0
     found = segments_of(capsys.readouterr().out)

@@ -1,4 +1,4 @@
-"""Conversion of released checkpoints: every tensor of the full model, what is reported, wrong shapes and overrides."""
+"""Conversion of released checkpoints: tensors of the full model, reports, wrong shapes and overrides."""
 
 import json
 import os
@@ -37,7 +37,7 @@ def state():
 
 @pytest.fixture(scope="module")
 def full():
-    """Kinds and shapes of the tensors of the full model."""
+    """Dtypes and shapes of the tensors of the full model."""
     return json.loads((GOLDENS / "released_full_keys.json").read_text())
 
 
@@ -81,7 +81,7 @@ def test_hidden_widths_survive_being_told_as_ratios(hidden, width):
     assert [int(ratio * width) for ratio in config.vision_config.assign_mlp_ratio] == hidden
 
 
-# What a conversion reports
+# Reports of a conversion
 
 
 def test_report_of_a_plain_conversion(state):
@@ -105,7 +105,7 @@ def test_unknown_tensors_are_reported_and_left_out(state):
 def test_precision_of_the_checkpoint(state, dtype):
     state = {name: value.to(dtype) if value.is_floating_point() else value for name, value in state.items()}
     model, _ = convert_released(state, OVERRIDES)
-    # Prototypes and the like are never held in less than float32.
+    # Some tensors, such as prototypes, always stay in at least float32.
     assert model.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     torch.testing.assert_close(model.logit_scale.detach(), state["logit_scale"].to(model.dtype))
 
@@ -147,9 +147,9 @@ def test_a_wrong_shape_is_named(state, name, shape, message):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"number_of_heads": 3}, "number_of_heads is no field of PGSegConfig"),
-        ({"vision_config": {"heads": 3}}, "vision_config.heads is no field of PGSegVisionConfig"),
-        ({"text_config": {"heads": 3}}, "text_config.heads is no field of PGSegTextConfig"),
+        ({"number_of_heads": 3}, "number_of_heads is not a field of PGSegConfig"),
+        ({"vision_config": {"heads": 3}}, "vision_config.heads is not a field of PGSegVisionConfig"),
+        ({"text_config": {"heads": 3}}, "text_config.heads is not a field of PGSegTextConfig"),
         ({"vision_config": 3}, "vision_config is 3"),
         ({"vision_config": {"num_attention_heads": 5}}, "hidden_size is 24.*num_attention_heads = 5"),
         ({"vision_config": {"num_attention_heads": "three"}}, "'num_attention_heads' expected int, got str"),
@@ -202,5 +202,5 @@ def test_a_state_dict_may_be_wrapped_as_in_the_file(state):
         convert_released(content, OVERRIDES)[0] for content in (state, {"model": state, "epoch": 1})
     )
     assert all(torch.equal(tensor, wrapped.state_dict()[name]) for name, tensor in bare.state_dict().items())
-    with pytest.raises(ValueError, match="no PGSeg checkpoint"):
+    with pytest.raises(ValueError, match="not a PGSeg checkpoint"):
         convert_released({"model": {"visual.conv1.weight": torch.zeros(2)}, 3: torch.zeros(2)})

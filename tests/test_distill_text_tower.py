@@ -1,5 +1,4 @@
-"""The distillation of the examples: what it reads, its loss and its map of the space, and whole runs with a tiny
-teacher."""
+"""The distillation example: its sources, its loss, its map of the space, and complete runs with a tiny teacher."""
 
 import json
 import random
@@ -30,7 +29,7 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
-    """A teacher of random weights that reads letters, a WordNet of a few nouns, two images' captions, some vectors."""
+    """A random teacher that reads letters, a WordNet of a few nouns, captions of two images, and some vectors."""
     folder = tmp_path_factory.mktemp("sources")
     torch.manual_seed(0)
     pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *LETTERS, *(f"##{letter}" for letter in LETTERS)]
@@ -105,7 +104,7 @@ def test_loss_is_least_at_the_targets_and_feels_their_structure():
     targets = normalize(torch.randn(6, 8, generator=torch.Generator().manual_seed(0)), dim=-1)
     assert loss(targets, targets, 1.0, 0.1).item() == pytest.approx(0, abs=1e-6)
     assert loss(2 * targets, targets, 1.0, 0.1).item() == pytest.approx(0.1, abs=1e-6)
-    # Equal cosines with the targets, but other similarities within the batch.
+    # The cosines with the targets are equal, but the similarities within the batch differ.
     rotation = torch.linalg.qr(torch.randn(8, 8, generator=torch.Generator().manual_seed(1)))[0]
     rotated = targets @ rotation
     structure = loss(rotated, targets, 1.0, 0.1) - loss(rotated, targets, 0.0, 0.1)
@@ -152,7 +151,7 @@ def test_whole_run_and_a_second_look(sources, tmp_path, capsys, start):
     tokens = tokenizer(["a cat", "a cat with a hat"], padding=True, return_tensors="pt")
     assert model(**tokens).shape == (2, 24)
 
-    # Nothing is embedded twice, and a finished tower measures the same.
+    # Nothing is embedded twice, and a finished tower gives the same figures.
     teacher_files = sorted((sources / "cache").rglob("*"))
     evaluate = [*arguments, "--evaluate", str(folder), "--fold=centre"]
     main([*evaluate, "--output_dir", f"{tmp_path}/centred"])

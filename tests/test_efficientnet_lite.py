@@ -213,4 +213,4 @@ def test_command_line_refuses_broken_weights_and_writes_nothing(public, tmp_path
     (tmp_path / "overrides.json").write_text("{}")
     options = ["--config", str(tmp_path / "overrides.json")]
     assert main(["convert", str(tmp_path / "lite.pth"), str(tmp_path / "out"), *options]) == 2
-    assert "--config is for checkpoints of PGSeg" in capsys.readouterr().err
+    assert "--config works for PGSeg checkpoints only" in capsys.readouterr().err

@@ -42,7 +42,7 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
     with folder_written_whole(tmp_path / "out") as folder:
         (folder / "whole").write_text("x")
     assert os.listdir(tmp_path / "out") == ["whole"]
-    with pytest.raises(ValueError, match="exists already"), folder_written_whole(tmp_path / "out"):
+    with pytest.raises(ValueError, match="out already exists"), folder_written_whole(tmp_path / "out"):
         pass
 
 

@@ -1,4 +1,4 @@
-"""Folders by several threads and processes, and large images."""
+"""Folder runs with several threads and processes, and large images."""
 
 import csv
 import json
@@ -76,7 +76,7 @@ def test_what_a_kill_left_just_before_is_removed(tiny_segmenter, photos, tmp_pat
 
 
 def test_images_are_read_while_the_model_works(tiny_segmenter, photos, tmp_path, monkeypatch):
-    """The next ones are there before the last ones are segmented; no more of them than threads."""
+    """The next images are read before the last ones are segmented, at most as many as there are threads."""
     read, ahead = [], []
     load, stream = folders.load_image, tiny_segmenter.stream
 
@@ -106,9 +106,9 @@ def test_processes_of_accelerate_share_a_folder(tiny_folder, photos, tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=tmp_path, env=environment, text=True, capture_output=True)
     assert done.returncode == 1, done.stderr
-    # One that came late found some or all done before.
+    # A process that starts late finds some or all images already done.
     ((segmented, before),) = re.findall(r"(\d+) images segmented.*, (\d+) done before, 1 broken", done.stdout)
-    assert int(segmented) + int(before) == 20, "one process tells for all"
+    assert int(segmented) + int(before) == 20, "one process reports for all"
     assert len(list((tmp_path / "out" / "masks").iterdir())) == 20
     with open(tmp_path / "out" / "segments.csv", newline="") as file:
         rows = list(csv.DictReader(file))
@@ -117,7 +117,7 @@ def test_processes_of_accelerate_share_a_folder(tiny_folder, photos, tmp_path):
 
 
 def test_of_two_runs_that_start_together_one_has_the_folder(tiny_segmenter, photos, tmp_path, monkeypatch):
-    """Both find no record, and both would write theirs."""
+    """Both runs find no record, and both try to write one."""
     together, read, first = threading.Barrier(2, timeout=60), run_records.read_record, threading.local()
 
     def read_together(path):
@@ -138,7 +138,7 @@ def test_of_two_runs_that_start_together_one_has_the_folder(tiny_segmenter, phot
 
 
 def test_each_image_is_segmented_once(tiny_folder, photos, tmp_path, monkeypatch):
-    """Two runs, the second one begun in the middle of the first, each of whose images count in both."""
+    """A second run starts in the middle of the first, and both count all images."""
     output = tmp_path / "out"
     segmenter = load_segmenter(tiny_folder, SegmentationOptions(batch_size=2))
     code = f"""
@@ -181,13 +181,13 @@ def test_a_stopped_call_leaves_its_share_to_the_next(tiny_segmenter, photos, tmp
     with pytest.raises(KeyboardInterrupt) as kept:
         segment_folder(tiny_segmenter, photos, tmp_path / "out", LABELS)
     monkeypatch.setattr(tiny_segmenter, "stream", stream)
-    # Not for ever.
+    # The next call must not wait for the locks of the stopped one.
     monkeypatch.setattr(folders.time, "sleep", lambda seconds: pytest.fail("waits for itself"))
     summary = segment_folder(tiny_segmenter, photos, tmp_path / "out", LABELS)
     assert summary.segmented + summary.skipped == 20 and kept.value is not None
 
 
-@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+@pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
 @pytest.mark.parametrize("name", ["SIGINT", "SIGKILL"])
 def test_a_stopped_process_leaves_whole_masks_and_the_next_goes_on(
     tiny_folder, tiny_segmenter, tmp_path, name
@@ -196,7 +196,7 @@ def test_a_stopped_process_leaves_whole_masks_and_the_next_goes_on(
     for number in range(30):
         make_photo(500, 400, seed=number).save(tmp_path / "photos" / f"{number:02d}.png")
     command = program("photos", *WORDS, "--model", tiny_folder, "--format", "csv", "--output", "out")
-    # A shell lets jobs in the background ignore SIGINT, and what they start inherits that.
+    # Background jobs of a shell ignore SIGINT, and their child processes inherit that.
     listen = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     running = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, preexec_fn=listen)
     masks = tmp_path / "out" / "masks"
@@ -206,7 +206,7 @@ def test_a_stopped_process_leaves_whole_masks_and_the_next_goes_on(
     errors = running.communicate()[1].decode()
     if name == "SIGINT":
         assert running.returncode == 130 and "Traceback" not in errors, errors
-        assert "the same command goes on from them." in errors and not list(masks.glob(".*"))
+        assert "run the same command again to resume" in errors and not list(masks.glob(".*"))
     done = {path.name for path in masks.glob("[0-9]*.png")}
     assert 0 < len(done) < 30 and all(mask_source(masks / name) for name in done), "whole ones only"
     assert not (tmp_path / "out" / "segments.csv").exists()
@@ -265,14 +265,14 @@ def test_a_folder_is_continued_with_the_same_contents_only(tiny_folder, tmp_path
         return found.segmented, found.skipped, found.renewed, list(found.broken.values())
 
     assert again() == (2, 0, 0, [])
-    assert again(elsewhere) == (0, 2, 0, []), "a path is no content"
+    assert again(elsewhere) == (0, 2, 0, []), "the path does not matter"
     PGSegModel.from_pretrained(elsewhere).save_pretrained(elsewhere)
     assert "auto_map" in json.loads((elsewhere / "config.json").read_text())
-    # The same weights in the older format are the same; the folder holds no safetensors then.
+    # The same weights in the older format, without safetensors, are still the same run.
     weights = load_file(elsewhere / "model.safetensors")
     torch.save(weights, elsewhere / "pytorch_model.bin")
     (elsewhere / "model.safetensors").unlink()
-    assert again(elsewhere) == (0, 2, 0, []), "nor is it one that transformers saved it, and how"
+    assert again(elsewhere) == (0, 2, 0, []), "nor how transformers saved the checkpoint"
 
     stamp = (output / "masks" / "1.png").stat().st_mtime_ns
     image = photos / "0.png"
@@ -286,7 +286,7 @@ def test_a_folder_is_continued_with_the_same_contents_only(tiny_folder, tmp_path
 
     image.write_bytes(b"no image")
     (reason,) = again()[3]
-    assert "its mask is of what was there before" in reason
+    assert "its mask is from an earlier version" in reason
     make_photo(60, 50, seed=5).save(image)
 
     torch.save(weights | {"logit_scale": weights["logit_scale"] + 1e-3}, elsewhere / "pytorch_model.bin")
@@ -303,7 +303,7 @@ def test_a_folder_is_continued_with_the_same_contents_only(tiny_folder, tmp_path
 
 
 def test_equal_records_are_of_one_run(tiny_folder, tiny_segmenter, photos, tmp_path):
-    """In another order, with whole numbers for floats, and from a checkpoint that was loaded and saved."""
+    """Equal despite another order, integers for floats, or a checkpoint that was loaded and saved."""
     images = [photos / "00.png"]
 
     def skipped(model=tiny_segmenter, threshold=0.0, **thresholds):
@@ -356,7 +356,7 @@ def test_results_above_the_images_and_inside_their_folder(tiny_segmenter, tmp_pa
     more.mkdir()
     make_photo().save(more / "b.png")
     for folder, output in ((more, tmp_path / "album"), (photos, photos)):
-        with pytest.raises(ValueError, match="would lie among the images of"):
+        with pytest.raises(ValueError, match="would be mixed with the images of"):
             segment_folder(tiny_segmenter, folder, output, LABELS)
 
 
@@ -382,7 +382,7 @@ def test_segments_are_counted_in_parts(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="memory by getrusage")
 def test_hundred_megapixels_in_bounded_memory(tmp_path):
-    """By windows, against the same image at a fifth of its side, at which the model sees nearly the same."""
+    """Compares with the same image at a fifth of its side, which looks nearly the same to the model."""
     photo = Image.open(Path(__file__).parent.parent / "examples" / "images" / "horses.jpg").convert("RGB")
     side, windows = min(photo.size), ["--short-side", "1120", "--window", "448", "--stride", "224"]
     square = photo.crop((0, 0, side, side)).resize((2000, 2000), Image.Resampling.BICUBIC)

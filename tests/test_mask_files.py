@@ -1,4 +1,4 @@
-"""Masks as image files: values of every mode are read as they are, and written so that they come back."""
+"""Masks as image files: values of every mode are read unchanged and survive writing."""
 
 import io
 
@@ -12,7 +12,7 @@ from pgseg_hf.visualization import indexed_png, palette
 
 
 def halves(width: int = 40, height: int = 60) -> np.ndarray:
-    """A map whose upper half is 0 and lower half 1."""
+    """A label map whose upper half is 0 and lower half 1."""
     label_map = np.zeros((height, width), dtype=np.int64)
     label_map[height // 2 :] = 1
     return label_map
@@ -37,7 +37,7 @@ def test_masks_of_any_mode_keep_their_values(mode, tmp_path):
 
 def test_masks_with_loss_are_refused(tmp_path):
     Image.new("L", (20, 20)).save(tmp_path / "mask.jpg")
-    with pytest.raises(ValueError, match=r"mask.jpg.* is no mask"):
+    with pytest.raises(ValueError, match=r"mask.jpg' cannot be read as a mask"):
         load_label_map(tmp_path / "mask.jpg")
 
 
@@ -48,7 +48,7 @@ def test_bits_and_other_numbers(tmp_path):
     with pytest.raises(ValueError, match=r"colours.png' has the shape \(90, 120, 3\)"):
         load_label_map(tmp_path / "colours.png")
     (tmp_path / "half.png").write_bytes((tmp_path / "colours.png").read_bytes()[:500])
-    with pytest.raises(ValueError, match=r"half.png' is no mask that can be read"):
+    with pytest.raises(ValueError, match=r"half.png' cannot be read as a mask"):
         load_label_map(tmp_path / "half.png")
     with pytest.raises(ValueError, match=r"absent.png' cannot be read|absent.png"):
         load_label_map(tmp_path / "absent.png")

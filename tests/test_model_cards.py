@@ -1,4 +1,4 @@
-"""Model cards: what they inherit, and what a push leaves on the Hub."""
+"""Model cards: what they inherit, and what a push to the Hub writes."""
 
 from pathlib import Path
 
@@ -78,13 +78,13 @@ def test_the_hub_takes_the_cards(kind):
     try:
         card.validate(repo_type="model")
     except ValueError:
-        raise  # what is wrong with the card
-    except Exception as error:  # of the network
-        pytest.skip(f"the Hub cannot be asked: {error}")
+        raise  # the card is invalid
+    except Exception as error:  # the network fails
+        pytest.skip(f"the Hub cannot be reached: {error}")
 
 
 class Hub:
-    """A repository without a card at first."""
+    """A fake Hub repository that has no card at first."""
 
     card = None
 
@@ -117,7 +117,7 @@ def hub(monkeypatch):
 def test_neither_order_of_pushing_leaves_a_blank_card(hub, tiny_segmenter):
     model, processor = tiny_model(text_config=CLIP_TEXT), tiny_segmenter.processor
     processor.push_to_hub("owner/name")
-    assert "No weights were pushed here yet" in hub.card.text and hub.card.data.tags == ["pgseg"]
+    assert "This repository has no weights yet" in hub.card.text and hub.card.data.tags == ["pgseg"]
     model.push_to_hub("owner/name")
     whole = hub.card
     assert "## Training data and evaluation" in whole.text

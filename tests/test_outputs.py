@@ -1,4 +1,4 @@
-"""Formats of `pgseg segment`, read back by what they are for."""
+"""Formats of `pgseg segment`, read back with the tools that use them."""
 
 import csv
 import io
@@ -26,7 +26,7 @@ LABELS = ["cat", 'dog/"puppy": 🐕', "absent"]
 
 @pytest.fixture(params=[False, True], ids=["plain", "background"])
 def result(request, tmp_path) -> MaskResult:
-    """Cat around dog, with a hole in the dog, a second dog, and a speck."""
+    """A cat around a dog with a hole, a second dog, and a single pixel."""
     label_map = np.zeros((80, 120), dtype=np.int64)
     label_map[10:60, 10:70] = 1
     label_map[20:40, 30:50] = 0
@@ -87,7 +87,7 @@ def check_supervision(data, result, least):
 
 
 def test_coco_panoptic_as_transformers_reads_it(result, tmp_path):
-    """And by the conventions of panopticapi: ids of 24 bits in RGB, those of the PNG and of the list the same."""
+    """Also follows the conventions of panopticapi: 24-bit ids in RGB, with the same ids in the PNG and the list."""
     place = written(result, "coco-panoptic", tmp_path)
     content = json.loads((place / "panoptic.json").read_text(encoding="utf-8"))
     assert [category["name"] for category in content["categories"]] == LABELS
@@ -131,7 +131,7 @@ def test_label_masks(result, tmp_path):
 
 
 def test_yolo_as_its_documentation_says(result, tmp_path):
-    """A line a polygon, class and then x y in shares of the sides; labels beside images of the same name."""
+    """One line per polygon, the class and then normalised x and y; labels are next to images of the same name."""
     cv2 = pytest.importorskip("cv2")
     yaml = pytest.importorskip("yaml")
     place = written(result, "yolo", tmp_path)
@@ -145,17 +145,17 @@ def test_yolo_as_its_documentation_says(result, tmp_path):
         number, *values = line.split()
         points = np.array(values, dtype=float).reshape(-1, 2)
         assert len(points) >= 3 and (points > 0).all() and (points < 1).all()
-        pixels = (points * masks.shape[:0:-1]).astype(np.int32)  # as ultralytics and supervision cut off
+        pixels = (points * masks.shape[:0:-1]).astype(np.int32)  # truncated as in ultralytics and supervision
         cv2.fillPoly(masks[int(number)], [pixels], 1)
     assert intersection_over_union(masks[0], truth(result, 0)) > 0.97
     assert intersection_over_union(masks[1], truth(result, 1)) > 0.97 and not masks[2].any()
-    assert masks[1][2, 2] and not masks[1][:10, 3:].any(), "the speck, and nothing round it"
+    assert masks[1][2, 2] and not masks[1][:10, 3:].any(), "the single pixel, and nothing around it"
 
 
 def test_yolo_by_supervision(result, tmp_path):
     sv = pytest.importorskip("supervision")
     place = written(result, "yolo", tmp_path)
-    # It looks into no subfolders.
+    # It does not search subfolders.
     folders = [str(place / name / "sub") for name in ("images", "labels")]
     data = sv.DetectionDataset.from_yolo(*folders, str(place / "data.yaml"), force_masks=True)
     check_supervision(data, result, 0.97)
@@ -193,7 +193,7 @@ def test_the_smallest_regions_are_kept_in_every_format(tmp_path, shape):
 
 
 def test_labelme_by_the_way_it_draws(result, tmp_path):
-    """`labelme.utils.shape_to_mask` fills polygons and their outlines by Pillow."""
+    """`labelme.utils.shape_to_mask` fills polygons and their outlines with Pillow."""
     pytest.importorskip("cv2")
     path = written(result, "labelme", tmp_path) / "sub" / "a b.json"
     content = json.loads(path.read_text())
@@ -255,12 +255,12 @@ def test_several_images_patterns_and_formats(tiny_folder, tmp_path, capsys, monk
     before = Path("out/segments.csv").read_bytes()
 
     assert run(*arguments[:6], "--model", "no/such/model", *arguments[8:]) == 2
-    assert "segments.csv exists already; --overwrite makes it anew" in capsys.readouterr().err
+    assert "segments.csv already exists; use --overwrite" in capsys.readouterr().err
     Path("y/broken.png").unlink()
     assert run(*arguments, "--overwrite") == 0
     out = capsys.readouterr().out
     assert "0 images segmented, 4 done before" in out and "segments.csv" in out
-    assert Path("out/segments.csv").read_bytes() == before, "of an earlier run's masks, scores too"
+    assert Path("out/segments.csv").read_bytes() == before, "masks and scores of an earlier run"
 
 
 @pytest.mark.parametrize(

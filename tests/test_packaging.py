@@ -1,4 +1,4 @@
-"""The package as an index and a Space would have it."""
+"""The package as published on an index and in a Space."""
 
 import importlib.util
 import json
@@ -24,7 +24,7 @@ def load(path: Path):
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
-    """Built by the build backend that is installed, without a network."""
+    """The wheel, built offline with the installed build backend."""
     pytest.importorskip("hatchling", reason="needs pip install hatchling")
     folder = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(folder)]
@@ -34,7 +34,7 @@ def wheel(tmp_path_factory) -> Path:
 
 
 def environment(wheel: Path, folder: Path, extra: str = "") -> Path:
-    """A virtual environment with the wheel and, of what is installed here, only what it needs."""
+    """A virtual environment with the wheel and only those installed packages that it needs."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True, timeout=600)
     (site,) = folder.glob("lib/python*/site-packages")
     named = f"pgseg-hf[{extra}]" if extra else "pgseg-hf"
@@ -70,7 +70,7 @@ def wheel_requirements(wheel: Path, extra: str) -> list[str]:
 
 
 def needed(requirements: list[str]) -> list[metadata.Distribution]:
-    """The distributions behind requirements and behind theirs, as far as they are installed."""
+    """The installed distributions of requirements, including indirect ones."""
     from packaging.requirements import Requirement
 
     found: dict[str, metadata.Distribution] = {}
@@ -142,7 +142,7 @@ def test_links_lead_into_the_repository_once_it_has_an_address():
 
 
 def test_a_space_carries_the_package_and_asks_for_the_rest(tmp_path):
-    # Of a wheel only its form matters here.
+    # The content of the wheel does not matter here.
     wheel = tmp_path / "pgseg_hf-1-py3-none-any.whl"
     with zipfile.ZipFile(wheel, "w") as files:
         files.writestr("pgseg_hf/__init__.py", "")
@@ -200,7 +200,7 @@ def test_the_notebook_runs(tmp_path):
         *REPOSITORY.glob("*.md"),
         *REPOSITORY.glob("examples/*.md"),
         *REPOSITORY.glob("demo/**/README.md"),
-        *REPOSITORY.glob("src/**/README.md"),  # not of dist/, which `make space` fills
+        *REPOSITORY.glob("src/**/README.md"),  # but not dist/, which `make space` fills
     ],
     ids=lambda page: str(page.relative_to(REPOSITORY)),
 )

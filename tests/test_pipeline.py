@@ -38,7 +38,7 @@ def segment(tiny_folder):
 
 @pytest.fixture(scope="module")
 def saved(tiny_segmenter, tmp_path_factory):
-    """A pipeline whose processor has nothing but its own settings, and the folder that it was saved to."""
+    """A pipeline whose processor has only non-default settings, and the folder where it was saved."""
     old = tiny_segmenter.processor
     processor = PGSegProcessor(
         old.image_processor,

@@ -1,4 +1,4 @@
-"""Everyday words for images: the word tables, the classifier's shares, and whole runs on tiny made-up sources."""
+"""Everyday words for images: the word tables, the classifier's shares, and complete runs on tiny fake sources."""
 
 import copy
 import json
@@ -40,7 +40,7 @@ def save_image(path, size=(40, 30), seed=0):
 
 
 def public_weights(classes, seed=0):
-    """A tiny network of random weights under the public names."""
+    """A tiny network with random weights and the public names."""
     torch.manual_seed(seed)
     config = EfficientNetLiteConfig(stem_size=8, hidden_sizes=[4, 5, 6, 7, 8, 9, 10], depths=[1] * 7)
     parts = {"expand": ("_expand_conv", "_bn0"), "depthwise": ("_depthwise_conv", "_bn1")}
@@ -68,7 +68,7 @@ def public_weights(classes, seed=0):
 
 @pytest.fixture
 def sources(tmp_path):
-    """One folder for each source, some with masks that cannot be read."""
+    """One folder per source, some with unreadable masks."""
     for seed, name in enumerate(CAPTIONS):
         save_image(tmp_path / "flickr" / name, seed=seed)
     save_image(tmp_path / "flickr/no-words.jpg")
@@ -91,7 +91,7 @@ def sources(tmp_path):
 
 
 def command(sources, *more):
-    """Options for all sources."""
+    """The options for all sources."""
     pairs = {
         "flickr8k": "flickr",
         "flickr8k_captions": "token.txt",
@@ -135,7 +135,7 @@ def test_no_name_holds_a_held_out_word(words):
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        (lambda content: content["names"]["dog"].append("cat"), "stands for 'dog' and for 'cat'"),
+        (lambda content: content["names"]["dog"].append("cat"), "stands for both 'dog' and 'cat'"),
         (lambda content: content["names"]["dog"].append("a fat kitten"), "a fat kitten"),
         (lambda content: content["classes"].update({"lawn mower": "lawn mower"}), "lawn mower"),
         (lambda content: content["folders"]["intel"].update({"sea": ["seaa"]}), "seaa"),
@@ -170,7 +170,7 @@ def test_classes_take_the_name_of_the_nearest_hypernym(words, wordnet):
     assert words.of_classes(labels, wnids, wordnet) == ["boat", "idea", "dog", "bed", "cougar"]
     with pytest.raises(ValueError, match="lawn chair"):
         words.of_classes(["lawn chair"], ["n00000004"], wordnet)
-    with pytest.raises(ValueError, match=r"data\.noun is no file"):
+    with pytest.raises(ValueError, match=r"data\.noun is not a file"):
         words.of_classes(labels, wnids, wordnet / "nowhere")
 
 
@@ -212,7 +212,7 @@ def test_a_run_writes_a_folder_that_training_reads(sources, capsys, monkeypatch)
         assert image.size == (512, 171) and image.format == "JPEG"
     assert not [word for word in HELD_OUT if word in (folder / "metadata.jsonl").read_text().lower()]
 
-    # No mask is read or copied, and files are linked unless they are read-only.
+    # No masks are read or copied, and files are linked unless they are read-only.
     assert opened and not [path for path in opened if "masks" in path.parts]
     assert not list(folder.rglob("*mask*")) and "mask" not in (folder / "metadata.jsonl").read_text()
     assert os.path.samefile(folder / "images/flickr8k/a.jpg", sources / "flickr/a.jpg")
@@ -269,8 +269,8 @@ def test_an_interrupted_run_leaves_nothing(sources, monkeypatch, stop):
     [
         ([], "there are no images"),
         (["--intel", "nowhere"], "no class folder of intel"),
-        (["--food", "nowhere"], "nowhere/images is no folder"),
-        (["--flickr8k", "images"], "--flickr8k_captions belong together"),
+        (["--food", "nowhere"], "nowhere/images is not a folder"),
+        (["--flickr8k", "images"], "--flickr8k and --flickr8k_captions must"),
         (["--word_share", "1.5"], "--word_share is 1.5"),
     ],
 )
@@ -283,7 +283,7 @@ def test_wrong_options_are_said(tmp_path, monkeypatch, capsys, arguments, named)
 
 
 def test_the_command_removes_half_a_result_when_it_is_stopped(sources):
-    """SIGTERM arrives while an image is awaited."""
+    """SIGTERM arrives while the script waits for an image."""
     (sources / "flickr/b.jpg").unlink()
     os.mkfifo(sources / "flickr/b.jpg")
     script = [sys.executable, str(EXAMPLES / "prepare_everyday.py"), *command(sources)]

@@ -43,7 +43,7 @@ def test_labels_are_stripped_and_keep_their_order_and_case():
         (iter(["cat"]), "list of strings"),
         (["cat", ""], r"labels\[1\] is empty"),
         (["cat", " \t"], r"labels\[1\] is empty"),
-        (["cat", "caf\udce9"], r"'caf\\udce9' has '\\udce9', which is no character"),
+        (["cat", "caf\udce9"], r"'caf\\udce9' has '\\udce9', which is not a character"),
         (["cat", 3], r"labels\[1\].*int: 3"),
         ([b"cat"], r"labels\[0\].*bytes"),
         ([["cat"]], r"labels\[0\].*list"),
@@ -132,7 +132,7 @@ def test_colours_and_thresholds_of_a_file(tmp_path):
         ),
         ("@labels.json", '{"labels": ["cat"], "colors": {"cat": "red"}}', "'colors'"),
         ("@labels.json", '{"labels": ["cat"], "synonyms": {"cat": "kitten"}}', "'kitten'"),
-        ("@labels.json", "cat, dog", "labels.json is no JSON"),
+        ("@labels.json", "cat, dog", "labels.json is not valid JSON"),
         ("@labels.txt", "cat\ndog\n\nCat\n", "labels.txt: labels[2] 'Cat' repeats labels[0]"),
         ("@labels.txt", "", "labels.txt: no labels"),
         ("@labels.txt", "cat;dog", "'cat,dog'"),
@@ -161,7 +161,7 @@ def test_what_is_wrong_with_labels_is_named(tmp_path, monkeypatch, labels, conte
         (["{} and {}"], "exactly once"),
         (["a photo of a {}.", 5], r"templates\[1\].*int"),
         (["a photo of a {label}."], "exactly once"),
-        (["{} \ud800"], "which is no character"),
+        (["{} \ud800"], "which is not a character"),
     ],
 )
 def test_bad_templates_are_named(templates, message):

@@ -1,4 +1,4 @@
-"""What results depend on."""
+"""Records of what results depend on."""
 
 import json
 
@@ -49,7 +49,7 @@ def test_a_run_is_the_same_or_refused_with_what_differs(tmp_path):
     assert is_same_run(path, {"a": 1}, "Go.") is None
     path.write_text('{"a": 1, "b": [2]}')
     assert is_same_run(path, {"a": 1, "b": (2,)}, "Go.") is True
-    with pytest.raises(ValueError, match=f"{tmp_path.name} holds .* a was 1 and is 2.* Go."):
+    with pytest.raises(ValueError, match=f"{tmp_path.name} contains .* a was 1 and is 2.* Go."):
         is_same_run(path, {"a": 2, "b": (2,)}, "Go.")
     assert is_same_run(path, {"a": 2, "b": (2,)}, "Go.", overwrite=True) is False
 

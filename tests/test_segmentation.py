@@ -28,12 +28,12 @@ def test_whole_image_equals_model_and_post_processing(shipped_segmenter, street_
     (label_map,) = processor.post_process_semantic_segmentation(outputs, [(146, 96)])
     assert label_map.shape == (146, 96)
     np.testing.assert_array_equal(result.label_map, label_map)
-    assert len(np.unique(label_map)) > 1, "the test needs a model that shows several labels"
+    assert len(np.unique(label_map)) > 1, "the test needs a model that finds several labels"
 
 
 @pytest.mark.parametrize("pooling", ["mean", "groups", "mixture", "patches"])
 def test_labels_are_picked_by_the_configured_pooling(shipped_segmenter, street_photo, pooling, monkeypatch):
-    """Two of seven, from the logits of the whole image that the model itself gives."""
+    """Two of seven labels are kept, by the model's own logits of the whole image."""
     processor, model = shipped_segmenter.processor, shipped_segmenter.model
     monkeypatch.setattr(model.config, "contrastive_pooling", pooling)
     with torch.no_grad():
@@ -50,7 +50,7 @@ def test_labels_are_picked_by_the_configured_pooling(shipped_segmenter, street_p
 
 def test_post_processing_with_background(shipped_segmenter, street_photo, monkeypatch):
     processor, model = shipped_segmenter.processor, shipped_segmenter.model
-    monkeypatch.setattr(processor, "vocabulary", None)  # outputs know nothing of other words
+    monkeypatch.setattr(processor, "vocabulary", None)  # model outputs do not include other words
     with torch.no_grad():
         outputs = model(**processor(images=street_photo, labels=STREET, return_tensors="pt"))
     scores = shipped_segmenter(street_photo, STREET, SegmentationOptions(window_size=None)).scores
@@ -122,7 +122,7 @@ def test_arrays(tiny_segmenter, photo):
         np.testing.assert_array_equal(found.label_map, tiny_segmenter(photo, LABELS).label_map)
         np.testing.assert_array_equal(tiny_segmenter(tensor, LABELS).label_map, found.label_map)
     for bad in (torch.tensor(array) / 255, array[..., :2], np.zeros((0, 4, 3), np.uint8)):
-        with pytest.raises(ValueError, match="is no image"):
+        with pytest.raises(ValueError, match="is not an image"):
             tiny_segmenter(bad, LABELS)
 
 
@@ -145,7 +145,7 @@ def test_there_is_one_background(tiny_segmenter, photo):
     labels = ["cat", " Background "]
     assert tiny_segmenter(photo, labels).segments(include_absent=True)[1].label == "Background"
     options = SegmentationOptions(background_threshold=0.2)
-    message = "labels have 'Background', and a threshold makes a background of its own"
+    message = "labels contain 'Background', but a threshold creates a background"
     with pytest.raises(ValueError, match=message):
         tiny_segmenter(photo, labels, options)
     with pytest.raises(ValueError, match=message):
@@ -160,13 +160,13 @@ def test_bf16_inference(tiny_folder, photo):
 
 @pytest.mark.slow
 @pytest.mark.skipif(
-    not Path("/proc/self/status").exists(), reason="a process's peak is read as Linux tells it"
+    not Path("/proc/self/status").exists(), reason="needs Linux's /proc for a process's peak memory"
 )
 def test_a_thousand_labels_on_twelve_megapixels_take_less_than_one_and_a_half_gigabytes(tiny_folder):
     import subprocess
     import sys
 
-    # Not `ru_maxrss`, which a process inherits from the one that started it.
+    # A process inherits `ru_maxrss` from its parent, so the peak is read from /proc.
     code = f"""
 import re, numpy as np
 from PIL import Image
@@ -182,7 +182,7 @@ print(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
 
 @pytest.fixture
 def counted(tiny_segmenter, monkeypatch) -> tuple[Segmenter, list[int]]:
-    """A segmenter with a model of its own, and how many labels were embedded by each call of its processor."""
+    """A segmenter with its own model, and the number of labels embedded in each call of its processor."""
     counts: list[int] = []
     embed = PGSegProcessor.get_class_embeddings
     monkeypatch.setattr(
@@ -299,8 +299,8 @@ def test_thresholds_and_colours_of_labels(shipped_segmenter, street_photo):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"thresholds": {"horse": 0.5}}, "thresholds are for 'horse', which is none of the labels"),
-        ({"colours": {"horse": "red"}}, "colours are for 'horse'"),
+        ({"thresholds": {"horse": 0.5}}, "thresholds has 'horse', which is not one of the labels"),
+        ({"colours": {"horse": "red"}}, "colours has 'horse'"),
         ({"thresholds": {"cat": 2}}, r"thresholds\['cat'\] is 2"),
         ({"thresholds": 0.5}, "thresholds is 0.5, expected None or a dictionary"),
         ({"colours": {"cat": "redd"}}, r"colours\['cat'\] is 'redd', expected a colour such as"),
@@ -313,7 +313,7 @@ def test_thresholds_and_colours_of_labels(shipped_segmenter, street_photo):
         ({"window_stride": "big"}, "window_stride is 'big'"),
         ({"top_k": 0}, "top_k is 0"),
         ({"window_size": 32, "window_stride": 40}, "stride is 40"),
-        ({"window_stride": 80}, "stride is 80, expected at most the window's 64 pixels"),
+        ({"window_stride": 80}, "stride is 80, expected at most the window size, 64"),
     ],
 )
 def test_wrong_options(tiny_segmenter, photo, options, message):
@@ -324,7 +324,7 @@ def test_wrong_options(tiny_segmenter, photo, options, message):
 @pytest.mark.parametrize("patch_weight", [0.0, 0.5])
 @pytest.mark.parametrize("background_threshold", [None, 0.5])
 def test_the_best_of_synonyms(shipped_segmenter, street_photo, patch_weight, background_threshold):
-    """In each place a label is as likely as its best word would be."""
+    """At each position a label has the score of its best word."""
     words = ["building|house|wall", "road|pavement", "tree", "sky"]
     how = {"background_threshold": background_threshold, "top_k": 100, "window_size": None}
     options = SegmentationOptions(synonyms="best", patch_weight=patch_weight, **how)

@@ -1,4 +1,4 @@
-"""Numbers and lists of NumPy, pandas, `datasets` and torch where Python's own are taken."""
+"""Numbers and lists of NumPy, pandas, `datasets` and torch work like Python's own."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Videos in and out, by PyAV."""
+"""Videos, read and written with PyAV."""
 
 import itertools
 import json
@@ -26,7 +26,7 @@ QUARTER_TURN = np.array([0, 1 << 16, 0, -(1 << 16), 0, 0, 0, 0, 1 << 30], dtype=
 
 
 def pan(count, width=96, height=64, noise=12):
-    """What a shaking camera sees of a photo."""
+    """Frames of a photo as a shaking camera would record them."""
     photo, rng = make_photo(2 * width, 2 * height, seed=3), np.random.default_rng(0)
     for number in range(count):
         left, top = rng.integers(0, 6, 2) + number
@@ -92,7 +92,7 @@ def test_one_of_some_frames_is_encoded(tiny_folder, clip, tmp_path, capsys, monk
 
 
 def test_scores_are_averaged_over_neighbours(tiny_segmenter):
-    """By hand, from the dense scores of the frames by themselves."""
+    """Compares with an average of the dense scores of single frames."""
     frames = [Frame(image, number) for number, image in enumerate(pan(7))]
     embeds = tiny_segmenter.class_embeddings(LABELS)
     options = SegmentationOptions(window_size=None, top_k=len(LABELS))
@@ -113,7 +113,7 @@ def test_scores_are_averaged_over_neighbours(tiny_segmenter):
 
 
 def test_labels_hold_still(shipped_segmenter):
-    """A still photo under the noise of a camera."""
+    """A still photo with camera noise."""
     path = Path(__file__).parent.parent / "examples" / "images" / "green-jacket.jpg"
     photo, rng = (
         np.asarray(Image.open(path).convert("RGB").resize((96, 144)), dtype=float),
@@ -176,7 +176,7 @@ def test_times_that_vary_and_odd_sizes(tiny_segmenter, tmp_path):
 
 
 def test_colours_of_the_overlay(tiny_segmenter, tmp_path):
-    """One label's colour over grey, as `overlay` paints it."""
+    """The colour of a single label over grey, as in `overlay`."""
     from pgseg_hf.visualization import overlay
 
     clip = write_video(tmp_path / "clip.mp4", [Image.new("RGB", (64, 64), (128, 128, 128))] * 3)
@@ -222,7 +222,7 @@ def test_broken_videos_leave_nothing(tiny_folder, tmp_path, capsys, monkeypatch,
     error = capsys.readouterr().err
     assert (
         "c.mp4" in error
-        and ("only sound" if kind == "sound" else "is broken, truncated or no video") in error
+        and ("only sound" if kind == "sound" else "is broken, truncated or not a video") in error
     )
     assert "Traceback" not in error and sorted(os.listdir()) == before
 
@@ -230,17 +230,17 @@ def test_broken_videos_leave_nothing(tiny_folder, tmp_path, capsys, monkeypatch,
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--output", "o.png"], "o.png has no ending of a video that can be written, expected .mp4"),
+        (["--output", "o.png"], "o.png does not have the ending of a video"),
         (["--mask", "m.mp4"], "--mask is m.mp4, expected a folder"),
-        (["--output", "clip.mp4", "--overwrite"], "clip.mp4 is the video itself"),
-        (["--output", "there.mp4"], "there.mp4 exists already"),
-        (["--mask", "full"], "full exists already"),
+        (["--output", "clip.mp4", "--overwrite"], "clip.mp4 is the input video"),
+        (["--output", "there.mp4"], "there.mp4 already exists"),
+        (["--mask", "full"], "full already exists"),
         (["--smooth", "0"], "--smooth is 0"),
         (["--every", "-1"], "--every is -1"),
-        (["--format", "csv"], "--format is ['csv'], but clip.mp4 is a video; it is for images"),
+        (["--format", "csv"], "--format is ['csv'], but clip.mp4 is a video"),
         (["--workers", "0"], "--workers is 0, but clip.mp4 is a video"),
         (["--max-pixels", "6143"], "clip.mp4 has frames of 96 x 64 = 6,144 pixels, more than the 6,143"),
-        (["--vocabulary", "everyday"], "clip.mp4 is a video, whose frames have the same words"),
+        (["--vocabulary", "everyday"], "--vocabulary is everyday, but clip.mp4 is a video"),
         (["photo.png"], "clip.mp4 is one of 2"),
     ],
 )

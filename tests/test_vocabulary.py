@@ -116,7 +116,7 @@ def test_labels_far_from_all_that_was_learned_are_remarked_on(knowing, monkeypat
 
     assert remarks("Cat", "dog") == [] and remarks("feline", "tree") == []
     (remark,) = remarks("feline", "pagoda")
-    assert "'pagoda' is far from the 5 words" in remark and "'tree' is the nearest" in remark
+    assert "'pagoda' is far from the 5 words" in remark and "the nearest is 'tree'" in remark
     monkeypatch.setattr(knowing, "score", lambda *args: (_ for _ in ()).throw(StopAsyncIteration))
     monkeypatch.setattr(logging.getLogger("pgseg_hf"), "propagate", True)
     with caplog.at_level(logging.WARNING), pytest.raises(StopAsyncIteration):

@@ -1,4 +1,4 @@
-"""`python -m pgseg_hf`, the same as `pgseg`."""
+"""Runs the `pgseg` command line with `python -m pgseg_hf`."""
 
 import sys
 

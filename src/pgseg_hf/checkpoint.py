@@ -1,4 +1,4 @@
-"""Loading a model with its processor."""
+"""Loads a model together with its processor."""
 
 import os
 from typing import Any, Literal
@@ -14,7 +14,7 @@ from .quantization import PGSegInt8Config
 from .segmentation import Segmenter
 from .weights import refuse_bad_weights, refuse_other_tokenizer
 
-# Of the options of `PGSegModel.from_pretrained` those that say where the files are.
+# The arguments of `PGSegModel.from_pretrained` that locate the files; the processor gets them too.
 _OF_ALL_FILES = (
     *("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token"),
     "trust_remote_code",
@@ -28,20 +28,20 @@ def load_segmenter(
     dtype: torch.dtype | Literal["int8"] = torch.float32,
     **kwargs: Any,
 ) -> Segmenter:
-    """A [`Segmenter`] with the model and processor of a folder or Hub name. No code of a folder is executed unless
-    `trust_remote_code` says so.
+    """Loads a checkpoint's model and processor as a [`Segmenter`]. No code in the checkpoint is executed unless
+    `trust_remote_code=True`.
 
     Args:
-        name_or_path: of the checkpoint.
-        options: defaults of the segmenter's calls.
-        device: of the model.
-        dtype: of the model; `"int8"`, on a CPU, makes it smaller and its blocks faster (see `quantization.py`). A
-            checkpoint that was saved in int8 is loaded so in any case.
-        kwargs: of `PGSegModel.from_pretrained`; where the files are (`revision`, `token` ...) holds for the processor
-            too.
+        name_or_path (`str` or `os.PathLike`, *optional*, defaults to `DEFAULT_CHECKPOINT`): folder or Hub name.
+        options (`SegmentationOptions`, *optional*): defaults for the segmenter's calls.
+        device (`str` or `torch.device`, *optional*, defaults to `"cpu"`): device of the model.
+        dtype (`torch.dtype` or `"int8"`, *optional*, defaults to `torch.float32`): dtype of the model. `"int8"`, on a
+            CPU only, makes it smaller and its blocks faster (see `quantization.py`). A checkpoint saved in int8 always
+            loads in int8.
+        kwargs: arguments of `PGSegModel.from_pretrained`; `revision`, `token` etc. apply to the processor too.
 
     Raises:
-        ValueError: there is no such checkpoint, or it is none of PGSeg.
+        ValueError: the checkpoint does not exist or is not a PGSeg checkpoint.
     """
     name_or_path = os.fspath(name_or_path)
     refuse_missing_folder(name_or_path)
@@ -51,7 +51,7 @@ def load_segmenter(
         raise ValueError(f"device {device!r} cannot be used: {error}") from error
     if dtype in ("int8", torch.int8):
         kwargs["quantization_config"], dtype = PGSegInt8Config(), torch.float32
-    # Else transformers asks on the terminal whether to run the code that a folder names.
+    # Without this, transformers asks on the terminal whether to run the code in a folder.
     kwargs = {"trust_remote_code": False, **kwargs}
     try:
         model = PGSegModel.from_pretrained(name_or_path, dtype=dtype, **kwargs)
@@ -60,15 +60,15 @@ def load_segmenter(
         size = processor.image_processor.size
     except MemoryError:
         raise
-    except Exception as error:  # on broken files, transformers and its libraries raise nearly anything
+    except Exception as error:  # transformers and its libraries raise many types for broken files
         raise ValueError(
-            f"{name_or_path} is no PGSeg checkpoint: {type(error).__name__}: {error} Expected a folder made by "
+            f"{name_or_path} is not a PGSeg checkpoint: {type(error).__name__}: {error} Expected a folder made by "
             "save_pretrained or `pgseg convert`, or a name on the Hub."
         ) from error
     refuse_bad_weights(model, name_or_path)
     if size is None:
-        raise ValueError(f"{name_or_path} has an image processor without a size; its files are another's.")
+        raise ValueError(f"{name_or_path} has an image processor without a size; expected a PGSeg processor.")
     refuse_other_tokenizer(model.config, processor.tokenizer, name_or_path)
     if device.type != "cpu" and getattr(model, "is_quantized", False):
-        raise ValueError(f"device is {str(device)!r}, expected 'cpu', where models in int8 run.")
+        raise ValueError(f"device is {str(device)!r}, expected 'cpu': int8 models run on a CPU only.")
     return Segmenter(model.to(device), processor, options)

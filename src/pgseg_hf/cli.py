@@ -1,6 +1,6 @@
 """The command line: `pgseg segment`, `train`, `convert`, `evaluate` and `prepare`.
 
-What the commands do is in `commands`, which imports torch: help, and errors in what was asked for, do not wait for it.
+The commands themselves are in `commands`, which imports torch; help texts and usage errors do not wait for it.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from .suggestions import MIN_AREA, everyday_words
 from .training.fine_tuning.options import add_train_arguments, check_train_arguments
 from .values import whole_number
 
-# Options that the library calls otherwise.
+# Options whose names differ in the library.
 _OPTIONS = {
     "window_size": "--window",
     "window_stride": "--stride",
@@ -46,29 +46,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command.
 
     Returns:
-        the exit code: 0, or 1 where some images of a folder were broken, or 2 for an error in what was asked for, or
-            130 where it was stopped by Ctrl-C.
+        The exit code: 0 on success, 1 if some images of a folder are broken, 2 for an error in the request, 130 after
+        Ctrl-C.
     """
     args = build_parser().parse_args(arguments)
-    if isinstance(sys.stdout, TextIOWrapper):  # a name that the terminal lacks letters for ends no run
+    if isinstance(sys.stdout, TextIOWrapper):  # names that the terminal cannot encode must not end the run
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         args.check(args)
-        from .commands import run  # late, as above
+        from .commands import run  # imports torch
 
         return run(args)
     except (ValueError, OSError) as error:
         print(f"pgseg {args.command}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        goes_on = ", and the same command goes on from them" if getattr(args, "paths", None) else ""
-        print(f"pgseg {args.command}: stopped; files that were finished stay{goes_on}.", file=sys.stderr)
+        goes_on = "; run the same command again to resume" if getattr(args, "paths", None) else ""
+        print(f"pgseg {args.command}: stopped. Finished files are kept{goes_on}.", file=sys.stderr)
         return 130
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of all commands."""
-    parser = CommandParser(prog="pgseg", description="Segment anything you can name, with PGSeg.")
+    """Builds the parser of all commands."""
+    parser = CommandParser(prog="pgseg", description="Segment anything you can name with PGSeg.")
     parser.add_argument("--version", action="version", version=f"pgseg_hf {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_segment(commands)
@@ -77,32 +77,31 @@ def build_parser() -> argparse.ArgumentParser:
     add_train_arguments(training)
     _add_convert(commands)
     evaluating = commands.add_parser(
-        "evaluate", help="measure a checkpoint on a benchmark, or on your own masks"
+        "evaluate", help="evaluate a checkpoint on a benchmark or on your own masks"
     )
     evaluating.set_defaults(check=check_evaluate_arguments)
     add_evaluate_arguments(evaluating)
-    preparing = commands.add_parser("prepare", help="make masks of a benchmark that its download lacks")
+    preparing = commands.add_parser("prepare", help="create the masks that a benchmark's download lacks")
     preparing.set_defaults(check=check_prepare_arguments)
     add_prepare_arguments(preparing)
     return parser
 
 
 def _add_segment(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("segment", help="segment images, a folder or a video by words")
+    parser = commands.add_parser("segment", help="segment images, folders or a video by text labels")
     parser.set_defaults(check=_check_segment, video=None, image=None, paths=None)
     parser.add_argument(
         "images",
         nargs="+",
         metavar="IMAGE",
-        help='an image, its http(s) address, - for standard input, or any number of images, patterns ("*.jpg") and '
-        "folders",
+        help='an image, an http(s) URL, - for standard input, or any number of images, patterns ("*.jpg") and folders',
     )
     _add_words(parser)
     _add_results(parser)
-    _add_recipe(parser.add_argument_group("model and recipe"))
+    _add_recipe(parser.add_argument_group("model and inference"))
     _add_folders(parser.add_argument_group("folders and large images"))
     _add_video(
-        parser.add_argument_group("videos", "IMAGE is a video: --output is one too, --mask a folder of PNGs")
+        parser.add_argument_group("videos", "for a video, --output is a video and --mask a folder of PNGs")
     )
 
 
@@ -110,26 +109,27 @@ def _add_words(parser: argparse.ArgumentParser) -> None:
     words = parser.add_mutually_exclusive_group(required=True)
     words.add_argument(
         "--labels",
-        help='words separated by commas, for instance "hair, coat|jacket:red:0.4, shoes" (| joins other words for a '
-        "label, a colour and the score that its pixels must have may follow), or @labels.txt or @labels.json",
+        help='labels separated by commas, for example "hair, coat|jacket:red:0.4, shoes" (| separates synonyms; a '
+        "colour and a minimum score are optional), or a file: @labels.txt or @labels.json",
     )
     words.add_argument(
         "--vocabulary",
-        help="names what is there: everyday (256 words that ship), or words as for --labels",
+        help="find which words of a vocabulary are in the image: everyday (256 words that ship with the package), or "
+        "your own as for --labels",
     )
     parser.add_argument(
         "--min-area",
         type=float,
         metavar="SHARE",
-        help=f"of the image that a word of --vocabulary must cover, 0 to 1 (default: {MIN_AREA})",
+        help=f"share of the image that a word of --vocabulary must cover, 0 to 1 (default: {MIN_AREA})",
     )
     parser.add_argument(
         "--synonyms",
         choices=("average", "best"),
-        help="how the words of one label count: by their mean (the default), or at each place by the best",
+        help="score a label by the average of its synonyms (default) or, at each position, by the best one",
     )
     parser.add_argument(
-        "--template", action="append", help='a prompt such as "a photo of a {}."; may be repeated'
+        "--template", action="append", help='prompt template such as "a photo of a {}."; can be repeated'
     )
 
 
@@ -138,56 +138,53 @@ def _add_results(parser: argparse.ArgumentParser) -> None:
         "--output",
         "--output-dir",
         type=Path,
-        help="the overlay, or the folder of results for several images or with --format",
+        help="overlay file; for several images or with --format, the folder for the results",
     )
     parser.add_argument(
         "--format",
         action="append",
         choices=FORMATS,
         default=[],
-        help="results in OUTPUT: png (masks of numbers and overlays, there always), masks (a PNG for each label), coco "
-        "(run lengths), coco-polygons, coco-panoptic, yolo and labelme (polygons), csv (areas and scores); may be "
+        help="format of the results in OUTPUT: png (indexed masks and overlays, always written), masks (one PNG per "
+        "label), coco (RLE), coco-polygons, coco-panoptic, yolo and labelme (polygons), csv (areas and scores); can be "
         "repeated",
     )
     parser.add_argument(
-        "--overwrite",
-        action="store_true",
-        help="an overlay, a mask, a video and results of --format that are there are made anew",
+        "--overwrite", action="store_true", help="replace an existing overlay, mask, video or --format result"
     )
+    parser.add_argument("--json", action="store_true", help="print areas, scores and file names as JSON")
+    parser.add_argument("--quiet", action="store_true", help="print errors and --json output only")
     parser.add_argument(
-        "--json", action="store_true", help="areas, scores and files as JSON on standard output"
-    )
-    parser.add_argument("--quiet", action="store_true", help="nothing but errors, and --json")
-    parser.add_argument(
-        "--mask", type=Path, help="also write the label map as an indexed PNG or TIFF (one image only)"
+        "--mask", type=Path, help="also write the label map as an indexed PNG or TIFF (single image only)"
     )
 
 
 def _add_recipe(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
-        "--model", default=DEFAULT_CHECKPOINT, help="folder or Hub name (default: the shipped model)"
+        "--model", default=DEFAULT_CHECKPOINT, help="folder or Hub name (default: the shipped checkpoint)"
     )
     group.add_argument(
         "--background-threshold",
         type=float,
         metavar="T",
-        help="0 to 1: where no label scores T there is background; without it a single label covers everything",
+        help="pixels where no label scores at least T (0 to 1) are background (default: no background; a single label "
+        "then covers everything)",
     )
     windows = group.add_mutually_exclusive_group()
-    windows.add_argument("--whole", action="store_true", help="the whole image at once, no sliding window")
+    windows.add_argument("--whole", action="store_true", help="use the whole image at once, without windows")
     windows.add_argument(
         "--window", type=int, metavar="PX", help="side of the sliding window on the resized image"
     )
-    group.add_argument("--stride", type=int, metavar="PX", help="from one window to the next")
+    group.add_argument("--stride", type=int, metavar="PX", help="step from one window to the next")
     group.add_argument(
         "--patch-weight",
         type=float,
         metavar="W",
-        help="0 to 1: share of the patches' own scores in a pixel's, beside its group's (default: the checkpoint's)",
+        help="weight of patch scores against group scores, 0 to 1 (default: the checkpoint's)",
     )
-    group.add_argument("--batch-size", type=int, default=8, help="windows in one pass of the image encoder")
-    group.add_argument("--device", help="default: cuda where there is one, else cpu")
-    group.add_argument("--dtype", choices=DTYPES, default="float32", help="int8 is for a CPU")
+    group.add_argument("--batch-size", type=int, default=8, help="windows per encoder pass (default: 8)")
+    group.add_argument("--device", help="default: cuda if available, else cpu")
+    group.add_argument("--dtype", choices=DTYPES, default="float32", help="int8 runs on a CPU only")
 
 
 def _add_folders(group: argparse._ArgumentGroup) -> None:
@@ -195,21 +192,22 @@ def _add_folders(group: argparse._ArgumentGroup) -> None:
         "--workers",
         type=int,
         metavar="N",
-        help="threads that read a folder's images and write results while the model works (default: 2); 0: none",
+        help="threads that read images and write results while the model runs (default: 2; 0 for none)",
     )
     group.add_argument(
         "--max-pixels",
         type=int,
         default=500_000_000,
         metavar="N",
-        help="larger images and videos are refused (default: 500,000,000; decoded, an image has 3 bytes a pixel)",
+        help="largest image or video frame to accept, in pixels (default: 500,000,000); a decoded image takes 3 bytes "
+        "per pixel",
     )
     group.add_argument(
         "--short-side",
         type=int,
         metavar="PX",
-        help="what an image's short side is resized to for the model (default: the checkpoint's); with more, and "
-        "--window, small things in large images are seen",
+        help="length to which the short side is resized for the model (default: the checkpoint's); a larger one, "
+        "with --window, finds small objects in large images",
     )
 
 
@@ -218,29 +216,29 @@ def _add_video(group: argparse._ArgumentGroup) -> None:
         "--smooth",
         type=int,
         metavar="N",
-        help="scores are averaged over N frames (default: 5), so that labels hold still; 1 for each by itself",
+        help="average scores over N frames so that labels do not flicker (default: 5; 1 for no averaging)",
     )
     group.add_argument(
-        "--every", type=int, metavar="N", help="the model sees one of N frames, whose labels hold for all"
+        "--every", type=int, metavar="N", help="run the model on one of every N frames (default: 1)"
     )
 
 
 def _add_convert(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
-        "convert", help="turn a released PGSeg or EfficientNet-Lite .pth into a folder for from_pretrained"
+        "convert", help="convert a released PGSeg or EfficientNet-Lite .pth to a folder for from_pretrained"
     )
     parser.set_defaults(check=_check_convert)
-    parser.add_argument("checkpoint", type=Path, help="the released .pth; nothing in it is executed")
-    parser.add_argument("output", type=Path, help="a new folder")
+    parser.add_argument("checkpoint", type=Path, help="the released .pth; no code in it is executed")
+    parser.add_argument("output", type=Path, help="new folder to write")
     parser.add_argument(
-        "--config", type=Path, help="JSON with fields of PGSegConfig that tensor shapes do not tell"
+        "--config", type=Path, help="JSON file of PGSegConfig fields that the tensor shapes do not determine"
     )
 
 
 def _check_segment(args: argparse.Namespace) -> None:
-    """Refuses what could not be done before torch is imported; labels, options, output and image are ready then."""
+    """Reads labels, options, output and image, and refuses bad ones before torch is imported."""
     formats = args.format
-    if process_rank():  # The first process of `accelerate launch` refuses, and writes what is one for all.
+    if process_rank():  # Only rank 0 of `accelerate launch` reports errors and writes shared files.
         args.overwrite, args.quiet, args.format = True, True, []
     asked = _read_words(args)
     args.words = asked.words
@@ -251,7 +249,7 @@ def _check_segment(args: argparse.Namespace) -> None:
     places, source = _find_places(args.images)
     if _check_video(args, places):
         return
-    from .images import load_image  # late: it imports transformers, though not torch
+    from .images import load_image  # imports transformers, though not torch
 
     path = Path("stdin" if source == "-" else urlsplit(source).path if source else places[0])
     is_one = source is not None or (len(places) == 1 and path.is_file())
@@ -260,16 +258,16 @@ def _check_segment(args: argparse.Namespace) -> None:
         args.image = load_image(sys.stdin.buffer if source == "-" else source or path, args.max_pixels)
     if is_one and not args.format:
         if not formats:
-            _refuse(args, "there is one image; it is for folders and several images", "workers")
+            _refuse(args, "there is only one image; expected a folder or several images", "workers")
         args.output = args.output or Path(f"{path.stem}-segmented.png")
         _check_places(path, args.output, args.mask, args.overwrite)
         return
-    _refuse(args, "it is for one image; a folder's masks are in OUTPUT/masks", "mask")
+    _refuse(args, "it works for a single image only; a folder's masks are in OUTPUT/masks", "mask")
     args.workers = whole_number(2 if args.workers is None else args.workers, "--workers", least=0)
     if source is None and set(args.format) <= {"png"} and not process_rank():
         _refuse(
             args,
-            "results of a folder are continued, and made anew only where an image has changed or in another --output",
+            "a folder run resumes and repeats only images that have changed; for a new run choose another --output",
             "overwrite",
         )
     stem = path.stem if is_one else path.resolve().name
@@ -287,11 +285,11 @@ def _refuse(args: argparse.Namespace, reason: str, *options: str) -> None:
 
 
 def _read_options(args: argparse.Namespace, asked: LabelList) -> SegmentationOptions:
-    """The library's options; what is wrong is called as on the command line."""
+    """The library's options; errors use the names of the command line."""
     if args.whole:
-        _refuse(args, "with --whole there is no window; leave out one of them", "stride")
+        _refuse(args, "--whole uses no window; leave out one of them", "stride")
     if not any(SYNONYM in words for words in asked.words):
-        _refuse(args, "no label has synonyms; write some, such as cat|kitten, or leave it out", "synonyms")
+        _refuse(args, "no label has synonyms; add some, such as cat|kitten, or leave it out", "synonyms")
     given: dict[str, Any] = {
         "window_size": args.window,
         "window_stride": args.stride,
@@ -318,17 +316,17 @@ def _read_options(args: argparse.Namespace, asked: LabelList) -> SegmentationOpt
 
 
 def _check_video(args: argparse.Namespace, places: list[Path]) -> bool:
-    """Whether a video is meant, whose arguments are checked then."""
-    from .video import SMOOTH, VIDEO_EXTENSIONS, WRITTEN, check_video  # late: it imports transformers
+    """Whether the input is a video; checks its arguments if so."""
+    from .video import SMOOTH, VIDEO_EXTENSIONS, WRITTEN, check_video  # imports transformers
 
     video = next((place for place in places if place.suffix.lower() in VIDEO_EXTENSIONS), None)
     if video is None or video.is_dir():
-        _refuse(args, "there is no video", "smooth", "every")
+        _refuse(args, "the input is not a video", "smooth", "every")
         return False
     if len(places) > 1:
-        raise ValueError(f"{video} is one of {len(places)}; videos go alone, with --output and --mask.")
-    _refuse(args, f"{video} is a video; it is for images", "format", "workers")
-    _refuse(args, f"{video} is a video, whose frames have the same words; expected --labels", "vocabulary")
+        raise ValueError(f"{video} is one of {len(places)} inputs; expected a video alone.")
+    _refuse(args, f"{video} is a video; expected images", "format", "workers")
+    _refuse(args, f"{video} is a video, whose frames all have the same labels; use --labels", "vocabulary")
     ending = video.suffix.lower() if video.suffix.lower() in WRITTEN else ".mp4"
     args.video, args.output = video, args.output or Path(f"{video.stem}-segmented{ending}")
     args.smooth = whole_number(SMOOTH if args.smooth is None else args.smooth, "--smooth")
@@ -338,9 +336,9 @@ def _check_video(args: argparse.Namespace, places: list[Path]) -> bool:
 
 
 def _read_words(args: argparse.Namespace) -> LabelList:
-    """The labels, or the words of a vocabulary, which have a least area then."""
+    """The labels, or the words of a vocabulary; the latter also sets `min_area`."""
     if args.labels is not None:
-        _refuse(args, "there is no --vocabulary; expected both", "min_area")
+        _refuse(args, "there is no --vocabulary; use both or neither", "min_area")
         return read_labels(args.labels)
     args.min_area = MIN_AREA if args.min_area is None else args.min_area
     if args.vocabulary.strip() == "everyday":
@@ -349,21 +347,21 @@ def _read_words(args: argparse.Namespace) -> LabelList:
 
 
 def _check_folder(args: argparse.Namespace, places: list[Path], source: Path | None) -> None:
-    """Finds the images of a run into a folder; what came from no file is to be kept as one in OUTPUT/images."""
+    """Finds the images of a folder run; an image from a URL or standard input goes to OUTPUT/images."""
     from .images import IMAGE_EXTENSIONS, images_apart_from
     from .outputs import check_formats
 
     output = args.output
     if output.is_file() or output.suffix.lower() in IMAGE_EXTENSIONS:
         raise ValueError(
-            f"--output is {output}, expected a folder for the results of several images or --format."
+            f"--output is {output}, expected a folder for the results of several images or of --format."
         )
     check_formats(args.format, output, args.overwrite)
     if source is not None:
         args.root = output / "images"
         args.paths = [args.root / f"{source.stem or 'image'}.png"]
         if args.paths[0].exists() and not args.overwrite:
-            raise ValueError(f"{args.paths[0]} exists already; --overwrite replaces it.")
+            raise ValueError(f"{args.paths[0]} already exists; use --overwrite to replace it.")
         return
     if len(places) == 1 and places[0].is_dir():
         args.root, args.paths = places[0], images_apart_from(places[0], output)
@@ -374,13 +372,13 @@ def _check_folder(args: argparse.Namespace, places: list[Path], source: Path | N
 
 
 def _find_places(given: list[str]) -> tuple[list[Path], str | None]:
-    """The files and folders that are meant, patterns resolved; or a single address or "-" for standard input."""
+    """The input files and folders, with patterns expanded, or a single URL or "-" for standard input."""
     places: list[Path] = []
     for text in given:
         if text == "-" or is_web_address(text):
             if len(given) > 1:
                 raise ValueError(
-                    f"{text!r} is one of {len(given)}; addresses and - go alone, without other images."
+                    f"{text!r} is one of {len(given)} inputs; expected a URL or - alone, without other images."
                 )
             return [], text
         if Path(text).exists():
@@ -388,19 +386,19 @@ def _find_places(given: list[str]) -> tuple[list[Path], str | None]:
             continue
         if not glob.has_magic(text):
             raise ValueError(f"{text!r} cannot be read as an image file: there is no such file.")
-        from .images import IMAGE_EXTENSIONS  # late, as above
+        from .images import IMAGE_EXTENSIONS  # imports transformers
 
         matches = [Path(name) for name in sorted(glob.glob(text, recursive=True))]
         matches = [path for path in matches if path.is_dir() or path.suffix.lower() in IMAGE_EXTENSIONS]
         if not matches:
-            raise ValueError(f"{text!r} fits no image and no folder.")
-        # Of `photos/**` the folders' own images are matches already.
+            raise ValueError(f"{text!r} matches no images or folders.")
+        # A pattern such as `photos/**` matches a folder's images along with the folder.
         places += [path for path in matches if path.is_file()] or matches
     return places, None
 
 
 def _check_places(image: Path, output: Path, mask: Path | None, overwrite: bool) -> None:
-    """Refuses files that could not be written, or would lie over one another, before any work starts."""
+    """Refuses outputs that cannot be written or would overwrite one another, before any work starts."""
     image_format(output)
     if mask is not None:
         image_format(mask, is_mask=True)
@@ -408,9 +406,9 @@ def _check_places(image: Path, output: Path, mask: Path | None, overwrite: bool)
             raise ValueError(f"--output and --mask are both {mask}; give them different names.")
     for place in (output, mask):
         if place is not None and _same_file(place, image):
-            raise ValueError(f"{place} is the image itself; choose another output path.")
+            raise ValueError(f"{place} is the input image; choose another output path.")
         if place is not None and place.exists() and not overwrite:
-            raise ValueError(f"{place} exists already; --overwrite replaces it.")
+            raise ValueError(f"{place} already exists; use --overwrite to replace it.")
 
 
 def _same_file(one: Path, other: Path) -> bool:
@@ -421,4 +419,4 @@ def _same_file(one: Path, other: Path) -> bool:
 
 def _check_convert(args: argparse.Namespace) -> None:
     if not args.checkpoint.is_file():
-        raise ValueError(f"{args.checkpoint} is no file; expected a released checkpoint (.pth).")
+        raise ValueError(f"{args.checkpoint} is not a file; expected a released checkpoint (.pth).")

@@ -1,4 +1,4 @@
-"""How all commands read their options."""
+"""Option parsing shared by all commands."""
 
 import argparse
 import difflib
@@ -8,12 +8,11 @@ from typing import Any
 
 
 class CommandParser(argparse.ArgumentParser):
-    """Takes `--output_dir` for `--output-dir` and the other way round, and names the nearest option for a wrong one."""
+    """Accepts `--output_dir` for `--output-dir` and vice versa, and suggests the nearest option for an unknown one."""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As `argparse.ArgumentParser`, whose subcommands come by here too."""
         given = sys.argv[1:] if args is None else list(args)
-        # Options of a subcommand are its own parser's affair.
+        # argparse calls this method again for a subcommand's parser, which handles its own options.
         for place, argument in enumerate(given if self._subparsers is None else ()):
             if argument == "--":
                 break
@@ -23,11 +22,11 @@ class CommandParser(argparse.ArgumentParser):
         return super().parse_known_args(given, namespace)
 
     def error(self, message: str) -> Any:
-        """Ends in one line, which twenty of usage would push out of sight."""
-        self.exit(2, f"{self.prog}: error: {message} ({self.prog} --help tells all options)\n")
+        """Exits with a single line, without the long usage text."""
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
     def _option(self, name: str) -> str:
-        """The option that a name stands for: in another spelling, or by what it begins with."""
+        """The option that a name stands for, in another spelling or abbreviated."""
         known = {_with_hyphens(option): option for option in self._option_string_actions}
         hyphens = _with_hyphens(name)
         if hyphens in known:
@@ -37,7 +36,7 @@ class CommandParser(argparse.ArgumentParser):
             return begun[0]
         nearest = difflib.get_close_matches(hyphens, known, n=1)
         if nearest and not begun:
-            self.error(f"there is no option {name}; did you mean {nearest[0]}?")
+            self.error(f"unknown option {name}; did you mean {nearest[0]}?")
         return name
 
 
@@ -46,6 +45,6 @@ def _with_hyphens(option: str) -> str:
 
 
 def process_rank(name: str = "RANK") -> int:
-    """Which of several processes this is, that `accelerate launch` or `torchrun` started; 0 for one by itself. Under
-    "LOCAL_RANK" it counts on this machine."""
+    """This process's rank under `accelerate launch` or `torchrun`, 0 for a single process. With `"LOCAL_RANK"`, the
+    rank on this machine."""
     return int(os.environ.get(name) or 0)

@@ -1,4 +1,4 @@
-"""What the commands of `pgseg` do, each with the arguments that `cli` has checked; returns are exit codes."""
+"""The commands of `pgseg`. Each takes the arguments that `cli` has checked and returns an exit code."""
 
 import argparse
 import json
@@ -42,12 +42,12 @@ def run(args: argparse.Namespace) -> int:
 
 def segment(args: argparse.Namespace) -> int:
     if process_rank() and args.paths is None:
-        return 0  # A folder can be shared, an image or a video cannot.
+        return 0  # Processes can share a folder, but not an image or a video.
     device = args.device or (f"cuda:{process_rank('LOCAL_RANK')}" if torch.cuda.is_available() else "cpu")
     segmenter = load_segmenter(args.model, args.options, device=device, dtype=getattr(torch, args.dtype))
     if args.stride is not None and args.window is None and segmenter.processor.window_size is None:
         raise ValueError(
-            f"--stride is {args.stride}, but {args.model} takes the whole image at once; expected --window too."
+            f"--stride is {args.stride}, but {args.model} processes the whole image at once; add --window."
         )
     if args.video is not None:
         return _segment_video(args, segmenter)
@@ -107,12 +107,12 @@ def _segment_video(args: argparse.Namespace, segmenter: Segmenter) -> int:
 
 
 def _print_json(images: list[dict], broken: dict[str, str], files: list[Path]) -> None:
-    """One object, the same for one image and for many."""
+    """Prints one JSON object, of the same form for one image and for many."""
     print(json.dumps({"images": images, "broken": broken, "files": [str(path) for path in files]}, indent=2))
 
 
 def _table(segments: Sequence[Segment]) -> str:
-    """Label, share of pixels and score of each label, largest first."""
+    """A text table of each label's share of pixels and score, largest first."""
     segments = sorted(segments, key=lambda segment: -segment.area)
     width = max(len("label"), *(len(segment.label) for segment in segments))
     rows = [f"{'label':<{width}}   share   score"]
@@ -123,13 +123,13 @@ def _table(segments: Sequence[Segment]) -> str:
 
 
 def _segment_folder(args: argparse.Namespace, segmenter: Segmenter) -> int:
-    if args.image is not None:  # no file of the user's: the formats name one
+    if args.image is not None:  # from a URL or standard input: the formats need a file
         write_image(args.image, args.paths[0])
     start = time.monotonic()
     settings = {"images": args.paths, "workers": args.workers, "max_pixels": args.max_pixels}
     summary = segment_folder(segmenter, args.root, args.output, args.words, **settings)
     if process_rank():
-        return 0  # The first process tells and counts for all.
+        return 0  # Rank 0 reports for all processes.
     files = write_formats(summary.results, args.format, args.output)
     for name, reason in summary.broken.items():
         print(f"broken: {name}: {reason}", file=sys.stderr)
@@ -150,7 +150,7 @@ def _print_summary(summary: FolderSummary, seconds: float, places: list[Path]) -
     total = sum(summary.pixels.values())
     for label, pixels in summary.pixels.most_common():
         print(f"{label}: {pixels / total:.1%}")
-    renewed = f"{summary.renewed} had changed since they were done, " if summary.renewed else ""
+    renewed = f"{summary.renewed} repeated because they had changed, " if summary.renewed else ""
     count = summary.segmented + summary.elsewhere
     others = f" ({summary.elsewhere} by other processes)" if summary.elsewhere else ""
     speed = f" ({count / seconds:.1f} images/s)" if count else ""
@@ -171,8 +171,8 @@ def train(args: argparse.Namespace) -> int:
         print(f"{name}: {figures}")
     for sentence in report["advice"]:
         print(f"- {sentence}")
-    done = "was done before (--overwrite trains anew)" if report["done_before"] else "is done"
-    print(f"{args.output} {done}; its report: {args.output / 'report.md'}")
+    done = "was trained before (use --overwrite to train again)" if report["done_before"] else "is trained"
+    print(f"{args.output} {done}; report: {args.output / 'report.md'}")
     return 0
 
 
@@ -184,20 +184,20 @@ def convert(args: argparse.Namespace) -> int:
     if is_efficientnet_lite(tensors):
         if overrides is not None:
             raise ValueError(
-                "--config is for checkpoints of PGSeg; EfficientNet-Lite's shapes tell everything."
+                "--config works for PGSeg checkpoints only; the shapes of EfficientNet-Lite determine everything."
             )
         model, head = convert_efficientnet_lite(tensors)
         refuse_bad_weights(model, str(args.checkpoint))
         write_backbone(model, args.output)
-        print(f"a backbone, without the classifier's {len(head)} tensors")
+        print(f"converted a backbone, without the classifier's {len(head)} tensors")
     else:
         model, report = convert_released(tensors, overrides)
         refuse_bad_weights(model, str(args.checkpoint))
         write_converted(model, args.output)
         for name in report.unknown:
-            print(f"unknown, left out: {name}")
+            print(f"skipped an unknown tensor: {name}")
         for name in report.dropped:
-            print(f"not used by the method, dropped: {name}")
+            print(f"dropped a tensor that the method does not use: {name}")
     count = sum(parameter.numel() for parameter in model.parameters())
     print(
         f"{args.checkpoint.name}: {count:,} parameters in {time.monotonic() - start:.1f} s -> {args.output}"
@@ -211,7 +211,7 @@ def evaluate(args: argparse.Namespace) -> int:
         print(content["markdown"].split("## IoU of each label")[0].strip())
         for name, reason in content["broken"].items():
             print(f"broken: {name}: {reason}", file=sys.stderr)
-        reused = f", {content['reused']} of them counted by an earlier run," if content["reused"] else ""
+        reused = f", {content['reused']} of them from an earlier run," if content["reused"] else ""
         seconds = content["settings"]["seconds"]
         print(f"\n{content['images']} images{reused} in {seconds} s -> {content['folder']}")
     return 1 if content["broken"] else 0
@@ -220,16 +220,16 @@ def evaluate(args: argparse.Namespace) -> int:
 def prepare(args: argparse.Namespace) -> int:
     summary = _needing_extra("evaluation.command").prepare(args)
     print(
-        f"{summary.written} masks written, {summary.skipped} were there, in {summary.seconds:.1f} s -> {args.folder}"
+        f"{summary.written} masks written, {summary.skipped} already there, in {summary.seconds:.1f} s -> {args.folder}"
     )
     return 0
 
 
 def _needing_extra(module: str) -> Any:
-    """A module of this package that the optional dependencies are for."""
+    """Imports a module of this package that needs optional dependencies."""
     try:
         return import_module(f".{module}", __package__)
     except ImportError as error:
         if (error.name or "").partition(".")[0] not in OPTIONAL:
             raise
-        raise ValueError(f"{error.name} is not installed, expected pip install 'pgseg-hf[train]'.") from error
+        raise ValueError(f"{error.name} is not installed; run pip install 'pgseg-hf[train]'.") from error

@@ -1,4 +1,4 @@
-"""Conversion of released PGSeg checkpoints to Transformers folders, without executing anything in them."""
+"""Converts released PGSeg checkpoints to Transformers folders without executing any code in them."""
 
 import math
 import os
@@ -27,7 +27,7 @@ logger = logging.get_logger(__name__)
 
 HEAD_WIDTH = 64
 
-# From released names to ours, one after the other.
+# Patterns of released names and their replacements, applied in this order.
 _RENAMES = (
     (r"^img_encoder\.logit_scale$", "prototype_logit_scale"),
     (r"^img_encoder\.patch_embed\.proj\.", "vision_model.embeddings.patch_embeddings.projection."),
@@ -54,13 +54,13 @@ _RENAMES = (
     (r"\.linear_hidden\.([01])\.", r".\1."),
     (r"\.linear_out\.", ".3."),
 )
-# Trained and saved by the released code, read by nothing.
+# The released code trains and saves these tensors but never reads them.
 _DROPPED = "img_encoder.mapping_text."
 
 
 def rename(released_name: str) -> list[str]:
-    """The names in [`PGSegModel`] of what a released tensor holds: none if it is dropped, three for queries, keys and
-    values in one."""
+    """The [`PGSegModel`] names for a released tensor: none if it is dropped, three if it fuses queries, keys and
+    values."""
     if released_name.startswith(_DROPPED):
         return []
     name = released_name
@@ -70,15 +70,15 @@ def rename(released_name: str) -> list[str]:
 
 
 def convert_state_dict(released: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Renames and reshapes released tensors; unknown ones keep what of their names is unknown."""
+    """Renames and reshapes released tensors; unknown parts of names stay as they are."""
     converted: dict[str, Tensor] = {}
     for released_name, tensor in released.items():
         names = rename(released_name)
         if len(names) == 3:
             if tensor.ndim == 0 or tensor.shape[0] % 3:
                 raise ValueError(
-                    f"{released_name} has shape {list(tensor.shape)}, expected a multiple of 3 rows (queries, keys, "
-                    "values)."
+                    f"{released_name} has shape {list(tensor.shape)}, expected a number of rows divisible by 3 "
+                    "(queries, keys, values)."
                 )
             converted |= {name: part.clone() for name, part in zip(names, tensor.chunk(3), strict=True)}
         elif names:
@@ -88,7 +88,7 @@ def convert_state_dict(released: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 class _Shapes:
-    """What the shapes of converted tensors tell of the architecture."""
+    """Reads the architecture from the shapes of converted tensors."""
 
     def __init__(self, converted: Mapping[str, Tensor]):
         self.converted = converted
@@ -105,7 +105,9 @@ class _Shapes:
         names = {int(found[1]): found[0] for name in self.converted if (found := re.match(pattern, name))}
         if names and max(names) >= len(names):
             first = min(set(range(len(names))) - set(names))
-            raise ValueError(f"the checkpoint has tensors {names[max(names)]}... but none of number {first}.")
+            raise ValueError(
+                f"the checkpoint has tensors {names[max(names)]}... but none with number {first}."
+            )
         return len(names)
 
     def vision(self) -> dict[str, Any]:
@@ -172,15 +174,15 @@ class _Shapes:
 
 
 def infer_config(converted: Mapping[str, Tensor], overrides: Mapping[str, Any] | None = None) -> PGSegConfig:
-    """The configuration that the shapes of converted tensors tell; numbers of heads default to 64 channels a head.
+    """Infers the configuration from the shapes of converted tensors, with 64 channels per attention head.
 
     Args:
-        converted: from [`convert_state_dict`].
-        overrides: fields of [`PGSegConfig`], those of the towers nested in `text_config` and `vision_config`.
+        converted: tensors from [`convert_state_dict`].
+        overrides: fields of [`PGSegConfig`]; those of the towers are nested in `text_config` and `vision_config`.
 
     Raises:
-        ValueError: a tensor that shows the architecture is missing or has another number of dimensions, or an override
-            is no field or makes no sense.
+        ValueError: a tensor that determines the architecture is missing or has the wrong number of dimensions, or an
+            override is not a field or is invalid.
     """
     shapes = _Shapes(converted)
     vision, text, top = shapes.vision(), shapes.text(), shapes.top()
@@ -192,12 +194,12 @@ def infer_config(converted: Mapping[str, Tensor], overrides: Mapping[str, Any] |
         return PGSegConfig(text_config=text, vision_config=vision, **top)
     except StrictDataclassError as error:
         raise ValueError(
-            f"the checkpoint's shapes and the overrides make no configuration: {error}"
+            f"the checkpoint's shapes and the overrides do not form a valid configuration: {error}"
         ) from error
 
 
 def _ratio(hidden: int, width: int) -> float:
-    """The ratio that the model makes `hidden` of, which cuts off the decimals of `ratio * width`."""
+    """The ratio for which the model's `int(ratio * width)` gives exactly `hidden`."""
     ratio = hidden / width
     return ratio if int(ratio * width) == hidden else math.nextafter(ratio, math.inf)
 
@@ -212,16 +214,16 @@ def _checked_fields(overrides: Any, known: Mapping[str, Any], name: str) -> Mapp
     for key in overrides:
         if key not in allowed:
             raise ValueError(
-                f"override {name + '.' if name else ''}{key} is no field of {config_class.__name__}."
+                f"override {name + '.' if name else ''}{key} is not a field of {config_class.__name__}."
             )
     return overrides
 
 
 def read_released_checkpoint(path: str | os.PathLike) -> dict[str, Tensor]:
-    """The tensors of a released PGSeg's `.pth` file, see [`read_state_dict`].
+    """Reads the tensors of a released PGSeg `.pth` file, see [`read_state_dict`].
 
     Raises:
-        ValueError: no such file, not a torch checkpoint, or one without a state dict of a PGSeg.
+        ValueError: the file does not exist, is not a torch checkpoint, or has no PGSeg state dict.
     """
     return _of_pgseg(read_state_dict(path), str(path))
 
@@ -230,14 +232,14 @@ def _of_pgseg(tensors: dict[str, Tensor], origin: str) -> dict[str, Tensor]:
     if not any("downsample_spatial.mu" in name for name in tensors):
         first = ", ".join(list(tensors)[:3]) or "no tensors"
         raise ValueError(
-            f"{origin} is no PGSeg checkpoint: it has no prototypes (downsample_spatial.mu); it holds {first}."
+            f"{origin} is not a PGSeg checkpoint: it has no prototypes (downsample_spatial.mu); it has {first}."
         )
     return tensors
 
 
 @dataclass
 class ConversionReport:
-    """What a conversion did: names of tensors that are unknown, that are missing, and that were dropped on purpose."""
+    """The names of tensors that a conversion found unknown or missing, or dropped on purpose."""
 
     unknown: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
@@ -247,16 +249,16 @@ class ConversionReport:
 def convert_released(
     checkpoint: str | os.PathLike | Mapping[str, Tensor], overrides: Mapping[str, Any] | None = None
 ) -> tuple[PGSegModel, ConversionReport]:
-    """Makes a [`PGSegModel`] of the released variant, in evaluation mode, from a released checkpoint.
+    """Converts a released checkpoint to a [`PGSegModel`] of the released variant, in evaluation mode.
 
     Args:
-        checkpoint: a `.pth` file, or what it holds: a state dict with released names, bare or under `model`.
-        overrides: fields of [`PGSegConfig`] that the shapes do not tell, for instance
+        checkpoint: a `.pth` file or its content, a state dict with released names, bare or under `model`.
+        overrides: fields of [`PGSegConfig`] that the shapes do not determine, for example
             `{"vision_config": {"num_attention_heads": 6}}`. Stochastic depth is 0 unless given.
 
     Raises:
-        ValueError: no file, no PGSeg checkpoint, tensors missing or of wrong shape, or an override that is no field
-            or makes no sense.
+        ValueError: the file does not exist or is not a PGSeg checkpoint, tensors are missing or have the wrong shape,
+            or an override is not a field or is invalid.
     """
     if isinstance(checkpoint, Mapping):
         released = _of_pgseg(tensors_of(checkpoint), "the state dict")
@@ -266,10 +268,10 @@ def convert_released(
     config = infer_config(converted, overrides)
     if config.npr_variant != "released":
         raise ValueError(
-            f"override npr_variant is {config.npr_variant!r}, but converted checkpoints are 'released'; choose another "
-            "variant when loading the result: PGSegModel.from_pretrained(folder, npr_variant=...)."
+            f"override npr_variant is {config.npr_variant!r}, expected 'released' for converted checkpoints; choose "
+            "another variant when loading the result: PGSegModel.from_pretrained(folder, npr_variant=...)."
         )
-    with torch.device("meta"):  # nothing is allocated before it is known to fit
+    with torch.device("meta"):  # nothing is allocated before the shapes are known to match
         expected = PGSegModel(config).state_dict()
     report = ConversionReport(
         unknown=[name for name in released if not expected.keys() >= set(rename(name))],
@@ -293,13 +295,13 @@ def read_overrides(path: str | os.PathLike) -> dict[str, Any]:
     overrides = read_json(path)
     if not isinstance(overrides, dict):
         raise ValueError(
-            f"{path} holds a {type(overrides).__name__}, expected an object of configuration fields."
+            f"{path} contains a {type(overrides).__name__}, expected an object of configuration fields."
         )
     return overrides
 
 
 def write_converted(model: PGSegModel, output: str | os.PathLike) -> None:
-    """Writes model, processor and tokenizer to a new folder, whole or not at all.
+    """Writes model, processor and tokenizer to a new folder, completely or not at all.
 
     Raises:
         ValueError: the folder exists and is not empty, or cannot be written to.
@@ -308,8 +310,8 @@ def write_converted(model: PGSegModel, output: str | os.PathLike) -> None:
     tokenizer = default_tokenizer(context_length=context)
     if len(tokenizer) != model.config.text_config.vocab_size:
         logger.warning(
-            f"the model has {model.config.text_config.vocab_size} tokens, CLIP's tokenizer {len(tokenizer)}; the "
-            "tokenizer in the folder does not fit the model."
+            f"the model has {model.config.text_config.vocab_size} tokens, but CLIP's tokenizer {len(tokenizer)}; the "
+            "tokenizer in the folder does not match the model."
         )
     processor = PGSegProcessor(PGSegImageProcessorPil(), tokenizer)
     with folder_written_whole(output) as folder:
@@ -318,15 +320,15 @@ def write_converted(model: PGSegModel, output: str | os.PathLike) -> None:
         card = generate_model_card(
             model.config,
             training="Converted from a released PGSeg checkpoint; see the paper and its repository for data and "
-            "figures.",
+            "results.",
             license_text=f"{RELEASED_LICENSE}.",
         )
         card.save(folder / "README.md")
 
 
 def write_backbone(backbone: EfficientNetLiteBackbone, output: str | os.PathLike) -> None:
-    """Writes a backbone, as [`~PGSegModel.from_parts`] takes it, with the processor of its pixels to a new folder,
-    whole or not at all.
+    """Writes a backbone for [`~PGSegModel.from_parts`] and its image processor to a new folder, completely or not at
+    all.
 
     Raises:
         ValueError: the folder exists and is not empty, or cannot be written to.

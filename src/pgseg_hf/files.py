@@ -1,4 +1,4 @@
-"""Writing results so that a file is either there as a whole or not at all; names that stay in their folder."""
+"""Writes files completely or not at all, and keeps names inside their folder."""
 
 import json
 import os
@@ -14,21 +14,20 @@ from PIL import Image
 from PIL.PngImagePlugin import PngImageFile, PngInfo
 from safetensors import SafetensorError
 
-# Names of files that are being written, and how long one has to lie untouched to be one that was left behind.
+# Prefix and suffix of files that are being written, and the age from which one counts as left behind.
 _UNFINISHED = (".pgseg-", ".part")
 _LEFT_SECONDS = 60
 
-# Text of a PNG with the digest of what the mask was made from.
+# PNG text keys: the digest of what a mask was made from, and the mean score of each value.
 _SOURCE = "pgseg_source"
-# And with the mean score of each of its values.
 _SCORES = "pgseg_scores"
 
-# Formats of masks that keep every number: others change them, by their loss or by sorting the palette.
+# Mask formats that keep every value; others are lossy or sort the palette.
 MASK_FORMATS = ("PNG", "TIFF")
 
 
 def path_inside(folder: Path, name: str) -> Path:
-    """The file that a list or table names, relative to its folder.
+    """The path of a file that a list or table names relative to its folder.
 
     Raises:
         ValueError: the name leads out of the folder.
@@ -40,24 +39,24 @@ def path_inside(folder: Path, name: str) -> Path:
 
 
 def is_web_address(text: str) -> bool:
-    """Whether a text is an `http(s)://` address.
+    """Whether a text is an `http(s)://` URL.
 
     Raises:
-        ValueError: an address of another kind, such as `s3://`, which is not fetched.
+        ValueError: the URL has another scheme, such as `s3://`.
     """
     kind = re.match("([A-Za-z][A-Za-z0-9+.-]+)://", text)
     if kind is not None and kind[1].lower() not in ("http", "https"):
         raise ValueError(
-            f"{text!r} is an address of kind {kind[1]}, only http and https are fetched: download it first"
+            f"{text!r} has the scheme {kind[1]}, expected http or https: download the file first"
         )
     return kind is not None
 
 
 def refuse_missing_folder(name_or_path: str | os.PathLike) -> None:
-    """Raises a ValueError for the path of a checkpoint that cannot be a name on the Hub and is no folder."""
+    """Raises a ValueError for an absolute path, which cannot be a name on the Hub, that is not a folder."""
     if Path(name_or_path).is_absolute() and not Path(name_or_path).is_dir():
         raise ValueError(
-            f"{name_or_path} is no folder; expected one made by save_pretrained or `pgseg convert`."
+            f"{name_or_path} is not a folder; expected one made by save_pretrained or `pgseg convert`."
         )
 
 
@@ -67,13 +66,13 @@ def write_atomically(
     """Writes a file under a temporary name in its folder, then renames it.
 
     Args:
-        path: of the file.
-        write: fills the open file.
-        replace: whether an older file gives way.
+        path: the file to write.
+        write: writes the content to the open file.
+        replace: whether to replace an existing file.
 
     Raises:
-        ValueError: the folder cannot be made or written to; nothing is left behind.
-        FileExistsError: there is a file that is not to give way, perhaps since a moment ago.
+        ValueError: the folder cannot be created or written to; nothing is left behind.
+        FileExistsError: the file exists, perhaps only since a moment ago, and `replace` is false.
     """
     path = Path(path)
     temporary: str | None = None
@@ -98,12 +97,12 @@ def write_atomically(
 
 
 def _link(temporary: str, path: Path) -> None:
-    """Gives a file its name, if no other has it: of several processes one succeeds."""
+    """Renames a file unless the name is taken; of several processes only one succeeds."""
     try:
         os.link(temporary, path)
     except FileExistsError:
         raise
-    except OSError:  # a disk without links, such as exFAT
+    except OSError:  # a file system without links, such as exFAT
         if path.exists():
             raise FileExistsError(path) from None
         os.replace(temporary, path)
@@ -116,7 +115,7 @@ def _umask() -> int:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Removes what stopped runs left half written in a folder and its subfolders; what another run is writing stays."""
+    """Removes unfinished files of stopped runs from a folder and its subfolders, but not those still being written."""
     prefix, suffix = _UNFINISHED
     for path in folder.rglob(f"{prefix}*{suffix}"):
         with suppress(FileNotFoundError):  # finished meanwhile
@@ -125,26 +124,26 @@ def remove_unfinished(folder: Path) -> None:
 
 
 def image_format(path: str | os.PathLike, is_mask: bool = False) -> str:
-    """The format that a file's ending stands for.
+    """The image format of a file name's ending.
 
     Raises:
-        ValueError: none that can be written, or, for a mask, one that does not keep its numbers.
+        ValueError: the format cannot be written or, for a mask, does not keep its values.
     """
     Image.init()
     found = Image.EXTENSION.get(Path(path).suffix.lower())
     if is_mask and found not in MASK_FORMATS:
         raise ValueError(
-            f"{path} would not keep the numbers of a mask's labels, expected the ending .png or .tif."
+            f"{path} has a format that does not keep a mask's values; expected the ending .png or .tif."
         )
     if found is None or found not in Image.SAVE:
         raise ValueError(
-            f"{path} has no ending of an image format that can be written, for instance .png or .jpg."
+            f"{path} does not have the ending of an image format that can be written, such as .png or .jpg."
         )
     return found
 
 
 def write_image(image: Image.Image, path: str | os.PathLike, **options: Any) -> Path:
-    """Writes an image in the format of its ending, whole or not at all; `options` are those of `Image.save`."""
+    """Writes an image in the format of its ending, completely or not at all; `options` are those of `Image.save`."""
     found = image_format(path)
     return write_atomically(path, lambda file: image.save(file, format=found, **options))
 
@@ -152,7 +151,7 @@ def write_image(image: Image.Image, path: str | os.PathLike, **options: Any) -> 
 def write_mask(
     mask: Image.Image, path: str | os.PathLike, source: str, scores: Sequence[float | None] | None = None
 ) -> Path:
-    """Writes a PNG that says what it was made from, see [`mask_source`], and the mean score of each value."""
+    """Writes a PNG mask that stores its source, see [`mask_source`], and the mean score of each value."""
     info = PngInfo()
     info.add_text(_SOURCE, source)
     if scores is not None:
@@ -161,19 +160,19 @@ def write_mask(
 
 
 def mask_source(path: Path) -> str | None:
-    """What a mask says that it was made from; None for one that says nothing, or none that can be read."""
+    """The source that [`write_mask`] stored in a mask; None if there is none or the file cannot be read."""
     return _text_of(path, _SOURCE)
 
 
 def mask_scores(path: Path) -> list[float | None] | None:
-    """The mean score of each value, None for absent ones; None for a mask that does not tell."""
+    """The mean score of each value (None for absent ones) that [`write_mask`] stored; None if there are none."""
     text = _text_of(path, _SCORES)
     return None if text is None else json.loads(text)
 
 
 def _text_of(path: Path, key: str) -> str | None:
     try:
-        with PngImageFile(path) as mask:  # not Image.open, which refuses large ones
+        with PngImageFile(path) as mask:  # Image.open would refuse large masks
             return mask.info.get(key)
     except (OSError, SyntaxError):
         return None
@@ -185,8 +184,8 @@ def write_json(content: Any, path: str | os.PathLike, replace: bool = True) -> P
 
 
 def write_text(text: str, path: str | os.PathLike, replace: bool = True) -> Path:
-    """Writes text in UTF-8, see [`write_atomically`]. What is no character, as in a file name of another encoding, is
-    escaped as JSON does it."""
+    """Writes UTF-8 text, see [`write_atomically`]. Invalid characters, as in a file name of another encoding, are
+    escaped as in JSON."""
 
     def write(file: BinaryIO) -> None:
         file.write(text.encode("utf-8", errors="backslashreplace"))
@@ -196,19 +195,18 @@ def write_text(text: str, path: str | os.PathLike, replace: bool = True) -> Path
 
 @contextmanager
 def folder_written_whole(path: str | os.PathLike, replace: bool = False) -> Iterator[Path]:
-    """A temporary folder that takes the name `path` when the block ends without an error.
+    """Yields a temporary folder that is renamed to `path` when the block ends without an error.
 
     Args:
-        path: the folder to make.
-        replace: an older folder of that name gives way at the end.
+        path: the folder to create.
+        replace: whether to replace an existing folder at the end.
 
     Raises:
-        ValueError: `path` is a file, or a folder that is not empty and not to be replaced, or its parent cannot be
-            written to.
+        ValueError: `path` is a file, or a non-empty folder without `replace`, or its parent cannot be written to.
     """
     path = Path(path).resolve()
     if path.exists() and (not path.is_dir() or (any(path.iterdir()) and not replace)):
-        raise ValueError(f"{path} exists already; choose a new or empty folder.")
+        raise ValueError(f"{path} already exists; choose a new or empty folder.")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.")
@@ -222,5 +220,5 @@ def folder_written_whole(path: str | os.PathLike, replace: bool = False) -> Iter
             if replace and path.exists():
                 os.replace(path, Path(name) / "replaced")
             os.replace(inner, path)
-        except (OSError, SafetensorError) as error:  # the latter for a full disk
+        except (OSError, SafetensorError) as error:  # safetensors raises its own error when the disk is full
             raise ValueError(f"{path} cannot be written: {error}; choose another output folder.") from error

@@ -1,5 +1,5 @@
-"""Segmenting a folder of images: progress, continuing where a run stopped, broken images reported and not fatal,
-and several processes on one folder."""
+"""Segments a folder of images: shows progress, resumes a stopped run, reports broken images without failing, and shares
+a folder among several processes."""
 
 import shutil
 import time
@@ -32,27 +32,27 @@ RECORD_NAME = "segmentation.json"
 LOCKS = ".locks"
 
 WORKERS = 2
-"""Threads that read images and write results by default."""
+"""Default number of threads that read images and write results."""
 
-# Images that a process claims at a time, and seconds between looks at those that others have claimed.
+# Images that a process claims at a time, and seconds between checks of those that other processes hold.
 _SHARED_AT_ONCE, _POLL_SECONDS = 8, 0.5
-# Pixels whose results, 12 bytes each, may wait for being written.
+# Largest number of pixels whose results (12 bytes each) may wait to be written.
 _LARGE_PIXELS = 2**25
 
 
 @dataclass
 class FolderSummary:
-    """What a run over a folder did.
+    """Summary of a run over a folder.
 
     Args:
-        segmented: images of this run.
-        elsewhere: images that other processes have done meanwhile.
-        skipped: images that an earlier run had done.
-        renewed: how many of the segmented ones an earlier run had done before they were changed.
-        broken: file names and what was wrong with them.
+        segmented: number of images that this process segmented.
+        elsewhere: number of images that other processes segmented in the meantime.
+        skipped: number of images that an earlier run had segmented.
+        renewed: how many of the `segmented` images had changed since an earlier run.
+        broken: reason for each broken image, by file name.
         seconds: wall time.
-        pixels: pixels of each label, over the images of this run and of other processes meanwhile.
-        results: the masks of all images that are not broken, of earlier runs too.
+        pixels: number of pixels of each label over the `segmented` and `elsewhere` images.
+        results: the masks of all images that are not broken, including those of earlier runs.
     """
 
     segmented: int = 0
@@ -76,23 +76,23 @@ def segment_folder(
     workers: int = WORKERS,
     max_pixels: int = MAX_IMAGE_PIXELS,
 ) -> FolderSummary:
-    """Segments all images of a folder into `output`: `masks/NAME.png` (indexed, values as in [`Segmentation`]),
-    `overlays/NAME.png` with a legend, and in `segmentation.json` what they depend on: labels, options, the model's
-    weights and its processor. Images that are done are skipped, so a stopped run is continued by the same call; one
-    whose file has changed since is segmented anew. `images` are files under `folder`, instead of all in it.
+    """Segments all images of a folder, or only the files `images` under it. Writes to `output`: `masks/NAME.png`
+    (indexed, values as in [`Segmentation`]), `overlays/NAME.png` with a legend, and `segmentation.json` with the
+    labels, options, model weights and processor that they depend on. Finished images are skipped, so the same call
+    resumes a stopped run; an image whose file has changed is segmented again.
 
-    Several processes may make the same call at once: each image is segmented by one of them, and all return when all
-    images are done. `workers` threads read images and write results while the model works; with 0 all goes one
-    after the other. Images of more than `max_pixels` count as broken.
+    Several processes can make the same call at once: each image is segmented by one of them, and all return when all
+    images are finished. `workers` threads read images and write results while the model runs; 0 works sequentially.
+    Images of more than `max_pixels` count as broken.
 
     Raises:
-        ValueError: no images, labels that make no sense, or an output folder that holds a run with other labels,
-            options or another model.
+        ValueError: there are no images, labels or options are invalid, or the output folder holds a run with other
+            labels, options or another model.
     """
     folder, output = Path(folder), Path(output)
     options = options or segmenter.options
     images = images_apart_from(folder, output) if images is None else images
-    # Fails on labels and options that make no sense before anything is written.
+    # Fails on invalid labels and options before anything is written.
     next(segmenter.stream([Image.new("RGB", (64, 64))], labels, options))
     start = time.monotonic()
     record = {
@@ -104,7 +104,7 @@ def segment_folder(
     remove_unfinished(output)
     run = _Run(segmenter, folder, output, labels, options, overlays, images, run_hash)
     run.segment(whole_number(workers, "workers", least=0), whole_number(max_pixels, "max_pixels"))
-    remove_unfinished(output)  # again: what was left just before the start is old now
+    remove_unfinished(output)  # again: files left just before the start are old enough now
     run.summary.results = [
         run.result_of(path) for path in images if str(path.relative_to(folder)) not in run.summary.broken
     ]
@@ -113,7 +113,7 @@ def segment_folder(
 
 
 class _Share:
-    """Some neighbouring images that one process works on at a time, as long as it lives."""
+    """A few neighbouring images that one process claims; its lock is released if the process dies."""
 
     def __init__(self, lock: Path, images: list[Path]):
         self.images = images
@@ -138,7 +138,7 @@ class _Share:
 
 @dataclass
 class _Loaded:
-    """An image that was read, or what is wrong with it."""
+    """A loaded image, or the reason why it could not be read."""
 
     path: Path
     share: _Share
@@ -148,7 +148,7 @@ class _Loaded:
 
 
 class _Run:
-    """One process's part of a folder."""
+    """The part of a folder run that one process does."""
 
     def __init__(
         self,
@@ -181,7 +181,7 @@ class _Run:
         return MaskResult(path, name, self.names[path], mask, self._called, *self._how)
 
     def _source(self, path: Path) -> str | None:
-        """What an image's mask was made from; None where there is none of this run."""
+        """The digest of the image that its mask was made from; None if the mask is missing or from another run."""
         source, _, run_hash = (mask_source(self.mask_of(path)) or "").partition(" ")
         return source if run_hash == self._hash else None
 
@@ -190,7 +190,7 @@ class _Run:
         return is_drawn and self._source(path) == _digest(path)
 
     def segment(self, workers: int, max_pixels: int) -> None:
-        """Segments what is not done, waiting for images that other processes work on."""
+        """Segments unfinished images and waits for those that other processes hold."""
         locks = self.output / LOCKS
         locks.mkdir(exist_ok=True)
         shares = []
@@ -214,11 +214,11 @@ class _Run:
                         time.sleep(_POLL_SECONDS)
             except BaseException:
                 pool.shutdown(cancel_futures=True)
-                # A notebook keeps the traceback, and with it the locks, which its next call would wait for.
+                # A notebook keeps the traceback and so the locks, and its next call would wait for them.
                 for share in shares:
                     share.give_up()
                 raise
-        # Whoever comes later finds everything done.
+        # Later calls find everything done and need no locks.
         shutil.rmtree(locks, ignore_errors=True)
 
     def _segment_shares(
@@ -230,7 +230,7 @@ class _Run:
         max_pixels: int,
         progress: Any,
     ) -> None:
-        """Segments shares but for those that other processes hold, which are added to `held`."""
+        """Segments the shares that are free and appends those that other processes hold to `held`."""
         reading = (
             pool.submit(_load, path, share, max_pixels)
             for path, share in self._claimed(shares, held, progress)
@@ -278,7 +278,7 @@ class _Run:
             share.done()
 
     def _write(self, loaded: _Loaded, result: Segmentation) -> Counter:
-        """Writes an image's results, and counts the pixels of its labels."""
+        """Writes an image's results and counts the pixels of each label."""
         assert loaded.image is not None
         if self.overlays:
             shown = (result.label_map, result.labels, result.background)
@@ -308,7 +308,7 @@ class _Run:
     def _report(self, loaded: _Loaded) -> None:
         logger.warning(f"skipped {loaded.path.name}: {loaded.reason}")
         is_stale = self.made_from[loaded.path] is not None
-        stale = "; its mask is of what was there before" if is_stale else ""
+        stale = "; its mask is from an earlier version of the file" if is_stale else ""
         self.summary.broken[str(loaded.path.relative_to(self.folder))] = f"{loaded.reason}{stale}"
         loaded.share.done()
 
@@ -322,7 +322,7 @@ def _load(path: Path, share: _Share, max_pixels: int) -> _Loaded:
 
 
 def _results(futures: Iterator[Future[_Loaded]], ahead: int) -> Iterator[_Loaded]:
-    """What futures give, in their order; so many of them are begun before they are needed."""
+    """The results of futures in order; `ahead` of them are started before they are needed."""
     begun: deque[Future[_Loaded]] = deque()
     for future in futures:
         begun.append(future)
@@ -333,7 +333,7 @@ def _results(futures: Iterator[Future[_Loaded]], ahead: int) -> Iterator[_Loaded
 
 
 def _digest(path: Path) -> str:
-    """Of an image's file; nothing for one that cannot be read, which is reported when its turn comes."""
+    """Digest of an image file; empty if it cannot be read, which is reported when the image is loaded."""
     try:
         return file_digest(path)
     except OSError:
@@ -341,24 +341,24 @@ def _digest(path: Path) -> str:
 
 
 def _take_folder(path: Path, record: dict) -> str:
-    """Makes an output folder that of a run, and returns a hash that stands for the run.
+    """Claims an output folder for a run and returns the run's hash.
 
     Raises:
-        ValueError: it is another's.
+        ValueError: the folder belongs to another run.
     """
     way_out = "Choose another output folder."
     if is_same_run(path, record, way_out) is None:
         try:
             write_json(record, path, replace=False)
-        except FileExistsError:  # another run began just now
+        except FileExistsError:  # another process wrote it just now
             is_same_run(path, record, way_out)
-    # Of the file: what is equal to it may be written in another order.
+    # The hash is of the file, because an equal record may have another order.
     return hash_of(read_record(path))
 
 
 def _output_names(images: Sequence[Path], folder: Path) -> dict[Path, Path]:
-    """A name ending in .png for each image, the old ending kept where another image's name would be the same, also
-    on a disk that takes capitals for small letters."""
+    """A .png name for each image. It keeps the old ending where two names would be the same, also on a
+    case-insensitive file system."""
     relative = {path: path.relative_to(folder) for path in images}
     whole = {path: name.with_name(f"{name.name}.png") for path, name in relative.items()}
     short = {path: name.with_suffix(".png") for path, name in relative.items()}

@@ -1,4 +1,4 @@
-"""Reading images safely, whatever their mode, and the size that the model sees them at."""
+"""Reads images of any mode safely and computes the size to which they are resized."""
 
 import base64
 import binascii
@@ -21,8 +21,8 @@ from .files import is_web_address
 
 logger = logging.get_logger(__name__)
 
-# Formats that Pillow decodes by itself. Others are left out on purpose: EPS starts a Ghostscript process, and
-# the decoders without a signature (TGA, raw dumps) take any bytes for an image.
+# Formats that Pillow decodes without other programs. EPS would start a Ghostscript process, and decoders without a
+# signature (TGA, raw dumps) accept any bytes.
 IMAGE_FORMATS: dict[str, tuple[str, ...]] = {
     "JPEG": (".jpg", ".jpeg", ".jfif"),
     "PNG": (".png", ".apng"),
@@ -39,12 +39,12 @@ IMAGE_EXTENSIONS: tuple[str, ...] = tuple(name for names in IMAGE_FORMATS.values
 """File name endings, in lower case, of the formats that `load_image` reads."""
 
 MAX_IMAGE_PIXELS = 500_000_000
-"""Largest image that is read or made, in pixels; decoded to RGB it takes about 2 GB."""
+"""Largest image that is read or created, in pixels; decoded to RGB it takes about 2 GB."""
 
 MIN_SIDE = 16
-"""Smallest side of a resized image in pixels: a patch of the paper's model."""
+"""Smallest side of a resized image in pixels: one patch of the paper's model."""
 
-# Formats of masks: without loss, and decoded by Pillow itself.
+# Lossless formats for masks that Pillow decodes without other programs.
 _LABEL_FORMATS = ("PNG", "TIFF", "BMP", "GIF", "PPM")
 
 _SIGNATURE_BYTES = 16
@@ -52,29 +52,28 @@ _URL_TIMEOUT_SECONDS = 30
 
 
 class NoLabelMap(ValueError):
-    """An image that can be read and is no mask: several channels, or values that are no whole numbers."""
+    """Raised for a readable image that is not a mask: it has several channels or values that are not integers."""
 
 
 ImageSource = str | os.PathLike | bytes | bytearray | memoryview | BinaryIO | Image.Image | np.ndarray
 
 
 def load_image(source: ImageSource, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
-    """Read one image and make it RGB as `to_rgb` does.
+    """Reads an image and converts it to RGB with [`to_rgb`].
 
     Args:
-        source: a path, an `http(s)://` address, a `data:image/...;base64,` string, a binary file object (read
-            from its start), the bytes of an image file, a PIL image, or a uint8 array or tensor [H, W], [H, W, 3] or
-            [H, W, 4]; a tensor may have its channels first, as in torch.
+        source: a path, `http(s)://` URL, `data:image/...;base64,` string, binary file object (read from its start),
+            the bytes of an image file, a PIL image, or a uint8 array or tensor [H, W], [H, W, 3] or [H, W, 4]; a
+            tensor may also be channels-first.
         max_pixels: images with more pixels are refused before they are decoded. Pillow's own limit and
-            warning for large images do not apply, and its global state is not touched.
+            warning for large images do not apply, and its global state is not changed.
 
     Returns:
-        An upright PIL image of mode RGB, 8 bits a channel. Of an animated or multi-page file it is the first
+        An upright PIL image of mode RGB, 8 bits per channel. For an animated or multi-page file it is the first
         frame, with a logged warning.
 
     Raises:
-        ValueError: naming the source, where it is missing, empty, corrupt, truncated, too large or not an
-            image.
+        ValueError: the source is missing, empty, corrupt, truncated, too large or not an image.
     """
     if hasattr(source, "numpy"):  # a tensor
         array: np.ndarray = source.numpy(force=True)
@@ -86,7 +85,7 @@ def load_image(source: ImageSource, max_pixels: int = MAX_IMAGE_PIXELS) -> Image
         return to_rgb(source)
     data, name = _read_bytes(source)
     if not data:
-        raise ValueError(f"{name} is empty (0 bytes): an image file was expected")
+        raise ValueError(f"{name} is empty (0 bytes), expected an image file")
 
     with BytesIO(data) as stream:
         image = _open_image(stream, data[:_SIGNATURE_BYTES], name)
@@ -94,7 +93,7 @@ def load_image(source: ImageSource, max_pixels: int = MAX_IMAGE_PIXELS) -> Image
         if width * height > max_pixels:
             raise ValueError(
                 f"{name} has {width} x {height} = {width * height:,} pixels, more than the {max_pixels:,} "
-                "that are read: make it smaller first, or raise max_pixels (--max-pixels)"
+                "allowed: resize it first, or raise max_pixels (--max-pixels)"
             )
         return to_rgb(image, name)
 
@@ -103,32 +102,31 @@ def _from_array(array: np.ndarray) -> Image.Image:
     is_image = array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))
     if array.dtype != np.uint8 or not is_image or array.size == 0:
         raise ValueError(
-            f"an array of shape {array.shape} and type {array.dtype} is no image: expected uint8 [H, W], [H, W, 3] "
-            "or [H, W, 4]"
+            f"an array of shape {array.shape} and type {array.dtype} is not an image, expected uint8 [H, W], "
+            "[H, W, 3] or [H, W, 4]"
         )
     return Image.fromarray(np.ascontiguousarray(array))
 
 
 def to_rgb(image: Image.Image, name: str | None = None) -> Image.Image:
-    """Make a PIL image RGB: rotated as its EXIF data says, transparency over white, 16 bits scaled to 8.
+    """Converts a PIL image to RGB: applies its EXIF rotation, puts transparency over white and scales 16 bits to 8.
 
     Args:
-        image: a PIL image of any mode but floating point; an animated one is taken at its current frame.
+        image: a PIL image of any mode except floating point; of an animated one, its current frame.
         name: what error messages call the image, by default its file name.
 
     Returns:
-        A PIL image of mode RGB; the same object where there is nothing to change.
+        A PIL image of mode RGB; the same object if there is nothing to change.
 
     Raises:
-        ValueError: where the pixels cannot be decoded, or where their values have no fixed range (float
-            images).
+        ValueError: the pixels cannot be decoded, or they are floating-point values of unknown range.
     """
     if not isinstance(image, Image.Image):
-        raise ValueError(f"a PIL image was expected, got {type(image).__name__}")
+        raise ValueError(f"expected a PIL image, got {type(image).__name__}")
     name = name or _image_name(image)
     try:
         image.load()
-        # MPO is a photo that carries a second view or a gain map, not an animation.
+        # An MPO photo has a second view or a gain map and is not an animation.
         is_animated = image.format != "MPO" and getattr(image, "is_animated", False)
     except MemoryError:
         raise
@@ -137,10 +135,8 @@ def to_rgb(image: Image.Image, name: str | None = None) -> Image.Image:
     if 0 in image.size:
         raise ValueError(f"{name} has no pixels: its size is {image.size[0]} x {image.size[1]}")
     if is_animated:
-        logger.warning(
-            f"{name} is animated or has several pages: only one frame (number {image.tell()}) is used"
-        )
-        # A plain image without frames: nobody will warn again, or seek in a file that was closed.
+        logger.warning(f"{name} is animated or has several pages: only frame number {image.tell()} is used")
+        # A copy has no frames: it avoids a second warning and seeking in a closed file.
         image = image.copy()
 
     image = _apply_exif_rotation(image, name)
@@ -150,7 +146,7 @@ def to_rgb(image: Image.Image, name: str | None = None) -> Image.Image:
         image = _sixteen_to_eight_bit(image, name)
 
     if image.has_transparency_data:
-        if image.mode == "La":  # Pillow has no direct way from premultiplied grey to RGBA
+        if image.mode == "La":  # Pillow cannot convert premultiplied grey directly to RGBA
             image = image.convert("LA")
         rgba = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
@@ -159,23 +155,25 @@ def to_rgb(image: Image.Image, name: str | None = None) -> Image.Image:
     try:
         return image.convert("RGB")
     except ValueError as error:
-        raise ValueError(f"{name} has the mode {image.mode}, which cannot be made RGB: {error}") from error
+        raise ValueError(
+            f"{name} has mode {image.mode}, which cannot be converted to RGB: {error}"
+        ) from error
 
 
 def load_label_map(source: ImageSource, weights: Sequence[int] | None = None) -> np.ndarray:
-    """Read a mask whose pixel values are numbers of labels.
+    """Reads a mask whose pixel values are label numbers.
 
     Args:
-        source: a path, a binary file object or its bytes (PNG, TIFF, BMP, GIF or PPM, which lose nothing), a PIL image
-            (of an indexed one the indices count) or an integer array or tensor [H, W].
-        weights: for a mask of colours, what red, green and blue count in a pixel's number.
+        source: a path, a binary file object or its bytes (the lossless formats PNG, TIFF, BMP, GIF or PPM), a PIL image
+            (an indexed one gives its indices), or an integer array or tensor [H, W].
+        weights: for a colour mask, the weights of red, green and blue in a pixel's number.
 
     Returns:
-        int64 [H, W].
+        An int64 array [H, W].
 
     Raises:
-        ValueError: it cannot be read, has several channels, or values that are no whole numbers; as colours,
-            transparent pixels.
+        ValueError: the mask cannot be read, has several channels or values that are not integers, or, for a colour
+            mask, transparent pixels.
     """
     name = "the mask"
     try:
@@ -187,12 +185,12 @@ def load_label_map(source: ImageSource, weights: Sequence[int] | None = None) ->
                 values = _mask_values(image, weights, name)
     except (MemoryError, NoLabelMap):
         raise
-    except Exception as error:  # given broken files, decoders raise nearly anything
+    except Exception as error:  # decoders raise many types of errors for broken files
         formats = ", ".join(_LABEL_FORMATS)
-        raise ValueError(f"{name} is no mask that can be read, expected one of {formats}: {error}") from error
+        raise ValueError(f"{name} cannot be read as a mask, expected one of {formats}: {error}") from error
     if values.ndim != 2 or values.dtype.kind not in "bui" or values.size == 0:
         raise NoLabelMap(
-            f"{name} has the shape {values.shape} and type {values.dtype}, expected one whole number a pixel, [H, W]."
+            f"{name} has the shape {values.shape} and type {values.dtype}, expected one integer per pixel, [H, W]."
         )
     return values.astype(np.int64)
 
@@ -203,18 +201,18 @@ def _mask_values(source: Any, weights: Sequence[int] | None, name: str) -> np.nd
     image = source if isinstance(source, Image.Image) else _from_array(np.asarray(source))
     *colours, opacity = np.moveaxis(np.asarray(image.convert("RGBA")), -1, 0)
     if (opacity < 255).any():
-        raise NoLabelMap(f"{name} has transparent pixels, which have no colour, expected none.")
+        raise NoLabelMap(f"{name} has transparent pixels, expected an opaque colour for each pixel.")
     return sum(weight * channel.astype(np.int64) for weight, channel in zip(weights, colours, strict=True))
 
 
 def find_images(folder: Path, leave_out: Path | None = None) -> list[Path]:
-    """The images in a folder and its subfolders, sorted; hidden files and the folder `leave_out` are not searched.
+    """Lists the images in a folder and its subfolders, sorted, without hidden files and the folder `leave_out`.
 
     Raises:
-        ValueError: no folder, or no images in it.
+        ValueError: the folder does not exist or has no images.
     """
     if not folder.is_dir():
-        raise ValueError(f"{folder} is no folder.")
+        raise ValueError(f"{folder} is not a folder.")
     inside = [leave_out.resolve()] if leave_out is not None else []
     images = sorted(
         path
@@ -226,21 +224,21 @@ def find_images(folder: Path, leave_out: Path | None = None) -> list[Path]:
     )
     if not images:
         raise ValueError(
-            f"{folder} holds no images; known endings are {', '.join(sorted(IMAGE_EXTENSIONS))}."
+            f"{folder} contains no images; expected the endings {', '.join(sorted(IMAGE_EXTENSIONS))}."
         )
     return images
 
 
 def images_apart_from(folder: Path, output: Path) -> list[Path]:
-    """The images of a folder without what runs write into `output`, which may lie in the folder, or above it.
+    """Lists the images of a folder without the results in `output`, which may be inside or above the folder.
 
     Raises:
-        ValueError: results would lie among the images.
+        ValueError: results would be written among the images.
     """
     here, there = folder.resolve(), output.resolve()
     if here == there or any(here.is_relative_to(there / kind) for kind in ("masks", "overlays")):
         raise ValueError(
-            f"results in {output} would lie among the images of {folder}; choose another output folder."
+            f"results in {output} would be mixed with the images of {folder}; choose another output folder."
         )
     return find_images(folder, leave_out=output if there.is_relative_to(here) else None)
 
@@ -248,20 +246,20 @@ def images_apart_from(folder: Path, output: Path) -> list[Path]:
 def resized_size(
     height: int, width: int, shortest_edge: int = 448, longest_edge: int | None = 2048
 ) -> tuple[int, int]:
-    """The size for a short side of `shortest_edge` at the same aspect ratio.
+    """The size at which an image's short side is `shortest_edge`, with the same aspect ratio.
 
-    Where the long side would pass `longest_edge`, it gets that length instead; no side falls below `MIN_SIDE` (or
-    `shortest_edge`), so that the thinnest images still have patches.
+    If the long side would exceed `longest_edge`, it gets that length instead. No side is shorter than `MIN_SIDE` (or
+    `shortest_edge`), so that even very thin images have patches.
 
     Args:
-        height, width: pixels of the image as it is.
-        shortest_edge, longest_edge: pixels wanted. The defaults are those of the released evaluation.
+        height, width: size of the original image in pixels.
+        shortest_edge, longest_edge: target lengths in pixels. The defaults are those of the released evaluation.
 
     Returns:
         (height, width) in pixels, rounded half up.
 
     Raises:
-        ValueError: where a length is below 1, or the result has more than `MAX_IMAGE_PIXELS` pixels.
+        ValueError: a length is below 1, or the result has more than `MAX_IMAGE_PIXELS` pixels.
     """
     for label, value in (
         ("height", height),
@@ -279,13 +277,13 @@ def resized_size(
     if new_height * new_width > MAX_IMAGE_PIXELS:
         raise ValueError(
             f"an image of {height} x {width} (height x width) would become {new_height} x {new_width}, "
-            f"more than {MAX_IMAGE_PIXELS:,} pixels: give a longest_edge in size"
+            f"more than {MAX_IMAGE_PIXELS:,} pixels: set longest_edge in size"
         )
     return new_height, new_width
 
 
 def _read_bytes(source: Any) -> tuple[bytes, str]:
-    """The bytes behind a source, and its name for error messages."""
+    """The bytes of a source and its name for error messages."""
     if isinstance(source, (bytes, bytearray, memoryview)):
         return bytes(source), f"the image given as {len(source)} bytes"
     if hasattr(source, "read"):
@@ -294,7 +292,7 @@ def _read_bytes(source: Any) -> tuple[bytes, str]:
             source.seek(0)
         data = source.read()
         if not isinstance(data, bytes):
-            raise ValueError(f"{name} gives text, not bytes: open image files in binary mode ('rb')")
+            raise ValueError(f"{name} returns text, expected bytes: open image files in binary mode ('rb')")
         return data, name
     if isinstance(source, str) and source.startswith("data:image/"):
         name = repr(source[:40] + "...")
@@ -311,34 +309,33 @@ def _read_bytes(source: Any) -> tuple[bytes, str]:
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             if re.match("https?:/", str(path)):
-                reason = "a web address must be a string, a path loses one of its slashes"
+                reason = "a URL must be a string, because a path drops one of its slashes"
             raise ValueError(f"{str(path)!r} cannot be read as an image file: {reason}") from error
     raise ValueError(
-        "an image must be a path, an http(s) address, a binary file object, bytes or a PIL image, "
+        "an image must be a path, an http(s) URL, a binary file object, bytes or a PIL image, "
         f"got {type(source).__name__}: {source!r}"
     )
 
 
 def _fetched(address: str) -> bytes:
     try:
-        # Letters beyond ASCII as browsers send them; some servers refuse Python's own agent.
+        # Non-ASCII letters are quoted as in browsers; some servers refuse Python's default user agent.
         request = Request(quote(address, safe=string.punctuation), headers={"User-Agent": "pgseg_hf"})
         with urlopen(request, timeout=_URL_TIMEOUT_SECONDS) as response:
             data, kind = response.read(), response.headers.get_content_type()
     except (OSError, http.client.HTTPException, ValueError) as error:
-        raise ValueError(f"{address!r} cannot be fetched: {error}; download it and give the file") from error
+        raise ValueError(f"{address!r} cannot be fetched: {error}; download it and pass the file") from error
     if kind == "text/html":
-        raise ValueError(f"{address!r} is a web page, not an image: give the address of the image itself")
+        raise ValueError(f"{address!r} is a web page, not an image: pass the URL of the image itself")
     return data
 
 
 def _open_image(
     stream: BinaryIO, signature: bytes, name: str, formats: Iterable[str] = tuple(IMAGE_FORMATS)
 ) -> Image.Image:
-    """Let the first of Pillow's decoders that takes the bytes read the header.
+    """Reads the header with the first of Pillow's decoders that accepts the bytes.
 
-    The decoders are asked one by one because `PIL.Image.open` refuses more than 179 megapixels and warns
-    above 89, by a limit that is global to the process.
+    `PIL.Image.open` is not used: its limit, global to the process, warns above 89 megapixels and refuses above 179.
     """
     Image.init()
     reason = f"its first bytes are {signature!r}"
@@ -352,7 +349,7 @@ def _open_image(
                 return factory(stream, "")
         except MemoryError:
             raise
-        except Exception as error:  # given broken files, decoders raise nearly anything
+        except Exception as error:  # decoders raise many types of errors for broken files
             reason = f"{type(error).__name__}: {error}"
     expected = ", ".join(formats)
     raise ValueError(f"{name} is not an image, or is corrupt ({reason}); expected one of {expected}")
@@ -367,8 +364,8 @@ def _apply_exif_rotation(image: Image.Image, name: str) -> Image.Image:
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
         return ImageOps.exif_transpose(image) if orientation in range(2, 9) else image
-    except Exception as error:  # damaged metadata must not make a readable photo unreadable
-        logger.warning(f"{name} has unreadable EXIF data, its orientation is ignored: {error}")
+    except Exception as error:  # an image with damaged metadata is still readable
+        logger.warning(f"{name} has unreadable EXIF data; its orientation is ignored: {error}")
         return image
 
 
@@ -377,18 +374,18 @@ def _describe_float_image(image: Image.Image, name: str) -> str:
     if not np.isfinite(values).all():
         return f"{name} has NaN or infinite pixel values"
     return (
-        f"{name} has floating-point pixels (from {values.min():g} to {values.max():g}), whose range is not "
-        "defined: scale them to 8 bits first"
+        f"{name} has floating-point pixels (from {values.min():g} to {values.max():g}) of unknown range: "
+        "scale them to 8 bits first"
     )
 
 
 def _sixteen_to_eight_bit(image: Image.Image, name: str) -> Image.Image:
-    """Scale [0, 65535] to [0, 255], rounded; one transparent grey value becomes an alpha channel."""
+    """Scales [0, 65535] to [0, 255], rounded; a transparent grey value becomes an alpha channel."""
     values = np.asarray(image)
     if image.mode == "I" and (values.min() < 0 or values.max() > 65535):
         raise ValueError(
-            f"{name} has integer pixels from {values.min()} to {values.max()}: "
-            "16-bit values (0 to 65535) were expected"
+            f"{name} has integer pixels from {values.min()} to {values.max()}, "
+            "expected 16-bit values (0 to 65535)"
         )
     grey = Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8))
     transparent_value = image.info.get("transparency")

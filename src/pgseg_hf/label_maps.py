@@ -1,4 +1,4 @@
-"""Label maps, and what is in them."""
+"""Label maps and their segments."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -7,20 +7,19 @@ import numpy as np
 
 from .options import BACKGROUND, check_one_background
 
-# Pixels that are counted at once, whose scores NumPy makes float64.
+# Pixels counted at once: NumPy converts their scores to float64.
 _COUNTED_AT_ONCE = 2**22
 
 
 @dataclass
 class Segment:
-    """One label's part of a segmentation.
+    """The part of a segmentation with one label.
 
     Args:
-        label: as it was given, or "background".
-        value: its value in the label map.
-        area: share of the image's pixels, 0 to 1.
-        score: mean score of these pixels, 0 to 1; None where there are none, and for the background, which is what has
-            no score that counts.
+        label (`str`): the label as given, or "background".
+        value (`int`): its value in the label map.
+        area (`float`): share of the image's pixels, 0 to 1.
+        score (`float` or `None`): mean score of these pixels, 0 to 1; `None` if there are none and for the background.
     """
 
     label: str
@@ -31,18 +30,18 @@ class Segment:
 
 @dataclass
 class Segmentation:
-    """The labels of an image's pixels.
+    """The label of each pixel of an image.
 
     Args:
-        label_map: int64 [H, W] of the original image's size. Without a background, values index `labels`; with one,
-            0 is background and label i has value i + 1.
-        scores: float [H, W], the score of each pixel's label.
-        labels: N label names.
-        background: whether value 0 is background.
-        colours: of labels that were given one, "#rrggbb" by name, for drawings.
+        label_map (`np.ndarray`): int64 [H, W] at the original image's size. Without a background, values index
+            `labels`; with one, 0 is background and label i has value i + 1.
+        scores (`np.ndarray`): float [H, W], the score of each pixel's label.
+        labels (`list[str]`): N label names.
+        background (`bool`, *optional*, defaults to `False`): whether value 0 is background.
+        colours (`Mapping[str, str]`, *optional*): "#rrggbb" for drawings, by name of the labels with their own colour.
 
     Raises:
-        ValueError: a background, and a label of that name.
+        ValueError: there is a background, and also a label called background.
     """
 
     label_map: np.ndarray = field(repr=False)
@@ -55,7 +54,7 @@ class Segmentation:
         check_one_background(self.labels, self.background)
 
     def with_thresholds(self, thresholds: Mapping[str, float] | None) -> "Segmentation":
-        """The same with background where a label has a lower score than its threshold; itself without thresholds."""
+        """A copy with background where a label scores below its threshold; itself if there are no thresholds."""
         if not thresholds:
             return self
         least = np.array([0.0] * self.background + [thresholds.get(label, 0.0) for label in self.labels])
@@ -64,7 +63,7 @@ class Segmentation:
         return replace(self, label_map=values, scores=np.where(is_low, 1, self.scores), background=True)
 
     def without_absent(self) -> "Segmentation":
-        """The same with no labels but those that are there, the largest first; with the first where none is."""
+        """A copy with only the labels that are present, largest first; with only the first label if none is present."""
         shown = [segment for segment in self.segments() if segment.value or not self.background]
         values = np.zeros(len(self.labels) + self.background, dtype=np.int64)
         values[[segment.value for segment in shown]] = np.arange(len(shown)) + self.background
@@ -72,7 +71,7 @@ class Segmentation:
         return replace(self, label_map=values[self.label_map], labels=labels)
 
     def segments(self, include_absent: bool = False) -> list[Segment]:
-        """The labels that are present, largest area first; with `include_absent` all, in their order."""
+        """The segments of the labels that are present, largest first; with `include_absent`, of all in label order."""
         names = [BACKGROUND, *self.labels] if self.background else self.labels
         counts, totals = np.zeros(len(names), dtype=int), np.zeros(len(names))
         values, scores = self.label_map.ravel(), self.scores.ravel()
@@ -95,5 +94,5 @@ class Segmentation:
         ]
 
     def mask(self, segment: Segment) -> np.ndarray:
-        """Where a segment is, bool [H, W]."""
+        """The mask of a segment, bool [H, W]."""
         return self.label_map == segment.value

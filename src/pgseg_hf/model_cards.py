@@ -1,4 +1,4 @@
-"""Model cards in the Hub's form."""
+"""Model cards for the Hub."""
 
 import re
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from .configuration_pgseg import HUB_TASK, PGSegConfig
 
 logger = logging.get_logger(__name__)
 
-RELEASED_LICENSE = "NVIDIA Source Code License (non-commercial), that of the released weights"
+RELEASED_LICENSE = "NVIDIA Source Code License (non-commercial), as for the released weights"
 
 _TEMPLATE = """---
 {metadata}
@@ -21,8 +21,8 @@ _TEMPLATE = """---
 
 # {title}
 
-PGSeg (Zhang et al., NeurIPS 2023) segments images by words and learns from image-text pairs alone: a GroupViT whose
-group tokens are supervised by non-learnable prototypes (NPR).
+PGSeg (Zhang et al., NeurIPS 2023) segments images by text labels and learns from image-text pairs alone. It is a
+GroupViT whose group tokens are supervised by non-learnable prototypes (NPR).
 
 ## Use
 
@@ -37,8 +37,8 @@ outputs = model(**processor(images=image, labels=["cat", "dog"], return_tensors=
 label_map = processor.post_process_semantic_segmentation(outputs, [(image.height, image.width)])[0]
 ```
 
-`pipeline(model="{repo_id}", trust_remote_code=True)("photo.jpg", labels=["cat", "dog"])` does it in one call. With
-`pip install pgseg-hf` and `import pgseg_hf`, `trust_remote_code` is not needed.
+`pipeline(model="{repo_id}", trust_remote_code=True)("photo.jpg", labels=["cat", "dog"])` does the same in one call.
+With `pip install pgseg-hf` and `import pgseg_hf`, you do not need `trust_remote_code`.
 
 ## Model
 
@@ -50,9 +50,9 @@ label_map = processor.post_process_semantic_segmentation(outputs, [(image.height
 
 ## Intended use and limits
 
-For research on segmentation without masks, and for fine-tuning on one's own image-text pairs. An image shows at most as
-many labels as the model has groups in its last stage; labels that resemble no training text are named badly; scores are
-no probabilities. Not for decisions about people, nor where an error does harm.
+For research on segmentation without masks, and for fine-tuning on your own image-text pairs. A result has at most as
+many labels as the model has groups in its last stage. Labels that do not resemble any training text are recognised
+poorly. Scores are not probabilities. Do not use the model for decisions about people or where an error does harm.
 
 ## Licence
 
@@ -80,17 +80,18 @@ tags:
 
 # {title}
 
-The processor of a PGSeg model. No weights were pushed here yet; with them comes the model's own card.
+The processor of a PGSeg model. This repository has no weights yet; the model's card replaces this one when they are
+pushed.
 """
 
 
 def processor_card(repo_id: str) -> ModelCard:
-    """A card for a repository that has a processor and no model."""
+    """The card of a repository that has a processor but no model."""
     return ModelCard(_PROCESSOR_CARD.format(title=repo_id.rsplit("/", 1)[-1]))
 
 
 def is_processor_card(card: ModelCard) -> bool:
-    """Whether a card waits for the model's."""
+    """Whether a card is a [`processor_card`], to be replaced by the model's."""
     return card.text.strip() == processor_card(_title_of(card)).text.strip()
 
 
@@ -99,17 +100,17 @@ def _title_of(card: ModelCard) -> str:
 
 
 def read_card(name_or_path: str) -> ModelCard | None:
-    """The card of a checkpoint in a folder or on the Hub; None where there is none that can be read."""
+    """Reads the card of a checkpoint in a folder or on the Hub; None if there is no readable one."""
     path = Path(name_or_path)
     try:
         return ModelCard.load(path / "README.md" if path.is_dir() else name_or_path)
     except (HfHubHTTPError, OSError, ValueError) as error:
-        logger.warning(f"{name_or_path} has no model card that can be read: {error}")
+        logger.warning(f"the model card of {name_or_path} cannot be read: {error}")
         return None
 
 
 def public_name(name_or_path: str, card: ModelCard | None = None) -> str:
-    """A name on the Hub as it is; of a folder what its card calls it, or the folder's own name."""
+    """A Hub name unchanged; for a folder, the name on its card or the folder's own name."""
     if not Path(name_or_path).exists():
         return name_or_path
     name = (card and getattr(card.data, "model_name", None)) or Path(name_or_path).resolve().name
@@ -117,10 +118,10 @@ def public_name(name_or_path: str, card: ModelCard | None = None) -> str:
 
 
 def inherited(starts: Sequence[str]) -> tuple[dict[str, Any], str, str]:
-    """What a model has from the checkpoints that its training started from, folders or names on the Hub.
+    """What a model inherits from the checkpoints that its training started from, folders or Hub names.
 
     Returns:
-        Metadata (base_model, licence, data sets), a text on the licence, and what their cards say of their data.
+        Metadata (base_model, licence, data sets), a text on the licence, and the training data sections of their cards.
     """
     cards = {start: read_card(start) for start in starts}
     fields = {start: card.data.to_dict() if card else {} for start, card in cards.items()}
@@ -140,12 +141,12 @@ def inherited(starts: Sequence[str]) -> tuple[dict[str, Any], str, str]:
         for start, each in zip(starts, licenses)
     ]
     taught = [
-        f"What the card of `{names[start]}` says:\n\n{section}"
+        f"From the card of `{names[start]}`:\n\n{section}"
         for start, card in cards.items()
         if card is not None and (section := _section_on_data(card))
     ]
     license_text = (
-        f"These weights were trained on from others, whose terms hold for them too: {', '.join(texts)}."
+        f"Training started from other weights, whose terms also apply to these: {', '.join(texts)}."
     )
     return metadata, license_text, "\n\n".join(taught)
 
@@ -155,7 +156,7 @@ def _listed(value: Any) -> list[str]:
 
 
 def _section_on_data(card: ModelCard) -> str:
-    """The first section whose title is on training or data, its own headings one level down."""
+    """The first section whose title is about training or data, with its headings one level deeper."""
     for section in re.split(r"(?m)^## ", card.text)[1:]:
         title, _, body = section.partition("\n")
         if re.search(r"\b(data|taught|training)\b", title.lower()):
@@ -166,21 +167,21 @@ def _section_on_data(card: ModelCard) -> str:
 def generate_model_card(
     config: PGSegConfig,
     repo_id: str = "path/to/this/folder",
-    training: str = "Not recorded by whoever published these weights.",
-    license_text: str = "Not stated by whoever published these weights.",
+    training: str = "Not recorded by the publisher of these weights.",
+    license_text: str = "Not stated by the publisher of these weights.",
     license_id: str | None = None,
     starts: Sequence[str] = (),
 ) -> ModelCard:
-    """A card that says what the configuration tells and what is passed in, and no more.
+    """Generates a card from the configuration and the given texts.
 
     Args:
-        config: of the model.
+        config: configuration of the model.
         repo_id: name for `from_pretrained` in the example.
-        training: Markdown on data, recipe and figures.
-        license_text: sentence on the weights' licence.
+        training: Markdown about data, recipe and results.
+        license_text: sentence about the weights' licence.
         license_id: the Hub's identifier of that licence, `"other"` by default.
-        starts: checkpoints that training started from, folders or names on the Hub: the card says so, and has their
-            licence and what their cards say of data.
+        starts: checkpoints that training started from, folders or Hub names. The card names them, and repeats their
+            licence and what their cards say about data.
     """
     data: dict[str, Any] = {
         "library_name": "transformers",
@@ -215,14 +216,14 @@ def generate_model_card(
 
 
 class WithModelCard:
-    """For a `PreTrainedModel` beside it: a repository on the Hub gets a card."""
+    """Mixin for a `PreTrainedModel` that adds a model card to its Hub repository."""
 
     config: PGSegConfig
     name_or_path: str
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
-        """As for every transformers model; a repository without a model card gets a generated one first, with what
-        that of the checkpoint says which was loaded."""
+        """As in `PreTrainedModel`; a repository without a model card first gets a generated one, which inherits from
+        the card of the loaded checkpoint."""
         token, private = kwargs.get("token"), kwargs.get("private")
         api = HfApi(token=token)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id

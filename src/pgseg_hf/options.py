@@ -1,4 +1,4 @@
-"""How images are segmented, in numbers and words; nothing here needs torch."""
+"""Options of segmentation. This module does not import torch."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -7,37 +7,40 @@ from typing import Any, Literal
 from .values import hex_colour, share, whole_number
 
 BACKGROUND = "background"
-"""What a threshold leaves over is called so."""
+"""Name of the pixels that no label claims under a threshold."""
 
 FORMATS = ("png", "masks", "coco", "coco-polygons", "coco-panoptic", "yolo", "labelme", "csv")
-"""What `pgseg segment --format` writes, see `outputs`."""
+"""Formats of `pgseg segment --format`, see `outputs`."""
 
 
 @dataclass(frozen=True)
 class SegmentationOptions:
-    """How images are segmented.
+    """Options of segmentation. `"auto"` stands for the value saved with the processor.
 
     Args:
-        window_size: side in pixels of the sliding window, on the resized image; None for the whole image at once;
-            `"auto"` for what the processor was saved with.
-        window_stride: pixels from one window to the next; `"auto"` as above.
-        background_threshold: where no label scores this much there is background; None for no background. With a
-            processor that has a vocabulary: where the labels together are less likely than this against all words of
-            the vocabulary that mean something else. A single label is compared with these words, or with
-            `NEUTRAL_WORDS` where there are none; that is its score, with a threshold or without.
-        templates: prompt templates for the labels; the processor's by default.
-        batch_size: images that are prepared together, and windows in one pass of the image encoder.
-        top_k: number of labels that one window may show; `"auto"` for what the processor was saved with.
-        patch_weight: share of the patches' own scores in a pixel's, beside its group's, 0 to 1; `"auto"` as above.
-        shortest_edge: pixels that an image's short side is resized to; what the processor was saved with by default.
-        longest_edge: pixels that the long side may have then, with `shortest_edge`; None for any number.
-        synonyms: how a label with several words, `"car|automobile"`, is scored: by the `"average"` of their embeddings,
-            or by the `"best"` word at each place.
-        thresholds: for labels, called by their first word, the score that a pixel must have, 0 to 1; where a label wins
-            with less there is background.
-        colours: of labels in drawings and masks, such as `"#ff0000"` or `"red"`; the others have the palette's.
-        min_area: the labels are a vocabulary of what may be in an image: only those count that have this share of its
-            pixels when all compete, 0 to 1, and mean something else than one with more. None for all labels.
+        window_size (`int`, *optional*, defaults to `"auto"`): side of the sliding window in pixels of the resized
+            image; `None` for the whole image at once.
+        window_stride (`int`, *optional*, defaults to `"auto"`): step between windows in pixels.
+        background_threshold (`float`, *optional*): pixels where no label scores at least this, 0 to 1, are background;
+            `None` for no background. If the processor has a vocabulary, the probability of all labels together against
+            the vocabulary's words with another meaning is compared instead. A single label is always scored against
+            these words, or against `NEUTRAL_WORDS` if there are none, even without a threshold.
+        templates (`tuple[str, ...]`, *optional*): prompt templates for the labels; by default the processor's.
+        batch_size (`int`, *optional*, defaults to 8): images prepared together, and windows per pass of the image
+            encoder.
+        top_k (`int`, *optional*, defaults to `"auto"`): largest number of labels in one window.
+        patch_weight (`float`, *optional*, defaults to `"auto"`): weight of patch scores against group scores, 0 to 1.
+        shortest_edge (`int`, *optional*): length in pixels to which the short side is resized; by default the
+            processor's.
+        longest_edge (`int`, *optional*): limit in pixels for the long side, used with `shortest_edge`.
+        synonyms (`str`, *optional*, defaults to `"average"`): a label with synonyms, `"car|automobile"`, is scored by
+            the `"average"` of their embeddings, or by the `"best"` word at each position.
+        thresholds (`Mapping[str, float]`, *optional*): minimum score of a pixel, 0 to 1, by a label's first word; where
+            a label wins with less, the pixel is background.
+        colours (`Mapping[str, str]`, *optional*): colours of labels in drawings and masks, such as `"#ff0000"` or
+            `"red"`; other labels use the palette.
+        min_area (`float`, *optional*): treats the labels as a vocabulary. Only labels with at least this share of the
+            image's pixels, 0 to 1, when all compete are kept, and only if no larger one has the same meaning.
     """
 
     window_size: int | Literal["auto"] | None = "auto"
@@ -68,7 +71,7 @@ class SegmentationOptions:
                 continue
             object.__setattr__(self, name, whole_number(value, name))
         if self.longest_edge is not None and self.shortest_edge is None:
-            raise ValueError(f"longest_edge is {self.longest_edge}, but shortest_edge is None; give both.")
+            raise ValueError(f"longest_edge is {self.longest_edge}, but shortest_edge is None; set both.")
         if isinstance(self.window_size, int) and isinstance(self.window_stride, int):
             refuse_gaps(self.window_size, self.window_stride)
         if not isinstance(self.patch_weight, str) or self.patch_weight != "auto":
@@ -84,7 +87,7 @@ class SegmentationOptions:
         for name, check in (("thresholds", share), ("colours", hex_colour)):
             values = getattr(self, name)
             if values is not None and not isinstance(values, Mapping):
-                raise ValueError(f"{name} is {values!r}, expected None or a dictionary by label.")
+                raise ValueError(f"{name} is {values!r}, expected None or a dictionary with labels as keys.")
             checked: dict[str, Any] = {
                 label: check(value, f"{name}[{label!r}]") for label, value in (values or {}).items()
             }
@@ -96,27 +99,26 @@ class SegmentationOptions:
         return self.background_threshold is not None or bool(self.thresholds)
 
     def check_labels(self, labels: Sequence[str]) -> None:
-        """Raises a ValueError where a threshold or colour is for none of the labels, or one is called background and
-        there is another."""
+        """Raises a ValueError if a threshold or colour is for an unknown label, or as [`check_one_background`] does."""
         for name in ("thresholds", "colours"):
             unknown = next((label for label in getattr(self, name) or () if label not in labels), None)
             if unknown is not None:
-                raise ValueError(f"{name} are for {unknown!r}, which is none of the labels.")
+                raise ValueError(f"{name} has {unknown!r}, which is not one of the labels.")
         check_one_background(labels, self.has_background)
 
 
 def check_one_background(labels: Sequence[str], background: bool) -> None:
-    """Raises a ValueError where a label is called as what a threshold leaves over."""
+    """Raises a ValueError if a label is called background although a threshold creates one."""
     own = next((label for label in labels if label.casefold() == BACKGROUND), None)
     if background and own is not None:
         raise ValueError(
-            f"labels have {own!r}, and a threshold makes a background of its own: leave one of the two out, "
-            "or say what the label means, such as 'wall'."
+            f"labels contain {own!r}, but a threshold creates a background too: leave out one of the two, "
+            "or use a more specific label, such as 'wall'."
         )
 
 
 def refuse_gaps(size: int, stride: int) -> None:
     if stride > size:
         raise ValueError(
-            f"window_stride is {stride}, expected at most the window's {size} pixels, or pixels are left out."
+            f"window_stride is {stride}, expected at most the window size, {size}, so that no pixels are left out."
         )

@@ -1,9 +1,8 @@
-"""A folder's masks in the formats of other tools: COCO (run lengths, polygons, panoptic), YOLO, LabelMe, a PNG for each
-label, and a table.
+"""Writes a folder's masks in the formats of other tools: COCO (RLE, polygons, panoptic), YOLO, LabelMe, one PNG per
+label, and a CSV table.
 
-All are made from the masks that `folders.segment_folder` left, so that a format can be had later without segmenting
-again. Background is left out, but for the table. pycocotools and OpenCV, `pgseg-hf[formats]`, are imported when asked
-for.
+All formats are made from the masks of `folders.segment_folder`, so that you can add one later without segmenting again.
+Only the table includes the background. pycocotools and OpenCV, `pgseg-hf[formats]`, are imported on demand.
 """
 
 import csv
@@ -35,9 +34,9 @@ NEEDS = {
     "yolo": ("cv2",),
     "labelme": ("cv2",),
 }
-# Pixels that a polygon may be beside the mask's edge, and the corners that it has at least.
+# Largest distance in pixels of a polygon from the mask's edge, and its smallest number of corners.
 _TOLERANCE, _CORNERS = 1.0, 3
-_HALF = 0.1  # half the width in pixels of a polygon that has but a line of pixels
+_HALF = 0.1  # half the width in pixels of a polygon around a single line of pixels
 
 
 @dataclass
@@ -45,14 +44,14 @@ class MaskResult:
     """An image and its mask.
 
     Args:
-        image: the image's file.
-        file_name: its name in the folder of the images, with slashes.
-        mask_name: the mask's name in its folder, ending in .png.
-        mask: the mask's file.
+        image: path of the image.
+        file_name: its name relative to the image folder, with forward slashes.
+        mask_name: name of the mask relative to the mask folder, ending in .png.
+        mask: path of the mask.
         labels: N labels.
-        background: whether value 0 is background, and label i has value i + 1.
-        colours: "#rrggbb" of labels that have a colour of their own.
-        only_present: whether tables leave absent labels out.
+        background: whether value 0 is background and label i has value i + 1.
+        colours: "#rrggbb" by name of the labels with their own colour.
+        only_present: whether tables omit absent labels.
     """
 
     image: Path
@@ -69,7 +68,7 @@ class MaskResult:
         return load_label_map(self.mask)
 
     def present(self) -> Iterator[tuple[int, str, np.ndarray]]:
-        """Number from 0, label and mask, uint8 [H, W] of 0 and 1, of the labels that are in the image."""
+        """Yields (number from 0, label, mask as uint8 [H, W] of 0 and 1) for each label in the image."""
         label_map = self.read()
         for number, label in enumerate(self.labels):
             mask = label_map == number + self.background
@@ -77,11 +76,11 @@ class MaskResult:
                 yield number, label, mask.astype(np.uint8)
 
     def segments(self) -> tuple[int, int, list[dict[str, Any]]]:
-        """Width, height, and label, value, pixels, area (share) and mean score of all labels and the background, which
-        has no score."""
+        """Width, height, and a dictionary with label, value, pixels, area (share) and mean score for each label and the
+        background, which has no score."""
         label_map, names = self.read(), [BACKGROUND, *self.labels] if self.background else self.labels
         scores = mask_scores(self.mask) or [None] * len(names)
-        if self.background:  # of older masks, 1
+        if self.background:  # older masks stored 1
             scores[0] = None
         counts = np.bincount(label_map.ravel(), minlength=len(names))
         shares = counts / label_map.size
@@ -94,7 +93,7 @@ class MaskResult:
 
 
 def check_formats(formats: Sequence[str], output: Path, overwrite: bool = False) -> None:
-    """Raises a ValueError for a format whose library is not installed, or that would write over what is there."""
+    """Raises a ValueError if a format's library is not installed or its output already exists."""
     for name in formats:
         try:
             for module in NEEDS.get(name, ()):
@@ -102,17 +101,17 @@ def check_formats(formats: Sequence[str], output: Path, overwrite: bool = False)
         except ImportError as error:
             package = module.partition(".")[0]
             raise ValueError(
-                f"format {name} needs {package}, which is not installed, expected pip install 'pgseg-hf[formats]'."
+                f"format {name} needs {package}, which is not installed; run pip install 'pgseg-hf[formats]'."
             ) from error
         if name in _WRITERS and (place := output / _WRITERS[name][0]).exists() and not overwrite:
-            raise ValueError(f"{place} exists already; --overwrite makes it anew from the masks.")
+            raise ValueError(f"{place} already exists; use --overwrite to replace it.")
 
 
 def write_formats(results: Sequence[MaskResult], formats: Sequence[str], output: Path) -> list[Path]:
-    """Writes the formats into a folder, each whole or not at all; one that is there gives way.
+    """Writes formats into a folder, each completely or not at all, and replaces existing ones.
 
     Returns:
-        the files and folders.
+        The paths of the files and folders.
     """
     places = []
     for name in dict.fromkeys(formats):
@@ -124,7 +123,7 @@ def write_formats(results: Sequence[MaskResult], formats: Sequence[str], output:
 
 
 def _shown(results: Sequence[MaskResult], place: Path) -> Iterable[MaskResult]:
-    """The results, with progress."""
+    """The results, with a progress bar."""
     return logging.tqdm(results, desc=f"Writing {place.name}", unit="image", disable=len(results) < 2)
 
 
@@ -139,7 +138,7 @@ def _write_label_masks(results: Sequence[MaskResult], place: Path) -> None:
 
 
 def _write_coco(results: Sequence[MaskResult], place: Path, polygons: bool = False) -> None:
-    """One annotation, with run lengths or polygons, for each label of each image; categories count from 1."""
+    """Writes one annotation, with RLE or polygons, per label and image; category ids start at 1."""
     from pycocotools import mask as rle  # type: ignore[import-not-found, import-untyped, unused-ignore]
 
     annotations: list[dict] = []
@@ -166,8 +165,8 @@ def _write_coco(results: Sequence[MaskResult], place: Path, polygons: bool = Fal
 
 
 def _write_coco_panoptic(results: Sequence[MaskResult], place: Path) -> None:
-    """`panoptic.json`, and PNGs in `panoptic/` whose R + 256 G + 65536 B is a segment's id, its category's here; 0 is
-    background."""
+    """Writes `panoptic.json`, and PNGs in `panoptic/` whose R + 256 G + 65536 B is a segment's id; 0 is background. The
+    id equals the category's."""
     annotations: list[dict] = []
     with folder_written_whole(place, replace=True) as folder:
         for image_id, result in enumerate(_shown(results, place), 1):
@@ -195,7 +194,7 @@ def _write_coco_panoptic(results: Sequence[MaskResult], place: Path) -> None:
 
 
 def _coco(results: Sequence[MaskResult], annotations: list[dict]) -> dict[str, Any]:
-    """All that a COCO file has; the labels are stuff, with one segment each."""
+    """The content of a COCO file. The categories are stuff, with one segment each."""
     images = []
     for image_id, result in enumerate(results, 1):
         with Image.open(result.mask) as mask:
@@ -212,7 +211,7 @@ def _coco(results: Sequence[MaskResult], annotations: list[dict]) -> dict[str, A
 
 
 def _write_yolo(results: Sequence[MaskResult], place: Path) -> None:
-    """`labels/NAME.txt` with class and polygon in shares of the sides, `images/` beside it, `data.yaml` with names."""
+    """Writes `labels/NAME.txt` with class and normalised polygon per line, `images/`, and `data.yaml` with names."""
     with folder_written_whole(place, replace=True) as folder:
         for result in _shown(results, place):
             lines = []
@@ -228,7 +227,7 @@ def _write_yolo(results: Sequence[MaskResult], place: Path) -> None:
             image.parent.mkdir(parents=True, exist_ok=True)
             try:
                 image.symlink_to(result.image.resolve())
-            except OSError:  # Windows, and disks without links
+            except OSError:  # Windows, and file systems without links
                 shutil.copyfile(result.image, image)
         names = results[0].labels if results else ()
         lines = [
@@ -238,7 +237,7 @@ def _write_yolo(results: Sequence[MaskResult], place: Path) -> None:
 
 
 def _write_labelme(results: Sequence[MaskResult], place: Path) -> None:
-    """`NAME.json` with the polygons in pixels."""
+    """Writes `NAME.json` with polygons in pixels."""
     same: dict[str, Any] = {"group_id": None, "description": "", "shape_type": "polygon", "flags": {}}
     with folder_written_whole(place, replace=True) as folder:
         for result in _shown(results, place):
@@ -265,7 +264,7 @@ def _write_labelme(results: Sequence[MaskResult], place: Path) -> None:
 
 
 def _write_csv(results: Sequence[MaskResult], place: Path) -> None:
-    """A line for each image and label, absent ones too unless the labels are a vocabulary."""
+    """Writes one row per image and label, also for absent labels unless the labels are a vocabulary."""
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(["image", "width", "height", "label", "pixels", "area", "score"])
@@ -288,13 +287,13 @@ def _write_csv(results: Sequence[MaskResult], place: Path) -> None:
 
 
 def _polygons(mask: np.ndarray, edges: bool = False) -> list[np.ndarray]:
-    """The regions of a mask as polygons [P, 2] of (x, y), at least three corners each. These formats know no holes: a
-    hole hangs on its outline by a cut to and fro.
+    """The regions of a mask as polygons [P, 2] of (x, y) with at least three corners. The formats have no holes, so a
+    hole is joined to its outline by a cut.
 
     Args:
         mask: uint8 [H, W].
-        edges: whether the polygons go round the pixels, as COCO's do, or through the outermost ones: then every corner
-            lies so in its pixel that both rounding (supervision) and cutting off (ultralytics) give the pixel.
+        edges: whether polygons follow the outer edges of pixels, as in COCO, or pass through the outermost pixels. In
+            the latter case both rounding (supervision) and truncating (ultralytics) a corner give its pixel.
     """
     import cv2  # type: ignore[import-not-found, import-untyped, unused-ignore]
 
@@ -315,7 +314,7 @@ def _polygons(mask: np.ndarray, edges: bool = False) -> list[np.ndarray]:
 
 
 def _widened(line: np.ndarray) -> np.ndarray:
-    """A pixel, or a line of pixels between two, as a polygon that stays in them."""
+    """A polygon inside a single pixel, or inside the line of pixels between two."""
     (left, top), (right, bottom) = line[0], line[-1]
     along = np.sign([right - left, bottom - top]) if len(line) > 1 else np.array([1, 0])
     across = np.array([-along[1], along[0]])
@@ -326,14 +325,14 @@ def _widened(line: np.ndarray) -> np.ndarray:
 
 
 def _joined(outline: np.ndarray, hole: np.ndarray) -> np.ndarray:
-    """An outline with a hole, cut where their corners are nearest."""
+    """Joins an outline and a hole by a cut between their nearest corners."""
     distances = np.square(outline[:, None].astype(np.int64) - hole[None]).sum(axis=2)
     at, start = np.unravel_index(distances.argmin(), distances.shape)
     way = np.concatenate([hole[start:], hole[: start + 1]])
     return np.concatenate([outline[: at + 1], way, outline[at:]])
 
 
-# Where in the folder of results each format lies. The masks themselves, "png", are there always.
+# Path of each format in the results folder. "png" is missing because the masks are always written.
 _WRITERS: dict[str, tuple[str, Callable[[Sequence[MaskResult], Path], None]]] = {
     "masks": ("label-masks", _write_label_masks),
     "coco": ("coco.json", _write_coco),

@@ -1,4 +1,4 @@
-"""`pipeline("open-vocabulary-segmentation")`: images and words to a list of masks."""
+"""`pipeline("open-vocabulary-segmentation")`: segments images by labels."""
 
 import os
 from collections.abc import Sequence
@@ -34,11 +34,11 @@ class OpenVocabularySegmentationPipeline(Pipeline):
     ```
 
     Args:
-        args, kwargs: as for every pipeline; the processor is needed, parts of one are not taken. Labels and fields of
-            [`SegmentationOptions`] given here hold for all calls that do not give their own.
+        args, kwargs: as for every pipeline, with a whole processor and not its parts. Labels and fields of
+            [`SegmentationOptions`] given here are the defaults of all calls.
 
     Raises:
-        ValueError: a model that is none of PGSeg or has NaN for weights, no processor, or options that make no sense.
+        ValueError: the model is not a PGSeg model or has NaN weights, the processor is missing, or options are invalid.
     """
 
     _load_processor = True
@@ -51,14 +51,14 @@ class OpenVocabularySegmentationPipeline(Pipeline):
         given = [name for name in names if kwargs.get(name) is not None]
         if given != ["processor"]:
             raise ValueError(
-                f"the pipeline takes a processor and no parts of one, got {', '.join(given) or 'none'}; expected "
+                f"the pipeline needs a processor and no parts of one, got {', '.join(given) or 'none'}; expected "
                 "processor=PGSegProcessor(image_processor, tokenizer)."
             )
         super().__init__(*args, **_with_own_names(kwargs))
         model_type = self.model.config.model_type
         if model_type != PGSegConfig.model_type:
             raise ValueError(
-                f"the pipeline is for whole PGSeg models, got {type(self.model).__name__} of model_type {model_type!r}."
+                f"the pipeline needs a whole PGSeg model, got {type(self.model).__name__} of model_type {model_type!r}."
             )
 
         refuse_bad_weights(self.model, self.model.config._name_or_path or type(self.model).__name__)
@@ -68,22 +68,26 @@ class OpenVocabularySegmentationPipeline(Pipeline):
         """Segments one image or several.
 
         Args:
-            images: path, URL, bytes, PIL image or array, or a list, generator or data set of these.
-            labels: names of what may be in the images; `candidate_labels`, as zero-shot pipelines have it, is the same.
-            kwargs: fields of [`SegmentationOptions`]; `batch_size` is that of the windows of an image. What is not
-                given is as it was when the pipeline was made.
+            images (`str`, `bytes`, `PIL.Image.Image` or `np.ndarray`): a path, URL, bytes, PIL image or array, or a
+                list, generator or data set of these.
+            labels (`Sequence[str]`, *optional*): names of what may be in the images. `candidate_labels`, as in
+                zero-shot pipelines, means the same.
+            kwargs: fields of [`SegmentationOptions`]; `batch_size` is the number of windows per pass. Others keep the
+                pipeline's defaults.
 
         Returns:
-            for each image a list of {label, score, mask}, largest area first; `mask` is a PIL image of mode "L" of the
-            image's size, 255 where the label is. With a background threshold one of the labels is "background", whose
-            score is None.
+            For each image, a list of {label, score, mask}, largest area first. `mask` is a PIL image of mode "L" and
+            the image's size, 255 inside the label. With a background threshold one label is "background", with score
+            None.
 
         Raises:
-            ValueError: no labels, or labels, options or images that make no sense.
+            ValueError: labels are missing, or labels, options or images are invalid.
         """
         kwargs = _with_own_names(kwargs if labels is None else kwargs | {"labels": labels})
         if kwargs.get("labels", self._forward_params.get("labels")) is None:
-            raise ValueError('labels are missing: call it as segment(image, labels=["cat", "dog"]).')
+            raise ValueError(
+                'labels are missing: call the pipeline as segment(image, labels=["cat", "dog"]).'
+            )
         if isinstance(images, (list, tuple)) and not images:
             return []
         return super().__call__(images, **kwargs)
@@ -103,7 +107,7 @@ class OpenVocabularySegmentationPipeline(Pipeline):
         if labels is not None:
             forward["labels"] = labels
         if kwargs:
-            # When the pipeline is made there are none yet.
+            # The base class calls this in its constructor, before `_forward_params` exists.
             options = getattr(self, "_forward_params", {}).get("options", {}) | kwargs
             SegmentationOptions(**options)
             forward["options"] = options
@@ -130,22 +134,20 @@ class OpenVocabularySegmentationPipeline(Pipeline):
         ]
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
-        """Saves the model and the processor; labels and options that the pipeline was made with are not saved."""
+        """Saves the model and the processor, but not the pipeline's default labels and options."""
         if self._forward_params:
             logger.warning(
-                f"{self._forward_params} belong to this pipeline and not to its folder; give them again to the "
-                "pipeline that is made of it."
+                f"{self._forward_params} are not saved; pass them again when you load the pipeline."
             )
         self.model.save_pretrained(save_directory, **kwargs)
         self.processor.save_pretrained(save_directory)
 
 
 def _with_own_names(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Arguments with `labels` for `candidate_labels`, and another name for `batch_size`, which is that of the images in
-    the base class.
+    """Renames `candidate_labels` to `labels`, and `batch_size` because the base class uses it for images.
 
     Raises:
-        ValueError: both names of the labels.
+        ValueError: both `labels` and `candidate_labels` are given.
     """
     kwargs = dict(kwargs)
     candidates = kwargs.pop("candidate_labels", None)

@@ -1,4 +1,4 @@
-"""What results depend on, by contents and not by places, so that a run is only continued with the same."""
+"""Records of what results depend on, by content and not by path, so that a run resumes only with the same inputs."""
 
 import hashlib
 import json
@@ -14,13 +14,13 @@ from . import __version__
 from .segmentation import Segmenter
 
 _DIGITS = 16
-_SHOWN = 300  # letters of a value in a message
-# Fields of configurations that change no number.
+_SHOWN = 300  # characters of a value in a message
+# Configuration fields that do not affect results.
 _NO_FIELDS = {"_name_or_path", "transformers_version", "architectures", "auto_map", "dtype", "torch_dtype"}
 
 
 def sha256(path: str | os.PathLike) -> str:
-    """Of a file's contents, in hexadecimal digits."""
+    """The SHA-256 of a file's content, in hexadecimal digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -31,18 +31,18 @@ def file_digest(path: str | os.PathLike) -> str:
 
 
 def weights_digest(model: PreTrainedModel) -> str:
-    """16 digits that stand for a model's weights as they are now, wherever and in whatever file they came from."""
+    """A 16-digit hash of a model's current weights, independent of their file."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         if name.endswith("text_prototypes"):
-            continue  # Texts move the released variant's, and no mask depends on them.
+            continue  # Encoding texts updates those of the released variant, but no mask depends on them.
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()[:_DIGITS]
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Mappings within mappings as one, with names such as `vision_config.depths`; tuples are lists, as in JSON."""
+    """Flattens nested mappings to names such as `vision_config.depths`; tuples become lists, as in JSON."""
     found: dict[str, Any] = {}
     for name, value in json.loads(json.dumps(values)).items():
         inner = isinstance(value, dict) and value
@@ -51,7 +51,7 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def config_fields(config: PreTrainedConfig) -> dict[str, Any]:
-    """The fields of a configuration on which numbers depend, see [`flat`]."""
+    """The fields of a configuration that affect results, see [`flat`]."""
     fields = flat(json.loads(config.to_json_string(use_diff=False)))
     return {name: value for name, value in fields.items() if _NO_FIELDS.isdisjoint(name.split("."))}
 
@@ -62,12 +62,12 @@ def vocabulary_of(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def hash_of(value: Any) -> str:
-    """A hash of what can be written as JSON."""
+    """A hash of a value that can be written as JSON."""
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:_DIGITS]
 
 
 def model_record(segmenter: Segmenter) -> dict[str, Any]:
-    """What masks depend on beside images, labels and options."""
+    """Everything that masks depend on apart from images, labels and options."""
     return {
         "version": __version__,
         "dtype": str(segmenter.model.dtype).removeprefix("torch."),
@@ -79,45 +79,45 @@ def model_record(segmenter: Segmenter) -> dict[str, Any]:
 
 
 def read_record(path: Path) -> dict[str, Any] | None:
-    """The record of an earlier run; None where there is none.
+    """Reads the record of an earlier run; None if there is none.
 
     Raises:
-        ValueError: a file that is no record.
+        ValueError: the file is not a record.
     """
     if not path.is_file():
         return None
     try:
         known = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(known, dict):
-            raise ValueError("it is no record of a run")
+            raise ValueError("it is not the record of a run")
     except ValueError as error:
         raise ValueError(f"{path} cannot be read: {error}; choose another output folder.") from error
     return known
 
 
 def is_same_run(path: Path, record: Mapping[str, Any], way_out: str, overwrite: bool = False) -> bool | None:
-    """Whether the record in a file is of the same run as a new one; None where there is no file.
+    """Whether the record in a file equals that of a new run; None if there is no file.
 
     Args:
-        path: in the folder of the results.
-        record: of the run that is asked for.
-        way_out: what the message tells to do.
-        overwrite: another run is no error.
+        path: the record file in the results folder.
+        record: record of the new run.
+        way_out: advice at the end of the error message.
+        overwrite: whether another run is allowed.
 
     Raises:
-        ValueError: a file that is no record, or of another run.
+        ValueError: the file is not a record, or is of another run without `overwrite`.
     """
     known = read_record(path)
     if known is None:
         return None
     changes = differences(known, record)
     if changes and not overwrite:
-        raise ValueError(f"{path.parent} holds results of another run: {'; '.join(changes)}. {way_out}")
+        raise ValueError(f"{path.parent} contains results of another run: {'; '.join(changes)}. {way_out}")
     return not changes
 
 
 def differences(known: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """What differs between a record and a new one, each as "name was VALUE and is VALUE"."""
+    """The differences between an old and a new record, each as "name was VALUE and is VALUE"."""
     old, new = (
         {name: value for name, value in flat(each).items() if value != {}} for each in (known, wanted)
     )

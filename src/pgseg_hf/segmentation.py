@@ -1,4 +1,4 @@
-"""The one way from photos and words to masks, used by the pipeline, the command line and everything else."""
+"""Segmentation of images by labels. The pipeline, the command line and all other parts use this module."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -32,28 +32,27 @@ from .weights import refuse_other_tokenizer
 
 logger = logging.get_logger(__name__)
 
-# What a label is compared with that is alone and has no other words of a vocabulary: the mean of these.
+# A single label without other vocabulary words is compared with the mean of these.
 NEUTRAL_WORDS = ("object", "thing", "background", "scene")
-# Words whose embeddings have at least this cosine are taken for one meaning, and do not compete.
+# Words whose embeddings have at least this cosine similarity count as having the same meaning and do not compete.
 SAME_MEANING = 0.5
-# Lists of labels whose embeddings are kept.
+# Number of label lists whose embeddings are cached.
 _KEPT_EMBEDDINGS = 32
-# What scores are made of.
+# Model outputs from which scores are computed.
 _KEPT_FEATURES = ("pooler_output", "grouping", "segment_embeds", "patch_embeds")
-# A batch is full with so many pixels of images.
+# A batch is full once its images have more pixels than this.
 _BATCH_PIXELS = 2**26
 
 
 @dataclass
 class WindowFeatures:
-    """What the image encoder makes of one window, whatever the labels.
+    """The image encoder's output for one window, independent of labels.
 
     Args:
         groups: uint8 [H, W] (int32 above 256 groups), the group of each pixel.
-        features: `pooler_output`, `grouping`, `segment_embeds` and, of models that name patches, `patch_embeds`; a
+        features: `pooler_output`, `grouping`, `segment_embeds` and, if the model scores patches, `patch_embeds`, as a
             batch of one.
-        top: row of the window's first pixel in the resized image.
-        left: column of it.
+        top, left: row and column of the window's first pixel in the resized image.
     """
 
     groups: Tensor = field(repr=False)
@@ -64,12 +63,12 @@ class WindowFeatures:
 
 @dataclass
 class EncodedImage:
-    """What segmentation keeps of an image: other labels and thresholds need no second pass through the encoder.
+    """The encoded windows of an image. You can score them with other labels and thresholds without encoding again.
 
     Args:
-        size: height and width of the original.
-        resized: height and width of what the windows cover.
-        windows: their features.
+        size: height and width of the original image.
+        resized: height and width of the area that the windows cover.
+        windows: features of the windows.
     """
 
     size: tuple[int, int]
@@ -78,7 +77,7 @@ class EncodedImage:
 
 
 def _batches(images: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    """Lists of `size` images, of fewer where they are large and in memory."""
+    """Yields lists of `size` images, or fewer if they are large PIL images."""
     batch, pixels = [], 0
     for image in images:
         batch.append(image)
@@ -91,19 +90,19 @@ def _batches(images: Iterable[Any], size: int) -> Iterator[list[Any]]:
 
 
 def remarks_on_one_label(labels: Sequence[str], background: bool) -> list[str]:
-    """A sentence on a label that is alone and has no background to leave anything to."""
+    """A warning about a single label without a background; empty otherwise."""
     if len(labels) > 1 or background:
         return []
     return [
-        f"{labels[0]!r} is the only label and there is no background threshold, so that it covers the whole image; "
-        "with one, for instance 0.5, it covers what is more like it than like anything else."
+        f"{labels[0]!r} is the only label and there is no background threshold, so it covers the whole image; "
+        "set a threshold, for example 0.5, to keep only pixels that resemble it more than anything else."
     ]
 
 
 def _text_weights(model: PGSegModel) -> tuple | None:
-    """Something that changes whenever a weight or buffer of the text tower or its head is replaced or written to.
+    """A key that changes whenever a weight or buffer of the text tower or its head is replaced or modified.
 
-    None where that cannot be told: inference tensors count no versions, and weights on the meta device
+    None if changes cannot be detected: inference tensors have no version counter, and weights on the meta device
     (offloaded) have no address.
     """
     tensors: list[Tensor] = []
@@ -115,13 +114,13 @@ def _text_weights(model: PGSegModel) -> tuple | None:
 
 
 class Segmenter:
-    """Segments images with a model and its processor. Embeddings of labels are computed once, until the weights of the
-    text tower change.
+    """Segments images with a model and its processor. Embeddings of labels are cached until the weights of the text
+    tower change.
 
     Args:
-        model: in evaluation mode, on any device and in any dtype.
-        processor: of that model.
-        options: defaults of the calls.
+        model (`PGSegModel`): a model on any device and in any dtype. It is set to evaluation mode.
+        processor (`PGSegProcessor`): the processor of that model.
+        options (`SegmentationOptions`, *optional*): defaults of the calls.
     """
 
     def __init__(
@@ -135,17 +134,20 @@ class Segmenter:
     def __call__(
         self, images: Any, labels: Sequence[str], options: SegmentationOptions | None = None
     ) -> Segmentation | list[Segmentation]:
-        """Segments one image, or a list of them.
+        """Segments one image or a list of images.
 
         Args:
-            images: path, bytes, file object, PIL image or array [H, W, 3], or a list, tuple, column of `datasets` or
+            images: a path, bytes, file object, PIL image or array [H, W, 3], or a list, tuple, `datasets` column or
                 pandas series of these.
-            labels: names of what may be in the images; `"car|automobile"` is one label that is called by its first
-                word and scored by all, as `synonyms` of the options says.
-            options: instead of the segmenter's.
+            labels (`Sequence[str]`): names of what may be in the images. `"car|automobile"` is one label; its first
+                word is its name, and `options.synonyms` says how its words are scored.
+            options (`SegmentationOptions`, *optional*): replaces the segmenter's options.
+
+        Returns:
+            A [`Segmentation`], or a list of them for several images.
 
         Raises:
-            ValueError: labels, options or an image that make no sense.
+            ValueError: labels, options or an image are invalid.
         """
         if are_images(images):
             return list(self.stream(images, labels, options))
@@ -158,17 +160,15 @@ class Segmenter:
         options: SegmentationOptions | None = None,
         smooth: int = 1,
     ) -> Iterator[Segmentation]:
-        """Segments images one after the other, in their order, reading no more of them than a batch ahead, and
-        `smooth / 2` more: for frames of a video, scores are averaged over so many neighbours."""
+        """Yields a [`Segmentation`] for each image, in order, reading at most one batch plus `smooth / 2` images ahead.
+        For video frames, `smooth` is the number of neighbouring images over which scores are averaged."""
         options = options or self.options
         words, labels = labels, [words[0] for words in split_synonyms(labels)]
         options.check_labels(labels)
         class_embeds = self.class_embeddings(words, options)
         smooth = whole_number(smooth, "smooth")
         if options.min_area is not None and smooth > 1:
-            raise ValueError(
-                f"min_area is {options.min_area} and smooth {smooth}; with min_area smooth is 1."
-            )
+            raise ValueError(f"min_area is {options.min_area} and smooth {smooth}; min_area needs smooth=1.")
         if options.min_area is None:
             for remark in (
                 *remarks_on_one_label(labels, options.has_background),
@@ -189,7 +189,7 @@ class Segmenter:
     def _map_of_largest(
         self, image: EncodedImage, class_embeds: Tensor, options: SegmentationOptions
     ) -> tuple[Tensor, Tensor]:
-        """As [`~ScoredImage.label_map`], of the labels alone that cover most of the image."""
+        """Like [`~ScoredImage.label_map`], but only for the labels that [`~Segmenter.largest`] finds."""
         found = sorted(self.largest(image, class_embeds, options.min_area or 0.0, options))
         label_map, best = self.score(image, class_embeds[found], options).label_map()
         values = [0, *(index + 1 for index in found)] if options.background_threshold is not None else found
@@ -202,17 +202,17 @@ class Segmenter:
         min_area: float,
         options: SegmentationOptions | None = None,
     ) -> list[int]:
-        """Which labels cover most of an image when all compete, the largest first; one that means nearly the same as a
-        larger one is left out.
+        """Finds the labels that cover most of an image when all compete. A label that means nearly the same as a larger
+        one is left out.
 
         Args:
-            image: from [`~Segmenter.encode`].
-            class_embeds: from [`~Segmenter.class_embeddings`].
-            min_area: share of the pixels that a label must have to count, 0 to 1.
-            options: `templates`, `top_k` and `patch_weight` are used.
+            image: image from [`~Segmenter.encode`].
+            class_embeds: embeddings from [`~Segmenter.class_embeddings`].
+            min_area: minimum share of the pixels, 0 to 1.
+            options: only `templates`, `top_k` and `patch_weight` are used.
 
         Returns:
-            at least one number of a label: the largest where none reaches `min_area`.
+            Indices of labels, largest first; only the largest label if none reaches `min_area`.
         """
         options = replace(options or self.options, background_threshold=None)
         scored = self.score(image, class_embeds, options)
@@ -228,8 +228,8 @@ class Segmenter:
         return found
 
     def class_embeddings(self, labels: Sequence[str], options: SegmentationOptions | None = None) -> Tensor:
-        """Labels in the joint space, unit rows [N, D]; of synonyms, `"car|automobile"`, the unit mean. Where the best
-        of synonyms counts, [N, W, D] with as many words as a label has at most, the first filling up."""
+        """Embeds labels in the joint space as unit rows [N, D]; synonyms, `"car|automobile"`, give their unit mean.
+        With `synonyms="best"`, the shape is [N, W, D] for at most W words per label, padded with the first word."""
         options = options or self.options
         words = split_synonyms(labels)
         flat = [word for each in words for word in each]
@@ -259,7 +259,7 @@ class Segmenter:
     def encode(
         self, images: Iterable[Any], options: SegmentationOptions | None = None
     ) -> Iterator[EncodedImage]:
-        """The image encoder's part of [`~Segmenter.stream`], image by image."""
+        """Encodes images in batches and yields them one by one, as the first step of [`~Segmenter.stream`]."""
         options = options or self.options
         for batch in _batches(images, options.batch_size):
             yield from self._encode_batch(batch, options)
@@ -272,13 +272,13 @@ class Segmenter:
         options: SegmentationOptions | None = None,
         may_have_background: bool = False,
     ) -> ScoredImage:
-        """How well labels fit the groups of an encoded image.
+        """Scores labels for the groups of an encoded image.
 
         Args:
-            image: from [`~Segmenter.encode`].
-            class_embeds: [N, D] or [N, W, D], from [`~Segmenter.class_embeddings`].
-            options: threshold, `top_k`, `patch_weight` and, with a threshold, `templates` are used.
-            may_have_background: [`~ScoredImage.with_background`] will be called on the result.
+            image: image from [`~Segmenter.encode`].
+            class_embeds: embeddings [N, D] or [N, W, D] from [`~Segmenter.class_embeddings`].
+            options: only the threshold, `top_k`, `patch_weight` and, with a threshold, `templates` are used.
+            may_have_background: whether [`~ScoredImage.with_background`] will be called on the result.
         """
         options = options or self.options
         threshold, weight, top_k = options.background_threshold, *self._weight_and_top_k(options)
@@ -309,15 +309,15 @@ class Segmenter:
                     other_logits = self.model.get_patch_logits(features, others)[0]
                     scores.patch_known = chance_of_labels(patch_logits, other_logits, 0)
             if is_alone and scores.known is not None:
-                # Among the labels its share would be 1 everywhere.
+                # A softmax over a single label would be 1 everywhere.
                 scores.scores = scores.known[:, None]
                 scores.patch_scores = None if scores.patch_known is None else scores.patch_known[None]
             scored.windows.append(scores if threshold is None else scores.with_background(threshold))
         return scored
 
     def _other_words(self, class_embeds: Tensor, options: SegmentationOptions) -> Tensor | None:
-        """Embeddings [M, D] of the words that the checkpoint knows and that mean something else than all labels; of a
-        single label without such words a neutral one [1, D]."""
+        """Embeddings [M, D] of the vocabulary words that differ in meaning from all labels. Without such words, a
+        single label gets a neutral embedding [1, D], several labels None."""
         words = None if self.processor is None else self.processor.vocabulary
         if words:
             embeds = self.class_embeddings(words, options)
@@ -333,13 +333,13 @@ class Segmenter:
     def remarks_on_far_labels(
         self, labels: Sequence[str], class_embeds: Tensor, options: SegmentationOptions | None = None
     ) -> list[str]:
-        """A sentence on each label that is farther from all words of the vocabulary than nine in ten of these are from
-        their nearest; none without a vocabulary.
+        """Warnings about labels that are farther from the vocabulary than 90 % of its words are from their nearest
+        neighbour; empty without a vocabulary.
 
         Args:
             labels: N labels.
-            class_embeds: [N, D] or [N, W, D], from [`~Segmenter.class_embeddings`].
-            options: `templates` is used.
+            class_embeds: embeddings [N, D] or [N, W, D] from [`~Segmenter.class_embeddings`].
+            options: only `templates` is used.
         """
         words = self.processor.vocabulary or ()
         if len(words) < 2 or {label.casefold() for label in labels} <= {word.casefold() for word in words}:
@@ -349,24 +349,24 @@ class Segmenter:
         likeness = class_embeds.to(known.dtype) @ known.T
         nearest = (likeness if likeness.dim() == 2 else likeness.amax(dim=1)).max(dim=1)
         return [
-            f"{label!r} is far from the {len(words)} words that this checkpoint learned, of which {words[index]!r} is "
-            "the nearest; its mask may mean nothing."
+            f"{label!r} is far from the {len(words)} words that this checkpoint learned (the nearest is "
+            f"{words[index]!r}); its mask may be meaningless."
             for label, index, value in zip(labels, nearest.indices.tolist(), nearest.values)
             if value < spacing
         ]
 
     def _weight_and_top_k(self, options: SegmentationOptions) -> tuple[float, int]:
-        """How much the patches count, and how many labels a window may show.
+        """The patch weight and the largest number of labels per window.
 
         Raises:
-            ValueError: patches count for a model that does not name them.
+            ValueError: the patch weight is not 0, but the model does not score patches.
         """
         weight = self.processor.patch_weight if options.patch_weight == "auto" else options.patch_weight
         if weight and self.model.config.pooling.parts != "patches":
             raise ValueError(
                 f"patch_weight is {weight}, but the model was trained with contrastive_pooling "
-                f"{self.model.config.contrastive_pooling!r} and does not name patches; expected 0: "
-                "SegmentationOptions(patch_weight=0) or --patch-weight 0, or for good "
+                f"{self.model.config.contrastive_pooling!r} and does not score patches; expected 0: "
+                "SegmentationOptions(patch_weight=0) or --patch-weight 0, or permanently "
                 "processor.patch_weight = 0 and processor.save_pretrained(folder)."
             )
         return weight, self.processor.top_k if options.top_k == "auto" else options.top_k
@@ -379,10 +379,10 @@ class Segmenter:
         return self.processor.image_processor(image, return_tensors="pt", **sized)["pixel_values"]
 
     def _window_sizes(self, options: SegmentationOptions) -> tuple[int | None, int]:
-        """Side and stride of the windows in pixels; no side for the whole image at once.
+        """Side and stride of the windows in pixels; the side is None for the whole image at once.
 
         Raises:
-            ValueError: gaps between windows, or windows of features that are no whole patches.
+            ValueError: there are gaps between windows, or windows of features do not consist of whole patches.
         """
         size = self.processor.window_size if options.window_size == "auto" else options.window_size
         stride = self.processor.window_stride if options.window_stride == "auto" else options.window_stride
@@ -391,8 +391,8 @@ class Segmenter:
         patch = self.model.config.vision_config.patch_size
         if self._cuts_features(size) and (size % patch or stride % patch):
             raise ValueError(
-                f"window_size is {size} and window_stride {stride}; the windows of this model are cut from features, "
-                f"expected multiples of {patch}."
+                f"window_size is {size} and window_stride {stride}, expected multiples of {patch}, because the windows "
+                "of this model are cut from patch features."
             )
         return size, stride
 
@@ -400,8 +400,8 @@ class Segmenter:
         return size is not None and self.processor is not None and self.processor.window_features
 
     def _windows(self, pixel_values: Tensor, options: SegmentationOptions) -> tuple[int, Tensor, list[Any]]:
-        """What the windows are cut from: pixels [1, 3, H, W] or, for the windows of features, what the backbone makes
-        of them [1, C, H, W]; how many pixels a step on its grid is; and the windows' places on it, (rows, columns)."""
+        """The pixels per grid step, the grid from which windows are cut, and the windows as (rows, columns) slices. The
+        grid is pixels [1, 3, H, W] or, for windows of features, backbone features [1, C, H, W]."""
         size, stride = self._window_sizes(options)
         pixel_values, step = pixel_values.to(self.model.device), 1
         if self._cuts_features(size):
@@ -420,7 +420,7 @@ class Segmenter:
 
     @torch.inference_mode()
     def _encode_batch(self, images: Iterable[Any], options: SegmentationOptions) -> list[EncodedImage]:
-        """Cuts images into windows and encodes those of one shape together."""
+        """Cuts images into windows and encodes windows of the same shape together."""
         encoded: list[EncodedImage] = []
         by_shape: dict[tuple[int, ...], list[tuple[EncodedImage, int, int, Tensor]]] = {}
         step = 1

@@ -1,4 +1,4 @@
-"""What is in an image, for those who give no words."""
+"""The vocabulary for images without given labels."""
 
 from pathlib import Path
 
@@ -9,5 +9,5 @@ _EVERYDAY_FILE = Path(__file__).parent / "assets" / "everyday_words.txt"
 
 
 def everyday_words() -> list[str]:
-    """The vocabulary that ships: 256 names of things and surroundings."""
+    """The vocabulary that ships with the package: 256 names of things and surroundings."""
     return read_text(_EVERYDAY_FILE).splitlines()

@@ -1,4 +1,4 @@
-"""Text files as editors, spreadsheets and pandas write them: any Unicode encoding, any line ends."""
+"""Reads text files from editors, spreadsheets and pandas, with any Unicode encoding and line endings."""
 
 import io
 import json
@@ -8,10 +8,10 @@ from typing import Any
 
 
 def decode_text(data: bytes, name: str) -> str:
-    """Text in UTF-8, UTF-16 or UTF-32, with or without a byte order mark, which is taken off.
+    """Decodes UTF-8, UTF-16 or UTF-32 and removes a byte order mark.
 
     Raises:
-        ValueError: it is in another encoding; says in which line.
+        ValueError: the text has another encoding; the message gives the line.
     """
     encoding = json.detect_encoding(data)
     try:
@@ -19,16 +19,16 @@ def decode_text(data: bytes, name: str) -> str:
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise ValueError(
-            f"{name} is no {encoding.upper()} text: line {line} has {data[error.start : error.start + 8]!r}; save it "
+            f"{name} is not {encoding.upper()} text: line {line} has {data[error.start : error.start + 8]!r}; save it "
             "as UTF-8 (in Excel as 'CSV UTF-8')."
         ) from error
 
 
 def read_text(path: str | os.PathLike) -> str:
-    """A text file, see [`decode_text`].
+    """Reads a text file, see [`decode_text`].
 
     Raises:
-        ValueError: it cannot be read, or is in an encoding that is not Unicode.
+        ValueError: the file cannot be read, or its encoding is not Unicode.
     """
     try:
         data = Path(path).read_bytes()
@@ -38,40 +38,40 @@ def read_text(path: str | os.PathLike) -> str:
 
 
 def split_lines(text: str) -> list[str]:
-    """The lines of a text. `str.splitlines` would also split at U+2028, U+0085 and other characters of a sentence."""
+    """The lines of a text. `str.splitlines` would also split at U+2028, U+0085 and others inside a sentence."""
     return [line.rstrip("\n") for line in io.StringIO(text, newline=None)]
 
 
 def parse_json(text: str) -> Any:
-    """JSON.
+    """Parses JSON.
 
     Raises:
-        ValueError: it is none, or nested deeper than can be read.
+        ValueError: the text is not JSON, or is nested too deeply.
     """
     try:
         return json.loads(text)
     except RecursionError as error:
-        raise ValueError(f"{text[:20]!r}... is nested too deep") from error
+        raise ValueError(f"{text[:20]!r}... is nested too deeply") from error
 
 
 def read_json(path: str | os.PathLike) -> Any:
-    """The content of a JSON file.
+    """Reads a JSON file.
 
     Raises:
-        ValueError: it cannot be read, or is no JSON.
+        ValueError: the file cannot be read or is not JSON.
     """
     text = read_text(path)
     try:
         return parse_json(text)
     except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}.") from error
+        raise ValueError(f"{path} is not valid JSON: {error}.") from error
 
 
 def read_yaml(path: str | os.PathLike) -> Any:
-    """The content of a YAML file, which JSON is too. Needs `pgseg-hf[train]`.
+    """Reads a YAML or JSON file. Needs `pgseg-hf[train]`.
 
     Raises:
-        ValueError: it cannot be read, or is no YAML.
+        ValueError: the file cannot be read or is not YAML.
     """
     import yaml
 
@@ -79,20 +79,20 @@ def read_yaml(path: str | os.PathLike) -> Any:
     try:
         return yaml.safe_load(text)
     except (yaml.YAMLError, RecursionError) as error:
-        raise ValueError(f"{path} is no YAML: {error}.") from error
+        raise ValueError(f"{path} is not valid YAML: {error}.") from error
 
 
 def check_characters(text: str) -> str:
-    """The text itself.
+    """Returns the text unchanged.
 
     Raises:
-        ValueError: it has half a surrogate pair, as broken JSON and bytes that are not UTF-8 leave it, which is no
-            character and can be neither tokenised nor written.
+        ValueError: the text has half a surrogate pair, which comes from broken JSON or bytes that are not UTF-8 and can
+            be neither tokenised nor written.
     """
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"{text!r} has {text[error.start]!r}, which is no character; expected Unicode text (UTF-8)"
+            f"{text!r} has {text[error.start]!r}, which is not a character; expected Unicode text (UTF-8)"
         ) from error
     return text

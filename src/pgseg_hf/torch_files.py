@@ -1,4 +1,4 @@
-"""Tensors of `.pth` files that nobody vouches for: nothing in them is executed, and no more is read than is there."""
+"""Reads tensors from untrusted `.pth` files: no code in them is executed, and no more is allocated than they hold."""
 
 import math
 import os
@@ -20,7 +20,7 @@ from .weights import what_is_wrong_with_file
 
 
 class _Inert:
-    """Stands for any object of a pickle that is not a tensor: takes whatever the pickle does to it, does nothing."""
+    """Replaces any object of a pickle that is not a tensor. It accepts every operation and does nothing."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "_Inert":
         return super().__new__(cls)
@@ -38,7 +38,7 @@ class _Inert:
 
 
 class _Function:
-    """A function that a pickle may call but, unlike a plain one, not set attributes of."""
+    """A function that a pickle can call but, unlike a plain one, cannot set attributes of."""
 
     __slots__ = ("_function",)
 
@@ -60,22 +60,22 @@ _TENSOR_REBUILDERS = ("_rebuild_tensor", "_rebuild_tensor_v2")
 
 
 def _checked(rebuild: Callable, storage: Any, offset: int, shape: tuple, *others: Any) -> Tensor:
-    """A tensor whose numbers are all there; strides of 0 would make any number of them out of one."""
+    """Rebuilds a tensor whose bytes are all in the file; strides of 0 could make a huge tensor out of one number."""
     size, there = math.prod(shape) * storage.dtype.itemsize, storage._untyped_storage.nbytes()
     if size > there:
-        raise ValueError(f"a tensor of shape {list(shape)} has {there:,} of its {size:,} bytes")
+        raise ValueError(f"a tensor of shape {list(shape)} has {there:,} bytes, expected {size:,}")
     return rebuild(storage, offset, shape, *others)
 
 
-# Python's own and not the one in C, which takes memory for as many objects as the file says that it has.
+# The pure Python unpickler: the one in C allocates memory for as many objects as the file claims to have.
 class _TensorUnpickler(pickle._Unpickler):
-    """Builds tensors and plain containers; every other class or function of the file becomes [`_Inert`]."""
+    """Builds tensors and plain containers; every other class or function in the file becomes [`_Inert`]."""
 
     storage_bytes: Callable[[str], int]
-    """How much of the file is there for a storage."""
+    """Number of bytes that the file has for a storage."""
 
     def load(self) -> Any:
-        read = getattr(self, "persistent_load", None)  # torch's, made for the file
+        read = getattr(self, "persistent_load", None)  # set by torch for this file
 
         def persistent_load(saved_id: tuple) -> Any:
             if saved_id[0] == "storage":
@@ -98,16 +98,16 @@ class _TensorUnpickler(pickle._Unpickler):
             return getattr(torch, name)
         if (module, name) == ("torch", "Size"):
             return torch.Size
-        if name == "getattr":  # how old pickles name a class inside another
+        if name == "getattr":  # old pickles use it to name a nested class
             return _Function(_inert_class)
         return _Inert
 
 
 def _safe_pickle(path: Path) -> types.SimpleNamespace:
-    """What torch.load needs of a pickle module, for one file.
+    """The pickle module that `torch.load` needs, for one file.
 
     Raises:
-        ValueError: the file is packed, so that nobody knows how much is in it.
+        ValueError: the file is compressed, so its parts may be of any size.
     """
     size = path.stat().st_size
     records: dict[str, int] = {}
@@ -115,7 +115,7 @@ def _safe_pickle(path: Path) -> types.SimpleNamespace:
         with zipfile.ZipFile(path) as archive:
             records = {entry.filename.partition("/data/")[2]: entry.file_size for entry in archive.infolist()}
             if sum(entry.file_size for entry in archive.infolist()) > size:
-                raise ValueError("its parts are larger than the file; expected it as torch.save writes it")
+                raise ValueError("its parts are larger than the file; expected a file written by torch.save")
 
     class Unpickler(_TensorUnpickler):
         def storage_bytes(self, key: str) -> int:
@@ -129,43 +129,44 @@ def _safe_pickle(path: Path) -> types.SimpleNamespace:
 
 
 def read_state_dict(path: str | os.PathLike) -> dict[str, Tensor]:
-    """The tensors of a `.pth` file, bare or under `model`, with nothing in the file executed; whatever else it holds is
-    left out.
+    """Reads the tensors of a `.pth` file, bare or under `model`, without executing code in the file. Everything else in
+    it is ignored.
 
     Raises:
-        ValueError: no such file, not a torch checkpoint, or one that is no mapping.
+        ValueError: the file does not exist, is not a torch checkpoint, or does not contain a mapping.
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"{path} is no file; expected a released checkpoint (.pth).")
+        raise ValueError(f"{path} is not a file; expected a released checkpoint (.pth).")
     try:
         with warnings.catch_warnings():
-            # torch.load only warns that it hands such a file to torch.jit.load, which runs code of the file.
+            # torch.load only warns before it passes such a file to torch.jit.load, which runs code in the file.
             warnings.filterwarnings("error", message=".*TorchScript archive.*")
             if tarfile.is_tarfile(path):
-                raise ValueError("it is a tar file, as torch before 0.2 wrote it")
+                raise ValueError("it is a tar file, the format of torch before 0.2")
             content = torch.load(
                 path, map_location="cpu", pickle_module=_safe_pickle(path), weights_only=False
             )
-    except Exception as error:  # torch and pickle raise all kinds of errors on foreign files
+    except Exception as error:  # torch and pickle raise many types of errors for unknown files
         if reason := what_is_wrong_with_file(path):
             raise ValueError(f"{path} {reason}") from error
         raise ValueError(
             f"{path} cannot be read as a PyTorch checkpoint: {type(error).__name__}: {error}"
         ) from error
     if not isinstance(content, Mapping):
-        raise ValueError(f"{path} holds a {type(content).__name__}, expected a dict with the entry 'model'.")
+        raise ValueError(f"{path} contains a {type(content).__name__}, expected a dict with the key 'model'.")
     tensors = tensors_of(content)
     size = sum(tensor.nbytes for tensor in tensors.values())
     if size > path.stat().st_size:
         raise ValueError(
-            f"{path} has {path.stat().st_size:,} bytes for tensors of {size:,}, which share them."
+            f"{path} has only {path.stat().st_size:,} bytes for tensors of {size:,} bytes; expected tensors that do "
+            "not share memory."
         )
     return tensors
 
 
 def tensors_of(content: Mapping[Any, Any]) -> dict[str, Tensor]:
-    """The tensors of what such a file holds, bare or under `model`, without the prefix of a wrapper."""
+    """The tensors in the content of a `.pth` file, bare or under `model`, without a wrapper's prefix."""
     if isinstance(content.get("model"), Mapping):
         content = content["model"]
     return {

@@ -1,4 +1,4 @@
-"""Numbers and lists by what they are, not by the library that they come from."""
+"""Checks for numbers, lists and colours that work for Python, NumPy, torch and pandas values alike."""
 
 import math
 import operator
@@ -11,20 +11,20 @@ from PIL import ImageColor
 
 
 def is_list(value: Any) -> TypeGuard[Sequence[Any]]:
-    """Whether a value is several in an order: a list, tuple, NumPy array, pandas Series, column of `datasets` ..."""
+    """Whether a value is an ordered collection: a list, tuple, NumPy array, pandas Series, `datasets` column etc."""
     one = isinstance(value, (str, bytes, bytearray, memoryview, Mapping, Set, Iterator))
     return isinstance(value, Iterable) and not one and getattr(value, "ndim", 1) > 0
 
 
 def are_images(value: Any) -> TypeGuard[Sequence[Any]]:
-    """Whether a value is several images and not one; arrays and tensors of numbers are one."""
+    """Whether a value is a collection of images. A numeric array or tensor is a single image."""
     if isinstance(value, np.ndarray):
         return value.dtype.kind in "OU" and value.ndim > 0
     return is_list(value) and not hasattr(value, "numpy")  # a tensor
 
 
 def is_whole(value: Any) -> bool:
-    """Whether a value is a whole number: `int`, NumPy's or a tensor of one; `True` is none."""
+    """Whether a value is an integer of Python, NumPy or a tensor with one element; booleans are not."""
     if _is_truth(value):
         return False
     try:
@@ -35,10 +35,10 @@ def is_whole(value: Any) -> bool:
 
 
 def whole_number(value: Any, name: str, least: int = 1) -> int:
-    """A whole number as Python's own.
+    """Converts an integer value to `int`.
 
     Raises:
-        ValueError: another value, or one below `least`.
+        ValueError: the value is not an integer or is below `least`.
     """
     if not is_whole(value) or operator.index(value) < least:
         raise ValueError(f"{name} is {value!r}, expected a whole number of at least {least}.")
@@ -46,14 +46,14 @@ def whole_number(value: Any, name: str, least: int = 1) -> int:
 
 
 def share(value: Any, name: str, others: str = "") -> float:
-    """A number from 0 to 1 as Python's own: `float`, `int`, NumPy's or a tensor of one; neither `True` nor text.
+    """Converts a number from 0 to 1, of Python, NumPy or a tensor with one element, to `float`.
 
     Args:
-        value: to look at.
-        name, others: for messages, what it is and what else it may be.
+        value: the value to convert; booleans and strings are refused.
+        name, others: for error messages, the name of the value and other values that are allowed.
 
     Raises:
-        ValueError: another value.
+        ValueError: the value is not a number from 0 to 1.
     """
     is_text = isinstance(value, (str, bytes, bytearray))
     try:
@@ -66,10 +66,10 @@ def share(value: Any, name: str, others: str = "") -> float:
 
 
 def hex_colour(value: Any, name: str, others: str = "") -> str:
-    """A colour as `"#rrggbb"`, from one that is written as in CSS: `"#f00"`, `"#ff0000"`, `"red"`.
+    """Converts a CSS colour, `"#f00"`, `"#ff0000"` or `"red"`, to `"#rrggbb"`.
 
     Raises:
-        ValueError: another value, or a colour that light shines through.
+        ValueError: the value is not a colour, or is not opaque.
     """
     rgb: tuple[int, ...] = ()
     with suppress(ValueError, AttributeError, TypeError):

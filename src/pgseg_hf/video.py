@@ -1,4 +1,4 @@
-"""Segmenting videos frame by frame in constant memory. PyAV, `pgseg-hf[video]`, is imported when asked for."""
+"""Segments videos frame by frame in constant memory. PyAV, `pgseg-hf[video]`, is imported on demand."""
 
 import itertools
 import time
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 logger = logging.get_logger(__name__)
 
 VIDEO_EXTENSIONS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".wmv", ".3gp", ".mts")
-"""File name endings, in lower case, of what is taken for a video."""
+"""Lower-case file name endings that are treated as videos."""
 
 SMOOTH = 5
-"""Frames over which scores are averaged by default."""
+"""Default number of frames over which scores are averaged."""
 
-# Containers that are written, with their encoders, and these encoders' options.
+# Container and encoder for each file name ending that can be written, and the options of the encoders.
 WRITTEN = {
     ".mp4": ("mp4", "libx264"),
     ".mov": ("mov", "libx264"),
@@ -42,21 +42,21 @@ _ENCODER_OPTIONS = {
     "libvpx-vp9": {"crf": "30", "b": "0", "deadline": "realtime", "cpu-used": "6"},
 }
 _BT709, _LIMITED_RANGE = 1, 1
-# A video that ends earlier than its header says by more than this, and this share of it, is truncated.
+# A video counts as truncated if it ends earlier than its header says by more than both of these.
 _MISSING_SECONDS, _MISSING_SHARE = 0.5, 0.02
 
 
 def load_av() -> Any:
-    """PyAV.
+    """Imports PyAV.
 
     Raises:
-        ValueError: it is not installed.
+        ValueError: PyAV is not installed.
     """
     try:
         import av
     except ImportError as error:
         raise ValueError(
-            "videos need PyAV, which is not installed, expected pip install 'pgseg-hf[video]'."
+            "videos need PyAV, which is not installed; run pip install 'pgseg-hf[video]'."
         ) from error
     return av
 
@@ -66,8 +66,8 @@ class Frame:
     """A frame of a video.
 
     Args:
-        image: upright, RGB.
-        pts: when it is shown, in units of the video's `time_base`.
+        image: the upright RGB image.
+        pts: presentation time in units of the video's `time_base`.
     """
 
     image: Image.Image = field(repr=False)
@@ -75,20 +75,20 @@ class Frame:
 
 
 class Video:
-    """The frames of a video file, read one by one each time they are iterated over.
+    """Iterates over the frames of a video file, reading them one by one.
 
     Args:
         path: a file of any format that FFmpeg reads.
-        max_pixels: a video with larger frames is refused.
+        max_pixels: largest number of pixels per frame.
 
     Attributes:
-        rate: frames a second, on average.
-        time_base: seconds of a unit of time.
-        length: frames by the file's header, an estimate; None where it does not tell.
+        rate: average number of frames per second.
+        time_base: length of a time unit in seconds.
+        length: estimated number of frames from the file's header; None if it has none.
 
     Raises:
-        ValueError: PyAV is not installed, or the file is no video, is broken (also later, while frames are read), too
-            large or ends before its header says.
+        ValueError: PyAV is not installed, or the file is not a video, is too large, or is broken or truncated; the
+            latter may be raised only while frames are read.
     """
 
     def __init__(self, path: str | Path, max_pixels: int = MAX_IMAGE_PIXELS):
@@ -98,7 +98,7 @@ class Video:
             if stream.width * stream.height > max_pixels:
                 raise ValueError(
                     f"{path} has frames of {stream.width} x {stream.height} = {stream.width * stream.height:,} pixels, "
-                    f"more than the {max_pixels:,} that are read: raise max_pixels (--max-pixels)."
+                    f"more than the {max_pixels:,} allowed: raise max_pixels (--max-pixels)."
                 )
             self.rate = Fraction(stream.average_rate or stream.guessed_rate or 25)
             self.time_base: Fraction = stream.time_base
@@ -134,7 +134,7 @@ class Video:
                 count += 1
                 yield Frame(_upright(frame), pts)
         if not count:
-            raise self._broken("it has no frames")
+            raise self._broken("no frames")
         missing = (self._seconds or 0.0) - last
         if missing > max(_MISSING_SECONDS, _MISSING_SHARE * last):
             raise self._broken(f"it ends after {last:.1f} of {self._seconds:.1f} seconds")
@@ -147,17 +147,17 @@ class Video:
             raise self._broken(error.strerror or str(error)) from error
         if not container.streams.video:
             container.close()
-            raise ValueError(f"{self.path} holds no images, only sound; expected a video.")
+            raise ValueError(f"{self.path} contains only sound; expected a video.")
         return container
 
     def _broken(self, reason: str) -> ValueError:
         return ValueError(
-            f"{self.path} is broken, truncated or no video: {reason}; expected the whole file, copy it again."
+            f"{self.path} is broken, truncated or not a video: {reason}; copy the complete file again."
         )
 
 
 def _seconds_of_tag(text: str) -> float | None:
-    """Of "00:00:02.500000", as Matroska has it."""
+    """Parses a duration such as "00:00:02.500000", the form in Matroska files."""
     try:
         hours, minutes, seconds = text.split(":")
         return 3600 * int(hours) + 60 * int(minutes) + float(seconds)
@@ -166,7 +166,7 @@ def _seconds_of_tag(text: str) -> float | None:
 
 
 def _upright(frame: Any) -> Image.Image:
-    """A telephone stores frames as its sensor lies, and by how much players turn them."""
+    """The frame as an image. Phones store frames unrotated, with the rotation for players as metadata."""
     image = frame.to_image()
     return image.rotate(frame.rotation, expand=True) if frame.rotation % 360 else image
 
@@ -179,26 +179,27 @@ def segment_frames(
     smooth: int = SMOOTH,
     every: int = 1,
 ) -> Iterator[tuple[Frame, "Segmentation"]]:
-    """Each frame with its segmentation, in their order. No more frames are held than a batch and
+    """Yields each frame with its segmentation, in order. Memory holds at most one batch of frames plus
     `every * (smooth / 2 + 1)`.
 
     Args:
-        segmenter: whose model and processor decide.
-        frames: of one size.
-        labels: as for [`Segmenter`].
-        options: instead of the segmenter's.
-        smooth: scores are averaged over so many encoded frames, those before and after alike; 1 for each by itself.
-        every: one of so many frames is encoded, the middle one, and its labels hold for all of them.
+        segmenter: the segmenter to use.
+        frames: frames of the same size.
+        labels: labels as in [`Segmenter`].
+        options: replaces the segmenter's options.
+        smooth: number of encoded frames, centred on the current one, over which scores are averaged; 1 for none.
+        every: number of frames per block; only the middle frame is encoded, and its labels are used for the whole
+            block.
 
     Raises:
-        ValueError: options or labels that make no sense.
+        ValueError: options or labels are invalid.
     """
     smooth, every = whole_number(smooth, "smooth"), whole_number(every, "every")
     options = options or segmenter.options
     options = replace(options, batch_size=max(1, options.batch_size // every))
     blocks, encoded = itertools.tee(_blocks(frames, every))
     results = segmenter.stream((block[len(block) // 2].image for block in encoded), labels, options, smooth)
-    # Results first: at the end of `blocks` there is none to be left over.
+    # Results come first, so that zip consumes no extra block at the end.
     for result, block in zip(results, blocks):
         for frame in block:
             yield frame, result
@@ -212,14 +213,14 @@ def _blocks(frames: Iterable[Frame], size: int) -> Iterator[list[Frame]]:
 
 @dataclass
 class VideoSummary:
-    """What was made of a video.
+    """Summary of a segmented video.
 
     Args:
-        frames: how many.
-        size: width and height.
-        rate: frames a second of the video.
+        frames: number of frames.
+        size: width and height in pixels.
+        rate: frames per second of the video.
         seconds: wall time.
-        segments: area and score of each label over all frames, in the labels' order.
+        segments: area and score of each label over all frames, in the order of the labels.
     """
 
     frames: int
@@ -232,23 +233,25 @@ class VideoSummary:
 def check_video(
     video: Path, output: Path | None, mask: Path | None, overwrite: bool, max_pixels: int = MAX_IMAGE_PIXELS
 ) -> None:
-    """Raises a ValueError for a video that cannot be read, or results that cannot be written or are there already."""
+    """Raises a ValueError if the video cannot be read, or the outputs cannot be written or already exist."""
     Video(video, max_pixels)
     if output is not None and output.suffix.lower() not in WRITTEN:
         raise ValueError(
-            f"{output} has no ending of a video that can be written, expected {', '.join(WRITTEN)}."
+            f"{output} does not have the ending of a video that can be written, expected {', '.join(WRITTEN)}."
         )
     if mask is not None and (mask.suffix or mask.is_file()):
         raise ValueError(
-            f"--mask is {mask}, expected a folder for a PNG of each frame: a video would change labels' numbers."
+            f"--mask is {mask}, expected a folder for one PNG per frame: a video would change the label values."
         )
     for place in (output, mask):
         if place is None or not place.exists():
             continue
         if place.samefile(video):
-            raise ValueError(f"{place} is the video itself; choose another output path.")
+            raise ValueError(f"{place} is the input video; choose another output path.")
         if not overwrite and (place.is_file() or any(place.iterdir())):
-            raise ValueError(f"{place} exists already; choose another path, or --overwrite replaces it.")
+            raise ValueError(
+                f"{place} already exists; choose another path, or use --overwrite to replace it."
+            )
 
 
 def segment_video(
@@ -263,20 +266,20 @@ def segment_video(
     overwrite: bool = False,
     max_pixels: int = MAX_IMAGE_PIXELS,
 ) -> VideoSummary:
-    """Writes a video's overlay, of its size and timing and without sound, whole or not at all.
+    """Writes the overlay of a video, completely or not at all, with the same size and timing and without sound.
 
     Args:
-        segmenter: whose model and processor decide.
+        segmenter: the segmenter to use.
         video: a file of any format that FFmpeg reads.
-        labels: as for [`Segmenter`].
-        output: the overlay, .mp4, .mov, .mkv (H.264) or .webm (VP9).
-        mask: folder for an indexed PNG of each frame, `000000.png` and so on, as videos lose labels' numbers.
-        options, smooth, every: as for [`segment_frames`].
-        overwrite: results that are there are replaced.
-        max_pixels: a video with larger frames is refused.
+        labels: labels as in [`Segmenter`].
+        output: path of the overlay, .mp4, .mov, .mkv (H.264) or .webm (VP9).
+        mask: folder for one indexed PNG per frame, `000000.png` and so on; a video would not keep the label values.
+        options, smooth, every: as in [`segment_frames`].
+        overwrite: whether to replace existing results.
+        max_pixels: largest number of pixels per frame.
 
     Raises:
-        ValueError: options, labels, or a video that make no sense, results that are there, or PyAV is not installed.
+        ValueError: options, labels or the video are invalid, results already exist, or PyAV is not installed.
     """
     start = time.monotonic()
     output, mask = Path(output), None if mask is None else Path(mask)
@@ -308,7 +311,7 @@ def segment_video(
 
 
 class _Totals:
-    """Sums over frames."""
+    """Sums of areas and scores over frames."""
 
     def __init__(self) -> None:
         self.frames, self.size = 0, (0, 0)
@@ -331,7 +334,7 @@ class _Totals:
 
 
 def _encode(frames: Iterator[Frame], file: BinaryIO, source: Video, ending: str) -> None:
-    """Writes frames with their times; the size is the first one's."""
+    """Encodes frames with their timestamps; the first frame gives the size."""
     av = load_av()
     container_format, codec = WRITTEN[ending]
     first = next(frames)

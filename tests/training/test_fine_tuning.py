@@ -110,12 +110,12 @@ def test_from_a_folder_and_a_table_to_a_model_with_a_report(photos, checkpoint, 
     competing = json.loads((output / "split" / "labels.json").read_text())["names"]
     assert sorted(competing) == sorted(["cat", *COLOURS])
     assert segmenter(photos / "00.png", list(COLOURS)).label_map.shape == (64, 72)
-    assert f"its report: {output / 'report.md'}" in done.stdout
+    assert f"report: {output / 'report.md'}" in done.stdout
 
     before = {path: path.stat().st_mtime_ns for path in output.rglob("*")}
-    assert main(asked) == 0 and "was done before" in capsys.readouterr().out
+    assert main(asked) == 0 and "was trained before" in capsys.readouterr().out
     assert main([*asked, "--seed", "1"]) == 2
-    assert "my-model holds results of another run: seed was 0 and is 1." in capsys.readouterr().err
+    assert "my-model contains results of another run: seed was 0 and is 1." in capsys.readouterr().err
     assert {path: path.stat().st_mtime_ns for path in output.rglob("*")} == before
 
 
