@@ -17,7 +17,7 @@ from pgseg_hf.variants import NPR_VARIANTS
 settings.register_profile("pgseg_hf", deadline=None)
 settings.load_profile("pgseg_hf")
 
-# Threads do not help with tiny tensors, and the workers of pytest-xdist would compete for the cores.
+# Threads do not speed up tiny tensors, and the workers of pytest-xdist would compete for the cores.
 torch.set_num_threads(1)
 
 
@@ -31,7 +31,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session", autouse=True)
 def nothing_is_left_behind() -> Iterator[None]:
-    """No test leaves Gradio's folders, which are named by hexadecimal digits, in the temporary folder."""
+    """Checks that no test leaves folders with random names, as Gradio creates, in the temporary folder."""
     places = [Path(tempfile.gettempdir()), Path(tempfile.gettempdir(), "gradio")]
 
     def nameless() -> set[Path]:

@@ -1,4 +1,4 @@
-"""Backbones of a few thousand weights for tiny models."""
+"""Backbones with a few thousand weights for tiny models."""
 
 from typing import Any
 
@@ -55,7 +55,7 @@ ANY_BACKBONE = pytest.mark.parametrize("name", BACKBONES)
 
 
 def backbone_fields(name: str = "efficientnet_lite", **vision: Any) -> dict[str, Any]:
-    """Fields of a `vision_config` with position embeddings for a 4 x 4 grid."""
+    """Fields of a `vision_config` with stored position embeddings for a grid of 4 x 4."""
     fields, stride = BACKBONES[name]
     config = {"model_type": name, **fields}
     return {"backbone_config": config, "patch_size": stride, "image_size": 4 * stride} | vision

