@@ -29,7 +29,7 @@ TEXT_FIELDS = {
     "eos_token_id": EOS,
     "pad_token_id": EOS,
 }
-# The `model_config` of a settings file: 32 pixels, with CLIP's tokenizer.
+# `model_config` of settings files: 32 pixels, with CLIP's tokenizer.
 TINY_FIELDS: dict[str, Any] = {
     "vision_config": {
         "hidden_size": 16,
@@ -75,7 +75,7 @@ sys.meta_path.insert(0, Absent())
 def tiny_config(
     text_config: dict | None = None, vision_config: dict | None = None, **kwargs: Any
 ) -> PGSegConfig:
-    """4 x 4 patches of 4 pixels, 6 and then 4 groups, 8 joint dimensions and no stochastic depth."""
+    """Patches of 4 pixels, 4 x 4 of them at 16 pixels, 6 and then 4 groups, 8 joint dimensions, no stochastic depth."""
     vision = {
         **TINY_FIELDS["vision_config"],
         "image_size": 16,
@@ -92,7 +92,7 @@ def tiny_config(
 
 
 def tiny_model(seed: int = 0, std: float = 0.3, **kwargs: Any) -> PGSegModel:
-    """A model with random weights in evaluation mode; `std` is large enough for every weight to have an effect."""
+    """A model with random weights, in evaluation mode; `std` is large enough that everything has an effect."""
     torch.manual_seed(seed)
     model = PGSegModel(tiny_config(**kwargs)).eval()
     with torch.no_grad():
@@ -104,7 +104,7 @@ def tiny_model(seed: int = 0, std: float = 0.3, **kwargs: Any) -> PGSegModel:
 
 
 def make_photo(width: int = 120, height: int = 90, seed: int = 0) -> Image.Image:
-    """An image of coloured rectangles with noise."""
+    """Coloured rectangles under noise."""
     rng = np.random.default_rng(seed)
     pixels = rng.integers(0, 60, (height, width, 3))
     for _ in range(6):
@@ -172,5 +172,5 @@ def assert_same_tensors(ours, theirs):
 
 
 def dense(window: WindowScores) -> Tensor:
-    """The scores of each pixel of a window, [N, H, W] or, with background, [N + 1, H, W]."""
+    """The scores of each pixel of a window, [N, H, W] or [N + 1, H, W]."""
     return window.reader(range(window.scores.shape[1]))(slice(None))
