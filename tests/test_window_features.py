@@ -76,7 +76,7 @@ def test_windows_that_are_no_whole_patches_are_refused(segmenter, options):
 def test_gaps_between_windows_are_told_in_pixels(segmenter):
     size, stride = segmenter.processor.window_size, 4 * segmenter.processor.window_size
     with pytest.raises(
-        ValueError, match=f"window_stride is {stride}, expected at most the window's {size} pixels"
+        ValueError, match=f"window_stride is {stride}, expected at most the window size, {size},"
     ):
         segmenter(make_photo(80, 64), LABELS, SegmentationOptions(window_stride=stride))
 
