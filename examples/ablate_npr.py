@@ -270,7 +270,7 @@ class Ablation:
 
     def _train(self, options: list[str], folder: Path, name: str) -> None:
         write_scenes(self.curve, folder / "curve")
-        options = [*options, "--eval_masks", str(folder / "curve"), "--num_pictures", "0"]
+        options = [*options, "--eval_masks", str(folder / "curve"), "--num_drawings", "0"]
         options += ["--eval_steps", str(max(1, self.steps // 5))] if self.steps else []
         done = subprocess.run(
             [sys.executable, str(HERE / "train_pgseg.py"), *options],

@@ -193,7 +193,7 @@ def test_predictions_and_images(tmp_path, background):
         np.testing.assert_array_equal(quarters, np.kron([[0, 1], [1, 2]], np.ones((2, 2), int)))
     palette = mask.getpalette()
     assert (palette[:3] == [0, 0, 0]) == (background == 0)
-    drawn = tmp_path / "out" / "pictures" / "images"
+    drawn = tmp_path / "out" / "drawings" / "images"
     assert sorted(path.name for path in drawn.iterdir()) == ["000.jpg", "002.jpg"]
     assert all(Image.open(path).width >= 3 * 8 for path in drawn.iterdir())
 
@@ -202,7 +202,7 @@ def test_files_that_are_missing_are_made_later(tmp_path, folder):
     evaluate_in_parts(Recorder(), folder, OPTIONS, prepared(tmp_path / "out"))
     segmenter = Recorder()
     scores = evaluate_in_parts(segmenter, folder, OPTIONS, prepared(tmp_path / "out"), num_drawn=1)
-    assert segmenter.sizes == [8, 10] and (tmp_path / "out" / "pictures" / "images" / "000.jpg").is_file()
+    assert segmenter.sizes == [8, 10] and (tmp_path / "out" / "drawings" / "images" / "000.jpg").is_file()
     assert_same(scores, evaluate_masks(Recorder(), folder, OPTIONS))
     segmenter = Recorder()
     evaluate_in_parts(segmenter, folder, OPTIONS, prepared(tmp_path / "out"), True)

@@ -182,10 +182,10 @@ def test_fine_tuning_a_model_of_mixture_pooling_with_another_loss_compares_with_
         model = build_model(ModelArguments(model_name_or_path=folder, contrastive_loss="multi_positive"))
     assert model.config.contrastive_pooling == "groups" and "mixture pooling" in caplog.text
     other = {"contrastive_loss": "info_nce", "contrastive_pooling": "mixture"}
-    with pytest.raises(ValueError, match="contrastive_loss is 'info_nce', expected .*'sigmoid'"):
+    with pytest.raises(ValueError, match=r"contrastive_loss is 'info_nce', expected .*'sigmoid'"):
         build_model(ModelArguments(model_name_or_path=folder, **other))
     model.config.contrastive_pooling = "mixture"
-    with pytest.raises(ValueError, match="contrastive_loss 'multi_positive', expected 'sigmoid'"):
+    with pytest.raises(ValueError, match="contrastive_loss is 'multi_positive', expected the loss 'sigmoid'"):
         model(tiny_texts(2), tiny_images(2), return_loss=True)
 
 

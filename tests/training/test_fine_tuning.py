@@ -103,7 +103,7 @@ def test_from_a_folder_and_a_table_to_a_model_with_a_report(photos, checkpoint, 
     assert left_out["no row in tags.csv"] == [str(photos / "extra.png")]
     text = (output / "report.md").read_text()
     assert "| before | after |" in text and "lost.png" in text
-    assert report["pictures"] and all((output / name).is_file() for name in report["pictures"])
+    assert report["drawings"] and all((output / name).is_file() for name in report["drawings"])
     assert not list(output.glob("checkpoint-*")) and not (photos.parent / "my-model-features").exists()
     segmenter = load_segmenter(output)
     assert sorted(segmenter.processor.vocabulary) == sorted(["cat", *COLOURS])

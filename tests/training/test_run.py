@@ -47,7 +47,7 @@ def measured(photo_folder, mask_folder, tmp_path_factory):
     settings = {"data": [str(photo_folder)], "output_dir": str(folder / "run"), "max_steps": 7}
     settings |= {"ema_decay": 0.9, "checkpoint_steps": 3, "report_to": "tensorboard"}
     settings |= {"eval_masks": str(mask_folder), "eval_tags": str(folder / "tagged")}
-    settings |= {"eval_steps": 3, "eval_limit": 3, "num_pictures": 2}
+    settings |= {"eval_steps": 3, "eval_limit": 3, "num_drawings": 2}
     return folder / "run", run_here(folder, **settings)
 
 
@@ -84,7 +84,7 @@ def test_evaluation_keeps_the_best_weights_draws_and_changes_nothing(measured, p
     assert load_segmenter(str(output / "best")).model.config.vision_config.hidden_size == 16
     again = evaluate_masks(load_segmenter(str(output)), MaskFolder(mask_folder)).to_dict()
     assert again["mean_iou"] == pytest.approx(results["eval_mean_iou"])
-    assert len(list((output / "pictures").glob("step-*.jpg"))) == 6
+    assert len(list((output / "drawings").glob("step-*.jpg"))) == 6
     assert totals(output) == totals(plain)
 
 

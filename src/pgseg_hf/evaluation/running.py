@@ -41,7 +41,7 @@ CHUNK, CLASSIFICATION_CHUNK = 16, 256
 
 
 # What an evaluation writes into its folder, besides run.json.
-_WRITTEN = ("parts", "predictions", "pictures", "results.json", "results.md")
+_WRITTEN = ("parts", "predictions", "drawings", "results.json", "results.md")
 
 
 @dataclass
@@ -49,7 +49,7 @@ class Output:
     """Output folder of an evaluation.
 
     Args:
-        folder: path of the folder; `parts/` holds counts, the images are in `predictions/` and `pictures/`.
+        folder: path of the folder; `parts/` holds counts, the images are in `predictions/` and `drawings/`.
         record: settings of the run; a run is only resumed with the same record.
         overwrite: delete the results of an earlier run with another record.
     """
@@ -153,7 +153,7 @@ def evaluate_in_parts(
         output: output folder, after `prepare`.
         save_predictions: write `predictions/NAME.png`, indexed images of label indices. If 0 means unknown in the
             masks, the indices are one less than the masks' values.
-        num_drawn: number of `pictures/NAME.jpg` to write, with image, ground truth and prediction side by side; the
+        num_drawn: number of `drawings/NAME.jpg` to write, with image, ground truth and prediction side by side; the
             images are spread over the data set.
     """
     shown = {labelled.name for labelled in dataset.spread(num_drawn).images} if num_drawn else set()
@@ -162,7 +162,7 @@ def evaluate_in_parts(
         if save_predictions:
             yield output.folder / "predictions" / f"{labelled.name}.png"
         if labelled.name in shown:
-            yield output.folder / "pictures" / f"{labelled.name}.jpg"
+            yield output.folder / "drawings" / f"{labelled.name}.jpg"
 
     def on_image(found: SegmentedImage) -> None:
         for file in files_of(found.labelled):

@@ -196,7 +196,7 @@ class RunArguments:
     eval_background_threshold: float | None = HfArg(
         default=None, help="Pixels where no label reaches this score are background."
     )
-    num_pictures: int = HfArg(default=4, help="Images whose groups are drawn at each evaluation.")
+    num_drawings: int = HfArg(default=4, help="Images whose groups are drawn at each evaluation.")
     push_to_hub: bool = HfArg(default=False, help="Upload the final model to the Hub.")
     hub_model_id: str | None = HfArg(default=None, help="Name on the Hub; output_dir's by default.")
 
@@ -213,8 +213,8 @@ class RunArguments:
                 raise ValueError(f"{name} is {value}, expected a positive number.")
         if self.batch_size < 2:
             raise ValueError(f"batch_size is {self.batch_size}, expected 2 or more for the contrastive loss.")
-        if self.num_pictures < 0:
-            raise ValueError(f"num_pictures is {self.num_pictures}, expected 0 or more.")
+        if self.num_drawings < 0:
+            raise ValueError(f"num_drawings is {self.num_drawings}, expected 0 or more.")
         if not 0 <= self.warmup_ratio < 1:
             raise ValueError(f"warmup_ratio is {self.warmup_ratio}, expected at least 0 and below 1.")
 

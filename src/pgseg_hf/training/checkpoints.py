@@ -39,7 +39,7 @@ PROGRESS_NAME = "progress.json"
 AVERAGE_NAME = "ema.safetensors"
 # Files that every run writes to its output folder, with or without checkpoints.
 RUN_FILES = ("all_results.json", "log.jsonl")
-_RUN_FOLDERS = ("best", "pictures")
+_RUN_FOLDERS = ("best", "drawings")
 _NAME = re.compile(r"checkpoint-\d{8,}")
 _PARTIAL, _REMOVED, _DAMAGED = ".partial-", ".removed-", "damaged-"
 # Errors of torch, safetensors and Accelerate for broken files and for states of another model.

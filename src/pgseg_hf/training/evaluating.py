@@ -101,16 +101,16 @@ class Evaluator:
     def draw(self, model: PGSegModel, folder: Path, step: int) -> dict[str, np.ndarray]:
         """Draws the groups and predicted labels of images into `folder`; returns arrays [H, W, 3] by name."""
         masks = self.masks
-        if masks is None or not self.run.num_pictures:
+        if masks is None or not self.run.num_drawings:
             return {}
-        chosen = masks.spread(self.run.num_pictures)
+        chosen = masks.spread(self.run.num_drawings)
         whole = replace(self.options, window_size=None)
         drawn: dict[str, np.ndarray] = {}
 
         def draw(found: SegmentedImage) -> None:
             (window,) = found.encoded.windows
             features: Any = window.features
-            picture = side_by_side(
+            drawing = side_by_side(
                 [
                     found.image,
                     draw_groups(
@@ -121,8 +121,8 @@ class Evaluator:
                 ["photo", "groups", "labels"],
             )
             name = found.labelled.name.rsplit("/", 1)[-1]
-            write_image(picture, folder / f"step-{step:08d}-{name}.jpg")
-            drawn[name] = np.asarray(picture.convert("RGB"))
+            write_image(drawing, folder / f"step-{step:08d}-{name}.jpg")
+            drawn[name] = np.asarray(drawing.convert("RGB"))
 
         with evaluation_mode(model):
             segmenter = Segmenter(model, self.processor)

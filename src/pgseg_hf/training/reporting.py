@@ -106,13 +106,13 @@ class RunLog:
         if shown:
             self.bar.set_postfix({name: f"{value:.4g}" for name, value in shown.items()}, refresh=False)
 
-    def pictures(self, step: int, pictures: dict[str, Any]) -> None:
+    def drawings(self, step: int, drawings: dict[str, Any]) -> None:
         """Passes images (arrays [H, W, 3]) to the trackers that support them."""
         for tracker in self.accelerator.trackers:
-            if pictures and hasattr(tracker, "log_images"):
+            if drawings and hasattr(tracker, "log_images"):
                 layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
                 tracker.log_images(
-                    {name: picture[None] for name, picture in pictures.items()}, step=step, **layout
+                    {name: drawing[None] for name, drawing in drawings.items()}, step=step, **layout
                 )
 
     def close(self) -> None:

@@ -320,10 +320,10 @@ class Run:
             if metric and (self.best is None or metric[1] >= self.best[1]):
                 self.best, self.best_step = metric, self.step
                 self.save_folder(model, "best")
-            pictures = {}
+            drawings = {}
             if self.accelerator.is_main_process:
-                pictures = self.evaluator.draw(model, self.output_dir / "pictures", self.step)
-        log.pictures(self.step, pictures)
+                drawings = self.evaluator.draw(model, self.output_dir / "drawings", self.step)
+        log.drawings(self.step, drawings)
         log.line(self.step, {f"eval_{name}": value for name, value in figures.items()})
         shown = ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
         self.accelerator.print(f"\nstep {self.step}: {shown}")

@@ -27,7 +27,7 @@ from ...visualization import overlay, side_by_side
 
 logger = logging.get_logger(__name__)
 
-REPORT_NAME, JSON_NAME, PICTURES_NAME = "report.md", "report.json", "report"
+REPORT_NAME, JSON_NAME, DRAWINGS_NAME = "report.md", "report.json", "report"
 FEW_PHOTOS = 10
 """A label with fewer training photos than this counts as having too few."""
 NEARLY_ALL = 0.9
@@ -35,8 +35,8 @@ NEARLY_ALL = 0.9
 TOLD_APART = 0.6
 LEAST_TO_JUDGE = 3
 MOST_COMPARED = 60
-_PICTURES = 4
-_LABELS_OF_A_PICTURE = 20
+_DRAWINGS = 4
+_LABELS_OF_A_DRAWING = 20
 _SHOWN = 10
 
 
@@ -80,7 +80,7 @@ def write_report(
         report["never_told_apart"] = confused_labels(scores["after"], targets, texts)
         report["always_together"] = labels_always_together(photos.photos)
     report["left_out"] = photos.left_out
-    report["pictures"] = draw_pictures(segmenters, measured, labels, output)
+    report["drawings"] = draw_examples(segmenters, measured, labels, output)
     report["advice"] = advice(report, len(photos.photos))
     report = without_nan(report)
     write_text(to_markdown(report, args), output / REPORT_NAME)
@@ -214,7 +214,7 @@ def labels_always_together(photos: Sequence[Record]) -> list[list[str]]:
     return [group for group in groups.values() if len(group) > 1]
 
 
-def draw_pictures(
+def draw_examples(
     segmenters: dict[str, Segmenter],
     measured: Sequence[Record],
     labels: Sequence[str],
@@ -222,8 +222,8 @@ def draw_pictures(
 ) -> list[str]:
     """Draws evenly spaced held-out photos, segmented before and after training; returns files relative to `output`."""
     names: list[str] = []
-    count = min(_PICTURES, len(measured))
-    most_common = labels[:_LABELS_OF_A_PICTURE]
+    count = min(_DRAWINGS, len(measured))
+    most_common = labels[:_LABELS_OF_A_DRAWING]
     for photo in [measured[number * len(measured) // count] for number in range(count)]:
         # Keep the order of the labels, so that each has the same colour in all images.
         words = [label for label in labels if label in photo.tags or label in most_common]
@@ -234,7 +234,7 @@ def draw_pictures(
         image.thumbnail((640, 640))
         titles = [", ".join(photo.tags or photo.captions), *segmenters]
         drawn = [image, *_masks(segmenters.values(), image, words)]
-        names.append(f"{PICTURES_NAME}/{len(names) + 1}.jpg")
+        names.append(f"{DRAWINGS_NAME}/{len(names) + 1}.jpg")
         write_image(side_by_side(drawn, titles), output / names[-1])
     return names
 
@@ -319,7 +319,7 @@ def to_markdown(report: dict[str, Any], args: argparse.Namespace) -> str:
             values = (_number(report[when][name]) for when in ("before", "after"))
             lines.append(f"| {words} | {' | '.join(values)} |")
     lines += ["", "Held-out photos. Regions without colour match other words better than the labels:", ""]
-    lines += [f"![]({name})\n" for name in report["pictures"]]
+    lines += [f"![]({name})\n" for name in report["drawings"]]
     lines += [
         "## How to improve the result",
         "",

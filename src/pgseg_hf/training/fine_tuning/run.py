@@ -24,7 +24,7 @@ from ..batches.feature_cache import CachedSource
 from ..checkpoints import RUN_FILES
 from ..run import Run
 from .options import RECORD_NAME, features_folder
-from .report import JSON_NAME, PICTURES_NAME, REPORT_NAME, find_masks, write_report
+from .report import DRAWINGS_NAME, JSON_NAME, REPORT_NAME, find_masks, write_report
 
 LEAST_PHOTOS = 8
 MOST_HELD_OUT = 500
@@ -201,7 +201,7 @@ def _is_known(record: dict[str, Any], output: Path, overwrite: bool) -> bool:
     is_finished = (output / JSON_NAME).is_file()
     if overwrite and (not is_same or is_finished):
         _clean_up(output)
-        shutil.rmtree(output / PICTURES_NAME, ignore_errors=True)
+        shutil.rmtree(output / DRAWINGS_NAME, ignore_errors=True)
         for name in (*RUN_FILES, JSON_NAME, REPORT_NAME, RECORD_NAME):
             (output / name).unlink(missing_ok=True)
         return False
