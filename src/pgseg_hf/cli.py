@@ -161,7 +161,7 @@ def _add_results(parser: argparse.ArgumentParser) -> None:
 
 def _add_recipe(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
-        "--model", default=DEFAULT_CHECKPOINT, help="folder or Hub name (default: the shipped checkpoint)"
+        "--model", default=DEFAULT_CHECKPOINT, help="folder or Hub name (default: the shipped model)"
     )
     group.add_argument(
         "--background-threshold",
@@ -183,7 +183,7 @@ def _add_recipe(group: argparse._ArgumentGroup) -> None:
         help="weight of patch scores against group scores, 0 to 1 (default: the checkpoint's)",
     )
     group.add_argument("--batch-size", type=int, default=8, help="windows per encoder pass (default: 8)")
-    group.add_argument("--device", help="default: cuda if available, else cpu")
+    group.add_argument("--device", help="default: cuda if available, otherwise cpu")
     group.add_argument("--dtype", choices=DTYPES, default="float32", help="int8 runs on a CPU only")
 
 
