@@ -58,7 +58,7 @@ class Recordings:
 @pytest.fixture(scope="module", params=[TRIMMED, FULL], ids=["trimmed", "full"])
 def recordings(request):
     if not request.param.is_dir():
-        pytest.skip(f"{request.param} is not at hand")
+        pytest.skip(f"{request.param} is not available")
     return Recordings(request.param)
 
 
