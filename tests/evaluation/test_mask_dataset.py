@@ -60,13 +60,13 @@ def test_parts_of_a_folder(tmp_path):
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        ({"names": []}, "labels.json, expected"),
-        ([], "labels.json, expected"),
+        ({"names": []}, r"labels.json .*expected"),
+        ([], r"labels.json .*expected"),
         ({"labels": []}, "no labels"),
-        ({**LABELS, "ignore_index": 2}, "labels.json.*ignore_index is 2, expected no label"),
+        ({**LABELS, "ignore_index": 2}, r"labels.json.*ignore_index is 2, expected"),
         ({**LABELS, "ignore_index": "x"}, "ignore_index is 'x'"),
         ({**LABELS, "background": 3}, "background is 3, expected .* 0 to 2"),
-        ({**LABELS, "synonyms": {"sea": ["ocean"]}}, "synonyms are for 'sea'"),
+        ({**LABELS, "synonyms": {"sea": ["ocean"]}}, r"synonyms .*'sea'"),
         ({**LABELS, "synonyms": {"sky": "air"}}, "synonyms of 'sky' are 'air'"),
         ({**LABELS, "synonyms": {"sky": ["road"]}}, "road"),
         ({**LABELS, "synonyms": ["air"]}, r"synonyms is \['air'\], expected an object"),
