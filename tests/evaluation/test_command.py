@@ -216,7 +216,7 @@ def test_a_part_of_the_images_in_another_type(evaluate):
         (["--templates", "full"], "--templates has no effect on folder"),
         (["--train", "."], "add --baselines"),
         (["--baselines", "--train", "./nowhere"], "nowhere does not exist"),
-        (["--baselines", "--train", ".", "--crop-sides", "9", "3"], "crop_sides are (9.0, 3.0)"),
+        (["--baselines", "--train", ".", "--crop-sides", "9", "3"], "crop_sides is (9.0, 3.0)"),
     ],
 )
 def test_clear_errors(evaluate, tmp_path, capsys, extra, message):
