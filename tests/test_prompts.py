@@ -119,12 +119,12 @@ def test_colours_and_thresholds_of_a_file(tmp_path):
 @pytest.mark.parametrize(
     ("labels", "content", "message"),
     [
-        ("labels.txt", "cat", "'labels.txt'.* @labels.txt"),
+        ("labels.txt", "cat", "'labels.txt'; use @labels.txt"),
         ("@absent.txt", None, "absent.txt cannot be read"),
         ("@labels.json", '{"cat": 1}', "labels.json cannot be read"),
         ("@labels.json", "[1]", "labels[0]"),
-        ("@labels.json", '{"labels": ["cat"], "synonyms": {"dog": ["hound"]}}', "synonyms .*'dog'"),
-        ("@labels.json", '{"labels": ["cat"], "colours": {"dog": "red"}}', "colours .*'dog'"),
+        ("@labels.json", '{"labels": ["cat"], "synonyms": {"dog": ["hound"]}}', "synonyms has 'dog'"),
+        ("@labels.json", '{"labels": ["cat"], "colours": {"dog": "red"}}', "colours has 'dog'"),
         (
             "@labels.json",
             '{"labels": ["cat"], "thresholds": {"cat": 7}}',
