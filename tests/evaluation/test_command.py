@@ -93,7 +93,7 @@ def test_results_with_all_that_they_depend_on(evaluate, tiny_folder, tmp_path, c
     code, again = evaluate()
     assert code == 0 and again["rows"] == content["rows"]
     assert (content["reused"], again["reused"]) == (0, 3)
-    assert "3 images, 3 of them counted by an earlier run, in" in capsys.readouterr().out
+    assert "3 images, 3 of them from an earlier run, in" in capsys.readouterr().out
     assert evaluate("--overwrite")[1]["reused"] == 3, "what is the same need not give way"
     assert (tmp_path / "out" / "parts" / "000000.npz").stat().st_mtime_ns == stamp
     code, _ = evaluate("--background_threshold", 0.5)
@@ -337,7 +337,7 @@ def test_prepare(tmp_path, capsys):
     assert main(["prepare", "cityscapes", str(tmp_path)]) == 0
     made = Image.open(folder / "lindau_000000_000019_gtFine_labelTrainIds.png")
     assert np.asarray(made).tolist() == [[0, 1, 255]]
-    assert "1 masks written, 0 were there" in capsys.readouterr().out
+    assert "1 masks written, 0 already there" in capsys.readouterr().out
     assert main(["prepare", "cityscapes", str(tmp_path), "--split", "val"]) == 0
     assert "0 masks written, 1 were there" in capsys.readouterr().out
     assert main(["prepare", "cityscapes", str(tmp_path), "--split", "train"]) == 2
