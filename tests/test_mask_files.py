@@ -37,7 +37,7 @@ def test_masks_of_any_mode_keep_their_values(mode, tmp_path):
 
 def test_masks_with_loss_are_refused(tmp_path):
     Image.new("L", (20, 20)).save(tmp_path / "mask.jpg")
-    with pytest.raises(ValueError, match=r"mask.jpg' cannot be read as a mask"):
+    with pytest.raises(ValueError, match=r"mask.jpg' is not a mask that can be read"):
         load_label_map(tmp_path / "mask.jpg")
 
 
@@ -48,7 +48,7 @@ def test_bits_and_other_numbers(tmp_path):
     with pytest.raises(ValueError, match=r"colours.png' has the shape \(90, 120, 3\)"):
         load_label_map(tmp_path / "colours.png")
     (tmp_path / "half.png").write_bytes((tmp_path / "colours.png").read_bytes()[:500])
-    with pytest.raises(ValueError, match=r"half.png' cannot be read as a mask"):
+    with pytest.raises(ValueError, match=r"half.png' is not a mask that can be read"):
         load_label_map(tmp_path / "half.png")
     with pytest.raises(ValueError, match=r"absent.png' cannot be read|absent.png"):
         load_label_map(tmp_path / "absent.png")

@@ -187,7 +187,9 @@ def load_label_map(source: ImageSource, weights: Sequence[int] | None = None) ->
         raise
     except Exception as error:  # decoders raise many types of errors for broken files
         formats = ", ".join(_LABEL_FORMATS)
-        raise ValueError(f"{name} cannot be read as a mask, expected one of {formats}: {error}") from error
+        raise ValueError(
+            f"{name} is not a mask that can be read, expected one of {formats}: {error}"
+        ) from error
     if values.ndim != 2 or values.dtype.kind not in "bui" or values.size == 0:
         raise NoLabelMap(
             f"{name} has the shape {values.shape} and type {values.dtype}, expected one integer per pixel, [H, W]."

@@ -26,12 +26,10 @@ class SegmentationOptions:
             the vocabulary's words with another meaning is compared instead. A single label is always scored against
             these words, or against `NEUTRAL_WORDS` if there are none, even without a threshold.
         templates (`tuple[str, ...]`, *optional*): prompt templates for the labels; by default the processor's.
-        batch_size (`int`, *optional*, defaults to 8): images prepared together, and windows per pass of the image
-            encoder.
+        batch_size (`int`, *optional*, defaults to 8): images prepared together, and windows per encoder pass.
         top_k (`int`, *optional*, defaults to `"auto"`): largest number of labels in one window.
         patch_weight (`float`, *optional*, defaults to `"auto"`): weight of patch scores against group scores, 0 to 1.
-        shortest_edge (`int`, *optional*): length in pixels to which the short side is resized; by default the
-            processor's.
+        shortest_edge (`int`, *optional*): short side after resizing, in pixels; by default the processor's.
         longest_edge (`int`, *optional*): limit in pixels for the long side, used with `shortest_edge`.
         synonyms (`str`, *optional*, defaults to `"average"`): a label with synonyms, `"car|automobile"`, is scored by
             the `"average"` of their embeddings, or by the `"best"` word at each position.

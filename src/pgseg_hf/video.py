@@ -188,8 +188,7 @@ def segment_frames(
         labels: labels as in [`Segmenter`].
         options: replaces the segmenter's options.
         smooth: number of encoded frames, centred on the current one, over which scores are averaged; 1 for none.
-        every: number of frames per block; only the middle frame is encoded, and its labels are used for the whole
-            block.
+        every: frames per block; only the middle frame is encoded, and its labels are used for the whole block.
 
     Raises:
         ValueError: options or labels are invalid.
