@@ -31,7 +31,7 @@ class Mixture:
     """Deals the places of a run, numbered 0, 1, 2, ..., to sources by their weights.
 
     The dealing repeats after a cycle in which every source has its places spread evenly, so a source's share is right
-    over any stretch (to within 1/2 + share * sources / 2 records), and is a pure function of the places' numbers.
+    over any stretch (to within 1 + share * sources records), and is a pure function of the places' numbers.
 
     Args:
         weights: positive numbers, one a source; shares are kept to one in 65,536.
