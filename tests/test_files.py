@@ -31,7 +31,8 @@ def test_what_killed_runs_left_is_removed(tmp_path):
     os.utime(old, (0, 0))
     os.utime(other, (0, 0))
     remove_unfinished(tmp_path)
-    assert not old.exists() and new.exists() and other.exists() and path.exists()
+    assert not old.exists() and new.exists() and other.exists()
+    assert path.stat().st_mode == other.stat().st_mode, "temporary files are for their owner only"
 
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path):

@@ -163,7 +163,7 @@ def test_float_pixels_are_not_rounded(dtype):
 
 def test_floats_up_to_one_that_will_be_divided_again_are_reported(caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("pgseg_hf"), "propagate", True)
-    ones = np.full((3, 5, 7), 0.5, dtype=np.float32)
+    ones = np.ones((3, 5, 7), dtype=np.float32)
     with caplog.at_level(logging.WARNING):
         PGSegImageProcessorPil()(ones)
     assert "do_rescale=False" in caplog.text

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from PIL import ExifTags, Image
 
 from pgseg_hf.images import (
+    find_images,
     load_image,
     resized_size,
     to_rgb,
@@ -380,3 +381,10 @@ def test_resized_size_refuses_nonsense():
         resized_size(5, 5, shortest_edge=-3)
     with pytest.raises(ValueError, match="longest_edge"):
         resized_size(1, 5000, shortest_edge=448, longest_edge=None)
+
+
+def test_images_of_a_folder_without_hidden_ones(tmp_path):
+    for name in ("b.png", "sub/a.JPG", "notes.txt", ".hidden.png", ".thumbnails/a.png", "sub/.git/a.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert find_images(tmp_path) == [tmp_path / "b.png", tmp_path / "sub" / "a.JPG"]

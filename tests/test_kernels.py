@@ -118,6 +118,9 @@ def test_the_switch_turns_all_of_them_off():
     assert "mkldnn._linear_pointwise.default" in seen.names
     ours, plain = in_both_ways(operators)
     assert "aten.baddbmm.default" in ours and not plain
+    with plain_kernels():
+        in_both_ways(int)
+        assert not kernels._is_on, "one within another leaves it as it was"
     assert kernels._is_on
 
 

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -237,6 +238,7 @@ def test_several_images_patterns_and_formats(tiny_folder, tmp_path, capsys, monk
         make_photo(40, 30, seed=number).save(name)
     Path("y/broken.png").write_bytes(b"none")
     Path("x/notes.txt").write_text("no image")
+    shutil.copytree("z", "x/not in the pattern")
     arguments = ["segment", "x/*", "y", "z/c.jpg", "--labels", "cat|kitten,dog", "--model", tiny_folder]
     arguments += ["--format", "csv", "--format", "masks", "--output", "out"]
     assert run(*arguments, "--json") == 1

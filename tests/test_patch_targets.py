@@ -211,6 +211,9 @@ def test_a_batch_has_the_texts_of_its_cells_by_their_words_in_this_batch():
         found.add(collate.tokenizer.decode(made["input_ids"][column], skip_special_tokens=True))
     assert found == {"a dog", "a hound"}
     assert "patch_targets" not in collate([Example(np.zeros((3, 4, 4), np.float32), "", ["a cat"])] * 2)
+    of_one_text = {"a cat": shown, "A Cat": 2 * shown}  # to the tokenizer
+    made = collate([Example(np.zeros((3, 4, 4), np.float32), "", ["a dog"], patch_texts=of_one_text)])
+    np.testing.assert_array_equal(made["patch_targets"][0].amax(-1), 3 * shown)
     nothing_known = [Example(np.zeros((3, 4, 4), np.float32), "", ["a cat"], patch_texts={})] * 2
     assert not collate(nothing_known)["patch_targets"].any()
 

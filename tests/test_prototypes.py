@@ -247,8 +247,8 @@ def test_rejection_by_the_matched_pair():
 def test_rejection_keeps_what_is_strictly_above_the_threshold():
     similarity = torch.tensor([[[0.0, 1.0], [1.0, 0.0]]], dtype=torch.float64)
     matching = match_prototypes(similarity, maximize=False)
-    assert kept_pairs(similarity, matching, 0.0)[0].tolist() == [[False, False]]
-    assert kept_pairs(similarity, matching, -1e-9)[0].tolist() == [[True, True]]
+    assert [kept.tolist() for kept in kept_pairs(similarity, matching, 0.0)] == [[[False, False]]] * 2
+    assert [kept.tolist() for kept in kept_pairs(similarity, matching, -1e-9)] == [[[True, True]]] * 2
 
 
 def test_rejection_ignores_absent_prototypes():

@@ -24,6 +24,7 @@ from pgseg_hf import (
     default_tokenizer,
     load_segmenter,
 )
+from pgseg_hf.weights import refuse_other_tokenizer
 
 
 @pytest.mark.parametrize("variant", ["released", "corrected"])
@@ -147,3 +148,5 @@ def test_a_segmenter_with_a_word_of_its_own(tiny_segmenter, tmp_path, photo):
     default_tokenizer(merges=100).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="end token 613, "):
         load_segmenter(str(tmp_path))
+    model.config.text_config.eos_token_id = 2  # the largest token, whatever its number
+    refuse_other_tokenizer(model.config, smaller, "it")

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -88,7 +89,17 @@ def test_one_of_some_frames_is_encoded(tiny_folder, clip, tmp_path, capsys, monk
     for segment in found["segments"]:
         assert segment["area"] == pytest.approx(np.mean([part == segment["value"] for part in maps]))
     for number in range(12):
-        assert np.array_equal(maps[number], maps[number // 3 * 3 + 1]), "the middle of three"
+        assert np.array_equal(maps[number], maps[number // 3 * 3])
+
+
+def test_the_middle_of_some_frames_is_encoded():
+    frames = [Frame(image, number) for number, image in enumerate(pan(8))]
+    seen = SimpleNamespace(options=SegmentationOptions(), stream=lambda images, *others: images)
+    number_of = {id(frame.image): frame.pts for frame in frames}
+    found = [
+        (frame.pts, number_of[id(image)]) for frame, image in segment_frames(seen, frames, LABELS, every=3)
+    ]
+    assert found == list(enumerate([1, 1, 1, 4, 4, 4, 7, 7]))
 
 
 def test_scores_are_averaged_over_neighbours(tiny_segmenter):
@@ -152,8 +163,9 @@ def test_few_frames_are_held(tiny_segmenter, smooth, every, ahead):
 
 
 def test_times_that_vary_and_odd_sizes(tiny_segmenter, tmp_path):
-    times = [0, 1, 5, 6, 20]
+    times = [0, 1, 5, 5, 20]
     clip = write_video(tmp_path / "clip.mkv", pan(5), rate=25, times=times)
+    assert len({frame.pts for frame in Video(clip)}) == 5, "frames of one time follow each other"
     options = SegmentationOptions(window_size=None)
     segment_video(tiny_segmenter, clip, LABELS, tmp_path / "o.webm", options=options)
     video = Video(tmp_path / "o.webm")

@@ -202,7 +202,7 @@ def test_labels_by_folders_rows_and_metadata(tmp_path):
     assert found.count_labels() == {"red rose": 2, "sea": 2, "meadow": 2}
     assert list(found.left_out) == ["in no folder of a label"]
     rows = [f"{name},{label}" for name, own in labels.items() for label in own]
-    (tmp_path / "long.tsv").write_text("\n".join(["image,tags", *rows, "00.png,ROSE"]).replace(",", "\t"))
+    (tmp_path / "long.tsv").write_text("\n".join(["image,tags", "00.png,ROSE", *rows]).replace(",", "\t"))
     found = read_photos(tmp_path / "flat", tmp_path / "long.tsv")
     assert {photo.name: photo.tags for photo in found.photos} == labels and not found.left_out
     rows = [{"file_name": name, "labels": own} for name, own in labels.items()]

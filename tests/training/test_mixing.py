@@ -54,6 +54,7 @@ def test_shares_by_hand():
     mixture = Mixture([2, 1])
     assert mixture.places(0, 6)[0].tolist() == Mixture([0.5, 0.25]).places(0, 6)[0].tolist()
     assert np.bincount(mixture.places(30, 6)[0]).tolist() == [4, 2]
+    assert Mixture([4, 1]).places(0, 5)[0].tolist() == [0, 0, 1, 0, 0]
     assert Mixture([0.3]).places(7, 3)[1].tolist() == [7, 8, 9]
     assert Mixture([1, 1e-9]).taken(10 * 65_537).tolist() == [10 * 65_536, 10]
 

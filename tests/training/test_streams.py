@@ -217,7 +217,11 @@ def test_other_records_under_the_same_numbers_do_not_go_on_and_moved_ones_do(tmp
         stream(tmp_path / "other", 100).load_state_dict(state)
 
 
-@pytest.mark.parametrize(("lengths", "weights"), [([13], [1]), ([19, 40], [1, 2])])
+@pytest.mark.parametrize(
+    ("lengths", "weights"),
+    # With many small sources, all of a batch may be the large one's.
+    [([13], [1]), ([19, 40], [1, 2]), ([19, 7, 7, 7, 7, 7], [5, 1, 1, 1, 1, 1])],
+)
 def test_no_record_is_twice_in_a_batch_and_each_once_an_epoch(lengths, weights):
     tables = [Table(length, first=100 * number) for number, length in enumerate(lengths)]
     batches = [batch for batch, _ in take(stream_of(tables, weights), 200)]
