@@ -123,7 +123,7 @@ def test_an_input_is_rounded_within_half_a_step(dtype, at_once, monkeypatch):
         assert values.dtype == torch.uint8 and kept == dtype
         assert (((values.float() - zero) * scale - x.float()).abs() <= scale * 0.501).all()
         assert torch.equal(QuantizedInput.of(x.T.contiguous().T).values, values)
-    with pytest.raises(ValueError, match="nan .* nan, expected finite"):
+    with pytest.raises(ValueError, match=r"nan .* nan, expected finite"):
         QuantizedInput.of(torch.full((2, 2), torch.nan))
 
 
