@@ -339,7 +339,7 @@ def test_prepare(tmp_path, capsys):
     assert np.asarray(made).tolist() == [[0, 1, 255]]
     assert "1 masks written, 0 already there" in capsys.readouterr().out
     assert main(["prepare", "cityscapes", str(tmp_path), "--split", "val"]) == 0
-    assert "0 masks written, 1 were there" in capsys.readouterr().out
+    assert "0 masks written, 1 already there" in capsys.readouterr().out
     assert main(["prepare", "cityscapes", str(tmp_path), "--split", "train"]) == 2
     assert "error" in capsys.readouterr().err
     assert main(["prepare", "context", str(tmp_path), "--split", "val"]) == 2
