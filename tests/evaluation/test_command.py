@@ -88,13 +88,13 @@ def test_results_with_all_that_they_depend_on(evaluate, tiny_folder, tmp_path, c
     out = capsys.readouterr().out
     assert f"{model['mean_iou']:.4f}" in out and f"3 images in {settings['seconds']} s" in out
 
-    # The same again goes on with what is there; something else does not.
+    # The same command resumes; a different one is refused.
     stamp = (tmp_path / "out" / "parts" / "000000.npz").stat().st_mtime_ns
     code, again = evaluate()
     assert code == 0 and again["rows"] == content["rows"]
     assert (content["reused"], again["reused"]) == (0, 3)
     assert "3 images, 3 of them from an earlier run, in" in capsys.readouterr().out
-    assert evaluate("--overwrite")[1]["reused"] == 3, "what is the same need not give way"
+    assert evaluate("--overwrite")[1]["reused"] == 3, "results of the same settings are kept"
     assert (tmp_path / "out" / "parts" / "000000.npz").stat().st_mtime_ns == stamp
     code, _ = evaluate("--background_threshold", 0.5)
     assert code == 2 and "; background_threshold was None and is 0.5. Choose" in capsys.readouterr().err
