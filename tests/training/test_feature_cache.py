@@ -15,7 +15,7 @@ from pgseg_hf import default_tokenizer
 from pgseg_hf.data.augmentation import AugmentationOptions
 from pgseg_hf.data.sources import SourceSpec, open_source
 from pgseg_hf.training.batches.collator import PGSegCollator
-from pgseg_hf.training.batches.feature_cache import DONE, CacheOptions, cache_features
+from pgseg_hf.training.batches.feature_cache import DONE, UNUSABLE, CacheOptions, cache_features
 from pgseg_hf.training.batches.mixing import Draw, seeded
 from pgseg_hf.training.batches.preparation import Preparation
 
@@ -111,6 +111,8 @@ def test_images_that_cannot_be_read_are_left_out(tmp_path, prepare, options, mon
     with pytest.raises(ValueError, match="no usable view"):
         cached[2]
     assert len(cached[1].views) == 2 and cached.unusable() == [2]
+    np.load(cached.folder / "states.npy", mmap_mode="r+")[1, 0] = UNUSABLE
+    assert len(cached[1].views) == 1 and cached.unusable() == [2], "one view is enough"
     monkeypatch.setattr(prepare, "draw", None)  # no second try
     cache_features([source], prepare, model, options)
 
