@@ -64,6 +64,7 @@ def test_group_map_has_the_input_size_and_the_nearest_patches_group():
     groups = group_map(grouping, (7, 9))
     assert groups.shape == (7, 9)
     assert [groups[0, 0], groups[0, -1], groups[-1, 0], groups[-1, -1]] == [0, 1, 2, 0]
+    assert group_map(torch.eye(257)[:, None], (1, 257))[0].tolist() == list(range(257))
 
 
 @given(st.integers(1, 500), st.integers(1, 200), st.integers(1, 200))

@@ -82,7 +82,7 @@ def test_long_text_is_cut_to_the_context_and_keeps_its_end_token(context_length)
 
 def test_fewer_merges_are_a_smaller_tokenizer_of_the_same_kind(tmp_path):
     tokenizer = default_tokenizer(context_length=16, merges=1000)
-    assert len(tokenizer) == 1514
+    assert len(tokenizer) == 1514 and len(default_tokenizer(merges=48_894)) == 49_408
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (1512, 1513, 1513)
     assert (
         tokenizer.decode(tokenizer("a wombat in a café")["input_ids"], skip_special_tokens=True)

@@ -15,9 +15,9 @@ from PIL import Image
 from test_cli import run
 from tiny_models import make_photo
 
-from pgseg_hf import SegmentationOptions
+from pgseg_hf import Segmentation, SegmentationOptions
 from pgseg_hf.images import load_label_map
-from pgseg_hf.video import Frame, Video, segment_frames, segment_video
+from pgseg_hf.video import Frame, Video, _Totals, segment_frames, segment_video
 
 av = pytest.importorskip("av")
 
@@ -162,6 +162,14 @@ def test_few_frames_are_held(tiny_segmenter, smooth, every, ahead):
     assert given == 40
 
 
+def test_scores_of_labels_are_means_over_their_pixels_in_all_frames():
+    totals = _Totals()
+    for cats in (1, 3):
+        label_map, scores = np.array([[0] * cats + [1] * (4 - cats)]), np.full((1, 4), cats / 4)
+        totals.add(Frame(Image.new("RGB", (4, 1)), 0), Segmentation(label_map, scores, ["cat", "dog"]))
+    assert [(each.area, each.score) for each in totals.segments()] == [(0.5, 0.625), (0.5, 0.375)]
+
+
 def test_times_that_vary_and_odd_sizes(tiny_segmenter, tmp_path):
     times = [0, 1, 5, 5, 20]
     clip = write_video(tmp_path / "clip.mkv", pan(5), rate=25, times=times)
@@ -185,6 +193,15 @@ def test_times_that_vary_and_odd_sizes(tiny_segmenter, tmp_path):
     assert (summary.frames, summary.size) == (3, (65, 33)) and {frame.image.size for frame in frames} == {
         (65, 33)
     }
+
+
+def test_a_header_may_promise_half_a_second_too_much(clip):
+    video = Video(clip)
+    video._seconds += 0.45
+    assert len(list(video)) == 12
+    video._seconds += 0.1
+    with pytest.raises(ValueError, match=r"it ends after 0\.4 of 1\.0 seconds"):
+        list(video)
 
 
 def test_colours_of_the_overlay(tiny_segmenter, tmp_path):

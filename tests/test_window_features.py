@@ -128,3 +128,5 @@ def test_pixels_of_a_whole_image_have_the_short_side():
 def test_a_long_image_is_no_larger_than_in_segmentation():
     augmentation = Augmentation(AugmentationOptions(short_side=576, image_size=8))
     assert augmentation.whole_pixels(Image.new("RGB", (10, 700))).shape == (3, 2048, 29)
+    larger = Augmentation(AugmentationOptions(short_side=2100, image_size=8))
+    assert larger.whole_pixels(Image.new("RGB", (8, 8))).shape == (3, 2100, 2100)

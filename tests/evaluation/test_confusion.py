@@ -77,6 +77,14 @@ def test_nothing_counted_gives_nan():
     assert np.isnan(matrix.iou()).all() and np.isnan(matrix.accuracy()).all()
 
 
+def test_many_unknown_pixels_are_told():
+    matrix = ConfusionMatrix(2)
+    matrix.add(np.array([0, 1, 1, 255]), np.zeros(4, int))
+    assert matrix.doubts(["a", "b"]) == []
+    matrix.add(np.array([255]), np.zeros(1, int))
+    assert matrix.doubts(["a", "b"]) == ["2 of the masks' 5 pixels (40.0%) are unknown and do not count."]
+
+
 @pytest.mark.parametrize(
     ("truth", "predicted", "message"),
     [

@@ -15,7 +15,7 @@ from pgseg_hf import default_tokenizer
 from pgseg_hf.data.augmentation import AugmentationOptions
 from pgseg_hf.data.sources import SourceSpec, open_source
 from pgseg_hf.training.batches.collator import PGSegCollator
-from pgseg_hf.training.batches.feature_cache import DONE, CacheOptions, cache_features
+from pgseg_hf.training.batches.feature_cache import DONE, UNUSABLE, CacheOptions, cache_features
 from pgseg_hf.training.batches.mixing import Draw, seeded
 from pgseg_hf.training.batches.preparation import Preparation
 
