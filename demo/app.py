@@ -43,7 +43,7 @@ FONTS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"]
 CODE_FONTS = ["ui-monospace", "Consolas", "monospace"]
 INTRODUCTION = """# PGSeg: segment by words
 Type what may be in an image and get a mask for each label. The model was trained on images and texts, without masks.
-The bundled model is small: it works best for large objects and misses thin ones.
+The included model is small: it works best for large objects and misses thin ones.
 [Paper](https://arxiv.org/abs/2310.19001) · [Code](https://pypi.org/project/pgseg-hf/), Apache-2.0, based on the
 [released code](https://github.com/Ferenas/PGSeg) ·
 [Weights](#licence), for research only"""
@@ -175,7 +175,7 @@ def _picker(catalogue: Catalogue, settings: Settings) -> dict[str, Any]:
 
 
 def _model_card() -> str:
-    """The model card of the bundled checkpoint, without front matter and title."""
+    """The model card of the included checkpoint, without front matter and title."""
     text = (Path(DEFAULT_CHECKPOINT) / "README.md").read_text(encoding="utf-8")
     return text.split("---\n", 2)[2].partition("\n# ")[2].partition("\n")[2]
 

@@ -58,7 +58,7 @@ class Catalogue:
 
     @property
     def names(self) -> list[str]:
-        """Names of the offered models; the bundled one is first."""
+        """Names of the offered models; the included one is first."""
         return list(self._places)
 
     def load(self, name: str) -> Segmenter:
@@ -94,7 +94,7 @@ class Catalogue:
             return self._digests[self.real_name(name)]
 
     def real_name(self, name: str) -> str:
-        """The name of a model; the bundled one for an empty name."""
+        """The name of a model; the included one for an empty name."""
         return name.strip() or self.default
 
     def _load(self, name: str) -> Segmenter:

@@ -26,7 +26,7 @@ class Settings:
     """Settings of the server.
 
     Args:
-        models: models to offer besides the bundled one: folders of checkpoints, their parent folders, or names on the
+        models: models to offer besides the included one: folders of checkpoints, their parent folders, or names on the
             Hub.
         any_hub_model: whether visitors can use any public model on the Hub.
         mcp: whether the API is also an MCP server.

@@ -157,7 +157,7 @@ class Laboratory:
         return replace(study, model=model)
 
     def _vocabulary(self, segmenter: Segmenter) -> list[str]:
-        """Everyday words, plus those that a fine-tuned checkpoint has in addition to the bundled one. A checkpoint with
+        """Everyday words, plus those that a fine-tuned checkpoint adds to the included one. A checkpoint with
         fewer than half of the everyday words only uses its own vocabulary."""
         own, everyday = segmenter.processor.vocabulary, everyday_words()
         if not own:

@@ -19,7 +19,7 @@ class Published:
     """A published layout.
 
     Args:
-        folder: root folder of the benchmark, inside a folder of data sets.
+        folder: root folder of the benchmark, inside a folder of datasets.
         names: names of the images in results, in order.
         images, masks: paths, where `{split}` stands for a value of `splits`.
         raw: values in the first image's mask file: top left, top right, bottom left, bottom right.

@@ -105,7 +105,7 @@ def test_a_web_address(tiny_folder, photo_file, tmp_path, capsys, monkeypatch):
         ("photo.png photo.png --labels cat --overwrite", "--overwrite is given, but a folder run resumes"),
         ("photo.png --labels cat --format png --overwrite", "--overwrite is given"),
         ("photo.png --labels cat --format csv --output o.png", "--output is o.png, expected a folder"),
-        ("photo.png --labels cat --output photo.png", "photo.png is the input image"),
+        ("photo.png --labels cat --output x/../photo.png", "photo.png is the input image"),
         ("photo.png --labels cat --output old.png", "old.png already exists; use --overwrite"),
         ("photo.png --labels cat --output o.png --mask x/../o.png", "--output and --mask are both"),
         ("photo.png --labels cat --mask mask.gif", "mask.gif has a format that does not keep"),

@@ -113,7 +113,7 @@ JOINT_ERRORS = [
         "contrastive_loss is 'clip', expected one of info_nce, multi_positive, sigmoid",
     ),
     ({"logit_bias_init_value": float("inf")}, "logit_bias_init_value is inf"),
-    ({"contrastive_pooling": "max"}, "contrastive_pooling is 'max', expected one of mean, groups, mixture"),
+    ({"contrastive_pooling": "loudest"}, "contrastive_pooling is 'loudest', expected one of mean, groups"),
     ({"contrastive_pooling": "mixture"}, "'mixture' and .* 'info_nce', expected .* 'sigmoid'"),
     ({"mixture_looks": 0.5}, "mixture_looks is 0.5"),
     ({"mixture_looks": float("inf")}, "mixture_looks is inf"),

@@ -22,8 +22,7 @@ from pgseg_hf.prototypes import (
 )
 
 SEEDS = st.integers(0, 2**31 - 1)
-# With few iterations rounding is amplified less; exact comparisons are in float64.
-ITERATIONS = 4
+ITERATIONS = 4  # more of them amplify rounding; exact comparisons are in float64
 SCALE = torch.tensor(10.0, dtype=torch.float64)
 LOSSES = {"released": released_prototype_loss, "corrected": prototype_loss}
 
@@ -43,9 +42,6 @@ def pairs(matching, index=0):
     return list(
         zip(matching.groups[index][valid].tolist(), matching.prototypes[index][valid].tolist(), strict=True)
     )
-
-
-# Estimation
 
 
 @given(

@@ -15,6 +15,7 @@ from pgseg_hf import (
     load_segmenter,
     segmentation,
 )
+from pgseg_hf.poolings import POOLINGS
 
 STREET = ["building", "road", "pavement", "tree", "sky", "car", "pedestrian"]
 LABELS = ["cat", "dog", "grass", "sky", "road", "tree", "car"]
@@ -31,7 +32,7 @@ def test_whole_image_equals_model_and_post_processing(shipped_segmenter, street_
     assert len(np.unique(label_map)) > 1, "the test needs a model that finds several labels"
 
 
-@pytest.mark.parametrize("pooling", ["mean", "groups", "mixture", "patches"])
+@pytest.mark.parametrize("pooling", POOLINGS)
 def test_labels_are_picked_by_the_configured_pooling(shipped_segmenter, street_photo, pooling, monkeypatch):
     """Two of seven labels are kept, by the model's own logits of the whole image."""
     processor, model = shipped_segmenter.processor, shipped_segmenter.model

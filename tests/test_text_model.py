@@ -145,7 +145,8 @@ def test_a_segmenter_with_a_word_of_its_own(tiny_segmenter, tmp_path, photo):
     for load in (load_segmenter, PGSegProcessor.from_pretrained):
         with pytest.raises((ValueError, OSError), match=r"tokenizer.json is a git-lfs pointer"):
             load(str(tmp_path))
-    default_tokenizer(merges=100).save_pretrained(tmp_path)
+    smaller = default_tokenizer(merges=100)
+    smaller.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="end token 613, "):
         load_segmenter(str(tmp_path))
     model.config.text_config.eos_token_id = 2  # the largest token, whatever its number

@@ -14,7 +14,7 @@ from .registration import register
 __version__ = "0.1.0"
 
 DEFAULT_CHECKPOINT = str(Path(__file__).parent / "checkpoints" / "pgseg-small-everyday")
-"""The checkpoint that ships with the package, a name for `from_pretrained`."""
+"""The checkpoint included in the package, a name for `from_pretrained`."""
 
 if TYPE_CHECKING:  # the names of the table below, for mypy and editors
     from .checkpoint import load_segmenter as load_segmenter

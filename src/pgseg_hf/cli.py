@@ -161,7 +161,7 @@ def _add_results(parser: argparse.ArgumentParser) -> None:
 
 def _add_recipe(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
-        "--model", default=DEFAULT_CHECKPOINT, help="folder or Hub name (default: the shipped model)"
+        "--model", default=DEFAULT_CHECKPOINT, help="folder or Hub name (default: the included checkpoint)"
     )
     group.add_argument(
         "--background-threshold",

@@ -175,8 +175,8 @@ def _by_patches(images: JointImages, text_ND: Tensor, scale: Tensor, config: Any
 
 
 POOLED = {"mean": _by_mean, "groups": _by_groups, "mixture": _by_mixture, "patches": _by_patches}
-"""Functions of images [B], normalised texts [N, D], the scale and the configuration that return logits [B, N]. What
-each pooling requires of the model is in `poolings.py`."""
+"""Functions of images [B], normalised texts [N, D], the scale and the configuration that return logits [B, N],
+without the sigmoid loss's bias. What each pooling requires of the model is in `poolings.py`."""
 
 
 @dataclass

@@ -121,7 +121,7 @@ def inherited(starts: Sequence[str]) -> tuple[dict[str, Any], str, str]:
     """What a model inherits from the checkpoints that its training started from, folders or Hub names.
 
     Returns:
-        Metadata (base_model, licence, data sets), a text on the licence, and the training data sections of their cards.
+        Metadata (base_model, licence, datasets), a text on the licence, and the training data sections of their cards.
     """
     cards = {start: read_card(start) for start in starts}
     fields = {start: card.data.to_dict() if card else {} for start, card in cards.items()}

@@ -69,7 +69,7 @@ class OpenVocabularySegmentationPipeline(Pipeline):
 
         Args:
             images (`str`, `bytes`, `PIL.Image.Image` or `np.ndarray`): a path, URL, bytes, PIL image or array, or a
-                list, generator or data set of these.
+                list, generator or dataset of these.
             labels (`Sequence[str]`, *optional*): names of what may be in the images. `candidate_labels`, as in
                 zero-shot pipelines, means the same.
             kwargs: fields of [`SegmentationOptions`]; `batch_size` is the number of windows per pass. Others keep the

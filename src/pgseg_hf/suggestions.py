@@ -9,5 +9,5 @@ _EVERYDAY_FILE = Path(__file__).parent / "assets" / "everyday_words.txt"
 
 
 def everyday_words() -> list[str]:
-    """The vocabulary that ships with the package: 256 names of things and surroundings."""
+    """The vocabulary included in the package: 256 names of things and surroundings."""
     return read_text(_EVERYDAY_FILE).splitlines()

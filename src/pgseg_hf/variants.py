@@ -32,6 +32,6 @@ NPR_VARIANTS = {
     "released": VariantSettings(
         segment_sources=("groups",), eager_gradients=True, guards_losses=True, one_text_an_image=True
     ),
-    # Values chosen with examples/ablate_npr.py on three seeds, see examples/README.md.
+    # Values chosen with examples/ablate_npr.py on three seeds, see examples/ablation.md.
     "corrected": VariantSettings("patches", "groups", 0.2),
 }

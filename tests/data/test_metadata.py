@@ -115,8 +115,8 @@ ROWS = [
 
 
 def pandas_index(separator):
-    """The table with the index column that `DataFrame.to_csv` writes first."""
-    lines = [["", *ROWS[0]], *([str(n), *row.values()] for n, row in enumerate(ROWS))]
+    """The table with the index column that `DataFrame.to_csv` writes first; its name contains commas."""
+    lines = [["x, y, z, width, height", *ROWS[0]], *([str(n), *row.values()] for n, row in enumerate(ROWS))]
     return "\n".join(separator.join(f'"{value}"' for value in line) for line in lines)
 
 

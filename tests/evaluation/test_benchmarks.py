@@ -1,5 +1,7 @@
 """Every benchmark on a miniature of its published layout: files, ignored pixels, and the mean IoU by hand."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -31,7 +33,7 @@ WITH_BACKGROUND = {name for name, (_, first, *_) in LABELS.items() if first == "
 
 
 def written(name, tmp_path, split="val"):
-    """A miniature in its published folder, and the data set opened from the parent folder."""
+    """A miniature in its published folder, and the dataset opened from the parent folder."""
     miniature = write_benchmark(name, tmp_path / LAYOUTS[name].folder, split)
     return miniature, open_benchmark(name, tmp_path, split)
 
@@ -68,6 +70,11 @@ def brute_force_iou(truths, predictions, ignored):
 
 def test_all_benchmarks_are_here():
     assert set(BENCHMARKS) == set(NAMES) == set(LABELS)
+
+
+def test_every_benchmark_is_described():
+    page = (Path(__file__).parents[2] / "examples" / "evaluate.md").read_text()
+    assert not [name for name in BENCHMARKS if f"`{name}`" not in page]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -273,14 +273,14 @@ def test_masks_of_0_and_255(evaluate, tmp_path, capsys):
     masks = [np.where(mask == 1, 255, 0) for mask in masks_of()]
     folder = make_folder(tmp_path / "binary", masks, {"labels": ["background", "sky"]})
     code, content = evaluate(path=folder, output="wrong")
-    warning = "--mask_values 0=background,255=sky"
+    warning = "--mask-values 0=background,255=sky"
     assert code == 0 and content["ignored_share"] > 0.1 and warning in content["warnings"][-1]
     assert warning in capsys.readouterr().out and warning in (tmp_path / "wrong" / "results.md").read_text()
-    code, content = evaluate("--mask_values", "0=background,255=sky", path=folder, output="right")
+    code, content = evaluate("--mask-values", "0=background,255=sky", path=folder, output="right")
     assert code == 0 and (content["ignored_share"], content["warnings"]) == (0, [])
     assert content["settings"]["mask_values"] == "0=background,255=sky"
     assert evaluate("--mask-values", "0=sky", benchmark="voc")[0] == 2
-    assert "--mask_values is '0=sky'" in capsys.readouterr().err
+    assert "--mask-values is '0=sky'" in capsys.readouterr().err
 
 
 def test_labels_with_signs_stay_in_their_cells():

@@ -1,4 +1,4 @@
-"""Images with masks in local data sets of the Hub's formats."""
+"""Images with masks in local datasets of the Hub's formats."""
 
 import re
 

@@ -148,11 +148,11 @@ def test_colours_and_values_that_do_not_count(tmp_path):
             folder.truth(folder.images[0])
     Image.fromarray(colours).save(path / "masks" / "000.png")
     folder = MaskFolder(path, mask_values={"#0000ff": "road", "#ff8000": "sky"})
-    with pytest.raises(ValueError, match=r"value #000000, expected one of #0000ff, #ff8000: .*--mask_values"):
+    with pytest.raises(ValueError, match=r"value #000000, expected one of #0000ff, #ff8000: .*--mask-values"):
         folder.truth(folder.images[0])
     plain = MaskFolder(make_folder(tmp_path / "b", [BINARY], {"labels": ["a", "b"], "ignore_index": None}))
     with pytest.raises(
-        ValueError, match=r"value 255, expected one of 0 to 1: .*from 0 to 255.*--mask_values"
+        ValueError, match=r"value 255, expected one of 0 to 1: .*from 0 to 255.*--mask-values"
     ):
         plain.truth(plain.images[0])
 

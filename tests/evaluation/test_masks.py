@@ -60,7 +60,7 @@ def test_binary_masks_are_no_plausible_figures(tmp_path):
     unknown, absent, binary = scores.doubts(MaskFolder(path))
     assert "48 of the masks' 64 pixels (75.0%)" in unknown
     assert "1 of 2 labels" in absent and ": sky." in absent
-    assert "48 pixels (75.0%)" in binary and "--mask_values 0=background,255=sky" in binary
+    assert "48 pixels (75.0%)" in binary and "--mask-values 0=background,255=sky" in binary
     said = MaskFolder(path, mask_values={"0": "background", "255": "sky"})
     scores = evaluate_masks(segmenter, said)
     assert (scores.confusion.mean_iou(), scores.confusion.ignored, scores.doubts(said)) == (1, 0, [])

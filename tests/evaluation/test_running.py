@@ -278,7 +278,7 @@ def mean_iou(count, rank=None):
 
 @dataclass
 class OneProcess:
-    """Results of one of two processes for data sets of different sizes."""
+    """Results of one of two processes for datasets of different sizes."""
 
     rank: int
     folder: Path

@@ -111,6 +111,8 @@ def test_images_that_cannot_be_read_are_left_out(tmp_path, prepare, options, mon
     with pytest.raises(ValueError, match="no usable view"):
         cached[2]
     assert len(cached[1].views) == 2 and cached.unusable() == [2]
+    np.load(cached.folder / "states.npy", mmap_mode="r+")[1, 0] = UNUSABLE
+    assert len(cached[1].views) == 1 and cached.unusable() == [2], "one view is enough"
     monkeypatch.setattr(prepare, "draw", None)  # unusable views are not tried again
     cache_features([source], prepare, model, options)
 

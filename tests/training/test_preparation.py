@@ -137,7 +137,7 @@ def test_where_no_crop_has_a_label_there_is_no_text(monkeypatch):
         (Image.new("F", (20, 20)), "type float32"),
         (np.full((20, 20), 300), "values from 300 to 300"),
         (np.full((20, 20), 7), "value 7, .*mask_labels names 2 values"),
-        (b"no mask", "read as a mask, expected one of PNG"),
+        (b"no mask", "mask .*expected one of PNG"),
         ("no such file.png", "no such file.png"),
     ],
 )

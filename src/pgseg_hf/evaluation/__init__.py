@@ -1,6 +1,6 @@
 """Evaluation: benchmarks, protocols, IoU, group statistics and zero-shot classification.
 
-Folders can be evaluated with the core package. The `evaluate` metric, YAML protocols, data sets on the Hub and tar
+Folders can be evaluated with the core package. The `evaluate` metric, YAML protocols, datasets on the Hub and tar
 shards need `pgseg-hf[train]`.
 """
 

@@ -23,7 +23,7 @@ _EVALUATE: dict[str, dict[str, dict[str, Any]]] = {
     "images": {
         "--benchmark": {"required": True, "choices": BENCHMARK_NAMES, "metavar": "NAME"}
         | {"help": ", ".join(BENCHMARK_NAMES)},
-        "--data": {"required": True, "help": "the benchmark's folder, or hub:NAME for a data set on the Hub"},
+        "--data": {"required": True, "help": "the benchmark's folder, or hub:NAME for a dataset on the Hub"},
         "--split": {"help": "split (default: val); for folder: a subfolder (default: the folder itself)"},
         "--limit": {"type": int, "metavar": "N", "help": "evaluate only N evenly spaced images"},
         "--background": {"metavar": "LABEL", "help": "for folder: the label that means background"},
@@ -78,7 +78,7 @@ _OF_CLASSES = ("templates", "label_column")
 
 def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `pgseg evaluate`."""
-    parser.add_argument("checkpoint", nargs="?", help="folder or Hub name (default: the bundled model)")
+    parser.add_argument("checkpoint", nargs="?", help="folder or Hub name (default: the included checkpoint)")
     for title, options in _EVALUATE.items():
         group = parser.add_argument_group(title)
         for name, how in options.items():
@@ -100,7 +100,7 @@ def check_evaluate_arguments(args: argparse.Namespace) -> None:
         raise ValueError(f"--{given[0].replace('_', '-')} has no effect on {args.benchmark}; omit it.")
     if args.mask_values and args.benchmark != "folder":
         raise ValueError(
-            f"--mask_values is {args.mask_values!r}, but {args.benchmark} defines its own; omit it."
+            f"--mask-values is {args.mask_values!r}, but {args.benchmark} defines its own; omit it."
         )
     if (args.train or args.crop_sides) and not args.baselines:
         raise ValueError("--train and --crop-sides only apply to the position prior; add --baselines.")

@@ -43,7 +43,7 @@ class ClassFinder:
     Args:
         labels: class names by index.
         ids: WordNet ids in the same order.
-        listed: class names of the data set itself. If there are as many as labels, they are in the same order.
+        listed: class names of the dataset itself. If there are as many as labels, they are in the same order.
     """
 
     def __init__(self, labels: Sequence[str], ids: Sequence[str] = (), listed: Sequence[str] = ()):
@@ -51,7 +51,7 @@ class ClassFinder:
         self._numbers = {str(number): number for number in range(len(labels))}
         for names in (ids, labels):
             self._numbers |= {name.casefold(): number for number, name in enumerate(names)}
-        # The data set's own names are matched by position, unless it has a different number of classes.
+        # The dataset's own names are matched by position, unless it has a different number of classes.
         self._listed = {
             tuple(tags_of([name])): number
             for number, name in enumerate(listed if len(listed) == len(labels) else ())
@@ -74,7 +74,7 @@ class ClassFinder:
 
 @dataclass
 class Classes:
-    """A classification data set, with one class for each image.
+    """A classification dataset, with one class for each image.
 
     Args:
         name: name in reports.
@@ -94,8 +94,8 @@ def open_imagenet(path: str, split: str = "val", label_column: str | None = None
 
     Args:
         path: a folder with one subfolder for each class (its WordNet id or name), directly or in `split/`; tar shards
-            with the class in `.cls` files; or a data set on the Hub (`hub:imagenet-1k`).
-        split: subfolder of the images, or split of the data set.
+            with the class in `.cls` files; or a dataset on the Hub (`hub:imagenet-1k`).
+        split: subfolder of the images, or split of the dataset.
         label_column: where the class is: suffix in shards ("cls" by default) or column of a table ("label").
 
     Raises:

@@ -1,4 +1,4 @@
-"""Segments the images of a data set and compares the predictions with its masks."""
+"""Segments the images of a dataset and compares the predictions with its masks."""
 
 import time
 from collections.abc import Callable, Iterable
@@ -70,7 +70,7 @@ class MaskScores(ImageSums):
     """Counts returned by [`evaluate_masks`]. Scores of other images can be added with `merge`.
 
     Args:
-        labels: labels of the data set.
+        labels: labels of the dataset.
         confusion: confusion matrix of the model.
         by_threshold: confusion matrix of the model for each additional background threshold.
         oracle: confusion matrix of the groups, each with its majority label; None if not requested.
@@ -102,7 +102,7 @@ class MaskScores(ImageSums):
         return max(self.by_threshold, key=lambda each: self.by_threshold[each].mean_iou(), default=None)
 
     def doubts(self, dataset: MaskDataset) -> list[str]:
-        """Warnings about the data set's masks, see [`ConfusionMatrix.doubts`]. One of them is about binary masks with
+        """Warnings about the dataset's masks, see [`ConfusionMatrix.doubts`]. One of them is about binary masks with
         the values 0 and 255, whose 255 is read as unknown."""
         found = self.confusion.doubts(self.labels)
         only_zeros = not self.confusion.counts[1:].any()
@@ -111,7 +111,7 @@ class MaskScores(ImageSums):
             found.append(
                 f"The masks contain only the values 0 and 255, as binary masks do, and 255 means unknown: "
                 f"{self.confusion.ignored:,} pixels ({self.confusion.ignored_share():.1%}) are ignored. If 255 is a "
-                f"label, pass --mask_values 0={self.labels[0]},255={self.labels[1]}, or set mask_values in labels.json."
+                f"label, pass --mask-values 0={self.labels[0]},255={self.labels[1]}, or set mask_values in labels.json."
             )
         return found
 
@@ -155,10 +155,10 @@ class SegmentedImage:
     """An evaluated image, passed to callbacks that write files.
 
     Args:
-        labelled: entry of the data set.
+        labelled: entry of the dataset.
         image: the decoded image.
         truth: ground truth, int64 [H, W].
-        predicted: predicted labels of the data set, int64 [H, W].
+        predicted: predicted labels of the dataset, int64 [H, W].
         encoded: image features with the groups.
     """
 
@@ -170,7 +170,7 @@ class SegmentedImage:
 
 
 class MaskEvaluator:
-    """Segments images of a data set and counts correct pixels, see [`evaluate_masks`].
+    """Segments images of a dataset and counts correct pixels, see [`evaluate_masks`].
 
     Args:
         segmenter: segmenter of the model.
@@ -179,7 +179,7 @@ class MaskEvaluator:
         on_image: called with each evaluated image.
 
     Raises:
-        ValueError: a background threshold is given for a data set without a background.
+        ValueError: a background threshold is given for a dataset without a background.
     """
 
     def __init__(
@@ -200,7 +200,7 @@ class MaskEvaluator:
         dataset.check_threshold(self.segmentation.background_threshold)
         background = None if self.segmentation.background_threshold is None else dataset.background
         asked = [value for value in range(len(dataset.labels)) if value != background]
-        # Maps values of the segmentation to labels of the data set.
+        # Maps values of the segmentation to labels of the dataset.
         self._label_of_value = np.array(asked if background is None else [background, *asked])
         own = dataset.released if self.options.released_names else {}
         others = dataset.synonyms if self.options.synonyms != "none" else {}
@@ -234,7 +234,7 @@ class MaskEvaluator:
         )
 
     def __call__(self, images: Iterable[LabelledImage]) -> MaskScores:
-        """Evaluates some of the data set's images."""
+        """Evaluates some of the dataset's images."""
         start, scores = time.monotonic(), self.empty()
         how = (self.segmentation.batch_size, self.options.readers, self.skip_broken)
         for batch in read_batches(images, self._read, scores, *how):
@@ -284,7 +284,7 @@ class MaskEvaluator:
             self.on_image(SegmentedImage(labelled, image, truth, predicted, features))
 
     def _label_map(self, scored: ScoredImage, threshold: float | None, image: Image.Image) -> np.ndarray:
-        """Labels of the data set, int64 [H, W]."""
+        """Labels of the dataset, int64 [H, W]."""
         if threshold is not None:
             scored = scored.with_background(threshold)
         if self.options.refinement is None:
@@ -317,20 +317,20 @@ class MaskEvaluator:
 def evaluate_masks(
     segmenter: Segmenter, dataset: MaskDataset, options: MaskOptions | None = None
 ) -> MaskScores:
-    """Segments the images of a data set and compares the predictions with their masks, at the size of each image.
+    """Segments the images of a dataset and compares the predictions with their masks, at the size of each image.
 
     A background is a label like the others, with its name as prompt. With a `background_threshold` it has no prompt
     and is predicted where no other label reaches the threshold.
 
     Args:
         segmenter: segmenter of the model.
-        dataset: the data set or a part of it: `dataset.spread(100)` during training, or
+        dataset: the dataset or a part of it: `dataset.spread(100)` during training, or
             `dataset.part(rank, world_size)` in each process, followed by `sum_over_processes` on the result.
         options: evaluation options.
 
     Raises:
         ValueError: files are broken, a mask and its image differ in size, a mask has values without a label, or a
-            background threshold is given for a data set without a background.
+            background threshold is given for a dataset without a background.
     """
     scores = MaskEvaluator(segmenter, dataset, options)(dataset.images)
     # One process alone does not see all masks.

@@ -1,4 +1,4 @@
-"""Resumable evaluation of a data set, in chunks distributed over processes."""
+"""Resumable evaluation of a dataset, in chunks distributed over processes."""
 
 import hashlib
 import platform
@@ -144,7 +144,7 @@ def evaluate_in_parts(
     save_predictions: bool = False,
     num_drawn: int = 0,
 ) -> MaskScores:
-    """Evaluates a data set on all processes, see [`Output.count`].
+    """Evaluates a dataset on all processes, see [`Output.count`].
 
     Args:
         segmenter: segmenter on this process's device.
@@ -154,7 +154,7 @@ def evaluate_in_parts(
         save_predictions: write `predictions/NAME.png`, indexed images of label indices. If 0 means unknown in the
             masks, the indices are one less than the masks' values.
         num_drawn: number of `drawings/NAME.jpg` to write, with image, ground truth and prediction side by side; the
-            images are spread over the data set.
+            images are spread over the dataset.
     """
     shown = {labelled.name for labelled in dataset.spread(num_drawn).images} if num_drawn else set()
 

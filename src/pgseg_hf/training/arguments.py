@@ -11,6 +11,7 @@ from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
 
 from ..data.sources import SourceSpec
+from ..poolings import POOLINGS
 from ..text_files import read_yaml
 
 POSITIVE = (
@@ -54,7 +55,7 @@ class ModelArguments:
         help="info_nce for distinct captions; multi_positive for tags and repeated captions, where equal texts are "
         "positives; sigmoid for tags, where each image-text pair is scored independently.",
     )
-    contrastive_pooling: str | None = HfArg(default=None, help="mean, groups, mixture or patches.")
+    contrastive_pooling: str | None = HfArg(default=None, help=f"One of {', '.join(POOLINGS)}.")
     assignment_weight: float | None = HfArg(default=None, help="Weight of the assignment loss.")
     freeze_token_embeddings: bool = HfArg(default=False, help="Freeze the token embeddings.")
     attn_implementation: str | None = HfArg(default=None, help="eager, sdpa, flash_attention_2, ...")

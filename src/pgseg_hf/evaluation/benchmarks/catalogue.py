@@ -148,7 +148,7 @@ class Benchmark:
         return dataset
 
     def over(self, images: Iterable[LabelledImage], name: str, origin: str = "") -> MaskDataset:
-        """A data set of other images with this benchmark's labels and mask values; `origin` is their source."""
+        """A dataset of other images with this benchmark's labels and mask values; `origin` is their source."""
         labels, content = self.labels, read_class_names(self.class_names)
         other_names = {
             kind: {label: names for label, names in content.get(kind, {}).items() if label in labels}

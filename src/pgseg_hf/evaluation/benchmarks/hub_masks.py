@@ -1,4 +1,4 @@
-"""Images with masks from data sets on the Hub."""
+"""Images with masks from datasets on the Hub."""
 
 from functools import partial
 
@@ -11,20 +11,20 @@ from .reading import LabelledImage
 def hub_images(
     path: str, split: str = "validation", image_column: str | None = None, mask_column: str = "mask"
 ) -> tuple[list[LabelledImage], str]:
-    """Opens a data set on the Hub, in a local folder with the same layout, or written by `save_to_disk`. Images are
+    """Opens a dataset on the Hub, in a local folder with the same layout, or written by `save_to_disk`. Images are
     read on access.
 
     Args:
         path: path as for `datasets.load_dataset`.
-        split: split of the data set; "val" also stands for "validation".
+        split: split of the dataset; "val" also stands for "validation".
         image_column: column of the images; by default the usual names are tried.
         mask_column: column of the masks, with one integer per pixel.
 
     Returns:
-        the images and a fingerprint of the data set.
+        the images and a fingerprint of the dataset.
 
     Raises:
-        ValueError: the data set cannot be loaded, or a split or column is missing.
+        ValueError: the dataset cannot be loaded, or a split or column is missing.
     """
     source = open_split(path, split, Columns(image=image_column, mask=mask_column))
     assert not isinstance(source, StreamedTable)

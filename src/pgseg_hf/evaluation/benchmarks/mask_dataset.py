@@ -1,4 +1,4 @@
-"""Data sets of images with masks, independent of the layout of their files."""
+"""Datasets of images with masks, independent of the layout of their files."""
 
 import copy
 import os
@@ -28,7 +28,7 @@ class MaskDataset:
     Args:
         name: name in reports.
         labels: name of each value, 0 to N - 1, including a background.
-        images: all images of the data set.
+        images: all images of the dataset.
         background: value of the background; None if there is none.
         ignore_index: value that is ignored; None if there is none.
         label_of_value: maps each raw value of the files to a label or `ignore_index`; other raw values are an error.
@@ -134,7 +134,7 @@ def _ranges(values: Iterable[int]) -> str:
 
 
 class MaskFolder(MaskDataset):
-    """A custom data set in a folder with `metadata.jsonl` (`.csv`, `.parquet`) with the columns `file_name` and
+    """A custom dataset in a folder with `metadata.jsonl` (`.csv`, `.parquet`) with the columns `file_name` and
     `mask_file_name`, or with `images/` and `masks/` whose files have the same names except for the suffix.
 
     `labels.json`, in the folder or its parent, has the `labels` in the order of the masks' values. Optional keys are
@@ -153,7 +153,7 @@ class MaskFolder(MaskDataset):
     """
 
     _way_out = (
-        " If the masks are correct, define their values: --mask_values 0=LABEL,255=LABEL (VALUE= to ignore a value, "
+        " If the masks are correct, define their values: --mask-values 0=LABEL,255=LABEL (VALUE= to ignore a value, "
         '#ff8000=LABEL for a colour), or "mask_values" in labels.json.'
     )
 
@@ -178,7 +178,7 @@ class MaskFolder(MaskDataset):
 
 
 def require_files(dataset: MaskDataset, hint: str = "") -> None:
-    """Checks that all files of a data set exist.
+    """Checks that all files of a dataset exist.
 
     Raises:
         ValueError: there are no images, two have the same name, or files are missing.

@@ -35,7 +35,7 @@ class LabelledImage:
     """An image with its mask or class, read on access.
 
     Args:
-        name: unique name in the data set, and name of its output files without suffix.
+        name: unique name in the dataset, and name of its output files without suffix.
         image: the image.
         mask: mask with one integer per pixel; empty if the image has a class.
         label: index of the class; None if the image has a mask.

@@ -53,7 +53,7 @@ class Sums:
 
 @dataclass(kw_only=True)
 class ImageSums(Sums):
-    """Base class of the counts of a run over a data set.
+    """Base class of the counts of a run over a dataset.
 
     Args:
         images: number of evaluated images.

@@ -31,7 +31,7 @@ class Mixture:
     """Distributes the slots of a run, numbered 0, 1, 2, ..., among sources according to their weights.
 
     The assignment is a pure function of the slot number. It repeats after a cycle in which the slots of each source are
-    spread evenly, so a source's share is right over any span (to within 1/2 + share * sources / 2 records).
+    spread evenly, so a source's share is right over any span (to within 1 + share * sources records).
 
     Args:
         weights: one positive number per source. Shares are exact to about 1/65,536.

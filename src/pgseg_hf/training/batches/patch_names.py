@@ -46,7 +46,9 @@ class CellNamer:
         if len(self.names) > 2**16:
             raise ValueError(f"there are {len(self.names)} class names, expected at most {2**16}.")
         if self.head.num_classes != len(classes):
-            raise ValueError(f"the head has {self.head.num_classes} classes, expected {len(classes)}.")
+            raise ValueError(
+                f"{len(classes)} names of classes are given, expected {self.head.num_classes}, one per class."
+            )
         self._sums = torch.zeros(len(classes), len(self.names))
         self._sums[range(len(classes)), [self.names.index(name) for name in classes]] = 1
 

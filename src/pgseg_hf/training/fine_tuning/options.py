@@ -26,7 +26,7 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         default=DEFAULT_CHECKPOINT,
-        help="model to fine-tune: a folder or a name on the Hub (default: the shipped model)",
+        help="model to fine-tune: a folder or a name on the Hub (default: the included checkpoint)",
     )
     parser.add_argument("--steps", type=int, help="training steps; default: depends on the number of photos")
     parser.add_argument(
