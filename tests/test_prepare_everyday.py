@@ -187,7 +187,7 @@ def test_shares_are_the_largest_of_quadrants_and_whole(tmp_path):
     found = classifier.tags(images, 0.3)
     for row, names in zip(shares, found):
         assert set(names) == {name for name, share in zip(classifier.names, row) if share > 0.3}
-    with pytest.raises(ValueError, match="has 5 classes, expected 2"):
+    with pytest.raises(ValueError, match=r"2 names .*expected 5"):
         everyday_tags.Classifier(tmp_path / "weights.pth", ["cat", "dog"])
 
 

@@ -82,7 +82,7 @@ def test_many_unknown_pixels_are_told():
     matrix.add(np.array([0, 1, 1, 255]), np.zeros(4, int))
     assert matrix.doubts(["a", "b"]) == []
     matrix.add(np.array([255]), np.zeros(1, int))
-    assert matrix.doubts(["a", "b"]) == ["2 of the masks' 5 pixels (40.0%) are unknown and do not count."]
+    assert matrix.doubts(["a", "b"]) == ["2 of the masks' 5 pixels (40.0%) are unknown and ignored."]
 
 
 @pytest.mark.parametrize(
