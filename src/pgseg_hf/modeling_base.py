@@ -12,6 +12,7 @@ from .backbone import PGSegBackboneFeatures, backbones_set_aside
 from .configuration_pgseg import PGSegConfig
 from .layers import PGSegAssignAttention, PGSegAttention, PGSegMLP, PGSegStage, PGSegVisionEmbeddings
 from .npr import PGSegStagePrototypes, init_prototypes
+from .npr_released import ReleasedNPR  # noqa: F401 (registers the variant)
 from .projection import PGSegProjection
 from .quantization import METHOD  # noqa: F401 (registers the method with transformers)
 from .weights import what_is_wrong_with

@@ -1,7 +1,7 @@
 """The variants of non-learnable prototypes (NPR): their modules and losses.
 
 A variant is a subclass of [`NPR`], selected by `npr_variant` of the configuration. The arithmetic is in
-`prototypes.py`. The released code's variant is in `npr_released.py`, which [`npr_of`] imports on first use.
+`prototypes.py`. The released code's variant is in `npr_released.py`, which `modeling_base.py` imports.
 
 Shapes: B batch, L image tokens of a stage's input, K groups, P prototypes, C width, D joint width.
 """
@@ -198,8 +198,6 @@ _VARIANTS: dict[str, NPR] = {}
 
 def npr_of(config: Any) -> NPR:
     """The variant that a configuration selects."""
-    if config.npr_variant == "released":
-        from .npr_released import ReleasedNPR  # noqa: F401 (registers itself)
     return _VARIANTS[config.npr_variant]
 
 
