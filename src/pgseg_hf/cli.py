@@ -219,7 +219,10 @@ def _add_video(group: argparse._ArgumentGroup) -> None:
         help="average scores over N frames so that labels do not flicker (default: 5; 1 for no averaging)",
     )
     group.add_argument(
-        "--every", type=int, metavar="N", help="run the model on one of every N frames (default: 1)"
+        "--every",
+        type=int,
+        metavar="N",
+        help="run the model on one of every N frames and use its labels for all N (default: 1)",
     )
 
 

@@ -346,8 +346,8 @@ class PGSegConfig(PreTrainedConfig):
         num_text_prototypes (`int`, *optional*): number of text prototypes. Defaults to 8 for the released variant, as
             fixed in its code, and to the number of output groups of the last grouping stage for others.
         multi_label_weight (`float`, defaults to 1.0): weight of the multi-label loss, used if label texts are given.
-        rejection_threshold (`float`, defaults to 0.1): minimum min-max-normalised similarity of pairs in the prototype
-            losses.
+        rejection_threshold (`float`, defaults to 0.1): pairs whose min-max-normalised similarity is not above it are
+            left out of the prototype losses.
         prototype_matching (`str`, defaults to `"hungarian"`): which prototype each group learns from in the corrected
             variant. `"hungarian"` maximises similarity; `"order"` pairs group i with prototype i.
         assignment_weight (`float`, *optional*, defaults to 0.2 for the corrected variant, else 0): weight of the
@@ -392,7 +392,7 @@ class PGSegConfig(PreTrainedConfig):
     model_type = "pgseg"
     sub_configs_defaults = {"text_config": PGSegTextConfig, "vision_config": PGSegVisionConfig}
     # Trainer concatenates the other fields of a `PGSegOutput` over batches and processes: logits_per_image,
-    # image_embeds and segment_embeds. It cannot concatenate these if numbers of texts or image sizes vary.
+    # image_embeds and segment_embeds. It cannot concatenate those below if numbers of texts or image sizes vary.
     keys_to_ignore_at_inference = [
         *("contrastive_loss", "multi_label_loss", "image_prototype_loss", "image_prototype_losses"),
         *("text_prototype_loss", "assignment_loss", "num_negatives", "logits_per_text", "segment_logits"),

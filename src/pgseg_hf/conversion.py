@@ -174,7 +174,7 @@ class _Shapes:
 
 
 def infer_config(converted: Mapping[str, Tensor], overrides: Mapping[str, Any] | None = None) -> PGSegConfig:
-    """Infers the configuration from the shapes of converted tensors, with 64 channels per attention head.
+    """Infers the configuration from the shapes of converted tensors; by default with 64 channels per attention head.
 
     Args:
         converted: tensors from [`convert_state_dict`].
@@ -310,8 +310,8 @@ def write_converted(model: PGSegModel, output: str | os.PathLike) -> None:
     tokenizer = default_tokenizer(context_length=context)
     if len(tokenizer) != model.config.text_config.vocab_size:
         logger.warning(
-            f"the model has {model.config.text_config.vocab_size} tokens, but CLIP's tokenizer {len(tokenizer)}; the "
-            "tokenizer in the folder does not match the model."
+            f"the model has {model.config.text_config.vocab_size} tokens, but CLIP's tokenizer has {len(tokenizer)}; "
+            "the tokenizer in the folder does not match the model."
         )
     processor = PGSegProcessor(PGSegImageProcessorPil(), tokenizer)
     with folder_written_whole(output) as folder:

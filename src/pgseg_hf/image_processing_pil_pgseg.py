@@ -28,7 +28,8 @@ logger = logging.get_logger(__name__)
 class PGSegImageInputs:
     """Defaults and input checks of both image processors; a mixin to put before a Transformers backend.
 
-    Defaults of the released evaluation: short side 448, long side at most 2048, bilinear, ImageNet mean and std.
+    Defaults of the released evaluation: short side 448, long side at most 2048, bilinear, no crop, ImageNet mean and
+    std.
     """
 
     # Saved with its code, for trust_remote_code=True where this package is not installed.
@@ -133,7 +134,8 @@ class PGSegImageProcessorPil(PGSegImageInputs, PilBackend):
     EXIF data, composited over white if transparent, and scaled if 16-bit (`to_rgb`). Arrays and tensors must have
     values from 0 to 255, whatever their dtype, channels first or last.
 
-    Calls raise `ValueError` for unreadable images, NaN or infinite pixels, and different sizes with `return_tensors`.
+    Calls raise `ValueError` for unreadable images, NaN or infinite pixels, and, with `return_tensors`, different sizes
+    after resizing.
     """
 
     def process_image(self, image: Any, *args: Any, **kwargs: Any) -> np.ndarray:

@@ -19,8 +19,8 @@ from .kernels import faster_attention, linear, linears
 from .npr import PGSegStagePrototypes, npr_of
 from .precision import estimation_dtype, full_precision
 
-# Added to a group's number of patches when they are averaged: small beside one patch, and gives 0 instead of noise for
-# an empty group.
+# Added to a group's number of patches when they are averaged: small beside one patch, and gives an empty group a mean
+# near 0 instead of noise.
 EMPTY_GROUP_EPS = 1e-3
 
 

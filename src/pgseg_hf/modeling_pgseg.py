@@ -260,7 +260,8 @@ class PGSegModel(KeepsPrecision, WithModelCard, EmbedsTokens, PGSegPreTrainedMod
             attention_mask: shape of `input_ids`.
             tag_input_ids: [B, M, T], prompts of each image's nouns or tags, for the multi-label loss.
             tag_attention_mask: [B, M, T]; a mask of zeros marks an absent label.
-            text_targets: [B, N], bool or 0 and 1: which texts belong to which image, for texts that images share.
+            text_targets: [B, N], bool or 0 and 1: which texts belong to which image, for texts that images share. The
+                contrastive loss then has several positives.
             return_loss: whether to compute the losses. Hidden states of texts are then 0 after the longest text's end.
             output_attentions: whether to return each stage's soft assignment (in `vision_model_output`).
             output_hidden_states: whether to return the hidden states of the towers.
@@ -392,7 +393,8 @@ class PGSegModel(KeepsPrecision, WithModelCard, EmbedsTokens, PGSegPreTrainedMod
         attention_mask: Tensor | None = None,
         backbone_features: Tensor | None = None,
     ) -> ImageFeatures | TextFeatures:
-        """Features of part of a batch, images [B, 3, H, W] or texts [N, T], for `compute_losses`."""
+        """Features of part of a batch, images [B, 3, H, W] or texts [N, T], for `compute_losses`. Image prototypes are
+        not updated."""
         if input_ids is None:
             vision = self.get_image_features(
                 pixel_values=pixel_values,

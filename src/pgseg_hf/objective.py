@@ -139,8 +139,8 @@ class Objective(Batch):
         return loss, shared.image_targets
 
     def _patch_texts_loss(self, shared: SharedTexts, targets_BhwN: Tensor) -> Tensor:
-        """Cross-entropy of the patches' softmax over all texts with the texts' shares of the cells; mean over all
-        processes."""
+        """Cross-entropy of the patches' softmax over all texts with the texts' shares of the cells; mean over
+        what the cells of all processes show."""
         patches_BLD = self.joint.patches
         if patches_BLD is None:
             raise ValueError(
@@ -186,7 +186,8 @@ class Objective(Batch):
 
 
 def compute_losses(model: Any, images: ImageFeatures, texts: TextFeatures, owners: TextOwners) -> Losses:
-    """The losses of one global batch in float32 or float64. In training, also updates the model's text prototypes."""
+    """The losses of one global batch in float32 or float64. In training with gradient, also updates the text prototypes
+    of a `PGSegModel`."""
     config = model.config
     with full_precision(images.embeds.device.type):
         scales = Scales(clamped_scale(model.logit_scale, config), bias=model.logit_bias)

@@ -30,7 +30,8 @@ class SegmentationOptions:
         top_k (`int`, *optional*, defaults to `"auto"`): largest number of labels in one window.
         patch_weight (`float`, *optional*, defaults to `"auto"`): weight of patch scores against group scores, 0 to 1.
         shortest_edge (`int`, *optional*): short side after resizing, in pixels; by default the processor's.
-        longest_edge (`int`, *optional*): limit in pixels for the long side, used with `shortest_edge`.
+        longest_edge (`int`, *optional*): limit in pixels for the long side, used with `shortest_edge`; `None` for
+            no limit.
         synonyms (`str`, *optional*, defaults to `"average"`): a label with synonyms, `"car|automobile"`, is scored by
             the `"average"` of their embeddings, or by the `"best"` word at each position.
         thresholds (`Mapping[str, float]`, *optional*): minimum score of a pixel, 0 to 1, by a label's first word; where

@@ -16,7 +16,7 @@ def full_precision(device_type: str) -> torch.autocast:
 
 
 class KeepsPrecision:
-    """Mixin for a `torch.nn.Module` that keeps one of its buffers in float32 when the module is cast to 16 bits."""
+    """Mixin for a `torch.nn.Module` that keeps one of its buffers as it is when the module is cast to 16 bits."""
 
     precise_buffer: str | None = None
     _buffers: dict[str, Any]

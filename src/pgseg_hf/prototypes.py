@@ -111,7 +111,7 @@ def match_prototypes(
         prototype_mask_BP: bool, True for prototypes that exist; the others stay unmatched.
 
     Raises:
-        ValueError: if a similarity is NaN or infinite (not checked on a GPU).
+        ValueError: if a similarity is NaN or infinite (not checked if the matching is done on a GPU).
     """
     device = similarity_BKP.device
     if device.type == "cuda" and min(similarity_BKP.shape[1:]) <= _FEW_GROUPS:

@@ -109,7 +109,8 @@ def group_scores(
 
     Args:
         segment_logits_KN: scaled cosines of segment tokens and labels.
-        image_logits_N: scaled cosines of the image and labels; only the `top_k` largest get scores above 0.
+        image_logits_N: scaled similarity of the image and labels; only the labels with the `top_k` largest get scores
+            above 0.
         background_threshold: a group is background (1 in that channel) if its best score is below the threshold, or
             below the window's best score if that is lower. Its class scores stay.
         top_k: maximum number of labels per window.
@@ -337,7 +338,8 @@ def stretch(scores_CHW: Tensor, size: tuple[int, ...]) -> Tensor:
 def dense_probabilities(
     windows: Sequence[WindowScores], size: tuple[int, int], target_size: tuple[int, int] | None = None
 ) -> Tensor:
-    """Probabilities of all channels at each pixel, [N, H, W] or [N + 1, H, W]: softmax of interpolated scores.
+    """Probabilities of all channels at each pixel, [N, H, W] or [N + 1, H, W]: softmax of the windows' interpolated
+    mean.
 
     Uses memory for pixels x classes; for label maps use [`best_labels`].
     """

@@ -277,7 +277,8 @@ class Segmenter:
         Args:
             image: image from [`~Segmenter.encode`].
             class_embeds: embeddings [N, D] or [N, W, D] from [`~Segmenter.class_embeddings`].
-            options: only the threshold, `top_k`, `patch_weight` and, with a threshold, `templates` are used.
+            options: only the threshold, `top_k`, `patch_weight` and, with a threshold or a single label, `templates`
+                are used.
             may_have_background: whether [`~ScoredImage.with_background`] will be called on the result.
         """
         options = options or self.options

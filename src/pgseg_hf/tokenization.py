@@ -28,8 +28,8 @@ def load_merges() -> tuple[tuple[str, str], ...]:
 
 
 def build_vocabulary(merges: Sequence[tuple[str, str]] | None = None) -> dict[str, int]:
-    """256 byte characters, the same as word ends, the merges (defaults to CLIP's, 49,408 entries), start and end
-    token."""
+    """256 byte characters, the same as word ends, the merges, start and end token. CLIP's merges, the default, give
+    49,408 entries."""
     byte_characters = sorted(ByteLevel.alphabet())
     entries = byte_characters + [character + "</w>" for character in byte_characters]
     entries += [left + right for left, right in (load_merges() if merges is None else merges)]
