@@ -194,8 +194,8 @@ class MaskEvaluator:
         self.segmentation = self.options.segmentation or segmenter.options
         if self.options.thresholds and self.segmentation.background_threshold is None:
             raise ValueError(
-                f"thresholds are {list(self.options.thresholds)}, but background_threshold is None; set it, for a data "
-                "set with a background."
+                f"thresholds are {list(self.options.thresholds)}, but background_threshold is None; set it, for a "
+                "dataset with a background."
             )
         dataset.check_threshold(self.segmentation.background_threshold)
         background = None if self.segmentation.background_threshold is None else dataset.background
