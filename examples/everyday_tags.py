@@ -213,8 +213,8 @@ class Classifier:
             images: RGB images; each is resized to a square of 256 px.
 
         Returns:
-            Shares [B, names] from 0 to 1: the largest of the four quadrants' mean softmax over their cells, and the
-            softmax of the mean logits.
+            Shares [B, names] from 0 to 1: the largest of five, the mean softmax over the cells of each quadrant, and
+            the softmax of the mean logits.
         """
         squares = [np.asarray(image.resize((SIDE, SIDE), Image.Resampling.BICUBIC)) for image in images]
         pixels = torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2).float().sub_(127).div_(128)

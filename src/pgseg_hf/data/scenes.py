@@ -283,7 +283,8 @@ class SceneSource:
 def _place(
     thing: SceneObject, owners_HW: np.ndarray, number: int, rng: np.random.Generator
 ) -> np.ndarray | None:
-    """Pixels, bool [H, W], of an object placed at random so that earlier objects stay visible; None if impossible."""
+    """Pixels, bool [H, W], of an object placed at random so that earlier objects stay visible; None if no place is
+    found."""
     before = np.bincount(owners_HW.ravel() + 1, minlength=number + 1)[1:]
     for _ in range(PLACEMENTS):
         region_HW = _outline_region(thing, len(owners_HW), rng)
@@ -294,7 +295,7 @@ def _place(
 
 
 def _outline_region(thing: SceneObject, size: int, rng: np.random.Generator) -> np.ndarray:
-    angle = rng.uniform(-0.4, 0.4)  # small, so that a square does not become a diamond, nor a cross an x
+    angle = rng.uniform(-0.4, 0.4)  # radians; small: a square must not become a diamond, nor a cross an x
     turn = np.array([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]])
     center = rng.uniform(thing.radius, 1 - thing.radius, 2) * (size - 1)
     canvas = Image.new("L", (size, size))

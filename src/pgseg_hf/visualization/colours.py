@@ -88,7 +88,7 @@ def _all_colours() -> npt.NDArray[np.uint8]:
 
 @functools.cache
 def _group_colours() -> npt.NDArray[np.uint8]:
-    """Pale colours, ordered by their distance from the first label colours, uint8 [_NUM_GROUP_COLOURS, 3]."""
+    """Pale colours, the farthest from the first label colours first, uint8 [_NUM_GROUP_COLOURS, 3]."""
     count = len(BASE_COLOURS) + _NUM_GROUP_COLOURS
     return _spread(count, lightness=(0.72, 0.95), chroma=(0.03, 0.1))[len(BASE_COLOURS) :]
 

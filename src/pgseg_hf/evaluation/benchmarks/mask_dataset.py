@@ -33,8 +33,8 @@ class MaskDataset:
         ignore_index: value that is ignored; None if there is none.
         label_of_value: maps each raw value of the files to a label or `ignore_index`; other raw values are an error.
             Defaults to the identity.
-        rgb_weights: weights of red, green and blue whose sum is the raw value of a coloured mask, (1, 256, 0) in
-            ImageNet-S; None for masks with one number per pixel.
+        rgb_weights: weights of red, green and blue; the raw value of a coloured mask is the weighted sum, with
+            (1, 256, 0) in ImageNet-S; None for masks with one number per pixel.
         synonyms: other names of labels.
         released: label names in the released code, where they differ, such as `fire_engine`.
         origin: source of images that are not files.
@@ -113,8 +113,8 @@ class MaskDataset:
         return other
 
     def fingerprint(self) -> str:
-        """A hash of the labels, their other names, and the names and file contents of all images, which does not depend
-        on their location. Reads all files."""
+        """A hash of the labels, their other names and mask values, and the names and file contents of all images, which
+        does not depend on their location. Reads all files."""
         meaning = [self.labels, self.background, self.ignore_index, self.rgb_weights, self.origin]
         tables = [sorted((self.label_of_value or {}).items()), sorted(self.synonyms.items())]
         sources = [source for each in self.images for source in (each.image, each.mask)]

@@ -63,7 +63,7 @@ class PreparationSummary:
     Args:
         written: number of masks written by this run.
         skipped: number of masks that already existed.
-        seconds: wall time of the run.
+        seconds: wall time of making and writing masks, without reading the annotations.
     """
 
     written: int

@@ -51,7 +51,7 @@ class ConfusionMatrix(Sums):
         """Adds the pixels of an image, two integer arrays of the same shape.
 
         Raises:
-            ValueError: the shapes differ, or a value out of range. Predictions of ignored pixels are not checked.
+            ValueError: the shapes differ, or a value is out of range. Predictions of ignored pixels are not checked.
         """
         if truth.shape != predicted.shape:
             raise ValueError(

@@ -95,7 +95,8 @@ class Preparation:
         return Example(pixels, texts.caption, texts.labels)
 
     def draw(self, record: Record, rng: np.random.Generator) -> tuple[Image.Image, Crop, list[str] | None]:
-        """A record's image, a random crop of it, and the tags visible in the crop (None without a mask).
+        """A record's image, a random crop of it, and the tags visible in the crop (None without a mask or
+        `mask_labels`).
 
         Raises:
             UnusableRecord: with the reason "broken image" or "broken mask".

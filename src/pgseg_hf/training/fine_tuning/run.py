@@ -191,7 +191,8 @@ def _record(args: argparse.Namespace, photos: LabelledPhotos) -> dict[str, Any]:
 
 
 def _is_known(record: dict[str, Any], output: Path, overwrite: bool) -> bool:
-    """Whether the output folder already has the result. With `overwrite`, files of an earlier run are deleted.
+    """Whether the output folder already has the result. With `overwrite`, the files of another or a
+    finished run are deleted; an unfinished run with the same record is resumed.
 
     Raises:
         ValueError: if the folder belongs to another run.
